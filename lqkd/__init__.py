@@ -1,0 +1,32 @@
+"""lqkd distils large networks into low-bit ones through a learnable regularizer between teacher and student."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+__version__ = metadata.version("lqkd")
+
+_PUBLIC = {
+    "ClassifierModule": "lqkd.modules",
+    "DistillModule": "lqkd.modules",
+    "FrozenTeacher": "lqkd.teacher",
+    "Recipe": "lqkd.quantization",
+    "Rule": "lqkd.quantization",
+    "UsageError": "lqkd.errors",
+    "quantize_model": "lqkd.quantization",
+}
+"""Public names and where they live; imported when first used, so that ``import lqkd`` is quick."""
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'lqkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

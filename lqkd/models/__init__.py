@@ -1,0 +1,9 @@
+"""Networks for teachers and students, and their weights. Pure torch."""
+
+from __future__ import annotations
+
+from lqkd.models.build import build_model
+from lqkd.models.cifar_resnet import CifarResNet
+from lqkd.models.weights import builtin_weights, load_weights
+
+__all__ = ["CifarResNet", "build_model", "builtin_weights", "load_weights"]

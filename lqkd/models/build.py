@@ -1,0 +1,40 @@
+"""Networks by name from torchvision, timm or lqkd itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lqkd.errors import UsageError
+
+
+def build_model(name: str, num_classes: int | None = None, options: dict[str, Any] | None = None) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        name: ``torchvision/resnet18`` or ``timm/mobilenetv3_small_100``. Any other class is written in a config as
+            ``class_path`` instead.
+        num_classes: number of outputs; null for the library's own default.
+        options: further arguments of the library's constructor.
+
+    Raises:
+        UsageError: when the library or the name is unknown, or timm is not installed.
+    """
+    library, _, model = name.partition("/")
+    arguments = dict(options or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+    if library == "torchvision":
+        import torchvision.models
+
+        if model not in torchvision.models.list_models():
+            raise UsageError(f"name={name!r} is unknown: see torchvision.models.list_models()")
+        return torchvision.models.get_model(model, weights=None, **arguments)
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise UsageError(f"name={name!r} needs timm: pip install 'lqkd[timm]'") from None
+        if not timm.is_model(model):
+            raise UsageError(f"name={name!r} is unknown: see timm.list_models()")
+        return timm.create_model(model, pretrained=False, **arguments)
+    raise UsageError(f"name={name!r} is not understood: write torchvision/NAME or timm/NAME")

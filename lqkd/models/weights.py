@@ -1,0 +1,67 @@
+"""Loading float weights from a file into a network."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+
+BUILTIN = "builtin:"
+"""Prefix of weights that come with the package, e.g. ``builtin:digits_teacher``."""
+
+
+def load_weights(network: nn.Module, source: str) -> None:
+    """Load ``source`` into ``network``, every tensor or none.
+
+    Args:
+        network: the network as it will be used, before quantization.
+        source: ``builtin:NAME``, a ``.safetensors`` file, or a file of :func:`torch.save` with a state dict.
+
+    Raises:
+        UsageError: when there is no such file, or its tensors are not those of ``network``.
+    """
+    state = _read(source)
+    own = network.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in state if key in own and state[key].shape != own[key].shape]
+    for problem, keys in (("lacks", missing), ("has no place for", unexpected), ("has another shape for", shapes)):
+        if keys:
+            subject = f"weights {source!r}" if problem != "has no place for" else type(network).__name__
+            raise UsageError(
+                f"weights={source!r} are of another network than {type(network).__name__}: "
+                f"{subject} {problem} {keys[0]!r}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+            )
+    network.load_state_dict(state, strict=False)
+
+
+def builtin_weights() -> list[str]:
+    """Names of the weights that come with the package."""
+    folder = resources.files("lqkd") / "weights"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
+
+
+def _read(source: str) -> dict[str, Tensor]:
+    if source.startswith(BUILTIN):
+        name = source.removeprefix(BUILTIN)
+        if name not in builtin_weights():
+            raise UsageError(f"weights={source!r} do not exist: built in are {', '.join(builtin_weights())}")
+        with resources.as_file(resources.files("lqkd") / "weights" / f"{name}.safetensors") as path:
+            return load_file(path)
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"weights={source!r} do not exist: give a .safetensors or .pt file, or {BUILTIN}NAME")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the libraries raise many types for a damaged file
+        raise UsageError(f"weights={source!r} cannot be read as {path.suffix or 'torch'} file: {error}") from error
+    if not isinstance(state, dict):
+        raise UsageError(f"weights={source!r} hold a {type(state).__name__}: a state dict is needed")
+    return {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}

@@ -1,0 +1,81 @@
+"""What the training of every image classifier here has in common: its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lqkd.errors import UsageError
+from lqkd.quantization.modes import evaluating
+
+
+class ImageClassifier(LightningModule):
+    """Validates, tests and predicts with the network that :meth:`product` names, on batches (images, labels, ...).
+
+    Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy, exact over
+    all ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_accuracy = MeanMetric()
+        self.test_accuracy = MeanMetric()
+
+    def product(self) -> nn.Module:
+        """The network that training makes."""
+        raise NotImplementedError
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and network of all that must take the data's images and tell its classes apart."""
+        yield "network", self.product()
+
+    def setup(self, stage: str) -> None:
+        """Refuse networks that do not fit the data, before the first batch.
+
+        Raises:
+            UsageError: when a network cannot take the images, or numbers of classes differ.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "image_shape"):
+            return
+        image = torch.zeros(1, *data.image_shape, device=self.device)
+        counts = {"data": len(data.class_names)}
+        for name, network in self.networks():
+            with torch.no_grad(), evaluating(network):
+                try:
+                    counts[name] = network(image).shape[1]
+                except RuntimeError as error:
+                    shape = "x".join(map(str, image.shape[1:]))
+                    raise UsageError(f"the {name} cannot take images of {shape} from the data: {error}") from error
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UsageError(f"numbers of classes differ ({listed}): they must agree")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W)."""
+        return self.product()(images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def _evaluate(self, batch: Any, split: str, accuracy: MeanMetric) -> None:
+        images, labels = batch[0], batch[1]
+        logits = self(images)
+        accuracy.update((logits.argmax(dim=1) == labels).float())
+        loss = F.cross_entropy(logits.float(), labels)
+        arguments: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        self.log(f"{split}/loss", loss, sync_dist=True, **arguments)
+        self.log(f"{split}/acc", accuracy, prog_bar=True, **arguments)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities (B, C)."""
+        return self(batch[0]).float().softmax(dim=-1)

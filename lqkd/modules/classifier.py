@@ -1,0 +1,64 @@
+"""Full-precision training of teachers and float students."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from lqkd.errors import UsageError
+from lqkd.models import load_weights
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.schedules import Cosine, Schedule
+
+
+class ClassifierModule(ImageClassifier):
+    """Trains a network on labels in full precision; the run folder's ``network.safetensors`` holds the result.
+
+    Args:
+        network: the network.
+        weights: ``builtin:NAME`` or a file with weights to start from; null keeps its own.
+        optimizer: its optimizer.
+        schedule: learning rate over the training; null for a cosine to zero.
+        label_smoothing: of the cross-entropy, 0 <= e < 1.
+
+    Raises:
+        UsageError: when a setting is not possible.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: str | None = None,
+        optimizer: OptimizerCallable = lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        schedule: Schedule | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+        if weights is not None:
+            load_weights(network, weights)
+        self.network = network
+        self.optimizer = optimizer
+        self.schedule = schedule or Cosine()
+        self.label_smoothing = label_smoothing
+
+    def product(self) -> nn.Module:
+        return self.network
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.network.parameters())
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, total_steps)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch[0], batch[1]
+        loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss

@@ -1,0 +1,317 @@
+"""Distillation of a low-bit student through a learnable regularizer, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.seed import isolate_rng
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from lqkd.errors import UsageError
+from lqkd.losses import DistillationLoss, LogitResidual
+from lqkd.models import load_weights
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.references import REFERENCES, measure
+from lqkd.modules.schedules import Constant, Cosine, Schedule
+from lqkd.modules.state import check_state
+from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.quantization import Quantizer, Recipe, initialize_quantizers, quantize_model
+from lqkd.regularizers import Balance, FixedBalance, Regularizer
+from lqkd.teacher import FrozenTeacher
+
+
+@dataclass
+class Losses:
+    """What one batch gives: everything that the step minimises and everything that is worth looking at."""
+
+    loss: Tensor
+    """0-dim, differentiable: the balanced losses of the student plus the regularizer's own objective."""
+    task: Tensor
+    """0-dim cross-entropy."""
+    distill: Tensor
+    """0-dim modulated distillation loss."""
+    divergence: Tensor
+    """(B, C) divergence map before modulation."""
+    weights: Tensor | None
+    """The regularizer's weights, broadcastable to the divergence map; None without a regularizer."""
+    balance: dict[str, Tensor]
+    """Weight of each loss in the student's gradient, 0-dim each."""
+
+
+class DistillModule(ImageClassifier):
+    """Frozen teacher, quantised student and learnable regularizer, trained by two optimizers in one backward pass.
+
+    Each step minimises ``balance(task, distill)`` over the student and, in the same backward pass, the regularizer's
+    objective over the regularizer. The teacher is held outside the module tree: no checkpoint, optimizer, DDP
+    synchronisation, SyncBatchNorm conversion or averaged copy sees it, and no ``train()`` reaches it.
+
+    Only the student's optimizer counts as a step, so that ``global_step``, ``max_steps`` and the schedules count
+    optimizer steps of the student: batches, when no gradients are accumulated.
+
+    Args:
+        teacher: the frozen teacher.
+        student: the network to quantise and train, still in floating point.
+        student_weights: ``builtin:NAME`` or a file with the student's float weights; null keeps its own.
+        quantization: which layers get which quantizers and bits.
+        regularizer: the learnable regularizer; null distils with the plain distillation loss.
+        distillation_loss: divergence between the logits of teacher and student.
+        balance: weighs the task loss against the distillation loss.
+        student_optimizer: optimizer of the student; its quantizers' parameters get no weight decay.
+        regularizer_optimizer: optimizer of the regularizer and of a learnable balance, which gets no weight decay.
+        student_schedule: learning rate of the student's optimizer over the training.
+        regularizer_schedule: likewise for the regularizer's.
+        label_smoothing: of the task's cross-entropy, 0 <= e < 1.
+        gradient_clip_val: largest gradient norm of each player; null for no clipping.
+        accumulate_grad_batches: batches whose gradients are averaged for one step.
+
+    Raises:
+        UsageError: when a setting is not possible.
+    """
+
+    teacher: FrozenTeacher
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher,
+        student: nn.Module,
+        student_weights: str | None = None,
+        quantization: Recipe = Recipe(),  # noqa: B008  (a plain default that the CLI can print)
+        regularizer: Regularizer | None = None,
+        distillation_loss: DistillationLoss | None = None,
+        balance: Balance | None = None,
+        student_optimizer: OptimizerCallable = lambda p: SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        regularizer_optimizer: OptimizerCallable = lambda p: Adam(p, lr=1e-3),
+        student_schedule: Schedule | None = None,
+        regularizer_schedule: Schedule | None = None,
+        label_smoothing: float = 0.0,
+        gradient_clip_val: float | None = None,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        self.automatic_optimization = False
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
+        if accumulate_grad_batches < 1:
+            raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")
+        if student_weights is not None:
+            load_weights(student, student_weights)
+        self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
+        self.student, self.coverage = quantize_model(student, quantization)
+        self.regularizer = regularizer
+        self.distillation_loss = distillation_loss or LogitResidual()
+        self.balance = balance or FixedBalance()
+        self.student_optimizer = student_optimizer
+        self.regularizer_optimizer = regularizer_optimizer
+        self.student_schedule = student_schedule or Cosine()
+        self.regularizer_schedule = regularizer_schedule or Constant()
+        self.label_smoothing = label_smoothing
+        self.gradient_clip_val = gradient_clip_val
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
+        self._accumulated_samples = 0
+
+    # ---- before the first batch
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
+        trainer = self.trainer
+        check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        return []
+
+    def product(self) -> nn.Module:
+        return self.student
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "teacher", self.teacher
+        yield "student", self.student
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "mean"):
+            self.teacher.convert_from(data.mean, data.std)
+        super().setup(stage)
+
+    def configure_optimizers(self) -> Any:
+        total_steps = self._total_steps()
+        quantizer_ids = {id(p) for m in self.student.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        players = [
+            (
+                self.student_optimizer,
+                self.student_schedule,
+                [
+                    _group("student", (p for p in self.student.parameters() if id(p) not in quantizer_ids)),
+                    _group(
+                        "student_quantizers",
+                        (p for p in self.student.parameters() if id(p) in quantizer_ids),
+                        weight_decay=0.0,
+                    ),
+                ],
+            ),
+            (
+                self.regularizer_optimizer,
+                self.regularizer_schedule,
+                [
+                    _group("regularizer", () if self.regularizer is None else self.regularizer.parameters()),
+                    _group("balance", self.balance.parameters(), weight_decay=0.0),
+                ],
+            ),
+        ]
+        optimizers: list[Optimizer] = []
+        schedulers: list[dict[str, Any]] = []
+        for make, schedule, groups in players:
+            groups = [group for group in groups if group["params"]]
+            if not groups:  # a fixed balance without a regularizer has nothing to learn
+                continue
+            optimizer = make(groups)
+            for group in optimizer.param_groups:
+                if group["name"] == "balance":
+                    group["lr"] *= self.balance.learning_rate_factor
+            optimizers.append(optimizer)
+            schedulers.append(schedule.configure(optimizer, total_steps))
+        return optimizers, schedulers
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole training: what schedules are measured in."""
+        batches = self.trainer.estimated_stepping_batches  # also sets up the data, so that the next line is known
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 0 or self.trainer.num_training_batches == float("inf"):
+            return int(batches)
+        steps = -(-int(self.trainer.num_training_batches) // self.accumulate_grad_batches) * epochs
+        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
+
+    def on_fit_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        with isolate_rng():  # peeking at a batch must not move the random numbers of the training
+            batch = next(iter(loader))
+        images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
+        with self.trainer.precision_plugin.forward_context():
+            initialize_quantizers(self.student, images)
+        if all(value is None for value in self.references.values()):
+            self.references = measure(self)
+        known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
+        if "reference/teacher_accuracy" in known:
+            known["teacher/acc"] = known["reference/teacher_accuracy"]
+        for name, value in known.items():
+            rank_zero_info(f"{name}: {value:.4f}")
+        for logger in self.trainer.loggers:
+            logger.log_metrics(known, step=self.global_step)
+
+    def on_train_start(self) -> None:
+        self.student.train()  # a network that was handed over in eval mode would keep it
+        if self.regularizer is not None:
+            self.regularizer.train()
+
+    # ---- the path of a batch
+
+    def losses(self, images: Tensor, labels: Tensor) -> Losses:
+        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64."""
+        teacher = self.teacher(images).float()
+        student = self.student(images).float()
+        if teacher.shape != student.shape:
+            raise UsageError(
+                f"numbers of classes differ (teacher {teacher.shape[1]}, student {student.shape[1]}): they must agree"
+            )
+        task = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        divergence = self.distillation_loss(teacher, student)
+        weights = None
+        modulated = divergence
+        if self.regularizer is not None:
+            weights = self.regularizer(teacher, student)
+            modulated = weights.detach() * divergence
+        distill = self.distillation_loss.reduce(modulated)
+        loss, balance = self.balance({"task": task, "distill": distill})
+        if self.regularizer is not None and weights is not None:
+            loss = loss + self.regularizer.objective(weights, divergence)
+        return Losses(loss, task, distill, divergence, weights, balance)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch[0], batch[1]
+        losses = self.losses(images, labels)
+        self._step_players(losses.loss, len(labels), batch_idx)
+        self.log_dict(
+            {"train/task": losses.task.detach(), "train/distill": losses.distill.detach()},
+            prog_bar=True,
+            batch_size=len(labels),
+        )
+        self.log_dict(
+            {"train/loss": losses.loss.detach()} | {f"balance/{k}": v for k, v in losses.balance.items()},
+            batch_size=len(labels),
+        )
+        outputs = {"loss": losses.loss.detach(), "divergence": losses.divergence.detach(), "labels": labels}
+        if losses.weights is not None:
+            outputs["weights"] = losses.weights.detach()
+        return outputs
+
+    def _step_players(self, loss: Tensor, samples: int, batch_idx: int) -> None:
+        """Accumulate the gradient of one batch and, at the end of a group of batches, step both players."""
+        last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        strategy = self.trainer.strategy
+        waits = not last_of_group and isinstance(strategy, ParallelStrategy)
+        # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
+        accumulates = self.accumulate_grad_batches > 1
+        with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[union-attr]
+            self.manual_backward(loss * samples if accumulates else loss)
+        self._accumulated_samples += samples
+        if not last_of_group:
+            return
+        counted = self._optimizers(use_pl_optimizer=True)[0]
+        plain = self._optimizers(use_pl_optimizer=False)
+        for optimizer in plain:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if accumulates:
+                torch._foreach_div_([p.grad for p in parameters], self._accumulated_samples)
+            if self.gradient_clip_val is not None:
+                nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        counted.step()  # Lightning counts this one: global_step is the number of student steps
+        for optimizer in plain[1:]:
+            optimizer.step()
+        for optimizer in plain:
+            optimizer.zero_grad(set_to_none=True)
+        self._accumulated_samples = 0
+        self._step_schedulers("step")
+
+    def _optimizers(self, use_pl_optimizer: bool) -> list[Any]:
+        optimizers = self.optimizers(use_pl_optimizer=use_pl_optimizer)
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _step_schedulers(self, interval: str) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval:
+                config.scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        self._step_schedulers("epoch")
+
+    # ---- state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)  # outside the module tree, but on the same device
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["references"] = self.references
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.references = checkpoint.get("references", self.references)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def _group(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> dict[str, Any]:
+    return {"name": name, "params": [p for p in parameters if p.requires_grad], **settings}

@@ -1,0 +1,41 @@
+"""Checking that a checkpoint belongs to a module before loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise one sentence when ``state`` is that of another architecture or of another number of bits.
+
+    Raises:
+        UsageError: naming the first tensor that differs, or both numbers of bits.
+    """
+    own = module.state_dict()
+    wrong = [
+        (problem, keys)
+        for problem, keys in (
+            ("it lacks", [key for key in own if key not in state]),
+            ("it also has", [key for key in state if key not in own]),
+            ("another shape has", [key for key in own if key in state and own[key].shape != state[key].shape]),
+        )
+        if keys
+    ]
+    if wrong:
+        details = "; ".join(f"{problem} {keys[0]!r}" + _more(keys) for problem, keys in wrong)
+        raise UsageError(f"the checkpoint is of another architecture than this configuration's student: {details}")
+    bits = [key for key in own if key.endswith(".format") and int(own[key][0]) != int(state[key][0])]
+    if bits:
+        key = bits[0]
+        raise UsageError(
+            f"the checkpoint has {int(state[key][0])} bits where quantization asks for {int(own[key][0])} "
+            f"({key.removesuffix('.format')!r}{_more(bits)}): take its quantization.bits, or start a new run"
+        )
+
+
+def _more(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""

@@ -1,0 +1,28 @@
+"""Trainer settings that cannot mean what they say under manual optimization with two optimizers."""
+
+from __future__ import annotations
+
+from lqkd.errors import UsageError
+
+
+def check_trainer_settings(precision: object, gradient_clip_val: object, accumulate_grad_batches: object) -> None:
+    """Refuse settings of the Trainer that DistillModule has to take over or cannot honour.
+
+    Raises:
+        UsageError: naming the setting and what to use instead.
+    """
+    if str(precision) in ("16-mixed", "16", "16-true", "transformer-engine-float16"):
+        raise UsageError(
+            f"trainer.precision={precision!r} is not possible with two optimizers, whose gradient scaler would be "
+            "updated twice a step: use bf16-mixed or 32-true"
+        )
+    if gradient_clip_val is not None:
+        raise UsageError(
+            f"trainer.gradient_clip_val={gradient_clip_val!r} has no effect with two optimizers: "
+            "use model.gradient_clip_val"
+        )
+    if accumulate_grad_batches not in (None, 1):
+        raise UsageError(
+            f"trainer.accumulate_grad_batches={accumulate_grad_batches!r} has no effect with two optimizers: "
+            "use model.accumulate_grad_batches"
+        )

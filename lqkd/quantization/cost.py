@@ -1,0 +1,78 @@
+"""What a quantised network costs: bytes and bit operations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lqkd.quantization.modes import evaluating
+from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.recipe import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a network.
+
+    Attributes:
+        parameters: number of parameters without those of the quantizers.
+        float_bytes: all of them, and the buffers of batch norm, in float32.
+        packed_bytes: quantised weights at their own number of bits, packed without gaps per layer, plus the
+            quantizers' parameters and everything else in float32.
+    """
+
+    parameters: int
+    float_bytes: int
+    packed_bytes: int
+
+
+def size(model: nn.Module) -> Size:
+    """Count each tensor of ``model`` once, whatever number of names it has."""
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            packed[id(module.weight)] = math.ceil(module.weight.numel() * module.weight_quantizer.bits / 8)
+    quantizer_tensors = {
+        id(tensor): (name, tensor)
+        for module in model.modules()
+        if isinstance(module, Quantizer)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantizer_tensors}
+    parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantizer_tensors)
+    float_bytes = sum(4 * t.numel() for t in tensors.values() if t.is_floating_point())
+    packed_bytes = sum(packed.get(key, 4 * t.numel()) for key, t in tensors.items() if t.is_floating_point())
+    packed_bytes += sum(4 * t.numel() for _, t in quantizer_tensors.values() if t.is_floating_point())
+    return Size(parameters, float_bytes, packed_bytes)
+
+
+@torch.no_grad()
+def bit_operations(model: nn.Module, example: Tensor) -> int:
+    """Bit operations of one forward pass: multiply-accumulates times weight bits times activation bits, summed.
+
+    Args:
+        model: a network with quantised layers; float operands count 32 bits.
+        example: one sample with its batch axis, (1, C, H, W).
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "input_quantizer")]
+        weight_bits, activation_bits = (FLOAT_BITS if q is None else q.bits for q in quantizers)
+        outputs = module.weight.shape[getattr(module, "output_channel_axis", 0)]
+        total += output.numel() * (module.weight.numel() // outputs) * weight_bits * activation_bits
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(QUANTIZED_LAYERS))]
+    try:
+        with evaluating(model):
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total

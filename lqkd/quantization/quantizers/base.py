@@ -1,0 +1,173 @@
+"""What a quantizer is: the contract that layers, training, schedules and export rely on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+
+
+def integer_range(bits: int, signed: bool | None) -> tuple[int, int]:
+    """Smallest and largest code of a uniform grid: two's complement when signed, from zero when not."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps a real tensor to a grid of at most ``2**bits`` values and back.
+
+    * ``forward(x)`` returns the quantized tensor ``x_hat`` in the shape and dtype of ``x``. Until the quantizer has
+      been initialised it returns ``x`` unchanged.
+    * ``codes(x)`` returns the integers and ``dequantize(codes)`` the values;
+      ``forward(x) == dequantize(codes(x))`` bit for bit, which is what export relies on.
+    * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
+    * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
+      come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+
+    Args:
+        bits: 1 to 8.
+        signed: whether negative values are representable; ``None`` decides from the data at initialisation.
+        channels: number of channels for one grid per channel; ``None`` for one grid per tensor.
+        channel_axis: the axis of the channels in the quantized tensor.
+        batched: whether axis 0 holds samples (activations), not values of one object (weights).
+
+    Raises:
+        UsageError: when ``bits`` is not an integer from 1 to 8.
+    """
+
+    initialized: Tensor
+    """0-dim bool buffer: whether the parameters have been fitted to data."""
+    format: Tensor
+    """(2,) int64 buffer: ``bits`` and ``signed`` (-1 while undecided), so that a checkpoint restores both."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        batched: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bits = self.check_bits(bits, signed)
+        self.signed = signed
+        self.channels = channels
+        self.channel_axis = channel_axis
+        self.batched = batched
+        self._ready = False  # a host copy of `initialized`: reading the buffer would wait for the device
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("format", self._format())
+
+    @abstractmethod
+    def _fit(self, x: Tensor) -> bool:
+        """Set the parameters from ``x`` (no gradient); return False when ``x`` says nothing, e.g. is all zero."""
+
+    @abstractmethod
+    def _quantize(self, x: Tensor) -> Tensor:
+        """The differentiable forward of an initialised quantizer."""
+
+    @abstractmethod
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x``: int32, shape of ``x``."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The float32 values of integer ``codes``, in their shape."""
+
+    @abstractmethod
+    def levels(self) -> Tensor:
+        """All representable values in ascending order: (L,) per tensor, (channels, L) per channel, float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._ready:
+            if not self.training:
+                return x
+            self.initialize(x)
+            if not self._ready:
+                # Zero times the parameters keeps them in the graph, on which DDP insists.
+                return x + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum().to(x.dtype)
+        return self._quantize(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Fit the parameters to ``x`` and mark the quantizer as initialised.
+
+        Under ``torch.distributed`` every rank must call this together; all end with the same parameters. A tensor
+        without a finite non-zero value leaves the quantizer uninitialised, to try again with the next one.
+        """
+        if self.signed is None:
+            self.signed = bool(_max_over_ranks(-x.detach().min()) > 0) if x.numel() else None
+        if x.numel() == 0 or not self._fit(x.detach()):
+            return
+        self._ready = True
+        self.initialized.fill_(True)
+        self.format.copy_(self._format())
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Change the number of bits; an initialised quantizer keeps the range that it clips to."""
+        previous, self.bits = self.bits, self.check_bits(bits, self.signed)
+        if self._ready and previous != bits:
+            self._refit(previous)
+        self.format.copy_(self._format())
+
+    @abstractmethod
+    def _refit(self, previous_bits: int) -> None:
+        """Adapt the parameters of an initialised quantizer to the new ``bits``."""
+
+    @classmethod
+    def check_bits(cls, bits: int, signed: bool | None) -> int:
+        """Return ``bits``, or raise :class:`UsageError` when this family has no such grid."""
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise UsageError(f"bits={bits!r} is not possible: a quantizer takes an integer from 1 to 8")
+        return bits
+
+    def _format(self) -> Tensor:
+        return torch.tensor([self.bits, -1 if self.signed is None else int(self.signed)])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "format" in state_dict:
+            bits, signed = (int(value) for value in state_dict[prefix + "format"])
+            self.bits, self.signed = bits, None if signed < 0 else bool(signed)
+            self._ready = bool(state_dict[prefix + "initialized"])
+
+    def _broadcast(self, parameter: Tensor, ndim: int) -> Tensor:
+        """View a (channels,) parameter so that it broadcasts over a tensor of ``ndim`` dimensions."""
+        if self.channels is None:
+            return parameter
+        shape = [1] * ndim
+        shape[self.channel_axis] = self.channels
+        return parameter.view(shape)
+
+    def _per_channel(self, x: Tensor) -> Tensor:
+        """``x`` as (channels, elements per channel); one row for a per-tensor quantizer."""
+        if self.channels is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.channel_axis, 0).reshape(self.channels, -1)
+
+    def extra_repr(self) -> str:
+        granularity = "per tensor" if self.channels is None else f"{self.channels} channels on axis {self.channel_axis}"
+        return f"bits={self.bits}, signed={self.signed}, {granularity}"
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """``value`` averaged over the processes of a distributed run; itself when there is only one."""
+    return _reduce(value, "mean")
+
+
+def _max_over_ranks(value: Tensor) -> Tensor:
+    return _reduce(value, "max")
+
+
+def _reduce(value: Tensor, how: str) -> Tensor:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return value
+    value = value.clone()
+    distributed.all_reduce(value, distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM)
+    return value if how == "max" else value / distributed.get_world_size()

@@ -1,0 +1,77 @@
+"""The frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.models import load_weights
+
+
+class FrozenTeacher(nn.Module):
+    """A full-precision network that only answers.
+
+    Always in eval mode, whatever ``train()`` is called on it or above it; parameters need no gradient and the
+    forward pass records none. Its inputs may be normalised otherwise than the student's: images are converted from
+    the student's normalisation to its own.
+
+    Args:
+        network: the network.
+        weights: ``builtin:NAME`` or a file with its weights; null keeps those it was built with.
+        mean: channel means of the teacher's own normalisation, in [0, 1]; null when it is the student's.
+        std: channel standard deviations of the teacher's own normalisation; null when it is the student's.
+        minimum_accuracy: accuracy below which training refuses to start; null for just above chance.
+
+    Raises:
+        UsageError: when the weights do not fit, or only one of mean and std is given.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        minimum_accuracy: float | None = None,
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None):
+            raise UsageError("teacher mean and std belong together: give both, or neither for the student's")
+        if std is not None and not all(value > 0 for value in std):
+            raise UsageError(f"teacher std={list(std)} is not possible: standard deviations are greater than 0")
+        if weights is not None:
+            load_weights(network, weights)
+        self.network = network
+        self.mean = None if mean is None else tuple(mean)
+        self.std = None if std is None else tuple(std)
+        self.minimum_accuracy = minimum_accuracy
+        self.source = weights
+        self._gain: Tensor | None = None
+        self._shift: Tensor | None = None
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stay in eval mode: batch norm, dropout and drop-path of a teacher never train."""
+        super().train(False)
+        return self
+
+    def convert_from(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell the teacher how the images that it will be given are normalised."""
+        if self.mean is None or self.std is None:
+            return
+        if len(mean) != len(self.mean):
+            raise UsageError(f"teacher mean={list(self.mean)} has {len(self.mean)} channels: the data have {len(mean)}")
+        given_mean, given_std, own_mean, own_std = (torch.tensor(v) for v in (mean, std, self.mean, self.std))
+        self._gain = (given_std / own_std).view(-1, 1, 1)
+        self._shift = ((given_mean - own_mean) / own_std).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation."""
+        if self._gain is not None and self._shift is not None:
+            images = images * self._gain.to(images) + self._shift.to(images)
+        return self.network(images)
