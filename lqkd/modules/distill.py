@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -185,17 +185,16 @@ class DistillModule(ImageClassifier):
 
     def _total_steps(self) -> int:
         """Optimizer steps of the whole training: what schedules are measured in."""
-        batches = self.trainer.estimated_stepping_batches  # also sets up the data, so that the next line is known
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 0 or self.trainer.num_training_batches == float("inf"):
-            return int(batches)
-        steps = -(-int(self.trainer.num_training_batches) // self.accumulate_grad_batches) * epochs
-        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()
+        if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.num_training_batches == float("inf"):
+            return trainer.max_steps
+        steps = -(-int(trainer.num_training_batches) // self.accumulate_grad_batches) * trainer.max_epochs
+        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
     def on_fit_start(self) -> None:
-        loader = self.trainer.train_dataloader
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
-            batch = next(iter(loader))
+            batch = next(iter(self.trainer.train_dataloader))
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
@@ -58,18 +61,26 @@ def _check_teacher(module: DistillModule, loader: Any) -> None:
         )
 
 
+@contextmanager
+def _testing(trainer: Trainer) -> Iterator[None]:
+    """Let the data's hooks prepare batches as in a test: at this point of a fit they would augment them."""
+    stage = trainer.state.stage
+    trainer.testing = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
 @torch.no_grad()
 def accuracy(module: DistillModule, network: nn.Module, loader: Any) -> float:
     """Top-1 accuracy of ``network`` over ``loader``, all ranks together, within the Trainer's test limits."""
     trainer = module.trainer
     limit = trainer.limit_test_batches
-    batches = int(limit) if isinstance(limit, int) and limit > 1 else int(len(loader) * limit)
+    batches = limit if isinstance(limit, int) else int(len(loader) * limit)
     metric = MeanMetric().to(module.device)
-    answer: Callable[[Tensor], Tensor] = network
-    with evaluating(network), trainer.precision_plugin.forward_context():
-        for index, batch in enumerate(loader):
-            if index >= max(1, batches):
-                break
+    with evaluating(network), _testing(trainer), trainer.precision_plugin.forward_context():
+        for batch in islice(loader, max(1, batches)):
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
-            metric.update((answer(images).argmax(dim=1) == labels).float())
+            metric.update((network(images).argmax(dim=1) == labels).float())
     return float(metric.compute())

@@ -1,0 +1,8 @@
+"""Data sets as Lightning data modules: uint8 in memory, augmented in batches on the device, replayable."""
+
+from lqkd.data.base import ImageDataModule
+from lqkd.data.cifar import CIFAR10
+from lqkd.data.digits import Digits
+from lqkd.data.loader import Batch, TensorBatches
+
+__all__ = ["CIFAR10", "Batch", "Digits", "ImageDataModule", "TensorBatches"]

@@ -1,0 +1,90 @@
+"""Augmentation of whole uint8 batches on whatever device they are, replayable sample by sample.
+
+What happens to a sample depends on (seed, epoch, sample id) alone; see :mod:`lqkd.data.counter_rng`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lqkd.data.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, uniform
+
+
+def crop_offsets(padding: int, *, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the top and left corner of each sample's window in its padded image.
+
+    Args:
+        padding: pixels added on every side.
+        seed: the run's seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids.
+
+    Returns:
+        Two (B,) int64 tensors, each uniform over 0 ... 2 * padding; ``padding`` is the unshifted image.
+    """
+    choices = 2 * padding + 1
+    top = (uniform(seed, epoch, indices, STREAM_CROP_Y) * choices).to(torch.int64)
+    left = (uniform(seed, epoch, indices, STREAM_CROP_X) * choices).to(torch.int64)
+    return top, left
+
+
+def random_crop(images: Tensor, padding: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Pad with zeros (black, before normalisation) and cut a window of the original size, one per sample.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        padding: pixels added on every side.
+        seed: the run's seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids on the device of ``images``.
+
+    Returns:
+        (B, C, H, W) uint8, contiguous.
+    """
+    height, width = images.shape[-2:]
+    top, left = crop_offsets(padding, seed=seed, epoch=epoch, indices=indices)
+    padded = pad(images, (padding, padding, padding, padding))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
+    rows = torch.arange(len(images), device=images.device)
+    return windows[rows, :, top, left]  # (B, C, H, W)
+
+
+def random_flip(images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Mirror each sample left to right with probability one half.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        seed: the run's seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids on the device of ``images``.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    mirrored = uniform(seed, epoch, indices, STREAM_FLIP) < 0.5  # (B,)
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return ``(images / 255 - mean) / std``, the same bits as torchvision's ``ToTensor`` and ``Normalize``.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        mean: C channel means on the [0, 1] scale.
+        std: C channel standard deviations on the [0, 1] scale, each > 0.
+
+    Returns:
+        (B, C, H, W) float32, contiguous.
+    """
+    scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return scaled.sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1) float32; kept, because copying it to a GPU for every batch would wait for the GPU each time."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

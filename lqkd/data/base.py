@@ -1,0 +1,240 @@
+"""The common parent of image sets that fit in memory: split, loaders, augmentation and normalisation."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lqkd.data.augment import normalize, random_crop, random_flip
+from lqkd.data.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
+from lqkd.data.loader import Batch, TensorBatches
+from lqkd.data.split import stratified_split
+from lqkd.errors import UsageError
+
+
+class ImageSet(NamedTuple):
+    """A whole data set in memory."""
+
+    train_images: Tensor
+    """(N, C, H, W) uint8."""
+    train_labels: Tensor
+    """(N,) int64."""
+    test_images: Tensor
+    """(M, C, H, W) uint8."""
+    test_labels: Tensor
+    """(M,) int64."""
+    class_names: tuple[str, ...]
+    """The name of label 0, 1, ..."""
+
+
+class ImageDataModule(LightningDataModule):
+    """A data set of small images, held in memory as uint8, that yields :class:`~lqkd.data.Batch`.
+
+    A subclass says where the images come from (:meth:`load`) and what their channels look like (``default_mean``,
+    ``default_std``). The validation images are held out of the training set; the test set is never touched by the
+    split, so nothing that is selected on validation data has seen it. The split, the order and the augmentation are
+    pure functions of the seed: they are the same for every batch size and number of processes, and on resuming.
+
+    Training leaves out the last, short global batch of an epoch (its samples change with the order), unless it is the
+    only one.
+
+    Args:
+        batch_size: Training images per process and step.
+        eval_batch_size: Images per process and step in validation and test; null means batch_size.
+        validation_fraction: Share of the training set held out for validation, stratified by class, in (0, 1).
+        seed: Seed of the split, the order and the augmentation; null means the run's seed (seed_everything), else 0.
+        crop_padding: Pixels of black added on every side before a random crop of the original size; 0 means no crop.
+        horizontal_flip: Whether half of the training images are mirrored.
+        mean: Channel means on the [0, 1] scale that are subtracted; null means the data set's own.
+        std: Channel standard deviations on the [0, 1] scale to divide by; null means the data set's own.
+        limit_train: Train on only this many images, all classes in proportion, for quick studies; null means all.
+
+    Raises:
+        UsageError: when a setting is out of range, here or, where the data decide, in ``setup``.
+    """
+
+    default_mean: ClassVar[tuple[float, ...]]
+    default_std: ClassVar[tuple[float, ...]]
+
+    num_classes: int
+    """Known after ``setup``."""
+    class_names: tuple[str, ...]
+    """The name of label 0, 1, ...; known after ``setup``."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W); known after ``setup``."""
+    mean: tuple[float, ...]
+    """Channel means on the [0, 1] scale."""
+    std: tuple[float, ...]
+    """Channel standard deviations on the [0, 1] scale."""
+    run_seed: int
+    """The seed in use, after ``setup``."""
+    train_indices: Tensor
+    """Sorted int64 positions of the training images in the training set; known after ``setup``."""
+    val_indices: Tensor
+    """Sorted int64 positions of the validation images in the training set; known after ``setup``."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        validation_fraction: float = 0.1,
+        seed: int | None = None,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.crop_padding = crop_padding
+        self.horizontal_flip = horizontal_flip
+        self.mean = self.default_mean if mean is None else tuple(mean)
+        self.std = self.default_std if std is None else tuple(std)
+        self.limit_train = limit_train
+        self._images: ImageSet | None = None
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "limit_train"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value} is not accepted: it must be at least 1.")
+        if not 0 < self.validation_fraction < 1:
+            raise UsageError(
+                f"validation_fraction={self.validation_fraction} is not accepted: it must lie between 0 and 1,"
+                " both excluded."
+            )
+        if self.crop_padding < 0:
+            raise UsageError(f"crop_padding={self.crop_padding} is not accepted: it must be at least 0.")
+        for name in ("mean", "std"):
+            values, channels = getattr(self, name), len(self.default_mean)
+            if len(values) != channels:
+                raise UsageError(f"{name}={list(values)} is not accepted: it must have {channels} number(s).")
+        if not all(value > 0 for value in self.std):
+            raise UsageError(f"std={list(self.std)} is not accepted: every number must be above 0.")
+
+    def load(self) -> ImageSet:
+        """Read the whole data set; a subclass overrides this and it is called once, in ``setup``, on every process."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and hold out the validation set, once for all stages."""
+        if self._images is not None:
+            return
+        images = self.load()
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        self.class_names = images.class_names
+        self.num_classes = len(images.class_names)
+        channels, height, width = images.train_images.shape[1:]
+        self.image_shape = (channels, height, width)
+        self._split(images.train_labels)
+        self._images = images
+
+    def _split(self, labels: Tensor) -> None:
+        everything = torch.arange(len(labels))
+        held_out = round(self.validation_fraction * len(labels))
+        if not 0 < held_out < len(labels):
+            raise UsageError(
+                f"validation_fraction={self.validation_fraction} holds out {held_out} of {len(labels)} training images:"
+                " at least one must be held out and one left."
+            )
+        self.val_indices, self.train_indices = stratified_split(
+            everything, labels, held_out, seed=self.run_seed, stream=STREAM_VALIDATION
+        )
+        if self.limit_train is None:
+            return
+        if self.limit_train > len(self.train_indices):
+            raise UsageError(
+                f"limit_train={self.limit_train} is not accepted: {len(self.train_indices)} training images are"
+                " available once the validation images are held out."
+            )
+        self.train_indices, _ = stratified_split(
+            self.train_indices,
+            labels[self.train_indices],
+            self.limit_train,
+            seed=self.run_seed,
+            stream=STREAM_LIMIT,
+        )
+
+    def train_dataloader(self) -> TensorBatches:
+        """Return this process's share of the training images, in a new order in each epoch."""
+        images = self._loaded()
+        rank, world_size = self._place()
+        return TensorBatches(
+            images.train_images,
+            images.train_labels,
+            self.train_indices,
+            batch_size=self.batch_size,
+            # overfit_batches means the same batches again and again; Lightning can turn off its own samplers only.
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            seed=self.run_seed,
+            drop_last=len(self.train_indices) >= self.batch_size * world_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> TensorBatches:
+        """Return this process's share of the validation images."""
+        images = self._loaded()
+        return self._evaluation(images.train_images, images.train_labels, self.val_indices)
+
+    def test_dataloader(self) -> TensorBatches:
+        """Return this process's share of the test images."""
+        images = self._loaded()
+        return self._evaluation(images.test_images, images.test_labels, torch.arange(len(images.test_labels)))
+
+    def predict_dataloader(self) -> TensorBatches:
+        """Return the test images, as ``test_dataloader`` does."""
+        return self.test_dataloader()
+
+    def _evaluation(self, images: Tensor, labels: Tensor, indices: Tensor) -> TensorBatches:
+        rank, world_size = self._place()
+        return TensorBatches(
+            images,
+            labels,
+            indices,
+            batch_size=self.eval_batch_size,
+            shuffle=False,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
+        """Augment (in training) and normalise a batch on the device it is on; needs ``setup``, but no trainer.
+
+        Args:
+            batch: a batch as a loader yields it: uint8 images (B, C, H, W).
+            train: whether to augment.
+            epoch: the epoch, counted from 0, that the augmentation is drawn for.
+
+        Returns:
+            The batch with (B, C, H, W) float32 images, contiguous.
+        """
+        images = batch.images
+        if train and self.crop_padding:
+            images = random_crop(images, self.crop_padding, seed=self.run_seed, epoch=epoch, indices=batch.indices)
+        if train and self.horizontal_flip:
+            images = random_flip(images, seed=self.run_seed, epoch=epoch, indices=batch.indices)
+        return batch._replace(images=normalize(images, self.mean, self.std))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Preprocess each batch on the device: Lightning calls this for every loader and stage."""
+        assert self.trainer is not None
+        return self.preprocess(batch, train=self.trainer.training, epoch=self.trainer.current_epoch)
+
+    def _loaded(self) -> ImageSet:
+        assert self._images is not None, "call setup() first"
+        return self._images
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,82 @@
+"""Random numbers that are a function of what they are for, not of what was drawn before.
+
+A number depends on (seed, epoch, sample, stream) alone, so it does not change with the batch size, the order of the
+samples, the number of processes or the device, and a run that resumes draws what it would have drawn. The global
+generators of torch, NumPy and Python are neither read nor advanced.
+
+The hash is the SplitMix64 finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# One stream per decision, so that two decisions about the same sample are independent.
+STREAM_ORDER = 0
+STREAM_VALIDATION = 1
+STREAM_LIMIT = 2
+STREAM_TEST = 3
+STREAM_CROP_Y = 4
+STREAM_CROP_X = 5
+STREAM_FLIP = 6
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+
+
+def random_bits(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
+    """Return 64 random bits per sample.
+
+    Args:
+        seed: any integer; values that differ by a multiple of 2**64 are the same seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids.
+        stream: which decision the numbers are for, one of the ``STREAM_*`` constants.
+
+    Returns:
+        (B,) int64 on the device of ``indices``, uniform over all 2**64 values.
+    """
+    assert indices.dtype == torch.int64, indices.dtype
+    key = 0
+    for part in (seed, epoch, stream):
+        key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
+    z = indices * _signed(_GOLDEN) + _signed(key)  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
+    z = (z ^ _shift_right(z, 30)) * _signed(_FIRST)
+    z = (z ^ _shift_right(z, 27)) * _signed(_SECOND)
+    return z ^ _shift_right(z, 31)
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
+    """Return one uniform number per sample; the arguments are those of :func:`random_bits`.
+
+    Returns:
+        (B,) float32 in [0, 1), a multiple of 2**-24, on the device of ``indices``.
+
+    Example:
+        >>> ids = torch.tensor([3, 7])
+        >>> together = uniform(0, 5, ids, STREAM_FLIP)
+        >>> bool(together[1] == uniform(0, 5, ids[1:], STREAM_FLIP)[0])
+        True
+    """
+    # 24 bits are what a float32 holds exactly: more would round some values up to 1.
+    return _shift_right(random_bits(seed, epoch, indices, stream), 40).to(torch.float32) * 2.0**-24
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * _FIRST) & _MASK
+    z = ((z ^ (z >> 27)) * _SECOND) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits as the unsigned ``value``."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(z: Tensor, places: int) -> Tensor:
+    """Logical shift: torch shifts int64 arithmetically, so the copies of the sign bit are masked away."""
+    shifted: Tensor = (z >> places) & (2 ** (64 - places) - 1)
+    return shifted

@@ -1,0 +1,85 @@
+"""Small real parts from which tests are built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lqkd.data import Digits
+from lqkd.models import CifarResNet
+from lqkd.modules import DistillModule
+from lqkd.quantization import Recipe
+from lqkd.regularizers import ElementwiseMLP
+from lqkd.teacher import FrozenTeacher
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+
+
+def network(depth: int = 8, classes: int = 10) -> CifarResNet:
+    return CifarResNet(depth, num_classes=classes, width=4, in_channels=1)
+
+
+def distiller(**arguments: Any) -> DistillModule:
+    """A DistillModule on digits with random weights and every player present, but for what ``arguments`` replace."""
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "teacher": FrozenTeacher(network(14), minimum_accuracy=0.0),
+        "student": network(),
+        "quantization": Recipe(bits="w4a4"),
+        "regularizer": ElementwiseMLP(hidden=8),
+        "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    }
+    return DistillModule(**(defaults | arguments))
+
+
+def digits(batches: int = 7, batch_size: int = 16) -> Digits:
+    """Digits with ``batches`` training batches an epoch."""
+    return Digits(batch_size=batch_size, limit_train=batches * batch_size, eval_batch_size=256)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Any) -> Callable[..., Trainer]:
+    """A real Trainer on the CPU, silent, that writes below ``tmp_path``."""
+
+    def make(**arguments: Any) -> Trainer:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": CSVLogger(tmp_path, name="", version=""),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+            "log_every_n_steps": 1,
+        }
+        return Trainer(**(defaults | arguments))
+
+    return make
+
+
+class Recorder(Callback):
+    """Keeps what ``look(trainer, module)`` returns after every training batch."""
+
+    def __init__(self, look: Callable[[Trainer, DistillModule], Any]) -> None:
+        self.look = look
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(self.look(trainer, pl_module))
+
+
+def parameters_of(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()
