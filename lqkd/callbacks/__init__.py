@@ -1,0 +1,11 @@
+"""Callbacks: what watches a training and what it leaves on disk."""
+
+from __future__ import annotations
+
+from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
+from lqkd.callbacks.progress import ProgressBar
+from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
+from lqkd.callbacks.run_logger import RunLogger, run_folder_of
+from lqkd.callbacks.run_summary import RunSummary
+
+__all__ = ["AtomicCheckpointIO", "ProgressBar", "RegularizerMonitor", "RunLogger", "RunSummary", "run_folder_of"]

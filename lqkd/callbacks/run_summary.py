@@ -1,0 +1,181 @@
+"""``summary.json`` and the network itself: what a run leaves behind for people and for later tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
+from lqkd.callbacks.run_logger import run_folder_of
+from lqkd.files import atomic_path, write_json
+from lqkd.modules import DistillModule
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.references import REFERENCES
+from lqkd.quantization import bit_operations, quantizers, size
+
+SUMMARY = "summary.json"
+
+
+class RunSummary(Callback):
+    """Writes ``summary.json`` and ``student.safetensors`` (``network.safetensors`` in float training).
+
+    Both describe the checkpoint with the best validation accuracy. The summary is written when training ends and
+    completed when a test has run. Values that are not known are null.
+    """
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.images = 0
+        self.values: dict[str, Any] = {}
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self.train_seconds, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.train_seconds += time.perf_counter() - self._started
+        self.images += len(batch[1]) * trainer.world_size
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, ImageClassifier):
+            self.values = self._collect(trainer, pl_module)
+            self._write(trainer)
+            self._write_network(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.values:  # a test alone describes no run
+            return
+        accuracy = trainer.callback_metrics.get("test/acc")
+        self.values["test_accuracy"] = None if accuracy is None else float(accuracy)
+        self._write(trainer)
+
+    def _collect(self, trainer: Trainer, module: ImageClassifier) -> dict[str, Any]:
+        network = module.product()
+        best = _best_score(trainer)
+        measured = size(network)
+        data = getattr(trainer, "datamodule", None)
+        example = torch.zeros(1, *data.image_shape, device=module.device) if hasattr(data, "image_shape") else None
+        monitor = next((c for c in trainer.callbacks if isinstance(c, RegularizerMonitor)), None)  # type: ignore[attr-defined]
+        distills = isinstance(module, DistillModule)
+        values: dict[str, Any] = {
+            "seed": _seed(),
+            "versions": _versions(),
+            "machine": f"{platform.machine()}, {module.device.type}, {torch.get_num_threads()} threads",
+        }
+        values |= module.references if isinstance(module, DistillModule) else dict.fromkeys(REFERENCES)
+        weight_bits, activation_bits = _bits(network)
+        values |= {
+            "val_accuracy": best,
+            "test_accuracy": None,
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "parameters": measured.parameters,
+            "packed_bytes": measured.packed_bytes,
+            "float_bytes": measured.float_bytes,
+            "bit_operations": None if example is None else bit_operations(network, example),
+            "images_per_second": round(self.images / self.train_seconds, 1) if self.train_seconds else None,
+            "train_seconds": round(self.train_seconds, 2),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "regularizer": monitor.summary() if monitor is not None and distills else None,
+            "balance": _balance(trainer) if distills else None,
+            "warnings": list(monitor.warnings) if monitor is not None else [],
+        }
+        return values
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer) -> None:
+        folder = run_folder_of(trainer)
+        if folder is not None:
+            write_json(folder / SUMMARY, self.values)
+
+    @rank_zero_only
+    def _write_network(self, trainer: Trainer, module: ImageClassifier) -> None:
+        folder = run_folder_of(trainer)
+        if folder is None:
+            return
+        name = "student" if isinstance(module, DistillModule) else "network"
+        state = _best_state(trainer, name) or module.product().state_dict()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        data = getattr(trainer, "datamodule", None)
+        described: dict[str, Any] = {
+            "lqkd": metadata.version("lqkd"),
+            "val_accuracy": self.values["val_accuracy"],
+            "class_names": list(getattr(data, "class_names", ())),
+            "mean": list(getattr(data, "mean", ())),
+            "std": list(getattr(data, "std", ())),
+            "image_shape": list(getattr(data, "image_shape", ())),
+            name: module.hparams.get(name),
+            "quantization": module.hparams.get("quantization"),
+        }
+        with atomic_path(Path(folder) / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in described.items()})
+
+
+def _best_score(trainer: Trainer) -> float | None:
+    checkpoint = trainer.checkpoint_callback
+    score = checkpoint.best_model_score if isinstance(checkpoint, ModelCheckpoint) else None
+    if score is None:
+        score = trainer.callback_metrics.get("val/acc")
+    return None if score is None else float(score)
+
+
+def _best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
+    checkpoint = trainer.checkpoint_callback
+    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    if not path:
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
+    """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...); None in floating point."""
+    found: dict[str, list[int]] = {"weight": [], "input": []}
+    for name, quantizer in quantizers(network).items():
+        found["weight" if name.endswith("weight_quantizer") else "input"].append(quantizer.bits)
+
+    def describe(bits: list[int]) -> str | None:
+        if not bits:
+            return None
+        common = max(sorted(set(bits)), key=bits.count)
+        others = [f"{b} in {bits.count(b)}" for b in sorted(set(bits)) if b != common]
+        return str(common) + (f" ({', '.join(others)} layers)" if others else "")
+
+    return describe(found["weight"]), describe(found["input"])
+
+
+def _balance(trainer: Trainer) -> dict[str, float]:
+    prefix = "balance/"
+    metrics = trainer.callback_metrics
+    return {key.removeprefix(prefix): float(value) for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lqkd", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
