@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lqkd.callbacks import AtomicCheckpointIO, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
+from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
+from lqkd.callbacks.checkpoint import BEST
 from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_text
@@ -26,7 +29,8 @@ from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.run_folder import RunSettings, claim
 
 CONFIG = "config.yaml"
-BEST = Path("checkpoints") / "best.ckpt"
+LAYERS = "layers.txt"
+CHECKPOINTS = "checkpoints"
 
 
 class LqkdCLI(LightningCLI):
@@ -47,6 +51,7 @@ class LqkdCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self._get(self.config, "trainer")
+        _check_loggers(trainer.logger)
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         self.config_text = self._config_text()
@@ -84,7 +89,7 @@ class LqkdCLI(LightningCLI):
 
     def _best_beside_config(self, config: Any) -> str | None:
         for source in config.get("config") or ():
-            best = Path(str(source)).resolve().parent / BEST
+            best = Path(str(source)).resolve().parent / CHECKPOINTS / BEST
             if best.is_file():
                 rank_zero_info(f"using the best checkpoint of the run: {best}")
                 return str(best)
@@ -104,7 +109,7 @@ class LqkdCLI(LightningCLI):
             for logger in loggers:
                 _move_into(logger, self.run_folder)
             loggers = [RunLogger(self.run_folder), *loggers]
-        defaults = self._default_callbacks(bool(config.limit_val_batches), config.enable_progress_bar is not False)
+        defaults = self._default_callbacks(config.limit_val_batches != 0, config.enable_progress_bar is not False)
         callbacks += [d for d in defaults if not any(isinstance(c, type(d)) for c in callbacks)]
         return super().instantiate_trainer(**{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs})
 
@@ -115,7 +120,7 @@ class LqkdCLI(LightningCLI):
         if shows_progress:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
-            callbacks += [_KeepRun(self.config_text), _checkpoint(self.run_folder, validates)]
+            callbacks += [_KeepRun(self.config_text), BestAndLast(self.run_folder / CHECKPOINTS, validates)]
         return callbacks
 
     # ---- after the verbs
@@ -134,12 +139,12 @@ class LqkdCLI(LightningCLI):
         assert batches is not None
         names = getattr(datamodule, "class_names", ())
         checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
-        folder = checkpoint.parent.parent if checkpoint.parent.name == BEST.parent.name else Path.cwd()
+        folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
         _write_predictions(folder / "predictions.csv", [torch.as_tensor(batch) for batch in batches], names)
 
 
 class _KeepRun(Callback):
-    """Makes checkpoints atomic and keeps the run's configuration beside them."""
+    """Makes checkpoints atomic and keeps the run's configuration and list of layers beside them."""
 
     def __init__(self, config_text: str) -> None:
         self.config_text = config_text
@@ -149,30 +154,28 @@ class _KeepRun(Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._write(trainer)
+        self._write(trainer, pl_module)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any) -> None:
         logger = next(logger for logger in trainer.loggers if isinstance(logger, RunLogger))
-        write_text(Path(str(logger.log_dir)) / CONFIG, self.config_text)
-
-
-def _checkpoint(folder: Path, validates: bool) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=folder / BEST.parent,
-        filename=BEST.stem,
-        monitor="val/acc" if validates else None,
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,  # after the epoch's validation and after the schedules have stepped
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+        write_text(logger.folder / CONFIG, self.config_text)
+        if isinstance(pl_module, DistillModule):
+            write_text(logger.folder / LAYERS, f"{pl_module.coverage}\n")
+            print(pl_module.coverage.summary())
 
 
 def _class_of(config: Any) -> type:
     module, _, name = config["class_path"].rpartition(".")
     return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _check_loggers(given: Any) -> None:
+    for logger in given if isinstance(given, list) else [given]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        package = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard"}.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UsageError(f"trainer.logger={name} needs {package}: pip install 'lqkd[{package}]'")
 
 
 def _move_into(logger: Any, folder: Path) -> None:
@@ -233,9 +236,19 @@ def _print_summary(folder: Path) -> None:
     console.print(f"run folder: {folder}", soft_wrap=True)
 
 
+def _silence_noise() -> None:
+    """Drop messages that are not about the user's run: advertisements, and warnings that lqkd has dealt with."""
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     torch.set_float32_matmul_precision("high")
+    _silence_noise()
     try:
         LqkdCLI(
             subclass_mode_model=True,

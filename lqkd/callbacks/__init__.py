@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
 from lqkd.callbacks.progress import ProgressBar
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import RunLogger, run_folder_of
 from lqkd.callbacks.run_summary import RunSummary
 
-__all__ = ["AtomicCheckpointIO", "ProgressBar", "RegularizerMonitor", "RunLogger", "RunSummary", "run_folder_of"]
+__all__ = ["AtomicCheckpointIO", "BestAndLast", "ProgressBar", "RegularizerMonitor", "RunLogger", "RunSummary", "run_folder_of"]

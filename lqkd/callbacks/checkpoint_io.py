@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent."""
+"""Checkpoints that are either whole or absent, whatever kills the process that writes them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lqkd.files import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, then renames it.
+    """Lightning's checkpoint files, written beside their final name and renamed.
 
-    Lightning's own writes to the system's temporary folder, which may be on another file system, and then moves:
-    a copy that can be interrupted half-way.
+    Lightning's own way goes through the system's temporary folder, which is often on another file system; its move
+    into place is then a copy that can be cut short.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``.
+        """Write ``checkpoint`` to ``path``; a file that is there already stays as it is until the new one is whole.
 
         Raises:
-            OSError: when the disk is full or the folder is not writable; an older file of that name is left as it was.
+            TypeError: when ``storage_options`` are given; there are none.
+            OSError: when the disk is full or the folder is not writable. The old file is untouched.
         """
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        if storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r} is not possible: {type(self).__name__} has none")
+        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:  # torch hides the error of a full disk behind one about its zip file
+                cause = error.__context__
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(path)) from error
+                raise

@@ -1,234 +1,268 @@
-"""What the regularizer learned, epoch by epoch: numbers, a picture and a verdict."""
+"""What the regularizer's weights do during a training: numbers, a picture and a verdict."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.files import atomic_path
 
-COLLAPSED_BELOW = 0.1
-"""A mean weight under this part of the initial weight, 1, counts as collapsed: distillation hardly acts any more."""
-SATURATED_ABOVE = 0.9
-"""A greater share of weights at their upper bound counts as saturated."""
-UNIFORM_BELOW = 0.01
-"""A spread under this part of the mean, at a mean near 1, counts as uniform."""
+FOLDER = "regularizer"
+"""Folder in the run's folder with ``weights.csv`` and ``weights.png``."""
+
+COLLAPSE_BELOW = 0.1
+"""A mean weight below this is a collapse; every regularizer starts at 1."""
+
+_AT_MAXIMUM = 0.98
+"""Share of the upper bound from which on a weight counts as being at it; the bound is only approached."""
+
+_BINS = 64
 
 
 @dataclass(frozen=True)
 class EpochWeights:
-    """The weights of all training batches of one epoch."""
+    """The weights w of one training epoch, over all elements of the divergence maps D of all batches and processes.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        mean, spread, minimum, maximum: of w; the spread is the standard deviation.
+        effective: ``sum(w * D) / sum(D)``, the factor with which the divergence still counts; nan when D is 0.
+        at_maximum: share of weights at the upper bound; None when there is no bound.
+    """
 
     epoch: int
     mean: float
     spread: float
-    """Standard deviation over all elements."""
     minimum: float
     maximum: float
     effective: float
-    """Part of the divergence that still counts, ``sum(w D) / sum(D)``."""
-    at_maximum: float
-    """Share of the weights within 2 % of their upper bound."""
+    at_maximum: float | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the weights of the last epoch mean for the run, and what to do about it."""
+    """What became of the weights, and a sentence that gives the number and, where one is needed, a remedy."""
 
-    kind: Literal["healthy", "collapsed", "saturated", "uniform"]
+    kind: Literal["healthy", "collapsed", "saturated", "uniform", "diverged"]
     sentence: str
 
 
-def verdict(last: EpochWeights) -> Verdict:
-    """Judge the weights of the last epoch."""
-    if last.mean < COLLAPSED_BELOW:
+def verdict(history: Sequence[EpochWeights]) -> Verdict:
+    """Judge a training by its last epoch; ``history`` has at least one."""
+    last = history[-1]
+    number = last.epoch + 1
+    if not math.isfinite(last.mean):
+        return Verdict(
+            "diverged",
+            f"The regularizer's weights are no longer finite (mean {last.mean} in epoch {number}): lower its learning "
+            "rate.",
+        )
+    if last.mean < COLLAPSE_BELOW:
         return Verdict(
             "collapsed",
-            f"The regularizer collapsed: its mean weight fell from 1 to {last.mean:.3g} and distillation is all but "
-            "off. Use a guard other than none, e.g. --model.regularizer.guard=barrier: without one, zero weights are "
-            "the optimum of the literal formula.",
+            f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which turns distillation "
+            "off: use a guard other than none, e.g. --model.regularizer.guard=barrier: without one, weight zero is the "
+            "optimum of the literal formula.",
         )
-    if last.at_maximum > SATURATED_ABOVE:
+    if last.at_maximum is not None and last.at_maximum > 0.9:
         return Verdict(
             "saturated",
-            f"The regularizer is saturated: {last.at_maximum:.0%} of its weights are at their upper bound. "
-            "Raise max_weight, or use a fixed weight: it no longer tells differences apart.",
+            f"{last.at_maximum:.0%} of the regularizer's weights are at their bound in epoch {number}, where they "
+            "no longer tell elements apart: raise --model.regularizer.max_weight, or lower its learning rate.",
         )
-    if last.spread < UNIFORM_BELOW * last.mean and 0.5 < last.mean < 2.0:
+    if last.spread < 0.01 * last.mean and 0.5 < last.mean < 2:
         return Verdict(
             "uniform",
-            f"The regularizer is uniform: mean weight {last.mean:.3g}, spread {last.spread:.2g}, no different from "
-            "fixed distillation. Raise its learning rate or train longer, or save its cost.",
+            f"The regularizer's weights are all about {last.mean:.3g} (spread {last.spread:.2g}) in epoch {number}, no "
+            "different from fixed distillation: raise its learning rate or train longer.",
         )
     return Verdict(
-        "healthy", f"The regularizer is healthy: mean weight {last.mean:.3g}, spread {last.spread:.3g} in the last epoch."
+        "healthy",
+        f"The regularizer's weights differ: mean {last.mean:.3g}, spread {last.spread:.3g} in epoch {number}; the "
+        f"divergence counts {last.effective:.3g} times.",
     )
 
 
-class _Accumulator:
-    """Sums over the weights of an epoch, kept on the device so that no batch waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.sums = torch.zeros(6, dtype=dtype, device=device)  # n, w, w^2, at maximum, w D, D
-        self.extremes = torch.tensor([-torch.inf, -torch.inf], dtype=dtype, device=device)  # of -w and of w
-
-    def add(self, weights: Tensor, divergence: Tensor, max_weight: float | None) -> None:
-        w = weights.to(self.sums.dtype)
-        d = divergence.to(self.sums.dtype)
-        at_maximum = w.new_zeros(()) if max_weight is None else (w >= 0.98 * max_weight).sum()
-        counted = w.new_tensor(float(w.numel()))
-        self.sums += torch.stack([counted, w.sum(), w.square().sum(), at_maximum, (w * d).sum(), d.sum()])
-        self.extremes = torch.maximum(self.extremes, torch.stack([(-w).max(), w.max()]))
-
-    def result(self, epoch: int) -> EpochWeights:
-        """Statistics over all ranks, on all of which this must be called."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.sums)
-            torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
-        count, total, squares, at_maximum, weighted, divergence = self.sums.tolist()
-        mean = total / count
-        negative_minimum, maximum = self.extremes.tolist()
-        return EpochWeights(
-            epoch=epoch,
-            mean=mean,
-            spread=max(0.0, squares / count - mean**2) ** 0.5,
-            minimum=-negative_minimum,
-            maximum=maximum,
-            effective=weighted / divergence if divergence else mean,
-            at_maximum=at_maximum / count,
-        )
-
-
 class RegularizerMonitor(Callback):
-    """Logs and draws the regularizer's weights, and warns when they collapse.
+    """Measures the weights of the module's ``regularizer`` in every training batch and reports them every epoch.
 
-    After each epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective`` and
-    ``at_maximum`` (see :class:`EpochWeights`) to every logger, and a histogram to W&B and TensorBoard where these are
-    in use. The run folder gets ``regularizer/weights.csv`` and ``regularizer/weights.png``.
+    Reads the ``weights`` and the ``divergence`` (B, C) that ``training_step`` returns; batches without weights are
+    skipped, and a module without a regularizer leaves nothing. Numbers stay on the device until the epoch ends.
+
+    Every epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective`` and, when the weights
+    have an upper bound, ``at_maximum`` (see :class:`EpochWeights`); W&B and TensorBoard get a histogram of the last
+    batch's weights as ``regularizer/weights``. In a run folder it keeps ``regularizer/weights.csv``, a row per epoch,
+    and ``regularizer/weights.png``. The first collapse is a warning, and an entry in :attr:`warnings`.
 
     Args:
-        picture_every_n_epochs: how often the picture is redrawn during training; it is always drawn at the end.
+        picture_every_n_epochs: how often the picture is drawn before training ends.
     """
 
     def __init__(self, picture_every_n_epochs: int = 10) -> None:
         self.picture_every_n_epochs = picture_every_n_epochs
         self.history: list[EpochWeights] = []
         self.warnings: list[str] = []
-        self._accumulator: _Accumulator | None = None
-        self._latest: Tensor | None = None
+        self._batches: list[Tensor] = []  # (8,) of each batch, see _moments
+        self._last_weights: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [asdict(row) for row in self.history], "warnings": list(self.warnings)}
+        return {"history": [asdict(epoch) for epoch in self.history], "warnings": list(self.warnings)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [EpochWeights(**row) for row in state_dict["history"]]
+        self.history = [EpochWeights(**epoch) for epoch in state_dict["history"]]
         self.warnings = list(state_dict["warnings"])
+
+    def summary(self) -> dict[str, Any]:
+        """Last epoch's mean, spread, minimum, maximum and effective with verdict and sentence.
+
+        A value is None when it is not finite; all are when there was no regularizer.
+        """
+        names = ("mean", "spread", "minimum", "maximum", "effective")
+        if not self.history:
+            return dict.fromkeys((*names, "verdict", "sentence"))
+        values = {name: getattr(self.history[-1], name) for name in names}
+        judged = verdict(self.history)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return finite | {"verdict": judged.kind, "sentence": judged.sentence}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(outputs, dict) or "weights" not in outputs:
-            return
-        weights, divergence = outputs["weights"], outputs["divergence"]
-        if self._accumulator is None:
-            self._accumulator = _Accumulator(weights.device)
-        max_weight = getattr(pl_module.regularizer, "max_weight", None)
-        self._accumulator.add(weights.expand_as(divergence), divergence, max_weight)
-        self._latest = weights
+        if isinstance(outputs, Mapping) and "weights" in outputs:
+            self._last_weights = outputs["weights"]
+            self._batches.append(_moments(outputs["weights"], outputs["divergence"], _max_weight(pl_module)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._accumulator is None:
+        if not self._batches:
             return
-        row = self._accumulator.result(trainer.current_epoch)
-        self._accumulator = None
-        self.history.append(row)
-        pl_module.log_dict({f"regularizer/{key}": value for key, value in asdict(row).items() if key != "epoch"})
-        judged = verdict(row)
-        if judged.kind == "collapsed" and judged.kind not in (text.split(":")[0] for text in self.warnings):
-            self.warnings.append(f"{judged.kind}: {judged.sentence}")
-            rank_zero_warn(judged.sentence)
-        self._log_histograms(trainer)
-        self._write(trainer, picture=(trainer.current_epoch + 1) % self.picture_every_n_epochs == 0)
+        moments = _combine(torch.stack(self._batches))
+        if trainer.world_size > 1:
+            gathered = pl_module.all_gather(moments.float().to(pl_module.device))
+            assert isinstance(gathered, Tensor)
+            moments = _combine(gathered)
+        epoch = _epoch_weights(moments, trainer.current_epoch, bounded=_max_weight(pl_module) is not None)
+        self.history.append(epoch)
+        numbers = {f"regularizer/{k}": v for k, v in asdict(epoch).items() if k != "epoch" and v is not None}
+        pl_module.log_dict(numbers, sync_dist=True)  # the same on all processes; said so that Lightning does not warn
+        self._warn_of_collapse()
+        if trainer.is_global_zero:
+            self._log_histogram(trainer)
+            folder = run_folder_of(trainer)
+            if folder is not None:
+                _write_table(folder / FOLDER / "weights.csv", self.history)
+                if (trainer.current_epoch + 1) % self.picture_every_n_epochs == 0:
+                    draw(self.history, folder / FOLDER / "weights.png")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.history:
-            self._write(trainer, picture=True)
+        folder = run_folder_of(trainer)
+        if trainer.is_global_zero and folder is not None and self.history:
+            draw(self.history, folder / FOLDER / "weights.png")
 
-    def summary(self) -> dict[str, Any]:
-        """The last epoch's statistics with the verdict; every value None when there was no regularizer."""
-        keys = ("mean", "spread", "minimum", "maximum", "effective", "at_maximum")
-        if not self.history:
-            return dict.fromkeys((*keys, "verdict", "sentence"))
-        last = self.history[-1]
-        judged = verdict(last)
-        return {key: getattr(last, key) for key in keys} | {"verdict": judged.kind, "sentence": judged.sentence}
+    def _warn_of_collapse(self) -> None:
+        judged = verdict(self.history)
+        if judged.kind == "collapsed" and not self.warnings:
+            self.warnings.append(judged.sentence)
+            rank_zero_warn(judged.sentence)
 
-    @rank_zero_only
-    def _log_histograms(self, trainer: Trainer) -> None:
-        assert self._latest is not None
-        values = self._latest.flatten().float().cpu().numpy()
+    def _log_histogram(self, trainer: Trainer) -> None:
+        assert self._last_weights is not None
+        weights = self._last_weights.detach().float().flatten().cpu()
+        weights = weights[weights.isfinite()]
+        if not len(weights):
+            return
+        step = trainer.fit_loop.epoch_loop.total_batch_idx  # where Lightning puts this epoch's metrics
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
+                import numpy as np
                 import wandb
 
-                histogram = wandb.Histogram(np_histogram=np.histogram(values, bins=64))
-                # Not committed: it joins the metrics that Lightning logs for this step.
-                logger.experiment.log(
-                    {"regularizer/weights": histogram, "trainer/global_step": trainer.global_step}, commit=False
-                )
+                histogram = wandb.Histogram(np_histogram=np.histogram(weights.numpy(), bins=_BINS))
+                logger.log_metrics({"regularizer/weights": histogram}, step=step)  # type: ignore[dict-item]
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("regularizer/weights", values, trainer.global_step)
+                logger.experiment.add_histogram("regularizer/weights", weights, global_step=step)
 
-    @rank_zero_only
-    def _write(self, trainer: Trainer, picture: bool) -> None:
-        run_folder = run_folder_of(trainer)
-        if run_folder is None:
-            return
-        _write_table(run_folder / "regularizer" / "weights.csv", self.history)
-        if picture:
-            draw_weights(run_folder / "regularizer" / "weights.png", self.history)
+
+def draw(history: Sequence[EpochWeights], target: Path) -> None:
+    """Write a PNG of mean, spread, minimum and maximum over the epochs to ``target``, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [epoch.epoch + 1 for epoch in history]
+    mean = [epoch.mean for epoch in history]
+    low = [max(epoch.mean - epoch.spread, epoch.minimum) for epoch in history]  # a logarithmic axis ends above zero
+    high = [epoch.mean + epoch.spread for epoch in history]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_yscale("log", nonpositive="clip")
+    axes.fill_between(epochs, low, high, alpha=0.25, color="tab:blue", linewidth=0, label="mean ± spread")
+    axes.plot(epochs, mean, color="tab:blue", marker="o", markersize=3, label="mean")
+    for name, style in (("maximum", "--"), ("minimum", ":")):
+        axes.plot(epochs, [getattr(epoch, name) for epoch in history], style, color="tab:gray", label=name)
+    axes.axhline(1, color="black", linewidth=0.6, label="fixed distillation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title="Weights of the regularizer", xlabel="epoch", ylabel="weight")
+    axes.legend(fontsize="small")
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _max_weight(module: LightningModule) -> float | None:
+    return getattr(module.regularizer, "max_weight", None)
+
+
+def _moments(weights: Tensor, divergence: Tensor, max_weight: float | None) -> Tensor:
+    """Count, mean, squared deviations, minimum, maximum, sum(w D), sum(D) and count at the bound; (8,) float32."""
+    divergence = divergence.detach().float()
+    weights = weights.detach().float().broadcast_to(divergence.shape)
+    variance, mean = torch.var_mean(weights, correction=0)
+    minimum, maximum = torch.aminmax(weights)
+    count = torch.full_like(mean, weights.numel())
+    at_maximum = (weights >= _AT_MAXIMUM * max_weight).sum() if max_weight is not None else torch.zeros_like(mean)
+    counted, total = (weights * divergence).sum(), divergence.sum()
+    return torch.stack((count, mean, variance * count, minimum, maximum, counted, total, at_maximum.float()))
+
+
+def _combine(parts: Tensor) -> Tensor:
+    """Moments of the union of ``parts`` (N, 8), each as :func:`_moments` gives them; (8,) float64 on the CPU."""
+    count, mean, deviations, minimum, maximum, counted, total, at_maximum = parts.cpu().double().unbind(dim=1)
+    center = (count * mean).sum() / count.sum()
+    spread_of_means = (count * (mean - center).square()).sum()
+    sums = (counted.sum(), total.sum(), at_maximum.sum())
+    return torch.stack((count.sum(), center, deviations.sum() + spread_of_means, minimum.min(), maximum.max(), *sums))
+
+
+def _epoch_weights(moments: Tensor, epoch: int, bounded: bool) -> EpochWeights:
+    count, mean, deviations, minimum, maximum, counted, total, at_maximum = moments.tolist()
+    return EpochWeights(
+        epoch=epoch,
+        mean=mean,
+        spread=math.sqrt(deviations / count),
+        minimum=minimum,
+        maximum=maximum,
+        effective=counted / total if total else math.nan,
+        at_maximum=at_maximum / count if bounded else None,
+    )
 
 
 def _write_table(target: Path, history: Sequence[EpochWeights]) -> None:
+    rows = [asdict(epoch) for epoch in history]
     with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(EpochWeights.__dataclass_fields__))
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in history)
-
-
-def draw_weights(target: Path, history: Sequence[EpochWeights]) -> None:
-    """Draw mean, spread and extremes of the weights over the epochs and write them to ``target``, a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    epochs = [row.epoch + 1 for row in history]
-    mean = np.array([row.mean for row in history])
-    spread = np.array([row.spread for row in history])
-    floor = max(min(row.minimum for row in history), 1e-4)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.fill_between(
-        epochs, np.maximum(mean - spread, floor), mean + spread, alpha=0.3, label="mean ± standard deviation"
-    )
-    axes.plot(epochs, mean, marker="o", markersize=3, label="mean")
-    axes.plot(epochs, [row.effective for row in history], linestyle="--", label="part of the divergence that counts")
-    axes.plot(epochs, [max(row.minimum, floor) for row in history], linewidth=0.8, color="gray", label="extremes")
-    axes.plot(epochs, [row.maximum for row in history], linewidth=0.8, color="gray")
-    axes.axhline(1.0, linewidth=0.8, linestyle=":", color="black", label="plain distillation")
-    axes.set(yscale="log", xlabel="epoch", ylabel="weight", title="Weights of the regularizer")
-    axes.legend(fontsize="small")
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        writer.writerows(rows)

@@ -1,48 +1,70 @@
-"""The logger that owns a run folder: metrics as a CSV file that is always whole."""
+"""The logger that owns a run's folder and keeps its metrics there as one CSV table."""
 
 from __future__ import annotations
 
 import csv
 import time
-from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+from lqkd.errors import UsageError
 from lqkd.files import atomic_path
 
 METRICS = "metrics.csv"
-_SECONDS_BETWEEN_WRITES = 2.0
+_PAUSE = 2.0
+"""Seconds at least between two writings of the table ..."""
+_SHARE = 0.01
+"""... which take at most this share of the time, however long the table has become."""
+
+
+def run_folder_of(trainer: Trainer) -> Path | None:
+    """Folder of the trainer's first :class:`RunLogger`; None when it has none."""
+    return next((logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
 class RunLogger(Logger):
-    """Keeps every logged metric and rewrites ``metrics.csv`` in the run folder, whole, at most every two seconds.
+    """Keeps all metrics of a run in ``metrics.csv`` of its folder, which is whole at any moment.
 
-    A row for each step; columns ``step`` and ``epoch`` first, then the metrics by name. A file that the folder holds
-    already, from a run that was interrupted, is continued: its rows from the first newly logged step on are replaced.
+    The columns are ``epoch``, ``step``, then the metrics by name. A row is one step (a batch, as Lightning counts for
+    loggers); metrics that arrive for the same step one after the other share a row. Values keep all their digits.
+
+    A table that is there already is continued: its rows from the step on at which training goes on are dropped, since
+    they are about to be logged again. Step 0 alone drops nothing unless it is a training metric (``train/...``):
+    evaluations log there too.
+
+    The table is written when logging ends, when a checkpoint has been saved, and otherwise at the next logging that
+    is two seconds and a hundred times the last writing's duration later. Only the first process writes.
 
     Args:
-        folder: the run folder.
+        folder: the run's folder; made when missing.
+
+    Raises:
+        UsageError: when the folder has a ``metrics.csv`` that is not such a table.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self._rows: dict[int, dict[str, Any]] = {}
-        self._continues = True
-        self._written = 0.0
+        self._before = _read(self.folder / METRICS)  # rows of an earlier process
+        self._rows: list[dict[str, Any]] = []
+        self._goes_on = False
+        self._unsaved = False
+        self._next_write = 0.0
 
     @property
     def name(self) -> str:
-        return self.folder.parent.name
+        """Empty: ``save_dir/name/version``, which Lightning builds for checkpoints, is the folder itself."""
+        return ""
 
     @property
     def version(self) -> str:
-        return self.folder.name
+        """Empty, see :attr:`name`."""
+        return ""
 
     @property
     def save_dir(self) -> str:
@@ -50,59 +72,65 @@ class RunLogger(Logger):
 
     @property
     def log_dir(self) -> str:
-        """The run folder."""
         return str(self.folder)
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> RunLogger:
-        return self
-
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the run folder has a config.yaml."""
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add ``metrics`` (floats or one-element tensors) to the row of ``step``; None means the last row's step."""
+        last: dict[str, Any] = self._rows[-1] if self._rows else {"step": 0}
+        step = last["step"] if step is None else step
+        if not self._goes_on and (step > 0 or any(name.startswith("train/") for name in metrics)):
+            self._goes_on = True
+            self._before = [row for row in self._before if row["step"] < step]
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        if self._rows and last["step"] == step:
+            last.update(values | {"step": step})
+        else:
+            self._rows.append(values | {"step": step})
+        self._unsaved = True
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        step = 0 if step is None else int(step)
-        if self._continues:
-            self._continues = False
-            self._rows = {kept: row for kept, row in self._read().items() if kept < step}
-        self._rows.setdefault(step, {}).update(metrics)
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's ``config.yaml`` holds them."""
 
     @rank_zero_only
     def save(self) -> None:
-        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+        """Write what is new, unless it was written a moment ago: Lightning calls this after every logging."""
+        if time.monotonic() >= self._next_write:
             self._write()
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write what is new: a training that resumes from the checkpoint will not log it again."""
+        self._write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Write what is new."""
         self._write()
 
-    def _read(self) -> dict[int, dict[str, Any]]:
-        path = self.folder / METRICS
-        if not path.is_file():
-            return {}
-        with open(path, newline="", encoding="utf-8") as stream:
-            return {
-                int(row["step"]): {k: v for k, v in row.items() if k != "step" and v != ""}
-                for row in csv.DictReader(stream)
-            }
-
     def _write(self) -> None:
-        if not self._rows:
+        if not self._unsaved:
             return
-        names = {name for row in self._rows.values() for name in row} - {"epoch"}
+        started = time.monotonic()
+        rows = self._before + self._rows
+        names = set().union(*rows) - {"epoch", "step"}
         with (
             atomic_path(self.folder / METRICS) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as stream,
         ):
-            writer = csv.DictWriter(stream, ["step", "epoch", *sorted(names)])
+            writer = csv.DictWriter(stream, fieldnames=["epoch", "step", *sorted(names)])
             writer.writeheader()
-            writer.writerows({"step": step, **self._rows[step]} for step in sorted(self._rows))
-        self._written = time.monotonic()
+            writer.writerows(rows)
+        ended = time.monotonic()
+        self._next_write = ended + max(_PAUSE, (ended - started) / _SHARE)
+        self._unsaved = False
 
 
-def run_folder_of(trainer: Trainer) -> Path | None:
-    """The run folder of ``trainer``'s first :class:`RunLogger`; None when it has none."""
-    return next((logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+def _read(target: Path) -> list[dict[str, Any]]:
+    if not target.exists():
+        return []
+    with open(target, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    try:
+        return [{name: value for name, value in row.items() if value} | {"step": int(row["step"])} for row in rows]
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{target} has no column of whole numbers 'step': it is no table of a run, move it") from None

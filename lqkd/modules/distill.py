@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,12 @@ from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_state
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.quantization import Quantizer, Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from lqkd.regularizers import Balance, FixedBalance, Regularizer
 from lqkd.teacher import FrozenTeacher
 
@@ -122,6 +123,7 @@ class DistillModule(ImageClassifier):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self._accumulated_samples = 0
+        self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
 
     # ---- before the first batch
 
@@ -146,33 +148,17 @@ class DistillModule(ImageClassifier):
 
     def configure_optimizers(self) -> Any:
         total_steps = self._total_steps()
-        quantizer_ids = {id(p) for m in self.student.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-        players = [
-            (
-                self.student_optimizer,
-                self.student_schedule,
-                [
-                    _group("student", (p for p in self.student.parameters() if id(p) not in quantizer_ids)),
-                    _group(
-                        "student_quantizers",
-                        (p for p in self.student.parameters() if id(p) in quantizer_ids),
-                        weight_decay=0.0,
-                    ),
-                ],
-            ),
+        self._settings.clear()
+        optimizers: list[Optimizer] = []
+        schedulers: list[dict[str, Any]] = []
+        for make, schedule, groups in (
+            (self.student_optimizer, self.student_schedule, student_groups(self.student)),
             (
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
-                [
-                    _group("regularizer", () if self.regularizer is None else self.regularizer.parameters()),
-                    _group("balance", self.balance.parameters(), weight_decay=0.0),
-                ],
+                regularizer_groups(self.regularizer, self.balance),
             ),
-        ]
-        optimizers: list[Optimizer] = []
-        schedulers: list[dict[str, Any]] = []
-        for make, schedule, groups in players:
-            groups = [group for group in groups if group["params"]]
+        ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
             optimizer = make(groups)
@@ -180,6 +166,7 @@ class DistillModule(ImageClassifier):
                 if group["name"] == "balance":
                     group["lr"] *= self.balance.learning_rate_factor
             optimizers.append(optimizer)
+            self._settings.append(settings_of(optimizer))
             schedulers.append(schedule.configure(optimizer, total_steps))
         return optimizers, schedulers
 
@@ -209,6 +196,10 @@ class DistillModule(ImageClassifier):
             logger.log_metrics(known, step=self.global_step)
 
     def on_train_start(self) -> None:
+        for optimizer, config, settings in zip(
+            self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
+        ):
+            restore_settings(optimizer, config.scheduler, settings)
         self.student.train()  # a network that was handed over in eval mode would keep it
         if self.regularizer is not None:
             self.regularizer.train()
@@ -310,7 +301,3 @@ class DistillModule(ImageClassifier):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
-
-
-def _group(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> dict[str, Any]:
-    return {"name": name, "params": [p for p in parameters if p.requires_grad], **settings}

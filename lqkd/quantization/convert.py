@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,6 +30,14 @@ class CoverageReport:
     """What :func:`quantize_model` did to every layer that has parameters, in the order of the network."""
 
     layers: tuple[LayerCoverage, ...]
+
+    def summary(self) -> str:
+        """One line: how many layers are quantised, with how many bits, and how many are not."""
+        quantised = [x for x in self.layers if (x.weight_bits, x.activation_bits) != (FLOAT_BITS, FLOAT_BITS)]
+        counts = Counter(f"W{x.weight_bits}A{x.activation_bits}" for x in quantised)
+        bits = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        ends = f" (first: {quantised[0].name}, last: {quantised[-1].name})" if quantised else ""
+        return f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "W", "A", "parameters", "note")]

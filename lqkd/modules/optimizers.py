@@ -1,0 +1,59 @@
+"""The optimizers of the two players: parameter groups, and settings that outlive a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lqkd.quantization import quantizers
+from lqkd.regularizers import Balance, Regularizer
+
+
+def student_groups(student: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups ``student`` and ``student_quantizers``, the latter without weight decay."""
+    own = {id(p) for quantizer in quantizers(student).values() for p in quantizer.parameters()}
+    parameters = list(student.parameters())
+    return _non_empty(
+        _group("student", (p for p in parameters if id(p) not in own)),
+        _group("student_quantizers", (p for p in parameters if id(p) in own), weight_decay=0.0),
+    )
+
+
+def regularizer_groups(regularizer: Regularizer | None, balance: Balance) -> list[dict[str, Any]]:
+    """Parameter groups ``regularizer`` and ``balance``, the latter without weight decay; none without parameters."""
+    return _non_empty(
+        _group("regularizer", () if regularizer is None else regularizer.parameters()),
+        _group("balance", balance.parameters(), weight_decay=0.0),
+    )
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of every group, without its parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore_settings(optimizer: Optimizer, scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Give an optimizer that was restored from a checkpoint the ``settings`` of the configuration again.
+
+    A checkpoint carries the settings of the run that wrote it, which would silently win over the configuration. The
+    learning rate keeps the place in its schedule that the checkpoint says.
+    """
+    for index, (group, wanted) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        base, configured = group.get("initial_lr"), wanted["lr"]
+        if base and base != configured:
+            group["lr"] *= configured / base
+            group["initial_lr"] = configured
+            scheduler.base_lrs[index] = configured
+            scheduler._last_lr[index] = group["lr"]
+        group.update({key: value for key, value in wanted.items() if key not in ("lr", "initial_lr")})
+
+
+def _group(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> dict[str, Any]:
+    return {"name": name, "params": [p for p in parameters if p.requires_grad], **settings}
+
+
+def _non_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]

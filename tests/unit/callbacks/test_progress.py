@@ -1,0 +1,110 @@
+"""What a person sees: a bar on a terminal, lines in a file."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lqkd.callbacks.progress import ProgressBar
+
+from .dummy import BATCHES, Dummy
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("epoch")]
+
+
+def test_without_a_terminal_there_is_one_line_per_epoch(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
+    mean = sum(range(BATCHES)) / BATCHES
+    printed = capsys.readouterr().out
+    expected = rf"task {mean:.3f}  distill 0\.500  val acc 0\.750  \(\d+\.\d s\)"
+    assert len(_lines(printed)) == 2
+    for number, line in enumerate(_lines(printed), start=1):
+        assert re.fullmatch(rf"epoch {number}/2  {expected}", line)
+    assert "━" not in printed
+
+
+def test_an_epoch_without_validation_shows_no_accuracy(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(
+        max_epochs=3,
+        check_val_every_n_epoch=2,
+        enable_progress_bar=True,
+        callbacks=[ProgressBar()],
+        logger=False,
+        num_sanity_val_steps=1,
+    )
+    trainer.fit(Dummy())
+    assert ["val acc" in line for line in _lines(capsys.readouterr().out)] == [False, True, False]
+
+
+def test_a_module_that_does_not_distil_shows_its_loss(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Classifier(Dummy):
+        def log_dict(self, dictionary: dict[str, float], **arguments: object) -> None:  # type: ignore[override]
+            self.log("train/loss", dictionary["train/loss"], batch_size=2)
+
+    make_trainer(enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Classifier(weights=None))
+    assert "epoch 1/1  loss 1.000  val acc" in capsys.readouterr().out
+
+
+def test_other_processes_than_the_first_print_nothing(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    make_trainer(enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
+    assert not _lines(capsys.readouterr().out)
+
+
+def test_a_terminal_gets_the_bar_with_the_metrics(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = os.openpty()
+    received: list[bytes] = []
+
+    def listen() -> None:
+        try:
+            while chunk := os.read(master, 4096):
+                received.append(chunk)
+        except OSError:  # the other end is closed
+            pass
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
+        monkeypatch.undo()
+    listener.join()
+    os.close(master)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(received).decode())
+    assert "━" in shown
+    assert re.search(r"train/task: 3\.000 train/distill: 0\.500 val/acc: 0\.750", shown)
+    assert not _lines(shown)
+
+
+def test_metrics_are_not_read_from_the_device_in_every_batch(make_trainer: Callable[..., Trainer]) -> None:
+    class Often(ProgressBar):
+        def on_train_batch_end(self, trainer: Trainer, *arguments: object) -> None:  # type: ignore[override]
+            super().on_train_batch_end(trainer, *arguments)  # type: ignore[arg-type]
+            read.append(id(self.get_metrics(trainer, trainer.lightning_module)))
+
+    read: list[int] = []
+    bar = Often()
+    bar._next_read = float("inf")
+    make_trainer(enable_progress_bar=True, callbacks=[bar], logger=False).fit(Dummy())
+    assert len(set(read[:-1])) == 1  # only the epoch's last batch reads anew
+    assert read[-1] != read[0]
