@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.checkpoint import BEST
 from lqkd.callbacks.run_summary import SUMMARY
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 from lqkd.files import atomic_path, write_text
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
@@ -80,7 +80,7 @@ class LqkdCLI(LightningCLI):
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             saved = dict(checkpoint.get("hyper_parameters", {}))
         except Exception as error:  # a damaged or foreign file raises many types
-            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint that can be read: {error}") from error
+            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})") from error
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)
@@ -259,7 +259,17 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"description": "Distil networks into low-bit ones through a learnable regularizer."},
             args=None if args is None else list(args),
         )
-    except UsageError as error:
-        print(f"lqkd: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        usage = _usage_error(error)
+        if usage is None:
+            raise
+        print(f"lqkd: error: {usage}", file=sys.stderr)
         return 2
     return 0
+
+
+def _usage_error(error: BaseException | None) -> UsageError | None:
+    """The user's mistake behind ``error``: the argument parser wraps what a class raises while it is built."""
+    while error is not None and not isinstance(error, UsageError):
+        error = error.__cause__
+    return error

@@ -7,3 +7,8 @@ class UsageError(ValueError):
     The message is one sentence that names the setting, its value and what would be accepted. The command line
     prints it without a traceback and exits with status 2; in Python it is an ordinary :class:`ValueError`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, to be quoted within a sentence of ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".:")

@@ -20,6 +20,9 @@ from lqkd.regularizers import ElementwiseMLP
 from lqkd.teacher import FrozenTeacher
 
 
+torch.set_num_threads(1)  # these networks are too small for two threads to help each other
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

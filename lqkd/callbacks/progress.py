@@ -68,8 +68,7 @@ class ProgressBar(RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if not trainer.sanity_checking:
-            self._accuracy = trainer.callback_metrics.get("val/acc")
+        self._accuracy = trainer.callback_metrics.get("val/acc")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

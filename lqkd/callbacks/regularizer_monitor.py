@@ -71,9 +71,9 @@ def verdict(history: Sequence[EpochWeights]) -> Verdict:
     if last.mean < COLLAPSE_BELOW:
         return Verdict(
             "collapsed",
-            f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which turns distillation "
-            "off: use a guard other than none, e.g. --model.regularizer.guard=barrier: without one, weight zero is the "
-            "optimum of the literal formula.",
+            f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which all but turns "
+            "distillation off: use a guard other than none, e.g. --model.regularizer.guard=barrier, since without one "
+            "weight zero is the optimum of the literal formula; with a guard, use a loss with smaller divergences.",
         )
     if last.at_maximum is not None and last.at_maximum > 0.9:
         return Verdict(

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
@@ -129,7 +129,7 @@ class RunSummary(Callback):
             "quantization": module.hparams.get("quantization"),
         }
         with atomic_path(Path(folder) / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in described.items()})
+            temporary.write_bytes(save(tensors, {key: json.dumps(value) for key, value in described.items()}))
 
 
 def _best_score(trainer: Trainer) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 
 BUILTIN = "builtin:"
 """Prefix of weights that come with the package, e.g. ``builtin:digits_teacher``."""
@@ -20,7 +21,8 @@ def load_weights(network: nn.Module, source: str) -> None:
 
     Args:
         network: the network as it will be used, before quantization.
-        source: ``builtin:NAME``, a ``.safetensors`` file, or a file of :func:`torch.save` with a state dict.
+        source: ``builtin:NAME``, a ``.safetensors`` file, or a file of :func:`torch.save` with a state dict;
+            environment variables such as ``$LQKD_DATA`` are replaced.
 
     Raises:
         UsageError: when there is no such file, or its tensors are not those of ``network``.
@@ -53,7 +55,9 @@ def _read(source: str) -> dict[str, Tensor]:
             raise UsageError(f"weights={source!r} do not exist: built in are {', '.join(builtin_weights())}")
         with resources.as_file(resources.files("lqkd") / "weights" / f"{name}.safetensors") as path:
             return load_file(path)
-    path = Path(source)
+    path = Path(os.path.expandvars(source)).expanduser()
+    if "$" in str(path):
+        raise UsageError(f"weights={source!r} name an environment variable that is not set: set it, or give a path")
     if not path.is_file():
         raise UsageError(f"weights={source!r} do not exist: give a .safetensors or .pt file, or {BUILTIN}NAME")
     try:
@@ -61,7 +65,7 @@ def _read(source: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the libraries raise many types for a damaged file
-        raise UsageError(f"weights={source!r} cannot be read as {path.suffix or 'torch'} file: {error}") from error
+        raise UsageError(f"weights={source!r} cannot be read as {path.suffix or 'torch'} file ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise UsageError(f"weights={source!r} hold a {type(state).__name__}: a state dict is needed")
     return {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 from lqkd.quantization.modes import evaluating
 
 
@@ -52,7 +52,7 @@ class ImageClassifier(LightningModule):
                     counts[name] = network(image).shape[1]
                 except RuntimeError as error:
                     shape = "x".join(map(str, image.shape[1:]))
-                    raise UsageError(f"the {name} cannot take images of {shape} from the data: {error}") from error
+                    raise UsageError(f"the {name} cannot take images of {shape} from the data ({first_line(error)})") from error
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UsageError(f"numbers of classes differ ({listed}): they must agree")
@@ -74,7 +74,7 @@ class ImageClassifier(LightningModule):
         loss = F.cross_entropy(logits.float(), labels)
         arguments: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
         self.log(f"{split}/loss", loss, sync_dist=True, **arguments)
-        self.log(f"{split}/acc", accuracy, prog_bar=True, **arguments)
+        self.log(f"{split}/acc", accuracy, **arguments)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""

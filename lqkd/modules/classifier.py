@@ -60,5 +60,5 @@ class ClassifierModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
         loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        self.log("train/loss", loss, batch_size=len(labels))
         return loss

@@ -185,15 +185,18 @@ class DistillModule(ImageClassifier):
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images)
-        if all(value is None for value in self.references.values()):
+        if all(value is None for value in self.references.values()):  # else a checkpoint has brought them
             self.references = measure(self)
+            self._report_references()
+
+    def _report_references(self) -> None:
         known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
         if "reference/teacher_accuracy" in known:
             known["teacher/acc"] = known["reference/teacher_accuracy"]
         for name, value in known.items():
             rank_zero_info(f"{name}: {value:.4f}")
         for logger in self.trainer.loggers:
-            logger.log_metrics(known, step=self.global_step)
+            logger.log_metrics(known, step=0)
 
     def on_train_start(self) -> None:
         for optimizer, config, settings in zip(
@@ -231,15 +234,9 @@ class DistillModule(ImageClassifier):
         images, labels = batch[0], batch[1]
         losses = self.losses(images, labels)
         self._step_players(losses.loss, len(labels), batch_idx)
-        self.log_dict(
-            {"train/task": losses.task.detach(), "train/distill": losses.distill.detach()},
-            prog_bar=True,
-            batch_size=len(labels),
-        )
-        self.log_dict(
-            {"train/loss": losses.loss.detach()} | {f"balance/{k}": v for k, v in losses.balance.items()},
-            batch_size=len(labels),
-        )
+        logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
+        logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
+        self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=len(labels))
         outputs = {"loss": losses.loss.detach(), "divergence": losses.divergence.detach(), "labels": labels}
         if losses.weights is not None:
             outputs["weights"] = losses.weights.detach()

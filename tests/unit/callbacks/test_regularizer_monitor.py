@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_do_not_stop_the_histogram(make_trainer: Mak
     def weights(epoch: int, batch: int) -> Tensor:
         return torch.tensor([[torch.nan, torch.inf, 1.0]])
 
-    logger = TensorBoardLogger(tmp_path, name="", version="")
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
     monitor, _ = _fit(make_trainer, Dummy(weights, lambda e, b: torch.ones(1, 3)), logger=logger)
     assert monitor.summary()["verdict"] == "diverged"
 

@@ -1,0 +1,294 @@
+"""The command line as a user meets it: real processes would be slower, so ``main`` runs in this one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+import yaml
+from safetensors import safe_open
+
+from lqkd.cli import main
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+STUDENT = "--model.init_args.student.init_args"
+
+
+def fit(tmp_path: Path, *arguments: str, epochs: int = 1, name: str = "quickstart") -> Path:
+    """Fit the quickstart for a short while and return the run folder."""
+    before = set((tmp_path / "runs" / name).glob("*"))
+    short = ["--trainer.max_epochs", str(epochs), "--data.init_args.limit_train", "256"]
+    short += ["--trainer.log_every_n_steps", "1"]
+    command = ["fit", "--config", QUICKSTART, "--run.root", str(tmp_path / "runs"), *short, *arguments]
+    assert main(command) == 0
+    (folder,) = set((tmp_path / "runs" / name).glob("*")) - before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run that several tests look at and none changes."""
+    return fit(tmp_path_factory.mktemp("shared"), epochs=2)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+# ---- what a run leaves behind
+
+
+def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files == {
+        "config.yaml",
+        "layers.txt",
+        "metrics.csv",
+        "summary.json",
+        "student.safetensors",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "regularizer/weights.csv",
+        "regularizer/weights.png",
+    }
+
+
+def test_the_summary_has_every_documented_key_and_invents_no_value(run: Path) -> None:
+    summary = summary_of(run)
+    assert {
+        "seed", "versions", "teacher_accuracy", "student_float_accuracy", "student_initial_quantized_accuracy",
+        "val_accuracy", "test_accuracy", "weight_bits", "activation_bits", "parameters", "packed_bytes", "float_bytes",
+        "bit_operations", "images_per_second", "train_seconds", "regularizer", "balance", "warnings",
+    } <= set(summary)  # fmt: skip
+    assert summary["seed"] == 0
+    assert summary["teacher_accuracy"] > 0.97
+    assert summary["packed_bytes"] < summary["float_bytes"] / 8
+    assert {"mean", "spread", "verdict"} <= set(summary["regularizer"])
+
+
+def test_the_run_ends_with_a_table_and_the_path_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = fit(tmp_path)
+    printed = capsys.readouterr().out
+    for text in ("teacher", "student in float", "student before training", "kB", "98.61%", f"run folder: {folder}"):
+        assert text in printed
+
+
+def test_the_students_file_holds_the_best_checkpoints_student_and_says_what_it_is(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    with safe_open(run / "student.safetensors", "pt") as stored:
+        assert {f"student.{key}" for key in stored.keys()} == {k for k in checkpoint if k.startswith("student.")}
+        for key in stored.keys():
+            assert torch.equal(stored.get_tensor(key), checkpoint[f"student.{key}"])
+        described = {key: json.loads(value) for key, value in stored.metadata().items()}
+    assert described["quantization"]["bits"] == "w2a2"
+    assert described["student"]["class_path"] == "lqkd.models.CifarResNet"
+    assert described["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_metrics_hold_both_losses_and_the_teachers_accuracy_before_the_first_step(run: Path) -> None:
+    with open(run / "metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert float(rows[0]["teacher/acc"]) > 0.97
+    assert int(rows[0]["step"]) == 0
+    assert {"train/task", "train/distill", "val/acc", "regularizer/mean", "balance/distill"} <= set(rows[0])
+
+
+def test_two_runs_with_one_seed_have_the_same_numbers(tmp_path: Path) -> None:
+    first, second = (summary_of(fit(tmp_path)) for _ in range(2))
+    for timing in ("images_per_second", "train_seconds"):
+        del first[timing], second[timing]
+    assert first == second
+
+
+def test_another_seed_gives_other_numbers(tmp_path: Path, run: Path) -> None:
+    other = summary_of(fit(tmp_path, "--seed_everything", "1", epochs=2))
+    assert other["regularizer"]["mean"] != summary_of(run)["regularizer"]["mean"]
+
+
+def test_bits_are_chosen_on_the_command_line(tmp_path: Path) -> None:
+    assert summary_of(fit(tmp_path, "--model.quantization.bits", "w4a4"))["weight_bits"].startswith("4")
+
+
+def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert [fit(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
+
+
+# ---- the other verbs
+
+
+def test_test_and_validate_take_the_best_checkpoint_beside_the_config(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(["test", "--config", str(run / "config.yaml")]) == 0
+    assert f"{summary_of(run)['test_accuracy']:.6f}"[:6] in capsys.readouterr().out
+    assert main(["validate", "--config", str(run / "config.yaml")]) == 0
+    assert f"{summary_of(run)['val_accuracy']:.6f}"[:6] in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_predict_writes_a_class_for_every_image(tmp_path: Path) -> None:
+    folder = fit(tmp_path)
+    assert main(["predict", "--config", str(folder / "config.yaml")]) == 0
+    with open(folder / "predictions.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 359
+    assert {row["class"] for row in rows} <= {str(digit) for digit in range(10)}
+
+
+def test_a_printed_config_reads_back_as_itself(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    printed = []
+    source = QUICKSTART
+    for index in range(2):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", source, "--print_config"])
+        printed.append(capsys.readouterr().out)
+        source = str(tmp_path / f"{index}.yaml")
+        Path(source).write_text(printed[-1])
+    assert printed[0] == printed[1]
+
+
+def test_the_command_line_wins_over_the_checkpoint_and_says_so(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = [
+        "fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt"),
+        "--trainer.max_epochs", "3", "--run.root", str(tmp_path),
+        "--model.student_optimizer.init_args.lr", "0.5", "--model.student_optimizer.init_args.weight_decay", "0.25",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "model.student_optimizer.init_args.lr was 0.02 and is now 0.5" in caplog.text
+    checkpoint = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    group = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25)
+
+
+def test_a_checkpoint_rebuilds_its_module_without_a_config(run: Path) -> None:
+    from lqkd import DistillModule
+
+    module = DistillModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[key], value) for key, value in module.state_dict().items())
+
+
+# ---- loggers
+
+
+def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    loggers = [
+        {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "test"}},
+        {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "."}},
+    ]
+    (tmp_path / "loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    folders = []
+    for _ in range(2):
+        folders.append(fit(tmp_path, "--config", str(tmp_path / "loggers.yaml")))
+        wandb.finish()  # as the end of a process does
+    for folder in folders:
+        assert list(folder.rglob("*.wandb"))
+        assert list(folder.rglob("events.out.tfevents*"))
+        assert (folder / "metrics.csv").is_file()
+
+
+# ---- mistakes
+
+
+def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> str:
+    """Run ``fit`` with a mistake, check that it ends with one line and status 2 before any batch, return the line."""
+    try:
+        status = main(["fit", "--config", QUICKSTART, "--run.root", str(tmp_path / "runs"), *arguments])
+    except SystemExit as stop:  # jsonargparse's own usage errors
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2
+    assert "Traceback" not in captured.err
+    assert "epoch 1/" not in captured.out
+    return captured.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.quantization.weight_quantizer", "lsqq"], "quantizer 'lsqq' is unknown: use"),
+        (["--model.quantization.bits", "w9a4"], "quantization.bits='w9a4' is not possible: bits are 1 to 8"),
+        (["--model.quantization.bits", "w0a4"], "bits are 1 to 8"),
+        (["--model.quantization.rules", "[{match: 'layer7.*', weight_bits: 8}]"], "match='layer7.*' matches no layer"),
+        (["--trainer.precision", "16-mixed"], "trainer.precision='16-mixed' is not possible"),
+        (["--trainer.gradient_clip_val", "1.0"], "trainer.gradient_clip_val=1.0 has no effect"),
+        (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches=2 has no effect"),
+        ([f"{STUDENT}.num_classes", "7", "--model.init_args.student_weights", "null"], "numbers of classes differ"),
+        ([f"{STUDENT}.depth", "14"], "are of another network than CifarResNet"),
+        ([f"{STUDENT}.depth", "9"], "depth=9 is not possible"),
+        (["--model.init_args.student_weights", "nowhere.pt"], "weights='nowhere.pt' do not exist"),
+        (["--model.init_args.student_weights", "$NOWHERE/w.pt"], "name an environment variable that is not set"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path='nowhere.ckpt' does not exist"),
+        (["--ckpt_path", QUICKSTART], "is not a checkpoint that can be read"),
+        (["--model.init_args.regularizer.init_args.guard", "barier"], "guard='barier' is unknown"),
+        (["--data.init_args.validation_fraction", "1.5"], "validation_fraction=1.5"),
+        (["--data", "lqkd.data.CIFAR10", "--data.init_args.root", "/nowhere"], "/nowhere"),
+        (["--model.init_args.lamda", "1"], "lamda"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_first_batch(
+    capsys: pytest.CaptureFixture, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert message in mistake(capsys, *arguments, tmp_path=tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture_is_one_line(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
+) -> None:
+    arguments = [f"{STUDENT}.depth", "14", "--model.init_args.student_weights", "null"]
+    line = mistake(
+        capsys, *arguments, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), tmp_path=tmp_path
+    )
+    assert "the checkpoint is of another architecture" in line
+
+
+def test_an_unwritable_run_folder_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot be written" in mistake(capsys, tmp_path=tmp_path)
+
+
+def test_an_existing_version_is_not_overwritten(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    folder = fit(tmp_path, "--run.version", "mine")
+    before = (folder / "summary.json").read_bytes()
+    capsys.readouterr()
+    assert "exists: choose another run.version" in mistake(capsys, "--run.version", "mine", tmp_path=tmp_path)
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    mistake(capsys, "--model.quantization.bits", "w9a4", tmp_path=tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- the package
+
+
+def test_importing_the_package_is_quick_and_light() -> None:
+    code = (
+        "import sys, time; t = time.time(); import lqkd; assert time.time() - t < 4; "
+        "assert not {'wandb', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_module_runs_as_a_command() -> None:
+    environment = os.environ | {"COLUMNS": "100"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "lqkd", "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    for verb in ("fit", "validate", "test", "predict"):
+        assert verb in shown.stdout
