@@ -80,7 +80,9 @@ class LqkdCLI(LightningCLI):
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             saved = dict(checkpoint.get("hyper_parameters", {}))
         except Exception as error:  # a damaged or foreign file raises many types
-            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})") from error
+            raise UsageError(
+                f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
+            ) from error
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)

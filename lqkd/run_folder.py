@@ -36,7 +36,7 @@ def claim(settings: RunSettings) -> Path:
         UsageError: when the folder cannot be written or exists already, or when processes that were started by
             something else than this run's first process have no common name for it.
     """
-    rank = rank_zero_only.rank
+    rank = getattr(rank_zero_only, "rank", 0)
     parent = Path(settings.root) / settings.name
     if rank > 0 and _ENVIRONMENT in os.environ:
         return Path(os.environ[_ENVIRONMENT])
@@ -56,7 +56,9 @@ def _common_version() -> str | None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         job = os.environ["TORCHELASTIC_RUN_ID"]
         if job == "none":
-            raise UsageError("run.version=null is not possible under torchrun: give it, or start torchrun with --rdzv-id")
+            raise UsageError(
+                "run.version=null is not possible under torchrun: give it, or start torchrun with --rdzv-id"
+            )
         return f"torchrun_{job}"
     return None
 
@@ -76,6 +78,10 @@ def _make(parent: Path, version: str | None) -> Path:
             except FileExistsError:
                 number += 1
     except FileExistsError:
-        raise UsageError(f"run folder {parent / (version or '')} exists: choose another run.version or run.name") from None
+        raise UsageError(
+            f"run folder {parent / (version or '')} exists: choose another run.version or run.name"
+        ) from None
     except OSError as error:
-        raise UsageError(f"run folder {parent} cannot be written ({error.strerror}): choose another run.root") from error
+        raise UsageError(
+            f"run folder {parent} cannot be written ({error.strerror}): choose another run.root"
+        ) from error

@@ -19,7 +19,6 @@ from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teacher import FrozenTeacher
 
-
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
 
 

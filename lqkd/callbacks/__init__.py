@@ -9,4 +9,12 @@ from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import RunLogger, run_folder_of
 from lqkd.callbacks.run_summary import RunSummary
 
-__all__ = ["AtomicCheckpointIO", "BestAndLast", "ProgressBar", "RegularizerMonitor", "RunLogger", "RunSummary", "run_folder_of"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "BestAndLast",
+    "ProgressBar",
+    "RegularizerMonitor",
+    "RunLogger",
+    "RunSummary",
+    "run_folder_of",
+]

@@ -74,7 +74,8 @@ class RunSummary(Callback):
         best = _best_score(trainer)
         measured = size(network)
         data = getattr(trainer, "datamodule", None)
-        example = torch.zeros(1, *data.image_shape, device=module.device) if hasattr(data, "image_shape") else None
+        shape = getattr(data, "image_shape", None)
+        example = None if shape is None else torch.zeros(1, *shape, device=module.device)
         monitor = next((c for c in trainer.callbacks if isinstance(c, RegularizerMonitor)), None)  # type: ignore[attr-defined]
         distills = isinstance(module, DistillModule)
         values: dict[str, Any] = {

@@ -65,7 +65,9 @@ def _read(source: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the libraries raise many types for a damaged file
-        raise UsageError(f"weights={source!r} cannot be read as {path.suffix or 'torch'} file ({first_line(error)})") from error
+        raise UsageError(
+            f"weights={source!r} cannot be read as {path.suffix or 'torch'} file ({first_line(error)})"
+        ) from error
     if not isinstance(state, dict):
         raise UsageError(f"weights={source!r} hold a {type(state).__name__}: a state dict is needed")
     return {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}

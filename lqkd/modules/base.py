@@ -42,7 +42,7 @@ class ImageClassifier(LightningModule):
             UsageError: when a network cannot take the images, or numbers of classes differ.
         """
         data = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "image_shape"):
+        if data is None or not hasattr(data, "image_shape"):
             return
         image = torch.zeros(1, *data.image_shape, device=self.device)
         counts = {"data": len(data.class_names)}
@@ -52,7 +52,9 @@ class ImageClassifier(LightningModule):
                     counts[name] = network(image).shape[1]
                 except RuntimeError as error:
                     shape = "x".join(map(str, image.shape[1:]))
-                    raise UsageError(f"the {name} cannot take images of {shape} from the data ({first_line(error)})") from error
+                    raise UsageError(
+                        f"the {name} cannot take images of {shape} from the data ({first_line(error)})"
+                    ) from error
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UsageError(f"numbers of classes differ ({listed}): they must agree")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -142,7 +142,7 @@ class DistillModule(ImageClassifier):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "mean"):
+        if data is not None and hasattr(data, "mean"):
             self.teacher.convert_from(data.mean, data.std)
         super().setup(stage)
 
@@ -181,7 +181,9 @@ class DistillModule(ImageClassifier):
 
     def on_fit_start(self) -> None:
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
-            batch = next(iter(self.trainer.train_dataloader))
+            loader = self.trainer.train_dataloader
+            assert loader is not None, "the fit loop has set up the data"
+            batch = next(iter(loader))
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images)
@@ -245,11 +247,11 @@ class DistillModule(ImageClassifier):
     def _step_players(self, loss: Tensor, samples: int, batch_idx: int) -> None:
         """Accumulate the gradient of one batch and, at the end of a group of batches, step both players."""
         last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        strategy = self.trainer.strategy
-        waits = not last_of_group and isinstance(strategy, ParallelStrategy)
         # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
         accumulates = self.accumulate_grad_batches > 1
-        with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[union-attr]
+        strategy = self.trainer.strategy
+        waits = not last_of_group and isinstance(strategy, ParallelStrategy)
+        with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss * samples if accumulates else loss)
         self._accumulated_samples += samples
         if not last_of_group:
@@ -277,7 +279,7 @@ class DistillModule(ImageClassifier):
     def _step_schedulers(self, interval: str) -> None:
         for config in self.trainer.lr_scheduler_configs:
             if config.interval == interval:
-                config.scheduler.step()
+                config.scheduler.step()  # type: ignore[call-arg]  # Schedule refuses ReduceLROnPlateau
 
     def on_train_epoch_end(self) -> None:
         self._step_schedulers("epoch")

@@ -54,7 +54,7 @@ def _check_teacher(module: DistillModule, loader: Any) -> None:
     chance = 1.0 / len(module.trainer.datamodule.class_names)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
     floor = 1.5 * chance if minimum is None else minimum
-    if measured < floor and not module.trainer.fast_dev_run:
+    if measured < floor and not getattr(module.trainer, "fast_dev_run", False):
         raise UsageError(
             f"the teacher is right on {measured:.1%} of the validation images and chance is {chance:.1%}: check its "
             "weights, normalisation (teacher mean and std) and class order, or set teacher.minimum_accuracy=0"

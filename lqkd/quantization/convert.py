@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
@@ -37,10 +37,12 @@ class CoverageReport:
         counts = Counter(f"W{x.weight_bits}A{x.activation_bits}" for x in quantised)
         bits = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         ends = f" (first: {quantised[0].name}, last: {quantised[-1].name})" if quantised else ""
-        return f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
+        return (
+            f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
+        )
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "W", "A", "parameters", "note")]
+        rows: list[tuple[str, ...]] = [("layer", "kind", "W", "A", "parameters", "note")]
         for layer in self.layers:
             bits = ["float" if b == FLOAT_BITS else str(b) for b in (layer.weight_bits, layer.activation_bits)]
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
@@ -120,6 +122,7 @@ def _describe(name: str, module: nn.Module) -> LayerCoverage:
 
 def _quantized_layer(name: str, layer: nn.Module, settings: LayerSettings) -> nn.Module:
     kind = QUANTIZED_LAYERS[type(layer)]
+    assert isinstance(layer.weight, Tensor)
     weight_quantizer = input_quantizer = None
     try:
         if settings.weight_bits != FLOAT_BITS:

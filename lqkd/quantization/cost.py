@@ -65,6 +65,7 @@ def bit_operations(model: nn.Module, example: Tensor) -> int:
         nonlocal total
         quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "input_quantizer")]
         weight_bits, activation_bits = (FLOAT_BITS if q is None else q.bits for q in quantizers)
+        assert isinstance(module.weight, Tensor)
         outputs = module.weight.shape[getattr(module, "output_channel_axis", 0)]
         total += output.numel() * (module.weight.numel() // outputs) * weight_bits * activation_bits
 

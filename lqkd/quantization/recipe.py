@@ -138,9 +138,7 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         if not matched:
             known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             raise UsageError(f"quantization rule match={rule.match!r} matches no layer: the layers are {known}")
-        changes = {
-            key: value for key, value in vars(rule).items() if key != "match" and value is not None
-        }
+        changes = {key: value for key, value in vars(rule).items() if key != "match" and value is not None}
         for key in ("weight_bits", "activation_bits"):
             if key in changes:
                 _check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])

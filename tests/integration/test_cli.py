@@ -85,8 +85,8 @@ def test_the_run_ends_with_a_table_and_the_path_of_the_folder(tmp_path: Path, ca
 def test_the_students_file_holds_the_best_checkpoints_student_and_says_what_it_is(run: Path) -> None:
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     with safe_open(run / "student.safetensors", "pt") as stored:
-        assert {f"student.{key}" for key in stored.keys()} == {k for k in checkpoint if k.startswith("student.")}
-        for key in stored.keys():
+        assert {f"student.{key}" for key in list(stored.keys())} == {k for k in checkpoint if k.startswith("student.")}
+        for key in list(stored.keys()):
             assert torch.equal(stored.get_tensor(key), checkpoint[f"student.{key}"])
         described = {key: json.loads(value) for key, value in stored.metadata().items()}
     assert described["quantization"]["bits"] == "w2a2"
@@ -125,9 +125,7 @@ def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
 # ---- the other verbs
 
 
-def test_test_and_validate_take_the_best_checkpoint_beside_the_config(
-    run: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_test_and_validate_take_the_best_checkpoint_beside_the_config(run: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["test", "--config", str(run / "config.yaml")]) == 0
     assert f"{summary_of(run)['test_accuracy']:.6f}"[:6] in capsys.readouterr().out
@@ -250,9 +248,7 @@ def test_a_checkpoint_of_another_architecture_is_one_line(
     capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
 ) -> None:
     arguments = [f"{STUDENT}.depth", "14", "--model.init_args.student_weights", "null"]
-    line = mistake(
-        capsys, *arguments, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), tmp_path=tmp_path
-    )
+    line = mistake(capsys, *arguments, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), tmp_path=tmp_path)
     assert "the checkpoint is of another architecture" in line
 
 

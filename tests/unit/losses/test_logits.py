@@ -75,5 +75,5 @@ def test_repeating_the_batch_does_not_change_the_loss(loss: torch.nn.Module) -> 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_temperature_is_refused(temperature: float) -> None:
-    with pytest.raises(UsageError, match="temperature=.* must be a positive number"):
+    with pytest.raises(UsageError, match=r"temperature=.* must be a positive number"):
         HintonKL(temperature)

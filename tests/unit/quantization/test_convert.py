@@ -37,7 +37,9 @@ def images() -> torch.Tensor:
 def test_first_and_last_layer_keep_eight_bits() -> None:
     model, _ = quantize_model(network(), Recipe(bits="w2a2"))
     bits = {name: quantizer.bits for name, quantizer in quantizers(model).items()}
-    assert {bits[f"{layer}.{q}"] for layer in ("conv1", "linear") for q in ("weight_quantizer", "input_quantizer")} == {8}
+    assert {bits[f"{layer}.{q}"] for layer in ("conv1", "linear") for q in ("weight_quantizer", "input_quantizer")} == {
+        8
+    }
     assert bits["layer1.0.conv1.weight_quantizer"] == 2
 
 

@@ -1,0 +1,98 @@
+"""Two real gloo processes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def run_workers(tmp_path: Path, processes: int, **settings: Any) -> list[dict[str, Any]]:
+    """Run ``worker.py`` in so many processes and return what each saved."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "RANK": str(rank),
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "PL_GLOBAL_SEED": "0",
+        }
+        arguments = json.dumps({"output": str(tmp_path / f"{processes}_{rank}.pt"), "processes": processes, **settings})
+        started.append(subprocess.Popen([sys.executable, str(WORKER), arguments], env=environment))
+    assert [process.wait(timeout=240) for process in started] == [0] * processes
+    return [torch.load(tmp_path / f"{processes}_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ddp")
+    return {"two": run_workers(folder, 2, batch_size=16), "one": run_workers(folder, 1, batch_size=32)[0]}
+
+
+def test_both_ranks_have_the_same_weights_after_every_step(results: dict[str, Any]) -> None:
+    first, second = results["two"]
+    assert len(first["steps"]) == 6
+    for a, b in zip(first["steps"], second["steps"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_quantizers_start_with_the_same_steps_on_both_ranks(results: dict[str, Any]) -> None:
+    first, second = results["two"]
+    assert torch.equal(first["initial_scales"], second["initial_scales"])
+
+
+def test_two_processes_start_like_one_with_the_same_global_batch(results: dict[str, Any]) -> None:
+    torch.testing.assert_close(results["two"][0]["initial_scales"], results["one"]["initial_scales"], rtol=1e-5, atol=0)
+
+
+def test_two_processes_train_like_one_with_the_same_global_batch(results: dict[str, Any]) -> None:
+    """To 1e-4 after six steps: sums over samples are taken in another order, and rounding to a grid amplifies it."""
+    torch.testing.assert_close(results["two"][0]["steps"][-1], results["one"]["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
+def test_accuracies_are_exact_over_both_ranks(results: dict[str, Any]) -> None:
+    for key in ("teacher_accuracy", "test_accuracy"):
+        assert results["two"][0][key] == results["two"][1][key]
+    assert results["two"][0]["teacher_accuracy"] == pytest.approx(results["one"]["teacher_accuracy"], abs=1e-6)
+
+
+def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
+    names = results["two"][0]["synchronised"]
+    assert names
+    assert not [name for name in names if "teacher" in name]
+
+
+def test_accumulation_trains_both_ranks_alike(tmp_path: Path) -> None:
+    first, second = run_workers(tmp_path, 2, batch_size=8, accumulate=2)
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    assert first["global_step"] == second["global_step"] == 6
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_on_two_devices_into_one_run_folder(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(root / "configs" / "quickstart.yaml")]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command += ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128", "--run.root", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    folders = list((tmp_path / "quickstart").iterdir())
+    assert [folder.name for folder in folders] == ["version_0"]
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert summary["steps"] == 1
+    assert summary["test_accuracy"] is not None

@@ -1,0 +1,78 @@
+"""One process of a distributed training: trains a little and saves what it saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lqkd.quantization import Recipe, quantizers
+from lqkd.regularizers import BoundedUncertaintyBalance
+from tests.conftest import digits, distiller, parameters_of
+
+
+class Watch(Callback):
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+        self.initial_scales = torch.empty(0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.initial_scales = torch.cat([q.scale.detach().flatten() for q in quantizers(pl_module.student).values()])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(parameters_of(pl_module))
+
+
+def main(output: str, processes: int, batch_size: int, accumulate: int = 1) -> None:
+    torch.manual_seed(0)
+    # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    module = distiller(
+        student=student,
+        quantization=Recipe(bits="w4a4", first_layer_bits=None, last_layer_bits=None),
+        balance=BoundedUncertaintyBalance(),
+        accumulate_grad_batches=accumulate,
+    )
+    data = digits(1, batch_size)
+    data.limit_train = 192
+    data.crop_padding = 0
+    watch = Watch()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto",
+        max_epochs=1,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    synchronised: list[str] = []
+    if processes > 1:
+        watch.on_train_end = lambda t, m: synchronised.extend(name for name, _ in t.strategy.model.named_parameters())
+    trainer.fit(module, datamodule=data)
+    global_step = trainer.global_step
+    teacher = module.references["teacher_accuracy"]
+    test = trainer.test(module, datamodule=data, verbose=False)[0]["test/acc"]
+    saved = {
+        "steps": watch.steps,
+        "initial_scales": watch.initial_scales,
+        "teacher_accuracy": teacher,
+        "test_accuracy": test,
+        "synchronised": synchronised,
+        "global_step": global_step,
+    }
+    torch.save(saved, output)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,39 @@
+"""What the quickstart promises, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lqkd.cli import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["fit", "--config", CONFIG, "--run.root", str(tmp_path), *arguments]) == 0
+    return json.loads((tmp_path / "quickstart" / "version_0" / "summary.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "points"), [("w4a4", 1.5), ("w2a2", 4.0)])
+def test_the_student_stays_within_a_few_points_of_its_float_self(tmp_path: Path, bits: str, points: float) -> None:
+    summary = run(tmp_path, "--model.quantization.bits", bits)
+    assert summary["teacher_accuracy"] >= 0.97
+    assert summary["test_accuracy"] >= summary["student_float_accuracy"] - points / 100
+    assert summary["train_seconds"] < 90
+    assert summary["regularizer"]["verdict"] == "healthy"
+    assert summary["warnings"] == []
+
+
+@pytest.mark.slow
+def test_the_literal_formula_collapses_and_says_so(tmp_path: Path) -> None:
+    literal = ["--model.regularizer.guard", "none", "--model.regularizer.max_weight", "null"]
+    with pytest.warns(UserWarning, match=r"mean weight fell from 1 to .*: use a guard other than none"):
+        summary = run(tmp_path, *literal, "--trainer.max_epochs", "12")
+    assert summary["regularizer"]["verdict"] == "collapsed"
+    assert summary["regularizer"]["mean"] < 0.1
+    assert any("use a guard other than none" in warning for warning in summary["warnings"])
