@@ -223,7 +223,8 @@ def draw(history: Sequence[EpochWeights], target: Path) -> None:
 
 
 def _max_weight(module: LightningModule) -> float | None:
-    return getattr(module.regularizer, "max_weight", None)
+    bound = getattr(module.regularizer, "max_weight", math.inf)
+    return bound if math.isfinite(bound) else None
 
 
 def _moments(weights: Tensor, divergence: Tensor, max_weight: float | None) -> Tensor:

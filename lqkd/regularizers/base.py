@@ -24,20 +24,20 @@ class Regularizer(nn.Module, ABC):
 
     Args:
         guard: what keeps w from collapsing: a name from ``GUARDS`` or a :class:`Guard`.
-        max_weight: upper bound of w, approached smoothly; null for none.
+        max_weight: upper bound of w, approached smoothly; infinity (``.inf`` in YAML) for none.
 
     Raises:
         UsageError: when the guard is unknown or the bound is not greater than 1, the weight at the start.
     """
 
-    def __init__(self, guard: Guard | str = "barrier", max_weight: float | None = 100.0) -> None:
+    def __init__(self, guard: Guard | str = "barrier", max_weight: float = 100.0) -> None:
         super().__init__()
         if isinstance(guard, str):
             if guard not in GUARDS:
                 raise UsageError(f"guard={guard!r} is unknown: use {', '.join(sorted(GUARDS))} or a Guard class")
             guard = GUARDS[guard]()
-        if max_weight is not None and not max_weight > 1:
-            raise UsageError(f"max_weight={max_weight!r} is not possible: it must be greater than 1, or null for none")
+        if not max_weight > 1:
+            raise UsageError(f"max_weight={max_weight!r} is not possible: it must be greater than 1, or .inf for none")
         self.guard = guard
         self.max_weight = max_weight
 
@@ -53,9 +53,7 @@ class Regularizer(nn.Module, ABC):
         """
         with torch.autocast(teacher.device.type, enabled=False):
             weights = self.response(teacher.detach().float(), student.detach().float()).square()
-            if self.max_weight is not None:
-                weights = weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0)
-        return weights
+            return weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0)
 
     def penalty(self, weights: Tensor) -> Tensor:
         """The guard's term, 0-dim."""

@@ -22,13 +22,13 @@ class ElementwiseMLP(Regularizer):
     Args:
         hidden: width of the hidden layer.
         guard: what keeps the weights from collapsing: ``barrier``, ``none`` or a Guard class.
-        max_weight: upper bound of the weights; null for none.
+        max_weight: upper bound of the weights; infinity for none.
 
     Raises:
         UsageError: when an argument is out of range.
     """
 
-    def __init__(self, hidden: int = 32, guard: Guard | str = "barrier", max_weight: float | None = 100.0) -> None:
+    def __init__(self, hidden: int = 32, guard: Guard | str = "barrier", max_weight: float = 100.0) -> None:
         super().__init__(guard, max_weight)
         if hidden < 1:
             raise UsageError(f"hidden={hidden!r} is not possible: the hidden layer needs at least one unit")

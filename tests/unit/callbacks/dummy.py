@@ -21,7 +21,7 @@ def ones(epoch: int, batch: int) -> Tensor:
 class Bounded(nn.Module):
     """Stands for a regularizer with an upper bound of its weights."""
 
-    def __init__(self, max_weight: float | None) -> None:
+    def __init__(self, max_weight: float) -> None:
         super().__init__()
         self.max_weight = max_weight
 
@@ -32,7 +32,7 @@ class Dummy(LightningModule):
     Logs ``train/task`` = batch number and ``train/distill`` = 0.5, and ``val/acc`` = 0.75.
     """
 
-    def __init__(self, weights: Play | None = ones, divergence: Play = ones, max_weight: float | None = 100.0) -> None:
+    def __init__(self, weights: Play | None = ones, divergence: Play = ones, max_weight: float = 100.0) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.parameter = nn.Parameter(torch.zeros(()))

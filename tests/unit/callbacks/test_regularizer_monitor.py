@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import struct
 import warnings
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_at_maximum_is_the_share_of_weights_near_the_bound(make_trainer: MakeTra
 
 
 def test_weights_without_a_bound_have_no_share_at_it(make_trainer: MakeTrainer) -> None:
-    monitor, trainer = _fit(make_trainer, Dummy(_draws(), max_weight=None))
+    monitor, trainer = _fit(make_trainer, Dummy(_draws(), max_weight=math.inf))
     assert monitor.history[0].at_maximum is None
     assert "regularizer/at_maximum" not in trainer.callback_metrics
 

@@ -31,7 +31,7 @@ def test_every_weight_is_one_before_training() -> None:
 
 
 def test_weights_are_the_square_of_the_papers_response() -> None:
-    regularizer = ElementwiseMLP(max_weight=None)
+    regularizer = ElementwiseMLP(max_weight=float("inf"))
     torch.nn.init.normal_(regularizer.network[-1].weight)
     teacher, student = pair()
     weights = regularizer(teacher, student)
