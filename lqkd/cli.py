@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,19 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.checkpoint import BEST
-from lqkd.callbacks.run_summary import SUMMARY
+from lqkd.callbacks.run_summary import SUMMARY, best_checkpoint
 from lqkd.errors import UsageError, first_line
 from lqkd.files import atomic_path, write_text
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.parser import OneLineParser
 from lqkd.run_folder import RunSettings, claim
 
 CONFIG = "config.yaml"
@@ -72,21 +77,25 @@ class LqkdCLI(LightningCLI):
         if config.get("ckpt_path") is None and verb != "fit":
             config["ckpt_path"] = self._best_beside_config(config)
         path = config.get("ckpt_path")
-        if path is None or path in ("best", "last", "hpc", "registry"):
+        if path is None:
             return
         if not Path(path).is_file():
             raise UsageError(f"ckpt_path={str(path)!r} does not exist: give a .ckpt file of a run folder")
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            saved = dict(checkpoint.get("hyper_parameters", {}))
+            saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
         except Exception as error:  # a damaged or foreign file raises many types
             raise UsageError(
                 f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
             ) from error
+        if saved is None:
+            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)
-        for line in _differences(saved, current):
+        for key, line in _differences(saved, current):
+            if verb == "fit" and key in SETTINGS_IN_CHECKPOINT:
+                raise UsageError(f"{line}: the checkpoint holds its state, so a resumed run must keep it")
             rank_zero_info(f"differs from the checkpoint: {line}")
 
     def _best_beside_config(self, config: Any) -> str | None:
@@ -111,18 +120,41 @@ class LqkdCLI(LightningCLI):
             for logger in loggers:
                 _move_into(logger, self.run_folder)
             loggers = [RunLogger(self.run_folder), *loggers]
-        defaults = self._default_callbacks(config.limit_val_batches != 0, config.enable_progress_bar is not False)
-        callbacks += [d for d in defaults if not any(isinstance(c, type(d)) for c in callbacks)]
-        return super().instantiate_trainer(**{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs})
+        callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
+        try:
+            return super().instantiate_trainer(
+                **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
+            )
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            self._release()
+            raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
 
-    def _default_callbacks(self, validates: bool, shows_progress: bool) -> list[Callback]:
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "predict" and self.trainer.world_size > 1:
+            raise UsageError(f"trainer.devices={self.trainer.world_size} is not possible for predict: use one device")
+        try:
+            super()._run_subcommand(subcommand)
+        except UsageError:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        """Remove a run folder in which nothing has happened yet."""
+        if self.run_folder is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return
+        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS}:
+            shutil.rmtree(self.run_folder)
+
+    def _default_callbacks(self, config: Any) -> list[Callback]:
         callbacks: list[Callback] = [RunSummary()]
         if isinstance(self.model, DistillModule):
             callbacks.insert(0, RegularizerMonitor())
-        if shows_progress:
+        if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
-            callbacks += [_KeepRun(self.config_text), BestAndLast(self.run_folder / CHECKPOINTS, validates)]
+            callbacks.append(_KeepRun(self.config_text))
+            if config.enable_checkpointing is not False:
+                callbacks.append(BestAndLast(self.run_folder / CHECKPOINTS, validates=config.limit_val_batches != 0))
         return callbacks
 
     # ---- after the verbs
@@ -130,8 +162,9 @@ class LqkdCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.run_folder is None:
             return
-        if self.datamodule is not None:
-            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
+        if self.datamodule is not None and is_overridden("test_dataloader", self.datamodule, LightningDataModule):
+            checkpoint = best_checkpoint(self.trainer)
+            best = (checkpoint.best_model_path or None) if checkpoint is not None else None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         _print_summary(self.run_folder)
 
@@ -190,12 +223,13 @@ def _move_into(logger: Any, folder: Path) -> None:
         options["dir"] = str(folder)
 
 
-def _differences(saved: Any, current: Any, prefix: str = "model") -> Iterator[str]:
+def _differences(saved: Any, current: Any, prefix: str = "model") -> Iterator[tuple[str, str]]:
+    """Name of every setting that differs, and a line that says how."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             yield from _differences(saved.get(key), current.get(key), f"{prefix}.{key}")
     elif saved != current:
-        yield f"{prefix} was {saved!r} and is now {current!r}"
+        yield prefix, f"{prefix} was {saved!r} and is now {current!r}"
 
 
 @rank_zero_only
@@ -258,6 +292,7 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_class=OneLineParser,
             parser_kwargs={"description": "Distil networks into low-bit ones through a learnable regularizer."},
             args=None if args is None else list(args),
         )

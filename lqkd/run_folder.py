@@ -36,6 +36,10 @@ def claim(settings: RunSettings) -> Path:
         UsageError: when the folder cannot be written or exists already, or when processes that were started by
             something else than this run's first process have no common name for it.
     """
+    for key in ("name", "version"):
+        value = getattr(settings, key)
+        if value is not None and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
+            raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
     rank = getattr(rank_zero_only, "rank", 0)
     parent = Path(settings.root) / settings.name
     if rank > 0 and _ENVIRONMENT in os.environ:

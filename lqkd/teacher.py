@@ -59,10 +59,18 @@ class FrozenTeacher(nn.Module):
         super().train(False)
         return self
 
-    def convert_from(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Tell the teacher how the images that it will be given are normalised."""
+    def convert_from(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Tell the teacher how the images that it will be given are normalised; None when that is not known.
+
+        Raises:
+            UsageError: when the teacher has a normalisation of its own that images cannot be converted to.
+        """
         if self.mean is None or self.std is None:
             return
+        if mean is None or std is None:
+            raise UsageError(
+                f"teacher mean={list(self.mean)} cannot be honoured: the DataModule has no mean and std to convert from"
+            )
         if len(mean) != len(self.mean):
             raise UsageError(f"teacher mean={list(self.mean)} has {len(self.mean)} channels: the data have {len(mean)}")
         given_mean, given_std, own_mean, own_std = (torch.tensor(v) for v in (mean, std, self.mean, self.std))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
+
+from lqkd.files import atomic_path
 
 BEST = "best.ckpt"
 LAST = "last.ckpt"
@@ -35,6 +40,38 @@ class BestAndLast(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._validated = False
+
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        if not self._validated:  # the metric is still that of an earlier epoch
+            return False
         tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
         return trainer.strategy.reduce_boolean_decision(tied) or super().check_monitor_top_k(trainer, current)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best checkpoint of the run that is resumed, of which this run's folder gets a copy."""
+        previous, target = Path(state_dict["best_model_path"]), Path(str(self.dirpath)) / BEST
+        score = state_dict["best_model_score"]
+        if score is None or previous == target:
+            super().load_state_dict(state_dict)
+        elif not previous.is_file():
+            rank_zero_warn(f"the best checkpoint so far, {previous}, is gone: the best of this run counts from here on")
+        else:
+            _copy(previous, target)
+            self.best_model_path = self.kth_best_model_path = str(target)
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {str(target): score}
+
+
+@rank_zero_only
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

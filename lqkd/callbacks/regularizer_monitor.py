@@ -65,8 +65,8 @@ def verdict(history: Sequence[EpochWeights]) -> Verdict:
     if not math.isfinite(last.mean):
         return Verdict(
             "diverged",
-            f"The regularizer's weights are no longer finite (mean {last.mean} in epoch {number}): lower its learning "
-            "rate.",
+            f"The regularizer's weights are no longer finite (mean {last.mean} in epoch {number}): the training "
+            "diverged; lower the learning rate of student_optimizer or regularizer_optimizer.",
         )
     if last.mean < COLLAPSE_BELOW:
         return Verdict(
@@ -103,7 +103,8 @@ class RegularizerMonitor(Callback):
     Every epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective`` and, when the weights
     have an upper bound, ``at_maximum`` (see :class:`EpochWeights`); W&B and TensorBoard get a histogram of the last
     batch's weights as ``regularizer/weights``. In a run folder it keeps ``regularizer/weights.csv``, a row per epoch,
-    and ``regularizer/weights.png``. The first collapse is a warning, and an entry in :attr:`warnings`.
+    and ``regularizer/weights.png``. The first collapse, saturation and divergence are each a
+    warning, and an entry in :attr:`warnings`.
 
     Args:
         picture_every_n_epochs: how often the picture is drawn before training ends.
@@ -113,15 +114,18 @@ class RegularizerMonitor(Callback):
         self.picture_every_n_epochs = picture_every_n_epochs
         self.history: list[EpochWeights] = []
         self.warnings: list[str] = []
+        self._warned: list[str] = []  # kinds of verdict
         self._batches: list[Tensor] = []  # (8,) of each batch, see _moments
         self._last_weights: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [asdict(epoch) for epoch in self.history], "warnings": list(self.warnings)}
+        history = [asdict(epoch) for epoch in self.history]
+        return {"history": history, "warnings": list(self.warnings), "warned": list(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [EpochWeights(**epoch) for epoch in state_dict["history"]]
         self.warnings = list(state_dict["warnings"])
+        self._warned = list(state_dict["warned"])
 
     def summary(self) -> dict[str, Any]:
         """Last epoch's mean, spread, minimum, maximum and effective with verdict and sentence.
@@ -174,7 +178,8 @@ class RegularizerMonitor(Callback):
 
     def _warn_of_collapse(self) -> None:
         judged = verdict(self.history)
-        if judged.kind == "collapsed" and not self.warnings:
+        if judged.kind in ("collapsed", "saturated", "diverged") and judged.kind not in self._warned:
+            self._warned.append(judged.kind)
             self.warnings.append(judged.sentence)
             rank_zero_warn(judged.sentence)
 

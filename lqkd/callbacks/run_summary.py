@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
 from torch import Tensor
 
+from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.files import atomic_path, write_json
@@ -40,6 +40,7 @@ class RunSummary(Callback):
         self.images = 0
         self.values: dict[str, Any] = {}
         self._started = 0.0
+        self._validation_started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self.train_seconds, "images": self.images}
@@ -47,13 +48,21 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = _now(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_started = _now(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started += _now(pl_module) - self._validation_started  # validation is no training time
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.train_seconds += _now(pl_module) - self._started
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.train_seconds += time.perf_counter() - self._started
         self.images += len(batch[1]) * trainer.world_size
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +126,8 @@ class RunSummary(Callback):
             return
         name = "student" if isinstance(module, DistillModule) else "network"
         state = _best_state(trainer, name) or module.product().state_dict()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        # Cloned, since a shared layer has several names and the file format wants a tensor for each.
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
         data = getattr(trainer, "datamodule", None)
         described: dict[str, Any] = {
             "lqkd": metadata.version("lqkd"),
@@ -133,20 +143,31 @@ class RunSummary(Callback):
             temporary.write_bytes(save(tensors, {key: json.dumps(value) for key, value in described.items()}))
 
 
+def _now(module: LightningModule) -> float:
+    """Seconds on a steady clock, once the device has done all that it was given."""
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return time.perf_counter()
+
+
+def best_checkpoint(trainer: Trainer) -> BestAndLast | None:
+    """The callback that keeps the run's best checkpoint, whatever other checkpoints a user keeps."""
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+
+
 def _best_score(trainer: Trainer) -> float | None:
-    checkpoint = trainer.checkpoint_callback
-    score = checkpoint.best_model_score if isinstance(checkpoint, ModelCheckpoint) else None
+    checkpoint = best_checkpoint(trainer)
+    score = None if checkpoint is None else checkpoint.best_model_score
     if score is None:
         score = trainer.callback_metrics.get("val/acc")
     return None if score is None else float(score)
 
 
 def _best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
-    checkpoint = trainer.checkpoint_callback
-    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
-    if not path:
+    checkpoint = best_checkpoint(trainer)
+    if checkpoint is None or not checkpoint.best_model_path:
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 

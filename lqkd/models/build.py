@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 
 
 def build_model(name: str, num_classes: int | None = None, options: dict[str, Any] | None = None) -> nn.Module:
@@ -26,9 +27,9 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
     if library == "torchvision":
         import torchvision.models
 
-        if model not in torchvision.models.list_models():
+        if model not in torchvision.models.list_models(module=torchvision.models):
             raise UsageError(f"name={name!r} is unknown: see torchvision.models.list_models()")
-        return torchvision.models.get_model(model, weights=None, **arguments)
+        return _construct(torchvision.models.get_model, name, model, weights=None, **arguments)
     if library == "timm":
         try:
             import timm
@@ -36,5 +37,12 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
             raise UsageError(f"name={name!r} needs timm: pip install 'lqkd[timm]'") from None
         if not timm.is_model(model):
             raise UsageError(f"name={name!r} is unknown: see timm.list_models()")
-        return timm.create_model(model, pretrained=False, **arguments)
+        return _construct(timm.create_model, name, model, pretrained=False, **arguments)
     raise UsageError(f"name={name!r} is not understood: write torchvision/NAME or timm/NAME")
+
+
+def _construct(make: Callable[..., nn.Module], name: str, *arguments: Any, **options: Any) -> nn.Module:
+    try:
+        return make(*arguments, **options)
+    except TypeError as error:
+        raise UsageError(f"options of {name!r} are not accepted ({first_line(error)})") from error

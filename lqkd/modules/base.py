@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError, first_line
+from lqkd.modules.state import check_state
 from lqkd.quantization.modes import evaluating
 
 
@@ -45,16 +46,19 @@ class ImageClassifier(LightningModule):
         if data is None or not hasattr(data, "image_shape"):
             return
         image = torch.zeros(1, *data.image_shape, device=self.device)
-        counts = {"data": len(data.class_names)}
+        counts = {"data": len(data.class_names)} if hasattr(data, "class_names") else {}
         for name, network in self.networks():
             with torch.no_grad(), evaluating(network):
                 try:
-                    counts[name] = network(image).shape[1]
-                except RuntimeError as error:
+                    logits = network(image)
+                except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                     shape = "x".join(map(str, image.shape[1:]))
                     raise UsageError(
                         f"the {name} cannot take images of {shape} from the data ({first_line(error)})"
                     ) from error
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                raise UsageError(f"the {name} returns a {type(logits).__name__}: logits of shape (B, C) are needed")
+            counts[name] = logits.shape[1]
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UsageError(f"numbers of classes differ ({listed}): they must agree")
@@ -81,3 +85,12 @@ class ImageClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
         return self(batch[0]).float().softmax(dim=-1)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint's state.
+
+        Raises:
+            UsageError: when it is that of another architecture or of other bits.
+        """
+        check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)

@@ -14,6 +14,7 @@ from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.schedules import Cosine, Schedule
+from lqkd.modules.steps import total_steps
 
 
 class ClassifierModule(ImageClassifier):
@@ -54,8 +55,8 @@ class ClassifierModule(ImageClassifier):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.network.parameters())
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, total_steps)}
+        steps = total_steps(self.trainer, self.trainer.accumulate_grad_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, steps)}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]

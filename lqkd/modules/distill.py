@@ -24,7 +24,7 @@ from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
-from lqkd.modules.state import check_state
+from lqkd.modules.steps import total_steps
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from lqkd.regularizers import Balance, FixedBalance, Regularizer
@@ -124,6 +124,7 @@ class DistillModule(ImageClassifier):
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self._accumulated_samples = 0
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
+        self._resumed = False
 
     # ---- before the first batch
 
@@ -142,12 +143,11 @@ class DistillModule(ImageClassifier):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and hasattr(data, "mean"):
-            self.teacher.convert_from(data.mean, data.std)
+        self.teacher.convert_from(getattr(data, "mean", None), getattr(data, "std", None))
         super().setup(stage)
 
     def configure_optimizers(self) -> Any:
-        total_steps = self._total_steps()
+        steps = total_steps(self.trainer, self.accumulate_grad_batches)
         self._settings.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
@@ -166,18 +166,9 @@ class DistillModule(ImageClassifier):
                 if group["name"] == "balance":
                     group["lr"] *= self.balance.learning_rate_factor
             optimizers.append(optimizer)
+            schedulers.append(schedule.configure(optimizer, steps))
             self._settings.append(settings_of(optimizer))
-            schedulers.append(schedule.configure(optimizer, total_steps))
         return optimizers, schedulers
-
-    def _total_steps(self) -> int:
-        """Optimizer steps of the whole training: what schedules are measured in."""
-        trainer = self.trainer
-        trainer.fit_loop.setup_data()
-        if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.num_training_batches == float("inf"):
-            return trainer.max_steps
-        steps = -(-int(trainer.num_training_batches) // self.accumulate_grad_batches) * trainer.max_epochs
-        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
     def on_fit_start(self) -> None:
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
@@ -187,9 +178,8 @@ class DistillModule(ImageClassifier):
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images)
-        if all(value is None for value in self.references.values()):  # else a checkpoint has brought them
-            self.references = measure(self)
-            self._report_references()
+        self.references = measure(self, known=self.references)
+        self._report_references()
 
     def _report_references(self) -> None:
         known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
@@ -201,10 +191,11 @@ class DistillModule(ImageClassifier):
             logger.log_metrics(known, step=0)
 
     def on_train_start(self) -> None:
-        for optimizer, config, settings in zip(
-            self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
-        ):
-            restore_settings(optimizer, config.scheduler, settings)
+        if self._resumed:
+            for optimizer, config, settings in zip(
+                self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
+            ):
+                restore_settings(optimizer, config.scheduler, settings)
         self.student.train()  # a network that was handed over in eval mode would keep it
         if self.regularizer is not None:
             self.regularizer.train()
@@ -256,12 +247,15 @@ class DistillModule(ImageClassifier):
         self._accumulated_samples += samples
         if not last_of_group:
             return
+        # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
+        summed = torch.tensor(float(self._accumulated_samples), device=self.device)
+        samples_per_rank = strategy.reduce(summed, reduce_op="mean") if accumulates else summed
         counted = self._optimizers(use_pl_optimizer=True)[0]
         plain = self._optimizers(use_pl_optimizer=False)
         for optimizer in plain:
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if accumulates:
-                torch._foreach_div_([p.grad for p in parameters], self._accumulated_samples)
+                torch._foreach_div_([p.grad for p in parameters], samples_per_rank)
             if self.gradient_clip_val is not None:
                 nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
         counted.step()  # Lightning counts this one: global_step is the number of student steps
@@ -296,7 +290,4 @@ class DistillModule(ImageClassifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.references = checkpoint.get("references", self.references)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        check_state(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
+        self._resumed = True

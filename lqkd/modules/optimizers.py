@@ -11,6 +11,14 @@ from torch.optim import Optimizer
 from lqkd.quantization import quantizers
 from lqkd.regularizers import Balance, Regularizer
 
+SETTINGS_IN_CHECKPOINT = {
+    f"model.{player}_{what}.{key}"
+    for player in ("student", "regularizer")
+    for what, keys in (("optimizer", ("class_path",)), ("schedule", ("class_path", "init_args.scheduler.class_path")))
+    for key in keys
+}
+"""Settings whose state a checkpoint carries, and which a resumed run can therefore not change."""
+
 
 def student_groups(student: nn.Module) -> list[dict[str, Any]]:
     """Parameter groups ``student`` and ``student_quantizers``, the latter without weight decay."""
@@ -42,8 +50,8 @@ def restore_settings(optimizer: Optimizer, scheduler: Any, settings: list[dict[s
     learning rate keeps the place in its schedule that the checkpoint says.
     """
     for index, (group, wanted) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
-        base, configured = group.get("initial_lr"), wanted["lr"]
-        if base and base != configured:
+        base, configured = group.get("initial_lr"), wanted.get("initial_lr")
+        if base and configured and base != configured and hasattr(scheduler, "base_lrs"):
             group["lr"] *= configured / base
             group["initial_lr"] = configured
             scheduler.base_lrs[index] = configured

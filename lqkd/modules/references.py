@@ -8,8 +8,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -24,40 +25,49 @@ REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_qua
 """Keys of what :func:`measure` returns."""
 
 
-def measure(module: DistillModule) -> dict[str, float | None]:
+def measure(module: DistillModule, known: dict[str, float | None]) -> dict[str, float | None]:
     """Check the teacher on the validation split, then measure teacher and student on the test split.
 
-    The test split selects nothing: its numbers are only reported. Without one the validation split stands in for it;
-    without a DataModule nothing is measured and all values are None.
+    The test split selects nothing: its numbers are only reported. A DataModule without one has its validation split
+    stand in for it; without a DataModule nothing is measured and all values are None.
+
+    Args:
+        module: the module, attached to a Trainer, before its first step.
+        known: what a checkpoint brought: the student is not measured again, the teacher always is.
 
     Raises:
-        UsageError: when the teacher is at or below its ``minimum_accuracy`` on the validation split.
+        UsageError: when the teacher is below its ``minimum_accuracy`` on the validation split.
     """
-    data = getattr(module.trainer, "datamodule", None)
+    trainer = module.trainer
+    data = getattr(trainer, "datamodule", None)
     if data is None:
         return dict.fromkeys(REFERENCES)
-    _check_teacher(module, data.val_dataloader())
-    loader = data.test_dataloader()
     rank_zero_info("measuring teacher and student before the first step")
-    teacher = accuracy(module, module.teacher, loader)
-    with float_mode(module.student):
-        student_float = accuracy(module, module.student, loader)
-    return {
-        "teacher_accuracy": teacher,
-        "student_float_accuracy": student_float,
-        "student_initial_quantized_accuracy": accuracy(module, module.student, loader),
-    }
+    validation = (data.val_dataloader(), trainer.limit_val_batches)
+    _check_teacher(module, *validation)
+    has_test = is_overridden("test_dataloader", data, LightningDataModule)
+    split = (data.test_dataloader(), trainer.limit_test_batches) if has_test else validation
+    measured = dict(known)
+    measured["teacher_accuracy"] = accuracy(module, module.teacher, *split)
+    if known["student_float_accuracy"] is None:
+        with float_mode(module.student):
+            measured["student_float_accuracy"] = accuracy(module, module.student, *split)
+        measured["student_initial_quantized_accuracy"] = accuracy(module, module.student, *split)
+    return measured
 
 
-def _check_teacher(module: DistillModule, loader: Any) -> None:
-    measured = accuracy(module, module.teacher, loader)
-    chance = 1.0 / len(module.trainer.datamodule.class_names)  # type: ignore[attr-defined]
+def _check_teacher(module: DistillModule, loader: Any, limit: float) -> None:
+    measured = accuracy(module, module.teacher, loader, limit)
+    if measured is None or getattr(module.trainer, "fast_dev_run", False):
+        return
+    classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
+    chance = 0.0 if classes is None else 1.0 / len(classes)
     floor = 1.5 * chance if minimum is None else minimum
-    if measured < floor and not getattr(module.trainer, "fast_dev_run", False):
+    if measured < floor:
         raise UsageError(
-            f"the teacher is right on {measured:.1%} of the validation images and chance is {chance:.1%}: check its "
-            "weights, normalisation (teacher mean and std) and class order, or set teacher.minimum_accuracy=0"
+            f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
+            f"{floor:.3g}: check its weights, normalisation (teacher mean and std) and class order, or lower the minimum"
         )
 
 
@@ -73,14 +83,22 @@ def _testing(trainer: Trainer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def accuracy(module: DistillModule, network: nn.Module, loader: Any) -> float:
-    """Top-1 accuracy of ``network`` over ``loader``, all ranks together, within the Trainer's test limits."""
-    trainer = module.trainer
-    limit = trainer.limit_test_batches
+def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: float) -> float | None:
+    """Top-1 accuracy of ``network``, all ranks together.
+
+    Args:
+        module: the module, attached to a Trainer.
+        network: from images to logits.
+        loader: yields batches (images, labels, ...).
+        limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None.
+    """
     batches = limit if isinstance(limit, int) else int(len(loader) * limit)
+    if batches == 0:
+        return None
+    trainer = module.trainer
     metric = MeanMetric().to(module.device)
     with evaluating(network), _testing(trainer), trainer.precision_plugin.forward_context():
-        for batch in islice(loader, max(1, batches)):
+        for batch in islice(loader, batches):
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
             metric.update((network(images).argmax(dim=1) == labels).float())
     return float(metric.compute())

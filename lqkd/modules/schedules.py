@@ -17,8 +17,8 @@ class Schedule(ABC):
     """Makes Lightning's scheduler configuration for an optimizer once the number of steps is known."""
 
     @abstractmethod
-    def configure(self, optimizer: Optimizer, total_steps: int) -> dict[str, Any]:
-        """``{"scheduler": ..., "interval": "step" | "epoch"}`` for ``total_steps`` optimizer steps."""
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
+        """``{"scheduler": ..., "interval": "step" | "epoch"}`` for ``total_steps`` optimizer steps, None if unlimited."""
 
 
 class Cosine(Schedule):
@@ -40,7 +40,11 @@ class Cosine(Schedule):
         self.warmup_fraction = warmup_fraction
         self.final_fraction = final_fraction
 
-    def configure(self, optimizer: Optimizer, total_steps: int) -> dict[str, Any]:
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
+        if total_steps is None:
+            raise UsageError(
+                "Cosine needs to know the end of training: set trainer.max_epochs or max_steps, or use Constant"
+            )
         return {"scheduler": LambdaLR(optimizer, lambda step: self.factor(step, total_steps)), "interval": "step"}
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -55,7 +59,7 @@ class Cosine(Schedule):
 class Constant(Schedule):
     """The optimizer's own learning rate throughout."""
 
-    def configure(self, optimizer: Optimizer, total_steps: int) -> dict[str, Any]:
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
         return {"scheduler": LambdaLR(optimizer, lambda step: 1.0), "interval": "step"}
 
 
@@ -71,7 +75,7 @@ class TorchSchedule(Schedule):
         self.scheduler = scheduler
         self.interval = interval
 
-    def configure(self, optimizer: Optimizer, total_steps: int) -> dict[str, Any]:
+    def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
         scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UsageError("scheduler=ReduceLROnPlateau is not possible here: use one that follows steps or epochs")

@@ -27,7 +27,7 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         details = "; ".join(f"{problem} {keys[0]!r}" + _more(keys) for problem, keys in wrong)
-        raise UsageError(f"the checkpoint is of another architecture than this configuration's student: {details}")
+        raise UsageError(f"the checkpoint is of another architecture than this configuration's: {details}")
     bits = [key for key in own if key.endswith(".format") and int(own[key][0]) != int(state[key][0])]
     if bits:
         key = bits[0]

@@ -11,11 +11,13 @@ def check_trainer_settings(precision: object, gradient_clip_val: object, accumul
     Raises:
         UsageError: naming the setting and what to use instead.
     """
-    if str(precision) in ("16-mixed", "16", "16-true", "transformer-engine-float16"):
+    if str(precision).startswith(("16", "transformer-engine-float16")):
         raise UsageError(
             f"trainer.precision={precision!r} is not possible with two optimizers, whose gradient scaler would be "
             "updated twice a step: use bf16-mixed or 32-true"
         )
+    if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
+        raise UsageError(f"trainer.precision={precision!r} is not possible: use bf16-mixed or 32-true")
     if gradient_clip_val is not None:
         raise UsageError(
             f"trainer.gradient_clip_val={gradient_clip_val!r} has no effect with two optimizers: "

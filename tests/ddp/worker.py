@@ -31,7 +31,7 @@ class Watch(Callback):
         self.steps.append(parameters_of(pl_module))
 
 
-def main(output: str, processes: int, batch_size: int, accumulate: int = 1) -> None:
+def main(output: str, processes: int, batch_size: int, accumulate: int = 1, samples: int = 192) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -42,7 +42,7 @@ def main(output: str, processes: int, batch_size: int, accumulate: int = 1) -> N
         accumulate_grad_batches=accumulate,
     )
     data = digits(1, batch_size)
-    data.limit_train = 192
+    data.limit_train = samples
     data.crop_padding = 0
     watch = Watch()
     trainer = Trainer(

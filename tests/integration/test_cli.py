@@ -210,9 +210,11 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         status = int(stop.code or 0)
     captured = capsys.readouterr()
     assert status == 2
-    assert "Traceback" not in captured.err
     assert "epoch 1/" not in captured.out
-    return captured.err.strip().splitlines()[-1]
+    assert "usage" not in captured.err
+    (line,) = [text for text in captured.err.splitlines() if "error" in text.lower()]
+    assert line.startswith("lqkd: error: ")
+    return line
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,15 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         (["--model.init_args.regularizer.init_args.guard", "barier"], "guard='barier' is unknown"),
         (["--data.init_args.validation_fraction", "1.5"], "validation_fraction=1.5"),
         (["--data", "lqkd.data.CIFAR10", "--data.init_args.root", "/nowhere"], "/nowhere"),
-        (["--model.init_args.lamda", "1"], "lamda"),
+        (["--model.init_args.lamda", "1"], "model: Option 'lamda' is not accepted"),
+        (["--model.regularizer.hidden", "abc"], "model.regularizer.hidden: Expected a int. Got value: abc"),
+        (["--trainer.max_epochs", "abc"], "trainer.max_epochs: Expected a int; got abc"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--trainer.strategy", "foo"], "the Trainer refuses these settings"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision='bf16-true' is not possible: use bf16-mixed"),
+        (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
+        (["--run.name", "/tmp/elsewhere"], "run.name='/tmp/elsewhere' is not possible"),
+        (["--model.teacher.minimum_accuracy", "1.01"], "less than teacher.minimum_accuracy=1.01"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_batch(
@@ -265,9 +275,16 @@ def test_an_existing_version_is_not_overwritten(capsys: pytest.CaptureFixture, t
     assert (folder / "summary.json").read_bytes() == before
 
 
-def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    mistake(capsys, "--model.quantization.bits", "w9a4", tmp_path=tmp_path)
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("late", [False, True])
+def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path: Path, late: bool) -> None:
+    arguments = ["--model.teacher.minimum_accuracy", "1.01"] if late else ["--model.quantization.bits", "w9a4"]
+    mistake(capsys, *arguments, tmp_path=tmp_path)
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_resumed_run_cannot_change_its_optimizer(capsys: pytest.CaptureFixture, tmp_path: Path, run: Path) -> None:
+    arguments = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.student_optimizer", "torch.optim.Adam"]
+    assert "the checkpoint holds its state" in mistake(capsys, *arguments, tmp_path=tmp_path)
 
 
 # ---- the package

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -262,7 +262,9 @@ def test_a_teacher_no_better_than_chance_is_refused(make_trainer: MakeTrainer) -
             return torch.zeros(len(x), 10)
 
     module = distiller(teacher=FrozenTeacher(Constant()))
-    with pytest.raises(UsageError, match=r"the teacher is right on .* and chance is 10.0%: check its weights"):
+    with pytest.raises(
+        UsageError, match=r"the teacher is right on .* less than teacher.minimum_accuracy=0.15: check its weights"
+    ):
         make_trainer().fit(module, datamodule=digits(2))
 
 
@@ -309,6 +311,49 @@ def test_trainer_settings_that_two_optimizers_cannot_honour_are_refused(
 def test_impossible_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         distiller(**arguments)
+
+
+class PlainData(LightningDataModule):
+    """A DataModule as others write them: pairs of images and labels, and nothing said about either."""
+
+    def train_dataloader(self) -> DataLoader:
+        images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, torch.arange(32) % 10), batch_size=16)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_plain_data_module_trains(make_trainer: MakeTrainer) -> None:
+    module = distiller()
+    trainer = make_trainer()
+    trainer.fit(module, datamodule=PlainData())
+    assert trainer.global_step == 2
+    assert module.references["teacher_accuracy"] is not None
+
+
+def test_a_teachers_own_normalisation_needs_that_of_the_data(make_trainer: MakeTrainer) -> None:
+    teacher = FrozenTeacher(network(14), mean=[0.5], std=[0.5], minimum_accuracy=0.0)
+    with pytest.raises(UsageError, match="cannot be honoured: the DataModule has no mean and std"):
+        make_trainer().fit(distiller(teacher=teacher), datamodule=PlainData())
+
+
+def test_without_test_batches_nothing_is_reported_of_the_test_split(make_trainer: MakeTrainer) -> None:
+    module = distiller()
+    make_trainer(limit_test_batches=0).fit(module, datamodule=digits(2))
+    assert set(module.references.values()) == {None}
+
+
+def test_a_schedule_with_rates_of_its_own_starts_with_them(make_trainer: MakeTrainer) -> None:
+    schedule = TorchSchedule(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10), "step")
+    rates: list[float] = []
+    module = distiller(student_schedule=schedule)
+    recorder = Recorder(lambda t, m: rates.append(t.optimizers[0].param_groups[0]["lr"]))
+    make_trainer(callbacks=[recorder]).fit(module, datamodule=digits(2))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.05, momentum=0.9)
+    expected = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    optimizer.step()
+    expected.step()
+    assert rates[0] == pytest.approx(expected.get_last_lr()[0])
 
 
 # ---- checkpoints

@@ -1,0 +1,67 @@
+"""Which epoch is kept as the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from lqkd.callbacks import BestAndLast
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Scripted(LightningModule):
+    """Reaches the given validation accuracies, epoch by epoch; its only weight is the number of the epoch."""
+
+    def __init__(self, accuracies: Sequence[float]) -> None:
+        super().__init__()
+        self.accuracies = accuracies
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.weight.data.fill_(self.current_epoch)
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val/acc", self.accuracies[self.current_epoch])
+
+
+def train(
+    make: MakeTrainer, folder: Path, accuracies: Sequence[float], resume: Path | None = None, **settings: int
+) -> int:
+    """Train and return the epoch whose weights are in ``best.ckpt``."""
+    trainer = make(callbacks=[BestAndLast(folder)], enable_checkpointing=True, max_epochs=len(accuracies), **settings)
+    trainer.fit(Scripted(accuracies), DataLoader(torch.zeros(1)), DataLoader(torch.zeros(1)), ckpt_path=resume)
+    return int(torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]["weight"])
+
+
+def test_the_best_epoch_is_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    assert train(make_trainer, tmp_path, [0.1, 0.9, 0.5]) == 1
+
+
+def test_of_equally_good_epochs_the_later_is_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    assert train(make_trainer, tmp_path, [0.1, 0.9, 0.9, 0.5]) == 2
+
+
+def test_an_epoch_without_validation_is_never_the_best(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    assert train(make_trainer, tmp_path, [0.1, 0.9, 0.5], check_val_every_n_epoch=2) == 1
+
+
+def test_a_resumed_run_takes_the_best_checkpoint_along(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    train(make_trainer, tmp_path / "a", [0.1, 0.9])
+    assert train(make_trainer, tmp_path / "b", [0.1, 0.9, 0.5], resume=tmp_path / "a" / "last.ckpt") == 1
+
+
+def test_a_resumed_run_says_when_the_best_checkpoint_is_gone(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    train(make_trainer, tmp_path / "a", [0.1, 0.9])
+    (tmp_path / "a" / "best.ckpt").unlink()
+    with pytest.warns(UserWarning, match="is gone: the best of this run counts from here on"):
+        assert train(make_trainer, tmp_path / "b", [0.1, 0.9, 0.5], resume=tmp_path / "a" / "last.ckpt") == 2
