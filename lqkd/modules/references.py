@@ -67,7 +67,7 @@ def _check_teacher(module: DistillModule, loader: Any, limit: float) -> None:
     if measured < floor:
         raise UsageError(
             f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
-            f"{floor:.3g}: check its weights, normalisation (teacher mean and std) and class order, or lower the minimum"
+            f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
         )
 
 

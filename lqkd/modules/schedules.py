@@ -18,7 +18,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
-        """``{"scheduler": ..., "interval": "step" | "epoch"}`` for ``total_steps`` optimizer steps, None if unlimited."""
+        """``{"scheduler": ..., "interval": "step" | "epoch"}`` for so many optimizer steps (None: no end)."""
 
 
 class Cosine(Schedule):
