@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import LearnedStepQuantize, uniform_codes
+from lqkd.quantization.kernels import learned_step_quantize, uniform_codes
 from lqkd.quantization.quantizers.base import Quantizer, integer_range, mean_over_ranks
 
 
@@ -71,7 +71,9 @@ class LSQ(Quantizer):
         elements = x.numel() / max(samples, 1) / (self.channels or 1)
         qmin, qmax = self.code_range()
         gradient_scale = 1.0 / math.sqrt(max(elements, 1.0) * qmax)
-        return LearnedStepQuantize.apply(x, self._broadcast(self.step(), x.ndim), gradient_scale, qmin, qmax)
+        return learned_step_quantize(
+            x, self.step(), constants=(gradient_scale, qmin, qmax), channel_axis=self.channel_axis
+        )
 
     def _fit(self, x: Tensor) -> bool:
         self.check_bits(self.bits, self.signed)
