@@ -225,3 +225,63 @@ Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153), eq. 1-3 and s
 * ``d x_hat / d s`` is ``round(x/s) - x/s`` inside, ``qmin`` below and ``qmax`` above,
 * the gradient of ``s`` is multiplied by ``gradient_scale``.
 """
+
+
+def _element_wise_scaled(
+    x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
+) -> Tensor:
+    return _learned_step(x, scale, gradient_scale, qmin, qmax)
+
+
+def _element_wise_scaled_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    straight, gradient_s = _learned_step_backward(gradient, x, scale, gradient_scale, qmin, qmax)
+    ratio = x.to(compute_dtype(x)) / scale
+    distance = (ratio - ratio.round()) / (qmax - qmin)
+    scaled = straight * (1.0 + delta * torch.sign(straight) * distance)
+    return torch.where(straight == 0, straight, scaled.to(gradient.dtype)), gradient_s
+
+
+element_wise_scaled_quantize = Kernel(_element_wise_scaled, _element_wise_scaled_backward)
+"""LSQ whose input gradient g inside the range is ``g * (1 + delta * sign(g) * (x_n - x_q))``, with x_n and x_q in units
+of the range (Lee et al., arXiv 2104.00903, eq. 3): parameter s; constants gradient_scale, qmin, qmax, delta."""
+
+
+def _clipped(x: Tensor, scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    return (uniform_codes(x, scale, qmin, qmax) * scale).to(x.dtype)
+
+
+def _clipped_backward(gradient: Tensor, x: Tensor, scale: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / scale
+    inside = (ratio > qmin) & (ratio < qmax)
+    return torch.where(inside, gradient, 0.0), _total(torch.where(ratio >= qmax, gradient.to(ratio.dtype), 0.0)) * qmax
+
+
+clipped_quantize = Kernel(_clipped, _clipped_backward)
+"""The same grid with the gradients of PACT (Choi et al., arXiv 1805.06085, eq. 3): ``d x_hat / d (qmax * s)`` is 1
+where x clips above and 0 elsewhere. Parameter s; constants qmin, qmax."""
+
+
+def _learned_offset(
+    x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+) -> Tensor:
+    return (uniform_codes(x, scale, zero, zero + qmax) * scale).to(x.dtype)
+
+
+def _learned_offset_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / scale
+    above = ratio >= zero + qmax
+    inside = (ratio > zero) & ~above
+    slope = torch.where(inside, ratio.round() - ratio, torch.where(above, qmax, 0.0))
+    gradient_s = _total(gradient * slope) * gradient_scale
+    gradient_o = _total(torch.where(inside, 0.0, gradient.to(ratio.dtype))) * gradient_scale
+    return torch.where(inside, gradient, 0.0), gradient_s, gradient_o, torch.zeros_like(zero)
+
+
+learned_offset_quantize = Kernel(_learned_offset, _learned_offset_backward)
+"""``x_hat = clamp(round(x / s), z, z + qmax) * s``, z the offset in steps, with the gradients of LSQ+ (Bhalgat et al.,
+arXiv 2004.09576, eq. 5-7): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
+Parameters s, offset, z (which receives no gradient); constants gradient_scale, qmax."""

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from lqkd.quantization.quantizers.base import Quantizer
-from lqkd.quantization.quantizers.lsq import LSQ
+from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
+from lqkd.quantization.quantizers.lsq_plus import LSQPlus
+from lqkd.quantization.quantizers.pact import PACT
+from lqkd.quantization.quantizers.uniform import MinMax, Mse
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"lsq": LSQ}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "lsq": LSQ,
+    "lsq_ewgs": LSQEWGS,
+    "lsq_plus": LSQPlus,
+    "minmax": MinMax,
+    "mse": Mse,
+    "pact": PACT,
+}
 """Short names accepted in a recipe; a dotted path to any other :class:`Quantizer` subclass is accepted as well."""
 
-__all__ = ["LSQ", "QUANTIZERS", "Quantizer"]
+__all__ = ["LSQ", "LSQEWGS", "PACT", "QUANTIZERS", "LSQPlus", "MinMax", "Mse", "Quantizer"]
