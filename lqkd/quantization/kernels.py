@@ -285,3 +285,102 @@ learned_offset_quantize = Kernel(_learned_offset, _learned_offset_backward)
 """``x_hat = clamp(round(x / s), z, z + qmax) * s``, z the offset in steps, with the gradients of LSQ+ (Bhalgat et al.,
 arXiv 2004.09576, eq. 5-7): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
 Parameters s, offset, z (which receives no gradient); constants gradient_scale, qmax."""
+
+
+def _binary(x: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, torch.where(x >= 0, scale, -scale)).to(x.dtype)
+
+
+def _binary_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(scale)
+
+
+binary_quantize = Kernel(_binary, _binary_backward)
+"""``x_hat = scale * sign(x)``, sign(0) = 1, whose gradient passes straight through. Parameter scale (no gradient)."""
+
+
+def _binary_clip_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(x.abs() <= 1, gradient, 0.0), torch.zeros_like(scale)
+
+
+binary_clip_quantize = Kernel(_binary, _binary_clip_backward)
+"""``x_hat = scale * sign(x)`` with the gradient of ``clip(x, -1, 1)``. Parameter scale (no gradient)."""
+
+
+def _binary_tanh_backward(gradient: Tensor, x: Tensor, scale: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    curve = torch.tanh(t * x.to(compute_dtype(x)))
+    return (gradient * (scale * k * t * (1.0 - curve * curve))).to(gradient.dtype), torch.zeros_like(scale)
+
+
+binary_tanh_quantize = Kernel(_binary, _binary_tanh_backward)
+"""``x_hat = scale * sign(x)`` with the gradient of ``scale * k * tanh(t x)``: the error decay estimator of IR-Net
+(Qin et al., arXiv 1909.10788, eq. 11, 12). Parameter scale (no gradient); constants t, k."""
+
+
+def _shifted_sign(x: Tensor, shift: Tensor) -> Tensor:
+    moved = x.to(compute_dtype(x)) + shift
+    return torch.where(moved.isnan(), moved, torch.where(moved >= 0, 1.0, -1.0)).to(x.dtype)
+
+
+def _shifted_sign_backward(gradient: Tensor, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    moved = x.to(compute_dtype(x)) + shift
+    slope = gradient * torch.clamp(2.0 - 2.0 * moved.abs(), min=0.0)
+    return slope.to(gradient.dtype), _total(slope)
+
+
+shifted_sign_quantize = Kernel(_shifted_sign, _shifted_sign_backward)
+"""``x_hat = sign(x + shift)``, sign(0) = 1, with the gradient of Bi-Real net's piecewise polynomial (Liu et al., arXiv
+1808.00278, eq. 6) for both. Parameter shift."""
+
+
+def _ternary(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+    return _trained_ternary(x, threshold, scale, scale)
+
+
+def _ternary_backward(gradient: Tensor, x: Tensor, threshold: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(threshold), torch.zeros_like(scale)
+
+
+ternary_quantize = Kernel(_ternary, _ternary_backward)
+"""``x_hat`` is scale above the threshold, -scale below its negative and 0 between; the gradient passes straight
+through. Parameters threshold and scale (no gradients)."""
+
+
+def _trained_ternary(x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    v = x.to(compute_dtype(x))
+    value = torch.where(v > threshold, positive, torch.where(v < -threshold, -negative, 0.0))
+    return torch.where(v.isnan(), v, value).to(x.dtype)
+
+
+def _trained_ternary_backward(
+    gradient: Tensor, x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = x.to(compute_dtype(x))
+    above, below = v > threshold, v < -threshold
+    slope = gradient.to(v.dtype)
+    gradient_x = slope * torch.where(above, positive, torch.where(below, negative, 1.0))
+    gradient_p, gradient_n = _total(torch.where(above, slope, 0.0)), _total(torch.where(below, -slope, 0.0))
+    return gradient_x.to(gradient.dtype), torch.zeros_like(threshold), gradient_p, gradient_n
+
+
+trained_ternary_quantize = Kernel(_trained_ternary, _trained_ternary_backward)
+"""``x_hat`` is W_p above the threshold, -W_n below its negative and 0 between, with the gradients of TTQ (Zhu et al.,
+arXiv 1612.01064, eq. 7, 8). Parameters threshold (no gradient), W_p, W_n."""
+
+
+def centred_codes(x: Tensor, top: Any) -> Tensor:
+    """``round((clamp(x, -1, 1) + 1) * top / 2)``: positions 0 to ``top`` on ``[-1, 1]``, floating, compute dtype."""
+    return ((torch.clamp(x.to(compute_dtype(x)), -1.0, 1.0) + 1.0) * (top / 2)).round()
+
+
+def _centred(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    return ((2.0 * centred_codes(x, top) - top) / top * scale).to(x.dtype)
+
+
+def _centred_backward(gradient: Tensor, x: Tensor, scale: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(scale)
+
+
+centred_quantize = Kernel(_centred, _centred_backward)
+"""``x_hat = scale * (2 q / top - 1)``, q the nearest position on ``[-1, 1]``: an even number of levels without a zero,
+as in DoReFa and N2UQ. The gradient passes straight through, everywhere. Parameter scale (no gradient); constant top."""

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from lqkd.quantization.quantizers.base import Quantizer
+from lqkd.quantization.quantizers.binary import IRNet, ReAct
+from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.pact import PACT
+from lqkd.quantization.quantizers.ternary import TTQ, TWN
 from lqkd.quantization.quantizers.uniform import MinMax, Mse
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
+    "dorefa": DoReFa,
+    "irnet": IRNet,
     "lsq": LSQ,
     "lsq_ewgs": LSQEWGS,
     "lsq_plus": LSQPlus,
     "minmax": MinMax,
     "mse": Mse,
     "pact": PACT,
+    "react": ReAct,
+    "ttq": TTQ,
+    "twn": TWN,
 }
 """Short names accepted in a recipe; a dotted path to any other :class:`Quantizer` subclass is accepted as well."""
 
-__all__ = ["LSQ", "LSQEWGS", "PACT", "QUANTIZERS", "LSQPlus", "MinMax", "Mse", "Quantizer"]
+__all__ = [
+    "LSQ",
+    "LSQEWGS",
+    "PACT",
+    "QUANTIZERS",
+    "TTQ",
+    "TWN",
+    "DoReFa",
+    "IRNet",
+    "LSQPlus",
+    "MinMax",
+    "Mse",
+    "Quantizer",
+    "ReAct",
+]

@@ -114,12 +114,12 @@ class Quantizer(nn.Module, ABC):
         if x.numel() == 0:
             return
         x = finite(x.detach())
-        undecided = self.signed is None
-        if undecided:
-            self.signed = bool(max_over_ranks(-x.min()) > 0)
-        self.check_bits(self.bits, self.signed)
+        decided = self.signed
+        signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
+        self.check_bits(self.bits, signed)
+        self.signed = signed
         if not self._fit(x):
-            self.signed = None if undecided else self.signed
+            self.signed = decided
             return
         self._ready = True
         self.initialized.fill_(True)
