@@ -384,3 +384,23 @@ def _centred_backward(gradient: Tensor, x: Tensor, scale: Tensor, top: Tensor) -
 centred_quantize = Kernel(_centred, _centred_backward)
 """``x_hat = scale * (2 q / top - 1)``, q the nearest position on ``[-1, 1]``: an even number of levels without a zero,
 as in DoReFa and N2UQ. The gradient passes straight through, everywhere. Parameter scale (no gradient); constant top."""
+
+
+def _nearest_level(x: Tensor, alpha: Tensor, levels: Tensor, midpoints: Tensor) -> Tensor:
+    ratio = x.to(compute_dtype(x)) / alpha
+    value = levels[torch.bucketize(ratio, midpoints)] * alpha
+    return torch.where(ratio.isnan(), ratio, value).to(x.dtype)
+
+
+def _nearest_level_backward(
+    gradient: Tensor, x: Tensor, alpha: Tensor, levels: Tensor, midpoints: Tensor
+) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / alpha
+    inside = (ratio > levels[0]) & (ratio < levels[-1])
+    slope = levels[torch.bucketize(ratio, midpoints)] - torch.where(inside, ratio, 0.0)
+    return torch.where(inside, gradient, 0.0), _total(gradient * slope)
+
+
+nearest_level_quantize = Kernel(_nearest_level, _nearest_level_backward)
+"""``x_hat = alpha * l``, l the level nearest to ``x / alpha``, with the gradients of APoT (Li et al., arXiv 1909.13144,
+eq. 6). Parameter alpha; tables levels (ascending) and the midpoints between them."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from lqkd.quantization.quantizers.apot import APoT
 from lqkd.quantization.quantizers.base import Quantizer
 from lqkd.quantization.quantizers.binary import IRNet, ReAct
 from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
+from lqkd.quantization.quantizers.n2uq import N2UQ
 from lqkd.quantization.quantizers.pact import PACT
 from lqkd.quantization.quantizers.ternary import TTQ, TWN
 from lqkd.quantization.quantizers.uniform import MinMax, Mse
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
+    "apot": APoT,
     "dorefa": DoReFa,
     "irnet": IRNet,
     "lsq": LSQ,
@@ -19,6 +22,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "lsq_plus": LSQPlus,
     "minmax": MinMax,
     "mse": Mse,
+    "n2uq": N2UQ,
     "pact": PACT,
     "react": ReAct,
     "ttq": TTQ,
@@ -29,10 +33,12 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 __all__ = [
     "LSQ",
     "LSQEWGS",
+    "N2UQ",
     "PACT",
     "QUANTIZERS",
     "TTQ",
     "TWN",
+    "APoT",
     "DoReFa",
     "IRNet",
     "LSQPlus",

@@ -59,18 +59,25 @@ class StatisticQuantizer(Quantizer):
         return x.abs().mean(self._axes(x), keepdim=True)
 
 
-def standardize(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def standardize(x: Tensor, axes: tuple[int, ...], *, through_statistics: bool = True) -> Tensor:
     """``(x - mean) / std`` over ``axes``, in the compute dtype, differentiable; a constant becomes zero.
 
     The standard deviation is the unbiased one, as in the papers' code. Values that are not finite stay alone.
+
+    Args:
+        x: any shape and floating dtype.
+        axes: the axes over which mean and deviation are taken.
+        through_statistics: whether mean and deviation have a gradient.
     """
-    peak = finite(x.detach()).abs().amax(axes, keepdim=True).clamp_min(TINY)
+    peak = finite(x.detach()).abs().amax(axes, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1.0)
     x = x.to(peak.dtype) / peak  # squares of the weights themselves may not be representable
     known = torch.where(x.isfinite(), x, 0.0)
+    known = known if through_statistics else known.detach()
     mean = known.mean(axes, keepdim=True)
     count = x.numel() // max(peak.numel(), 1)
     variance = (known - mean).square().sum(axes, keepdim=True) / max(count - 1, 1)
-    return (x - mean) / variance.clamp_min(1e-12).sqrt()
+    return (x - mean) / torch.where(variance > 1e-12, variance, 1.0).sqrt()
 
 
 def require_weights(quantizer: str, batched: bool) -> None:

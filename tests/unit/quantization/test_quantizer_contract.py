@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -57,11 +58,21 @@ WIDEST = [
 ]
 
 # x_hat is no fixed point where the scale or the threshold is measured on the tensor, where the grid is on another
-# scale than the tensor, or where a level maps to another one.
-NOT_IDEMPOTENT = {"apot", "dorefa", "irnet", "n2uq", "ttq", "twn"}
+# scale than the weight, where thresholds are learned apart from the values (n2uq), and for a sign whose shift was
+# fitted to data that are never negative.
+NOT_IDEMPOTENT = {(name, role) for name in ("apot", "dorefa", "irnet", "n2uq", "ttq", "twn") for role in ROLES[:2]}
+NOT_IDEMPOTENT |= {("n2uq", "positive"), ("n2uq", "signed"), ("react", "positive")}
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 one_width = pytest.mark.parametrize("case", WIDEST, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def fitted(case: Case) -> Quantizer:
@@ -102,7 +113,7 @@ def test_output_is_dequantized_codes_within_range_and_levels(case: Case) -> None
 
 
 @one_width
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12))
 def test_any_tensor_keeps_the_contract(case: Case, values: list[float]) -> None:
     x = torch.tensor(values).repeat(4, 1)
@@ -112,14 +123,10 @@ def test_any_tensor_keeps_the_contract(case: Case, values: list[float]) -> None:
     assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if (c.name, c.role) not in NOT_IDEMPOTENT], ids=str)
 def test_quantizing_twice_changes_nothing(case: Case) -> None:
-    if case.name in NOT_IDEMPOTENT:
-        pytest.skip("no fixed grid on the tensor's own scale")
     quantizer = fitted(case).eval()
     once = quantizer(case.data()).detach()
-    if case.name == "react" and case.role == "positive":
-        pytest.skip("the shift is fitted to data that are never negative; -1 and 1 are not such data")
     assert same_bits(quantizer(once), once)
 
 
@@ -280,7 +287,7 @@ def test_training_with_a_huge_learning_rate_stays_finite(case: Case) -> None:
     quantizer = fitted(case)
     if not list(quantizer.parameters()):
         pytest.skip("nothing is learned")
-    optimizer = torch.optim.SGD(quantizer.parameters(), lr=10.0)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=10.0)
     x = case.data()
     for _ in range(30):
         loss = (quantizer(x) - x).square().mean()
