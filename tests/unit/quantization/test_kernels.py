@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lqkd.quantization import LSQ, kernels
+from lqkd.quantization import LSQ, QUANTIZERS, kernels
 
 LARGE = (4, 32, 32, 32)
 
@@ -57,8 +57,7 @@ def test_one_compilation_serves_every_shape_bit_width_and_layout(compiled: None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [None, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "dtype"), [(None, torch.float32), (4, torch.float32), (None, torch.bfloat16)])
 def test_compiled_and_eager_give_the_same_bits(
     compiled: None, monkeypatch: pytest.MonkeyPatch, channels: int | None, dtype: torch.dtype
 ) -> None:
@@ -74,6 +73,25 @@ def test_compiled_and_eager_give_the_same_bits(
     assert fast[0].isnan().nonzero().tolist() == [[0, 0, 0, 5]]
     torch.testing.assert_close(fast[1], slow[1], rtol=0, atol=0)
     assert fast[1].dtype == dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["apot", "lsq_plus"])
+def test_other_families_compile_to_the_same_bits(compiled: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    quantizer, x = QUANTIZERS[name](3, batched=True), torch.randn(16, 5000)
+    quantizer.initialize(x)
+    results = []
+    for wanted in ("1", "0"):
+        monkeypatch.setenv("LQKD_COMPILE", wanted)
+        leaf = x.clone().requires_grad_()
+        quantizer.zero_grad()
+        x_hat = quantizer(leaf)
+        x_hat.backward(x.sin())
+        results.append((x_hat.detach(), leaf.grad, [p.grad.clone() for p in quantizer.parameters()]))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert torch.equal(results[0][0].view(torch.int32), results[1][0].view(torch.int32))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [None, 8])
