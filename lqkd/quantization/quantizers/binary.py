@@ -11,7 +11,7 @@ from lqkd.quantization.kernels import (
     compute_dtype,
     shifted_sign_quantize,
 )
-from lqkd.quantization.quantizers.base import finite, mean_over_ranks
+from lqkd.quantization.quantizers.base import max_over_ranks, mean_over_ranks
 from lqkd.quantization.quantizers.statistic import StatisticQuantizer, require_bits, require_weights, standardize
 
 
@@ -133,10 +133,10 @@ class ReAct(BinaryQuantizer):
     def _fit(self, x: Tensor) -> bool:
         if self.shift is None:
             return super()._fit(x)
-        if not (x != 0).any():
+        if not max_over_ranks(x.abs().max()) > 0:
             return False
         if not self.signed:
-            self.shift.copy_(-mean_over_ranks(finite(x).mean(self._axes(x))))
+            self.shift.copy_(-mean_over_ranks(x.mean(self._axes(x))))
         return True
 
     def _quantize(self, x: Tensor) -> Tensor:

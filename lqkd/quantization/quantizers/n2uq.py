@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.kernels import centred_codes, centred_quantize, compute_dtype
+from lqkd.quantization.quantizers.base import max_over_ranks
 from lqkd.quantization.quantizers.statistic import TINY, StatisticQuantizer
 from lqkd.quantization.quantizers.uniform import mse_step
 
@@ -121,10 +122,10 @@ class N2UQ(StatisticQuantizer):
     def _fit(self, x: Tensor) -> bool:
         if not self.batched:
             return super()._fit(x)
+        if not max_over_ranks(x.max()) > 0:
+            return False
         top = self.code_range()[1]
         step = mse_step(self._per_channel(x).clamp_min(0.0), 0, top).squeeze(0)
-        if not (x > 0).any():
-            return False
         self.lengths.fill_(RANGE / top)
         self.scale.copy_(step * top / RANGE)
         return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers.base import Quantizer, finite, mean_over_ranks
+from lqkd.quantization.quantizers.base import Quantizer, finite, max_over_ranks, mean_over_ranks
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -47,7 +47,7 @@ class StatisticQuantizer(Quantizer):
         return self.scale.clone()
 
     def _fit(self, x: Tensor) -> bool:
-        if not (x != 0).any():
+        if not max_over_ranks(x.abs().max()) > 0:
             return False
         self.scale.copy_(mean_over_ranks(self._measure(x)).clamp_min(TINY).reshape(self.scale.shape))
         return True
