@@ -233,7 +233,7 @@ def test_eval_and_inference_write_nothing(case: Case) -> None:
     assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
 
 
-@every_case
+@one_width
 def test_state_survives_checkpoint_and_copy(case: Case) -> None:
     fresh = case.build().state_dict()
     quantizer = fitted(case).eval()
