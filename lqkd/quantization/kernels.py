@@ -1,16 +1,33 @@
-"""The fake-quantization mathematics: forward and backward of one quantizer family as one ``autograd.Function``.
+"""The fake-quantization mathematics: forward and backward of each quantizer family as elementwise functions.
 
-Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
-8-bit grid stays exact under bfloat16. Only the input and the scale are kept for the backward pass; codes are
-recomputed there.
+A :class:`Kernel` holds the two functions of a family and runs them inside one ``autograd.Function`` that keeps only
+the input and the parameters for the backward pass. Large tensors run through ``torch.compile``, which fuses each
+function, the reduction of the parameters' gradients included, into one pass over memory; small ones, and everything
+where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eagerly and give the same values bit for
+bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
+8-bit grid stays exact under bfloat16.
+
+The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
+(channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float
+would compile a graph for each of its values.
 """
+
+# ruff: noqa: PLR0917  the functions of a kernel take their operands by position
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+COMPILE_FROM = 65536
+"""Number of elements from which a compiled function is faster than its eager form."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -18,48 +35,372 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def uniform_codes(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+@dataclass(frozen=True)
+class Kernel:
+    """Forward and backward of one family.
+
+    Attributes:
+        forward: ``(x, *parameters, *constants, *tables) -> x_hat``.
+        backward: ``(gradient, x, *parameters, *constants, *tables) -> (gradient of x, *gradients of parameters)``,
+            the latter summed over the elements that share a parameter.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(
+        self,
+        x: Tensor,
+        *parameters: Tensor,
+        constants: Sequence[float] = (),
+        tables: Sequence[Tensor] = (),
+        channel_axis: int | None = None,
+    ) -> Tensor:
+        """Quantize ``x`` differentiably.
+
+        Args:
+            x: any shape, memory layout and floating dtype; the result has the same.
+            *parameters: 0-dim or (channels,).
+            constants: numbers that receive no gradient.
+            tables: 1-D tensors that receive no gradient.
+            channel_axis: the axis of ``x`` that has one parameter per index; ``None`` for 0-dim parameters.
+        """
+        if all(parameter.numel() == 1 for parameter in parameters):
+            channel_axis = None
+        return _Quantize.apply(self, tuple(constants), tuple(tables), channel_axis, x, *parameters)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        constants: tuple[float, ...],
+        tables: tuple[Tensor, ...],
+        channel_axis: int | None,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
+        order = _memory_order(x, channel_axis)
+        flat = _flatten(x, order, channel_axis)
+        return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        order = _memory_order(x, ctx.channel_axis)
+        flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
+        gradient_x, *gradients_p = _run(
+            ctx.kernel.backward, gradient, flat, *_operands(x, parameters, ctx.constants, ctx.tables)
+        )
+        reduced = [g.view(p.shape).to(p.dtype) for g, p in zip(gradients_p, parameters, strict=True)]
+        return None, None, None, None, _unflatten(gradient_x, x, order), *reduced
+
+
+def _operands(
+    x: Tensor, parameters: Sequence[Tensor], constants: Sequence[float], tables: Sequence[Tensor]
+) -> list[Tensor]:
+    dtype = compute_dtype(x)
+    shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
+    return [
+        *(parameter.detach().to(dtype).view(shape) for parameter in parameters),
+        *(_constant(float(value), position, dtype, x.device) for position, value in enumerate(constants)),
+        *(table.detach().to(dtype) for table in tables),
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: float, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # One tensor per position: the same tensor in two positions would be compiled as one operand.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
+def _memory_order(x: Tensor, channel_axis: int | None) -> list[int]:
+    """The axes of ``x`` from the largest stride to the smallest, the channel axis first."""
+    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+    if channel_axis is not None:
+        order.remove(channel_axis)
+        order.insert(0, channel_axis)
+    return order
+
+
+def _flatten(x: Tensor, order: list[int], channel_axis: int | None) -> Tensor:
+    """``x`` as (elements,) or (channels, elements): the same memory where it is dense in that order, else a copy."""
+    shape = (-1,) if channel_axis is None else (x.shape[channel_axis], x.numel() // max(x.shape[channel_axis], 1))
+    # `.data` is no view for autograd; a graph compiled for a view would be bound to the shape of what it views.
+    return x.permute(order).reshape(shape).data
+
+
+def _unflatten(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    inverse = sorted(range(like.ndim), key=order.__getitem__)
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+
+
+def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
+    x = arguments[0]
+    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        return _compiled(function, x.device.type)(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _compiler.give_up(error)
+        return function(*arguments)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    # Triton's default division is off by an ulp, which moves values across rounding boundaries.
+    options: dict[str, Any] = {} if device == "cpu" else {"eager_numerics.division_rounding": True}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+
+
+class _Compiler:
+    """Whether ``torch.compile`` is wanted and has not failed in this process."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def usable(self) -> bool:
+        return not self.failed and os.environ.get("LQKD_COMPILE", "1") != "0"
+
+    def give_up(self, error: Exception) -> None:
+        self.failed = True
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"quantizers run without torch.compile in this process, with the same results but slower: {reason}. "
+            "Set LQKD_COMPILE=0 to say so from the start.",
+            stacklevel=2,
+        )
+
+
+_compiler = _Compiler()
+
+
+def uniform_codes(x: Tensor, scale: Tensor, qmin: Any, qmax: Any) -> Tensor:
     """Integer grid positions ``round(clamp(x / scale, qmin, qmax))`` as a floating tensor in the compute dtype.
 
-    Rounding is half to even, as in ONNX ``QuantizeLinear``. Adding zero turns -0.0 into 0.0, which an integer
-    code cannot hold.
+    Rounding is half to even, as in ONNX ``QuantizeLinear``. There is no -0.0, which an integer code cannot
+    hold.
 
     Args:
         x: any shape, any floating dtype.
         scale: positive, broadcastable to ``x``.
-        qmin, qmax: the integer range.
+        qmin, qmax: the integer range, numbers or 0-dim tensors.
     """
-    return (x.to(compute_dtype(x)) / scale).clamp_(qmin, qmax).round_().add_(0.0)
+    codes = torch.clamp(x.to(compute_dtype(x)) / scale, qmin, qmax).round()
+    return torch.where(codes == 0, 0.0, codes)
 
 
-class LearnedStepQuantize(torch.autograd.Function):
-    """``x_hat = round(clamp(x / s, qmin, qmax)) * s`` with the gradients of LSQ.
+def _total(x: Tensor) -> Tensor:
+    """The sum over the elements that share a parameter: everything (1-D) or each channel (2-D)."""
+    return x.sum() if x.ndim == 1 else x.sum(1, keepdim=True)
 
-    Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153), eq. 1-3 and section 2.2:
 
-    * ``d x_hat / d x`` is 1 inside the range and 0 where it clips (straight-through estimator),
-    * ``d x_hat / d s`` is ``round(x/s) - x/s`` inside, ``qmin`` below and ``qmax`` above,
-    * the gradient of ``s`` is multiplied by ``gradient_scale``.
-    """
+def _learned_step(x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    return (uniform_codes(x, scale, qmin, qmax) * scale).to(x.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, gradient_scale: float, qmin: int, qmax: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.constants = (gradient_scale, qmin, qmax)
-        return uniform_codes(x, scale, qmin, qmax).mul_(scale).to(x.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (gradient,) = gradients
-        x, scale = ctx.saved_tensors
-        gradient_scale, qmin, qmax = ctx.constants
-        ratio = x.to(compute_dtype(x)) / scale
-        inside = (ratio > qmin) & (ratio < qmax)
-        gradient_x = gradient_s = None
-        if ctx.needs_input_grad[0]:
-            gradient_x = gradient * inside
-        if ctx.needs_input_grad[1]:
-            # Outside, the clamped ratio is the bound itself; inside, the rounding error.
-            slope = ratio.clamp(qmin, qmax).round_().sub_(torch.where(inside, ratio, 0.0))
-            gradient_s = (gradient.to(slope.dtype) * slope).sum_to_size(scale.shape) * gradient_scale
-        return gradient_x, gradient_s, None, None, None
+def _learned_step_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor
+) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / scale
+    inside = (ratio > qmin) & (ratio < qmax)
+    # Outside, the clamped ratio is the bound itself; inside, the rounding error.
+    slope = torch.clamp(ratio, qmin, qmax).round() - torch.where(inside, ratio, 0.0)
+    return torch.where(inside, gradient, 0.0), _total(gradient * slope) * gradient_scale
+
+
+learned_step_quantize = Kernel(_learned_step, _learned_step_backward)
+"""``x_hat = round(clamp(x / s, qmin, qmax)) * s`` with the gradients of LSQ: parameter s; constants gradient_scale,
+qmin, qmax.
+
+Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153), eq. 1-3 and section 2.2:
+
+* ``d x_hat / d x`` is 1 inside the range and 0 where it clips (straight-through estimator),
+* ``d x_hat / d s`` is ``round(x/s) - x/s`` inside, ``qmin`` below and ``qmax`` above,
+* the gradient of ``s`` is multiplied by ``gradient_scale``.
+"""
+
+
+def _element_wise_scaled(
+    x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
+) -> Tensor:
+    return _learned_step(x, scale, gradient_scale, qmin, qmax)
+
+
+def _element_wise_scaled_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    straight, gradient_s = _learned_step_backward(gradient, x, scale, gradient_scale, qmin, qmax)
+    ratio = x.to(compute_dtype(x)) / scale
+    distance = (ratio - ratio.round()) / (qmax - qmin)
+    scaled = straight * (1.0 + delta * torch.sign(straight) * distance)
+    return torch.where(straight == 0, straight, scaled.to(gradient.dtype)), gradient_s
+
+
+element_wise_scaled_quantize = Kernel(_element_wise_scaled, _element_wise_scaled_backward)
+"""LSQ whose input gradient g inside the range is ``g * (1 + delta * sign(g) * (x_n - x_q))``, with x_n and x_q in units
+of the range (Lee et al., arXiv 2104.00903, eq. 3): parameter s; constants gradient_scale, qmin, qmax, delta."""
+
+
+def _clipped(x: Tensor, scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    return (uniform_codes(x, scale, qmin, qmax) * scale).to(x.dtype)
+
+
+def _clipped_backward(gradient: Tensor, x: Tensor, scale: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / scale
+    inside = (ratio > qmin) & (ratio < qmax)
+    return torch.where(inside, gradient, 0.0), _total(torch.where(ratio >= qmax, gradient.to(ratio.dtype), 0.0)) * qmax
+
+
+clipped_quantize = Kernel(_clipped, _clipped_backward)
+"""The same grid with the gradients of PACT (Choi et al., arXiv 1805.06085, eq. 3): ``d x_hat / d (qmax * s)`` is 1
+where x clips above and 0 elsewhere. Parameter s; constants qmin, qmax."""
+
+
+def _learned_offset(
+    x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+) -> Tensor:
+    return (uniform_codes(x, scale, zero, zero + qmax) * scale).to(x.dtype)
+
+
+def _learned_offset_backward(
+    gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / scale
+    above = ratio >= zero + qmax
+    inside = (ratio > zero) & ~above
+    slope = torch.where(inside, ratio.round() - ratio, torch.where(above, qmax, 0.0))
+    gradient_s = _total(gradient * slope) * gradient_scale
+    gradient_o = _total(torch.where(inside, 0.0, gradient.to(ratio.dtype))) * gradient_scale
+    return torch.where(inside, gradient, 0.0), gradient_s, gradient_o, torch.zeros_like(zero)
+
+
+learned_offset_quantize = Kernel(_learned_offset, _learned_offset_backward)
+"""``x_hat = clamp(round(x / s), z, z + qmax) * s``, z the offset in steps, with the gradients of LSQ+ (Bhalgat et al.,
+arXiv 2004.09576, eq. 5-7): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
+Parameters s, offset, z (which receives no gradient); constants gradient_scale, qmax."""
+
+
+def _binary(x: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, torch.where(x >= 0, scale, -scale)).to(x.dtype)
+
+
+def _binary_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(scale)
+
+
+binary_quantize = Kernel(_binary, _binary_backward)
+"""``x_hat = scale * sign(x)``, sign(0) = 1, whose gradient passes straight through. Parameter scale (no gradient)."""
+
+
+def _binary_clip_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(x.abs() <= 1, gradient, 0.0), torch.zeros_like(scale)
+
+
+binary_clip_quantize = Kernel(_binary, _binary_clip_backward)
+"""``x_hat = scale * sign(x)`` with the gradient of ``clip(x, -1, 1)``. Parameter scale (no gradient)."""
+
+
+def _binary_tanh_backward(gradient: Tensor, x: Tensor, scale: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    curve = torch.tanh(t * x.to(compute_dtype(x)))
+    return (gradient * (scale * k * t * (1.0 - curve * curve))).to(gradient.dtype), torch.zeros_like(scale)
+
+
+binary_tanh_quantize = Kernel(_binary, _binary_tanh_backward)
+"""``x_hat = scale * sign(x)`` with the gradient of ``scale * k * tanh(t x)``: the error decay estimator of IR-Net
+(Qin et al., arXiv 1909.10788, eq. 11, 12). Parameter scale (no gradient); constants t, k."""
+
+
+def _shifted_sign(x: Tensor, shift: Tensor) -> Tensor:
+    moved = x.to(compute_dtype(x)) + shift
+    return torch.where(moved.isnan(), moved, torch.where(moved >= 0, 1.0, -1.0)).to(x.dtype)
+
+
+def _shifted_sign_backward(gradient: Tensor, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    moved = x.to(compute_dtype(x)) + shift
+    slope = gradient * torch.clamp(2.0 - 2.0 * moved.abs(), min=0.0)
+    return slope.to(gradient.dtype), _total(slope)
+
+
+shifted_sign_quantize = Kernel(_shifted_sign, _shifted_sign_backward)
+"""``x_hat = sign(x + shift)``, sign(0) = 1, with the gradient of Bi-Real net's piecewise polynomial (Liu et al., arXiv
+1808.00278, eq. 6) for both. Parameter shift."""
+
+
+def _ternary(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+    return _trained_ternary(x, threshold, scale, scale)
+
+
+def _ternary_backward(gradient: Tensor, x: Tensor, threshold: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(threshold), torch.zeros_like(scale)
+
+
+ternary_quantize = Kernel(_ternary, _ternary_backward)
+"""``x_hat`` is scale above the threshold, -scale below its negative and 0 between; the gradient passes straight
+through. Parameters threshold and scale (no gradients)."""
+
+
+def _trained_ternary(x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    v = x.to(compute_dtype(x))
+    value = torch.where(v > threshold, positive, torch.where(v < -threshold, -negative, 0.0))
+    return torch.where(v.isnan(), v, value).to(x.dtype)
+
+
+def _trained_ternary_backward(
+    gradient: Tensor, x: Tensor, threshold: Tensor, positive: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = x.to(compute_dtype(x))
+    above, below = v > threshold, v < -threshold
+    slope = gradient.to(v.dtype)
+    gradient_x = slope * torch.where(above, positive, torch.where(below, negative, 1.0))
+    gradient_p, gradient_n = _total(torch.where(above, slope, 0.0)), _total(torch.where(below, -slope, 0.0))
+    return gradient_x.to(gradient.dtype), torch.zeros_like(threshold), gradient_p, gradient_n
+
+
+trained_ternary_quantize = Kernel(_trained_ternary, _trained_ternary_backward)
+"""``x_hat`` is W_p above the threshold, -W_n below its negative and 0 between, with the gradients of TTQ (Zhu et al.,
+arXiv 1612.01064, eq. 7, 8). Parameters threshold (no gradient), W_p, W_n."""
+
+
+def centred_codes(x: Tensor, top: Any) -> Tensor:
+    """``round((clamp(x, -1, 1) + 1) * top / 2)``: positions 0 to ``top`` on ``[-1, 1]``, floating, compute dtype."""
+    return ((torch.clamp(x.to(compute_dtype(x)), -1.0, 1.0) + 1.0) * (top / 2)).round()
+
+
+def _centred(x: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    return ((2.0 * centred_codes(x, top) - top) / top * scale).to(x.dtype)
+
+
+def _centred_backward(gradient: Tensor, x: Tensor, scale: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient.clone(), torch.zeros_like(scale)
+
+
+centred_quantize = Kernel(_centred, _centred_backward)
+"""``x_hat = scale * (2 q / top - 1)``, q the nearest position on ``[-1, 1]``: an even number of levels without a zero,
+as in DoReFa and N2UQ. The gradient passes straight through, everywhere. Parameter scale (no gradient); constant top."""
+
+
+def _nearest_level(x: Tensor, alpha: Tensor, levels: Tensor, midpoints: Tensor) -> Tensor:
+    ratio = x.to(compute_dtype(x)) / alpha
+    value = levels[torch.bucketize(ratio, midpoints)] * alpha
+    return torch.where(ratio.isnan(), ratio, value).to(x.dtype)
+
+
+def _nearest_level_backward(
+    gradient: Tensor, x: Tensor, alpha: Tensor, levels: Tensor, midpoints: Tensor
+) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / alpha
+    inside = (ratio > levels[0]) & (ratio < levels[-1])
+    slope = levels[torch.bucketize(ratio, midpoints)] - torch.where(inside, ratio, 0.0)
+    return torch.where(inside, gradient, 0.0), _total(gradient * slope)
+
+
+nearest_level_quantize = Kernel(_nearest_level, _nearest_level_backward)
+"""``x_hat = alpha * l``, l the level nearest to ``x / alpha``, with the gradients of APoT (Li et al., arXiv 1909.13144,
+eq. 6). Parameter alpha; tables levels (ascending) and the midpoints between them."""

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+from lqkd.quantization.quantizers.apot import APoT
 from lqkd.quantization.quantizers.base import Quantizer
-from lqkd.quantization.quantizers.lsq import LSQ
+from lqkd.quantization.quantizers.binary import IRNet, ReAct
+from lqkd.quantization.quantizers.dorefa import DoReFa
+from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
+from lqkd.quantization.quantizers.lsq_plus import LSQPlus
+from lqkd.quantization.quantizers.n2uq import N2UQ
+from lqkd.quantization.quantizers.pact import PACT
+from lqkd.quantization.quantizers.ternary import TTQ, TWN
+from lqkd.quantization.quantizers.uniform import MinMax, Mse
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"lsq": LSQ}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "apot": APoT,
+    "dorefa": DoReFa,
+    "irnet": IRNet,
+    "lsq": LSQ,
+    "lsq_ewgs": LSQEWGS,
+    "lsq_plus": LSQPlus,
+    "minmax": MinMax,
+    "mse": Mse,
+    "n2uq": N2UQ,
+    "pact": PACT,
+    "react": ReAct,
+    "ttq": TTQ,
+    "twn": TWN,
+}
 """Short names accepted in a recipe; a dotted path to any other :class:`Quantizer` subclass is accepted as well."""
 
-__all__ = ["LSQ", "QUANTIZERS", "Quantizer"]
+__all__ = [
+    "LSQ",
+    "LSQEWGS",
+    "N2UQ",
+    "PACT",
+    "QUANTIZERS",
+    "TTQ",
+    "TWN",
+    "APoT",
+    "DoReFa",
+    "IRNet",
+    "LSQPlus",
+    "MinMax",
+    "Mse",
+    "Quantizer",
+    "ReAct",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.kernels import compute_dtype
 
 
 def integer_range(bits: int, signed: bool | None) -> tuple[int, int]:
@@ -21,11 +22,12 @@ class Quantizer(nn.Module, ABC):
 
     * ``forward(x)`` returns the quantized tensor ``x_hat`` in the shape and dtype of ``x``. Until the quantizer has
       been initialised it returns ``x`` unchanged.
-    * ``codes(x)`` returns the integers and ``dequantize(codes)`` the values;
+    * ``codes(x)`` returns the integers, all within ``code_range()``, and ``dequantize(codes)`` the values;
       ``forward(x) == dequantize(codes(x))`` bit for bit, which is what export relies on.
     * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
     * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
       come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+    * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
 
     Args:
         bits: 1 to 8.
@@ -78,6 +80,10 @@ class Quantizer(nn.Module, ABC):
     def dequantize(self, codes: Tensor) -> Tensor:
         """The float32 values of integer ``codes``, in their shape."""
 
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code: two's complement when signed, from zero when not."""
+        return integer_range(self.bits, self.signed)
+
     @abstractmethod
     def levels(self) -> Tensor:
         """All representable values in ascending order: (L,) per tensor, (channels, L) per channel, float32."""
@@ -89,7 +95,9 @@ class Quantizer(nn.Module, ABC):
             self.initialize(x)
             if not self._ready:
                 # Zero times the parameters keeps them in the graph, on which DDP insists.
-                return x + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum().to(x.dtype)
+                for parameter in self.parameters():
+                    x = x + 0.0 * parameter.sum().to(x.dtype)
+                return x
         return self._quantize(x)
 
     @torch.no_grad()
@@ -97,11 +105,21 @@ class Quantizer(nn.Module, ABC):
         """Fit the parameters to ``x`` and mark the quantizer as initialised.
 
         Under ``torch.distributed`` every rank must call this together; all end with the same parameters. A tensor
-        without a finite non-zero value leaves the quantizer uninitialised, to try again with the next one.
+        without a finite non-zero value leaves the quantizer uninitialised, to try again with the next one. Values
+        that are not finite are left out.
+
+        Raises:
+            UsageError: when the quantizer has no grid for data of this sign.
         """
-        if self.signed is None:
-            self.signed = bool(_max_over_ranks(-x.detach().min()) > 0) if x.numel() else None
-        if x.numel() == 0 or not self._fit(x.detach()):
+        if x.numel() == 0:
+            return
+        x = finite(x.detach())
+        decided = self.signed
+        signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
+        self.check_bits(self.bits, signed)
+        self.signed = signed
+        if not self._fit(x):
+            self.signed = decided
             return
         self._ready = True
         self.initialized.fill_(True)
@@ -144,6 +162,10 @@ class Quantizer(nn.Module, ABC):
         shape[self.channel_axis] = self.channels
         return parameter.view(shape)
 
+    def _axes(self, x: Tensor) -> tuple[int, ...]:
+        """The axes of ``x`` whose elements share a grid."""
+        return tuple(axis for axis in range(x.ndim) if self.channels is None or axis != self.channel_axis)
+
     def _per_channel(self, x: Tensor) -> Tensor:
         """``x`` as (channels, elements per channel); one row for a per-tensor quantizer."""
         if self.channels is None:
@@ -155,12 +177,19 @@ class Quantizer(nn.Module, ABC):
         return f"bits={self.bits}, signed={self.signed}, {granularity}"
 
 
+def finite(x: Tensor) -> Tensor:
+    """``x`` in its compute dtype with zero in the place of NaN and infinity, for statistics."""
+    x = x.to(compute_dtype(x))
+    return torch.where(x.isfinite(), x, 0.0)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """``value`` averaged over the processes of a distributed run; itself when there is only one."""
     return _reduce(value, "mean")
 
 
-def _max_over_ranks(value: Tensor) -> Tensor:
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The largest ``value`` over the processes of a distributed run; itself when there is only one."""
     return _reduce(value, "max")
 
 

@@ -1,4 +1,4 @@
-"""LSQ: a uniform grid whose step size is learned."""
+"""LSQ and EWGS: a uniform grid whose step size is learned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
-from lqkd.quantization.kernels import LearnedStepQuantize, uniform_codes
-from lqkd.quantization.quantizers.base import Quantizer, integer_range, mean_over_ranks
+from lqkd.quantization.kernels import element_wise_scaled_quantize, learned_step_quantize
+from lqkd.quantization.quantizers.base import mean_over_ranks
+from lqkd.quantization.quantizers.uniform import UniformQuantizer
 
 
-class LSQ(Quantizer):
+class LSQ(UniformQuantizer):
     """Learned step size quantization (Esser et al., arXiv 1902.08153).
 
     ``x_hat = round(clamp(x / s, -Q_N, Q_P)) * s`` with ``Q_N = 2**(b-1), Q_P = 2**(b-1) - 1`` for signed and
@@ -41,48 +41,38 @@ class LSQ(Quantizer):
         super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
         self.scale = nn.Parameter(torch.ones(() if channels is None else (channels,)))
 
-    @classmethod
-    def check_bits(cls, bits: int, signed: bool | None) -> int:
-        if super().check_bits(bits, signed) == 1 and signed:
-            raise UsageError("bits=1 is not possible for signed LSQ, whose grid would be {-1, 0}: use 2 to 8 bits")
-        return bits
-
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code, ``(-Q_N, Q_P)``."""
-        return integer_range(self.bits, self.signed)
-
-    def step(self) -> Tensor:
-        """The positive step size s in the shape of ``scale``, float32, differentiable."""
-        return self.scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
-
-    def codes(self, x: Tensor) -> Tensor:
-        return uniform_codes(x, self._broadcast(self.step(), x.ndim), *self.code_range()).to(torch.int32)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        return codes * self._broadcast(self.step(), codes.ndim)
-
-    def levels(self) -> Tensor:
-        qmin, qmax = self.code_range()
-        grid = torch.arange(qmin, qmax + 1, device=self.scale.device)
-        return grid * self.step().unsqueeze(-1)
-
     def _quantize(self, x: Tensor) -> Tensor:
+        return learned_step_quantize(
+            x, self.step(), constants=(self._gradient_scale(x), *self.code_range()), channel_axis=self.channel_axis
+        )
+
+    def _gradient_scale(self, x: Tensor) -> float:
         samples = x.shape[0] if self.batched else 1
         elements = x.numel() / max(samples, 1) / (self.channels or 1)
-        qmin, qmax = self.code_range()
-        gradient_scale = 1.0 / math.sqrt(max(elements, 1.0) * qmax)
-        return LearnedStepQuantize.apply(x, self._broadcast(self.step(), x.ndim), gradient_scale, qmin, qmax)
+        return 1.0 / math.sqrt(max(elements, 1.0) * self.code_range()[1])
 
-    def _fit(self, x: Tensor) -> bool:
-        self.check_bits(self.bits, self.signed)
-        magnitude = mean_over_ranks(self._per_channel(x.float()).abs().mean(dim=1))
-        usable = magnitude.isfinite() & (magnitude > 0)
-        if not usable.any():
-            return False
-        # A dead channel (all zero) has no scale of its own: 1 keeps its codes at zero and its gradient finite.
-        step = torch.where(usable, 2.0 * magnitude / math.sqrt(self.code_range()[1]), 1.0)
-        self.scale.copy_(step.reshape(self.scale.shape))
-        return True
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return mean_over_ranks(rows.abs().mean(1)) * 2.0 / math.sqrt(self.code_range()[1])
 
-    def _refit(self, previous_bits: int) -> None:
-        self.scale.mul_(integer_range(previous_bits, self.signed)[1] / self.code_range()[1])
+
+class LSQEWGS(LSQ):
+    """LSQ with the element-wise gradient scaling of EWGS (Lee et al., arXiv 2104.00903).
+
+    Value and step gradient are those of :class:`LSQ`. The input's gradient inside the range is
+    ``g * (1 + delta * sign(g) * (x_n - x_q))`` (eq. 3), where ``x_n`` and ``x_q`` are the input and its level in
+    units of the range ``(Q_N + Q_P) * s``. ``delta = 0`` is the straight-through estimator of LSQ.
+
+    Attributes:
+        delta: strength of the scaling, at least 0; the paper derives it from the Hessian during training, here it
+            is a plain number that a training script may change.
+    """
+
+    delta = 1e-3
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return element_wise_scaled_quantize(
+            x,
+            self.step(),
+            constants=(self._gradient_scale(x), *self.code_range(), self.delta),
+            channel_axis=self.channel_axis,
+        )

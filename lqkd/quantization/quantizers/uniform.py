@@ -1,0 +1,137 @@
+"""Uniform symmetric grids: what the families with one step size share, and the two that calibrate it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.quantization.kernels import learned_step_quantize, uniform_codes
+from lqkd.quantization.quantizers.base import Quantizer, integer_range, max_over_ranks, mean_over_ranks
+
+SEARCH_SAMPLE = 2**18
+"""About as many elements as a range search looks at; larger tensors are thinned out evenly."""
+
+
+class UniformQuantizer(Quantizer):
+    """``x_hat = round(clamp(x / s, qmin, qmax)) * s``: zero is a level, codes are those of ONNX ``QuantizeLinear``.
+
+    A family sets ``scale`` (parameter or buffer, () or (channels,)) and its initial value. The step s is the
+    absolute value of ``scale``, never below the smallest normal float.
+
+    Raises:
+        UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
+    """
+
+    scale: Tensor
+
+    @classmethod
+    def check_bits(cls, bits: int, signed: bool | None) -> int:
+        if super().check_bits(bits, signed) == 1 and signed:
+            raise UsageError(
+                f"bits=1 is not possible for signed {cls.__name__}, whose grid would be {{-1, 0}}: use 2 to 8 bits"
+            )
+        return bits
+
+    def step(self) -> Tensor:
+        """The positive step size s in the shape of ``scale``, float32, differentiable."""
+        return self.scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return uniform_codes(x, self._broadcast(self.step(), x.ndim), *self.code_range()).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        return codes * self._broadcast(self.step(), codes.ndim)
+
+    def levels(self) -> Tensor:
+        qmin, qmax = self.code_range()
+        grid = torch.arange(qmin, qmax + 1, device=self.scale.device)
+        return grid * self.step().unsqueeze(-1)
+
+    @abstractmethod
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        """The step of each row of (channels, elements), the same on every rank; anything for a row of zeros."""
+
+    def _fit(self, x: Tensor) -> bool:
+        rows = self._per_channel(x)
+        step = self._initial_step(rows)
+        usable = step.isfinite() & (step > 0) & (max_over_ranks(rows.abs().amax(1)) > 0)
+        if not usable.any():
+            return False
+        # A dead channel (all zero) has no scale of its own: 1 keeps its codes at zero and its gradient finite.
+        self._set_step(torch.where(usable, step, 1.0).reshape(self.scale.shape))
+        return True
+
+    def _set_step(self, step: Tensor) -> None:
+        self.scale.copy_(step)
+
+    def _refit(self, previous_bits: int) -> None:
+        self.scale.mul_(integer_range(previous_bits, self.signed)[1] / self.code_range()[1])
+
+
+class _Calibrated(UniformQuantizer):
+    """A step that comes from the first training batch and stays."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        batched: bool = False,
+    ) -> None:
+        super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
+        self.register_buffer("scale", torch.ones(() if channels is None else (channels,)))
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        constants = (1.0, *self.code_range())
+        return learned_step_quantize(x, self.step(), constants=constants, channel_axis=self.channel_axis)
+
+
+class MinMax(_Calibrated):
+    """The largest magnitude of the first batch becomes the largest level; nothing is learned.
+
+    The input's gradient passes inside the range and is zero where it clips.
+    """
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return max_over_ranks(rows.abs().amax(1)) / self.code_range()[1]
+
+
+class Mse(_Calibrated):
+    """The step that minimises the mean squared error on the first batch; nothing is learned.
+
+    The input's gradient passes inside the range and is zero where it clips.
+    """
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return mse_step(rows, *self.code_range())
+
+
+def mse_step(rows: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The step of a uniform grid with the least squared error, (channels,), the same on every rank.
+
+    The largest level is searched among 80 fractions, 1 down to 0.02, of the largest magnitude.
+
+    Args:
+        rows: (channels, elements), finite.
+        qmin, qmax: the integer range.
+    """
+    rows = thinned(rows)
+    peak = max_over_ranks(rows.abs().amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
+    relative = rows / peak.unsqueeze(1)
+    steps = torch.logspace(0, -1.7, 80, dtype=rows.dtype, device=rows.device) / qmax
+    errors = torch.stack([((relative / s).clamp(qmin, qmax).round() * s - relative).square().mean(1) for s in steps])
+    return steps[mean_over_ranks(errors).argmin(0)] * peak
+
+
+def thinned(rows: Tensor) -> Tensor:
+    """Every k-th column of (channels, elements), so that about ``SEARCH_SAMPLE`` elements remain; the peak stays."""
+    every = max(1, rows.numel() // SEARCH_SAMPLE)
+    if every == 1:
+        return rows
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return torch.cat([rows[:, ::every], largest], dim=1)

@@ -1,0 +1,326 @@
+"""The contract of every registered quantizer, at every number of bits that it has a grid for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One quantizer in one of its roles."""
+
+    name: str
+    role: str
+    bits: int
+
+    def build(self, bits: int | None = None) -> Quantizer:
+        arguments = {
+            "weight": {"signed": True},
+            "channels": {"signed": True, "channels": 4},
+            "positive": {"batched": True},
+            "signed": {"batched": True},
+        }[self.role]
+        return QUANTIZERS[self.name](bits or self.bits, **arguments)
+
+    def data(self, seed: int = 0) -> Tensor:
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        return x.relu() if self.role == "positive" else x
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.role}-{self.bits}"
+
+
+def _possible(case: Case) -> bool:
+    try:
+        case.build().initialize(case.data())
+    except UsageError:
+        return False
+    return True
+
+
+ROLES = ("weight", "channels", "positive", "signed")
+EVERY = [Case(name, role, bits) for name in sorted(QUANTIZERS) for role in ROLES for bits in range(1, 9)]
+CASES = [case for case in EVERY if _possible(case)]
+WIDEST = [
+    max((c for c in CASES if (c.name, c.role) == pair), key=lambda c: c.bits if c.bits <= 4 else 0)
+    for pair in sorted({(c.name, c.role) for c in CASES})
+]
+
+# x_hat is no fixed point where the scale or the threshold is measured on the tensor, where the grid is on another
+# scale than the weight, where thresholds are learned apart from the values (n2uq), and for a sign whose shift was
+# fitted to data that are never negative.
+NOT_IDEMPOTENT = {(name, role) for name in ("apot", "dorefa", "irnet", "n2uq", "ttq", "twn") for role in ROLES[:2]}
+NOT_IDEMPOTENT |= {("n2uq", "positive"), ("n2uq", "signed"), ("react", "positive")}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+one_width = pytest.mark.parametrize("case", WIDEST, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fitted(case: Case) -> Quantizer:
+    quantizer = case.build()
+    quantizer(case.data())
+    assert quantizer.initialized
+    return quantizer
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().view(torch.int32), b.detach().view(torch.int32))
+
+
+def test_every_quantizer_has_a_role() -> None:
+    assert {case.name for case in CASES} == set(QUANTIZERS)
+
+
+@every_case
+def test_output_is_dequantized_codes_within_range_and_levels(case: Case) -> None:
+    quantizer = fitted(case)
+    edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30]).repeat(50).view(4, 3, 5, 5)
+    for x in (case.data(1), case.data(1) * 50, edges):
+        x_hat, codes = quantizer(x), quantizer.codes(x)
+        assert same_bits(x_hat, quantizer.dequantize(codes))
+        assert codes.dtype == torch.int32
+        assert codes.shape == x.shape == x_hat.shape
+        low, high = quantizer.code_range()
+        assert low <= codes.min() <= codes.max() <= high
+        assert high - low < 2**case.bits
+        levels = quantizer.levels().detach().reshape(-1, quantizer.levels().shape[-1])
+        assert levels.shape[-1] == high - low + 1
+        assert (levels.diff(dim=-1) > 0).all()
+        for row, values in zip(levels.expand(4, -1), x_hat.detach(), strict=True):
+            assert torch.isin(values, row).all()
+    everything = torch.arange(low, high + 1)
+    if quantizer.channels is None:
+        assert same_bits(quantizer.dequantize(everything), quantizer.levels().float())
+
+
+@one_width
+@settings(max_examples=15, deadline=None)
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12))
+def test_any_tensor_keeps_the_contract(case: Case, values: list[float]) -> None:
+    x = torch.tensor(values).repeat(4, 1)
+    quantizer = fitted(case).eval()
+    x_hat = quantizer(x)
+    assert x_hat.isfinite().all()
+    assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if (c.name, c.role) not in NOT_IDEMPOTENT], ids=str)
+def test_quantizing_twice_changes_nothing(case: Case) -> None:
+    quantizer = fitted(case).eval()
+    once = quantizer(case.data()).detach()
+    assert same_bits(quantizer(once), once)
+
+
+@pytest.mark.parametrize("pair", sorted({(c.name, c.role) for c in CASES}), ids="-".join)
+def test_error_falls_with_bits(pair: tuple[str, str]) -> None:
+    cases = [c for c in CASES if (c.name, c.role) == pair]
+    if pair[0] in ("dorefa", "apot") and pair[1] in ("weight", "channels"):
+        pytest.skip("the result is not on the weight's own scale")
+    errors = []
+    for case in cases:
+        x = torch.randn(4, 500, generator=torch.Generator().manual_seed(5))
+        x = x.relu() if case.role == "positive" else x
+        x = x.clamp(max=1) if case.name == "dorefa" else x
+        quantizer = case.build()
+        errors.append((quantizer(x) - x).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+
+
+@one_width
+def test_zeros_then_data(case: Case) -> None:
+    quantizer = case.build()
+    zeros = torch.zeros(4, 3, 5, 5, requires_grad=True)
+    out = quantizer(zeros)
+    assert torch.equal(out, zeros)
+    assert not quantizer.initialized
+    out.sum().backward()
+    assert all(p.grad is not None for p in quantizer.parameters())
+    assert quantizer(torch.empty(0, 3, 5, 5)).shape == (0, 3, 5, 5)
+    assert quantizer.signed == case.build().signed
+    quantizer(case.data())
+    assert quantizer.initialized
+
+
+@one_width
+@pytest.mark.parametrize("value", [1e-30, 1e30, 0.7])
+def test_constant_and_extreme_tensors_give_finite_values_and_gradients(case: Case, value: float) -> None:
+    for x in (torch.full((4, 3, 5, 5), value), case.data() * value):
+        quantizer = case.build()
+        leaf = x.clone().requires_grad_()
+        x_hat = quantizer(leaf)
+        x_hat.backward(torch.ones_like(x) * 1e-3)
+        assert quantizer.initialized
+        assert x_hat.isfinite().all()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in quantizer.parameters())
+        assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
+
+
+@one_width
+def test_a_dead_channel_stays_silent(case: Case) -> None:
+    if case.role != "channels":
+        pytest.skip("one grid for the tensor")
+    x = case.data()
+    x[2] = 0
+    quantizer = case.build()
+    leaf = x.requires_grad_()
+    x_hat = quantizer(leaf)
+    x_hat.sum().backward()
+    assert leaf.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in quantizer.parameters())
+    if quantizer.levels()[2].eq(0).any():
+        assert torch.equal(x_hat[2], torch.zeros(3, 5, 5))
+
+
+@one_width
+def test_nan_stays_at_its_element(case: Case) -> None:
+    x = case.data()
+    x[1, 2, 3, 4] = float("nan")
+    quantizer = case.build()
+    x_hat = quantizer(x)
+    assert quantizer.initialized
+    assert all(t.isfinite().all() for t in quantizer.state_dict().values())
+    assert x_hat.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+    reference = case.build()
+    reference(torch.where(x.isnan(), 0.0, x))
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(quantizer.state_dict()[key], value)
+
+
+@one_width
+def test_an_empty_batch_passes_with_gradient(case: Case) -> None:
+    if case.role in {"weight", "channels"}:
+        pytest.skip("weights are never empty")
+    quantizer = fitted(case)
+    out = quantizer(torch.empty(0, 3, 5, 5, requires_grad=True))
+    out.sum().backward()
+    assert out.shape == (0, 3, 5, 5)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in quantizer.parameters())
+
+
+@one_width
+def test_eval_and_inference_write_nothing(case: Case) -> None:
+    for quantizer in (case.build().eval(), fitted(case).eval()):
+        before = copy.deepcopy(quantizer.state_dict())
+        with torch.inference_mode():
+            quantizer(case.data(3) * 3)
+        quantizer(case.data(4) * 3)
+        assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
+    quantizer = fitted(case).train()
+    before = copy.deepcopy(quantizer.state_dict())
+    with torch.inference_mode():
+        quantizer(case.data(3) * 3)
+    assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
+
+
+@one_width
+def test_state_survives_checkpoint_and_copy(case: Case) -> None:
+    fresh = case.build().state_dict()
+    quantizer = fitted(case).eval()
+    assert fresh.keys() == quantizer.state_dict().keys()
+    restored = case.build().eval()
+    restored.load_state_dict(quantizer.state_dict())
+    x = case.data(2)
+    for other in (restored, copy.deepcopy(quantizer)):
+        assert (other.bits, other.signed) == (quantizer.bits, quantizer.signed)
+        assert same_bits(other(x), quantizer(x))
+        assert same_bits(other.levels(), quantizer.levels())
+
+
+@one_width
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_of_the_input_is_kept(case: Case, dtype: torch.dtype) -> None:
+    quantizer = fitted(case)
+    x = case.data(1).to(dtype).requires_grad_()
+    x_hat = quantizer(x)
+    x_hat.sum().backward()
+    assert x_hat.dtype == dtype
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x_hat, quantizer.dequantize(quantizer.codes(x)).to(dtype))
+
+
+@every_case
+def test_changing_bits_refits(case: Case) -> None:
+    for bits in (case.bits - 1, case.bits + 1):
+        target = Case(case.name, case.role, bits)
+        quantizer = fitted(case)
+        parameters = list(quantizer.parameters())
+        shapes = [p.shape for p in parameters]
+        if target not in CASES:
+            with pytest.raises(UsageError):
+                quantizer.set_bits(bits)
+            assert quantizer.bits == case.bits
+            continue
+        quantizer.set_bits(bits)
+        x = case.data()
+        x_hat = quantizer(x)
+        assert quantizer.bits == bits == quantizer.format[0]
+        assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
+        assert x_hat.isfinite().all()
+        assert x_hat.unique().numel() > 1
+        assert all(a is b for a, b in zip(parameters, quantizer.parameters(), strict=True))
+        assert shapes == [p.shape for p in quantizer.parameters()]
+
+
+@one_width
+def test_training_with_a_huge_learning_rate_stays_finite(case: Case) -> None:
+    quantizer = fitted(case)
+    if not list(quantizer.parameters()):
+        pytest.skip("nothing is learned")
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=10.0)
+    x = case.data()
+    for _ in range(30):
+        loss = (quantizer(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+        assert quantizer.levels().isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.5, True, "4"])
+def test_impossible_bits_are_refused(name: str, bits: object) -> None:
+    with pytest.raises(UsageError, match="bits="):
+        QUANTIZERS[name](bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["irnet", "twn", "ttq"])
+def test_weight_quantizers_refuse_activations(name: str) -> None:
+    with pytest.raises(UsageError, match=f"quantizer {name} is for weights"):
+        QUANTIZERS[name](1 if name == "irnet" else 2, batched=True)
+
+
+@pytest.mark.parametrize("name", ["pact", "dorefa"])
+def test_unsigned_quantizers_refuse_negative_activations(name: str) -> None:
+    with pytest.raises(UsageError, match="this tensor is signed: use lsq or lsq_plus"):
+        QUANTIZERS[name](4, batched=True)(torch.randn(10))
+
+
+def test_lsq_plus_represents_zero_whatever_its_offset() -> None:
+    quantizer = QUANTIZERS["lsq_plus"](4, batched=True)
+    quantizer(torch.nn.functional.silu(torch.randn(500)))
+    for offset in (-1e9, -0.31, -0.1, 0.0, 0.2, 1e9):
+        quantizer.offset.data.fill_(offset)
+        assert 0.0 in quantizer.levels().tolist()
+        assert quantizer(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]

@@ -1,0 +1,43 @@
+"""Every quantizer starts with the same parameters on all ranks, whatever each of them sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from lqkd.errors import UsageError
+from lqkd.quantization.quantizers import QUANTIZERS
+
+
+def _fit_on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    states = {}
+    for seen in ("different", "zero on one rank"):
+        x = torch.randn(4, 90, generator=torch.Generator().manual_seed(rank)).abs() * (1 + 9 * rank)
+        if seen == "zero on one rank" and rank == 0:
+            x = torch.zeros(4, 90)
+        for name, family in QUANTIZERS.items():
+            for bits in (1, 2, 4):
+                try:
+                    quantizer = family(bits, batched=True)
+                except UsageError:
+                    continue
+                quantizer(x)
+                states[f"{name} {bits} {seen}"] = quantizer.state_dict()
+    torch.save(states, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_end_with_the_same_parameters(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_fit_on_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert len(first) > 20
+    for name, state in first.items():
+        assert state["initialized"], name
+        assert all(torch.equal(value, second[name][key]) for key, value in state.items()), name
