@@ -37,7 +37,8 @@ def images() -> torch.Tensor:
 def test_first_and_last_layer_keep_eight_bits() -> None:
     model, _ = quantize_model(network(), Recipe(bits="w2a2"))
     bits = {name: quantizer.bits for name, quantizer in quantizers(model).items()}
-    assert {bits[f"{layer}.{q}"] for layer in ("conv1", "linear") for q in ("weight_quantizer", "input_quantizer")} == {8}
+    ends = {bits[f"{layer}.{q}_quantizer"] for layer in ("conv1", "linear") for q in ("weight", "input")}
+    assert ends == {8}
     assert bits["layer1.0.conv1.weight_quantizer"] == 2
 
 
@@ -144,7 +145,7 @@ def test_weights_only_quantization_has_no_input_quantizer() -> None:
     [
         (Recipe(bits="w0a4"), r"quantization.bits='w0a4' is not possible: bits are 1 to 8"),
         (Recipe(bits="w4a9"), r"bits are 1 to 8"),
-        (Recipe(bits="4"), r"is not understood: write weight and activation bits like w4a4"),
+        (Recipe(bits="4"), r"is not understood: write weight and activation bits like w4a4, or ternary"),
         (Recipe(weight_quantizer="lsqq"), r"quantizer 'lsqq' is unknown: use .*lsq"),
         (Recipe(rules=[Rule("layer9.*", weight_bits=8)]), r"match='layer9.\*' matches no layer: the layers are conv1"),
         (Recipe(rules=[Rule("linear", weight_bits=12)]), r"weight_bits=12 is not possible"),
