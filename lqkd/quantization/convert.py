@@ -228,6 +228,7 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
             for what, q in (("weight", weight), ("input", activation))
             if q is not None
         ]
+        notes = notes or ["floating point: the recipe says so"]
         if isinstance(module, nn.MultiheadAttention):
             notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]

@@ -62,11 +62,12 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, times ``output_scale`` where there is one."""
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return weight if self.output_scale is None else weight * self.broadcast_output(self.output_scale)
+        return weight if self.output_scale is None else weight * self.broadcast_output(self, self.output_scale)
 
-    def broadcast_output(self, values: Tensor) -> Tensor:
-        """View (output channels,) ``values`` so that they broadcast over the weight."""
-        return values.view(-1, *[1] * (self.weight.ndim - 1))
+    @staticmethod
+    def broadcast_output(layer: Any, values: Tensor) -> Tensor:
+        """View (output channels,) ``values`` so that they broadcast over the weight of ``layer``."""
+        return values.view(-1, *[1] * (layer.weight.ndim - 1))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "output_scale")
@@ -104,23 +105,22 @@ class _TransposedWeight(QuantizedLayer):
     for all. In each case all products that are summed into one output share one grid, as integer kernels require.
     """
 
-    in_channels: int
-    groups: int
-
     @staticmethod
     def weight_axis(layer: nn.Module) -> int:
         assert isinstance(layer, _ConvTransposeNd)
         return 0 if layer.groups > 1 and layer.groups == layer.in_channels else 1
 
-    def broadcast_output(self, values: Tensor) -> Tensor:
-        by_group = values.view(self.groups, 1, -1).expand(-1, self.in_channels // self.groups, -1)
-        return by_group.reshape(self.in_channels, -1, *[1] * (self.weight.ndim - 2))
+    @staticmethod
+    def broadcast_output(layer: Any, values: Tensor) -> Tensor:
+        by_group = values.view(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
+        return by_group.reshape(layer.in_channels, -1, *[1] * (layer.weight.ndim - 2))
 
 
 class _QuantConvTranspose(_TransposedWeight):
     _function: Callable[..., Tensor]
     _output_padding: Any
     bias: Tensor | None
+    groups: int
     stride: Any
     padding: Any
     dilation: Any
