@@ -41,7 +41,8 @@ class CoverageReport:
     Attributes:
         layers: every layer that has parameters, in the order of the network; a module under several names once.
         operations: what is computed in floating point between the layers: additions, concatenations, products.
-        untraceable: why the operations are not known; ``None`` when they are.
+        untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
+            all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
     """
 
@@ -70,7 +71,9 @@ class CoverageReport:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
-            lines.append(f"functional operations are not listed: the graph could not be traced ({self.untraceable})")
+            lines.append(
+                f"other functional operations are not known: the graph could not be traced ({self.untraceable})"
+            )
         return "\n".join(lines)
 
 

@@ -66,10 +66,11 @@ class Survey:
     """What a trace says about a network.
 
     Attributes:
-        operations: the functional operations, in the order of the network.
+        operations: the functional operations.
         calls: name of each layer to the number of times it is called in one forward pass.
         bypassed: name of each layer that is never called to the name of the module whose forward reads its weight.
-        untraceable: why the network could not be traced (then the others are empty); ``None`` when it could.
+        untraceable: why the network could not be traced, ``None`` when it could. Nothing is known then but the
+            additions inside of PyTorch's own transformer layers.
     """
 
     operations: tuple[Operation, ...] = ()
@@ -97,15 +98,22 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def survey(model: nn.Module) -> Survey:
     """Find the functional operations of ``model``, without running or changing it."""
+    operations = Counter(
+        {
+            ("add", name): additions
+            for name, module in model.named_modules()
+            for opaque, additions in _OPAQUE.items()
+            if isinstance(module, opaque)
+        }
+    )
     if isinstance(model, QuantizedLayer):
         return Survey()
     try:
         graph = trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways
         lines = str(error).strip().splitlines() or [""]
-        return Survey(untraceable=f"{type(error).__name__}: {lines[0]}")
+        return Survey(_listed(operations), untraceable=f"{type(error).__name__}: {lines[0]}")
     numbers = _numbers(graph)
-    operations: Counter[tuple[str, str]] = Counter()
     calls: Counter[str] = Counter()
     read: dict[str, str] = {}
     for node in graph.nodes:
@@ -118,12 +126,13 @@ def survey(model: nn.Module) -> Survey:
         kind = _kind(node)
         if kind is not None and node not in numbers and (kind not in _PAIRS or _combines(node, numbers)):
             operations[kind, _where(node)] += 1
-    for name, module in model.named_modules():
-        for opaque, additions in _OPAQUE.items():
-            if isinstance(module, opaque):
-                operations["add", name] += additions
-    found = tuple(Operation(kind, where, count) for (kind, where), count in operations.items())
-    return Survey(found, dict(calls), {name: reader for name, reader in read.items() if name not in calls})
+    return Survey(
+        _listed(operations), dict(calls), {name: reader for name, reader in read.items() if name not in calls}
+    )
+
+
+def _listed(operations: Counter[tuple[str, str]]) -> tuple[Operation, ...]:
+    return tuple(Operation(kind, where, count) for (kind, where), count in operations.items())
 
 
 def _kind(node: fx.Node) -> str | None:

@@ -6,8 +6,8 @@ relative L2 distance of its logits from those of the float network, on the batch
 
     torchvision resnet18 0.09 0.016, mobilenet_v2 0.17 0.039, mobilenet_v3_small 0.23 0.052, shufflenet 0.00 0.000,
     efficientnet_b0 0.28 0.063, regnet_y_400mf 0.09 0.014, convnext 0.13 0.027, vit 0.16 0.032, swin 0.13 0.027,
-    densenet 0.12 0.016; timm resnet18 0.08 0.012, mobilenetv3 0.23 0.067, vit_tiny 0.14 0.035, convnext_atto 0.12 0.024,
-    efficientnet_lite0 0.20 0.048
+    densenet 0.12 0.016; timm resnet18 0.08 0.012, mobilenetv3 0.23 0.067, vit_tiny 0.14 0.035,
+    convnext_atto 0.12 0.024, efficientnet_lite0 0.20 0.048
 
 LSQ starts with steps for few bits (its range at 8 bits is about 18 standard deviations) and learns better ones. Even
 MSE-fitted grids stay above 2 % where many layers follow one another: each symmetric 8-bit grid adds about 1 %.
