@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lqkd.quantization.graph import Operation, Survey, survey
+from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
-from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, find_quantizer, resolve
+from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, resolve
+from lqkd.quantization.trial import refusal
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,39 @@ class LayerCoverage:
     parameters: int
     note: str
 
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing of the layer is quantised."""
+        return self.weight_bits == self.activation_bits == FLOAT_BITS
+
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """What :func:`quantize_model` did to every layer that has parameters, in the order of the network."""
+    """What :func:`quantize_model` did to a network.
+
+    Attributes:
+        layers: every layer that has parameters, in the order of the network; a module under several names once.
+        operations: what is computed in floating point between the layers: additions, concatenations, products.
+        untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
+            all are.
+        already_quantised: how many layers were quantised before :func:`quantize_model` was called.
+    """
 
     layers: tuple[LayerCoverage, ...]
+    operations: tuple[Operation, ...] = ()
+    untraceable: str | None = None
+    already_quantised: int = field(default=0, compare=False)
 
     def summary(self) -> str:
         """One line: how many layers are quantised, with how many bits, and how many are not."""
-        quantised = [x for x in self.layers if (x.weight_bits, x.activation_bits) != (FLOAT_BITS, FLOAT_BITS)]
+        quantised = [x for x in self.layers if not x.is_float]
         counts = Counter(f"W{x.weight_bits}A{x.activation_bits}" for x in quantised)
         bits = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         ends = f" (first: {quantised[0].name}, last: {quantised[-1].name})" if quantised else ""
-        return (
+        line = (
             f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
         )
+        return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "kind", "W", "A", "parameters", "note")]
@@ -47,7 +68,13 @@ class CoverageReport:
             bits = ["float" if b == FLOAT_BITS else str(b) for b in (layer.weight_bits, layer.activation_bits)]
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"not quantised: {operation}" for operation in self.operations]
+        if self.untraceable is not None:
+            lines.append(
+                f"other functional operations are not known: the graph could not be traced ({self.untraceable})"
+            )
+        return "\n".join(lines)
 
 
 def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, CoverageReport]:
@@ -55,94 +82,196 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
 
     Parameters stay the same objects under the same names: a float checkpoint loads before or after. A module that is
     registered under several names is replaced by one quantised module under all of them, with the settings of its
-    first name. Layers that are quantised already are left as they are, so calling twice changes nothing. "First" and
-    "last" layer follow the order in which the network registers its layers.
+    first name; layers that share one weight get one weight quantizer. Layers that are quantised already are left as
+    they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
+    registers its layers. What is computed outside of layers (residual additions, concatenations) is not quantised,
+    since only a rewritten network could do that; the report lists it.
 
     Args:
-        model: any network; quantised layers take the place of its Conv2d and Linear children.
+        model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
+            Embedding and MultiheadAttention children, and of their subclasses where a trial run shows that input
+            and weight can be exchanged.
         recipe: which layer gets which quantizer.
 
     Returns:
         The model itself (a new layer when ``model`` is a single layer) and the report.
 
     Raises:
-        UsageError: when the recipe is not possible, a rule matches nothing, or nothing is there to quantise.
+        UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
+            settings for it, or nothing is there to quantise.
     """
-    floats = {name: module for name, module in model.named_modules() if type(module) in QUANTIZED_LAYERS}
-    has_quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
-    if not floats and not has_quantized:
-        raise UsageError(
-            f"{type(model).__name__} has nothing to quantise: it needs at least one layer of type "
-            + ", ".join(kind.__name__ for kind in QUANTIZED_LAYERS)
-        )
-    settings = {}
-    if floats:
-        settings = resolve(recipe, {name: type(module).__name__ for name, module in floats.items()})
-    replacements = {
-        id(module): _quantized_layer(name, module, settings[name])
-        for name, module in floats.items()
-        if (settings[name].weight_bits, settings[name].activation_bits) != (FLOAT_BITS, FLOAT_BITS)
+    refusals = _refusals(model, survey(model))
+    layers: dict[str, nn.Module] = {
+        name: cast(nn.Module, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and name not in refusals
     }
-    if id(model) in replacements:
-        model = replacements[id(model)]
-    else:
-        _replace_children(model, replacements)
-    return model, coverage(model)
+    if not layers:
+        reasons = f" ({next(iter(refusals))}: {next(iter(refusals.values()))})" if refusals else ""
+        raise UsageError(
+            f"{type(model).__name__} has nothing to quantise{reasons}: it needs at least one layer of type "
+            + ", ".join(dict.fromkeys(kind.__name__.removeprefix("Quant") for kind in QUANTIZED_LAYERS.values()))
+        )
+    settings = resolve(recipe, {name: _kind(module) for name, module in layers.items()})
+    floats: dict[str, nn.Module] = {
+        name: module for name, module in layers.items() if not isinstance(module, QuantizedLayer)
+    }
+    _check_tied(layers, settings)
+    weight_quantizers = {
+        id(module.weight): module.weight_quantizer
+        for module in layers.values()
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None
+    }
+    replacements = {
+        id(module): _quantized_layer(name, module, settings[name], weight_quantizers)
+        for name, module in floats.items()
+        if not settings[name].is_float or _attention_needs(name, module, settings)
+    }
+    for parent in [*model.modules(), *replacements.values()]:
+        _replace_children(parent, replacements)
+    model = replacements.get(id(model), model)
+    return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
 
 
 def coverage(model: nn.Module) -> CoverageReport:
-    """Report the bits of every layer of ``model`` that owns parameters."""
-    return CoverageReport(tuple(_describe(name, module) for name, module in model.named_modules() if _counts(module)))
+    """Report the bits of every layer of ``model`` that owns parameters, and what is computed between them."""
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    found = survey(model)
+    refusals = _refusals(model, found)
+    rows = []
+    for name, module in model.named_modules():
+        if not module._parameters or isinstance(module, Quantizer):
+            continue
+        row = _describe(name, module, refusals.get(name))
+        more = [f"also {', '.join(names[id(module)][1:])}"] if len(names[id(module)]) > 1 else []
+        if found.calls.get(name, 1) > 1:
+            more.append(f"called {found.calls[name]} times")
+        rows.append(replace(row, note="; ".join([row.note, *more])))
+    return CoverageReport(tuple(rows), found.operations, found.untraceable)
 
 
-def _counts(module: nn.Module) -> bool:
-    return bool(module._parameters) and not isinstance(module, Quantizer)
+def _weight(layer: nn.Module) -> nn.Parameter:
+    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight  # type: ignore[return-value]
 
 
-def _describe(name: str, module: nn.Module) -> LayerCoverage:
+def _class(layer: nn.Module) -> type[QuantizedLayer]:
+    """The quantised class of a float layer that is not refused."""
+    known = QUANTIZED_LAYERS.get(type(layer))
+    return quantized_subclass(cast(Hashable, type(layer))) if known is None else known
+
+
+def _kind(layer: nn.Module) -> str:
+    """The class name of a layer, the same before and after it is quantised."""
+    known = QUANTIZED_LAYERS.get(type(layer), type(layer))
+    return known.__name__.removeprefix("Quant")
+
+
+def _refusals(model: nn.Module, found: Survey) -> dict[str, str]:
+    """Names of the layers that would be quantised but cannot be, and why."""
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(QUANTIZED_LAYERS)) or isinstance(module, QuantizedLayer):
+            continue
+        reason = None
+        if type(module) not in QUANTIZED_LAYERS:
+            reason = refusal(cast(nn.Module, module))
+        elif isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+            reason = "an embedding with max_norm or sparse gradients changes its table in place"
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
+            reason = "attention whose key or value has another width than its query"
+        elif name in found.bypassed:
+            reason = f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
+        if reason is not None:
+            refused.setdefault(name, reason)
+            if isinstance(module, nn.MultiheadAttention):
+                refused[f"{name}.out_proj".lstrip(".")] = "part of attention that is not quantised"
+    return refused
+
+
+def _check_tied(layers: dict[str, nn.Module], settings: dict[str, LayerSettings]) -> None:
+    """Refuse different settings for one weight that belongs to several layers."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(_weight(layer)), name)
+        if other == name:
+            continue
+        mine, theirs = settings[name], settings[other]
+        for key in ("weight_bits", "weight_quantizer", "per_channel"):
+            if getattr(mine, key) != getattr(theirs, key):
+                raise UsageError(
+                    f"layers {other!r} and {name!r} share one weight but the recipe gives them {key}="
+                    f"{getattr(theirs, key)!r} and {getattr(mine, key)!r}: give both the same"
+                )
+        if mine.per_channel and _axis(layer) != _axis(layers[other]):
+            raise UsageError(
+                f"layers {other!r} and {name!r} share one weight whose output channels lie on different axes: "
+                "give both per_channel=false"
+            )
+
+
+def _axis(layer: nn.Module) -> int:
+    kind = type(layer) if isinstance(layer, QuantizedLayer) else _class(layer)
+    return kind.weight_axis(layer)
+
+
+def _attention_needs(name: str, layer: nn.Module, settings: dict[str, LayerSettings]) -> bool:
+    """Whether ``layer`` is attention in float whose output projection, which it must call, is quantised."""
+    projection = settings.get(f"{name}.out_proj".lstrip("."))
+    return isinstance(layer, nn.MultiheadAttention) and projection is not None and not projection.is_float
+
+
+def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverage:
     parameters = sum(p.numel() for p in module._parameters.values() if p is not None)
     if isinstance(module, QuantizedLayer):
         weight, activation = module.weight_quantizer, module.input_quantizer
-        kind = type(module).__name__.removeprefix("Quant")
-        note = ", ".join(
+        notes = [
             f"{what} {type(q).__name__} {'per tensor' if q.channels is None else 'per channel'}"
             for what, q in (("weight", weight), ("input", activation))
             if q is not None
-        )
+        ]
+        notes = notes or ["floating point: the recipe says so"]
+        if isinstance(module, nn.MultiheadAttention):
+            notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
-        return LayerCoverage(name, kind, bits[0], bits[1], parameters, note)
-    if type(module) in QUANTIZED_LAYERS:
-        note = "floating point: the recipe says so"
+        return LayerCoverage(name, _kind(module), bits[0], bits[1], parameters, ", ".join(notes))
+    if refused is not None:
+        note = f"floating point: {refused}"
     elif isinstance(module, tuple(QUANTIZED_LAYERS)):
-        note = "floating point: a subclass whose forward may differ"
+        note = "floating point: the recipe says so"
     else:
         note = "floating point: no quantised layer of this kind"
-    return LayerCoverage(name, type(module).__name__, FLOAT_BITS, FLOAT_BITS, parameters, note)
+    return LayerCoverage(name, _kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note)
 
 
-def _quantized_layer(name: str, layer: nn.Module, settings: LayerSettings) -> nn.Module:
-    kind = QUANTIZED_LAYERS[type(layer)]
-    assert isinstance(layer.weight, Tensor)
-    weight_quantizer = input_quantizer = None
+def _quantized_layer(
+    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer]
+) -> nn.Module:
+    """Quantise one layer; ``weight_quantizers`` holds those made before, by the identity of the weight."""
+    kind = _class(layer)
+    weight = _weight(layer)
+    input_quantizer = None
     try:
-        if settings.weight_bits != FLOAT_BITS:
-            axis = kind.output_channel_axis
-            weight_quantizer = find_quantizer(settings.weight_quantizer)(
-                settings.weight_bits,
-                signed=True,
-                channels=layer.weight.shape[axis] if settings.per_channel else None,
-                channel_axis=axis,
+        if settings.weight_bits != FLOAT_BITS and id(weight) not in weight_quantizers:
+            axis = kind.weight_axis(layer)
+            channels = weight.shape[axis] if settings.per_channel else None
+            weight_quantizers[id(weight)] = build_quantizer(
+                settings.weight_quantizer, settings.weight_bits, signed=True, channels=channels, channel_axis=axis
+            ).to(weight.device)
+        if settings.activation_bits != FLOAT_BITS and kind.quantizes_input:
+            input_quantizer = build_quantizer(settings.activation_quantizer, settings.activation_bits, batched=True).to(
+                weight.device
             )
-        if settings.activation_bits != FLOAT_BITS:
-            input_quantizer = find_quantizer(settings.activation_quantizer)(settings.activation_bits, batched=True)
     except UsageError as error:
         raise UsageError(f"layer {name!r}: {error}") from None
-    quantized = kind.from_float(layer, weight_quantizer, input_quantizer)
-    return quantized.to(layer.weight.device)
+    return kind.from_float(layer, weight_quantizers.get(id(weight)), input_quantizer)
 
 
-def _replace_children(module: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
+def _replace_children(parent: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    for name, child in parent._modules.items():
+        if id(child) in replacements:
+            parent._modules[name] = replacements[id(child)]
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fused inference path reads the float weights of its children; this says that there is none.
+        parent.activation_relu_or_gelu = 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
@@ -58,16 +60,17 @@ def bit_operations(model: nn.Module, example: Tensor) -> int:
     Args:
         model: a network with quantised layers; float operands count 32 bits.
         example: one sample with its batch axis, (1, C, H, W).
+
+    Convolutions, transposed convolutions, linear layers and the projections of attention are counted; the two
+    products inside attention and everything outside of layers are not.
     """
     total = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         nonlocal total
         quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "input_quantizer")]
         weight_bits, activation_bits = (FLOAT_BITS if q is None else q.bits for q in quantizers)
-        assert isinstance(module.weight, Tensor)
-        outputs = module.weight.shape[getattr(module, "output_channel_axis", 0)]
-        total += output.numel() * (module.weight.numel() // outputs) * weight_bits * activation_bits
+        total += _multiplications(module, inputs, output) * weight_bits * activation_bits
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(QUANTIZED_LAYERS))]
     try:
@@ -77,3 +80,18 @@ def bit_operations(model: nn.Module, example: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return total
+
+
+def _multiplications(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> int:
+    """Multiply-accumulates of one call of a layer; those of a float attention include its output projection."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    if isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
+        query, key, value = inputs[:3]
+        projections = query.numel() * width + key.numel() * width + value.numel() * width
+        return projections if isinstance(module, QuantizedLayer) else projections + output[0].numel() * width
+    if isinstance(module, _ConvTransposeNd):
+        return inputs[0].numel() * module.weight[0].numel()
+    assert isinstance(module.weight, Tensor)
+    return output.numel() * module.weight[0].numel()

@@ -12,8 +12,6 @@ The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (
 would compile a graph for each of its values.
 """
 
-# ruff: noqa: PLR0917  the functions of a kernel take their operands by position
-
 from __future__ import annotations
 
 import functools

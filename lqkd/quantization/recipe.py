@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from lqkd.errors import UsageError
 from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
 
 FLOAT_BITS = 32
 """The number of bits that means "leave it in floating point"."""
+
+
+TERNARY = "ternary"
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Rule:
         match: a layer's name as a glob (``layer1.*``), or a class name (``Conv2d``); of the layer's own class.
         weight_bits: 1 to 8, or 32 for floating point.
         activation_bits: 1 to 8, or 32 for floating point.
-        weight_quantizer: a name (``lsq``) or a dotted path to a Quantizer class.
+        weight_quantizer: a name (``lsq``), a dotted path to a Quantizer class, or ``{class_path, init_args}``.
         activation_quantizer: likewise, for the layer's input.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
     """
@@ -30,8 +35,8 @@ class Rule:
     match: str
     weight_bits: int | None = None
     activation_bits: int | None = None
-    weight_quantizer: str | None = None
-    activation_quantizer: str | None = None
+    weight_quantizer: str | dict[str, Any] | None = None
+    activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool | None = None
 
 
@@ -40,9 +45,12 @@ class Recipe:
     """How a network is quantised.
 
     Attributes:
-        bits: weight and activation bits of all layers, e.g. ``w4a4`` or ``w2a32``; 32 is floating point.
-        weight_quantizer: quantizer of the weights: a name (``lsq``) or a dotted path to a Quantizer class.
-        activation_quantizer: quantizer of the layers' inputs, likewise.
+        bits: weight and activation bits of all layers, e.g. ``w8a8``, ``w4a4`` or ``w2a32`` (32 is floating point),
+            or ``ternary``: weights of three values, which take 2 bits, and 8-bit activations.
+        weight_quantizer: quantizer of the weights: a name (``lsq``), a dotted path to a Quantizer class, or
+            ``{class_path, init_args}`` with either of them and more arguments. Null chooses by the bits of each layer:
+            ``irnet`` for 1 bit, ``twn`` for the 2 bits of ``ternary``, ``lsq`` for all others.
+        activation_quantizer: quantizer of the layers' inputs, likewise; null is ``react`` for 1 bit, else ``lsq``.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
@@ -50,8 +58,8 @@ class Recipe:
     """
 
     bits: str = "w4a4"
-    weight_quantizer: str = "lsq"
-    activation_quantizer: str = "lsq"
+    weight_quantizer: str | dict[str, Any] | None = None
+    activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool = True
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
@@ -64,20 +72,29 @@ class LayerSettings:
 
     weight_bits: int
     activation_bits: int
-    weight_quantizer: str
-    activation_quantizer: str
+    weight_quantizer: str | dict[str, Any]
+    activation_quantizer: str | dict[str, Any]
     per_channel: bool
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.weight_bits == self.activation_bits == FLOAT_BITS
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
-    """Weight and activation bits from a text like ``w4a4``.
+    """Weight and activation bits from a text like ``w4a4``, or ``ternary``.
 
     Raises:
         UsageError: when the text has another form, or a number is neither 1 to 8 nor 32.
     """
+    if bits == TERNARY:
+        return 2, 8
     match = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
     if match is None:
-        raise UsageError(f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4")
+        raise UsageError(
+            f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or {TERNARY}"
+        )
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for number in (weight_bits, activation_bits):
         _check_bits(number, "quantization.bits", bits)
@@ -89,24 +106,53 @@ def _check_bits(number: int, setting: str, value: object) -> None:
         raise UsageError(f"{setting}={value!r} is not possible: bits are 1 to 8, or {FLOAT_BITS} for floating point")
 
 
-def find_quantizer(name: str) -> type[Quantizer]:
-    """The quantizer class of a short name or dotted path.
+def find_quantizer(spec: str | dict[str, Any]) -> tuple[type[Quantizer], dict[str, Any]]:
+    """The class and further arguments of a quantizer.
+
+    Args:
+        spec: a short name, a dotted path, or a mapping ``{class_path, init_args}``.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: when there is no such quantizer, or the mapping has another form.
     """
+    if isinstance(spec, str):
+        spec = {"class_path": spec}
+    name, arguments = spec.get("class_path"), spec.get("init_args") or {}
+    known = spec.keys() <= {"class_path", "init_args"}
+    if not (known and isinstance(name, str) and isinstance(arguments, Mapping)):
+        raise UsageError(f"quantizer {dict(spec)!r} is not understood: write a name or a mapping class_path, init_args")
     if name in QUANTIZERS:
-        return QUANTIZERS[name]
+        return QUANTIZERS[name], dict(arguments)
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
         found = None
     if isinstance(found, type) and issubclass(found, Quantizer):
-        return found
+        return found, dict(arguments)
     raise UsageError(
         f"quantizer {name!r} is unknown: use {', '.join(sorted(QUANTIZERS))} or the dotted path of a Quantizer class"
     )
+
+
+def build_quantizer(spec: str | dict[str, Any], bits: int, **arguments: Any) -> Quantizer:
+    """Make a quantizer of ``bits`` bits.
+
+    Args:
+        spec: see :func:`find_quantizer`.
+        arguments: what the layer determines: ``signed``, ``channels``, ``channel_axis``, ``batched``.
+
+    Raises:
+        UsageError: when the quantizer has no grid of so many bits or does not take its arguments.
+    """
+    kind, more = find_quantizer(spec)
+    reserved = sorted({"bits", *arguments} & more.keys())
+    if reserved:
+        raise UsageError(f"init_args {', '.join(reserved)} of quantizer {kind.__name__} cannot be set: layers set them")
+    try:
+        return kind(bits, **arguments, **more)
+    except TypeError as error:
+        raise UsageError(f"quantizer {kind.__name__} does not take init_args {more!r}: {error}") from None
 
 
 def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
@@ -120,10 +166,14 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         UsageError: when a rule matches no layer, or a setting is not possible.
     """
     weight_bits, activation_bits = parse_bits(recipe.bits)
-    base = LayerSettings(
-        weight_bits, activation_bits, recipe.weight_quantizer, recipe.activation_quantizer, recipe.per_channel
-    )
-    settings = dict.fromkeys(layers, base)
+    base: dict[str, Any] = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "weight_quantizer": recipe.weight_quantizer,
+        "activation_quantizer": recipe.activation_quantizer,
+        "per_channel": recipe.per_channel,
+    }
+    settings = {name: dict(base) for name in layers}
     names = list(layers)
     for position, bits, setting in (
         (0, recipe.first_layer_bits, "first_layer_bits"),
@@ -132,7 +182,7 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         if bits is not None:
             _check_bits(bits, f"quantization.{setting}", bits)
             if names:
-                settings[names[position]] = replace(base, weight_bits=bits, activation_bits=bits)
+                settings[names[position]].update(weight_bits=bits, activation_bits=bits)
     for rule in recipe.rules:
         matched = [n for n, class_name in layers.items() if fnmatchcase(n, rule.match) or class_name == rule.match]
         if not matched:
@@ -143,8 +193,17 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
             if key in changes:
                 _check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
         for name in matched:
-            settings[name] = replace(settings[name], **changes)
-    for entry in settings.values():
-        find_quantizer(entry.weight_quantizer)
-        find_quantizer(entry.activation_quantizer)
-    return settings
+            settings[name].update(changes)
+    return {name: _complete(entry, recipe.bits == TERNARY) for name, entry in settings.items()}
+
+
+def _complete(entry: dict[str, Any], ternary: bool) -> LayerSettings:
+    """Choose the quantizers that nobody chose, by the number of bits."""
+    if entry["weight_quantizer"] is None:
+        by_bits = {1: "irnet", 2: "twn"} if ternary else {1: "irnet"}
+        entry["weight_quantizer"] = by_bits.get(entry["weight_bits"], "lsq")
+    if entry["activation_quantizer"] is None:
+        entry["activation_quantizer"] = "react" if entry["activation_bits"] == 1 else "lsq"
+    find_quantizer(entry["weight_quantizer"])
+    find_quantizer(entry["activation_quantizer"])
+    return LayerSettings(**entry)

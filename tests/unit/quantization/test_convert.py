@@ -37,9 +37,8 @@ def images() -> torch.Tensor:
 def test_first_and_last_layer_keep_eight_bits() -> None:
     model, _ = quantize_model(network(), Recipe(bits="w2a2"))
     bits = {name: quantizer.bits for name, quantizer in quantizers(model).items()}
-    assert {bits[f"{layer}.{q}"] for layer in ("conv1", "linear") for q in ("weight_quantizer", "input_quantizer")} == {
-        8
-    }
+    ends = {bits[f"{layer}.{q}_quantizer"] for layer in ("conv1", "linear") for q in ("weight", "input")}
+    assert ends == {8}
     assert bits["layer1.0.conv1.weight_quantizer"] == 2
 
 
@@ -146,7 +145,7 @@ def test_weights_only_quantization_has_no_input_quantizer() -> None:
     [
         (Recipe(bits="w0a4"), r"quantization.bits='w0a4' is not possible: bits are 1 to 8"),
         (Recipe(bits="w4a9"), r"bits are 1 to 8"),
-        (Recipe(bits="4"), r"is not understood: write weight and activation bits like w4a4"),
+        (Recipe(bits="4"), r"is not understood: write weight and activation bits like w4a4, or ternary"),
         (Recipe(weight_quantizer="lsqq"), r"quantizer 'lsqq' is unknown: use .*lsq"),
         (Recipe(rules=[Rule("layer9.*", weight_bits=8)]), r"match='layer9.\*' matches no layer: the layers are conv1"),
         (Recipe(rules=[Rule("linear", weight_bits=12)]), r"weight_bits=12 is not possible"),
@@ -186,3 +185,140 @@ def test_bit_operations_are_macs_times_both_bits() -> None:
     recipe = Recipe(bits="w4a2", first_layer_bits=None, last_layer_bits=None)
     model, _ = quantize_model(nn.Sequential(layer), recipe)
     assert bit_operations(model, torch.zeros(1, 2, 8, 8)) == 3 * 8 * 8 * (2 * 9) * 4 * 2
+
+
+# --- sharing --------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A language model in small: the head reads the table of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(x))
+
+
+def test_layers_that_share_a_weight_share_its_quantizer() -> None:
+    model, _ = quantize_model(Tied(), Recipe())
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight_quantizer is model.embedding.weight_quantizer
+    initialize_quantizers(model, torch.tensor([1, 2]))
+    model(torch.tensor([1, 2])).sum().backward()
+    fresh, _ = quantize_model(Tied(), Recipe())
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(torch.tensor([3])), model.eval()(torch.tensor([3])))
+
+
+def test_different_settings_for_one_shared_weight_are_refused_by_naming_both_layers() -> None:
+    with pytest.raises(UsageError, match=r"'embedding' and 'head' share one weight .* weight_bits=8 and 4"):
+        quantize_model(Tied(), Recipe(last_layer_bits=None))
+
+
+def test_a_shared_weight_with_outputs_on_different_axes_is_refused_per_channel_only() -> None:
+    def autoencoder() -> nn.Module:
+        encoder, decoder = nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 4, 3)
+        decoder.weight = encoder.weight
+        return nn.Sequential(encoder, decoder)
+
+    with pytest.raises(UsageError, match="different axes: give both per_channel=false"):
+        quantize_model(autoencoder(), Recipe())
+    model, _ = quantize_model(autoencoder(), Recipe(per_channel=False))
+    assert model[0].weight_quantizer is model[1].weight_quantizer
+
+
+def test_a_shared_layer_is_reported_once_with_all_its_names_and_calls() -> None:
+    shared = nn.Linear(4, 4)
+    _, report = quantize_model(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2)), Recipe())
+    assert [row.name for row in report.layers] == ["0", "3"]
+    assert report.layers[0].note.endswith("; also 2; called 2 times")
+
+
+def test_the_gradients_of_a_layer_called_twice_add_up() -> None:
+    shared = nn.Linear(4, 4)
+    model, _ = quantize_model(nn.Sequential(shared, shared), Recipe())
+    x = torch.randn(3, 4)
+    initialize_quantizers(model, x)
+    model.eval()
+    weight = shared.weight
+    (both,) = torch.autograd.grad(model(x).sum(), [weight])
+    hidden = model[0](x)
+    leaf = hidden.detach().requires_grad_()
+    second, upstream = torch.autograd.grad(model[0](leaf).sum(), [weight, leaf])
+    (first,) = torch.autograd.grad(hidden, [weight], upstream)
+    torch.testing.assert_close(both, first + second)
+
+
+# --- repetition -----------------------------------------------------------------------------------------------------
+
+
+def test_converting_twice_does_not_take_a_layer_in_float_for_the_first_one() -> None:
+    recipe = Recipe(rules=[Rule("layer1.0.conv1", weight_bits=32, activation_bits=32)])
+    model, _ = quantize_model(network(), recipe)
+    model, report = quantize_model(model, recipe)
+    assert type(model.layer1[0].conv1) is nn.Conv2d
+    assert "were quantised already" in report.summary()
+
+
+def test_the_first_report_does_not_speak_of_layers_quantised_before() -> None:
+    _, report = quantize_model(network(), Recipe())
+    assert report.already_quantised == 0
+    assert "already" not in report.summary()
+
+
+# --- what lies between layers ---------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.seen = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1] + x.shape[0]  # sizes are no tensors
+        self.seen = self.a(x)
+        y = self.seen + self.b(x) + 3
+        y += x
+        y = torch.cat([y, y], dim=-1)
+        return (y @ y.transpose(-1, -2)) * (width / width)
+
+
+def test_the_report_lists_every_functional_operation_and_where_it_is() -> None:
+    model, report = quantize_model(nn.Sequential(Between()), Recipe())
+    assert [str(operation) for operation in report.operations] == [
+        "functional add at 0 (2 times)",
+        "functional cat at 0",
+        "functional matmul at 0",
+    ]
+    assert "not quantised: functional cat at 0" in str(report)
+    assert model[0].seen is None  # the trace ran on a copy
+
+
+class DataDependent(Between):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+def test_the_report_says_why_a_network_could_not_be_traced() -> None:
+    _, report = quantize_model(DataDependent(), Recipe())
+    assert report.operations == ()
+    assert report.untraceable is not None
+    assert "other functional operations are not known: the graph could not be traced (TraceError" in str(report)
+
+
+def test_a_transformer_layer_lists_its_residual_additions() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    _, report = quantize_model(encoder, Recipe())
+    assert [str(operation) for operation in report.operations] == ["functional add at layers.0 (2 times)"]
+
+
+def test_bit_operations_of_a_transposed_convolution_and_of_attention() -> None:
+    recipe = Recipe(bits="w4a2", first_layer_bits=None, last_layer_bits=None)
+    model, _ = quantize_model(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)), recipe)
+    assert bit_operations(model, torch.zeros(1, 4, 5, 5)) == (4 * 5 * 5) * (3 * 9) * 4 * 2
+    encoder, _ = quantize_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), recipe)
+    assert bit_operations(encoder, torch.zeros(1, 5, 8)) == 5 * (4 * 8 * 8 + 2 * 8 * 16) * 4 * 2

@@ -1,0 +1,173 @@
+"""Batch norm after training: fresh statistics for a quantised network, and folding into the layer before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from lqkd.errors import UsageError
+from lqkd.quantization.graph import trace
+from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lqkd.quantization.modes import evaluating
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by their average over ``batches``.
+
+    Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086), section 4.1: rounding
+    that flips between steps makes the exponential averages of training stale. Only batch norms run in training mode;
+    quantizers, dropout and the rest are in eval mode. Each batch counts the same. Every module gets its own mode and
+    momentum back, and a batch norm that no batch reaches keeps its statistics. When a forward pass fails, all keep
+    theirs.
+
+    Args:
+        model: any network; without batch norm nothing happens.
+        batches: inputs of the network, (B, C, H, W) each, on its device.
+
+    Raises:
+        UsageError: when there is no batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    before = [(n, n.momentum, {key: cast(Tensor, value).clone() for key, value in n._buffers.items()}) for n in norms]
+    done = False
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average: that of momentum 1 over all batches
+            norm.training = True
+        try:
+            count = 0
+            for count, batch in enumerate(batches, start=1):  # noqa: B007
+                model(batch)
+            if count == 0:
+                raise UsageError("batch norm cannot be re-estimated from 0 batches: give at least 1")
+            done = True
+        finally:
+            for norm, momentum, buffers in before:
+                norm.momentum = momentum
+                reached = bool(cast(Tensor, norm.num_batches_tracked) > 0)
+                for key, value in buffers.items():
+                    if not (done and reached) or key == "num_batches_tracked":
+                        cast(Tensor, norm._buffers[key]).copy_(value)
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What :func:`fold_batchnorm` did.
+
+    Attributes:
+        folded: name of each batch norm that is gone to the name of the layer that took it over.
+        kept: name of each batch norm that stays to the reason.
+    """
+
+    folded: dict[str, str]
+    kept: dict[str, str]
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module) -> Folding:
+    """Fold batch norms into the convolutions before them, in place: the eval function stays the same at any bits.
+
+    The results differ by the rounding of floating point only, which can move an activation that lies on a rounding
+    boundary of the next quantizer to the other side.
+
+    With ``f = gamma / sqrt(var + eps)`` a convolution followed by batch norm is ``f * (W * x) + f * (b - mean) +
+    beta``. A float layer gets the weight ``f W``. A quantised one keeps its weight, quantizer and codes and gets ``f``
+    as its ``output_scale``, so that its effective step is ``f s``: f may be negative or zero, and scaling the weight
+    itself by it would flip codes on a grid that is not symmetric (-8 ... 7) and move others across a rounding
+    boundary. Its effective bits do not change. In place of a batch norm stays what else it did: nothing, or the
+    activation of timm's ``BatchNormAct2d``.
+
+    A batch norm is kept where there is no convolution of its own before it (pre-activation networks, DenseNet), where
+    the convolution's result is used twice, where either is called twice, and where it has no running statistics.
+
+    Returns:
+        Which batch norms were folded and which were kept, and why.
+
+    Raises:
+        UsageError: when the graph of the network cannot be traced, so that nothing is known about the order of layers.
+    """
+    try:
+        graph = trace(model)
+    except Exception as error:
+        raise UsageError(
+            f"batch norm of {type(model).__name__} cannot be folded: its graph cannot be traced ({error})"
+        ) from None
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    folded, kept = {}, {}
+    for name, norm in modules.items():
+        if not isinstance(norm, _BatchNorm):
+            continue
+        nodes = [node for node in calls if node.target == name]
+        source = _source(nodes, calls)
+        layer = modules.get(source) if source is not None else None
+        reason = _obstacle(norm, layer, nodes)
+        if reason is not None:
+            kept[name] = reason
+            continue
+        assert layer is not None
+        assert source is not None
+        _fold(cast(Any, layer), norm)
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = _remainder(norm)
+        folded[name] = source
+    return Folding(folded, kept)
+
+
+def _source(nodes: list[fx.Node], calls: list[fx.Node]) -> str | None:
+    """The layer whose result only this batch norm uses."""
+    if len(nodes) != 1:
+        return None
+    before = nodes[0].all_input_nodes[0]
+    unique = before.op == "call_module" and len(before.users) == 1
+    return str(before.target) if unique and sum(node.target == before.target for node in calls) == 1 else None
+
+
+def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -> str | None:
+    if norm.running_mean is None:
+        return "no running statistics"
+    if len(nodes) != 1:
+        return f"called {len(nodes)} times"
+    if not isinstance(layer, _ConvNd):
+        return "no convolution of its own before it"
+    if not isinstance(layer, QuantizedLayer) and type(layer) not in QUANTIZED_LAYERS:
+        return f"follows a {type(layer).__name__}, whose forward may differ"
+    plain = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if not plain and not _is_activated(norm):
+        return f"a {type(norm).__name__}, whose forward may differ"
+    return None
+
+
+def _is_activated(norm: nn.Module) -> bool:
+    """Whether ``norm`` is timm's batch norm with dropout and activation behind it."""
+    return type(norm).__module__.startswith("timm.") and {"drop", "act"} <= norm._modules.keys()
+
+
+def _remainder(norm: nn.Module) -> nn.Module:
+    if not _is_activated(norm):
+        return nn.Identity()
+    return nn.Sequential(*(norm.get_submodule(key) for key in ("drop", "act"))).train(norm.training)
+
+
+def _fold(layer: Any, norm: _BatchNorm) -> None:
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    factor = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    bias = -mean if layer.bias is None else layer.bias - mean
+    bias = bias * factor if norm.bias is None else bias * factor + norm.bias
+    # New parameters, since another layer may share the old ones.
+    layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+    if isinstance(layer, QuantizedLayer):
+        layer.output_scale = factor if layer.output_scale is None else layer.output_scale * factor
+    else:
+        weight = layer.weight * QUANTIZED_LAYERS[type(layer)].broadcast_output(layer, factor)
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
