@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lqkd.callbacks.bit_width import BitWidthScheduler, Stage
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
 from lqkd.callbacks.progress import ProgressBar
@@ -12,9 +13,11 @@ from lqkd.callbacks.run_summary import RunSummary
 __all__ = [
     "AtomicCheckpointIO",
     "BestAndLast",
+    "BitWidthScheduler",
     "ProgressBar",
     "RegularizerMonitor",
     "RunLogger",
     "RunSummary",
+    "Stage",
     "run_folder_of",
 ]

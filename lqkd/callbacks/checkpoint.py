@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -55,6 +56,13 @@ class BestAndLast(ModelCheckpoint):
             return False
         tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
         return trainer.strategy.reduce_boolean_decision(tied) or super().check_monitor_top_k(trainer, current)
+
+    def forget_best(self) -> None:
+        """Let the next validated epoch be the best: what was measured before is not comparable any more."""
+        self.best_k_models = {}
+        self.best_model_path = self.kth_best_model_path = ""
+        self.best_model_score = None
+        self.kth_value = torch.tensor(float("-inf"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best checkpoint of the run that is resumed, of which this run's folder gets a copy."""

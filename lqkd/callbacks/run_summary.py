@@ -85,7 +85,8 @@ class RunSummary(Callback):
         data = getattr(trainer, "datamodule", None)
         shape = getattr(data, "image_shape", None)
         example = None if shape is None else torch.zeros(1, *shape, device=module.device)
-        monitor = next((c for c in trainer.callbacks if isinstance(c, RegularizerMonitor)), None)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
         distills = isinstance(module, DistillModule)
         values: dict[str, Any] = {
             "seed": _seed(),
@@ -109,7 +110,7 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,
             "balance": _balance(trainer) if distills else None,
-            "warnings": list(monitor.warnings) if monitor is not None else [],
+            "warnings": [text for c in callbacks for text in getattr(c, "warnings", [])],
         }
         return values
 

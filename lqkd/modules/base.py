@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,11 +86,15 @@ class ImageClassifier(LightningModule):
         """Class probabilities (B, C)."""
         return self(batch[0]).float().softmax(dim=-1)
 
+    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Refuse a state that does not belong to this module; see :func:`lqkd.modules.state.check_state`."""
+        check_state(self, state_dict)
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint's state.
 
         Raises:
             UsageError: when it is that of another architecture or of other bits.
         """
-        check_state(self, state_dict)
+        self.check_state(state_dict)
         return super().load_state_dict(state_dict, strict, assign)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
+from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_steps
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
@@ -111,6 +112,8 @@ class DistillModule(ImageClassifier):
             load_weights(student, student_weights)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
         self.student, self.coverage = quantize_model(student, quantization)
+        self.quantization = quantization
+        self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         self.regularizer = regularizer
         self.distillation_loss = distillation_loss or LogitResidual()
         self.balance = balance or FixedBalance()
@@ -284,6 +287,9 @@ class DistillModule(ImageClassifier):
         super()._apply(fn, recurse)
         self.teacher._apply(fn, recurse)  # outside the module tree, but on the same device
         return self
+
+    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
+        check_state(self, state_dict, any_bits={f"student.{name}" for name in self.scheduled_layers})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["references"] = self.references

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 
 
-def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_state(module: nn.Module, state: Mapping[str, Tensor], any_bits: Collection[str] = ()) -> None:
     """Raise one sentence when ``state`` is that of another architecture or of another number of bits.
+
+    Args:
+        module: what the state is for.
+        state: a state dict.
+        any_bits: names of layers whose bits may differ, since a schedule changes them.
 
     Raises:
         UsageError: naming the first tensor that differs, or both numbers of bits.
@@ -28,7 +33,11 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if wrong:
         details = "; ".join(f"{problem} {keys[0]!r}" + _more(keys) for problem, keys in wrong)
         raise UsageError(f"the checkpoint is of another architecture than this configuration's: {details}")
-    bits = [key for key in own if key.endswith(".format") and int(own[key][0]) != int(state[key][0])]
+    bits = [
+        key
+        for key in own
+        if key.endswith(".format") and int(own[key][0]) != int(state[key][0]) and key.rsplit(".", 2)[0] not in any_bits
+    ]
     if bits:
         key = bits[0]
         raise UsageError(

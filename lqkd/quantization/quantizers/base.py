@@ -133,6 +133,12 @@ class Quantizer(nn.Module, ABC):
             self._refit(previous)
         self.format.copy_(self._format())
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Go back to being uninitialised: the next batch in training mode fits the parameters anew."""
+        self._ready = False
+        self.initialized.fill_(False)
+
     @abstractmethod
     def _refit(self, previous_bits: int) -> None:
         """Adapt the parameters of an initialised quantizer to the new ``bits``."""
