@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lqkd.callbacks.batchnorm import BatchNormReestimation
 from lqkd.callbacks.bit_width import BitWidthScheduler, Stage
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -12,6 +13,7 @@ from lqkd.callbacks.run_summary import RunSummary
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BatchNormReestimation",
     "BestAndLast",
     "BitWidthScheduler",
     "ProgressBar",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
+from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
 
@@ -71,17 +71,6 @@ def _check_teacher(module: DistillModule, loader: Any, limit: float) -> None:
         )
 
 
-@contextmanager
-def _testing(trainer: Trainer) -> Iterator[None]:
-    """Let the data's hooks prepare batches as in a test: at this point of a fit they would augment them."""
-    stage = trainer.state.stage
-    trainer.testing = True
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
-
-
 @torch.no_grad()
 def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: float) -> float | None:
     """Top-1 accuracy of ``network``, all ranks together.
@@ -97,7 +86,7 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
         return None
     trainer = module.trainer
     metric = MeanMetric().to(module.device)
-    with evaluating(network), _testing(trainer), trainer.precision_plugin.forward_context():
+    with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
         for batch in islice(loader, batches):
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
             metric.update((network(images).argmax(dim=1) == labels).float())

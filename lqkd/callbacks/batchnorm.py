@@ -1,0 +1,62 @@
+"""Fresh batch norm statistics before each validation of a low-bit student."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lqkd.errors import UsageError
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.stages import in_stage
+from lqkd.quantization.batchnorm import reestimate_batchnorm
+
+
+class BatchNormReestimation(Callback):
+    """Replaces the running statistics by their average over training batches at the end of each epoch.
+
+    At few bits weights flip between grid points from step to step, and the exponential averages of training describe a
+    network that is no longer there (Nagel et al., arXiv 2203.11086, section 4.1). The validation that follows, and the
+    checkpoint saved after it, have the new statistics.
+
+    Args:
+        batches: number of training batches, augmented as in training; at most an epoch's.
+
+    Raises:
+        UsageError: when batches is less than 1, at construction, or validation runs within an epoch.
+    """
+
+    def __init__(self, batches: int = 50) -> None:
+        if batches < 1:
+            raise UsageError(f"batches={batches} is not possible: batch norm is re-estimated from at least one batch")
+        self.batches = batches
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, ImageClassifier):
+            raise UsageError(f"BatchNormReestimation needs a module of lqkd: {type(pl_module).__name__} is none")
+        if stage == "fit" and trainer.val_check_interval != 1.0:
+            raise UsageError(
+                f"trainer.val_check_interval={trainer.val_check_interval} is not possible with BatchNormReestimation, "
+                "which reads training batches before a validation: use 1.0"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, ImageClassifier)
+        network = pl_module.product()
+        loader = trainer.train_dataloader
+        assert loader is not None, "the fit loop has set up the data"
+        with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
+            batches = islice(loader, self.batches)
+            reestimate_batchnorm(network, (trainer.strategy.batch_to_device(b, dataloader_idx=0)[0] for b in batches))
+        for norm in (m for m in network.modules() if isinstance(m, _BatchNorm)):
+            for statistic in (norm.running_mean, norm.running_var):
+                if statistic is not None:
+                    mean = trainer.strategy.reduce(statistic, reduce_op="mean")
+                    assert isinstance(mean, Tensor)
+                    statistic.copy_(mean)

@@ -1,0 +1,63 @@
+"""Batch norm statistics re-estimated before validation, in real trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lqkd.callbacks import BatchNormReestimation
+from lqkd.errors import UsageError
+from lqkd.modules import DistillModule
+from tests.conftest import digits, distiller
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def fit(make: MakeTrainer, *callbacks: BatchNormReestimation, lr: float = 0.05, epochs: int = 1) -> DistillModule:
+    module = distiller(student_optimizer=lambda p: torch.optim.SGD(p, lr=lr))
+    make(callbacks=list(callbacks), num_sanity_val_steps=1, max_epochs=epochs).fit(module, datamodule=digits(4))
+    return module
+
+
+def test_statistics_are_the_average_over_training_batches(make_trainer: MakeTrainer) -> None:
+    # With a learning rate of zero the network stays the same, so the statistics can be computed afterwards.
+    module = fit(make_trainer, BatchNormReestimation(batches=3), lr=0.0)
+    data = digits(4)
+    data.setup()
+    inputs: list[torch.Tensor] = []
+    hook = module.student.bn1.register_forward_pre_hook(lambda norm, arguments: inputs.append(arguments[0]))
+    module.student.eval()
+    with torch.no_grad():
+        for _, batch in zip(range(3), data.train_dataloader(), strict=False):
+            module.student(data.preprocess(batch, train=True, epoch=0).images)
+    hook.remove()
+    expected = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
+    torch.testing.assert_close(module.student.bn1.running_mean, expected)
+
+
+def test_training_itself_is_not_changed(make_trainer: MakeTrainer) -> None:
+    with_callback, without = fit(make_trainer, BatchNormReestimation(2), epochs=2), fit(make_trainer, epochs=2)
+    for (name, a), (_, b) in zip(with_callback.named_parameters(), without.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(with_callback.student.bn1.running_mean, without.student.bn1.running_mean)
+
+
+def test_a_validation_on_its_own_changes_nothing(make_trainer: MakeTrainer) -> None:
+    module = fit(make_trainer)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    make_trainer(callbacks=[BatchNormReestimation()]).validate(module, datamodule=digits(4), verbose=False)
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_validation_within_an_epoch_is_refused(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(callbacks=[BatchNormReestimation()], val_check_interval=0.5)
+    with pytest.raises(UsageError, match=r"val_check_interval=0.5 is not possible with BatchNormReestimation"):
+        trainer.fit(distiller(), datamodule=digits(4))
+
+
+def test_no_batch_is_refused() -> None:
+    with pytest.raises(UsageError, match="batches=0 is not possible"):
+        BatchNormReestimation(batches=0)
