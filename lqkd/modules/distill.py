@@ -180,7 +180,7 @@ class DistillModule(ImageClassifier):
             batch = next(iter(loader))
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
-            initialize_quantizers(self.student, images)
+            initialize_quantizers(self.student, images, batch_statistics=True)
         self.references = measure(self, known=self.references)
         self._report_references()
 

@@ -30,6 +30,13 @@ def test_the_student_stays_within_a_few_points_of_its_float_self(tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["w1a1", "ternary"])
+def test_a_student_of_extreme_bits_learns(tmp_path: Path, bits: str) -> None:
+    summary = run(tmp_path, "--model.quantization.bits", bits, "--trainer.max_epochs", "8")
+    assert summary["val_accuracy"] > 0.6
+
+
+@pytest.mark.slow
 def test_the_literal_formula_collapses_and_says_so(tmp_path: Path) -> None:
     literal = ["--model.regularizer.guard", "none", "--model.regularizer.max_weight", ".inf"]
     with pytest.warns(UserWarning, match=r"mean weight fell from 1 to .*: use a guard other than none"):

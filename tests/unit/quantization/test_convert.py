@@ -97,13 +97,14 @@ def test_a_converted_network_survives_deepcopy_and_a_state_dict_round_trip() -> 
     assert torch.equal(fresh.eval()(images()), expected)
 
 
-def test_fitting_quantizers_leaves_batch_norm_and_modes_alone() -> None:
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_fitting_quantizers_leaves_batch_norm_and_modes_alone(batch_statistics: bool) -> None:
     model, _ = quantize_model(network(), Recipe())
     model.train()
     model.layer2.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    before = {key: value.clone() for key, value in model.state_dict().items() if "bn" in key}
     modes = [module.training for module in model.modules()]
-    initialize_quantizers(model, images())
+    initialize_quantizers(model, images(), batch_statistics=batch_statistics)
     assert all(bool(quantizer.initialized) for quantizer in quantizers(model).values())
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert [module.training for module in model.modules()] == modes
