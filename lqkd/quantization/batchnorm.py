@@ -15,6 +15,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.residual import move_output_quantizer
 
 
 @torch.no_grad()
@@ -117,7 +118,9 @@ def fold_batchnorm(model: nn.Module) -> Folding:
         assert source is not None
         _fold(cast(Any, layer), norm)
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = _remainder(norm)
+        remainder = _remainder(norm)
+        move_output_quantizer(norm, remainder[-1] if isinstance(remainder, nn.Sequential) else remainder)
+        model.get_submodule(parent)._modules[child] = remainder
         folded[name] = source
     return Folding(folded, kept)
 

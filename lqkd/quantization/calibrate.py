@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.residual import join_quantizers
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -64,10 +65,15 @@ def float_mode(model: nn.Module) -> Iterator[None]:
     """Run ``model`` without any quantization inside the block: its float accuracy, with the same weights."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     kept = [(layer, layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    joins = [(owner, name, owner._modules[name]) for owner, name in join_quantizers(model)]
     for layer in layers:
         layer.weight_quantizer = layer.input_quantizer = None
+    for owner, name, _ in joins:
+        owner._modules[name] = None
     try:
         yield
     finally:
+        for owner, name, quantizer in joins:
+            owner._modules[name] = quantizer
         for layer, weight, activation in kept:
             layer.weight_quantizer, layer.input_quantizer = weight, activation

@@ -10,10 +10,11 @@ from typing import cast
 from torch import nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.graph import Operation, Survey, survey
+from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, resolve
+from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.trial import refusal
 
 
@@ -41,6 +42,7 @@ class CoverageReport:
     Attributes:
         layers: every layer that has parameters, in the order of the network; a module under several names once.
         operations: what is computed in floating point between the layers: additions, concatenations, products.
+        joins: the additions and concatenations whose operands are quantised.
         untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
@@ -48,6 +50,7 @@ class CoverageReport:
 
     layers: tuple[LayerCoverage, ...]
     operations: tuple[Operation, ...] = ()
+    joins: tuple[Join, ...] = ()
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
 
@@ -69,6 +72,7 @@ class CoverageReport:
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"quantised: {join}" for join in self.joins]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
             lines.append(
@@ -84,8 +88,9 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     registered under several names is replaced by one quantised module under all of them, with the settings of its
     first name; layers that share one weight get one weight quantizer. Layers that are quantised already are left as
     they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
-    registers its layers. What is computed outside of layers (residual additions, concatenations) is not quantised,
-    since only a rewritten network could do that; the report lists it.
+    registers its layers. Of what is computed outside of layers, the operands of additions and concatenations are
+    quantised where the recipe gives ``residual_bits`` (see :func:`~lqkd.quantization.residual.quantize_joins`); the
+    report lists the rest.
 
     Args:
         model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
@@ -100,7 +105,8 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
             settings for it, or nothing is there to quantise.
     """
-    refusals = _refusals(model, survey(model))
+    found = survey(model)
+    refusals = _refusals(model, found)
     layers: dict[str, nn.Module] = {
         name: cast(nn.Module, module)
         for name, module in model.named_modules()
@@ -130,6 +136,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     for parent in [*model.modules(), *replacements.values()]:
         _replace_children(parent, replacements)
     model = replacements.get(id(model), model)
+    quantize_joins(model, found.joins, recipe)
     return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
 
 
@@ -149,7 +156,8 @@ def coverage(model: nn.Module) -> CoverageReport:
         if found.calls.get(name, 1) > 1:
             more.append(f"called {found.calls[name]} times")
         rows.append(replace(row, note="; ".join([row.note, *more])))
-    return CoverageReport(tuple(rows), found.operations, found.untraceable)
+    joins = tuple(join for join in found.joins if join.is_quantised)
+    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.trial import PRODUCTS
 
 _FUNCTIONS: dict[Any, str] = {
@@ -40,6 +42,50 @@ _OPAQUE: dict[type[nn.Module], int] = {nn.TransformerEncoderLayer: 2, nn.Transfo
 """Modules that a trace does not look into, and their residual additions."""
 _PAIRS = ("add", "mul")
 """Operations that are listed only when both operands are tensors."""
+JOINS = ("add", "cat")
+"""Operations whose operands can be quantised where they come from."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A place where a tensor passes that a hook can reach.
+
+    Attributes:
+        module: name of a module that is called once.
+        output: whether the tensor is what the module returns; otherwise it is its first argument.
+    """
+
+    module: str
+    output: bool
+
+    def __str__(self) -> str:
+        return f"{'output' if self.output else 'input'} of {self.module}"
+
+
+@dataclass(frozen=True)
+class Join:
+    """An addition or concatenation of tensors, as in a residual connection.
+
+    Attributes:
+        kind: one of :data:`JOINS`.
+        where: name of the module in whose forward it is computed; empty for the network itself.
+        ports: for each operand a place that a hook can reach, ``None`` where there is none.
+        bits: for each operand the bits of the quantizer that it comes from, ``None`` where there is none.
+    """
+
+    kind: str
+    where: str
+    ports: tuple[Port | None, ...]
+    bits: tuple[int | None, ...]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether every operand is on a grid."""
+        return None not in self.bits
+
+    def __str__(self) -> str:
+        bits = ", ".join(dict.fromkeys(f"{number} bits" for number in self.bits))
+        return f"functional {self.kind} at {self.where or 'the top level'} of {len(self.bits)} operands with {bits}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +112,8 @@ class Survey:
     """What a trace says about a network.
 
     Attributes:
-        operations: the functional operations.
+        operations: the functional operations, but for joins whose operands are quantised.
+        joins: the additions and concatenations, quantised or not.
         calls: name of each layer to the number of times it is called in one forward pass.
         bypassed: name of each layer that is never called to the name of the module whose forward reads its weight.
         untraceable: why the network could not be traced, ``None`` when it could. Nothing is known then but the
@@ -74,26 +121,51 @@ class Survey:
     """
 
     operations: tuple[Operation, ...] = ()
+    joins: tuple[Join, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
     untraceable: str | None = None
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything but layers, batch norms and quantizers."""
+    """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: Counter[str] = Counter()
+        self.outputs: dict[fx.Node, list[str]] = {}  # innermost module first
+        self.inputs: dict[fx.Node, list[str]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        leaves = QuantizedLayer | _BatchNorm | Quantizer
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if not isinstance(m, Quantizer):
+            name = self.path_of_module(m)
+            self.called[name] += 1
+            if isinstance(result, fx.Proxy):
+                self.outputs.setdefault(result.node, []).append(name)
+            if args and isinstance(args[0], fx.Proxy):
+                self.inputs.setdefault(args[0].node, []).append(name)
+        return result
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
+        tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
+        return super().trace(copy.deepcopy(root, memo=dict(tensors)).eval(), concrete_args)
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The graph of ``model``; a copy that shares all tensors is traced, so that a forward may assign to ``self``.
+    """The graph of ``model`` as it runs in eval mode; the model itself is left alone.
 
     Raises:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return _Tracer().trace(copy.deepcopy(model, memo=dict(tensors)))
+    return _Tracer().trace(model)
 
 
 def survey(model: nn.Module) -> Survey:
@@ -108,14 +180,16 @@ def survey(model: nn.Module) -> Survey:
     )
     if isinstance(model, QuantizedLayer):
         return Survey()
+    tracer = _Tracer()
     try:
-        graph = trace(model)
+        graph = tracer.trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways
         lines = str(error).strip().splitlines() or [""]
         return Survey(_listed(operations), untraceable=f"{type(error).__name__}: {lines[0]}")
     numbers = _numbers(graph)
     calls: Counter[str] = Counter()
     read: dict[str, str] = {}
+    joins = []
     for node in graph.nodes:
         if node.op == "call_module":
             calls[node.target] += 1
@@ -124,11 +198,44 @@ def survey(model: nn.Module) -> Survey:
             if owner and isinstance(model.get_submodule(owner), (QuantizedLayer, *QUANTIZED_LAYERS)):
                 read.setdefault(owner, _where(node))
         kind = _kind(node)
-        if kind is not None and node not in numbers and (kind not in _PAIRS or _combines(node, numbers)):
+        if kind is None or node in numbers or (kind in _PAIRS and not _combines(node, numbers)):
+            continue
+        join = _join(kind, node, model, tracer) if kind in JOINS else None
+        if join is not None:
+            joins.append(join)
+        if join is None or not join.is_quantised:
             operations[kind, _where(node)] += 1
-    return Survey(
-        _listed(operations), dict(calls), {name: reader for name, reader in read.items() if name not in calls}
-    )
+    bypassed = {name: reader for name, reader in read.items() if name not in calls}
+    return Survey(_listed(operations), tuple(joins), dict(calls), bypassed)
+
+
+def _join(kind: str, node: fx.Node, model: nn.Module, tracer: _Tracer) -> Join:
+    operands = node.all_input_nodes
+    where = _where(node)
+    ports = tuple(_port(operand, where, model, tracer) for operand in operands)
+    return Join(kind, where, ports, tuple(_bits(operand, model) for operand in operands))
+
+
+def _port(node: fx.Node, where: str, model: nn.Module, tracer: _Tracer) -> Port | None:
+    """Where a hook reaches the tensor of ``node`` before it is used in the forward of the module ``where``."""
+    for name in tracer.outputs.get(node, ()):
+        # A further child of nn.Sequential would be called as one of its steps.
+        if tracer.called[name] == 1 and not isinstance(model.get_submodule(name), nn.Sequential):
+            return Port(name, output=True)
+    for name in tracer.inputs.get(node, ()):
+        inside = where == name or where.startswith(f"{name}.")
+        if inside and tracer.called[name] == 1 and not isinstance(model.get_submodule(name), nn.Sequential):
+            return Port(name, output=False)
+    return None
+
+
+def _bits(node: fx.Node, model: nn.Module) -> int | None:
+    """The bits of the quantizer whose result ``node`` is."""
+    if node.op != "call_module":
+        return None
+    module = model.get_submodule(str(node.target))
+    quantizer = module if isinstance(module, Quantizer) else getattr(module, "output_quantizer", None)
+    return quantizer.bits if isinstance(quantizer, Quantizer) else None
 
 
 def _listed(operations: Counter[tuple[str, str]]) -> tuple[Operation, ...]:

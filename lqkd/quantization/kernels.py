@@ -134,7 +134,8 @@ def _flatten(x: Tensor, order: list[int], channel_axis: int | None) -> Tensor:
 
 def _unflatten(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
     inverse = sorted(range(like.ndim), key=order.__getitem__)
-    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+    # No view either, since a network may add to the result in place.
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse).data
 
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:

@@ -54,6 +54,9 @@ class Recipe:
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
+        residual_bits: bits of what meets in additions and concatenations, as residual connections have them; null leaves
+            those in floating point and lists them.
+        residual_quantizer: quantizer of these operands; signed or not is decided from their data.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
     """
 
@@ -63,6 +66,8 @@ class Recipe:
     per_channel: bool = True
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
+    residual_bits: int | None = None
+    residual_quantizer: str | dict[str, Any] = "lsq"
     rules: list[Rule] = field(default_factory=list)
 
 
@@ -97,11 +102,16 @@ def parse_bits(bits: str) -> tuple[int, int]:
         )
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for number in (weight_bits, activation_bits):
-        _check_bits(number, "quantization.bits", bits)
+        check_bits(number, "quantization.bits", bits)
     return weight_bits, activation_bits
 
 
-def _check_bits(number: int, setting: str, value: object) -> None:
+def check_bits(number: int, setting: str, value: object) -> None:
+    """Refuse a number of bits that is neither 1 to 8 nor :data:`FLOAT_BITS`.
+
+    Raises:
+        UsageError: which names the ``setting`` and its ``value``.
+    """
     if not (isinstance(number, int) and (1 <= number <= 8 or number == FLOAT_BITS)):
         raise UsageError(f"{setting}={value!r} is not possible: bits are 1 to 8, or {FLOAT_BITS} for floating point")
 
@@ -180,7 +190,7 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         (-1, recipe.last_layer_bits, "last_layer_bits"),
     ):
         if bits is not None:
-            _check_bits(bits, f"quantization.{setting}", bits)
+            check_bits(bits, f"quantization.{setting}", bits)
             if names:
                 settings[names[position]].update(weight_bits=bits, activation_bits=bits)
     for rule in recipe.rules:
@@ -191,7 +201,7 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         changes = {key: value for key, value in vars(rule).items() if key != "match" and value is not None}
         for key in ("weight_bits", "activation_bits"):
             if key in changes:
-                _check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
+                check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
         for name in matched:
             settings[name].update(changes)
     return {name: _complete(entry, recipe.bits == TERNARY) for name, entry in settings.items()}

@@ -1,0 +1,85 @@
+"""Quantising what meets in additions and concatenations, at the modules that it comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.quantization.graph import Join, Port
+from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
+
+
+def quantize_joins(model: nn.Module, joins: tuple[Join, ...], recipe: Recipe) -> None:
+    """Give every operand of ``joins`` a quantizer of ``recipe.residual_bits`` bits, in place.
+
+    Integer kernels add and concatenate integers, so that both sides of a residual connection must be on a grid. The
+    network is not rewritten: the module that returns the operand gets a quantizer as its child ``output_quantizer``,
+    or the one that takes it as its first argument a child ``argument_quantizer``, and a hook that applies it. A join is
+    left in floating point, and listed by the coverage report, when one of its operands passes no module that is called
+    exactly once: the result of a function, a parameter, the network's own input.
+
+    Raises:
+        UsageError: when the number of bits or the quantizer is not possible.
+    """
+    if recipe.residual_bits is None:
+        return
+    check_bits(recipe.residual_bits, "quantization.residual_bits", recipe.residual_bits)
+    for join in joins:
+        ports = [port for port in join.ports if port is not None]
+        if len(ports) < len(join.ports):
+            continue
+        for port, bits in zip(ports, join.bits, strict=True):
+            if bits is None:
+                try:
+                    quantizer = build_quantizer(recipe.residual_quantizer, recipe.residual_bits, batched=True)
+                except UsageError as error:
+                    raise UsageError(f"residual_quantizer for the {port}: {error}") from None
+                _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))
+
+
+def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target``, which takes the place of ``source``, quantise its output as ``source`` did, if it did."""
+    quantizer = getattr(source, "output_quantizer", None)
+    if isinstance(quantizer, Quantizer):
+        _attach(target, Port("", output=True), quantizer)
+
+
+def join_quantizers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Owner and attribute of every quantizer that belongs to a module's output or argument and not to a layer."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name in ("output_quantizer", "argument_quantizer")
+        if isinstance(module._modules.get(name), Quantizer)
+    ]
+
+
+def _attach(module: nn.Module, port: Port, quantizer: Quantizer) -> None:
+    name = "output_quantizer" if port.output else "argument_quantizer"
+    if name in module._modules:  # an operand of several joins
+        return
+    quantizer.train(module.training)
+    module.register_module(name, quantizer)
+    if port.output:
+        module.register_forward_hook(_quantize_output)
+    else:
+        module.register_forward_pre_hook(_quantize_argument)
+
+
+# Functions of the module, not closures: copies and pickles of the network keep them.
+def _quantize_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    quantizer = module._modules["output_quantizer"]
+    return output if quantizer is None else quantizer(output)  # type: ignore[no-any-return]
+
+
+def _quantize_argument(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    quantizer = module._modules["argument_quantizer"]
+    return inputs if quantizer is None else (quantizer(inputs[0]), *inputs[1:])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
