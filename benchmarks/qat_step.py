@@ -1,30 +1,35 @@
 """The cost of quantization-aware training: one training step at W4A4 against the same step in fp32 and by others.
 
-    python -m benchmarks.qat_step --json FILE [--network resnet20|mobilenet_v2] [--rounds N] [--batch B]
+    python -m benchmarks.qat_step --json FILE [--networks resnet20 mobilenet_v2] [--rounds N] [--batch B]
 
 All contestants run in one process and in alternation, since timings on shared machines drift; what counts are the
-ratios of the medians. Every convolution and linear layer is quantised. Brevitas takes part where it is installed.
+ratios of the medians. Every convolution and linear layer is quantised. Memory is the peak of what one step allocates on
+top of network and optimizer, by PyTorch's own profiler. Brevitas takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from lqkd.models import CifarResNet, build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 
 RECIPE = Recipe(bits="w4a4", weight_quantizer="lsq", activation_quantizer="lsq", first_layer_bits=4, last_layer_bits=4)
+
+NETWORKS = ["resnet20", "mobilenet_v2"]
 
 
 def network(name: str) -> nn.Module:
@@ -133,7 +138,7 @@ def contestants(name: str, images: Tensor) -> dict[str, nn.Module]:
     return models
 
 
-def measure(name: str, rounds: int, batch: int) -> dict[str, object]:
+def measure(name: str, rounds: int, batch: int) -> dict[str, Any]:
     torch.manual_seed(1)
     images = torch.randn(batch, 3, 32, 32) if name == "resnet20" else torch.randn(batch, 3, 64, 64)
     labels = torch.randint(10, (batch,))
@@ -151,6 +156,7 @@ def measure(name: str, rounds: int, batch: int) -> dict[str, object]:
     first = {label: seconds(step) for label, step in steps.items()}  # lqkd's compiles its kernels
     for step in steps.values():
         step()
+    memory = {label: round(peak_memory(step) / 2**20, 1) for label, step in steps.items()}
     times: dict[str, list[float]] = {label: [] for label in steps}
     for _ in range(rounds):
         for label, step in steps.items():
@@ -163,7 +169,7 @@ def measure(name: str, rounds: int, batch: int) -> dict[str, object]:
         "milliseconds": {label: round(1000 * value, 1) for label, value in medians.items()},
         "ratio_to_fp32": {label: round(value / medians["fp32"], 3) for label, value in medians.items()},
         "first_step_seconds": {label: round(value, 2) for label, value in first.items()},
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mb": memory,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
@@ -175,19 +181,30 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
+def peak_memory(step: Callable[[], None]) -> int:
+    """The largest number of bytes that ``step`` holds at one time beyond those held before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
-    parser.add_argument("--network", choices=("resnet20", "mobilenet_v2"), default="resnet20")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each contestant that are timed")
     parser.add_argument("--batch", type=int, default=128, help="images in a step")
     arguments = parser.parse_args()
-    result = measure(arguments.network, arguments.rounds, arguments.batch)
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'':16}{'ms':>8}{'ratio':>8}{'first step s':>14}")
-    for label, milliseconds in result["milliseconds"].items():  # type: ignore[attr-defined]
-        ratio, first = result["ratio_to_fp32"][label], result["first_step_seconds"][label]  # type: ignore[index]
-        print(f"{label:16}{milliseconds:8.1f}{ratio:8.2f}{first:14.1f}")
+    results = []
+    for name in arguments.networks:
+        result = measure(name, arguments.rounds, arguments.batch)
+        results.append(result)
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"{name:16}{'ms':>8}{'ratio':>8}{'MB':>8}{'first step s':>14}")
+        for label, milliseconds in result["milliseconds"].items():
+            ratio, memory = result["ratio_to_fp32"][label], result["peak_memory_mb"][label]
+            print(f"{label:16}{milliseconds:8.1f}{ratio:8.2f}{memory:8.1f}{result['first_step_seconds'][label]:14.1f}")
 
 
 if __name__ == "__main__":

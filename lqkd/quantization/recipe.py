@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,7 +26,8 @@ class Rule:
         match: a layer's name as a glob (``layer1.*``), or a class name (``Conv2d``); of the layer's own class.
         weight_bits: 1 to 8, or 32 for floating point.
         activation_bits: 1 to 8, or 32 for floating point.
-        weight_quantizer: a name (``lsq``), a dotted path to a Quantizer class, or ``{class_path, init_args}``.
+        weight_quantizer: a name (``lsq``), a dotted path to a Quantizer class, or a mapping of ``name`` (either) and
+            arguments.
         activation_quantizer: likewise, for the layer's input.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
     """
@@ -48,14 +48,15 @@ class Recipe:
         bits: weight and activation bits of all layers, e.g. ``w8a8``, ``w4a4`` or ``w2a32`` (32 is floating point),
             or ``ternary``: weights of three values, which take 2 bits, and 8-bit activations.
         weight_quantizer: quantizer of the weights: a name (``lsq``), a dotted path to a Quantizer class, or
-            ``{class_path, init_args}`` with either of them and more arguments. Null chooses by the bits of each layer:
+            a mapping of ``name`` (either of them) and arguments, as in ``{name: lsq, initial: mean}``. Null chooses by
+            the bits of each layer:
             ``irnet`` for 1 bit, ``twn`` for the 2 bits of ``ternary``, ``lsq`` for all others.
         activation_quantizer: quantizer of the layers' inputs, likewise; null is ``react`` for 1 bit, else ``lsq``.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
-        residual_bits: bits of what meets in additions and concatenations, as residual connections have them; null leaves
-            those in floating point and lists them.
+        residual_bits: bits of what meets in additions and concatenations, as residual connections have them; null
+            leaves those in floating point and lists them.
         residual_quantizer: quantizer of these operands; signed or not is decided from their data.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
     """
@@ -120,26 +121,25 @@ def find_quantizer(spec: str | dict[str, Any]) -> tuple[type[Quantizer], dict[st
     """The class and further arguments of a quantizer.
 
     Args:
-        spec: a short name, a dotted path, or a mapping ``{class_path, init_args}``.
+        spec: a short name, a dotted path, or a mapping of ``name`` (either) and further arguments.
 
     Raises:
-        UsageError: when there is no such quantizer, or the mapping has another form.
+        UsageError: when there is no such quantizer, or the mapping has no name.
     """
-    if isinstance(spec, str):
-        spec = {"class_path": spec}
-    name, arguments = spec.get("class_path"), spec.get("init_args") or {}
-    known = spec.keys() <= {"class_path", "init_args"}
-    if not (known and isinstance(name, str) and isinstance(arguments, Mapping)):
-        raise UsageError(f"quantizer {dict(spec)!r} is not understood: write a name or a mapping class_path, init_args")
+    # Not class_path and init_args, which the command line would resolve itself, knowing no short names.
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise UsageError(f"quantizer {spec!r} is not understood: write a name, or a mapping of name and arguments")
     if name in QUANTIZERS:
-        return QUANTIZERS[name], dict(arguments)
+        return QUANTIZERS[name], arguments
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
         found = None
     if isinstance(found, type) and issubclass(found, Quantizer):
-        return found, dict(arguments)
+        return found, arguments
     raise UsageError(
         f"quantizer {name!r} is unknown: use {', '.join(sorted(QUANTIZERS))} or the dotted path of a Quantizer class"
     )
@@ -158,11 +158,11 @@ def build_quantizer(spec: str | dict[str, Any], bits: int, **arguments: Any) -> 
     kind, more = find_quantizer(spec)
     reserved = sorted({"bits", *arguments} & more.keys())
     if reserved:
-        raise UsageError(f"init_args {', '.join(reserved)} of quantizer {kind.__name__} cannot be set: layers set them")
+        raise UsageError(f"argument {', '.join(reserved)} of quantizer {kind.__name__} cannot be set: layers set it")
     try:
         return kind(bits, **arguments, **more)
     except TypeError as error:
-        raise UsageError(f"quantizer {kind.__name__} does not take init_args {more!r}: {error}") from None
+        raise UsageError(f"quantizer {kind.__name__} does not take {more!r}: {error}") from None
 
 
 def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:

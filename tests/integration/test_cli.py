@@ -102,6 +102,20 @@ def test_metrics_hold_both_losses_and_the_teachers_accuracy_before_the_first_ste
     assert {"train/task", "train/distill", "val/acc", "regularizer/mean", "balance/distill"} <= set(rows[0])
 
 
+def test_a_quantizer_with_arguments_and_quantised_additions_come_from_yaml(tmp_path: Path) -> None:
+    quantization = {
+        "weight_quantizer": {"name": "lsq", "initial": "mean"},
+        "rules": [{"match": "layer2.*", "activation_quantizer": {"name": "lqkd.quantization.LSQ", "initial": "mean"}}],
+        "residual_bits": 8,
+    }
+    config = tmp_path / "quantizer.yaml"
+    config.write_text(yaml.safe_dump({"model": {"init_args": {"quantization": quantization}}}))
+    folder = fit(tmp_path, "--config", str(config))
+    assert "quantised: functional add at layer1.0 of 2 operands with 8 bits" in (folder / "layers.txt").read_text()
+    written = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["quantization"]
+    assert written["weight_quantizer"] == quantization["weight_quantizer"]
+
+
 def test_two_runs_with_one_seed_have_the_same_numbers(tmp_path: Path) -> None:
     first, second = (summary_of(fit(tmp_path)) for _ in range(2))
     for timing in ("images_per_second", "train_seconds"):

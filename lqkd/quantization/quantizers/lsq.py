@@ -7,26 +7,31 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lqkd.errors import UsageError
 from lqkd.quantization.kernels import element_wise_scaled_quantize, learned_step_quantize
 from lqkd.quantization.quantizers.base import mean_over_ranks
-from lqkd.quantization.quantizers.uniform import UniformQuantizer
+from lqkd.quantization.quantizers.uniform import UniformQuantizer, mse_step
 
 
 class LSQ(UniformQuantizer):
     """Learned step size quantization (Esser et al., arXiv 1902.08153).
 
     ``x_hat = round(clamp(x / s, -Q_N, Q_P)) * s`` with ``Q_N = 2**(b-1), Q_P = 2**(b-1) - 1`` for signed and
-    ``Q_N = 0, Q_P = 2**b - 1`` for unsigned data (eq. 1, 2). The step starts at ``2 * mean|x| / sqrt(Q_P)`` and its
-    gradient is multiplied by ``1 / sqrt(N * Q_P)``, where N is the number of weights that share the step, or the
-    number of features of one sample for activations (section 2.2). The parameter ``scale`` may cross zero under a
-    large learning rate; the step is its absolute value, never below the smallest normal float.
+    ``Q_N = 0, Q_P = 2**b - 1`` for unsigned data (eq. 1, 2). The paper starts the step at ``2 * mean|x| / sqrt(Q_P)``;
+    here that is ``initial: mean``, and the default is the step with the least squared error, which starts much closer
+    to the float network (see results/README.md). The step's gradient is multiplied by ``1 / sqrt(N * Q_P)``, where N
+    is the number of weights that share the step, or the number of features of one sample for activations (section
+    2.2). The parameter ``scale`` may cross zero under a large learning rate; the step is its absolute value, never
+    below the smallest normal float.
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        initial: how the step is fitted to the first batch: ``mse`` or ``mean``.
         signed, channels, channel_axis, batched: see :class:`Quantizer`.
 
     Raises:
-        UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
+        UsageError: when ``initial`` is neither, ``bits`` is out of range, or 1 for signed data, whose positive side
+            would be empty.
     """
 
     def __init__(
@@ -37,8 +42,12 @@ class LSQ(UniformQuantizer):
         channels: int | None = None,
         channel_axis: int = 0,
         batched: bool = False,
+        initial: str = "mse",
     ) -> None:
         super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
+        if initial not in ("mse", "mean"):
+            raise UsageError(f"initial={initial!r} of quantizer {type(self).__name__} is not possible: use mse or mean")
+        self.initial = initial
         self.scale = nn.Parameter(torch.ones(() if channels is None else (channels,)))
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -52,6 +61,8 @@ class LSQ(UniformQuantizer):
         return 1.0 / math.sqrt(max(elements, 1.0) * self.code_range()[1])
 
     def _initial_step(self, rows: Tensor) -> Tensor:
+        if self.initial == "mse":
+            return mse_step(rows, *self.code_range())
         return mean_over_ranks(rows.abs().mean(1)) * 2.0 / math.sqrt(self.code_range()[1])
 
 

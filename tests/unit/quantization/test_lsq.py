@@ -69,11 +69,27 @@ def test_output_takes_every_level_and_no_other(bits: int, signed: bool) -> None:
     assert len(found) == 2**bits
 
 
-def test_step_starts_at_twice_the_mean_magnitude_over_root_qp() -> None:
+def test_step_starts_where_no_other_step_has_a_smaller_error() -> None:
     x = torch.randn(1000)
     quantizer = LSQ(4, signed=True)
     quantizer.initialize(x)
+
+    def error(step: float) -> float:
+        return float(((x / step).clamp(-8, 7).round() * step - x).square().mean())
+
+    assert error(quantizer.scale.item()) <= 1.01 * min(error(step) for step in torch.linspace(0.01, 1, 500).tolist())
+
+
+def test_step_starts_at_twice_the_mean_magnitude_over_root_qp_where_asked() -> None:
+    x = torch.randn(1000)
+    quantizer = LSQ(4, signed=True, initial="mean")
+    quantizer.initialize(x)
     assert quantizer.scale.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(7), rel=1e-5)
+
+
+def test_an_unknown_initial_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="initial='max' of quantizer LSQ is not possible: use mse or mean"):
+        LSQ(4, initial="max")
 
 
 def test_each_channel_has_its_own_step_and_element_count() -> None:

@@ -1,16 +1,11 @@
 """Networks that people bring, from torchvision and timm: each is converted, trained for a step, copied and restored.
 
 They are made small (few layers, 64 pixels) and untrained. The error of a freshly initialised W8A8 network is the
-relative L2 distance of its logits from those of the float network, on the batch that it was initialised on. Measured
-(torch 2.14, one thread, seed 0; second figure: MSE-fitted grids):
+relative L2 distance of its logits from those of the float network, on the batch that it was initialised on.
 
-    torchvision resnet18 0.09 0.016, mobilenet_v2 0.17 0.039, mobilenet_v3_small 0.23 0.052, shufflenet 0.00 0.000,
-    efficientnet_b0 0.28 0.063, regnet_y_400mf 0.09 0.014, convnext 0.12 0.023, vit 0.16 0.029, swin 0.09 0.014,
-    densenet 0.12 0.016; timm resnet18 0.08 0.012, mobilenetv3 0.23 0.067, vit_tiny 0.14 0.035,
-    convnext_atto 0.12 0.024, efficientnet_lite0 0.20 0.048
-
-LSQ starts with steps for few bits (its range at 8 bits is about 18 standard deviations) and learns better ones. Even
-MSE-fitted grids stay above 2 % where many layers follow one another: each symmetric 8-bit grid adds about 1 %.
+Two per cent would be wanted of all, and six networks stay below. In the others rounding alone costs more: uniform noise
+of one step's width in the place of every quantizer, with no clipping and nothing else, moves the logits by 2.3 to 7 %.
+What is held there is that lqkd adds nothing to it.
 """
 
 from __future__ import annotations
@@ -27,7 +22,8 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.swin_transformer import SwinTransformer
 
-from lqkd.quantization import QUANTIZERS, Recipe, coverage, initialize_quantizers, quantize_model, quantizers
+from lqkd.quantization import Quantizer, Recipe, coverage, initialize_quantizers, quantize_model, quantizers
+from lqkd.quantization.quantizers.uniform import UniformQuantizer
 
 timm: Any = pytest.importorskip("timm")
 
@@ -88,14 +84,36 @@ def network(name: str) -> nn.Module:
     return NETWORKS[name]()
 
 
-def initial_error(name: str, recipe: Recipe) -> float:
-    """Relative distance of the logits of a freshly initialised quantised network from those of the float one."""
+@torch.no_grad()
+def initial_errors(name: str, recipe: Recipe) -> tuple[float, float]:
+    """Relative distance of the logits of a freshly initialised quantised network from those of the float one.
+
+    The second number is what rounding alone costs: the same with uniform noise in the place of every quantizer.
+    """
     model = network(name).eval()
-    with torch.no_grad():
-        expected = model(images())
-        model, _ = quantize_model(model, recipe)
-        initialize_quantizers(model, images())
-        return float((model(images()) - expected).norm() / expected.norm())
+    expected = model(images())
+    model, _ = quantize_model(model, recipe)
+    initialize_quantizers(model, images())
+    error = float((model(images()) - expected).norm() / expected.norm())
+    for path, quantizer in quantizers(model).items():
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, RoundingNoise(quantizer))
+    return error, float((model(images()) - expected).norm() / expected.norm())
+
+
+class RoundingNoise(nn.Module):
+    """Adds uniform noise of one step's width where a quantizer would round; zeros stay."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        assert isinstance(quantizer, UniformQuantizer)
+        self.axis, self.channels, self.step = quantizer.channel_axis, quantizer.channels, quantizer.step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.step
+        if self.channels is not None:
+            step = step.view([-1 if axis == self.axis else 1 for axis in range(x.ndim)])
+        return torch.where(x == 0, x, x + (torch.rand(x.shape) - 0.5) * step)
 
 
 @pytest.mark.slow
@@ -140,15 +158,19 @@ def test_every_convolution_and_linear_layer_of_a_network_is_quantised_and_the_re
     assert coverage(model) == report
 
 
-@pytest.mark.slow
-@each_network
-def test_eight_bit_lsq_starts_near_the_float_network(name: str) -> None:
-    assert initial_error(name, Recipe(bits="w8a8")) < 0.35
+W8A8 = Recipe(bits="w8a8")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("mse" not in QUANTIZERS, reason="there is no MSE-fitted quantizer in this version")
+@pytest.mark.parametrize(
+    "name", ["resnet18", "shufflenet_v2_x1_0", "regnet_y_400mf", "swin_t", "densenet121", "timm resnet18"]
+)
+def test_eight_bits_keep_the_output_within_two_per_cent(name: str) -> None:
+    assert initial_errors(name, W8A8)[0] < 0.02
+
+
+@pytest.mark.slow
 @each_network
-def test_eight_bit_grids_fitted_to_the_data_start_closer_to_the_float_network(name: str) -> None:
-    recipe = Recipe(bits="w8a8", weight_quantizer="mse", activation_quantizer="mse")
-    assert initial_error(name, recipe) < 0.1
+def test_eight_bits_cost_no_more_than_rounding_must(name: str) -> None:
+    error, rounding = initial_errors(name, W8A8)
+    assert error < 1.2 * rounding

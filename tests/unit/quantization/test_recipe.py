@@ -72,7 +72,7 @@ def test_a_named_quantizer_wins_over_that_of_the_preset() -> None:
 
 
 def test_a_quantizer_can_be_a_mapping_with_arguments() -> None:
-    spec = {"class_path": f"{__name__}.Widened", "init_args": {"width": 2.5}}
+    spec = {"name": f"{__name__}.Widened", "width": 2.5}
     model, _ = quantize_model(nn.Sequential(nn.Linear(3, 2)), Recipe(weight_quantizer=spec))
     assert isinstance(model[0].weight_quantizer, Widened)
     assert model[0].weight_quantizer.width == 2.5
@@ -83,10 +83,10 @@ def test_a_quantizer_can_be_a_mapping_with_arguments() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"class_path": "lsq", "init_args": {"wide": 1}}, "layer '0': quantizer LSQ does not take init_args"),
-        ({"class_path": "lsq", "init_args": {"bits": 3}}, "init_args bits of quantizer LSQ cannot be set"),
-        ({"class_path": "lsqq"}, "quantizer 'lsqq' is unknown: use .*lsq"),
-        ({"name": "lsq"}, "is not understood: write a name or a mapping"),
+        ({"name": "lsq", "wide": 1}, "layer '0': quantizer LSQ does not take .*wide"),
+        ({"name": "lsq", "bits": 3}, "argument bits of quantizer LSQ cannot be set"),
+        ({"name": "lsqq"}, "quantizer 'lsqq' is unknown: use .*lsq"),
+        ({"class_path": "lsq"}, "is not understood: write a name, or a mapping"),
         ("torch.nn.Linear", "quantizer 'torch.nn.Linear' is unknown"),
     ],
 )

@@ -1,0 +1,179 @@
+"""Quantised additions and concatenations: found without rewriting the network, applied at where operands come from."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.models import CifarResNet
+from lqkd.quantization import (
+    CoverageReport,
+    Quantizer,
+    Recipe,
+    coverage,
+    float_mode,
+    fold_batchnorm,
+    initialize_quantizers,
+    quantize_model,
+    quantizers,
+)
+
+RECIPE = Recipe(bits="w8a8", residual_bits=8)
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def resnet(recipe: Recipe = RECIPE) -> tuple[nn.Module, CoverageReport]:
+    torch.manual_seed(0)
+    model, report = quantize_model(CifarResNet(8, width=4), recipe)
+    initialize_quantizers(model, images())
+    return model.eval(), report
+
+
+class Block(nn.Module):
+    """Every kind of operand: a layer's output, the block's own argument, a functional result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv(x) + x, x], dim=1)
+
+
+class InPlace(nn.Module):
+    """Adds in place to what a quantised layer returns, as torchvision's residual networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        out += self.second(x)
+        return out
+
+
+def test_the_operands_of_every_residual_addition_are_on_a_grid_of_the_given_bits() -> None:
+    model, report = resnet()
+    assert [join.bits for join in report.joins] == [(8, 8)] * 3
+    assert not report.operations
+    seen: list[Tensor] = []
+    model.get_submodule("layer1.0.bn2").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(images())
+    quantizer = model.get_submodule("layer1.0.bn2.output_quantizer")
+    assert isinstance(quantizer, Quantizer)
+    assert torch.isin(seen[0], quantizer.levels()).all()
+
+
+def test_additions_stay_in_floating_point_and_are_listed_unless_the_recipe_says_otherwise() -> None:
+    _, report = resnet(Recipe(bits="w8a8"))
+    assert not report.joins
+    assert [str(x) for x in report.operations] == [f"functional add at layer{i}.0" for i in (1, 2, 3)]
+
+
+def test_the_first_argument_of_a_block_can_be_an_operand() -> None:
+    model, report = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Block()), RECIPE)
+    assert "2.conv.output_quantizer" in quantizers(model)
+    assert [x.kind for x in report.joins] == ["add"]
+    assert "1.output_quantizer" in quantizers(model)
+
+
+def test_a_join_with_an_operand_that_passes_no_module_is_listed_as_not_quantised() -> None:
+    _, report = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Block()), RECIPE)
+    assert [str(x) for x in report.operations] == ["functional cat at 2"]
+
+
+def test_an_argument_used_by_two_blocks_is_quantised_inside_each() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(3, 4, 1), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(torch.relu(self.conv(x)))
+
+    model, _ = quantize_model(Net(), RECIPE)
+    assert {"block.conv.output_quantizer", "block.argument_quantizer"} <= quantizers(model).keys()
+    initialize_quantizers(model, images())
+    argument = model.get_submodule("block.argument_quantizer")
+    assert isinstance(argument, Quantizer)
+    kept = model.eval()(images())[:, 4:]
+    assert torch.isin(kept, argument.levels()).all()
+
+
+def test_eight_bit_additions_move_the_output_by_less_than_two_per_cent() -> None:
+    model, _ = resnet(Recipe(bits="w8a32", residual_bits=8))
+    with float_mode(model):
+        expected = model(images())
+    without, _ = resnet(Recipe(bits="w8a32"))
+    assert not torch.equal(model(images()), without(images()))
+    assert (model(images()) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_float_mode_runs_without_the_quantizers_of_additions() -> None:
+    torch.manual_seed(0)
+    expected = CifarResNet(8, width=4).eval()(images())
+    model, _ = resnet()
+    with float_mode(model):
+        torch.testing.assert_close(model(images()), expected, rtol=0, atol=0)
+    assert not torch.equal(model(images()), expected)
+
+
+def test_converting_twice_adds_no_second_quantizer() -> None:
+    model, report = resnet()
+    names = list(model.state_dict())
+    again, second = quantize_model(model, RECIPE)
+    assert list(again.state_dict()) == names
+    assert second == report
+
+
+def test_copies_pickles_and_checkpoints_keep_quantised_additions() -> None:
+    model, _ = resnet()
+    expected = model(images())
+    fresh, _ = quantize_model(CifarResNet(8, width=4), RECIPE)
+    fresh.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh.eval()):
+        torch.testing.assert_close(other(images()), expected, rtol=0, atol=0)
+
+
+def test_folding_batch_norm_keeps_the_quantizer_of_its_output() -> None:
+    model, _ = resnet()
+    expected = model(images())
+    fold_batchnorm(model)
+    assert "layer1.0.bn2.output_quantizer" in quantizers(model)
+    assert coverage(model).joins
+    torch.testing.assert_close(model(images()), expected, rtol=0.02, atol=0.02)
+
+
+def test_every_quantizer_of_an_addition_learns() -> None:
+    model, _ = resnet()
+    model.train()(images()).square().sum().backward()
+    assert all(p.grad is not None for q in quantizers(model).values() for p in q.parameters())
+
+
+def test_a_quantised_result_may_be_added_to_in_place() -> None:
+    model, report = quantize_model(InPlace(), RECIPE)
+    model(images()).sum().backward()
+    assert len(report.joins) == 1
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(residual_bits=9), "quantization.residual_bits=9 is not possible: bits are 1 to 8"),
+        (Recipe(residual_bits=8, residual_quantizer="lsqq"), "quantizer 'lsqq' is unknown"),
+        (Recipe(residual_bits=8, residual_quantizer="irnet"), "residual_quantizer for the output of"),
+    ],
+)
+def test_an_impossible_setting_is_refused_in_one_sentence(recipe: Recipe, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantize_model(CifarResNet(8, width=4), recipe)
