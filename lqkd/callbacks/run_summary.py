@@ -176,7 +176,9 @@ def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
     """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...); None in floating point."""
     found: dict[str, list[int]] = {"weight": [], "input": []}
     for name, quantizer in quantizers(network).items():
-        found["weight" if name.endswith("weight_quantizer") else "input"].append(quantizer.bits)
+        kind = name.rpartition(".")[2].removesuffix("_quantizer")
+        if kind in found:  # and not the operand of an addition
+            found[kind].append(quantizer.bits)
 
     def describe(bits: list[int]) -> str | None:
         if not bits:

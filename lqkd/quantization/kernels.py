@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMPILE_FROM = 65536
+COMPILE_FROM = 16384
 """Number of elements from which a compiled function is faster than its eager form."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,15 @@ def accuracy(network: torch.nn.Module, data: CIFAR10) -> float:
     return 100 * right / 10_000
 
 
-def test_eight_bits_calibrated_without_training_stay_close_to_float(cifar10: CIFAR10) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"residual_bits": 8}, {"weight_quantizer": "minmax", "activation_quantizer": "minmax"}],
+    ids=["default", "with additions", "minmax"],
+)
+def test_eight_bits_calibrated_without_training_stay_close_to_float(cifar10: CIFAR10, settings: dict[str, Any]) -> None:
     network = CifarResNet(20)
     load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
-    recipe = Recipe(bits="w8a8", weight_quantizer="minmax", activation_quantizer="minmax")
-    network, _ = quantize_model(network, recipe)
+    network, _ = quantize_model(network, Recipe(bits="w8a8", **settings))
     batch = next(iter(cifar10.train_dataloader()))
     initialize_quantizers(network, cifar10.preprocess(batch, train=False, epoch=0).images)
     assert accuracy(network, cifar10) == pytest.approx(91.73, abs=0.3)

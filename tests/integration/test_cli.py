@@ -112,6 +112,7 @@ def test_a_quantizer_with_arguments_and_quantised_additions_come_from_yaml(tmp_p
     config.write_text(yaml.safe_dump({"model": {"init_args": {"quantization": quantization}}}))
     folder = fit(tmp_path, "--config", str(config))
     assert "quantised: functional add at layer1.0 of 2 operands with 8 bits" in (folder / "layers.txt").read_text()
+    assert summary_of(folder)["activation_bits"] == "2 (8 in 2 layers)"
     written = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["quantization"]
     assert written["weight_quantizer"] == quantization["weight_quantizer"]
 
