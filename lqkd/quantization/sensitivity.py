@@ -135,6 +135,8 @@ def measure_sensitivity(
     for what, given in (("bits", wanted), ("validation", validation), ("calibration", calibration)):
         if not given:
             raise UsageError(f"sensitivity needs at least one entry in {what}: it is empty")
+    if len(set(wanted)) < len(wanted):
+        raise UsageError(f"bits={list(bits)!r} name the same bits twice: name each once")
     network, _ = quantize_model(copy.deepcopy(model), recipe)
     network.eval()
     groups = _groups(network)
@@ -222,17 +224,14 @@ def _settings(
 ) -> dict[str, LayerSettings]:
     """What the recipe says about each layer when those that it quantises get ``pair`` for weight and activation."""
     layers = quantizable_layers(network)
-    rules = [
-        Rule(exactly(name), *(FLOAT_BITS if own is None else bits for own, bits in zip(_own(layer), pair, strict=True)))
-        for group in groups
-        for name, layer in ((name, cast(QuantizedLayer, layers[name])) for name in group)
-    ]
+    rules = []
+    for name in (name for group in groups for name in group):
+        layer = cast(QuantizedLayer, layers[name])
+        weight = FLOAT_BITS if layer.weight_quantizer is None else pair[0]
+        activation = FLOAT_BITS if layer.input_quantizer is None else pair[1]
+        rules.append(Rule(exactly(name), weight, activation))
     kinds = {name: layer_kind(layer) for name, layer in layers.items()}
     return resolve(replace(recipe, rules=[*recipe.rules, *rules]), kinds)
-
-
-def _own(layer: QuantizedLayer) -> tuple[Quantizer | None, Quantizer | None]:
-    return layer.weight_quantizer, layer.input_quantizer
 
 
 @contextmanager
