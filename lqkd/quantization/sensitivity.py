@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -193,12 +194,12 @@ def measure_sensitivity(
 
 
 def _parse(text: str) -> tuple[int, int]:
-    weight, activation = parse_bits(text)
-    if FLOAT_BITS in (weight, activation) or not text.lower().startswith("w"):
+    if re.fullmatch("w[1-8]a[1-8]", text) is None:
         raise UsageError(
             f"bits={text!r} are not possible for a ranking: write 1 to 8 each, like w4a8 (what the recipe leaves in "
             "float stays so)"
         )
+    weight, activation = parse_bits(text)
     return weight, activation
 
 
