@@ -51,6 +51,22 @@ class Budget:
         """The bound in whole bytes or bit operations, for a network that costs ``float_cost`` in float."""
         return int(self.amount * float_cost if self.relative else self.amount)
 
+    def check(self, smallest: int, float_cost: int) -> None:
+        """Refuse a budget that is out of reach.
+
+        Args:
+            smallest: what the network costs with the fewest bits everywhere.
+            float_cost: what it costs in float.
+
+        Raises:
+            UsageError: when ``smallest`` is above the budget; it says so.
+        """
+        if smallest > self.limit(float_cost):
+            raise UsageError(
+                f"budget={str(self)!r} cannot be reached with these bits: the smallest is {self.quantity}="
+                f"{self.describe(smallest)} ({smallest / float_cost:.2%} of the float network)"
+            )
+
     def describe(self, cost: int) -> str:
         """``cost`` with its unit, rounded up to a thousandth of it, so that it is enough as a budget."""
         decimal = {unit: factor for unit, factor in _UNITS[self.quantity].items() if "i" not in unit}

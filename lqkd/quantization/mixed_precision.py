@@ -54,12 +54,7 @@ def assign_bits(report: SensitivityReport, budget: Budget) -> MixedPrecision:
     losses = [[candidate.loss_increase for candidate in group] for group in report.groups]
     changes = [[change(candidate) for candidate in group] for group in report.groups]
     limit = budget.limit(base)
-    smallest = base + sum(min(row) for row in changes)
-    if smallest > limit:
-        raise UsageError(
-            f"budget={budget} cannot be reached with these bits: the smallest is {budget.quantity}="
-            f"{budget.describe(smallest)} ({smallest / base:.2%} of the float network)"
-        )
+    budget.check(base + sum(min(row) for row in changes), base)
     indices = allocate(losses, changes, limit - base)
     chosen = tuple(group[index] for group, index in zip(report.groups, indices, strict=True))
     rules = [

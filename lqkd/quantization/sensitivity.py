@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
 from lqkd.quantization.batchnorm import reestimate_batchnorm
+from lqkd.quantization.budget import Budget
 from lqkd.quantization.calibrate import initialize_quantizers
 from lqkd.quantization.convert import layer_kind, layer_quantizers, quantizable_layers, quantize_model
 from lqkd.quantization.cost import bit_operations, size
@@ -108,6 +109,7 @@ def measure_sensitivity(
     calibration: Sequence[Tensor],
     bits: Sequence[str] = BITS,
     progress: Callable[[int, int], None] | None = None,
+    budget: Budget | None = None,
 ) -> SensitivityReport:
     """Quantise each layer of a classifier alone, with each number of bits, and see what the loss says.
 
@@ -128,9 +130,11 @@ def measure_sensitivity(
         calibration: training inputs (B, ...), on the model's device.
         bits: what to try, e.g. ``w4a8``; 1 to 8 each.
         progress: called with the number of measurements that are done and that of all.
+        budget: what is to be kept later; one that these bits cannot reach is refused before anything is measured.
 
     Raises:
-        UsageError: when bits are not possible, a batch is missing, nothing is quantised or a loss is not finite.
+        UsageError: when bits are not possible, a batch is missing, nothing is quantised, a loss is not finite or the
+            budget cannot be reached.
     """
     wanted = [_parse(text) for text in bits]
     for what, given in (("bits", wanted), ("validation", validation), ("calibration", calibration)):
@@ -162,11 +166,15 @@ def measure_sensitivity(
         packed_bytes=size(network).packed_bytes,
         bit_operations=bit_operations(network, example),
     )
+    costs = [[_costs(network, group, own, example) for own in settings] for group in groups]
+    if budget is not None:
+        kind, base = (0, report.packed_bytes) if budget.quantity == "size" else (1, report.bit_operations)
+        budget.check(base + sum(min(cost[kind] for cost in row) - base for row in costs), base)
     total, done = len(groups) * len(wanted), 0
     measured: list[tuple[Candidate, ...]] = []
-    for group in groups:
+    for group, row in zip(groups, costs, strict=True):
         candidates = []
-        for own in settings:
+        for own, (packed_bytes, operations) in zip(settings, row, strict=True):
             with _quantizing(network, group, own), _kept_batchnorm(network):
                 _calibrate(network, calibration)
                 increased, kl, right = _evaluate(network, validation, reference)
@@ -178,8 +186,8 @@ def measure_sensitivity(
                     loss_increase=increased - loss,
                     kl=kl,
                     accuracy_change=right - accuracy,
-                    packed_bytes=size(network).packed_bytes,
-                    bit_operations=bit_operations(network, example),
+                    packed_bytes=packed_bytes,
+                    bit_operations=operations,
                 )
             if not (math.isfinite(candidate.loss_increase) and math.isfinite(kl)):
                 raise UsageError(
@@ -249,6 +257,14 @@ def _quantizing(network: nn.Module, group: list[str], settings: dict[str, LayerS
     finally:
         for layer in layers.values():
             layer.weight_quantizer = layer.input_quantizer = None
+
+
+def _costs(
+    network: nn.Module, group: list[str], settings: dict[str, LayerSettings], example: Tensor
+) -> tuple[int, int]:
+    """Bytes and bit operations of the network with only the layers of ``group`` quantised."""
+    with _quantizing(network, group, settings):
+        return size(network).packed_bytes, bit_operations(network, example)
 
 
 def _calibrate(network: nn.Module, calibration: Sequence[Tensor]) -> None:

@@ -148,7 +148,7 @@ def test_a_larger_budget_never_costs_more() -> None:
 
 def test_a_budget_out_of_reach_says_the_smallest_and_that_one_is_reachable() -> None:
     _, found = report()
-    with pytest.raises(UsageError, match=r"budget=size=1% cannot be reached .* the smallest is size=\S+ ") as caught:
+    with pytest.raises(UsageError, match=r"budget='size=1%' cannot be reached .* the smallest is size=\S+ ") as caught:
         assign_bits(found, Budget.parse("size=1%"))
     smallest = str(caught.value).split("the smallest is ")[1].split(" ")[0]
     assert {c.bits for c in assign_bits(found, Budget.parse(smallest)).chosen} == {"W2A2"}

@@ -12,6 +12,7 @@ from torch import nn
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet, load_weights
 from lqkd.quantization import (
+    Budget,
     Recipe,
     Rule,
     SensitivityReport,
@@ -133,3 +134,12 @@ def test_an_exact_match_means_one_layer_whatever_its_name(name: str) -> None:
     layers = {name: "Conv2d", "other": "Linear", "a0": "Conv2d", "ab": "Conv2d", "x": "Conv2d"}
     resolved = resolve(Recipe(first_layer_bits=None, last_layer_bits=None, rules=[Rule(exactly(name), 2, 2)]), layers)
     assert [key for key, value in resolved.items() if value.weight_bits == 2] == [name]
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(data: tuple) -> None:
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(UsageError, match="budget='bops=0.1%' cannot be reached"):
+        measure_sensitivity(
+            digits_network(), Recipe(), *data, progress=lambda *x: seen.append(x), budget=Budget.parse("bops=0.1%")
+        )
+    assert seen == []
