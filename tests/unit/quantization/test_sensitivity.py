@@ -138,7 +138,7 @@ def test_an_exact_match_means_one_layer_whatever_its_name(name: str) -> None:
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(data: tuple) -> None:
     seen: list[tuple[int, int]] = []
-    with pytest.raises(UsageError, match="budget='bops=0.1%' cannot be reached"):
+    with pytest.raises(UsageError, match=r"budget='bops=0\.1%' cannot be reached"):
         measure_sensitivity(
             digits_network(), Recipe(), *data, progress=lambda *x: seen.append(x), budget=Budget.parse("bops=0.1%")
         )
