@@ -175,7 +175,7 @@ def measure_sensitivity(
     for group, row in zip(groups, costs, strict=True):
         candidates = []
         for own, (packed_bytes, operations) in zip(settings, row, strict=True):
-            with _quantizing(network, group, own), _kept_batchnorm(network):
+            with _quantizing(network, group, own):
                 _calibrate(network, calibration)
                 increased, kl, right = _evaluate(network, validation, reference)
                 layers = [_quantized(network)[name] for name in group]
@@ -268,25 +268,10 @@ def _costs(
 
 
 def _calibrate(network: nn.Module, calibration: Sequence[Tensor]) -> None:
+    """Fit the quantizers and all of batch norm anew; nothing of an earlier measurement is left."""
     initialize_quantizers(network, calibration[0], batch_statistics=True)
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
         reestimate_batchnorm(network, calibration)
-
-
-@contextmanager
-def _kept_batchnorm(network: nn.Module) -> Iterator[None]:
-    """Give every batch norm its statistics back when the block ends."""
-    buffers = [
-        (buffer, buffer.clone())
-        for module in network.modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in module.buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
 
 
 def _evaluate(
