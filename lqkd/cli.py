@@ -1,4 +1,4 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict``."""
+"""The command line: ``python -m lqkd fit | validate | test | predict | sensitivity``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ from lqkd.run_folder import RunSettings, claim
 CONFIG = "config.yaml"
 LAYERS = "layers.txt"
 CHECKPOINTS = "checkpoints"
+DESCRIPTION = (
+    "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
+    "'sensitivity RUN' ranks the layers of a run by what few bits cost each (see sensitivity --help)."
+)
 
 
 class LqkdCLI(LightningCLI):
@@ -285,7 +289,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     torch.set_float32_matmul_precision("high")
     _silence_noise()
+    given = sys.argv[1:] if args is None else list(args)
     try:
+        if given[:1] == ["sensitivity"]:
+            from lqkd import sensitivity  # it reads runs through this module
+
+            sensitivity.main(given[1:])
+            return 0
         LqkdCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -293,8 +303,8 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_class=OneLineParser,
-            parser_kwargs={"description": "Distil networks into low-bit ones through a learnable regularizer."},
-            args=None if args is None else list(args),
+            parser_kwargs={"description": DESCRIPTION},
+            args=None if args is None else given,
         )
     except ValueError as error:
         usage = _usage_error(error)

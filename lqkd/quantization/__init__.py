@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batchnorm
+from lqkd.quantization.budget import Budget
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
 from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
 from lqkd.quantization.cost import Size, bit_operations, size
@@ -19,15 +20,20 @@ from lqkd.quantization.layers import (
     QuantLinear,
     QuantMultiheadAttention,
 )
+from lqkd.quantization.mixed_precision import MixedPrecision, allocate, assign_bits
 from lqkd.quantization.quantizers import LSQ, QUANTIZERS, Quantizer
 from lqkd.quantization.recipe import Recipe, Rule
+from lqkd.quantization.sensitivity import Candidate, SensitivityReport, measure_sensitivity
 
 __all__ = [
     "LSQ",
     "QUANTIZERS",
+    "Budget",
+    "Candidate",
     "CoverageReport",
     "Folding",
     "LayerCoverage",
+    "MixedPrecision",
     "Operation",
     "QuantConv1d",
     "QuantConv2d",
@@ -42,12 +48,16 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Rule",
+    "SensitivityReport",
     "Size",
+    "allocate",
+    "assign_bits",
     "bit_operations",
     "coverage",
     "float_mode",
     "fold_batchnorm",
     "initialize_quantizers",
+    "measure_sensitivity",
     "quantize_model",
     "quantizers",
     "reestimate_batchnorm",

@@ -106,19 +106,8 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
             settings for it, or nothing is there to quantise.
     """
     found = survey(model)
-    refusals = _refusals(model, found)
-    layers: dict[str, nn.Module] = {
-        name: cast(nn.Module, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and name not in refusals
-    }
-    if not layers:
-        reasons = f" ({next(iter(refusals))}: {next(iter(refusals.values()))})" if refusals else ""
-        raise UsageError(
-            f"{type(model).__name__} has nothing to quantise{reasons}: it needs at least one layer of type "
-            + ", ".join(dict.fromkeys(kind.__name__.removeprefix("Quant") for kind in QUANTIZED_LAYERS.values()))
-        )
-    settings = resolve(recipe, {name: _kind(module) for name, module in layers.items()})
+    layers = _quantizable(model, found)
+    settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})
     floats: dict[str, nn.Module] = {
         name: module for name, module in layers.items() if not isinstance(module, QuantizedLayer)
     }
@@ -138,6 +127,31 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     model = replacements.get(id(model), model)
     quantize_joins(model, found.joins, recipe)
     return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of ``model`` that a recipe decides on, quantised already or not, by its first name.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    return _quantizable(model, survey(model))
+
+
+def _quantizable(model: nn.Module, found: Survey) -> dict[str, nn.Module]:
+    refusals = _refusals(model, found)
+    layers: dict[str, nn.Module] = {
+        name: cast(nn.Module, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and name not in refusals
+    }
+    if not layers:
+        reasons = f" ({next(iter(refusals))}: {next(iter(refusals.values()))})" if refusals else ""
+        raise UsageError(
+            f"{type(model).__name__} has nothing to quantise{reasons}: it needs at least one layer of type "
+            + ", ".join(dict.fromkeys(kind.__name__.removeprefix("Quant") for kind in QUANTIZED_LAYERS.values()))
+        )
+    return layers
 
 
 def coverage(model: nn.Module) -> CoverageReport:
@@ -170,7 +184,7 @@ def _class(layer: nn.Module) -> type[QuantizedLayer]:
     return quantized_subclass(cast(Hashable, type(layer))) if known is None else known
 
 
-def _kind(layer: nn.Module) -> str:
+def layer_kind(layer: nn.Module) -> str:
     """The class name of a layer, the same before and after it is quantised."""
     known = QUANTIZED_LAYERS.get(type(layer), type(layer))
     return known.__name__.removeprefix("Quant")
@@ -243,21 +257,37 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
         if isinstance(module, nn.MultiheadAttention):
             notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
-        return LayerCoverage(name, _kind(module), bits[0], bits[1], parameters, ", ".join(notes))
+        return LayerCoverage(name, layer_kind(module), bits[0], bits[1], parameters, ", ".join(notes))
     if refused is not None:
         note = f"floating point: {refused}"
     elif isinstance(module, tuple(QUANTIZED_LAYERS)):
         note = "floating point: the recipe says so"
     else:
         note = "floating point: no quantised layer of this kind"
-    return LayerCoverage(name, _kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note)
+    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note)
 
 
 def _quantized_layer(
     name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer]
 ) -> nn.Module:
-    """Quantise one layer; ``weight_quantizers`` holds those made before, by the identity of the weight."""
-    kind = _class(layer)
+    return _class(layer).from_float(layer, *layer_quantizers(name, layer, settings, weight_quantizers))
+
+
+def layer_quantizers(
+    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer]
+) -> tuple[Quantizer | None, Quantizer | None]:
+    """Make the quantizers of the weight and the input of one layer, not fitted yet; None is floating point.
+
+    Args:
+        name: the layer's name, for messages.
+        layer: the layer, quantised already or not.
+        settings: what the recipe says about it.
+        weight_quantizers: those made before, by the identity of the weight: a shared weight gets one quantizer.
+
+    Raises:
+        UsageError: when a quantizer has no grid of so many bits.
+    """
+    kind = type(layer) if isinstance(layer, QuantizedLayer) else _class(layer)
     weight = _weight(layer)
     input_quantizer = None
     try:
@@ -273,7 +303,7 @@ def _quantized_layer(
             )
     except UsageError as error:
         raise UsageError(f"layer {name!r}: {error}") from None
-    return kind.from_float(layer, weight_quantizers.get(id(weight)), input_quantizer)
+    return weight_quantizers.get(id(weight)), input_quantizer
 
 
 def _replace_children(parent: nn.Module, replacements: dict[int, nn.Module]) -> None:

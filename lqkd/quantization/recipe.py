@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import re
 from dataclasses import dataclass, field
@@ -163,6 +164,13 @@ def build_quantizer(spec: str | dict[str, Any], bits: int, **arguments: Any) -> 
         return kind(bits, **arguments, **more)
     except TypeError as error:
         raise UsageError(f"quantizer {kind.__name__} does not take {more!r}: {error}") from None
+
+
+def exactly(name: str) -> str:
+    """The ``match`` of a rule for the layer called ``name`` alone, whatever characters are in its name."""
+    escaped = glob.escape(name)
+    # A name without a dot could also be that of a class, which a pattern never is.
+    return f"[{escaped[0]}]{escaped[1:]}" if escaped[:1].isupper() and "." not in escaped else escaped
 
 
 def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:

@@ -26,6 +26,10 @@ def commands(verb: str) -> list[list[str]]:
     return [arguments for arguments in found if arguments[0] == verb and "configs/quickstart.yaml" in arguments]
 
 
+RANKING = "ranking/recipe.yaml"
+"""What one command of README writes and the next one reads."""
+
+
 def test_the_first_two_blocks_are_the_two_commands() -> None:
     assert [block.strip() for block in blocks("bash")[:2]] == [
         "pip install -e . && python -m lqkd fit --config configs/quickstart.yaml",
@@ -33,7 +37,7 @@ def test_the_first_two_blocks_are_the_two_commands() -> None:
     ]
 
 
-@pytest.mark.parametrize("arguments", commands("fit"), ids=" ".join)
+@pytest.mark.parametrize("arguments", [c for c in commands("fit") if RANKING not in c], ids=" ".join)
 def test_a_command_on_the_quickstart_is_accepted(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -43,6 +47,16 @@ def test_a_command_on_the_quickstart_is_accepted(
             main(arguments)
     else:
         assert main([*arguments, "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]) == 0
+
+
+def test_the_ranking_writes_what_the_fit_after_it_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    (ranking,) = commands("sensitivity")
+    (fit,) = [arguments for arguments in commands("fit") if RANKING in arguments]
+    there = str(tmp_path / "ranking")
+    assert main([there if argument == "ranking" else argument for argument in ranking]) == 0
+    fit = [f"{there}/recipe.yaml" if argument == RANKING else argument for argument in fit]
+    assert main([*fit, "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.split("lqkd.")[-1].split("\n")[0][:30])

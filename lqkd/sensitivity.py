@@ -1,0 +1,223 @@
+"""``python -m lqkd sensitivity``: which layers suffer most from few bits, and the best bits under a budget."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lqkd.errors import UsageError
+from lqkd.files import atomic_path, write_json, write_text
+from lqkd.modules import DistillModule
+from lqkd.quantization import (
+    Budget,
+    Candidate,
+    MixedPrecision,
+    Recipe,
+    SensitivityReport,
+    assign_bits,
+    measure_sensitivity,
+)
+from lqkd.quantization.sensitivity import BITS
+from lqkd.run_reader import read_run, take_batches
+
+JSON = "sensitivity.json"
+TABLE = "sensitivity.csv"
+RECIPE = "recipe.yaml"
+CALIBRATION_BATCHES = 8
+"""Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
+_PATIENCE = 2.0
+"""Seconds without a progress bar."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"lqkd: error: {message} (see python -m lqkd sensitivity --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m lqkd sensitivity",
+        description="Quantise each layer of a network alone, without training, and rank the layers by what the loss on "
+        "the validation split says. Test data are not used.",
+    )
+    parser.add_argument(
+        "run",
+        help="run folder, whose best checkpoint gives the float weights; or a config file, before any training",
+    )
+    parser.add_argument(
+        "--bits",
+        default=",".join(text.partition("a")[2] for text in BITS),
+        help="bits to try: 4 is short for w4a4 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        help="also find the best bits under a budget and write them as recipe.yaml: size=120kB, size=12%%, bops=2.5G "
+        "or bops=3%%, where %% is of the float network",
+    )
+    parser.add_argument(
+        "--batches", type=int, default=16, help="validation batches, spread over the split (default: %(default)s)"
+    )
+    parser.add_argument("--output", help="folder for what is written (default: the run folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier ranking wrote there")
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: after a user's mistake.
+        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    given = _arguments(args)
+    budget = None if given.budget is None else Budget.parse(given.budget)
+    bits = [f"w{text}a{text}" if text.isdecimal() else text for text in given.bits.split(",")]
+    if given.batches < 1:
+        raise UsageError(f"--batches {given.batches} is not possible: it must be at least 1")
+    output = _output(given, [JSON, TABLE, *([RECIPE] if budget is not None else [])])
+    reader, checkpoint = read_run(given.run)
+    recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
+    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, given.batches)
+    with _Bar() as bar:
+        report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, bits, bar.update, budget)
+    source = "the weights that a training starts from" if checkpoint is None else str(checkpoint)
+    print(f"float weights: {source}")
+    print(
+        f"float network: loss {report.loss:.4f}, accuracy {report.accuracy:.2%} on {report.samples} validation images"
+    )
+    print(report)
+    written: dict[str, Any] = _described(report) | {
+        "run": str(given.run),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "calibration_samples": sum(len(images) for images in calibration),
+        "assignment": None,
+    }
+    if budget is not None:
+        assigned = assign_bits(report, budget)
+        written["assignment"] = _assignment(given.budget, assigned)
+        write_text(output / RECIPE, _recipe_text(given.budget, assigned, report))
+        _print_assignment(given.budget, assigned, report)
+    write_json(output / JSON, written)
+    _write_table(output / TABLE, report, written["assignment"])
+    names = f"{JSON} and {TABLE}" if written["assignment"] is None else f"{JSON}, {TABLE} and {RECIPE}"
+    print(f"written to {output}: {names}")
+
+
+def _output(given: argparse.Namespace, names: Sequence[str]) -> Path:
+    if not Path(given.run).exists():
+        raise UsageError(f"{given.run!r} does not exist: give a run folder or a config file")
+    if given.output is None and not Path(given.run).is_dir():
+        raise UsageError(f"--output is missing: {given.run!r} is not a run folder that could keep the ranking")
+    output = Path(given.run if given.output is None else given.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {str(output)!r} is not a folder")
+    there = [name for name in names if (output / name).exists()]
+    if there and not given.overwrite:
+        raise UsageError(f"{str(output / there[0])!r} exists: give --overwrite, or another --output")
+    return output
+
+
+class _Bar:
+    """A progress bar with the time left, on a terminal and once the work has taken two seconds."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._progress is None and sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.add_task("quantising each layer alone", total=total)
+            self._progress.start()
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done)
+
+
+def _described(report: SensitivityReport) -> dict[str, Any]:
+    return {
+        "lqkd": metadata.version("lqkd"),
+        "bits": list(report.bits),
+        "validation_samples": report.samples,
+        "float": {
+            "loss": report.loss,
+            "accuracy": report.accuracy,
+            "packed_bytes": report.packed_bytes,
+            "bit_operations": report.bit_operations,
+        },
+        "layers": [[asdict(candidate) for candidate in group] for group in report.ranked()],
+        "quantization": asdict(report.recipe),
+    }
+
+
+def _assignment(budget: str, assigned: MixedPrecision) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "limit": assigned.limit,
+        "packed_bytes": assigned.packed_bytes,
+        "bit_operations": assigned.bit_operations,
+        "summed_loss_increase": assigned.loss_increase,
+        "bits": {name: f"W{weight}A{activation}" for name, weight, activation in _by_layer(assigned.chosen)},
+    }
+
+
+def _by_layer(candidates: Sequence[Candidate]) -> list[tuple[str, int, int]]:
+    return [row for c in candidates for row in zip(c.layers, c.weight_bits, c.activation_bits, strict=True)]
+
+
+def _sizes(assigned: MixedPrecision, report: SensitivityReport) -> str:
+    return (
+        f"{assigned.packed_bytes / 1000:.1f} kB ({assigned.packed_bytes / report.packed_bytes:.2%} of float), "
+        f"{assigned.bit_operations:.4g} bit operations ({assigned.bit_operations / report.bit_operations:.2%} of float)"
+    )
+
+
+def _recipe_text(budget: str, assigned: MixedPrecision, report: SensitivityReport) -> str:
+    recipe = asdict(assigned.recipe)
+    recipe["rules"] = [{k: v for k, v in rule.items() if v is not None} for rule in recipe["rules"]]
+    described = yaml.safe_dump({"model": {"init_args": {"quantization": recipe}}}, sort_keys=False)
+    return (
+        f"# Bits of every layer for the budget {budget}: {_sizes(assigned, report)}\n"
+        f"# python -m lqkd fit --config CONFIG --config {RECIPE}\n{described}"
+    )
+
+
+def _print_assignment(budget: str, assigned: MixedPrecision, report: SensitivityReport) -> None:
+    print(
+        f"\nbits for {budget}: {_sizes(assigned, report)}; increases of the loss sum to {assigned.loss_increase:+.4f}"
+    )
+    rows = _by_layer(assigned.chosen)
+    width = max(len(name) for name, _, _ in rows)
+    for name, weight, activation in rows:
+        print(f"{name.ljust(width)}  W{weight}A{activation}")
+
+
+def _write_table(target: Path, report: SensitivityReport, assignment: dict[str, Any] | None) -> None:
+    columns = ("loss_increase", "kl", "accuracy_change", "packed_bytes", "bit_operations")
+    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("rank", "layer", "weight_bits", "activation_bits", *columns, "chosen"))
+        for rank, group in enumerate(report.ranked(), start=1):
+            for c in group:
+                for name, weight, activation in _by_layer([c]):
+                    chosen = "" if assignment is None else int(assignment["bits"][name] == f"W{weight}A{activation}")
+                    writer.writerow((rank, name, weight, activation, *(getattr(c, key) for key in columns), chosen))
