@@ -27,6 +27,8 @@ class Quantizer(nn.Module, ABC):
     * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
     * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
       come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+    * ``progress`` is the part of the training that is done, 0 to 1, in a family whose estimator follows it; training
+      sets it before each step. It is no part of the state: the step says it. ``None`` for all other families.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
 
     Args:
@@ -40,6 +42,7 @@ class Quantizer(nn.Module, ABC):
         UsageError: when ``bits`` is not an integer from 1 to 8.
     """
 
+    progress: float | None = None
     initialized: Tensor
     """0-dim bool buffer: whether the parameters have been fitted to data."""
     format: Tensor
