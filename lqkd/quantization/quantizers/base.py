@@ -128,6 +128,11 @@ class Quantizer(nn.Module, ABC):
         self.initialized.fill_(True)
         self.format.copy_(self._format())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the parameters have been fitted to data, without waiting for the device."""
+        return self._ready
+
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
         """Change the number of bits; an initialised quantizer keeps the range that it clips to."""

@@ -45,6 +45,19 @@ class UniformQuantizer(Quantizer):
     def dequantize(self, codes: Tensor) -> Tensor:
         return codes * self._broadcast(self.step(), codes.ndim)
 
+    def at_codes(self, codes: Tensor, x: Tensor) -> Tensor:
+        """The values of ``codes`` instead of those of ``x``: no gradient to ``x``, that of ``s * codes`` to the step.
+
+        The step's gradient is scaled as the family scales it for ``x``; the result is ``dequantize(codes)``.
+        """
+        step = self.step()
+        step = step.detach() + (step - step.detach()) * self._gradient_scale(x)
+        return codes * self._broadcast(step, codes.ndim)
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        """Factor of the gradient of the step for an input like ``x``."""
+        return 1.0
+
     def levels(self) -> Tensor:
         qmin, qmax = self.code_range()
         grid = torch.arange(qmin, qmax + 1, device=self.scale.device)
