@@ -128,7 +128,7 @@ class Freezing(Oscillation):
 
     @torch.no_grad()
     def hold(self, layer: QuantizedLayer) -> None:
-        """Put the frozen weights of ``layer`` on their levels, which move with the step; a change of bits frees them."""
+        """Put the frozen weights of ``layer`` on their levels, which move with the step; new bits free them."""
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         if quantizer.bits == self.bits and quantizer.is_ready:
