@@ -63,6 +63,7 @@ class Quantizer(nn.Module, ABC):
         self.channels = channels
         self.channel_axis = channel_axis
         self.batched = batched
+        self._wants_mse = False
         self._ready = False  # a host copy of `initialized`: reading the buffer would wait for the device
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("format", self._format())
@@ -70,6 +71,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _fit(self, x: Tensor) -> bool:
         """Set the parameters from ``x`` (no gradient); return False when ``x`` says nothing, e.g. is all zero."""
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        """Likewise, for the least squared error on ``x``; :meth:`_fit` where that does so, or nothing can be chosen."""
+        return self._fit(x)
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> Tensor:
@@ -121,10 +126,11 @@ class Quantizer(nn.Module, ABC):
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
         self.signed = signed
-        if not self._fit(x):
+        if not (self._fit_mse(x) if self._wants_mse else self._fit(x)):
             self.signed = decided
             return
         self._ready = True
+        self._wants_mse = False
         self.initialized.fill_(True)
         self.format.copy_(self._format())
 
@@ -142,9 +148,14 @@ class Quantizer(nn.Module, ABC):
         self.format.copy_(self._format())
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Go back to being uninitialised: the next batch in training mode fits the parameters anew."""
+    def forget(self, mse: bool = False) -> None:
+        """Go back to being uninitialised: the next batch in training mode fits the parameters anew.
+
+        Args:
+            mse: whether by the least squared error instead of the family's own rule.
+        """
         self._ready = False
+        self._wants_mse = mse
         self.initialized.fill_(False)
 
     @abstractmethod

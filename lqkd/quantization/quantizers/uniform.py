@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -68,8 +69,14 @@ class UniformQuantizer(Quantizer):
         """The step of each row of (channels, elements), the same on every rank; anything for a row of zeros."""
 
     def _fit(self, x: Tensor) -> bool:
-        rows = self._per_channel(x)
-        step = self._initial_step(rows)
+        return self._take(self._initial_step, self._per_channel(x))
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        return self._take(lambda rows: mse_step(rows, *self.code_range()), self._per_channel(x))
+
+    def _take(self, rule: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+        """Set the step of each row by ``rule``; False when no row says anything."""
+        step = rule(rows)
         usable = step.isfinite() & (step > 0) & (max_over_ranks(rows.abs().amax(1)) > 0)
         if not usable.any():
             return False
