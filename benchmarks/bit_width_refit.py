@@ -111,10 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs-per-stage", type=int, default=10)
+    parser.add_argument("--epochs-per-stage", type=int, default=3)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    torch.set_flush_denormal(True)  # gradients of a network that a switch has killed would be slow
     rows = []
     for seed in range(arguments.seeds):
         for rule in RULES:

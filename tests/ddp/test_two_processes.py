@@ -87,7 +87,7 @@ def test_accumulation_trains_both_ranks_alike(tmp_path: Path) -> None:
 
 def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) -> None:
     first, second = run_workers(tmp_path, 2, batch_size=16, oscillation=True)
-    assert len(first["steps"]) == 12
+    assert len(first["steps"]) == 24
     for a, b in zip(first["steps"], second["steps"], strict=True):
         assert torch.equal(a, b)
     assert sum(int(mask.sum()) for mask in first["frozen"]) > 0

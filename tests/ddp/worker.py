@@ -43,6 +43,7 @@ def main(
         quantization=Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
         balance=BoundedUncertaintyBalance(),
         accumulate_grad_batches=accumulate,
+        student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     )
     data = digits(1, batch_size)
     data.limit_train = samples
@@ -55,7 +56,7 @@ def main(
         accelerator="cpu",
         devices=processes,
         strategy=DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto",
-        max_epochs=2 if oscillation else 1,
+        max_epochs=4 if oscillation else 1,
         callbacks=[*extra, watch],
         logger=False,
         enable_checkpointing=False,
