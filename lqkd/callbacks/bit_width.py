@@ -54,7 +54,7 @@ class BitWidthScheduler(Callback):
     """
 
     def __init__(
-        self, stages: list[Stage], match: str | None = None, refit: Literal["clip", "mse", "data"] = "clip"
+        self, stages: list[Stage], match: str | None = None, refit: Literal["clip", "mse", "data"] = "mse"
     ) -> None:
         if not stages:
             raise UsageError(
