@@ -121,7 +121,7 @@ class Freezing(Oscillation):
     @torch.no_grad()
     def freeze(self, threshold: float) -> None:
         """Freeze every weight with a frequency above ``threshold`` at the rounded average of its codes."""
-        new = self.oscillating(threshold) & ~self.tensors["frozen"]
+        new = self.oscillating(threshold)
         average = self.tensors["average"].round().to(torch.int16)
         self.tensors["integer"] = torch.where(new, average, self.tensors["integer"])
         self.tensors["frozen"] |= new
