@@ -45,18 +45,23 @@ class BitWidthScheduler(Callback):
         stages: the stages in order.
         match: names of the layers that follow the schedule, as a glob; null for all whose bits the recipe's ``bits``
             decides, which leaves out the first and last layer and layers with rules of their own.
-        refit: how a quantizer gets its grid at a switch: ``clip`` keeps the range that it clips to (as PACT and APoT do
-            by learning the range), ``data`` fits it anew to the weights and the next batch, as at the start.
+        refit: how a quantizer gets its grid at a switch. ``clip`` keeps the range that it clips to (as PACT and APoT do
+            by learning the range). ``mse`` searches the range with the least squared error on the weights and, for
+            activations, on the next batch. ``data`` fits it to the same as at the start, by its family's own rule.
 
     Raises:
         UsageError: when a stage is not possible, at construction, or does not fit the recipe, before the first batch.
     """
 
-    def __init__(self, stages: list[Stage], match: str | None = None, refit: Literal["clip", "data"] = "clip") -> None:
+    def __init__(
+        self, stages: list[Stage], match: str | None = None, refit: Literal["clip", "mse", "data"] = "mse"
+    ) -> None:
         if not stages:
             raise UsageError(
                 "stages=[] is not possible: a bit-width schedule has at least one stage before the recipe's"
             )
+        if refit not in ("clip", "mse", "data"):
+            raise UsageError(f"refit={refit!r} is not possible: it is clip, mse or data")
         for stage in stages:
             _check(stage)
         self.stages = stages
@@ -174,8 +179,8 @@ class BitWidthScheduler(Callback):
                 if quantizer is None or quantizer.bits == wanted:
                     continue
                 quantizer.set_bits(wanted)
-                if self.refit == "data" and not fresh:
-                    quantizer.forget()
+                if self.refit != "clip" and not fresh:
+                    quantizer.forget(mse=self.refit == "mse")
                 changed.append(quantizer)
         return changed
 

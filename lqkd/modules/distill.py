@@ -27,7 +27,7 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_steps
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization import Quantizer, Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.regularizers import Balance, FixedBalance, Regularizer
 from lqkd.teacher import FrozenTeacher
 
@@ -37,7 +37,7 @@ class Losses:
     """What one batch gives: everything that the step minimises and everything that is worth looking at."""
 
     loss: Tensor
-    """0-dim, differentiable: the balanced losses of the student plus the regularizer's own objective."""
+    """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
     task: Tensor
     """0-dim cross-entropy."""
     distill: Tensor
@@ -48,6 +48,8 @@ class Losses:
     """The regularizer's weights, broadcastable to the divergence map; None without a regularizer."""
     balance: dict[str, Tensor]
     """Weight of each loss in the student's gradient, 0-dim each."""
+    penalties: dict[str, Tensor]
+    """Each of the module's penalties, 0-dim."""
 
 
 class DistillModule(ImageClassifier):
@@ -59,6 +61,12 @@ class DistillModule(ImageClassifier):
 
     Only the student's optimizer counts as a step, so that ``global_step``, ``max_steps`` and the schedules count
     optimizer steps of the student: batches, when no gradients are accumulated.
+
+    Before each step the quantizers whose estimator follows the training (IR-Net) learn how much of it is done.
+
+    Attributes:
+        penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
+            ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
 
     Args:
         teacher: the frozen teacher.
@@ -125,6 +133,9 @@ class DistillModule(ImageClassifier):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
+        self.penalties: dict[str, Callable[[], Tensor]] = {}
+        self._total_steps: int | None = None
+        self._followers: list[Quantizer] = []
         self._accumulated_samples = 0
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
         self._resumed = False
@@ -150,7 +161,7 @@ class DistillModule(ImageClassifier):
         super().setup(stage)
 
     def configure_optimizers(self) -> Any:
-        steps = total_steps(self.trainer, self.accumulate_grad_batches)
+        steps = self._total_steps = total_steps(self.trainer, self.accumulate_grad_batches)
         self._settings.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
@@ -173,7 +184,24 @@ class DistillModule(ImageClassifier):
             self._settings.append(settings_of(optimizer))
         return optimizers, schedulers
 
+    def progress(self, of: str) -> float:
+        """The part of the training's steps that is done, 0 to 1, for ``of``, which needs to know it.
+
+        Raises:
+            UsageError: when the training has no end.
+        """
+        if self._total_steps is None:
+            raise UsageError(f"{of} needs to know the end of training: set trainer.max_epochs or max_steps")
+        return min(1.0, self.global_step / max(1, self._total_steps))
+
+    def _drive_quantizers(self) -> None:
+        """Tell the quantizers whose estimator follows the training how much of it is done."""
+        for quantizer in self._followers:
+            quantizer.progress = self.progress(f"quantizer {type(quantizer).__name__}")
+
     def on_fit_start(self) -> None:
+        self._followers = [q for q in quantizers(self.student).values() if q.progress is not None]
+        self._drive_quantizers()
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
@@ -224,14 +252,19 @@ class DistillModule(ImageClassifier):
         loss, balance = self.balance({"task": task, "distill": distill})
         if self.regularizer is not None and weights is not None:
             loss = loss + self.regularizer.objective(weights, divergence)
-        return Losses(loss, task, distill, divergence, weights, balance)
+        penalties = {name: penalty() for name, penalty in self.penalties.items()}
+        for penalty in penalties.values():
+            loss = loss + penalty
+        return Losses(loss, task, distill, divergence, weights, balance, penalties)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch[0], batch[1]
+        self._drive_quantizers()
         losses = self.losses(images, labels)
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
+        logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
         self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=len(labels))
         outputs = {"loss": losses.loss.detach(), "divergence": losses.divergence.detach(), "labels": labels}
         if losses.weights is not None:

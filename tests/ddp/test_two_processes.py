@@ -85,6 +85,18 @@ def test_accumulation_trains_both_ranks_alike(tmp_path: Path) -> None:
     assert first["global_step"] == second["global_step"] == 1
 
 
+def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) -> None:
+    first, second = run_workers(tmp_path, 2, batch_size=16, oscillation=True)
+    assert len(first["steps"]) == 24
+    for a, b in zip(first["steps"], second["steps"], strict=True):
+        assert torch.equal(a, b)
+    assert sum(int(mask.sum()) for mask in first["frozen"]) > 0
+    for a, b in zip(first["frozen"], second["frozen"], strict=True):
+        assert torch.equal(a, b)
+    assert max(first["flipping"]) > 0
+    assert (first["flipping"], first["oscillating"]) == (second["flipping"], second["oscillating"])
+
+
 @pytest.mark.slow
 def test_the_command_line_trains_on_two_devices_into_one_run_folder(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance
 from tests.conftest import digits, distiller, parameters_of
@@ -31,26 +32,32 @@ class Watch(Callback):
         self.steps.append(parameters_of(pl_module))
 
 
-def main(output: str, processes: int, batch_size: int, accumulate: int = 1, samples: int = 192) -> None:
+def main(
+    output: str, processes: int, batch_size: int, accumulate: int = 1, samples: int = 192, oscillation: bool = False
+) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     module = distiller(
         student=student,
-        quantization=Recipe(bits="w4a4", first_layer_bits=None, last_layer_bits=None),
+        quantization=Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
         balance=BoundedUncertaintyBalance(),
         accumulate_grad_batches=accumulate,
+        student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     )
     data = digits(1, batch_size)
     data.limit_train = samples
     data.crop_padding = 0
     watch = Watch()
+    monitor, freezing = OscillationMonitor(), OscillationFreezing(0.005, 0.005)
+    scheduler = BitWidthScheduler([Stage("w3a8", until_step=2)], refit="mse")
+    extra = [scheduler, OscillationDampening(), monitor, freezing] if oscillation else []
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
         strategy=DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto",
-        max_epochs=1,
-        callbacks=[watch],
+        max_epochs=4 if oscillation else 1,
+        callbacks=[*extra, watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -70,6 +77,9 @@ def main(output: str, processes: int, batch_size: int, accumulate: int = 1, samp
         "test_accuracy": test,
         "synchronised": synchronised,
         "global_step": global_step,
+        "oscillating": [row.oscillating for row in monitor.history],
+        "flipping": [row.flipping for row in monitor.history],
+        "frozen": [state.tensors["frozen"] for state in freezing._states.values()],
     }
     torch.save(saved, output)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lqkd.callbacks import BestAndLast, BitWidthScheduler, Stage
 from lqkd.errors import UsageError
+from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, quantizers
 from tests.conftest import Recorder, digits, distiller, parameters_of
@@ -86,7 +87,8 @@ def test_a_switch_keeps_the_range_that_is_clipped_to(make_trainer: MakeTrainer) 
         ranges.append(quantizers(module.student)[LAYER].levels().max().item())
 
     still = {"student_optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
-    fit(make_trainer, BitWidthScheduler([Stage("w8a8", until_epoch=1)]), epochs=2, look=look, **still)
+    scheduler = BitWidthScheduler([Stage("w8a8", until_epoch=1)], refit="clip")
+    fit(make_trainer, scheduler, epochs=2, look=look, **still)
     assert ranges == pytest.approx([ranges[0]] * 6)
 
 
@@ -97,6 +99,56 @@ def test_a_switch_can_fit_the_grid_to_the_data_anew(make_trainer: MakeTrainer) -
     quantizer = quantizers(module.student)[LAYER]
     weight = module.student.layer1[0].conv1.weight.detach()
     torch.testing.assert_close(quantizer.scale.detach(), 2 * weight.flatten(1).abs().mean(1))  # LSQ: Q_P is 1
+
+
+def weight_error(module: DistillModule) -> float:
+    layer = module.student.layer1[0].conv1
+    return (layer.weight_quantizer(layer.weight) - layer.weight).square().sum().item()
+
+
+def test_a_switch_can_search_the_least_squared_error(make_trainer: MakeTrainer) -> None:
+    still = {"student_optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    scheduler = BitWidthScheduler([Stage("w8a8", until_epoch=1)], refit="mse")
+    module, _ = fit(make_trainer, scheduler, epochs=2, **still)
+    assert {q.bits for q in quantizers(module.student).values()} == {2, 8}
+    quantizer = quantizers(module.student)[LAYER]
+    least = weight_error(module)
+    for factor in (0.9, 1.1):
+        with torch.no_grad():
+            quantizer.scale.mul_(factor)
+        assert weight_error(module) > 0.999 * least
+        with torch.no_grad():
+            quantizer.scale.div_(factor)
+
+
+def test_the_loss_jumps_least_when_the_error_is_least(make_trainer: MakeTrainer) -> None:
+    """The batch before the switch and the batch after it, of a student that knows the digits."""
+    losses = {}
+    for refit in ("clip", "mse"):
+        student = CifarResNet(8, width=8, in_channels=1)
+        arguments = {"student_weights": "builtin:digits_student", "regularizer": None}
+        still = {"student_optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+        scheduler = BitWidthScheduler([Stage("w8a8", until_step=1)], refit=refit)
+        look = {"look": lambda t, m: t.callback_metrics["train/task"].item()}
+        _, seen = fit(make_trainer, scheduler, epochs=1, bits="w4a4", student=student, **look, **arguments, **still)
+        losses[refit] = seen
+    before, *after = losses["mse"]
+    assert max(after) < before + 0.3
+    assert min(losses["clip"][1:]) > 2 * max(after)
+
+
+@pytest.mark.parametrize("refit", ["clip", "mse", "data"])
+def test_a_switch_forgets_the_moments_of_what_was_refitted(make_trainer: MakeTrainer, refit: str) -> None:
+    def look(trainer: Trainer, module: DistillModule) -> list[int]:
+        state = trainer.optimizers[0].state
+        own = quantizers(module.student)
+        scales = own[LAYER].scale, own["layer1.0.conv1.input_quantizer"].scale, own["conv1.weight_quantizer"].scale
+        return [int(state[scale]["step"]) for scale in scales]
+
+    adam = {"student_optimizer": lambda p: torch.optim.Adam(p, lr=1e-3)}
+    scheduler = BitWidthScheduler([Stage("w8a8", until_step=2)], refit=refit)
+    _, seen = fit(make_trainer, scheduler, epochs=1, look=look, **adam)
+    assert seen == [[1, 1, 1], [2, 2, 2], [1, 1, 3]]
 
 
 def test_a_switch_forgets_the_optimizer_state_of_what_changed_and_of_nothing_else(make_trainer: MakeTrainer) -> None:
@@ -122,13 +174,14 @@ def test_the_best_checkpoint_is_one_of_the_last_stage(make_trainer: MakeTrainer,
     assert saved["state_dict"][f"student.{LAYER}.format"][0] == 2
 
 
+@pytest.mark.parametrize("refit", ["clip", "mse", "data"])
 @pytest.mark.parametrize("resumed_after", [1, 2])
 def test_a_resumed_schedule_ends_like_an_uninterrupted_one(
-    make_trainer: MakeTrainer, tmp_path: Path, resumed_after: int
+    make_trainer: MakeTrainer, tmp_path: Path, resumed_after: int, refit: Any
 ) -> None:
     def run(resume: Path | None = None) -> DistillModule:
         module = distiller(quantization=Recipe(bits="w2a2"))
-        scheduler = BitWidthScheduler([Stage("w8a8", until_epoch=1), Stage("w4a4", until_step=8)])
+        scheduler = BitWidthScheduler([Stage("w8a8", until_epoch=1), Stage("w4a4", until_step=8)], refit=refit)
         trainer = make_trainer(max_epochs=4, callbacks=[scheduler, keeper], enable_checkpointing=True)
         trainer.fit(module, datamodule=digits(3), ckpt_path=resume)
         return module
@@ -173,6 +226,11 @@ def test_a_training_that_ends_before_the_last_stage_says_so(make_trainer: MakeTr
 def test_an_impossible_stage_is_refused(stages: list[Stage], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BitWidthScheduler(stages)
+
+
+def test_an_unknown_rule_of_refitting_is_refused() -> None:
+    with pytest.raises(UsageError, match="refit='best' is not possible: it is clip, mse or data"):
+        BitWidthScheduler([Stage("w8a8", until_epoch=1)], refit="best")
 
 
 def test_a_schedule_that_matches_no_layer_is_refused(make_trainer: MakeTrainer) -> None:

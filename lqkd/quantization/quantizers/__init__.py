@@ -11,7 +11,7 @@ from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.n2uq import N2UQ
 from lqkd.quantization.quantizers.pact import PACT
 from lqkd.quantization.quantizers.ternary import TTQ, TWN
-from lqkd.quantization.quantizers.uniform import MinMax, Mse
+from lqkd.quantization.quantizers.uniform import MinMax, Mse, UniformQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "apot": APoT,
@@ -46,4 +46,5 @@ __all__ = [
     "Mse",
     "Quantizer",
     "ReAct",
+    "UniformQuantizer",
 ]

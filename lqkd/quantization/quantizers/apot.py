@@ -116,13 +116,18 @@ class APoT(Quantizer):
         return nearest_level_quantize(self._input(x), self.clip(), tables=tables, channel_axis=axis).to(x.dtype)
 
     def _fit(self, x: Tensor) -> bool:
-        rows = thinned(self._per_channel(x))
+        if self.batched:
+            return self._fit_mse(x)
+        if not max_over_ranks(x.abs().max()) > 0:
+            return False
+        self.alpha.fill_(WEIGHT_CLIP)
+        return True
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        rows = thinned(self._per_channel(self._input(x)))
         peak = max_over_ranks(rows.abs().amax(1))
         if not (peak > 0).any():
             return False
-        if not self.batched:
-            self.alpha.fill_(WEIGHT_CLIP)
-            return True
         relative = rows / peak.clamp_min(TINY).unsqueeze(1)
         levels, midpoints = (table.to(relative.dtype) for table in self._tables())
         fractions = torch.logspace(0, -1.7, 80, dtype=relative.dtype, device=relative.device)

@@ -27,6 +27,8 @@ class Quantizer(nn.Module, ABC):
     * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
     * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
       come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+    * ``progress`` is the part of the training that is done, 0 to 1, in a family whose estimator follows it; training
+      sets it before each step. It is no part of the state: the step says it. ``None`` for all other families.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
 
     Args:
@@ -40,6 +42,7 @@ class Quantizer(nn.Module, ABC):
         UsageError: when ``bits`` is not an integer from 1 to 8.
     """
 
+    progress: float | None = None
     initialized: Tensor
     """0-dim bool buffer: whether the parameters have been fitted to data."""
     format: Tensor
@@ -60,6 +63,7 @@ class Quantizer(nn.Module, ABC):
         self.channels = channels
         self.channel_axis = channel_axis
         self.batched = batched
+        self._wants_mse = False
         self._ready = False  # a host copy of `initialized`: reading the buffer would wait for the device
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("format", self._format())
@@ -67,6 +71,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _fit(self, x: Tensor) -> bool:
         """Set the parameters from ``x`` (no gradient); return False when ``x`` says nothing, e.g. is all zero."""
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        """Likewise, for the least squared error on ``x``; :meth:`_fit` where that does so, or nothing can be chosen."""
+        return self._fit(x)
 
     @abstractmethod
     def _quantize(self, x: Tensor) -> Tensor:
@@ -118,12 +126,18 @@ class Quantizer(nn.Module, ABC):
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
         self.signed = signed
-        if not self._fit(x):
+        if not (self._fit_mse(x) if self._wants_mse else self._fit(x)):
             self.signed = decided
             return
         self._ready = True
+        self._wants_mse = False
         self.initialized.fill_(True)
         self.format.copy_(self._format())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the parameters have been fitted to data, without waiting for the device."""
+        return self._ready
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
@@ -134,9 +148,14 @@ class Quantizer(nn.Module, ABC):
         self.format.copy_(self._format())
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Go back to being uninitialised: the next batch in training mode fits the parameters anew."""
+    def forget(self, mse: bool = False) -> None:
+        """Go back to being uninitialised: the next batch in training mode fits the parameters anew.
+
+        Args:
+            mse: whether by the least squared error instead of the family's own rule.
+        """
         self._ready = False
+        self._wants_mse = mse
         self.initialized.fill_(False)
 
     @abstractmethod

@@ -48,8 +48,7 @@ class IRNet(BinaryQuantizer):
     which begins as the identity and ends near the sign. The result is on the scale of the standardized weight, so
     the layer needs a normalisation behind it.
 
-    Attributes:
-        progress: 0 at the start to 1 at the end of training, set by the training script.
+    ``progress`` goes from 0 at the first step to 1 at the end of training (the paper counts epochs).
 
     Args:
         bits: 1.
@@ -81,6 +80,7 @@ class IRNet(BinaryQuantizer):
         return torch.exp2(self._mean_magnitude(self._signed_value(x)).log2().round())
 
     def _quantize(self, x: Tensor) -> Tensor:
+        assert self.progress is not None
         t = 0.1 * 100.0**self.progress
         standardized = self._signed_value(x)
         scale = self._measured_scale(x)

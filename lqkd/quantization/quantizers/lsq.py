@@ -73,9 +73,12 @@ class LSQEWGS(LSQ):
     ``g * (1 + delta * sign(g) * (x_n - x_q))`` (eq. 3), where ``x_n`` and ``x_q`` are the input and its level in
     units of the range ``(Q_N + Q_P) * s``. ``delta = 0`` is the straight-through estimator of LSQ.
 
-    Attributes:
-        delta: strength of the scaling, at least 0; the paper derives it from the Hessian during training, here it
-            is a plain number that a training script may change.
+    ``delta`` is the constant 1e-3. The paper derives it every few epochs from the trace of the Hessian, which takes
+    second derivatives of the whole network. That is not done here: nothing changes delta during training, and so no
+    checkpoint holds it. For another constant derive a class and give its dotted path as quantizer::
+
+        class Stronger(LSQEWGS):
+            delta = 1e-2
     """
 
     delta = 1e-3

@@ -93,6 +93,9 @@ class LSQPlus(LSQ):
         self.offset.copy_(low.reshape(self.scale.shape))
         return True
 
+    def _fit_mse(self, x: Tensor) -> bool:
+        return super()._fit_mse(x) if self.offset is None else self._fit(x)
+
     def _initial_step(self, rows: Tensor) -> Tensor:
         peak = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         relative = rows / peak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,19 @@ class UniformQuantizer(Quantizer):
     def dequantize(self, codes: Tensor) -> Tensor:
         return codes * self._broadcast(self.step(), codes.ndim)
 
+    def at_codes(self, codes: Tensor, x: Tensor) -> Tensor:
+        """The values of ``codes`` instead of those of ``x``: no gradient to ``x``, that of ``s * codes`` to the step.
+
+        The step's gradient is scaled as the family scales it for ``x``; the result is ``dequantize(codes)``.
+        """
+        step = self.step()
+        step = step.detach() + (step - step.detach()) * self._gradient_scale(x)
+        return codes * self._broadcast(step, codes.ndim)
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        """Factor of the gradient of the step for an input like ``x``."""
+        return 1.0
+
     def levels(self) -> Tensor:
         qmin, qmax = self.code_range()
         grid = torch.arange(qmin, qmax + 1, device=self.scale.device)
@@ -55,8 +69,14 @@ class UniformQuantizer(Quantizer):
         """The step of each row of (channels, elements), the same on every rank; anything for a row of zeros."""
 
     def _fit(self, x: Tensor) -> bool:
-        rows = self._per_channel(x)
-        step = self._initial_step(rows)
+        return self._take(self._initial_step, self._per_channel(x))
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        return self._take(lambda rows: mse_step(rows, *self.code_range()), self._per_channel(x))
+
+    def _take(self, rule: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+        """Set the step of each row by ``rule``; False when no row says anything."""
+        step = rule(rows)
         usable = step.isfinite() & (step > 0) & (max_over_ranks(rows.abs().amax(1)) > 0)
         if not usable.any():
             return False

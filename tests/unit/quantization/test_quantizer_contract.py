@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
+from lqkd.quantization.quantizers import QUANTIZERS, APoT, Quantizer
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,28 @@ def test_any_tensor_keeps_the_contract(case: Case, values: list[float]) -> None:
     x_hat = quantizer(x)
     assert x_hat.isfinite().all()
     assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
+
+
+def squared_error(quantizer: Quantizer, x: Tensor) -> float:
+    """Of the quantized values on the scale of what is rounded: APoT standardizes weights first."""
+    if quantizer.channels is None and not quantizer.batched and isinstance(quantizer, APoT):
+        x = (x - x.mean()) / x.std()
+    return (quantizer(x).detach() - x).square().mean().item()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.role != "channels"], ids=str)
+def test_a_refit_by_squared_error_is_no_worse_than_the_familys_own_rule(case: Case) -> None:
+    quantizer = fitted(case)
+    own = squared_error(quantizer, case.data())
+    quantizer.forget(mse=True)
+    quantizer(case.data())
+    assert quantizer.initialized
+    assert squared_error(quantizer, case.data()) <= own * 1.02  # the search has steps of five percent
+    if case.name in ("lsq", "lsq_ewgs") and case.bits in (2, 8):
+        assert squared_error(quantizer, case.data()) < own
+    quantizer.forget()
+    quantizer(case.data())
+    assert squared_error(quantizer, case.data()) == pytest.approx(own)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if (c.name, c.role) not in NOT_IDEMPOTENT], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ def _fit_on_rank(rank: int, folder: str) -> None:
                 except UsageError:
                     continue
                 quantizer(x)
-                states[f"{name} {bits} {seen}"] = quantizer.state_dict()
+                states[f"{name} {bits} {seen}"] = copy.deepcopy(quantizer.state_dict())
+                quantizer.forget(mse=True)
+                quantizer(x)
+                states[f"{name} {bits} {seen} by squared error"] = quantizer.state_dict()
     torch.save(states, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
