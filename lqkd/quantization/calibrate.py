@@ -52,7 +52,7 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
             model(*inputs)
     bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
     if bypassed:
-        more = f" and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
+        more = f" (and {len(bypassed) - 1} more)" if len(bypassed) > 1 else ""
         raise UsageError(
             f"layer {bypassed[0]!r}{more} is quantised but never called, so that it would train in floating point (its "
             "weight is read by another module, or it is not used): add a rule with "

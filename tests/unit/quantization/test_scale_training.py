@@ -184,3 +184,33 @@ def test_a_training_resumed_before_the_quantizers_were_fitted_ends_like_an_unint
     run(resumed, data, torch.optim.SGD(resumed.parameters(), lr=0.01))
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
+
+
+# --- fewer bits in the middle of a training ---------------------------------------------------------------------------
+
+
+def loss_at_a_switch(refit: bool) -> tuple[float, float, float]:
+    """The loss without training, after training at 8 bits, and just after the switch to 4."""
+    model = student("w8a8")
+    untrained = step(model, torch.optim.SGD(model.parameters(), lr=0.0)).item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        before = step(model, optimizer).item()
+    for quantizer in quantizers(model).values():
+        quantizer.set_bits(4)
+        if refit:
+            quantizer.forget()
+    return untrained, before, step(model, torch.optim.SGD(model.parameters(), lr=0.0)).item()
+
+
+def test_steps_fitted_anew_at_a_switch_to_fewer_bits_keep_most_of_what_was_learned() -> None:
+    untrained, before, after = loss_at_a_switch(refit=True)
+    assert before < 0.1 * untrained
+    assert after - before < 0.5 * (untrained - before)
+
+
+def test_rescaled_steps_are_finite_at_a_switch_though_the_range_of_eight_bits_is_too_wide_for_four() -> None:
+    _, _, rescaled = loss_at_a_switch(refit=False)
+    _, _, fitted = loss_at_a_switch(refit=True)
+    assert math.isfinite(rescaled)
+    assert fitted < rescaled
