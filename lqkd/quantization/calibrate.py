@@ -21,13 +21,13 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
-@torch.no_grad()
 def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: bool = False) -> None:
     """Fit every quantizer that has not been fitted yet, by one forward pass over ``inputs``.
 
     Dropout and everything else run in eval mode and keep their state. Layers are fitted in the order of the pass,
     each on what the quantised layers before it produce. Under ``torch.distributed`` all ranks call this together, each
-    with its own inputs, and end with the same parameters.
+    with its own inputs, and end with the same parameters. A quantizer that sees zeros only stays as it is and is fitted
+    to the first training batch that says more.
 
     Args:
         model: a network with quantised layers.
@@ -35,8 +35,6 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
         batch_statistics: whether batch norm normalises with the statistics of this batch, as training will, instead
             of its running ones, as inference does. The running ones are not changed. Some quantizers (IR-Net, APoT)
             put out weights on another scale than the float weights, of which running statistics know nothing.
-
-    A quantizer that sees zeros only stays as it is and is fitted to the first training batch that says more.
 
     Raises:
         UsageError: when the pass does not reach a quantizer at all, whose layer would silently train in floating
@@ -48,7 +46,8 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
     with evaluating(model), _without_compiler(model), _calls_of(fresh.values()) as reached:
         for quantizer in fresh.values():
             quantizer.train()
-        with _batch_statistics(model) if batch_statistics else nullcontext():
+        statistics = _batch_statistics(model) if batch_statistics else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), statistics:  # the first of them enables gradients
             model(*inputs)
     bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
     if bypassed:

@@ -26,7 +26,8 @@ class Quantizer(nn.Module, ABC):
       ``forward(x) == dequantize(codes(x))`` bit for bit, which is what export relies on.
     * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
     * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
-      come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+      come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode or
+      under ``torch.inference_mode``.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
 
     Args:
@@ -90,7 +91,7 @@ class Quantizer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._ready:
-            if not self.training:
+            if not self.training or torch.is_inference_mode_enabled():
                 return x
             self.initialize(x)
             if not self._ready:

@@ -405,6 +405,15 @@ def test_a_quantised_layer_that_is_never_called_is_refused_with_the_rule_that_he
     assert all(bool(q.initialized) for q in quantizers(model).values())
 
 
+def test_quantizers_can_be_fitted_within_inference_mode_and_trained_afterwards() -> None:
+    model, _ = quantize_model(network(), Recipe())
+    with torch.inference_mode():
+        initialize_quantizers(model, images())
+    assert all(bool(q.initialized) for q in quantizers(model).values())
+    model.train()(images()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_layer_that_is_called_with_zeros_is_not_refused_and_tries_again() -> None:
     model, _ = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), Recipe())
     model[0].weight.data.zero_()

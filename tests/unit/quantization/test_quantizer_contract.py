@@ -291,11 +291,11 @@ def test_eval_and_inference_write_nothing(case: Case) -> None:
             quantizer(case.data(3) * 3)
         quantizer(case.data(4) * 3)
         assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
-    quantizer = fitted(case).train()
-    before = copy.deepcopy(quantizer.state_dict())
-    with torch.inference_mode():
-        quantizer(case.data(3) * 3)
-    assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
+    for quantizer in (case.build().train(), fitted(case).train()):
+        before = copy.deepcopy(quantizer.state_dict())
+        with torch.inference_mode():
+            quantizer(case.data(3) * 3)
+        assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
 
 
 @one_width
