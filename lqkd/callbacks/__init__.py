@@ -6,6 +6,7 @@ from lqkd.callbacks.batchnorm import BatchNormReestimation
 from lqkd.callbacks.bit_width import BitWidthScheduler, Stage
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
+from lqkd.callbacks.oscillation import OscillationMonitor
 from lqkd.callbacks.progress import ProgressBar
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import RunLogger, run_folder_of
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormReestimation",
     "BestAndLast",
     "BitWidthScheduler",
+    "OscillationMonitor",
     "ProgressBar",
     "RegularizerMonitor",
     "RunLogger",

@@ -19,6 +19,7 @@ from lqkd.quantization.layers import (
     QuantLinear,
     QuantMultiheadAttention,
 )
+from lqkd.quantization.oscillation import OscillationCounter
 from lqkd.quantization.quantizers import LSQ, QUANTIZERS, Quantizer
 from lqkd.quantization.recipe import Recipe, Rule
 
@@ -29,6 +30,7 @@ __all__ = [
     "Folding",
     "LayerCoverage",
     "Operation",
+    "OscillationCounter",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
