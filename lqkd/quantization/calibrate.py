@@ -60,7 +60,7 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
 
 
 def _without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run parts of ``model`` that were compiled eagerly: a compiled graph would not notice new hooks."""
+    """Run parts of ``model`` that were compiled eagerly: fitting happens once and is done before it is compiled."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet, load_weights
@@ -110,12 +111,16 @@ def test_compiling_a_network_in_place_changes_no_name() -> None:
     assert all(bool(q.initialized) for q in quantizers(model).values())
 
 
-def test_a_compiled_network_is_fitted_at_a_second_attempt_when_the_first_saw_zeros() -> None:
+def test_fitting_compiles_nothing_and_succeeds_at_a_second_attempt_when_the_first_saw_zeros() -> None:
+    counters.clear()
     model, _ = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), Recipe(**UNIFORM))
     model.compile(backend="eager")
     for x in (torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(3, 4)):
         initialize_quantizers(model, x)
         assert bool(model[0].input_quantizer.initialized) == bool(x.any())
+    assert counters["stats"]["unique_graphs"] == 0
+    model.eval()(x)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("part", [None, "1"])
