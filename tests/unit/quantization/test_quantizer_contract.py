@@ -161,7 +161,7 @@ def test_a_grid_has_the_promised_number_of_levels_and_each_is_reached(case: Case
         signed = case.role != "positive"
         expected = LEVELS.get(case.name, lambda bits, signed: 2**bits)(case.bits, signed)
     assert quantizer.levels().shape[-1] == expected
-    wide = (40 * torch.linspace(-1, 1, 20001) ** 5).repeat(4, 1)  # dense around zero, and beyond three deviations
+    wide = (40 * torch.linspace(-1, 1, 80001) ** 5).repeat(4, 1)  # dense around zero, and beyond three deviations
     found = quantizer.codes(wide)
     assert len(found.unique()) == expected == quantizer.code_range()[1] - quantizer.code_range()[0] + 1
 
