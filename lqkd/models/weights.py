@@ -14,6 +14,8 @@ from lqkd.errors import UsageError, first_line
 
 BUILTIN = "builtin:"
 """Prefix of weights that come with the package, e.g. ``builtin:digits_teacher``."""
+COMPILED = "_orig_mod."
+"""What :func:`torch.compile` puts into the names of a network that was saved from inside its wrapper."""
 
 
 def load_weights(network: nn.Module, source: str) -> None:
@@ -62,7 +64,7 @@ def _read(source: str) -> dict[str, Tensor]:
         raise UsageError(f"weights={source!r} do not exist: give a .safetensors or .pt file, or {BUILTIN}NAME")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return {key.replace(COMPILED, ""): value for key, value in load_file(path).items()}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the libraries raise many types for a damaged file
         raise UsageError(
@@ -70,4 +72,5 @@ def _read(source: str) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, dict):
         raise UsageError(f"weights={source!r} hold a {type(state).__name__}: a state dict is needed")
-    return {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
+    return {key.replace(COMPILED, ""): value for key, value in tensors.items()}

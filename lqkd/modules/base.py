@@ -67,6 +67,13 @@ class ImageClassifier(LightningModule):
         """Logits (B, C) of images (B, channels, H, W)."""
         return self.product()(images)
 
+    def on_validation_start(self) -> None:
+        # What an evaluation in inference mode left behind cannot be updated by one outside of it, as within a training.
+        self.val_accuracy.reset()
+
+    def on_test_start(self) -> None:
+        self.test_accuracy.reset()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_accuracy)
 

@@ -24,7 +24,7 @@ from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
-from lqkd.modules.state import check_state
+from lqkd.modules.state import check_quantizers, check_state, quantizer_names
 from lqkd.modules.steps import total_steps
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Quantizer, Recipe, initialize_quantizers, quantize_model, quantizers
@@ -326,7 +326,9 @@ class DistillModule(ImageClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["references"] = self.references
+        checkpoint["quantizers"] = quantizer_names(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
         self._resumed = True

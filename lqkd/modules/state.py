@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization import quantizers
 
 
 def check_state(module: nn.Module, state: Mapping[str, Tensor], any_bits: Collection[str] = ()) -> None:
@@ -43,6 +44,31 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor], any_bits: Collec
         raise UsageError(
             f"the checkpoint has {int(state[key][0])} bits where quantization asks for {int(own[key][0])} "
             f"({key.removesuffix('.format')!r}{_more(bits)}): take its quantization.bits, or start a new run"
+        )
+
+
+def quantizer_names(network: nn.Module) -> dict[str, str]:
+    """The class name of every quantizer of ``network``: several have tensors of the same names and shapes."""
+    return {name: type(quantizer).__name__ for name, quantizer in quantizers(network).items()}
+
+
+def check_quantizers(network: nn.Module, saved: Mapping[str, str]) -> None:
+    """Raise one sentence when a checkpoint was trained with other quantizers than those of ``network``.
+
+    Args:
+        network: the quantised network.
+        saved: what :func:`quantizer_names` said when the checkpoint was saved; empty when nothing is known.
+
+    Raises:
+        UsageError: naming both quantizers and the first place where they differ.
+    """
+    own = quantizer_names(network)
+    other = [name for name in own if name in saved and saved[name] != own[name]]
+    if other:
+        name = other[0]
+        raise UsageError(
+            f"the checkpoint has the quantizer {saved[name]} where quantization asks for {own[name]} "
+            f"({name!r}{_more(other)}): take its quantizers, or start a new run"
         )
 
 

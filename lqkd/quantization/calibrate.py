@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.errors import UsageError
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.quantizers import Quantizer
@@ -20,13 +22,13 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
-@torch.no_grad()
 def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: bool = False) -> None:
     """Fit every quantizer that has not been fitted yet, by one forward pass over ``inputs``.
 
     Dropout and everything else run in eval mode and keep their state. Layers are fitted in the order of the pass,
     each on what the quantised layers before it produce. Under ``torch.distributed`` all ranks call this together, each
-    with its own inputs, and end with the same parameters.
+    with its own inputs, and end with the same parameters. A quantizer that sees zeros only stays as it is and is fitted
+    to the first training batch that says more.
 
     Args:
         model: a network with quantised layers.
@@ -34,15 +36,46 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
         batch_statistics: whether batch norm normalises with the statistics of this batch, as training will, instead
             of its running ones, as inference does. The running ones are not changed. Some quantizers (IR-Net, APoT)
             put out weights on another scale than the float weights, of which running statistics know nothing.
+
+    Raises:
+        UsageError: when the pass does not reach a quantizer at all, whose layer would silently train in floating
+            point: the network reads the layer's weight instead of calling it, or does not use the layer.
     """
-    fresh = [q for q in quantizers(model).values() if not bool(q.initialized)]
+    fresh = {name: q for name, q in quantizers(model).items() if not bool(q.initialized)}
     if not fresh:
         return
-    with evaluating(model):
-        for quantizer in fresh:
+    with evaluating(model), _without_compiler(model), _calls_of(fresh.values()) as reached:
+        for quantizer in fresh.values():
             quantizer.train()
-        with _batch_statistics(model) if batch_statistics else nullcontext():
+        statistics = _batch_statistics(model) if batch_statistics else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), statistics:  # the first of them enables gradients
             model(*inputs)
+    bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
+    if bypassed:
+        more = f" (and {len(bypassed) - 1} more)" if len(bypassed) > 1 else ""
+        raise UsageError(
+            f"layer {bypassed[0]!r}{more} is quantised but never called, so that it would train in floating point (its "
+            "weight is read by another module, or it is not used): add a rule with "
+            f"match={bypassed[0]!r}, weight_bits=32 and activation_bits=32"
+        )
+
+
+def _without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run parts of ``model`` that were compiled eagerly: fitting happens once and is done before it is compiled."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def _calls_of(modules: Iterable[nn.Module]) -> Iterator[set[int]]:
+    """Collect the identities of those of ``modules`` that are called inside the block."""
+    called: set[int] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

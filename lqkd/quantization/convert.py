@@ -13,7 +13,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
-from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, resolve
+from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.trial import refusal
 
@@ -103,11 +103,23 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
 
     Raises:
         UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
-            settings for it, or nothing is there to quantise.
+            settings for it, nothing is there to quantise, rules leave everything in floating point, or a part of the
+            network was compiled by :func:`torch.compile`, which would put ``_orig_mod`` into every name.
     """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise UsageError(
+                f"{f'the part {name!r}' if name else 'the network'} was made by torch.compile and cannot be quantised: "
+                "give the network itself and call its compile() method afterwards, which keeps the names of its layers"
+            )
     found = survey(model)
     layers = _quantizable(model, found)
     settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})
+    if all(entry.is_float for entry in settings.values()) and parse_bits(recipe.bits) != (FLOAT_BITS, FLOAT_BITS):
+        raise UsageError(
+            f"quantization.bits={recipe.bits!r} has no effect: the rules leave every layer in floating point, which "
+            "bits='w32a32' would say"
+        )
     floats: dict[str, nn.Module] = {
         name: module for name, module in layers.items() if not isinstance(module, QuantizedLayer)
     }

@@ -244,7 +244,7 @@ def _element_wise_scaled_backward(
 
 element_wise_scaled_quantize = Kernel(_element_wise_scaled, _element_wise_scaled_backward)
 """LSQ whose input gradient g inside the range is ``g * (1 + delta * sign(g) * (x_n - x_q))``, with x_n and x_q in units
-of the range (Lee et al., arXiv 2104.00903, eq. 3): parameter s; constants gradient_scale, qmin, qmax, delta."""
+of the range (Lee et al., arXiv 2104.00903): parameter s; constants gradient_scale, qmin, qmax, delta."""
 
 
 def _clipped(x: Tensor, scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def _learned_offset_backward(
 
 learned_offset_quantize = Kernel(_learned_offset, _learned_offset_backward)
 """``x_hat = clamp(round(x / s), z, z + qmax) * s``, z the offset in steps, with the gradients of LSQ+ (Bhalgat et al.,
-arXiv 2004.09576, eq. 5-7): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
+arXiv 2004.09576): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
 Parameters s, offset, z (which receives no gradient); constants gradient_scale, qmax."""
 
 
@@ -313,7 +313,7 @@ def _binary_tanh_backward(gradient: Tensor, x: Tensor, scale: Tensor, t: Tensor,
 
 binary_tanh_quantize = Kernel(_binary, _binary_tanh_backward)
 """``x_hat = scale * sign(x)`` with the gradient of ``scale * k * tanh(t x)``: the error decay estimator of IR-Net
-(Qin et al., arXiv 1909.10788, eq. 11, 12). Parameter scale (no gradient); constants t, k."""
+(Qin et al., arXiv 1909.10788). Parameter scale (no gradient); constants t, k."""
 
 
 def _shifted_sign(x: Tensor, shift: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def _shifted_sign_backward(gradient: Tensor, x: Tensor, shift: Tensor) -> tuple[
 
 shifted_sign_quantize = Kernel(_shifted_sign, _shifted_sign_backward)
 """``x_hat = sign(x + shift)``, sign(0) = 1, with the gradient of Bi-Real net's piecewise polynomial (Liu et al., arXiv
-1808.00278, eq. 6) for both. Parameter shift."""
+1808.00278) for both. Parameter shift."""
 
 
 def _ternary(x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ def _trained_ternary_backward(
 
 trained_ternary_quantize = Kernel(_trained_ternary, _trained_ternary_backward)
 """``x_hat`` is W_p above the threshold, -W_n below its negative and 0 between, with the gradients of TTQ (Zhu et al.,
-arXiv 1612.01064, eq. 7, 8). Parameters threshold (no gradient), W_p, W_n."""
+arXiv 1612.01064). Parameters threshold (no gradient), W_p, W_n."""
 
 
 def centred_codes(x: Tensor, top: Any) -> Tensor:
@@ -401,5 +401,5 @@ def _nearest_level_backward(
 
 
 nearest_level_quantize = Kernel(_nearest_level, _nearest_level_backward)
-"""``x_hat = alpha * l``, l the level nearest to ``x / alpha``, with the gradients of APoT (Li et al., arXiv 1909.13144,
-eq. 6). Parameter alpha; tables levels (ascending) and the midpoints between them."""
+"""``x_hat = alpha * l``, l the level nearest to ``x / alpha``, with the gradients of APoT (Li et al., arXiv
+1909.13144). Parameter alpha; tables levels (ascending) and the midpoints between them."""

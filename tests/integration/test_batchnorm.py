@@ -1,4 +1,4 @@
-"""Batch norm statistics re-estimated before validation, in real trainings."""
+"""Batch norm in real trainings: statistics re-estimated before validation, and synchronised batch norm."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from lqkd.callbacks import BatchNormReestimation
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
+from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
 from tests.conftest import digits, distiller
 
 MakeTrainer = Callable[..., Trainer]
@@ -61,3 +63,18 @@ def test_validation_within_an_epoch_is_refused(make_trainer: MakeTrainer) -> Non
 def test_no_batch_is_refused() -> None:
     with pytest.raises(UsageError, match="batches=0 is not possible"):
         BatchNormReestimation(batches=0)
+
+
+def test_conversion_to_synchronised_batch_norm_leaves_quantised_layers_and_the_teacher_alone() -> None:
+    module = distiller()
+    before = {name: type(layer) for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer)}
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert isinstance(module.student.bn1, nn.SyncBatchNorm)
+    assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in module.teacher.modules())
+    assert {name: type(x) for name, x in module.named_modules() if isinstance(x, QuantizedLayer)} == before
+    assert list(module.state_dict()) == list(state)
+    assert all(torch.equal(module.state_dict()[key], value) for key, value in state.items())
+    initialize_quantizers(module.student, torch.randn(2, 1, 8, 8))
+    fold_batchnorm(module.student.eval())
+    assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in module.student.modules())

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import Cosine, DistillModule, TorchSchedule
-from lqkd.quantization import Recipe, quantizers
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, FixedBalance
 from lqkd.teacher import FrozenTeacher
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
@@ -132,6 +132,28 @@ def test_accumulated_batches_equal_one_large_batch(make_trainer: MakeTrainer, sa
         assert trainer.global_step == 2 * math.ceil(samples / (16 * group))
         results.append(parameters_of(module))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_scales_the_gradients_of_steps_once(make_trainer: MakeTrainer) -> None:
+    """Four batches give the step sizes of weights and activations the gradient of the one batch that they make up."""
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(64) % 10
+    results = []
+    for batch_size, accumulate in ((16, 4), (64, 1)):
+        torch.manual_seed(1)
+        module = distiller(
+            student=without_batch_norm(),
+            quantization=Recipe(bits="w4a4", first_layer_bits=None, last_layer_bits=None),
+            student_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            accumulate_grad_batches=accumulate,
+        )
+        initialize_quantizers(module.student, images)  # not to first batches of different sizes
+        before = {name: q.scale.detach().clone() for name, q in quantizers(module.student).items()}
+        make_trainer().fit(module, DataLoader(TensorDataset(images, labels), batch_size=batch_size))
+        results.append({name: q.scale.detach() - before[name] for name, q in quantizers(module.student).items()})
+    for name, moved in results[0].items():
+        assert moved.abs().max() > 1e-5
+        torch.testing.assert_close(moved, results[1][name], rtol=1e-3, atol=1e-6)
 
 
 def test_gradient_clipping_bounds_the_step(make_trainer: MakeTrainer) -> None:
@@ -254,6 +276,30 @@ def test_quantizers_are_fitted_before_the_first_step_and_untouched_by_evaluation
     trainer.test(module, datamodule=digits(2), verbose=False)
     trainer.predict(module, datamodule=digits(2))
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_a_student_with_a_quantised_layer_that_it_never_calls_is_refused_before_the_first_batch(
+    make_trainer: MakeTrainer,
+) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.hidden, self.head = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x.flatten(1)).relu()
+            if y.isfinite().all():  # makes it impossible to trace
+                y = torch.nn.functional.linear(y, self.hidden.weight)
+            return self.head(y)
+
+    recorder = Recorder(lambda t, m: t.global_step)
+    with pytest.raises(UsageError, match=r"layer 'hidden' is quantised but never called, .* add a rule") as caught:
+        make_trainer(callbacks=[recorder]).fit(distiller(student=Reader()), datamodule=digits(2))
+    assert "\n" not in str(caught.value)
+    assert recorder.seen == []
+    rules = Recipe(rules=[Rule("hidden", weight_bits=32, activation_bits=32)])
+    make_trainer(callbacks=[recorder]).fit(distiller(student=Reader(), quantization=rules), datamodule=digits(2))
+    assert recorder.seen == [1, 2]
 
 
 def test_a_teacher_no_better_than_chance_is_refused(make_trainer: MakeTrainer) -> None:

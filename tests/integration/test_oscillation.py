@@ -116,7 +116,7 @@ def test_a_switch_of_bits_is_no_flip(make_trainer: MakeTrainer) -> None:
     assert all(row.flipping == 0 for row in monitor.history)
 
 
-@pytest.mark.parametrize("resumed_after", [0, 1])
+@pytest.mark.parametrize("resumed_after", [0, 2])
 def test_a_resumed_monitor_ends_with_the_same_history(
     make_trainer: MakeTrainer, tmp_path: Path, resumed_after: int
 ) -> None:
@@ -237,7 +237,7 @@ def test_a_switch_of_bits_frees_frozen_weights(make_trainer: MakeTrainer) -> Non
     assert recorder.seen[10] == 0
 
 
-@pytest.mark.parametrize("resumed_after", [0, 1])
+@pytest.mark.parametrize("resumed_after", [0, 2])
 def test_dampening_and_freezing_resume_in_the_middle_to_the_same_weights(
     make_trainer: MakeTrainer, tmp_path: Path, resumed_after: int
 ) -> None:

@@ -15,15 +15,16 @@ from lqkd.quantization.quantizers.statistic import TINY, standardize
 from lqkd.quantization.quantizers.uniform import thinned
 
 WEIGHT_CLIP = 3.0
-"""Initial clipping level of standardized weights, as in the paper's code."""
+"""Initial clipping level of standardized weights, as in the authors' code."""
 
 
 @functools.cache
 def magnitudes(bits: int) -> tuple[float, ...]:
     """The ``2**bits`` additive powers-of-two magnitudes, ascending from 0 to 1.
 
-    Sums of one element of each of ``bits // 2`` sets ``{0, 2**-i, 2**-(n+i), ...}`` of four (eq. 4), and, for an odd
-    number of bits, of a set of two; divided by the largest sum.
+    Sums of one element of each of ``bits // 2`` sets ``{0, 2**-i, 2**-(n+i), ...}`` of four, and, for an odd
+    number of bits, of a set of two; divided by the largest sum. Up to 6 bits these are the levels of the authors' code
+    (github.com/yhhhli/APoT_Quantization, ``build_power_value``); 7 and 8 bits continue the rule.
     """
     n, odd = divmod(bits, 2)
     sets = [[0.0, 2.0**-i, 2.0 ** -(n + i), 2.0 ** -(2 * n + odd + i)] for i in range(1, n + 1)]
@@ -49,12 +50,13 @@ class APoT(Quantizer):
     ``x_hat = alpha * nearest(clamp(x / alpha, -1, 1))`` on the levels of :func:`magnitudes`, with a sign for signed
     data: ``2**b - 1`` levels signed, ``2**b`` unsigned. Halfway between two levels the lower one is taken. The
     input's gradient is 1 inside and 0 where it clips; that of alpha is ``x_hat / alpha - x / alpha`` inside and the
-    sign outside (eq. 6).
+    sign outside (the paper's reparameterized clipping function).
 
-    Weights are standardized first (eq. 8), ``(w - mean) / std`` over what shares a grid, mean and deviation without
-    a gradient as in the paper's code; alpha starts at 3. The result is on the scale of the standardized weight, so
-    the layer needs a normalisation behind it. For activations (``batched=True``) alpha starts where the squared error
-    on the first batch is least (the paper: at a constant).
+    Weights are standardized first, ``(w - mean) / std`` over what shares a grid, mean and deviation without a gradient
+    as in the authors' code for CIFAR-10; that for ImageNet differentiates them. It also cuts the weight's gradient
+    outside of the clipping level, as here, where that for CIFAR-10 passes it. Alpha starts at 3. The result is on the
+    scale of the standardized weight, so the layer needs a normalisation behind it. For activations (``batched=True``)
+    alpha starts where the squared error on the first batch is least (the paper: at a constant).
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.

@@ -26,7 +26,8 @@ class Quantizer(nn.Module, ABC):
       ``forward(x) == dequantize(codes(x))`` bit for bit, which is what export relies on.
     * ``bits`` and ``signed`` are plain attributes; ``set_bits`` changes the first and re-fits.
     * Parameters exist from construction, so that optimizers, checkpoints, DDP and copies see them. Their values
-      come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode.
+      come from the first batch seen in training mode, averaged over ranks; nothing is ever written in eval mode or
+      under ``torch.inference_mode``.
     * ``progress`` is the part of the training that is done, 0 to 1, in a family whose estimator follows it; training
       sets it before each step. It is no part of the state: the step says it. ``None`` for all other families.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
@@ -98,7 +99,7 @@ class Quantizer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._ready:
-            if not self.training:
+            if not self.training or torch.is_inference_mode_enabled():
                 return x
             self.initialize(x)
             if not self._ready:

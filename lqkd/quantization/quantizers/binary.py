@@ -43,10 +43,10 @@ class IRNet(BinaryQuantizer):
     """Binary weights of IR-Net (Qin et al., arXiv 1909.10788).
 
     ``x_hat = 2**round(log2(mean|w_hat|)) * sign(w_hat)`` on the standardized weight ``w_hat = (w - mean) / std`` of
-    each channel (eq. 8-10); the shift receives no gradient. The error decay estimator (eq. 11, 12) replaces the
+    each channel (Libra parameter binarization); the shift receives no gradient. The error decay estimator replaces the
     derivative of the sign by ``k t (1 - tanh(t w_hat)**2)`` with ``t = 0.1 * 100**progress`` and ``k = max(1 / t, 1)``,
-    which begins as the identity and ends near the sign. The result is on the scale of the standardized weight, so
-    the layer needs a normalisation behind it.
+    which begins as the identity and ends near the sign (the authors' trainer for CIFAR-10 begins with 0.001 instead of
+    0.1). The result is on the scale of the standardized weight, so the layer needs a normalisation behind it.
 
     ``progress`` goes from 0 at the first step to 1 at the end of training (the paper counts epochs).
 
@@ -92,7 +92,7 @@ class IRNet(BinaryQuantizer):
 class ReAct(BinaryQuantizer):
     """Binary weights and activations of ReActNet (Liu et al., arXiv 2003.03488).
 
-    Activations (``batched=True``): ``x_hat = sign(x + shift)`` with a learned shift per tensor or channel (eq. 1) and
+    Activations (``batched=True``): ``x_hat = sign(x + shift)`` with a learned shift per tensor or channel (RSign) and
     the derivative of Bi-Real net's polynomial, ``2 - 2 |x + shift|`` within 1 and 0 beyond. The shift starts at zero
     for signed data, as in the paper, and at minus the mean for data that are never negative, whose signs would all
     be equal. Values are -1 and 1.

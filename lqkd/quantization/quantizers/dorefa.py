@@ -22,10 +22,10 @@ class DoReFa(StatisticQuantizer):
     """DoReFa-Net (Zhou et al., arXiv 1606.06160).
 
     Activations (``batched=True``), never negative: ``x_hat = quant_k(clip(x, 0, 1))`` with
-    ``quant_k(r) = round((2**k - 1) r) / (2**k - 1)`` (eq. 5, 11); the gradient is 1 within (0, 1) and 0 elsewhere.
+    ``quant_k(r) = round((2**k - 1) r) / (2**k - 1)``; the gradient is 1 within (0, 1) and 0 elsewhere.
 
-    Weights: ``x_hat = 2 quant_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1`` (eq. 9), on ``[-1, 1]`` and without a zero, the
-    maximum without a gradient; for one bit ``mean|w| * sign(w)`` with the gradient passed straight through (eq. 8).
+    Weights: ``x_hat = 2 quant_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1``, on ``[-1, 1]`` and without a zero, the
+    maximum without a gradient; for one bit ``mean|w| * sign(w)`` with the gradient passed straight through.
     The grid is the same for every tensor and the result is not on the weight's own scale, so the layer needs a
     normalisation behind it.
 

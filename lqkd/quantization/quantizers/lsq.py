@@ -70,7 +70,7 @@ class LSQEWGS(LSQ):
     """LSQ with the element-wise gradient scaling of EWGS (Lee et al., arXiv 2104.00903).
 
     Value and step gradient are those of :class:`LSQ`. The input's gradient inside the range is
-    ``g * (1 + delta * sign(g) * (x_n - x_q))`` (eq. 3), where ``x_n`` and ``x_q`` are the input and its level in
+    ``g * (1 + delta * sign(g) * (x_n - x_q))``, where ``x_n`` and ``x_q`` are the input and its level in
     units of the range ``(Q_N + Q_P) * s``. ``delta = 0`` is the straight-through estimator of LSQ.
 
     ``delta`` is the constant 1e-3. The paper derives it every few epochs from the trace of the Hessian, which takes

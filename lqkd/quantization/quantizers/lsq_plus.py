@@ -14,7 +14,7 @@ from lqkd.quantization.quantizers.uniform import thinned
 class LSQPlus(LSQ):
     """LSQ with a learned offset (Bhalgat et al., arXiv 2004.09576).
 
-    Activations: ``x_hat = round(clamp((x - beta) / s, 0, Q_P)) * s + beta`` with ``Q_P = 2**b - 1`` (eq. 3, 4),
+    Activations: ``x_hat = round(clamp((x - beta) / s, 0, Q_P)) * s + beta`` with ``Q_P = 2**b - 1`` (eq. 3),
     where beta is the nearest multiple ``z * s`` of the step to the parameter ``offset`` with ``-Q_P <= z <= 0``, so
     that zero (padding, ReLU) is a level and codes are those of ONNX ``QuantizeLinear`` with zero point ``-z``. The
     gradients are the paper's, the rounding of the offset passed straight through: for s as in LSQ with ``x - beta``;

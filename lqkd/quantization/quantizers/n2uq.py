@@ -25,8 +25,8 @@ class N2UQ(StatisticQuantizer):
     Activations (``batched=True``): with ``n = 2**b - 1`` steps of height ``D = 2 / n``, learned ``start``, segment
     ``lengths`` a_i, input and output scales, ``u = scale_in * x / r`` and
     ``x_hat = scale_out * r * D * #{i : u > T_i}``, ``T_1 = start + a_1 / 2``,
-    ``T_(i+1) = T_i + (a_i + a_(i+1)) / 2`` (eq. 5).
-    The backward pass is that of the generalized straight-through estimator (eq. 6): of the piecewise linear map that
+    ``T_(i+1) = T_i + (a_i + a_(i+1)) / 2``.
+    The backward pass is that of the generalized straight-through estimator: of the piecewise linear map that
     sends segment i, of length a_i, to ``[(i-1) D, i D]``. Lengths are at least 0.001. Values below the start become 0.
     As in the paper the lengths start at D, the start at 0 and the scales at 1; the constant r (``scale``), 1 in the
     paper, makes the initial range ``[0, 2 r]`` the one with the least squared error on the first batch.

@@ -18,8 +18,8 @@ def _ternary_codes(x: Tensor, threshold: Tensor) -> Tensor:
 class TWN(StatisticQuantizer):
     """Ternary weight networks (Li et al., arXiv 1605.04711).
 
-    ``x_hat = alpha * {-1, 0, 1}`` with the threshold ``Delta = 0.7 * mean|w|`` (eq. 6) and
-    ``alpha = mean(|w| : |w| > Delta)`` (eq. 5), both measured on the weight; the gradient passes straight through.
+    ``x_hat = alpha * {-1, 0, 1}`` with the threshold ``Delta = 0.7 * mean|w|``, the paper's approximation of the best
+    one, and ``alpha = mean(|w| : |w| > Delta)``, both measured on the weight; the gradient passes straight through.
     Three of the four values of two bits are used.
 
     Args:
@@ -74,10 +74,11 @@ class TWN(StatisticQuantizer):
 class TTQ(Quantizer):
     """Trained ternary quantization (Zhu et al., arXiv 1612.01064).
 
-    ``x_hat`` is ``W_p`` above ``Delta``, ``-W_n`` below ``-Delta`` and 0 between (eq. 6), ``Delta = 0.05 * max|w|``
-    measured on the weight (eq. 9). ``W_p`` and ``W_n`` are learned: their gradients are the sums of the upstream
-    gradient over the positive weights, and of its negative over the negative ones (eq. 7). The gradient of the weight
-    is multiplied by ``W_p``, 1 or ``W_n`` (eq. 8). They start at the mean magnitudes of the two groups; both are
+    ``x_hat`` is ``W_p`` above ``Delta``, ``-W_n`` below ``-Delta`` and 0 between, ``Delta = 0.05 * max|w|`` measured
+    on the weight. ``W_p`` and ``W_n`` are learned: their gradients are the sums of the upstream gradient over the
+    positive weights, and of its negative over the negative ones, whose value is ``-W_n``. The gradient of the weight
+    is multiplied by ``W_p``, 1 or ``W_n``. Both are as the authors' code (github.com/czhu95/ternarynet) computes them,
+    which starts ``W_p`` and ``W_n`` at 1; here they start at the mean magnitudes of the two groups; both are
     absolute values of their parameters.
 
     Args:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lqkd.errors import UsageError
@@ -323,3 +324,103 @@ def test_bit_operations_of_a_transposed_convolution_and_of_attention() -> None:
     assert bit_operations(model, torch.zeros(1, 4, 5, 5)) == (4 * 5 * 5) * (3 * 9) * 4 * 2
     encoder, _ = quantize_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), recipe)
     assert bit_operations(encoder, torch.zeros(1, 5, 8)) == 5 * (4 * 8 * 8 + 2 * 8 * 16) * 4 * 2
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.a(x)) + self.b(x)
+        return self.head(torch.cat([y, F.relu(y)], dim=1).mean((2, 3)))
+
+
+def test_functions_of_one_tensor_end_on_the_grid_of_the_next_layer_and_those_of_two_are_listed() -> None:
+    model, report = quantize_model(Functional(), Recipe())
+    assert [str(operation) for operation in report.operations] == [
+        "functional add at the top level",
+        "functional cat at the top level",
+    ]
+    x = torch.randn(2, 3, 6, 6)
+    initialize_quantizers(model, x)
+    seen: list[torch.Tensor] = []
+    model.head.input_quantizer.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    model.eval()(x)
+    assert torch.isin(seen[0], model.head.input_quantizer.levels()).all()
+
+
+def test_the_summary_names_the_first_and_last_layer_and_the_report_their_bits() -> None:
+    _, report = quantize_model(network(), Recipe(bits="w2a2", first_layer_bits=8, last_layer_bits=32))
+    bits = {row.name: (row.weight_bits, row.activation_bits) for row in report.layers}
+    assert bits["conv1"] == (8, 8)
+    assert bits["linear"] == (32, 32)
+    assert "(first: conv1, last: layer3.0.conv2)" in report.summary()
+    assert next(row for row in report.layers if row.name == "linear").note == "floating point: the recipe says so"
+
+
+# --- recipes that do nothing, and layers that are never called --------------------------------------------------------
+
+
+def test_rules_that_leave_nothing_to_quantise_are_refused_unless_the_bits_say_so() -> None:
+    rules = [Rule("*", weight_bits=32, activation_bits=32)]
+    with pytest.raises(UsageError, match=r"quantization.bits='w4a4' has no effect: the rules leave every layer"):
+        quantize_model(network(), Recipe(bits="w4a4", rules=rules))
+    _, report = quantize_model(network(), Recipe(bits="w32a32", first_layer_bits=None, last_layer_bits=None))
+    assert report.summary().startswith("0 layers quantised")
+
+
+def test_a_rule_may_match_one_layer_only() -> None:
+    model, _ = quantize_model(network(), Recipe(rules=[Rule("layer1.0.conv1", weight_bits=3)]))
+    bits = [name for name, q in quantizers(model).items() if q.bits == 3]
+    assert bits == ["layer1.0.conv1.weight_quantizer"]
+
+
+class Reader(nn.Module):
+    """Cannot be traced, and computes with the weight of a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.hidden, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return F.linear(y, self.hidden.weight, self.hidden.bias) if y.isfinite().all() else y
+
+
+FLOAT_RULES = [Rule(name, weight_bits=32, activation_bits=32) for name in ("*.hidden", "*.spare")]
+
+
+def test_a_quantised_layer_that_is_never_called_is_refused_with_the_rule_that_helps() -> None:
+    model, report = quantize_model(nn.Sequential(Reader(), nn.Linear(4, 2)), Recipe())
+    assert report.untraceable is not None
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(
+        UsageError, match=r"layer '0.hidden' \(and 1 more\) is quantised but never called, .*match='0.hidden'"
+    ):
+        initialize_quantizers(model, torch.randn(3, 4))
+    assert [module.training for module in model.modules()] == modes
+    model, _ = quantize_model(nn.Sequential(Reader(), nn.Linear(4, 2)), Recipe(rules=FLOAT_RULES))
+    initialize_quantizers(model, torch.randn(3, 4))
+    assert all(bool(q.initialized) for q in quantizers(model).values())
+
+
+def test_quantizers_can_be_fitted_within_inference_mode_and_trained_afterwards() -> None:
+    model, _ = quantize_model(network(), Recipe())
+    with torch.inference_mode():
+        initialize_quantizers(model, images())
+    assert all(bool(q.initialized) for q in quantizers(model).values())
+    model.train()(images()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_layer_that_is_called_with_zeros_is_not_refused_and_tries_again() -> None:
+    model, _ = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), Recipe())
+    model[0].weight.data.zero_()
+    model[0].bias.data.fill_(-1)
+    initialize_quantizers(model, torch.randn(3, 4))
+    assert not model[0].weight_quantizer.initialized
+    assert not model[2].input_quantizer.initialized
+    model[0].bias.data.fill_(1)
+    initialize_quantizers(model, torch.randn(3, 4))
+    assert model[2].input_quantizer.initialized

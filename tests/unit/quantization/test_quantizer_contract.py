@@ -112,15 +112,79 @@ def test_output_is_dequantized_codes_within_range_and_levels(case: Case) -> None
         assert same_bits(quantizer.dequantize(everything), quantizer.levels().float())
 
 
-@one_width
-@settings(max_examples=15, deadline=None)
-@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12))
-def test_any_tensor_keeps_the_contract(case: Case, values: list[float]) -> None:
+every_pair = pytest.mark.parametrize("pair", sorted({(c.name, c.role) for c in CASES}), ids="-".join)
+
+
+def cases_of(pair: tuple[str, str]) -> list[Case]:
+    return [case for case in CASES if (case.name, case.role) == pair]
+
+
+@every_pair
+@settings(max_examples=40, deadline=None)
+@given(choice=st.data(), values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_any_finite_tensor_at_any_number_of_bits_keeps_the_contract(
+    pair: tuple[str, str], choice: st.DataObject, values: list[float]
+) -> None:
+    quantizer = fitted(choice.draw(st.sampled_from(cases_of(pair)))).eval()
     x = torch.tensor(values).repeat(4, 1)
-    quantizer = fitted(case).eval()
-    x_hat = quantizer(x)
+    x_hat, codes = quantizer(x), quantizer.codes(x)
+    low, high = quantizer.code_range()
     assert x_hat.isfinite().all()
-    assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
+    assert same_bits(x_hat, quantizer.dequantize(codes))
+    assert low <= codes.min() <= codes.max() <= high
+    levels = quantizer.levels()
+    assert levels.min() <= x_hat.min() <= x_hat.max() <= levels.max()
+    if pair not in NOT_IDEMPOTENT:
+        assert same_bits(quantizer(x_hat), x_hat)
+
+
+@every_pair
+@settings(max_examples=25, deadline=None)
+@given(choice=st.data(), values=st.lists(st.floats(-8, 8, width=32), min_size=2))
+def test_codes_never_fall_where_the_input_rises(
+    pair: tuple[str, str], choice: st.DataObject, values: list[float]
+) -> None:
+    quantizer = fitted(choice.draw(st.sampled_from(cases_of(pair)))).eval()
+    x = torch.tensor(sorted(values)).repeat(4, 1)
+    assert (quantizer.codes(x).diff(dim=1) >= 0).all()
+
+
+LEVELS = {"apot": lambda bits, signed: 2**bits - signed, "twn": lambda bits, signed: 3, "ttq": lambda bits, signed: 3}
+
+
+@every_case
+def test_a_grid_has_the_promised_number_of_levels_and_each_is_reached(case: Case) -> None:
+    quantizer = fitted(case)
+    if case.name == "react" and case.role in ("positive", "signed"):
+        expected = 2
+    else:
+        signed = case.role != "positive"
+        expected = LEVELS.get(case.name, lambda bits, signed: 2**bits)(case.bits, signed)
+    assert quantizer.levels().shape[-1] == expected
+    wide = (40 * torch.linspace(-1, 1, 80001) ** 5).repeat(4, 1)  # dense around zero, and beyond three deviations
+    found = quantizer.codes(wide)
+    assert len(found.unique()) == expected == quantizer.code_range()[1] - quantizer.code_range()[0] + 1
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.role == "channels"], ids=str)
+def test_a_grid_per_channel_is_one_grid_for_each_channel_alone(case: Case) -> None:
+    """Values, codes, input gradients and parameter gradients in float64."""
+    x = case.data().double() * torch.tensor([1e-3, 0.1, 1.0, 30.0]).view(4, 1, 1, 1).double()
+    upstream = case.data(7).double()
+    together = case.build()
+    together.initialize(x)
+    leaf = x.clone().requires_grad_()
+    together.double()(leaf).backward(upstream)
+    for channel in range(4):
+        alone = Case(case.name, "weight", case.bits).build()
+        alone.initialize(x[channel])
+        part = x[channel].clone().requires_grad_()
+        alone.double()(part).backward(upstream[channel])
+        torch.testing.assert_close(together(x)[channel], alone(x[channel]))
+        torch.testing.assert_close(leaf.grad[channel], part.grad)
+        for mine, own in zip(together.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(mine[channel], own)
+            torch.testing.assert_close(mine.grad[channel], own.grad)
 
 
 def squared_error(quantizer: Quantizer, x: Tensor) -> float:
@@ -138,8 +202,6 @@ def test_a_refit_by_squared_error_is_no_worse_than_the_familys_own_rule(case: Ca
     quantizer(case.data())
     assert quantizer.initialized
     assert squared_error(quantizer, case.data()) <= own * 1.02  # the search has steps of five percent
-    if case.name in ("lsq", "lsq_ewgs") and case.bits in (2, 8):
-        assert squared_error(quantizer, case.data()) < own
     quantizer.forget()
     quantizer(case.data())
     assert squared_error(quantizer, case.data()) == pytest.approx(own)
@@ -152,22 +214,27 @@ def test_quantizing_twice_changes_nothing(case: Case) -> None:
     assert same_bits(quantizer(once), once)
 
 
-@pytest.mark.parametrize("pair", sorted({(c.name, c.role) for c in CASES}), ids="-".join)
+@every_pair
 def test_error_falls_with_bits(pair: tuple[str, str]) -> None:
-    cases = [c for c in CASES if (c.name, c.role) == pair]
-    if pair[0] in ("dorefa", "apot") and pair[1] in ("weight", "channels"):
-        pytest.skip("the result is not on the weight's own scale")
+    """Of weights that are put on another scale, up to the factor and offset that fit best."""
+    other_scale = pair[0] in ("dorefa", "apot") and pair[1] in ("weight", "channels")
     errors = []
-    for case in cases:
+    for case in cases_of(pair):
         x = torch.randn(4, 500, generator=torch.Generator().manual_seed(5))
         x = x.relu() if case.role == "positive" else x
         x = x.clamp(max=1) if case.name == "dorefa" else x
         quantizer = case.build()
-        errors.append((quantizer(x) - x).square().mean().item())
+        x_hat = quantizer(x).detach()
+        if other_scale:
+            target = x.tanh() if case.name == "dorefa" else x
+            errors.append(1 - torch.corrcoef(torch.stack([x_hat[0], target[0]]))[0, 1].item())
+        else:
+            errors.append((x_hat - x).square().mean().item())
     assert errors == sorted(errors, reverse=True)
+    assert len(errors) == 1 or errors[-1] < errors[0]
 
 
-@one_width
+@every_case
 def test_zeros_then_data(case: Case) -> None:
     quantizer = case.build()
     zeros = torch.zeros(4, 3, 5, 5, requires_grad=True)
@@ -182,7 +249,7 @@ def test_zeros_then_data(case: Case) -> None:
     assert quantizer.initialized
 
 
-@one_width
+@every_case
 @pytest.mark.parametrize("value", [1e-30, 1e30, 0.7])
 def test_constant_and_extreme_tensors_give_finite_values_and_gradients(case: Case, value: float) -> None:
     for x in (torch.full((4, 3, 5, 5), value), case.data() * value):
@@ -198,10 +265,8 @@ def test_constant_and_extreme_tensors_give_finite_values_and_gradients(case: Cas
         assert same_bits(x_hat, quantizer.dequantize(quantizer.codes(x)))
 
 
-@one_width
+@pytest.mark.parametrize("case", [c for c in CASES if c.role == "channels"], ids=str)
 def test_a_dead_channel_stays_silent(case: Case) -> None:
-    if case.role != "channels":
-        pytest.skip("one grid for the tensor")
     x = case.data()
     x[2] = 0
     quantizer = case.build()
@@ -214,7 +279,7 @@ def test_a_dead_channel_stays_silent(case: Case) -> None:
         assert torch.equal(x_hat[2], torch.zeros(3, 5, 5))
 
 
-@one_width
+@every_case
 def test_nan_stays_at_its_element(case: Case) -> None:
     x = case.data()
     x[1, 2, 3, 4] = float("nan")
@@ -229,10 +294,8 @@ def test_nan_stays_at_its_element(case: Case) -> None:
         torch.testing.assert_close(quantizer.state_dict()[key], value)
 
 
-@one_width
+@pytest.mark.parametrize("case", [c for c in CASES if c.role in ("positive", "signed")], ids=str)
 def test_an_empty_batch_passes_with_gradient(case: Case) -> None:
-    if case.role in {"weight", "channels"}:
-        pytest.skip("weights are never empty")
     quantizer = fitted(case)
     out = quantizer(torch.empty(0, 3, 5, 5, requires_grad=True))
     out.sum().backward()
@@ -248,11 +311,11 @@ def test_eval_and_inference_write_nothing(case: Case) -> None:
             quantizer(case.data(3) * 3)
         quantizer(case.data(4) * 3)
         assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
-    quantizer = fitted(case).train()
-    before = copy.deepcopy(quantizer.state_dict())
-    with torch.inference_mode():
-        quantizer(case.data(3) * 3)
-    assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
+    for quantizer in (case.build().train(), fitted(case).train()):
+        before = copy.deepcopy(quantizer.state_dict())
+        with torch.inference_mode():
+            quantizer(case.data(3) * 3)
+        assert all(torch.equal(before[key], value) for key, value in quantizer.state_dict().items())
 
 
 @one_width
@@ -304,11 +367,9 @@ def test_changing_bits_refits(case: Case) -> None:
         assert shapes == [p.shape for p in quantizer.parameters()]
 
 
-@one_width
+@pytest.mark.parametrize("case", [c for c in WIDEST if list(c.build().parameters())], ids=str)
 def test_training_with_a_huge_learning_rate_stays_finite(case: Case) -> None:
     quantizer = fitted(case)
-    if not list(quantizer.parameters()):
-        pytest.skip("nothing is learned")
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=10.0)
     x = case.data()
     for _ in range(30):

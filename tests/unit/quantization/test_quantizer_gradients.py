@@ -42,11 +42,12 @@ def sign(value: float) -> float:
     return 1.0 if value >= 0 else -1.0
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_ewgs(bits: int) -> None:
-    s, qn, qp, delta = 0.375, 2 ** (bits - 1), 2 ** (bits - 1) - 1, 0.4
+@pytest.mark.parametrize(("bits", "signed"), [(b, s) for b in range(1, 9) for s in (False, True) if b > 1 or not s])
+def test_ewgs(bits: int, signed: bool) -> None:
+    qn, qp = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    s, delta = 0.375, 0.4
     x, g = numbers(bits, 0.4 * 2 ** (bits - 1)), numbers(100 + bits)
-    quantizer = ready("lsq_ewgs", bits, signed=True)
+    quantizer = ready("lsq_ewgs", bits, signed=signed)
     quantizer.scale.data.fill_(s)
     quantizer.delta = delta
     values, gradients = run(quantizer, x, g)
@@ -110,15 +111,34 @@ def test_pact(bits: int) -> None:
     close(quantizer.alpha.grad.item(), sum(up for v, up in zip(x, g, strict=True) if v >= alpha))
 
 
-@pytest.mark.parametrize("name", ["minmax", "mse"])
-def test_calibrated_grids_pass_the_gradient_inside(name: str) -> None:
-    quantizer = ready(name, 3, signed=True)
-    quantizer.scale.fill_(0.25)
-    x, g = numbers(1), numbers(2)
+SYMMETRIC = [
+    (name, bits, signed)
+    for name in ("minmax", "mse", "lsq_plus")
+    for bits in range(1, 9)
+    for signed in (False, True)
+    if not (bits == 1 and signed) and (signed or name != "lsq_plus")  # unsigned lsq_plus has an offset
+]
+
+
+@pytest.mark.parametrize(("name", "bits", "signed"), SYMMETRIC)
+def test_symmetric_grids_pass_the_gradient_inside_and_cut_it_outside(name: str, bits: int, signed: bool) -> None:
+    qn, qp = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    quantizer = ready(name, bits, signed=signed)
+    quantizer.scale.data.fill_(1.6 / (qn + qp))
+    s = quantizer.scale.item()
+    x, g = numbers(bits), numbers(50 + bits)
     values, gradients = run(quantizer, x, g)
+    regions, slope = set(), 0.0
     for v, up, value, gradient in zip(x, g, values, gradients, strict=True):
-        close(value, round(min(max(v / 0.25, -4), 3)) * 0.25)
-        close(gradient, up if -1.0 < v < 0.75 else 0.0)
+        r = v / s
+        region = "below" if r <= -qn else "above" if r >= qp else "inside"
+        regions.add(region)
+        close(value, {"below": -qn, "above": qp, "inside": round(r)}[region] * s)
+        close(gradient, up if region == "inside" else 0.0)
+        slope += up * {"below": -qn, "above": qp, "inside": round(r) - r}[region]
+    assert regions == {"below", "inside", "above"}
+    if name == "lsq_plus":
+        close(quantizer.scale.grad.item(), slope / math.sqrt(SIZE * qp))
 
 
 def test_minmax_takes_the_peak_and_mse_beats_it() -> None:
@@ -227,15 +247,27 @@ def test_ttq() -> None:
     close(quantizer.negative.grad.item(), sum(-up for v, up in zip(x, g, strict=True) if v < -delta))
 
 
-APOT = {  # from the paper's code
+def sums(*sets: list[float]) -> list[float]:
+    """Sums of one power of two, or nothing, of each set, divided by the largest."""
+    found = [0.0]
+    for exponents in sets:
+        found = [value + term for value in found for term in (0.0, *(2.0**e for e in exponents))]
+    return sorted(value / max(found) for value in found)
+
+
+APOT = {  # from the authors' code
     1: [0, 1],
     2: [0, 0.25, 0.5, 1],
     3: [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1],
+    5: sums([-1, -3, -6], [-2, -4, -7], [-5]),
+    6: sums([-1, -4, -7], [-2, -5, -8], [-3, -6, -9]),
+    7: sums([-1, -4, -8], [-2, -5, -9], [-3, -6, -10], [-7]),  # their rule, which they stop at 6
+    8: sums([-1, -5, -9], [-2, -6, -10], [-3, -7, -11], [-4, -8, -12]),
     4: [0, 1 / 48, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 3 / 16, 1 / 4, 1 / 3, 3 / 8, 1 / 2, 2 / 3, 11 / 16, 3 / 4, 1],
 }
 
 
-@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.parametrize("bits", APOT)
 def test_apot_activations(bits: int) -> None:
     alpha = 1.1
     x, g = numbers(bits), numbers(600 + bits)
@@ -253,7 +285,7 @@ def test_apot_activations(bits: int) -> None:
     close(quantizer.alpha.grad.item(), total)
 
 
-@pytest.mark.parametrize("bits", range(2, 6))
+@pytest.mark.parametrize("bits", [bits + 1 for bits in APOT if bits < 8])
 def test_apot_weights(bits: int) -> None:
     alpha = 1.2
     x, g = numbers(bits, 0.03), numbers(700 + bits)
@@ -279,7 +311,7 @@ def test_apot_has_as_many_levels_as_codes(bits: int) -> None:
     assert len(levels.unique()) == 2**bits
 
 
-@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_n2uq_activations(bits: int) -> None:
     n = 2**bits - 1
     height = 2 / n

@@ -1,0 +1,83 @@
+"""Half precision: what trains, on which dtypes the quantizers compute, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+
+from lqkd.errors import UsageError
+from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.quantization import QUANTIZERS, Recipe, initialize_quantizers, quantize_model, quantizers
+from tests.conftest import Recorder, digits, distiller, network
+
+MakeTrainer = Callable[..., Trainer]
+RECIPES = [
+    Recipe(bits="w4a4"),
+    Recipe(bits="w2a2", weight_quantizer="apot", activation_quantizer="n2uq"),
+    Recipe(bits="w1a1"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
+def test_twenty_steps_in_bfloat16_mixed_precision_learn_and_keep_float32_parameters(
+    make_trainer: MakeTrainer, recipe: Recipe
+) -> None:
+    module = distiller(quantization=recipe)
+    recorder = Recorder(lambda t, m: t.callback_metrics["train/loss"].item())
+    trainer = make_trainer(precision="bf16-mixed", callbacks=[recorder], max_steps=20, max_epochs=-1)
+    trainer.fit(module, datamodule=digits(10))
+    assert len(recorder.seen) == 20
+    assert all(math.isfinite(loss) for loss in recorder.seen)
+    assert sum(recorder.seen[-5:]) < sum(recorder.seen[:5])
+    for quantizer in quantizers(module.student).values():
+        assert quantizer.initialized
+        assert {value.dtype for value in quantizer.state_dict().values() if value.is_floating_point()} <= {
+            torch.float32
+        }
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "64-true"])
+def test_a_precision_that_two_optimizers_cannot_train_in_is_refused(precision: str) -> None:
+    with pytest.raises(UsageError, match=rf"trainer.precision='{precision}' is not possible.*use bf16-mixed"):
+        check_trainer_settings(precision, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
+def test_a_quantised_network_trains_twenty_steps_under_autocast_on_its_own(recipe: Recipe, dtype: torch.dtype) -> None:
+    model, _ = quantize_model(network(), recipe)
+    x = torch.randn(20, 1, 8, 8)
+    labels = torch.arange(20) % 10
+    with torch.autocast("cpu", dtype):
+        initialize_quantizers(model, x)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype):
+            logits = model(x)
+        assert logits.dtype == dtype
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["lsq", "minmax", "mse", "lsq_plus"])
+def test_eight_bit_codes_of_half_precision_data_are_those_of_the_same_data_in_float32(name: str) -> None:
+    x = torch.randn(3000)
+    quantizer = QUANTIZERS[name](8, batched=True)
+    quantizer.initialize(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            codes = quantizer.codes(half)
+        assert torch.equal(codes, quantizer.codes(half.float()))
+        assert quantizer(half).dtype == dtype
