@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMPILE_FROM = 16384
+COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
 
 
@@ -200,23 +200,32 @@ def _total(x: Tensor) -> Tensor:
     return x.sum() if x.ndim == 1 else x.sum(1, keepdim=True)
 
 
+def positive_step(scale: Tensor) -> Tensor:
+    """The step of a grid from a parameter that may cross zero: its absolute value, at least the smallest normal."""
+    return scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _learned_step(x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
-    return (uniform_codes(x, scale, qmin, qmax) * scale).to(x.dtype)
+    step = positive_step(scale)
+    return (uniform_codes(x, step, qmin, qmax) * step).to(x.dtype)
 
 
 def _learned_step_backward(
     gradient: Tensor, x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor
 ) -> tuple[Tensor, Tensor]:
-    ratio = x.to(compute_dtype(x)) / scale
+    step = positive_step(scale)
+    ratio = x.to(compute_dtype(x)) / step
     inside = (ratio > qmin) & (ratio < qmax)
     # Outside, the clamped ratio is the bound itself; inside, the rounding error.
     slope = torch.clamp(ratio, qmin, qmax).round() - torch.where(inside, ratio, 0.0)
-    return torch.where(inside, gradient, 0.0), _total(gradient * slope) * gradient_scale
+    # The step's own slope, here and not in autograd, which would take longer than a small weight's quantization.
+    towards_scale = torch.where(scale.abs() == step, torch.sign(scale), 0.0)
+    return torch.where(inside, gradient, 0.0), _total(gradient * slope) * gradient_scale * towards_scale
 
 
 learned_step_quantize = Kernel(_learned_step, _learned_step_backward)
-"""``x_hat = round(clamp(x / s, qmin, qmax)) * s`` with the gradients of LSQ: parameter s; constants gradient_scale,
-qmin, qmax.
+"""``x_hat = round(clamp(x / s, qmin, qmax)) * s`` with the gradients of LSQ: parameter scale, of which s is the
+:func:`positive_step`; constants gradient_scale, qmin, qmax.
 
 Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153), eq. 1-3 and section 2.2:
 
@@ -236,7 +245,7 @@ def _element_wise_scaled_backward(
     gradient: Tensor, x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     straight, gradient_s = _learned_step_backward(gradient, x, scale, gradient_scale, qmin, qmax)
-    ratio = x.to(compute_dtype(x)) / scale
+    ratio = x.to(compute_dtype(x)) / positive_step(scale)
     distance = (ratio - ratio.round()) / (qmax - qmin)
     scaled = straight * (1.0 + delta * torch.sign(straight) * distance)
     return torch.where(straight == 0, straight, scaled.to(gradient.dtype)), gradient_s

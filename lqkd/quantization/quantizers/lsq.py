@@ -52,7 +52,7 @@ class LSQ(UniformQuantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         return learned_step_quantize(
-            x, self.step(), constants=(self._gradient_scale(x), *self.code_range()), channel_axis=self.channel_axis
+            x, self.scale, constants=(self._gradient_scale(x), *self.code_range()), channel_axis=self.channel_axis
         )
 
     def _gradient_scale(self, x: Tensor) -> float:
@@ -86,7 +86,7 @@ class LSQEWGS(LSQ):
     def _quantize(self, x: Tensor) -> Tensor:
         return element_wise_scaled_quantize(
             x,
-            self.step(),
+            self.scale,
             constants=(self._gradient_scale(x), *self.code_range(), self.delta),
             channel_axis=self.channel_axis,
         )

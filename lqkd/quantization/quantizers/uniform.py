@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import learned_step_quantize, uniform_codes
+from lqkd.quantization.kernels import learned_step_quantize, positive_step, uniform_codes
 from lqkd.quantization.quantizers.base import Quantizer, integer_range, max_over_ranks, mean_over_ranks
 
 SEARCH_SAMPLE = 2**18
@@ -38,7 +38,7 @@ class UniformQuantizer(Quantizer):
 
     def step(self) -> Tensor:
         """The positive step size s in the shape of ``scale``, float32, differentiable."""
-        return self.scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+        return positive_step(self.scale)
 
     def codes(self, x: Tensor) -> Tensor:
         return uniform_codes(x, self._broadcast(self.step(), x.ndim), *self.code_range()).to(torch.int32)
@@ -108,7 +108,7 @@ class _Calibrated(UniformQuantizer):
 
     def _quantize(self, x: Tensor) -> Tensor:
         constants = (1.0, *self.code_range())
-        return learned_step_quantize(x, self.step(), constants=constants, channel_axis=self.channel_axis)
+        return learned_step_quantize(x, self.scale, constants=constants, channel_axis=self.channel_axis)
 
 
 class MinMax(_Calibrated):
