@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+MapKind = Literal["classes", "features", "samples", "scalar"]
+"""What the elements of a divergence map are: (B, C) classes, (B, C, H, W) positions of feature maps or (B, N, C) of
+token sequences, (B,) samples, or () where a loss compares whole batches and has no map."""
 
 
 class DistillationLoss(nn.Module, ABC):
-    """Difference of teacher and student, element by element.
+    """Difference of teacher and student, element by element. Tensor in, tensor out.
 
-    ``forward(teacher, student)`` returns a divergence map with non-negative elements, of which a regularizer may
-    weigh each one; ``reduce(map)`` returns the loss. Both are differentiable in ``student``.
+    ``forward(teacher, student, labels)`` returns a divergence map with non-negative elements, of which a regularizer
+    may weigh each one; ``reduce(map)`` returns the loss. Both are differentiable in ``student``.
     """
 
+    compares: ClassVar[Literal["logits", "features", "pyramids"]] = "logits"
+    """What it is given: logits (B, C); the features of one pair of taps; or tuples with those of all pairs."""
+    kind: ClassVar[MapKind] = "classes"
+    """What the elements of its map are."""
+    needs_labels: ClassVar[bool] = False
+    """Whether it cannot do without labels."""
+
+    def connect(self, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> None:
+        """Make what matches the student's features to the teacher's, once, before there is an optimizer.
+
+        Args:
+            teacher, student: shapes of the tensors that will be compared, batch axis included: one for each pair of
+                taps where it compares pyramids, else a single one.
+
+        Raises:
+            UsageError: when tensors of these shapes cannot be compared.
+        """
+
     @abstractmethod
-    def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Divergence map (B, C) from logits (B, C), in the dtype of the student's."""
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Divergence map >= 0, of the :attr:`kind` of this loss, in the dtype of the student's.
+
+        Args:
+            teacher, student: what it :attr:`compares`; no gradient flows into the teacher's.
+            labels: (B,) int64; None when there are none.
+        """
+
+    def pair(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """What the map compares element by element, in one shape: for a regularizer to look at.
+
+        A loss that matches shapes or transforms its inputs returns the matched or transformed ones.
+        """
+        return teacher, student
 
     @abstractmethod
     def reduce(self, divergence: Tensor) -> Tensor:

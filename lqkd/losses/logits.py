@@ -17,7 +17,7 @@ class LogitResidual(DistillationLoss):
     (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919).
     """
 
-    def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         return (teacher - student).square()
 
     def reduce(self, divergence: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class HintonKL(DistillationLoss):
             raise UsageError(f"temperature={temperature!r} is not possible: it must be a positive number")
         self.temperature = float(temperature)
 
-    def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         log_p_teacher = (teacher / self.temperature).log_softmax(dim=-1)
         log_p_student = (student / self.temperature).log_softmax(dim=-1)
         p_teacher, p_student = log_p_teacher.exp(), log_p_student.exp()

@@ -1,20 +1,37 @@
-"""The learnable regularizer: modulators, the guards that keep them alive, and balances. Pure torch."""
+"""The learnable regularizer: modulators, guards that keep them alive, players, and balances. Pure torch."""
 
 from __future__ import annotations
 
 from lqkd.regularizers.balances import Balance, BoundedUncertaintyBalance, FixedBalance
 from lqkd.regularizers.base import Regularizer
+from lqkd.regularizers.convolutional import ConvModulator
 from lqkd.regularizers.elementwise import ElementwiseMLP
-from lqkd.regularizers.guards import GUARDS, Barrier, Guard, NoGuard
+from lqkd.regularizers.guards import GUARDS, Barrier, BoundedBarrier, BoundedRange, Entropy, Guard, MeanOne, NoGuard
+from lqkd.regularizers.players import PLAYERS, Adversarial, Cooperative, LookAhead, Player, alignment
+from lqkd.regularizers.sample import SampleWeight
+from lqkd.regularizers.table import LearnableTable
 
 __all__ = [
     "GUARDS",
+    "PLAYERS",
+    "Adversarial",
     "Balance",
     "Barrier",
+    "BoundedBarrier",
+    "BoundedRange",
     "BoundedUncertaintyBalance",
+    "ConvModulator",
+    "Cooperative",
     "ElementwiseMLP",
+    "Entropy",
     "FixedBalance",
     "Guard",
+    "LearnableTable",
+    "LookAhead",
+    "MeanOne",
     "NoGuard",
+    "Player",
     "Regularizer",
+    "SampleWeight",
+    "alignment",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.losses.base import MapKind
 from lqkd.regularizers.guards import GUARDS, Guard
+from lqkd.regularizers.players import PLAYERS, Player
 
 
 class Regularizer(nn.Module, ABC):
@@ -24,51 +27,85 @@ class Regularizer(nn.Module, ABC):
 
     Args:
         guard: what keeps w from collapsing: a name from ``GUARDS`` or a :class:`Guard`.
-        max_weight: upper bound of w, approached smoothly; infinity (``.inf`` in YAML) for none.
+        player: what phi wants: a name from ``PLAYERS`` or a :class:`Player`.
+        max_weight: upper bound of w, approached smoothly, before the guard; infinity (``.inf`` in YAML) for none.
 
     Raises:
-        UsageError: when the guard is unknown or the bound is not greater than 1, the weight at the start.
+        UsageError: when guard or player is unknown, they do not go together, or the bound is not greater than 1, the
+            weight at the start.
     """
 
-    def __init__(self, guard: Guard | str = "barrier", max_weight: float = 100.0) -> None:
+    maps: ClassVar[frozenset[MapKind]]
+    """The kinds of divergence map that it can weigh."""
+    sees_logits: ClassVar[bool] = False
+    """Whether it looks at the logits of both networks even where the map is one of features."""
+
+    def __init__(
+        self, guard: Guard | str = "barrier", player: Player | str = "cooperative", max_weight: float = 100.0
+    ) -> None:
         super().__init__()
-        if isinstance(guard, str):
-            if guard not in GUARDS:
-                raise UsageError(f"guard={guard!r} is unknown: use {', '.join(sorted(GUARDS))} or a Guard class")
-            guard = GUARDS[guard]()
         if not max_weight > 1:
             raise UsageError(f"max_weight={max_weight!r} is not possible: it must be greater than 1, or .inf for none")
-        self.guard = guard
+        self.guard = _named("guard", guard, GUARDS, Guard)  # type: ignore[type-abstract]
+        self.player = _named("player", player, PLAYERS, Player)  # type: ignore[type-abstract]
         self.max_weight = max_weight
+        if self.player.maximises and not self.guard.limits_above:
+            limiting = [name for name, kind in GUARDS.items() if kind.limits_above]
+            raise UsageError(
+                f"guard {type(self.guard).__name__} does not go with player {type(self.player).__name__}, which would "
+                f"raise the weights without limit: use guard {', '.join(limiting)}"
+            )
 
-    @abstractmethod
-    def response(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """R_phi >= 0, broadcastable to the divergence map; float32 in, float32 out; 1 before training."""
-
-    def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Weights w >= 0 in float32, broadcastable to the divergence map.
+    def connect(self, kind: MapKind, channels: int) -> None:
+        """Make what depends on the divergence map, once, before there is an optimizer.
 
         Args:
-            teacher, student: outputs of the two networks, any floating dtype; no gradient flows into them.
+            kind: what the elements of the map are.
+            channels: number of classes or channels of the map.
+
+        Raises:
+            UsageError: when it cannot weigh maps of this kind.
+        """
+        if kind not in self.maps:
+            raise UsageError(
+                f"regularizer {type(self).__name__} cannot weigh a distillation loss over {kind}: it weighs "
+                f"{' or '.join(sorted(self.maps))}"
+            )
+
+    @abstractmethod
+    def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
+        """R_phi >= 0, broadcastable to the divergence map; float32 in, float32 out; 1 before training."""
+
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Weights w >= 0 in float32, broadcastable to the divergence map (from the left for weights of samples).
+
+        Args:
+            teacher, student: what the map compares, or logits where it :attr:`sees_logits`; any floating dtype; no
+                gradient flows into them.
+            labels: (B,) int64, None when there are none.
         """
         with torch.autocast(teacher.device.type, enabled=False):
-            weights = self.response(teacher.detach().float(), student.detach().float()).square()
-            return weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0)
+            weights = self.response(teacher.detach().float(), student.detach().float(), labels).square()
+            return self.guard.constrain(weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0))
 
-    def penalty(self, weights: Tensor) -> Tensor:
-        """The guard's term, 0-dim."""
-        return self.guard(weights)
+    def objective(self, weights: Tensor, divergence: Tensor, alignment: Tensor | None = None) -> Tensor:
+        """What phi minimises: the priced weights plus the guard's term, 0-dim; only phi gets gradients.
 
-    def objective(self, weights: Tensor, divergence: Tensor) -> Tensor:
-        """What phi minimises: the modulated divergence plus the guard's term, 0-dim; only phi gets gradients."""
-        return (weights * divergence.detach().float()).mean() + self.penalty(weights)
+        Args:
+            weights: what :meth:`forward` returned, viewed so that it broadcasts to the map.
+            divergence: the map.
+            alignment: of the map with the task, for a player that needs it.
+        """
+        price, scale = self.player.price(divergence.detach().float(), alignment)
+        return (weights * price).mean() + self.guard(weights, scale)
 
-    @torch.no_grad()
-    def summary(self, weights: Tensor) -> dict[str, float]:
-        """Mean, spread (standard deviation), minimum and maximum of ``weights``."""
-        return {
-            "mean": weights.mean().item(),
-            "spread": weights.std(correction=0).item(),
-            "minimum": weights.min().item(),
-            "maximum": weights.max().item(),
-        }
+
+_Part = TypeVar("_Part", Guard, Player)
+
+
+def _named(what: str, part: _Part | str, known: dict[str, type[_Part]], kind: type[_Part]) -> _Part:
+    if isinstance(part, kind):
+        return part
+    if not isinstance(part, str) or part not in known:
+        raise UsageError(f"{what}={part!r} is unknown: use {', '.join(sorted(known))} or a {kind.__name__} class")
+    return known[part]()

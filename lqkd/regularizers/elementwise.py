@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
+from lqkd.regularizers.perceptron import Perceptron
+from lqkd.regularizers.players import Player
 
 
 class ElementwiseMLP(Regularizer):
@@ -21,23 +22,31 @@ class ElementwiseMLP(Regularizer):
 
     Args:
         hidden: width of the hidden layer.
-        guard: what keeps the weights from collapsing: ``barrier``, ``none`` or a Guard class.
-        max_weight: upper bound of the weights; infinity for none.
+        label: whether it also sees if the element belongs to the true class.
+        guard, player, max_weight: see :class:`Regularizer`.
 
     Raises:
         UsageError: when an argument is out of range.
     """
 
-    def __init__(self, hidden: int = 32, guard: Guard | str = "barrier", max_weight: float = 100.0) -> None:
-        super().__init__(guard, max_weight)
-        if hidden < 1:
-            raise UsageError(f"hidden={hidden!r} is not possible: the hidden layer needs at least one unit")
-        self.network = nn.Sequential(nn.Linear(3, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        last = self.network[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, math.log(math.e - 1))  # softplus of this is 1
+    maps = frozenset({"classes"})
 
-    def response(self, teacher: Tensor, student: Tensor) -> Tensor:  # (B, C), (B, C) -> (B, C)
-        features = torch.stack((teacher, student, teacher - student), dim=-1)
-        return nn.functional.softplus(self.network(features).squeeze(-1))
+    def __init__(
+        self,
+        hidden: int = 32,
+        label: bool = False,
+        guard: Guard | str = "barrier",
+        player: Player | str = "cooperative",
+        max_weight: float = 100.0,
+    ) -> None:
+        super().__init__(guard, player, max_weight)
+        self.label = label
+        self.network = Perceptron(3 + label, hidden)
+
+    def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B, C)
+        features = [teacher, student, teacher - student]
+        if self.label:
+            if labels is None:
+                raise UsageError("label=true of ElementwiseMLP needs labels: this run has none")
+            features.append(F.one_hot(labels, teacher.shape[1]).to(teacher.dtype))
+        return self.network(torch.stack(features, dim=-1))

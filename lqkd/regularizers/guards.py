@@ -1,29 +1,45 @@
-"""Guards: the term that keeps a learnable weight from collapsing.
+"""Guards: what keeps a learnable weight from collapsing.
 
 Minimised over phi, ``w * D`` alone is smallest at w = 0 and distillation is switched off in silence. A guard adds a
-term in w whose balance with ``w * D`` has a minimum elsewhere.
+term in w whose balance with ``w * D`` has a minimum elsewhere, or keeps the weights where they cannot all vanish.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.regularizers.reduction import mean_over_batch
 
 
 class Guard(nn.Module, ABC):
-    """A term in the weights only, averaged over them: ``forward(weights) -> 0-dim tensor``."""
+    """A constraint on the weights and a term in them: ``constrain(weights)``, then ``forward(weights, scale)``."""
+
+    limits_above: ClassVar[bool] = False
+    """Whether the weights stay finite under a player that wants them large."""
+
+    def constrain(self, weights: Tensor) -> Tensor:
+        """The weights that are used, from unconstrained ones >= 0 of any shape; 1 stays 1."""
+        return weights
 
     @abstractmethod
-    def forward(self, weights: Tensor) -> Tensor:
-        """The guard's term for ``weights`` >= 0 of any shape."""
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """The guard's term, 0-dim.
+
+        Args:
+            weights: >= 0, any shape, constrained.
+            scale: 0-dim, the mean size of what the weights are multiplied by in this process; no gradient.
+        """
 
 
 class NoGuard(Guard):
     """No term: the literal formula, which collapses to zero weights. Offered so that this can be studied."""
 
-    def forward(self, weights: Tensor) -> Tensor:
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return weights.new_zeros(())
 
 
@@ -34,9 +50,105 @@ class Barrier(Guard):
     variance ``1 / w`` is predicted per element (Kendall et al., arXiv 1705.07115, eq. 5, up to a factor 2).
     """
 
-    def forward(self, weights: Tensor) -> Tensor:
-        return -weights.clamp_min(torch.finfo(weights.dtype).tiny).log().mean()
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return -_positive(weights).log().mean()
 
 
-GUARDS: dict[str, type[Guard]] = {"none": NoGuard, "barrier": Barrier}
+class BoundedBarrier(Guard):
+    """``mean(log(1 + 1 / (2 w)))``, a barrier that is never negative: with it ``w = (sqrt(1 + 8 / D) - 1) / 4``.
+
+    The regularising term of Liebel & Koerner (arXiv 1805.06334, eq. 4), ``log(1 + c**2)``, in terms of the weight
+    ``w = 1 / (2 c**2)``. For large D the weight is ``1 / D``, as with the barrier; for small ones ``1 / sqrt(2 D)``,
+    which does not chase elements that match already.
+    """
+
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        weights = _positive(weights)
+        return ((weights + 0.5).log() - weights.log()).mean()  # not log1p(1 / ...), whose gradient overflows
+
+
+class MeanOne(Guard):
+    """Weights are divided by their mean over the batch, all processes together.
+
+    Not enough on its own: minimising ``mean(w * D)`` over weights of mean one moves all of them to the smallest
+    divergence, the element that matches already. Meant for players that do not minimise it.
+    """
+
+    limits_above = True
+
+    def constrain(self, weights: Tensor) -> Tensor:
+        return weights / mean_over_batch(_positive(weights))
+
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return weights.new_zeros(())
+
+
+class Entropy(MeanOne):
+    """Weights of mean one with an entropy term: the optimum is ``w = N softmax(-D / (temperature * mean(D)))``.
+
+    The term is ``temperature * scale * mean(w log w)``. A player that maximises finds ``N softmax(+D / ...)``, the
+    weights of distributionally robust optimisation within a Kullback-Leibler ball (Hu & Hong, 2013). The temperature
+    is relative to the mean divergence, so that it means the same in every phase of training; infinity would be
+    uniform weights.
+
+    Args:
+        temperature: > 0.
+
+    Raises:
+        UsageError: when the temperature is not a positive number.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UsageError(f"guard temperature={temperature!r} is not possible: it must be a positive number")
+        self.temperature = float(temperature)
+
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return self.temperature * mean_over_batch(scale) * (weights * _positive(weights).log()).mean()
+
+
+class BoundedRange(Guard):
+    """Weights between two bounds, approached smoothly: ``low + (high - low) * w / (w + (high - 1) / (1 - low))``.
+
+    Nothing else: a player that minimises goes to the lower bound, which is then a fixed weight.
+
+    Args:
+        low: lower bound, >= 0 and < 1.
+        high: upper bound, > 1.
+
+    Raises:
+        UsageError: when the bounds do not enclose 1, where every weight starts.
+    """
+
+    limits_above = True
+
+    def __init__(self, low: float = 0.2, high: float = 5.0) -> None:
+        super().__init__()
+        if not 0 <= low < 1 < high < math.inf:
+            raise UsageError(f"guard low={low!r}, high={high!r} is not possible: 0 <= low < 1 < high is needed")
+        self.low, self.high = float(low), float(high)
+
+    def constrain(self, weights: Tensor) -> Tensor:
+        middle = (self.high - 1) / (1 - self.low)
+        # Written so that infinitely large weights stay finite.
+        return self.high - (self.high - self.low) * middle / (weights + middle)
+
+    def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return weights.new_zeros(())
+
+
+GUARDS: dict[str, type[Guard]] = {
+    "none": NoGuard,
+    "barrier": Barrier,
+    "bounded_barrier": BoundedBarrier,
+    "mean_one": MeanOne,
+    "entropy": Entropy,
+    "bounded": BoundedRange,
+}
 """Short names accepted where a guard is asked for."""
+
+
+def _positive(weights: Tensor) -> Tensor:
+    """At least 1e-30: the smallest normal number has a reciprocal whose products overflow."""
+    return weights.clamp_min(1e-30)

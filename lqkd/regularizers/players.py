@@ -1,0 +1,126 @@
+"""Players: what the regularizer wants. Each puts a price on every element of the divergence map.
+
+phi minimises ``mean(w * price) + guard(w)``. The price of a cooperative player is the divergence itself: it shares the
+student's aim. An adversarial one pays the negative divergence. One that looks ahead pays for what the distillation
+gradient does to the task.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.regularizers.reduction import mean_over_batch
+
+
+class Player(nn.Module, ABC):
+    """``price(divergence, alignment)`` for every element of the map, and the mean size of what is priced."""
+
+    maximises: ClassVar[bool] = False
+    """Whether it may want weights without limit, so that the guard must limit them."""
+    needs_alignment: ClassVar[bool] = False
+    """Whether it needs to know, for each element, how its gradient agrees with the task's."""
+    progress: float | None = None
+    """The part of the training that is done, 0 to 1, for a player that depends on it; None for others."""
+
+    @abstractmethod
+    def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Price, in the shape of the map, and its scale, 0-dim; no gradients.
+
+        Args:
+            divergence: the map, >= 0, detached, float32.
+            alignment: directional derivative of each element of the map along the task's gradient, detached; only for
+                a player that needs it. See :func:`alignment`.
+        """
+
+
+class Cooperative(Player):
+    """Shares the student's aim: ``price = D``."""
+
+    def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        return divergence, divergence.mean()
+
+
+class Adversarial(Player):
+    """Plays against the student: ``price = -strength * D``, so that weight goes where the student is worst.
+
+    What could shrink the loss is the player that wants it large, which is why it cannot collapse; what could blow it
+    up is held by the guard. The strength rises from 0 to 1 along half a cosine, as the gradient reversal of CTKD (Li
+    et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, section 3.3) does; here it multiplies the
+    price and not the gradient, because Adam would undo a factor on the gradient.
+
+    Args:
+        ramp: the part of the training in which the strength rises, 0 to 1.
+
+    Raises:
+        UsageError: when the ramp is outside of 0 to 1.
+    """
+
+    maximises = True
+
+    def __init__(self, ramp: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= ramp <= 1:
+            raise UsageError(f"player ramp={ramp!r} is not possible: it must be >= 0 and <= 1")
+        self.ramp = float(ramp)
+        self.progress = 0.0
+
+    @property
+    def strength(self) -> float:
+        """0 at the beginning, 1 once the ramp is over."""
+        assert self.progress is not None
+        if self.progress >= self.ramp:
+            return 1.0
+        return 0.5 - 0.5 * math.cos(math.pi * self.progress / self.ramp)
+
+    def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        return -self.strength * divergence, divergence.mean()
+
+
+class LookAhead(Player):
+    """Weighs up what helps the task: ``price = -a / rms(a)``, a the alignment of each element with the task's gradient.
+
+    A step along the negative gradient of ``sum w_i D_i`` at the student's logits changes the task loss by ``-sum w_i
+    a_i`` to first order, with ``a_i = <grad D_i, grad task>``. This is the meta-gradient of learning to reweight (Ren
+    et al., arXiv 1803.09050, eq. 12) taken at the logits, where it costs no further pass through the network.
+    """
+
+    maximises = True
+    needs_alignment = True
+
+    def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert alignment is not None
+        size = mean_over_batch(alignment.square()).sqrt().clamp_min(torch.finfo(alignment.dtype).tiny)
+        return -alignment / size, torch.ones_like(size)
+
+
+PLAYERS: dict[str, type[Player]] = {
+    "cooperative": Cooperative,
+    "adversarial": Adversarial,
+    "look_ahead": LookAhead,
+}
+"""Short names accepted where a player is asked for."""
+
+
+def alignment(divergence: Callable[[Tensor], Tensor], student: Tensor, task_gradient: Tensor) -> Tensor:
+    """How each element of a divergence map changes along the task's gradient, in the shape of the map, detached.
+
+    Args:
+        divergence: the map as a function of the student's logits.
+        student: logits (B, C).
+        task_gradient: gradient of the task loss at the logits, (B, C), of each sample on its own scale.
+    """
+    # The derivative of u -> J^T u along the direction is J times the direction; u is only a place to differentiate at.
+    with torch.enable_grad():
+        point = student.detach().requires_grad_()
+        values = divergence(point)
+        anything = torch.zeros_like(values, requires_grad=True)
+        (pulled,) = torch.autograd.grad(values, point, anything, create_graph=True)
+        (derivative,) = torch.autograd.grad(pulled, anything, task_gradient.detach())
+    return derivative

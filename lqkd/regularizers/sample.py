@@ -1,0 +1,57 @@
+"""A small network that decides how much a sample's distillation counts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lqkd.regularizers.base import Regularizer
+from lqkd.regularizers.guards import Guard
+from lqkd.regularizers.perceptron import Perceptron
+from lqkd.regularizers.players import Player
+
+
+class SampleWeight(Regularizer):
+    """R_phi as one weight per sample, from five numbers about the two predictions.
+
+    They are: the entropy of the teacher's and of the student's prediction, each over log C; the teacher's confidence;
+    the probability that the student gives to the teacher's class; and the root mean square of the difference of
+    their log-probabilities. It weighs any map, of logits or features, and does not depend on the number of classes.
+
+    Args:
+        hidden: width of the hidden layer.
+        guard, player, max_weight: see :class:`Regularizer`.
+
+    Raises:
+        UsageError: when an argument is out of range.
+    """
+
+    maps = frozenset({"classes", "features", "samples"})
+    sees_logits = True
+
+    def __init__(
+        self,
+        hidden: int = 16,
+        guard: Guard | str = "barrier",
+        player: Player | str = "cooperative",
+        max_weight: float = 100.0,
+    ) -> None:
+        super().__init__(guard, player, max_weight)
+        self.network = Perceptron(5, hidden)
+
+    def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
+        log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
+        t, s = log_t.exp(), log_s.exp()
+        most = math.log(max(2, t.shape[1]))
+        confidence, chosen = t.max(dim=1)
+        features = (
+            -(t * log_t).sum(1) / most,
+            -(s * log_s).sum(1) / most,
+            confidence,
+            s.gather(1, chosen.unsqueeze(1)).squeeze(1),
+            (log_t - log_s).square().mean(1).sqrt(),
+        )
+        return self.network(torch.stack(features, dim=-1))

@@ -1,0 +1,48 @@
+"""One learned number for each class or channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.losses.base import MapKind
+from lqkd.regularizers.base import Regularizer
+from lqkd.regularizers.guards import Guard
+from lqkd.regularizers.players import Player
+
+
+class LearnableTable(Regularizer):
+    """R_phi as a table: ``exp(p_c)`` for class or channel c, whatever teacher and student say.
+
+    With the barrier and the squared residual of features this is the variance per channel of variational information
+    distillation (Ahn et al., arXiv 1904.05835, eq. 5).
+
+    Args:
+        guard, player, max_weight: see :class:`Regularizer`.
+    """
+
+    maps = frozenset({"classes", "features"})
+
+    def __init__(
+        self, guard: Guard | str = "barrier", player: Player | str = "cooperative", max_weight: float = 100.0
+    ) -> None:
+        super().__init__(guard, player, max_weight)
+        self.logarithms: nn.Parameter | None = None
+
+    def connect(self, kind: MapKind, channels: int) -> None:
+        super().connect(kind, channels)
+        self.logarithms = nn.Parameter(torch.zeros(channels))
+
+    def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
+        if self.logarithms is None:
+            raise UsageError("LearnableTable has no entries yet: call connect with the number of classes first")
+        # (1, C), (1, C, 1, 1) for feature maps, (1, 1, C) for sequences of tokens
+        shape = [1] * student.ndim
+        shape[channel_axis(student)] = -1
+        return self.logarithms.exp().view(shape)
+
+
+def channel_axis(x: Tensor) -> int:
+    """Where the channels of logits (B, C), feature maps (B, C, H, W) or token sequences (B, N, C) are."""
+    return 2 if x.ndim == 3 else 1

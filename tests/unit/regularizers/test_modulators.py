@@ -1,0 +1,125 @@
+"""What every modulator has in common, and what each looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.base import MapKind
+from lqkd.regularizers import ConvModulator, ElementwiseMLP, LearnableTable, Regularizer, SampleWeight
+
+CASES: list[tuple[str, Callable[[], Regularizer], MapKind, tuple[int, ...], tuple[int, ...]]] = [
+    ("elementwise", ElementwiseMLP, "classes", (6, 10), (6, 10)),
+    ("elementwise with label", lambda: ElementwiseMLP(label=True), "classes", (6, 10), (6, 10)),
+    ("table of classes", LearnableTable, "classes", (6, 10), (1, 10)),
+    ("table of channels", LearnableTable, "features", (6, 8, 5, 5), (1, 8, 1, 1)),
+    ("table of token channels", LearnableTable, "features", (6, 9, 8), (1, 1, 8)),
+    ("positions", ConvModulator, "features", (6, 8, 5, 5), (6, 1, 5, 5)),
+    ("channels", lambda: ConvModulator(per="channel"), "features", (6, 8, 5, 5), (6, 8, 1, 1)),
+    ("samples", SampleWeight, "classes", (6, 10), (6,)),
+]
+each = pytest.mark.parametrize(("make", "kind", "shape", "expected"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+
+
+def connected(make: Callable[[], Regularizer], kind: MapKind, shape: tuple[int, ...]) -> tuple[Regularizer, Tensor]:
+    torch.manual_seed(0)
+    regularizer = make()
+    regularizer.connect(kind, shape[2] if len(shape) == 3 else shape[1])
+    return regularizer, torch.randn(2, *shape)
+
+
+@each
+def test_every_weight_is_one_before_training(
+    make: Callable[[], Regularizer], kind: MapKind, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    regularizer, (teacher, student) = connected(make, kind, shape)
+    weights = regularizer(teacher, student, torch.arange(6))
+    torch.testing.assert_close(weights, torch.ones(expected))
+
+
+@each
+def test_every_parameter_learns_and_no_gradient_leaves(
+    make: Callable[[], Regularizer], kind: MapKind, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    regularizer, (teacher, student) = connected(make, kind, shape)
+    student.requires_grad_()
+    optimizer = torch.optim.Adam(regularizer.parameters(), lr=0.01)
+    before = [parameter.detach().clone() for parameter in regularizer.parameters()]
+    for _ in range(3):  # the first step moves only the last layer, which starts at zero
+        weights = regularizer(teacher, student, torch.arange(6))
+        weights = weights.view(-1, *[1] * (len(shape) - 1)) if weights.ndim == 1 else weights
+        optimizer.zero_grad()
+        regularizer.objective(weights, (teacher - student).square()).backward()
+        optimizer.step()
+    assert student.grad is None
+    assert all(not torch.equal(a, b) for a, b in zip(before, regularizer.parameters(), strict=True))
+
+
+@each
+def test_weights_are_float32_under_autocast(
+    make: Callable[[], Regularizer], kind: MapKind, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    regularizer, (teacher, student) = connected(make, kind, shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert regularizer(teacher.bfloat16(), student.bfloat16(), torch.arange(6)).dtype == torch.float32
+
+
+def test_the_label_tells_the_true_class_from_the_others() -> None:
+    regularizer = ElementwiseMLP(label=True, max_weight=float("inf"))
+    torch.nn.init.normal_(regularizer.network.layers[-1].weight)
+    logits = torch.zeros(4, 10)
+    weights = regularizer(logits, logits, torch.arange(4))
+    true = F.one_hot(torch.arange(4), 10).bool()
+    assert weights[true].std() < 1e-6
+    assert weights[~true].std() < 1e-6
+    assert (weights[true].mean() - weights[~true].mean()).abs() > 1e-3
+
+
+def test_a_sample_weight_sees_how_unsure_the_teacher_is() -> None:
+    torch.manual_seed(0)
+    regularizer = SampleWeight()
+    torch.nn.init.normal_(regularizer.network.layers[-1].weight)
+    student = torch.zeros(2, 10)
+    weights = regularizer(torch.stack([torch.zeros(10), 10 * F.one_hot(torch.tensor(3), 10)]), student)
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1e4, -1e4])
+def test_a_sample_weight_is_finite_for_extreme_logits(extreme: float) -> None:
+    logits = torch.full((3, 10), extreme)
+    logits[:, 0] = -extreme
+    regularizer = SampleWeight()
+    weights = regularizer(logits, -logits)
+    weights.sum().backward()
+    assert weights.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in regularizer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (
+            ElementwiseMLP,
+            "features",
+            "ElementwiseMLP cannot weigh .* over features: it weighs classes",
+        ),
+        (ConvModulator, "classes", "ConvModulator cannot weigh a distillation loss over classes: it weighs features"),
+        (LearnableTable, "samples", "LearnableTable cannot weigh .* over samples: it weighs classes or features"),
+        (SampleWeight, "scalar", "SampleWeight cannot weigh .* over scalar: it weighs classes or features or samples"),
+    ],
+)
+def test_a_map_that_it_cannot_weigh_is_refused(make: Callable[[], Regularizer], kind: MapKind, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make().connect(kind, 10)
+
+
+def test_token_sequences_are_refused_by_convolutions() -> None:
+    regularizer = ConvModulator()
+    regularizer.connect("features", 8)
+    with pytest.raises(UsageError, match="weighs feature maps"):
+        regularizer(torch.randn(2, 9, 8), torch.randn(2, 9, 8))
