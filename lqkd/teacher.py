@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
@@ -23,10 +24,12 @@ class FrozenTeacher(nn.Module):
         weights: ``builtin:NAME`` or a file with its weights; null keeps those it was built with.
         mean: channel means of the teacher's own normalisation, in [0, 1]; null when it is the student's.
         std: channel standard deviations of the teacher's own normalisation; null when it is the student's.
+        image_size: side in pixels that images are resized to for it (bilinear); null for the student's.
+        class_names: what its outputs mean, in order, to be compared with the data's; null when that is not known.
         minimum_accuracy: accuracy below which training refuses to start; null for just above chance.
 
     Raises:
-        UsageError: when the weights do not fit, or only one of mean and std is given.
+        UsageError: when the weights do not fit, or an argument is not possible.
     """
 
     def __init__(
@@ -35,9 +38,13 @@ class FrozenTeacher(nn.Module):
         weights: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        class_names: Sequence[str] | None = None,
         minimum_accuracy: float | None = None,
     ) -> None:
         super().__init__()
+        if image_size is not None and image_size < 1:
+            raise UsageError(f"teacher image_size={image_size!r} is not possible: it must be at least 1 pixel, or null")
         if (mean is None) != (std is None):
             raise UsageError("teacher mean and std belong together: give both, or neither for the student's")
         if std is not None and not all(value > 0 for value in std):
@@ -47,6 +54,8 @@ class FrozenTeacher(nn.Module):
         self.network = network
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
+        self.image_size = image_size
+        self.class_names = None if class_names is None else tuple(class_names)
         self.minimum_accuracy = minimum_accuracy
         self.source = weights
         self._gain: Tensor | None = None
@@ -77,9 +86,27 @@ class FrozenTeacher(nn.Module):
         self._gain = (given_std / own_std).view(-1, 1, 1)
         self._shift = ((given_mean - own_mean) / own_std).view(-1, 1, 1)
 
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Compare the teacher's own class names, where it knows them, with those of the data.
+
+        Raises:
+            UsageError: when a class differs, or their number.
+        """
+        if self.class_names is None or self.class_names == tuple(names):
+            return
+        pairs = enumerate(zip(self.class_names, names, strict=False))
+        different = next(
+            (f"class {i} is {a!r} for the teacher and {b!r} in the data" for i, (a, b) in pairs if a != b), None
+        )
+        different = different or f"it has {len(self.class_names)}, they have {len(names)}"
+        raise UsageError(f"the teacher's classes are not the data's: {different}")
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W) in the student's normalisation."""
         if self._gain is not None and self._shift is not None:
             images = images * self._gain.to(images) + self._shift.to(images)
+        if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return self.network(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from lqkd.ensemble import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
+from lqkd.losses.ensembles import COMBINATIONS, Combination
+from lqkd.losses.taps import Taps
 from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
@@ -27,8 +31,9 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names
 from lqkd.modules.steps import total_steps
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.quantization import Quantizer, Recipe, initialize_quantizers, quantize_model, quantizers
-from lqkd.regularizers import Balance, FixedBalance, Regularizer
+from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
+from lqkd.quantization.modes import evaluating
+from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.teacher import FrozenTeacher
 
 
@@ -42,10 +47,12 @@ class Losses:
     """0-dim cross-entropy."""
     distill: Tensor
     """0-dim modulated distillation loss."""
-    divergence: Tensor
-    """(B, C) divergence map before modulation."""
-    weights: Tensor | None
-    """The regularizer's weights, broadcastable to the divergence map; None without a regularizer."""
+    parts: list[Part]
+    """Divergence maps before modulation and the regularizer's weights: one, or one a pair of taps or teacher."""
+    teacher: Tensor
+    """(B, C) logits that the student's are held against; the first teacher's where several are."""
+    student: Tensor
+    """(B, C) logits, differentiable."""
     balance: dict[str, Tensor]
     """Weight of each loss in the student's gradient, 0-dim each."""
     penalties: dict[str, Tensor]
@@ -62,19 +69,22 @@ class DistillModule(ImageClassifier):
     Only the student's optimizer counts as a step, so that ``global_step``, ``max_steps`` and the schedules count
     optimizer steps of the student: batches, when no gradients are accumulated.
 
-    Before each step the quantizers whose estimator follows the training (IR-Net) learn how much of it is done.
+    Before each step everything that follows the training (IR-Net's estimator, an adversarial player, a balance with a
+    ramp) learns how much of it is done.
 
     Attributes:
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
 
     Args:
-        teacher: the frozen teacher.
+        teacher: the frozen teacher, or an ensemble of them.
         student: the network to quantise and train, still in floating point.
         student_weights: ``builtin:NAME`` or a file with the student's float weights; null keeps its own.
         quantization: which layers get which quantizers and bits.
         regularizer: the learnable regularizer; null distils with the plain distillation loss.
-        distillation_loss: divergence between the logits of teacher and student.
+        distillation_loss: divergence between teacher and student: of logits, or of the features at ``taps``.
+        taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
+            of its own.
         balance: weighs the task loss against the distillation loss.
         student_optimizer: optimizer of the student; its quantizers' parameters get no weight decay.
         regularizer_optimizer: optimizer of the regularizer and of a learnable balance, which gets no weight decay.
@@ -88,16 +98,17 @@ class DistillModule(ImageClassifier):
         UsageError: when a setting is not possible.
     """
 
-    teacher: FrozenTeacher
+    teacher: FrozenTeacher | TeacherEnsemble
 
     def __init__(
         self,
-        teacher: FrozenTeacher,
+        teacher: FrozenTeacher | TeacherEnsemble,
         student: nn.Module,
         student_weights: str | None = None,
         quantization: Recipe = Recipe(),  # noqa: B008  (a plain default that the CLI can print)
         regularizer: Regularizer | None = None,
         distillation_loss: DistillationLoss | None = None,
+        taps: list[Tap] | None = None,
         balance: Balance | None = None,
         student_optimizer: OptimizerCallable = lambda p: SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
         regularizer_optimizer: OptimizerCallable = lambda p: Adam(p, lr=1e-3),
@@ -122,8 +133,14 @@ class DistillModule(ImageClassifier):
         self.student, self.coverage = quantize_model(student, quantization)
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
-        self.regularizer = regularizer
-        self.distillation_loss = distillation_loss or LogitResidual()
+        loss = distillation_loss or LogitResidual()
+        self.combination: Combination | None = None
+        if isinstance(teacher, TeacherEnsemble):
+            self.combination = COMBINATIONS[teacher.combination](len(teacher.teachers))
+        separate = self.combination is not None and self.combination.separate
+        count = self.combination.count if self.combination is not None and separate else 1
+        self.distillation = Distillation(loss, regularizer, taps or (), count)
+        self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
         self.student_optimizer = student_optimizer
         self.regularizer_optimizer = regularizer_optimizer
@@ -135,12 +152,17 @@ class DistillModule(ImageClassifier):
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self._total_steps: int | None = None
-        self._followers: list[Quantizer] = []
+        self._followers: list[Any] = []
         self._accumulated_samples = 0
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
         self._resumed = False
 
     # ---- before the first batch
+
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """The regularizer, the first of them where every pair of taps or teacher has its own."""
+        return cast(Regularizer, self.distillation.regularizers[0]) if self.distillation.regularizers else None
 
     def configure_callbacks(self) -> list[Any]:
         """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
@@ -152,13 +174,40 @@ class DistillModule(ImageClassifier):
         return self.student
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "teacher", self.teacher
+        if isinstance(self.teacher, TeacherEnsemble):
+            for number, teacher in enumerate(self.teacher.members(), 1):
+                yield f"teacher {number}", teacher
+        else:
+            yield "teacher", self.teacher
         yield "student", self.student
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         self.teacher.convert_from(getattr(data, "mean", None), getattr(data, "std", None))
+        if data is not None and hasattr(data, "class_names"):
+            self.teacher.check_classes(data.class_names)
         super().setup(stage)
+        self._connect(getattr(data, "image_shape", None))
+
+    @torch.no_grad()
+    def _connect(self, image_shape: tuple[int, ...] | None) -> None:
+        """Make the connectors and tables of the distillation loss, which depend on shapes."""
+        distillation = self.distillation
+        if distillation.shapes is not None:
+            return
+        if image_shape is None:
+            if distillation.compares != "logits":
+                raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
+            shapes: Shapes = [(1, 0)] * len(distillation.losses)
+            distillation.connect(shapes, shapes)
+            return
+        with evaluating(self.student):
+            teachers, student, (features_t, features_s) = self._outputs(
+                torch.zeros(1, *image_shape, device=self.device)
+            )
+        if distillation.compares == "logits":
+            features_t, features_s = [teachers[0]] * len(distillation.losses), [student] * len(distillation.losses)
+        distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])
 
     def configure_optimizers(self) -> Any:
         steps = self._total_steps = total_steps(self.trainer, self.accumulate_grad_batches)
@@ -166,11 +215,11 @@ class DistillModule(ImageClassifier):
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
         for make, schedule, groups in (
-            (self.student_optimizer, self.student_schedule, student_groups(self.student)),
+            (self.student_optimizer, self.student_schedule, student_groups(self.student, self.distillation.losses)),
             (
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
-                regularizer_groups(self.regularizer, self.balance),
+                regularizer_groups(self.distillation.regularizers, self.balance, self.combination),
             ),
         ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
@@ -194,14 +243,18 @@ class DistillModule(ImageClassifier):
             raise UsageError(f"{of} needs to know the end of training: set trainer.max_epochs or max_steps")
         return min(1.0, self.global_step / max(1, self._total_steps))
 
-    def _drive_quantizers(self) -> None:
-        """Tell the quantizers whose estimator follows the training how much of it is done."""
-        for quantizer in self._followers:
-            quantizer.progress = self.progress(f"quantizer {type(quantizer).__name__}")
+    def _tell_progress(self) -> None:
+        """Tell everything that follows the training how much of it is done: quantizers, players, balances."""
+        for follower in self._followers:
+            follower.progress = self.progress(type(follower).__name__)
 
     def on_fit_start(self) -> None:
-        self._followers = [q for q in quantizers(self.student).values() if q.progress is not None]
-        self._drive_quantizers()
+        self._followers = [
+            module
+            for module in (*quantizers(self.student).values(), *self.distillation.modules(), self.balance)
+            if getattr(module, "progress", None) is not None
+        ]
+        self._tell_progress()
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
@@ -228,48 +281,100 @@ class DistillModule(ImageClassifier):
             ):
                 restore_settings(optimizer, config.scheduler, settings)
         self.student.train()  # a network that was handed over in eval mode would keep it
-        if self.regularizer is not None:
-            self.regularizer.train()
+        self.distillation.train()
 
     # ---- the path of a batch
 
+    def _outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Logits of every teacher and of the student, and what the taps see of both."""
+        taps = self.distillation.taps
+        if not taps:
+            answers = (
+                self.teacher.answers(images) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher(images)]
+            )
+            return [x.float() for x in answers], self.student(images).float(), ([], [])
+        assert isinstance(self.teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
+        teacher = Taps(self.teacher.network, [tap.teacher for tap in taps], "teacher")
+        student = Taps(self.student, [tap.student for tap in taps], "student")
+        with teacher.recording() as features_t:
+            answer = self.teacher(images).float()
+        with student.recording() as features_s:
+            logits = self.student(images).float()
+        return [answer], logits, (features_t, features_s)
+
     def losses(self, images: Tensor, labels: Tensor) -> Losses:
         """All losses of one batch: images (B, C, H, W) float, labels (B,) int64."""
-        teacher = self.teacher(images).float()
-        student = self.student(images).float()
-        if teacher.shape != student.shape:
+        teachers, student, features = self._outputs(images)
+        if teachers[0].shape != student.shape:
             raise UsageError(
-                f"numbers of classes differ (teacher {teacher.shape[1]}, student {student.shape[1]}): they must agree"
+                f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
+                "they must agree"
             )
         task = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
-        divergence = self.distillation_loss(teacher, student)
-        weights = None
-        modulated = divergence
-        if self.regularizer is not None:
-            weights = self.regularizer(teacher, student)
-            modulated = weights.detach() * divergence
-        distill = self.distillation_loss.reduce(modulated)
-        loss, balance = self.balance({"task": task, "distill": distill})
-        if self.regularizer is not None and weights is not None:
-            loss = loss + self.regularizer.objective(weights, divergence)
+        combined: Tensor | None = None
+        if self.combination is not None:
+            teachers, combined = self.combination(torch.stack(teachers), labels)
+        parts = self.distillation(teachers, student, labels, features)
+        self._look_ahead(parts, teachers, student, task, images, labels)
+        distill = self.distillation.reduce(parts)
+        loss, balance = self.balance({"task": task, "distill": distill}, student)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for penalty in penalties.values():
-            loss = loss + penalty
-        return Losses(loss, task, distill, divergence, weights, balance, penalties)
+        for term in (self.distillation.objective(parts), combined, *penalties.values()):
+            loss = loss if term is None else loss + term
+        return Losses(loss, task, distill, parts, teachers[0], student, balance, penalties)
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def _look_ahead(
+        self, parts: list[Part], teachers: list[Tensor], student: Tensor, task: Tensor, images: Tensor, labels: Tensor
+    ) -> None:
+        """Tell the parts how they agree with the task, where a player asks."""
+        player = None if self.regularizer is None else self.regularizer.player
+        if not isinstance(player, LookAhead):
+            return
+        if player.exact:
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels)
+        else:
+            (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
+            self.distillation.look_ahead(parts, teachers, student, labels, gradient * len(labels))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
-        self._drive_quantizers()
+        self._tell_progress()
         losses = self.losses(images, labels)
+        gradients = self._gradients(losses) if self.watch_gradients else None
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
         self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=len(labels))
-        outputs = {"loss": losses.loss.detach(), "divergence": losses.divergence.detach(), "labels": labels}
-        if losses.weights is not None:
-            outputs["weights"] = losses.weights.detach()
+        outputs: dict[str, Any] = {
+            "loss": losses.loss.detach(),
+            "labels": labels,
+            "teacher": losses.teacher,
+            "student": losses.student.detach(),
+            "balance": losses.balance,
+            "divergence": [part.divergence.detach() for part in losses.parts],
+        }
+        if self.regularizer is not None:
+            outputs["weights"] = [part.weights.detach() for part in losses.parts if part.weights is not None]
+        for name in ("divergence", "weights"):
+            if name in outputs and len(outputs[name]) == 1:
+                outputs[name] = outputs[name][0]
+        if gradients is not None:
+            outputs["gradients"] = gradients
         return outputs
+
+    def _gradients(self, losses: Losses) -> dict[str, Tensor]:
+        """Gradients at the student's logits, (B, C), of the task and of distillation with and without modulation.
+
+        Distillation by features does not pass the logits and has none.
+        """
+        plain = self.distillation.reduce(losses.parts, weighted=False)
+        wanted = {"task": losses.task, "distill": losses.distill, "plain": plain}
+        found = {
+            name: torch.autograd.grad(loss, losses.student, retain_graph=True, allow_unused=True)[0]
+            for name, loss in wanted.items()
+        }
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def _step_players(self, loss: Tensor, samples: int, batch_idx: int) -> None:
         """Accumulate the gradient of one batch and, at the end of a group of batches, step both players."""
@@ -326,9 +431,12 @@ class DistillModule(ImageClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["references"] = self.references
+        checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
+        if checkpoint.get("distillation_shapes") is not None:
+            self.distillation.connect(*checkpoint["distillation_shapes"])
         self._resumed = True

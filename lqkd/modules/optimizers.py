@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lqkd.quantization import quantizers
-from lqkd.regularizers import Balance, Regularizer
+from lqkd.regularizers import Balance
 
 SETTINGS_IN_CHECKPOINT = {
     f"model.{player}_{what}.{key}"
@@ -20,21 +20,25 @@ SETTINGS_IN_CHECKPOINT = {
 """Settings whose state a checkpoint carries, and which a resumed run can therefore not change."""
 
 
-def student_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups ``student`` and ``student_quantizers``, the latter without weight decay."""
+def student_groups(student: nn.Module, losses: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups ``student``, ``student_quantizers``, without weight decay, and ``connectors`` of the losses."""
     own = {id(p) for quantizer in quantizers(student).values() for p in quantizer.parameters()}
     parameters = list(student.parameters())
     return _non_empty(
         _group("student", (p for p in parameters if id(p) not in own)),
         _group("student_quantizers", (p for p in parameters if id(p) in own), weight_decay=0.0),
+        _group("connectors", losses.parameters()),
     )
 
 
-def regularizer_groups(regularizer: Regularizer | None, balance: Balance) -> list[dict[str, Any]]:
-    """Parameter groups ``regularizer`` and ``balance``, the latter without weight decay; none without parameters."""
+def regularizer_groups(
+    regularizers: nn.Module, balance: Balance, combination: nn.Module | None
+) -> list[dict[str, Any]]:
+    """Parameter groups ``regularizer``, ``balance`` and ``teachers``, only the first with weight decay."""
     return _non_empty(
-        _group("regularizer", () if regularizer is None else regularizer.parameters()),
+        _group("regularizer", regularizers.parameters()),
         _group("balance", balance.parameters(), weight_decay=0.0),
+        _group("teachers", () if combination is None else combination.parameters(), weight_decay=0.0),
     )
 
 

@@ -90,11 +90,17 @@ class _Quantize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         order = _memory_order(x, ctx.channel_axis)
         flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
-        gradient_x, *gradients_p = _run(
-            ctx.kernel.backward, gradient, flat, *_operands(x, parameters, ctx.constants, ctx.tables)
-        )
+        operands = _operands(x, parameters, ctx.constants, ctx.tables)
+        if torch.is_grad_enabled():
+            # The graph of the gradient is asked for: it is linear in the incoming gradient, and straight-through
+            # estimators have no second derivative in anything else.
+            gradient = gradients[0].permute(order).reshape(flat.shape)
+            gradient_x, *gradients_p = ctx.kernel.backward(gradient, flat, *operands)
+        else:
+            gradient_x, *gradients_p = _run(ctx.kernel.backward, gradient, flat, *operands)
         reduced = [g.view(p.shape).to(p.dtype) for g, p in zip(gradients_p, parameters, strict=True)]
-        return None, None, None, None, _unflatten(gradient_x, x, order), *reduced
+        unflatten = _view_as if torch.is_grad_enabled() else _unflatten
+        return None, None, None, None, unflatten(gradient_x, x, order), *reduced
 
 
 def _operands(
@@ -133,9 +139,12 @@ def _flatten(x: Tensor, order: list[int], channel_axis: int | None) -> Tensor:
 
 
 def _unflatten(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    return _view_as(flat, like, order).data  # no view either, since a network may add to the result in place
+
+
+def _view_as(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
     inverse = sorted(range(like.ndim), key=order.__getitem__)
-    # No view either, since a network may add to the result in place.
-    return flat.view([like.shape[axis] for axis in order]).permute(inverse).data
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
 
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:

@@ -22,7 +22,7 @@ class Balance(nn.Module, ABC):
     """Multiplies the regularizer optimizer's learning rate for the parameters of this balance."""
 
     @abstractmethod
-    def forward(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, 0-dim, and the weight of each loss, 0-dim and detached."""
 
 
@@ -46,7 +46,7 @@ class FixedBalance(Balance):
             raise UsageError("balance task=0 and distill=0 leave nothing to train on: one must be greater than 0")
         self.weights = {"task": float(task), "distill": float(distill)}
 
-    def forward(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         return total, {name: loss.new_tensor(self.weights[name]) for name, loss in losses.items()}
 
@@ -82,7 +82,7 @@ class BoundedUncertaintyBalance(Balance):
         raw = {"task": self.task, "distill": self.distill}
         return {name: (self.bound * (p / self.bound).tanh()).exp() for name, p in raw.items()}
 
-    def forward(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         scalars = self.scalars()
         weights = {name: 0.5 / scalars[name].square() for name in losses}
         terms = [weights[name] * loss + scalars[name].square().log1p() for name, loss in losses.items()]

@@ -88,11 +88,32 @@ class LookAhead(Player):
 
     A step along the negative gradient of ``sum w_i D_i`` at the student's logits changes the task loss by ``-sum w_i
     a_i`` to first order, with ``a_i = <grad D_i, grad task>``. This is the meta-gradient of learning to reweight (Ren
-    et al., arXiv 1803.09050, eq. 12) taken at the logits, where it costs no further pass through the network.
+    et al., arXiv 1803.09050) taken at the logits, where it costs no further pass through the network. The exact form
+    takes the step in the student's parameters and differentiates the task loss after it, which costs two more forward
+    and backward passes: for small networks. With several processes each looks at its own part of the batch there.
+
+    Args:
+        exact: whether to take the step in the parameters instead of at the logits.
+        step_size: learning rate of the exact form's step.
+        held_out: whether the exact form measures the task on the other half of the batch (Shu et al., arXiv 1902.07379,
+            measure it on a clean set).
+
+    Raises:
+        UsageError: when an argument is not possible.
     """
 
     maximises = True
     needs_alignment = True
+
+    def __init__(self, exact: bool = False, step_size: float = 0.01, held_out: bool = False) -> None:
+        super().__init__()
+        if not (math.isfinite(step_size) and step_size > 0):
+            raise UsageError(f"player step_size={step_size!r} is not possible: it must be a positive number")
+        if held_out and not exact:
+            raise UsageError(
+                "player held_out=true is not possible with exact=false, which looks at each sample's own task"
+            )
+        self.exact, self.step_size, self.held_out = exact, float(step_size), held_out
 
     def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
         assert alignment is not None

@@ -32,6 +32,8 @@ class LearnableTable(Regularizer):
 
     def connect(self, kind: MapKind, channels: int) -> None:
         super().connect(kind, channels)
+        if channels < 1:
+            raise UsageError("LearnableTable needs the number of classes: use a DataModule that tells its image_shape")
         self.logarithms = nn.Parameter(torch.zeros(channels))
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
