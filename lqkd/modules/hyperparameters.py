@@ -6,7 +6,6 @@ import inspect
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from torch import nn
 
 
 def save_plain_hyperparameters(module: LightningModule) -> None:
@@ -27,4 +26,8 @@ def save_plain_hyperparameters(module: LightningModule) -> None:
 
 
 def _plain(value: object) -> bool:
-    return not isinstance(value, nn.Module) and isinstance(value, int | float | str | bool | type(None) | list | dict)
+    if isinstance(value, list):
+        return all(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_plain(item) for item in value.values())
+    return isinstance(value, int | float | str | bool | type(None))

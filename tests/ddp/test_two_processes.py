@@ -66,6 +66,17 @@ def test_two_processes_train_like_one_with_the_same_global_batch(results: dict[s
     torch.testing.assert_close(results["two"][0]["steps"][-1], results["one"]["steps"][-1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("player", ["cooperative", "adversarial", "look_ahead"])
+def test_every_player_trains_two_processes_like_one(tmp_path: Path, player: str) -> None:
+    """Weights of mean one, over both processes, after six steps; to the tolerance of the test above."""
+    first, second = run_workers(tmp_path, 2, batch_size=16, player=player, guard="entropy")
+    one = run_workers(tmp_path, 1, batch_size=32, player=player, guard="entropy")[0]
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    assert not torch.equal(first["steps"][-1], first["steps"][0])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
 def test_accuracies_are_exact_over_both_ranks(results: dict[str, Any]) -> None:
     for key in ("teacher_accuracy", "test_accuracy"):
         assert results["two"][0][key] == results["two"][1][key]

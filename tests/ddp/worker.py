@@ -16,7 +16,7 @@ from torch import nn
 
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import BoundedUncertaintyBalance
+from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP
 from tests.conftest import digits, distiller, parameters_of
 
 
@@ -33,7 +33,14 @@ class Watch(Callback):
 
 
 def main(
-    output: str, processes: int, batch_size: int, accumulate: int = 1, samples: int = 192, oscillation: bool = False
+    output: str,
+    processes: int,
+    batch_size: int,
+    accumulate: int = 1,
+    samples: int = 192,
+    oscillation: bool = False,
+    player: str = "cooperative",
+    guard: str = "barrier",
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -41,6 +48,8 @@ def main(
     module = distiller(
         student=student,
         quantization=Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
+        regularizer=ElementwiseMLP(hidden=8, player=player, guard=guard),
+        regularizer_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),  # Adam would divide by gradients of rounding size
         balance=BoundedUncertaintyBalance(),
         accumulate_grad_batches=accumulate,
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
