@@ -29,7 +29,7 @@ class TeacherEnsemble(nn.Module):
     """
 
     def __init__(
-        self, teachers: Sequence[FrozenTeacher], combination: str = "mean", minimum_accuracy: float | None = None
+        self, teachers: list[FrozenTeacher], combination: str = "mean", minimum_accuracy: float | None = None
     ) -> None:
         super().__init__()
         if len(teachers) < 2:
