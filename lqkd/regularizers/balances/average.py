@@ -42,10 +42,10 @@ class DynamicWeightAverage(Balance):
         self.register_buffer("means", torch.ones(2, 2))  # of the epochs t - 1 and t - 2
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, None]:
         if self.training:
             # Of all processes at every batch: a checkpoint within an epoch holds what one of them knows.
-            self.sums.add_(mean_over_processes(losses.detach()).clamp(max=1e30))
+            self.sums.add_(mean_over_processes(losses).clamp(max=1e30))
             self.batches.add_(1)
         last, before = self.means
         falls = (last.clamp_min(1e-12) / before.clamp_min(1e-12)).clamp(max=1e6)

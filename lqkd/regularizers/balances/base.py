@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.regularizers.balances.norms import output_gradient_norms
 
 LOSSES = ("task", "distill")
 """The losses that are balanced, in the order of every vector of two in a balance."""
@@ -78,13 +79,13 @@ class Balance(nn.Module, ABC):
         self.progress: float | None = None if teacher_share is None else 0.0
 
     @abstractmethod
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What this balance wants: the weights (2,), detached, and the term that it learns from, 0-dim, if it learns.
 
         Args:
-            losses: (2,) in the order of :data:`LOSSES`, with the student's graph.
-            output: the student's logits (B, C) that both losses come from, with their graph; only where it
-                :attr:`needs_output`.
+            losses: (2,) in the order of :data:`LOSSES`, of this process, detached.
+            norms: (2,) of the gradients of both losses at the student's logits, of all processes, detached; only in
+                training and where it :attr:`needs_output`.
         """
 
     def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,12 +96,16 @@ class Balance(nn.Module, ABC):
             output: the student's logits (B, C) with their graph, for a balance that :attr:`needs_output`.
 
         Raises:
-            UsageError: when the logits are needed and missing.
+            UsageError: when the logits are needed and missing, or a loss does not depend on them.
         """
         if self.needs_output and output is None:
             raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
-        values = torch.stack([losses[name] for name in LOSSES])
-        wanted, term = self.propose(values, output)
+        losses = {name: losses[name] for name in LOSSES}
+        norms = None
+        if output is not None and self.needs_output and self.training and torch.is_grad_enabled():
+            norms = output_gradient_norms(losses, output)
+        values = torch.stack([*losses.values()])
+        wanted, term = self.propose(values.detach(), norms)
         weights = self._bounded(self._led(self._bounded(wanted)))
         total = (weights * values).sum()
         if term is not None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.gradients import output_gradient_norms
 from lqkd.regularizers.reduction import mean_over_processes
 
 
@@ -20,8 +19,8 @@ class OutputGradNorm(Balance):
     ``L_grad = sum_i |G_i - mean(G) * r_i**alpha|`` with ``G_i`` the norm of the gradient of ``w_i L_i`` and ``r_i =
     (L_i / L_i(0)) / mean_j(L_j / L_j(0))``, the target ``mean(G) * r_i**alpha`` held: the loss that has fallen less
     is given the larger gradient. Chen et al., "GradNorm" (arXiv 1711.02257) measure the gradients at the last shared
-    weights; here it is at the logits (:func:`output_gradient_norms`), which costs no pass through the network and
-    leaves out what the network does to both gradients. Their weights are renormalised to a sum of 2 after each step,
+    weights; here it is at the logits (:func:`~lqkd.regularizers.balances.norms.output_gradient_norms`), which costs no
+    pass through the network and leaves out what the network does to both gradients. Their weights are renormalised to a sum of 2 after each step,
     which the softmax does here. ``L_i(0)`` is the loss of the first batch.
 
     Args:
@@ -55,17 +54,16 @@ class OutputGradNorm(Balance):
         self.register_buffer("initial", torch.ones(2))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert output is not None
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # Only the difference of both counts. Kept where the weights are within their bounds, it cannot run away.
         self.v.data.sub_(self.v.data.mean()).clamp_(-self._range, self._range)
         weights = 2 * self.v.softmax(0)
-        if not (self.training and torch.is_grad_enabled()):
+        if norms is None:
             return weights.detach(), None
-        values = mean_over_processes(losses.detach()).clamp(1e-12, 1e12)
+        values = mean_over_processes(losses).clamp(1e-12, 1e12)
         self.initial.copy_(torch.where(self.steps == 0, values, self.initial))
         self.steps.add_(1)
-        norms = weights * output_gradient_norms(losses, output)
+        norms = weights * norms
         rates = values / self.initial
         target = norms.detach().mean() * (rates / rates.mean()) ** self.alpha
         return weights.detach(), (norms - target).abs().sum()

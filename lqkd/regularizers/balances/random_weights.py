@@ -38,7 +38,7 @@ class RandomBalance(Balance):
         self._steps: int | None = None  # the same number, known without asking the device
         self.register_load_state_dict_post_hook(_forget_steps)
 
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, None]:
         if self._steps is None:
             self._steps = int(self.steps)
         # A text is hashed as a whole: neighbouring seeds and steps have nothing in common.

@@ -64,7 +64,7 @@ class ScheduledBalance(Balance):
         self.register_buffer("first", torch.tensor([float(task), float(start)]), persistent=False)
         self.register_buffer("last", torch.tensor([float(task), float(end)]), persistent=False)
 
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, None]:
         assert self.progress is not None
         if self.progress >= self.finish:
             return self.last, None

@@ -48,11 +48,11 @@ class _ScalarBalance(Balance):
     def penalty(self, scalars: Tensor) -> Tensor:
         """What keeps each weight from vanishing, in the shape of the scalars."""
 
-    def propose(self, losses: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
         self.scalars.data.clamp_(*self._range)
         weights = (self.at_zero + self.slope * self.scalars).exp()
         constant = weights.detach()
-        seen = losses.detach().clamp(max=_LARGEST_LOSS)
+        seen = losses.clamp(max=_LARGEST_LOSS)
         # The difference is 0 and has the gradient of w * L: the student's own sum has that value already.
         return constant, ((weights - constant) * seen + self.penalty(self.scalars)).sum()
 
