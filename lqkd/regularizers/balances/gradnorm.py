@@ -20,8 +20,8 @@ class OutputGradNorm(Balance):
     (L_i / L_i(0)) / mean_j(L_j / L_j(0))``, the target ``mean(G) * r_i**alpha`` held: the loss that has fallen less
     is given the larger gradient. Chen et al., "GradNorm" (arXiv 1711.02257) measure the gradients at the last shared
     weights; here it is at the logits (:func:`~lqkd.regularizers.balances.norms.output_gradient_norms`), which costs no
-    pass through the network and leaves out what the network does to both gradients. Their weights are renormalised to a sum of 2 after each step,
-    which the softmax does here. ``L_i(0)`` is the loss of the first batch.
+    pass through the network and leaves out what the network does to both gradients. Their weights are renormalised to a
+    sum of 2 after each step, which the softmax does here. ``L_i(0)`` is the loss of the first batch.
 
     Args:
         alpha: how strongly the target follows the training rates, >= 0.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
+from lqkd.regularizers.reduction import mean_over_processes
 
-_LARGEST_LOSS = 1e12  # that the scalars see: beyond it, the second moments of Adam would overflow
+_LARGEST_WEIGHTED_LOSS = 10.0  # that a scalar learns from
 
 
 class _ScalarBalance(Balance):
@@ -23,8 +24,9 @@ class _ScalarBalance(Balance):
     descent does. Bounds on the weights alone would let a scalar run away beyond them, and it would take as long to
     come back.
 
-    Needs no communication between processes: the gradient is linear in the losses, so that the mean that
-    data-parallel training takes of the gradients is the gradient of the whole batch.
+    At the optimum ``w_i L_i`` is at most 1. A scalar learns from at most 10 of it, or one exploding batch would fill
+    the second moment of Adam and stop it for thousands of steps. What it learns from is the mean loss of all
+    processes.
     """
 
     learning_rate_factor = 10.0  # two scalars on a log scale: Adam moves each by about one learning rate a step
@@ -52,7 +54,7 @@ class _ScalarBalance(Balance):
         self.scalars.data.clamp_(*self._range)
         weights = (self.at_zero + self.slope * self.scalars).exp()
         constant = weights.detach()
-        seen = losses.clamp(max=_LARGEST_LOSS)
+        seen = mean_over_processes(losses).minimum(_LARGEST_WEIGHTED_LOSS / constant)
         # The difference is 0 and has the gradient of w * L: the student's own sum has that value already.
         return constant, ((weights - constant) * seen + self.penalty(self.scalars)).sum()
 

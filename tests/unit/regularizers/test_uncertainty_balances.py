@@ -104,3 +104,14 @@ def test_the_scalars_learn_while_the_teacher_leads(kind: type[Balance]) -> None:
     balance.progress = 1.0
     free = balance(losses(2.0, 8.0))[1]
     assert free["distill"].item() == pytest.approx(OPTIMA[kind](8.0), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_exploding_loss_does_not_stop_a_scalar(kind: type[Balance]) -> None:
+    balance = kind()
+    optimizer = torch.optim.Adam(balance.parameters(), lr=0.01)
+    for step in range(1500):
+        optimizer.zero_grad()
+        balance(losses(1e30 if step == 5 else 0.2, 1.0))[0].backward()
+        optimizer.step()
+    assert balance(losses(0.2, 1.0))[1]["task"].item() == pytest.approx(OPTIMA[kind](0.2), rel=2e-2)
