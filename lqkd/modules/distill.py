@@ -142,6 +142,11 @@ class DistillModule(ImageClassifier):
         self.distillation = Distillation(loss, regularizer, taps or (), count)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
+        if self.balance.needs_output and loss.compares != "logits":
+            raise UsageError(
+                f"balance {type(self.balance).__name__} measures gradients at the logits: it needs a distillation_loss "
+                f"that compares logits, which {type(loss).__name__} does not"
+            )
         self.student_optimizer = student_optimizer
         self.regularizer_optimizer = regularizer_optimizer
         self.student_schedule = student_schedule or Cosine()
@@ -282,6 +287,7 @@ class DistillModule(ImageClassifier):
                 restore_settings(optimizer, config.scheduler, settings)
         self.student.train()  # a network that was handed over in eval mode would keep it
         self.distillation.train()
+        self.balance.train()
 
     # ---- the path of a batch
 
@@ -417,6 +423,7 @@ class DistillModule(ImageClassifier):
                 config.scheduler.step()  # type: ignore[call-arg]  # Schedule refuses ReduceLROnPlateau
 
     def on_train_epoch_end(self) -> None:
+        self.balance.on_epoch_end()
         self._step_schedulers("epoch")
 
     # ---- state

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from lqkd.regularizers.balances import Balance, BoundedUncertaintyBalance, FixedBalance
+from lqkd.regularizers.balances import (
+    Balance,
+    BoundedUncertaintyBalance,
+    DynamicWeightAverage,
+    FixedBalance,
+    ImpartialBalance,
+    OutputGradientBalance,
+    OutputGradNorm,
+    RandomBalance,
+    ScheduledBalance,
+    UncertaintyBalance,
+)
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.convolutional import ConvModulator
 from lqkd.regularizers.elementwise import ElementwiseMLP
@@ -22,16 +33,23 @@ __all__ = [
     "BoundedUncertaintyBalance",
     "ConvModulator",
     "Cooperative",
+    "DynamicWeightAverage",
     "ElementwiseMLP",
     "Entropy",
     "FixedBalance",
     "Guard",
+    "ImpartialBalance",
     "LearnableTable",
     "LookAhead",
     "MeanOne",
     "NoGuard",
+    "OutputGradNorm",
+    "OutputGradientBalance",
     "Player",
+    "RandomBalance",
     "Regularizer",
     "SampleWeight",
+    "ScheduledBalance",
+    "UncertaintyBalance",
     "alignment",
 ]

@@ -23,6 +23,7 @@ from lqkd.regularizers import (
     FixedBalance,
     LearnableTable,
     LookAhead,
+    OutputGradientBalance,
     Regularizer,
     SampleWeight,
 )
@@ -120,6 +121,10 @@ def test_what_depends_on_shapes_comes_back_from_a_checkpoint(make_trainer: MakeT
                 "regularizer": SampleWeight(guard="entropy", player="look_ahead"),
             },
             "player LookAhead cannot look ahead from features",
+        ),
+        (
+            {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "balance": OutputGradientBalance()},
+            "balance OutputGradientBalance measures gradients at the logits",
         ),
         (
             {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "teacher": ensemble("separate")},

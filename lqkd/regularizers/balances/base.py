@@ -1,0 +1,133 @@
+"""What a balance is: two weights, the bounds they keep, and a beginning in which the teacher leads."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.regularizers.balances.norms import output_gradient_norms
+
+LOSSES = ("task", "distill")
+"""The losses that are balanced, in the order of every vector of two in a balance."""
+
+
+class Balance(nn.Module, ABC):
+    """``L = w_task * L_task + w_distill * L_distill``, with weights that each balance chooses in its own way.
+
+    What a balance wants passes two steps that are the same for all of them:
+
+    - *The teacher leads.* With ``teacher_share``, distillation first has this share of the sum of both weights,
+      whatever the balance wants; from ``hold`` to ``release`` the share moves in a straight line to what it wants.
+      The sum of both weights stays the balance's. A balance that learns does so from the beginning. Weights that
+      follow ``1 / loss`` would otherwise turn the teacher down while the student is far from it, which is when it is
+      needed most.
+    - *Bounds.* Each weight is kept within ``minimum`` and ``maximum``, which have the last word.
+
+    The student sees the weights as constants. What a balance learns it learns from a term of its own, whose graph
+    touches nothing else, so that both share one backward pass. State that outlives a step is in the ``state_dict``.
+
+    Args:
+        minimum: lower bound of each weight, >= 0.
+        maximum: upper bound of each weight, > ``minimum``; infinity (``.inf`` in YAML) for none.
+        teacher_share: share of distillation in the sum of both weights at first, 0 to 1; None for what the balance
+            wants throughout.
+        hold: part of the training until which the share is fixed, 0 to 1.
+        release: part of the training from which on the balance is free, ``hold`` to 1.
+
+    Attributes:
+        progress: the part of the training that is done, 0 to 1, for a balance that depends on it, to be set before
+            each step; None for others.
+
+    Raises:
+        UsageError: when bounds, share or parts are out of range.
+    """
+
+    learning_rate_factor: ClassVar[float] = 1.0
+    """Multiplies the regularizer optimizer's learning rate for the parameters of this balance."""
+    needs_output: ClassVar[bool] = False
+    """Whether it measures gradients at the student's logits."""
+
+    def __init__(
+        self,
+        minimum: float = 0.0,
+        maximum: float = math.inf,
+        teacher_share: float | None = None,
+        hold: float = 0.2,
+        release: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 <= minimum < maximum:
+            raise UsageError(
+                f"balance minimum={minimum!r}, maximum={maximum!r} is not possible: 0 <= minimum < maximum is needed"
+            )
+        if teacher_share is not None and not 0 <= teacher_share <= 1:
+            raise UsageError(
+                f"balance teacher_share={teacher_share!r} is not possible: it must be >= 0 and <= 1, or null"
+            )
+        if not 0 <= hold <= release <= 1:
+            raise UsageError(
+                f"balance hold={hold!r}, release={release!r} is not possible: 0 <= hold <= release <= 1 is needed"
+            )
+        self.minimum, self.maximum = float(minimum), float(maximum)
+        self.teacher_share = teacher_share
+        self.hold, self.release = float(hold), float(release)
+        self.progress: float | None = None if teacher_share is None else 0.0
+
+    @abstractmethod
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What this balance wants: the weights (2,), detached, and the term that it learns from, 0-dim, if it learns.
+
+        Args:
+            losses: (2,) in the order of :data:`LOSSES`, of this process, detached.
+            norms: (2,) of the gradients of both losses at the student's logits, of all processes, detached; only in
+                training and where it :attr:`needs_output`.
+        """
+
+    def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss, 0-dim, and the weight of each loss in the student's gradient, 0-dim and detached.
+
+        Args:
+            losses: ``{"task": ..., "distill": ...}``, 0-dim each.
+            output: the student's logits (B, C) with their graph, for a balance that :attr:`needs_output`.
+
+        Raises:
+            UsageError: when the logits are needed and missing, or a loss does not depend on them.
+        """
+        if self.needs_output and output is None:
+            raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
+        losses = {name: losses[name] for name in LOSSES}
+        norms = None
+        if output is not None and self.needs_output and self.training and torch.is_grad_enabled():
+            norms = output_gradient_norms(losses, output)
+        values = torch.stack([*losses.values()])
+        wanted, term = self.propose(values.detach(), norms)
+        weights = self._bounded(self._led(self._bounded(wanted)))
+        total = (weights * values).sum()
+        if term is not None:
+            total = total + term
+        return total, dict(zip(LOSSES, weights.unbind(), strict=True))
+
+    def on_epoch_end(self) -> None:
+        """Called after every epoch of training, on all processes."""
+
+    def _led(self, wanted: Tensor) -> Tensor:
+        """The weights (2,) with the share of distillation that this moment of the training asks for."""
+        if self.teacher_share is None:
+            return wanted
+        assert self.progress is not None
+        if self.progress >= self.release:
+            return wanted
+        total = wanted.sum()
+        free = max(0.0, self.progress - self.hold) / max(self.release - self.hold, 1e-12)
+        distill = (1 - free) * self.teacher_share * total + free * wanted[1]
+        return torch.stack([total - distill, distill])
+
+    def _bounded(self, weights: Tensor) -> Tensor:
+        if self.minimum == 0 and self.maximum == math.inf:  # what is wanted is never negative
+            return weights
+        return weights.clamp(self.minimum, self.maximum)

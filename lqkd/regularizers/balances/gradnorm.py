@@ -1,0 +1,69 @@
+"""GradNorm, with gradients measured at the student's logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.regularizers.balances.base import Balance
+from lqkd.regularizers.reduction import mean_over_processes
+
+
+class OutputGradNorm(Balance):
+    """GradNorm at the logits: weights ``w = 2 softmax(v)``, with v trained on the mismatch of gradient norms only.
+
+    ``L_grad = sum_i |G_i - mean(G) * r_i**alpha|`` with ``G_i`` the norm of the gradient of ``w_i L_i`` and ``r_i =
+    (L_i / L_i(0)) / mean_j(L_j / L_j(0))``, the target ``mean(G) * r_i**alpha`` held: the loss that has fallen less
+    is given the larger gradient. Chen et al., "GradNorm" (arXiv 1711.02257) measure the gradients at the last shared
+    weights; here it is at the logits (:func:`~lqkd.regularizers.balances.norms.output_gradient_norms`), which costs no
+    pass through the network and leaves out what the network does to both gradients. Their weights are renormalised to a
+    sum of 2 after each step, which the softmax does here. ``L_i(0)`` is the loss of the first batch.
+
+    Args:
+        alpha: how strongly the target follows the training rates, >= 0.
+        minimum: lower bound of each weight, > 0 and < 1.
+        maximum: upper bound of each weight, > 1; the sum of both is 2.
+        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+
+    Raises:
+        UsageError: when alpha is negative, the bounds do not enclose 1, or a loss does not depend on the logits.
+    """
+
+    learning_rate_factor = 10.0
+    needs_output = True
+    initial: Tensor
+    steps: Tensor
+
+    def __init__(self, alpha: float = 1.5, minimum: float = 1e-3, maximum: float = 2.0, **limits: Any) -> None:
+        super().__init__(minimum, maximum, **limits)
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise UsageError(f"balance alpha={alpha!r} is not possible: it must be a finite number >= 0")
+        if not 0 < minimum < 1 < maximum:
+            raise UsageError(
+                f"balance minimum={minimum!r}, maximum={maximum!r} is not possible for weights of mean 1: "
+                "0 < minimum < 1 < maximum is needed"
+            )
+        self.alpha = float(alpha)
+        self.v = nn.Parameter(torch.zeros(2))
+        smallest = max(minimum, 2 - maximum)
+        self._range = 0.5 * math.log((2 - smallest) / smallest)
+        self.register_buffer("initial", torch.ones(2))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # Only the difference of both counts. Kept where the weights are within their bounds, it cannot run away.
+        self.v.data.sub_(self.v.data.mean()).clamp_(-self._range, self._range)
+        weights = 2 * self.v.softmax(0)
+        if norms is None:
+            return weights.detach(), None
+        values = mean_over_processes(losses).clamp(1e-12, 1e12)
+        self.initial.copy_(torch.where(self.steps == 0, values, self.initial))
+        self.steps.add_(1)
+        norms = weights * norms
+        rates = values / self.initial
+        target = norms.detach().mean() * (rates / rates.mean()) ** self.alpha
+        return weights.detach(), (norms - target).abs().sum()
