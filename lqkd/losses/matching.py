@@ -44,9 +44,7 @@ def check_comparable(
         raise UsageError(f"{shapes}: sequences must have the same number of tokens")
 
 
-def only_pair(
-    loss: str, teacher: Sequence[torch.Size], student: Sequence[torch.Size]
-) -> tuple[torch.Size, torch.Size]:
+def only_pair(loss: str, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> tuple[torch.Size, torch.Size]:
     """The two shapes of a loss that compares one pair of taps; UsageError when there are more."""
     if len(teacher) != 1 or len(student) != 1:
         raise UsageError(f"{loss} cannot compare {len(teacher)} pairs of taps: it takes one pair")
