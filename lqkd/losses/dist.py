@@ -15,8 +15,8 @@ class DIST(DistillationLoss):
 
     Huang et al., "Knowledge Distillation from A Stronger Teacher", arXiv 2205.10536: ``p = softmax(z / tau)``, r is
     Pearson's correlation, over the classes of a sample i (inter-class) and over the samples of a class c (intra-class).
-    ``tau**2`` is that of the published code. A correlation does not shrink with the temperature as a divergence does, so
-    that here the gradient grows with ``tau**2``.
+    The factor ``tau**2`` is that of the published code. A correlation does not shrink with the temperature as a
+    divergence does: here the gradient grows with ``tau**2``.
 
     Since ``1 - r`` is half the squared distance of the two vectors once they are centred and scaled to length 1, there
     is an elementwise map (B, C) of non-negative numbers with this loss as its reduction, the sum over classes and the

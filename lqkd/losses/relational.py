@@ -23,7 +23,8 @@ class RKD(DistillationLoss):
 
     Element j of the map (B,) is what sample j contributes, as one end of the distances and as the vertex of the angles;
     the loss is the mean. Moving, rotating or scaling a network's features as a whole changes nothing, and the
-    numbers of channels need not agree. L_D is 0 for a batch of one, L_A for one of two too. Memory grows with C * B**2 and B**3.
+    numbers of channels need not agree. L_D is 0 for a batch of one, L_A for one of two too. Memory grows with C * B**2
+    and B**3.
 
     The batch is that of one process.
 

@@ -14,8 +14,8 @@ class SimilarityPreserving(DistillationLoss):
 
     Tung & Mori, arXiv 1907.09682. F is (B, everything else): features of any two shapes can be compared, and each
     network's may be scaled or rotated. Element i of the map (B,) is the mean of ``(G_T - G_S)**2`` over row i, what the
-    similarities of sample i contribute; the loss is its mean. Since rows have length 1, the loss falls as 1 / B with the
-    size of the batch. The published weight is 3000 beside the task loss.
+    similarities of sample i contribute; the loss is its mean. Since rows have length 1, the loss falls as 1 / B with
+    the size of the batch. The published weight is 3000 beside the task loss.
 
     The batch is that of one process.
     """

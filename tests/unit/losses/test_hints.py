@@ -79,7 +79,8 @@ def test_the_connector_is_made_before_training_and_never_in_forward() -> None:
     loss = connected(teacher, student)
     before = {name: id(p) for name, p in loss.named_parameters()}
     loss(teacher, student)
-    assert before and before == {name: id(p) for name, p in loss.named_parameters()}
+    assert before
+    assert before == {name: id(p) for name, p in loss.named_parameters()}
 
 
 def test_different_channels_need_connect() -> None:

@@ -85,6 +85,19 @@ def test_samples_that_coincide_only_in_the_student_get_no_exploding_gradient() -
     assert student.grad.abs().max() < 1e3
 
 
+def test_where_samples_coincide_the_angle_at_them_has_cosine_zero() -> None:
+    teacher, student = features(4, 3), features(4, 3, seed=1)
+    student[1] = student[0]
+    t, s = angles(teacher.tolist()), {}
+    for i, j, k in permutations(range(4), 3):
+        known = {i, j} != {0, 1} and {k, j} != {0, 1}
+        a, b = student[i] - student[j], student[k] - student[j]
+        s[i, j, k] = (a @ b / (a.norm() * b.norm())).item() if known else 0.0
+    loss = RKD(0.0, 1.0)
+    expected = sum(huber(t[key], s[key]) for key in t) / len(t)
+    assert loss.reduce(loss(teacher, student)).item() == pytest.approx(expected)
+
+
 def test_a_batch_of_two_has_distances_but_no_angles() -> None:
     teacher, student = features(2, 4), features(2, 4, seed=1)
     torch.testing.assert_close(RKD(1.0, 5.0)(teacher, student), torch.zeros(2, dtype=torch.float64))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.losses import DIST, DKD, Hints, HintonKL, LogitResidual, Standardized
+from lqkd.losses import DIST, DKD, HintonKL, Hints, LogitResidual, Standardized
 
 
 def logits(samples: int = 6, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,8 @@ def test_equal_logits_get_no_gradient_instead_of_a_nan() -> None:
 
 
 def test_kind_and_need_of_labels_are_those_of_the_inner_loss() -> None:
-    assert Standardized(DKD()).needs_labels and not Standardized().needs_labels
+    assert Standardized(DKD()).needs_labels
+    assert not Standardized().needs_labels
     assert Standardized().kind == "classes"
 
 
