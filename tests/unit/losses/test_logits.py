@@ -46,6 +46,11 @@ def test_hinton_kl_map_has_no_negative_element() -> None:
     assert (HintonKL()(*logits(200, 10)) >= 0).all()
 
 
+def test_rounding_near_agreement_leaves_no_negative_element() -> None:
+    teacher = logits(500, 10)[0].float()
+    assert (HintonKL()(teacher, teacher + 1e-4 * teacher.sin()) >= 0).all()
+
+
 def test_hinton_kl_gradient_hardly_depends_on_a_high_temperature() -> None:
     teacher, student = logits()
     norms = []
