@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
+from lqkd.losses.attention import AttentionTransfer
 from lqkd.losses.base import DistillationLoss
-from lqkd.losses.logits import HintonKL, LogitResidual
+from lqkd.losses.contrastive import ContrastiveRepresentation
+from lqkd.losses.correlation import CorrelationCongruence
+from lqkd.losses.dist import DIST
+from lqkd.losses.dkd import DKD
+from lqkd.losses.hints import Hints
+from lqkd.losses.logits import HintonKL, LogitResidual, SoftCrossEntropy
+from lqkd.losses.mgd import MGD
+from lqkd.losses.quantized_features import QuantizedFeatures
+from lqkd.losses.relational import RKD
+from lqkd.losses.review import ReviewKD
+from lqkd.losses.similarity import SimilarityPreserving
+from lqkd.losses.standardized import Standardized
+from lqkd.losses.vid import VID
 
-__all__ = ["DistillationLoss", "HintonKL", "LogitResidual"]
+__all__ = [
+    "DIST",
+    "DKD",
+    "MGD",
+    "RKD",
+    "VID",
+    "AttentionTransfer",
+    "ContrastiveRepresentation",
+    "CorrelationCongruence",
+    "DistillationLoss",
+    "HintonKL",
+    "Hints",
+    "LogitResidual",
+    "QuantizedFeatures",
+    "ReviewKD",
+    "SimilarityPreserving",
+    "SoftCrossEntropy",
+    "Standardized",
+]

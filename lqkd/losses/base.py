@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ class DistillationLoss(nn.Module, ABC):
     may weigh each one; ``reduce(map)`` returns the loss. Both are differentiable in ``student``.
     """
 
-    compares: ClassVar[Literal["logits", "features", "pyramids"]] = "logits"
-    """What it is given: logits (B, C); the features of one pair of taps; or tuples with those of all pairs."""
-    kind: ClassVar[MapKind] = "classes"
+    compares: Literal["logits", "features", "pyramids"] = "logits"
+    """What it is given: logits (B, C); the features of one pair of taps; or tuples with those of all pairs, from the
+    shallowest to the deepest."""
+    kind: MapKind = "classes"
     """What the elements of its map are."""
-    needs_labels: ClassVar[bool] = False
+    needs_labels: bool = False
     """Whether it cannot do without labels."""
 
     def connect(self, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> None:
@@ -39,9 +40,22 @@ class DistillationLoss(nn.Module, ABC):
             UsageError: when tensors of these shapes cannot be compared.
         """
 
+    def bind(self, student: nn.Module, tap: str) -> None:
+        """Look at the student whose features will be compared, once, before :meth:`connect`.
+
+        Most losses do not look. One that does keeps no parameter of the student as its own.
+
+        Args:
+            student: the network that is trained, its quantizers in place.
+            tap: name of the submodule whose output is compared.
+
+        Raises:
+            UsageError: when the student has not got what the loss needs.
+        """
+
     @abstractmethod
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Divergence map >= 0, of the :attr:`kind` of this loss, in the dtype of the student's.
+        """Divergence map >= 0, of the :attr:`kind` of this loss, in float32, or float64 where the student's is.
 
         Args:
             teacher, student: what it :attr:`compares`; no gradient flows into the teacher's.

@@ -1,13 +1,16 @@
-"""Distillation losses on logits."""
+"""Distillation losses on logits, class by class.
+
+All losses of this package but the decoupled one do without labels. "Label-free distillation" is therefore no loss but a
+configuration: one of these with a balance in which the task loss has weight 0.
+"""
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss
+from lqkd.losses.precision import in_full_precision
+from lqkd.losses.settings import positive
 
 
 class LogitResidual(DistillationLoss):
@@ -17,6 +20,7 @@ class LogitResidual(DistillationLoss):
     (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919).
     """
 
+    @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         return (teacher - student).square()
 
@@ -41,16 +45,46 @@ class HintonKL(DistillationLoss):
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UsageError(f"temperature={temperature!r} is not possible: it must be a positive number")
-        self.temperature = float(temperature)
+        self.temperature = positive("temperature", temperature)
 
+    @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         log_p_teacher = (teacher / self.temperature).log_softmax(dim=-1)
         log_p_student = (student / self.temperature).log_softmax(dim=-1)
-        p_teacher, p_student = log_p_teacher.exp(), log_p_student.exp()
-        divergence = p_teacher * (log_p_teacher - log_p_student) - p_teacher + p_student
-        return divergence.clamp_min(0.0) * self.temperature**2  # rounding can leave -1e-9
+        return divergence_of(log_p_teacher, log_p_student) * self.temperature**2
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.sum(dim=-1).mean()
+
+
+class SoftCrossEntropy(DistillationLoss):
+    """Cross-entropy with the teacher's softened prediction as the target, ``-tau**2 * sum_c p_T log p_S``.
+
+    Hinton et al. (arXiv 1503.02531), section 2. It has the student's gradient of :class:`HintonKL` but ends at the
+    entropy of the teacher, not at 0, when both agree. A regularizer can tell the two apart: this map (B, C) is large
+    wherever the teacher puts probability, the other one only where the student deviates.
+
+    Args:
+        temperature: tau > 0.
+
+    Raises:
+        UsageError: when the temperature is not a positive finite number.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = positive("temperature", temperature)
+
+    @in_full_precision
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        p_teacher = (teacher / self.temperature).softmax(dim=-1)
+        return -p_teacher * (student / self.temperature).log_softmax(dim=-1) * self.temperature**2
+
+    def reduce(self, divergence: Tensor) -> Tensor:
+        return divergence.sum(dim=-1).mean()
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``p log(p / q) - p + q``, element by element: non-negative, and in the sum KL(p || q) where p and q sum to 1."""
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).clamp_min(0.0)  # rounding can leave -1e-9

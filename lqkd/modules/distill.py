@@ -140,6 +140,7 @@ class DistillModule(ImageClassifier):
         separate = self.combination is not None and self.combination.separate
         count = self.combination.count if self.combination is not None and separate else 1
         self.distillation = Distillation(loss, regularizer, taps or (), count)
+        self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
         if self.balance.needs_output and loss.compares != "logits":

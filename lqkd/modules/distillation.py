@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
+from lqkd.losses.taps import Taps
 from lqkd.regularizers import LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 
@@ -89,6 +90,16 @@ class Distillation(nn.Module):
         self.compares = loss.compares
         self.needs_labels = loss.needs_labels
         self.shapes: tuple[Shapes, Shapes] | None = None
+
+    def bind(self, student: nn.Module) -> None:
+        """Let the losses look at the student, before :meth:`connect`.
+
+        Raises:
+            UsageError: when a tap does not exist in the student, or a loss does not find there what it needs.
+        """
+        Taps(student, [tap.student for tap in self.taps], "student")
+        for loss, tap in zip(self.losses, self.taps, strict=False):
+            cast(DistillationLoss, loss).bind(student, tap.student)
 
     def connect(self, teacher: Shapes, student: Shapes) -> None:
         """Make what depends on shapes, once.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.losses import HintonKL, LogitResidual
+from lqkd.losses import HintonKL, LogitResidual, SoftCrossEntropy
 
 
 def logits(samples: int = 6, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +46,11 @@ def test_hinton_kl_map_has_no_negative_element() -> None:
     assert (HintonKL()(*logits(200, 10)) >= 0).all()
 
 
+def test_rounding_near_agreement_leaves_no_negative_element() -> None:
+    teacher = logits(500, 10)[0].float()
+    assert (HintonKL()(teacher, teacher + 1e-4 * teacher.sin()) >= 0).all()
+
+
 def test_hinton_kl_gradient_hardly_depends_on_a_high_temperature() -> None:
     teacher, student = logits()
     norms = []
@@ -65,7 +70,28 @@ def test_the_residual_loss_is_the_mean_squared_logit_difference() -> None:
     assert loss.reduce(loss(teacher, student)).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [LogitResidual(), HintonKL()])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_soft_cross_entropy_is_that_of_softened_predictions_times_tau_squared(temperature: float) -> None:
+    teacher, student = logits()
+    expected = 0.0
+    for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
+        p, q = (softmax([value / temperature for value in row]) for row in (t, s))
+        expected -= sum(a * math.log(b) for a, b in zip(p, q, strict=True)) * temperature**2 / len(teacher)
+    loss = SoftCrossEntropy(temperature)
+    assert loss.reduce(loss(teacher, student)).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_soft_cross_entropy_and_kl_have_the_same_gradient() -> None:
+    teacher, student = logits()
+    gradients = []
+    for loss in (SoftCrossEntropy(4.0), HintonKL(4.0)):
+        s = student.clone().requires_grad_()
+        loss.reduce(loss(teacher, s)).backward()
+        gradients.append(s.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("loss", [LogitResidual(), HintonKL(), SoftCrossEntropy()])
 def test_repeating_the_batch_does_not_change_the_loss(loss: torch.nn.Module) -> None:
     teacher, student = logits()
     once = loss.reduce(loss(teacher, student))
@@ -74,6 +100,7 @@ def test_repeating_the_batch_does_not_change_the_loss(loss: torch.nn.Module) -> 
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_an_impossible_temperature_is_refused(temperature: float) -> None:
+@pytest.mark.parametrize("loss", [HintonKL, SoftCrossEntropy])
+def test_an_impossible_temperature_is_refused(loss: type[torch.nn.Module], temperature: float) -> None:
     with pytest.raises(UsageError, match=r"temperature=.* must be a positive number"):
-        HintonKL(temperature)
+        loss(temperature)

@@ -1,0 +1,54 @@
+"""Any loss of logits, on standardised ones."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.base import DistillationLoss
+from lqkd.losses.directions import deviation
+from lqkd.losses.logits import HintonKL
+from lqkd.losses.precision import in_full_precision
+
+
+class Standardized(DistillationLoss):
+    """Another loss of logits, on the z-scores ``(z - mean(z)) / std(z)`` of every sample, of teacher and student.
+
+    Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427. The student is then free in the
+    mean and the scale of its logits. Mean and (population) standard deviation are those of the sample's C logits;
+    equal logits have z-scores 0 and get no gradient. The temperature is that of the inner loss; the paper's is 2, with
+    a weight of 9. Map, kind and reduction are the inner loss'; so a regularizer looks at the z-scores.
+
+    Args:
+        loss: a loss that compares logits; null for ``HintonKL(temperature=2)``.
+
+    Raises:
+        UsageError: when the loss does not compare logits.
+    """
+
+    def __init__(self, loss: DistillationLoss | None = None) -> None:
+        super().__init__()
+        self.loss = HintonKL(temperature=2.0) if loss is None else loss
+        if self.loss.compares != "logits":
+            raise UsageError(
+                f"loss={type(self.loss).__name__} is not possible in Standardized: it compares {self.loss.compares}, "
+                "but must compare logits"
+            )
+        self.kind, self.needs_labels = self.loss.kind, self.loss.needs_labels
+
+    @in_full_precision
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.loss(_z_scores(teacher), _z_scores(student), labels)  # type: ignore[no-any-return]
+
+    @in_full_precision
+    def pair(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss.pair(_z_scores(teacher), _z_scores(student))
+
+    def reduce(self, divergence: Tensor) -> Tensor:
+        return self.loss.reduce(divergence)
+
+
+def _z_scores(logits: Tensor) -> Tensor:
+    return deviation(logits, -1) * math.sqrt(logits.shape[-1])
