@@ -38,6 +38,7 @@ from lqkd.regularizers import (
     FixedBalance,
     LearnableTable,
     LookAhead,
+    OutputGradientBalance,
     SampleWeight,
 )
 from lqkd.teacher import FrozenTeacher
@@ -62,6 +63,7 @@ def learned(
 VARIANTS: dict[str, Arguments] = {
     "task only": fixed(HintonKL, 1.0, 0.0),
     "fixed KL 0.5:0.5": fixed(HintonKL, 0.5, 0.5),
+    "fixed KL 0.7:0.3": fixed(HintonKL, 0.7, 0.3),
     "fixed KL 0.1:0.9": fixed(HintonKL, 0.1, 0.9),
     "fixed KL 0:1": fixed(HintonKL, 0.0, 1.0),
     "fixed MSE 1:0.1": fixed(LogitResidual, 1.0, 0.1),
@@ -73,20 +75,25 @@ VARIANTS: dict[str, Arguments] = {
         "balance": BoundedUncertaintyBalance(),
         "regularizer": None,
     },
-    "adversarial elements, KL 0.1:0.9": learned(
-        lambda: ElementwiseMLP(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.1, 0.9
+    "gradient balance, KL": lambda: {
+        "distillation_loss": HintonKL(),
+        "balance": OutputGradientBalance(),
+        "regularizer": None,
+    },
+    "adversarial elements, KL 0.5:0.5": learned(
+        lambda: ElementwiseMLP(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
     ),
-    "look-ahead elements, KL 0.1:0.9": learned(
-        lambda: ElementwiseMLP(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.1, 0.9
+    "look-ahead elements, KL 0.5:0.5": learned(
+        lambda: ElementwiseMLP(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.5, 0.5
     ),
-    "adversarial samples, KL 0.1:0.9": learned(
-        lambda: SampleWeight(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.1, 0.9
+    "adversarial samples, KL 0.5:0.5": learned(
+        lambda: SampleWeight(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
     ),
-    "look-ahead samples, KL 0.1:0.9": learned(
-        lambda: SampleWeight(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.1, 0.9
+    "look-ahead samples, KL 0.5:0.5": learned(
+        lambda: SampleWeight(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.5, 0.5
     ),
-    "adversarial classes, KL 0.1:0.9": learned(
-        lambda: LearnableTable(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.1, 0.9
+    "adversarial classes, KL 0.5:0.5": learned(
+        lambda: LearnableTable(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
     ),
 }
 
