@@ -269,6 +269,81 @@ def test_a_mistake_is_one_line_before_the_first_batch(
     assert message in mistake(capsys, *arguments, tmp_path=tmp_path)
 
 
+LOSSES, REGULARIZERS = "lqkd.losses", "lqkd.regularizers"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"distillation_loss": {"class_path": f"{LOSSES}.HintonKL", "init_args": {"temperature": -1.0}}},
+            "temperature=-1.0 is not possible",
+        ),
+        (
+            {"distillation_loss": {"class_path": f"{LOSSES}.Hints"}, "regularizer": None},
+            "distillation_loss Hints compares features: give at least one pair of taps",
+        ),
+        (
+            {
+                "distillation_loss": {"class_path": f"{LOSSES}.Hints"},
+                "regularizer": {"class_path": f"{REGULARIZERS}.ConvModulator"},
+                "taps": [{"teacher": "layer3", "student": "layr3"}],
+            },
+            "tap 'layr3' does not exist in the student: near names are layer3",
+        ),
+        (
+            {
+                "distillation_loss": {"class_path": f"{LOSSES}.RKD"},
+                "taps": [{"teacher": "layer3", "student": "layer3"}],
+            },
+            "ElementwiseMLP cannot weigh distillation_loss RKD",
+        ),
+        (
+            {
+                "regularizer": {
+                    "class_path": f"{REGULARIZERS}.ElementwiseMLP",
+                    "init_args": {"guard": "barrier", "player": "adversarial"},
+                }
+            },
+            "guard Barrier does not go with player Adversarial",
+        ),
+        (
+            {
+                "teacher": {
+                    "class_path": "lqkd.ensemble.TeacherEnsemble",
+                    "init_args": {
+                        "teachers": [
+                            {"network": {"class_path": "lqkd.models.CifarResNet", "init_args": arguments}}
+                            for arguments in (
+                                {"depth": 8, "in_channels": 1},
+                                {"depth": 8, "in_channels": 1, "num_classes": 7},
+                            )
+                        ]
+                    },
+                }
+            },
+            "numbers of classes differ (data 10, teacher 1 10, teacher 2 7, student 10)",
+        ),
+        (
+            {
+                "balance": {
+                    "class_path": f"{REGULARIZERS}.BoundedUncertaintyBalance",
+                    "init_args": {"minimum": 3, "maximum": 2},
+                }
+            },
+            "minimum",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_about_the_regularizer_is_one_line_before_the_first_batch(
+    capsys: pytest.CaptureFixture, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    config = tmp_path / "mistake.yaml"
+    config.write_text(yaml.safe_dump({"model": {"init_args": settings}}))
+    assert message in mistake(capsys, "--config", str(config), tmp_path=tmp_path)
+
+
 def test_a_checkpoint_of_another_architecture_is_one_line(
     capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
 ) -> None:
