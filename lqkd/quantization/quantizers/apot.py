@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import compute_dtype, nearest_level_quantize
+from lqkd.quantization.kernel import compute_dtype
+from lqkd.quantization.kernels import nearest_level_quantize
 from lqkd.quantization.quantizers.base import Quantizer, max_over_ranks, mean_over_ranks
 from lqkd.quantization.quantizers.statistic import TINY, standardize
 from lqkd.quantization.quantizers.uniform import thinned

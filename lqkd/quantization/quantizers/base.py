@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import compute_dtype
+from lqkd.quantization.kernel import compute_dtype
 
 
 def integer_range(bits: int, signed: bool | None) -> tuple[int, int]:

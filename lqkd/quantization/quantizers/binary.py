@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lqkd.quantization.kernel import compute_dtype
 from lqkd.quantization.kernels import (
     binary_clip_quantize,
     binary_tanh_quantize,
-    compute_dtype,
     shifted_sign_quantize,
 )
 from lqkd.quantization.quantizers.base import max_over_ranks, mean_over_ranks

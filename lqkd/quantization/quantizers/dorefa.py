@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
+from lqkd.quantization.kernel import compute_dtype
 from lqkd.quantization.kernels import (
     binary_quantize,
     centred_codes,
     centred_quantize,
-    compute_dtype,
     learned_step_quantize,
     uniform_codes,
 )

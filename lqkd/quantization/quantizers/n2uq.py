@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import centred_codes, centred_quantize, compute_dtype
+from lqkd.quantization.kernel import compute_dtype
+from lqkd.quantization.kernels import centred_codes, centred_quantize
 from lqkd.quantization.quantizers.base import max_over_ranks
 from lqkd.quantization.quantizers.statistic import TINY, StatisticQuantizer
 from lqkd.quantization.quantizers.uniform import mse_step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lqkd.quantization import LSQ, QUANTIZERS, kernels
+from lqkd.quantization import LSQ, QUANTIZERS, kernel
 
 LARGE = (4, 32, 32, 32)
 
@@ -18,10 +18,10 @@ LARGE = (4, 32, 32, 32)
 @pytest.fixture
 def compiled() -> Iterator[None]:
     torch._dynamo.reset()
-    kernels._compiled.cache_clear()
+    kernel._compiled.cache_clear()
     counters.clear()
     yield
-    assert not kernels._compiler.failed
+    assert not kernel._compiler.failed
 
 
 def lsq(bits: int, signed: bool, **arguments: object) -> LSQ:
@@ -127,8 +127,8 @@ def test_without_a_working_compiler_one_warning_and_eager_results(monkeypatch: p
     def broken(*_: object, **__: object) -> object:
         raise RuntimeError("InvalidCxxCompiler: no compiler\nand much more")
 
-    monkeypatch.setattr(kernels, "_compiler", kernels._Compiler())
-    monkeypatch.setattr(kernels, "_compiled", broken)
+    monkeypatch.setattr(kernel, "_compiler", kernel._Compiler())
+    monkeypatch.setattr(kernel, "_compiled", broken)
     quantizer, x = lsq(4, True), torch.randn(LARGE)
     with pytest.warns(UserWarning, match=r"without torch.compile .*: InvalidCxxCompiler: no compiler\. Set LQKD"):
         first = quantizer(x)

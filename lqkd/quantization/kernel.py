@@ -1,0 +1,189 @@
+"""Running the fake-quantization functions: one pass over memory where a compiler works, the same numbers elsewhere.
+
+A :class:`Kernel` holds the two functions of a family and runs them inside one ``autograd.Function`` that keeps only
+the input and the parameters for the backward pass. Large tensors run through ``torch.compile``, which fuses each
+function, the reduction of the parameters' gradients included, into one pass over memory; small ones, and everything
+where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eagerly and give the same values bit for
+bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
+8-bit grid stays exact under bfloat16.
+
+The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
+(channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float
+would compile a graph for each of its values.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILE_FROM = 2048
+"""Number of elements from which a compiled function is faster than its eager form."""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ``x`` is quantized: float64 stays float64, every other floating dtype becomes float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Forward and backward of one family.
+
+    Attributes:
+        forward: ``(x, *parameters, *constants, *tables) -> x_hat``.
+        backward: ``(gradient, x, *parameters, *constants, *tables) -> (gradient of x, *gradients of parameters)``,
+            the latter summed over the elements that share a parameter.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(
+        self,
+        x: Tensor,
+        *parameters: Tensor,
+        constants: Sequence[float] = (),
+        tables: Sequence[Tensor] = (),
+        channel_axis: int | None = None,
+    ) -> Tensor:
+        """Quantize ``x`` differentiably.
+
+        Args:
+            x: any shape, memory layout and floating dtype; the result has the same.
+            *parameters: 0-dim or (channels,).
+            constants: numbers that receive no gradient.
+            tables: 1-D tensors that receive no gradient.
+            channel_axis: the axis of ``x`` that has one parameter per index; ``None`` for 0-dim parameters.
+        """
+        if all(parameter.numel() == 1 for parameter in parameters):
+            channel_axis = None
+        return _Quantize.apply(self, tuple(constants), tuple(tables), channel_axis, x, *parameters)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        constants: tuple[float, ...],
+        tables: tuple[Tensor, ...],
+        channel_axis: int | None,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
+        order = _memory_order(x, channel_axis)
+        flat = _flatten(x, order, channel_axis)
+        return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        order = _memory_order(x, ctx.channel_axis)
+        flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
+        operands = _operands(x, parameters, ctx.constants, ctx.tables)
+        if torch.is_grad_enabled():
+            # The graph of the gradient is asked for: it is linear in the incoming gradient, and straight-through
+            # estimators have no second derivative in anything else.
+            gradient = gradients[0].permute(order).reshape(flat.shape)
+            gradient_x, *gradients_p = ctx.kernel.backward(gradient, flat, *operands)
+        else:
+            gradient_x, *gradients_p = _run(ctx.kernel.backward, gradient, flat, *operands)
+        reduced = [g.view(p.shape).to(p.dtype) for g, p in zip(gradients_p, parameters, strict=True)]
+        unflatten = _view_as if torch.is_grad_enabled() else _unflatten
+        return None, None, None, None, unflatten(gradient_x, x, order), *reduced
+
+
+def _operands(
+    x: Tensor, parameters: Sequence[Tensor], constants: Sequence[float], tables: Sequence[Tensor]
+) -> list[Tensor]:
+    dtype = compute_dtype(x)
+    shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
+    return [
+        *(parameter.detach().to(dtype).view(shape) for parameter in parameters),
+        *(_constant(float(value), position, dtype, x.device) for position, value in enumerate(constants)),
+        *(table.detach().to(dtype) for table in tables),
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: float, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # One tensor per position: the same tensor in two positions would be compiled as one operand.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
+def _memory_order(x: Tensor, channel_axis: int | None) -> list[int]:
+    """The axes of ``x`` from the largest stride to the smallest, the channel axis first."""
+    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+    if channel_axis is not None:
+        order.remove(channel_axis)
+        order.insert(0, channel_axis)
+    return order
+
+
+def _flatten(x: Tensor, order: list[int], channel_axis: int | None) -> Tensor:
+    """``x`` as (elements,) or (channels, elements): the same memory where it is dense in that order, else a copy."""
+    shape = (-1,) if channel_axis is None else (x.shape[channel_axis], x.numel() // max(x.shape[channel_axis], 1))
+    # `.data` is no view for autograd; a graph compiled for a view would be bound to the shape of what it views.
+    return x.permute(order).reshape(shape).data
+
+
+def _unflatten(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    return _view_as(flat, like, order).data  # no view either, since a network may add to the result in place
+
+
+def _view_as(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    inverse = sorted(range(like.ndim), key=order.__getitem__)
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+
+
+def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
+    x = arguments[0]
+    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        return _compiled(function, x.device.type)(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _compiler.give_up(error)
+        return function(*arguments)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    # Triton's default division is off by an ulp, which moves values across rounding boundaries.
+    options: dict[str, Any] = {} if device == "cpu" else {"eager_numerics.division_rounding": True}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+
+
+class _Compiler:
+    """Whether ``torch.compile`` is wanted and has not failed in this process."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def usable(self) -> bool:
+        return not self.failed and os.environ.get("LQKD_COMPILE", "1") != "0"
+
+    def give_up(self, error: Exception) -> None:
+        self.failed = True
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"quantizers run without torch.compile in this process, with the same results but slower: {reason}. "
+            "Set LQKD_COMPILE=0 to say so from the start.",
+            stacklevel=2,
+        )
+
+
+_compiler = _Compiler()
