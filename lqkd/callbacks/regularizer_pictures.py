@@ -162,7 +162,8 @@ def balance(weights: History, shares: History) -> Figure:
     """Weight of each loss over the epochs and its share of the student's gradient."""
     figure, panels = _canvas("Balance of the losses", 2 if shares else 1)
     names = list(dict.fromkeys(name for epoch in weights for name in epoch.bins))
-    for axes, history, label in zip(panels, (weights, shares), ("weight of the loss", "share of the gradient")):
+    labels = ("weight of the loss", "share of the gradient")
+    for axes, history, label in zip(panels, (weights, shares), labels, strict=False):
         for name in names:
             axes.plot(*_of(history, name), "o-", markersize=3, label=name)
         _over_epochs(axes, label)

@@ -227,11 +227,11 @@ def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     norms = {of: math.sqrt(v[0]) for of, v in named["share"].items()}
     share = {of: _ratio(norm, sum(norms.values())) for of, norm in norms.items()}
     found = {}
-    for statistic, values in (("agreement", agreement), ("balance", balance), ("share", share)):
-        if values:
-            count = [named[statistic][of][-1] for of in values]
-            columns = {"value": list(values.values()), "count": count}
-            found[statistic] = EpochStatistic(epoch, list(values), columns)
+    for statistic, computed in (("agreement", agreement), ("balance", balance), ("share", share)):
+        if computed:
+            count = [named[statistic][of][-1] for of in computed]
+            columns = {"value": list(computed.values()), "count": count}
+            found[statistic] = EpochStatistic(epoch, list(computed), columns)
     return found
 
 
