@@ -88,7 +88,7 @@ class BoundedBarrier(Guard):
         return ((weights + 0.5).log() - weights.log()).mean()  # not log1p(1 / ...), whose gradient overflows
 
     def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
-        return 2 / (divergence * ((1 + 8 / divergence).sqrt() + 1))  # (sqrt(1 + 8 / D) - 1) / 4 without its difference
+        return 2 / (divergence + divergence.sqrt() * (divergence + 8).sqrt())  # not rounded to zero
 
 
 class MeanOne(Guard):

@@ -29,7 +29,7 @@ class Bounded(nn.Module):
 class Dummy(LightningModule):
     """Returns ``weights(epoch, batch)`` and ``divergence(epoch, batch)`` (B, C); None stands for no regularizer.
 
-    ``more(epoch, batch)`` are further outputs; ``watched`` lists the batches before which a monitor asked for gradients.
+    ``more(epoch, batch)`` are further outputs; ``watched`` lists the batches for which gradients were asked.
     Logs ``train/task`` = batch number and ``train/distill`` = 0.5, and ``val/acc`` = 0.75.
     """
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from lqkd.callbacks.regularizer_monitor import RegularizerMonitor, verdict
 from lqkd.callbacks.run_logger import RunLogger
 
 from .dummy import BATCHES, Dummy, Play
+from .wandb_records import wandb_history
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -212,31 +211,12 @@ def test_wandb_gets_a_histogram_of_the_last_batch(
         _fit(make_trainer, Dummy(_draws()), max_epochs=2, logger=logger)
     finally:
         wandb.finish()
-    history = _wandb_history(next(tmp_path.rglob("*.wandb")))
+    history = wandb_history(next(tmp_path.rglob("*.wandb")))
     histograms = [row for row in history if "regularizer/weights/values" in row]
     means = [row for row in history if "regularizer/mean" in row]
     assert [row["trainer/global_step"] for row in histograms] == [3, 7]
     assert [row["trainer/global_step"] for row in means] == [3, 7]
     assert all(sum(row["regularizer/weights/values"]) == 6 for row in histograms)
-
-
-def _wandb_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of the history in a ``.wandb`` file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    data, position, part, rows = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no room for a record's header: the rest of the block is padding
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record, part = Record.FromString(part), b""
-            if record.HasField("history"):
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
 
 
 def test_weights_that_are_not_finite_do_not_stop_the_histogram(make_trainer: MakeTrainer, tmp_path: Path) -> None:
