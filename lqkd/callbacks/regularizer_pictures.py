@@ -27,7 +27,7 @@ _LINES = 4
 def pictures(weights: Sequence[EpochWeights], statistics: Mapping[str, History]) -> Iterable[tuple[str, Figure]]:
     """Name and figure of every picture that there is something for."""
     if weights:
-        yield "weights", moments(weights)
+        yield "weights", weights_over_epochs(weights)
     if "distribution" in statistics:
         yield "distribution", distribution(statistics["distribution"])
     if "label" in statistics or "output" in statistics:
@@ -57,7 +57,7 @@ def write(target: Path, image: np.ndarray[Any, Any]) -> None:
         Image.fromarray(image).save(temporary, format="png")
 
 
-def moments(history: Sequence[EpochWeights]) -> Figure:
+def weights_over_epochs(history: Sequence[EpochWeights]) -> Figure:
     """Mean, spread, minimum and maximum of the weights over the epochs."""
     figure, (axes,) = _canvas("Weights of the regularizer", 1)
     epochs = [epoch.epoch + 1 for epoch in history]
@@ -137,7 +137,8 @@ def divergence(history: History) -> Figure:
         x, values = _filled(history[-1], "optimum")
         axes.plot(x, values, "--", color="tab:red", label="closed form of the guard")
     _fixed(axes)
-    axes.set(xlabel="divergence", ylabel="mean weight", xscale="log")
+    axes.set(xlabel="divergence", ylabel="mean weight")
+    axes.set_xscale("log", nonpositive="mask")
     axes.set_yscale("log", nonpositive="mask")
     axes.legend(fontsize="small")
     return figure
@@ -173,8 +174,10 @@ def balance(weights: History, shares: History) -> Figure:
 
 
 def _canvas(title: str, panels: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(6.4 if panels == 1 else 10.0, 4.0), dpi=100, layout="tight")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(6.4 if panels == 1 else 10.0, 4.0), dpi=100)
+    # A layout engine would draw everything twice.
+    margins = {"left": 0.14 if panels == 1 else 0.08, "right": 0.88, "bottom": 0.19, "top": 0.9, "wspace": 0.25}
+    axes = figure.subplots(1, panels, squeeze=False, gridspec_kw=margins)[0]
     figure.suptitle(title)
     return figure, list(axes)
 
