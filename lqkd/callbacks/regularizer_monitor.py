@@ -58,12 +58,14 @@ class RegularizerMonitor(Callback):
     ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
     ``docs/reading_the_pictures.md`` explains.
 
+    Tables and pictures are written as often as that takes no more than half a percent of the time each, tables from the
+    first epoch on, and when training ends; tables also when it fails.
+
     The first collapse, saturation and divergence are each a warning, and an entry in :attr:`warnings`.
 
     Args:
         every_n_steps: batches of an epoch from one to the next that all but the moments are measured in.
-        picture_every_n_epochs: how often pictures are drawn before training ends; None for as often as drawing takes
-            no more than half a percent of the time.
+        picture_every_n_epochs: how often pictures are drawn before training ends; None for as often as said above.
 
     Raises:
         UsageError: when a number is less than 1.
@@ -187,6 +189,11 @@ class RegularizerMonitor(Callback):
         if trainer.is_global_zero and (self.history or self.statistics):
             self._write(trainer, last=True)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        folder = run_folder_of(trainer)
+        if trainer.is_global_zero and folder is not None:
+            self._write_tables(folder)
+
     def _reduced_sums(self, trainer: Trainer, module: LightningModule) -> Sums:
         """The epoch's sums over all processes, on the CPU."""
         if not self._sums:
@@ -222,16 +229,18 @@ class RegularizerMonitor(Callback):
 
     def _write(self, trainer: Trainer, last: bool) -> None:
         folder = run_folder_of(trainer)
-        if folder is not None:
-            if self.history:
-                write_weights(folder / FOLDER / "weights.csv", self.history)
-            if last or self._tables.due():
-                with self._tables.work():
-                    for name, epochs in self.statistics.items():
-                        write_statistic(folder / FOLDER / f"{name}.csv", epochs)
+        if folder is not None and (last or self._tables.due()):
+            with self._tables.work():
+                self._write_tables(folder)
         if last or self._picture_is_due(trainer):
             with self._drawings.work():
                 self._draw(trainer, folder)
+
+    def _write_tables(self, folder: Path) -> None:
+        if self.history:
+            write_weights(folder / FOLDER / "weights.csv", self.history)
+        for name, epochs in self.statistics.items():
+            write_statistic(folder / FOLDER / f"{name}.csv", epochs)
 
     def _picture_is_due(self, trainer: Trainer) -> bool:
         if self.picture_every_n_epochs is None:

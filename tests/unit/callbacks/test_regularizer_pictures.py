@@ -154,6 +154,19 @@ def test_the_first_tables_are_written_at_the_first_epochs_end(make_trainer: Make
     assert set(here) == (NAMES - {"classes"}) | {"label", "output", "share"}
 
 
+def test_a_training_that_fails_leaves_its_tables(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Fails(Dummy):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 3:
+                raise RuntimeError("the power fails")
+
+    with pytest.raises(RuntimeError, match="power"):
+        make_trainer(callbacks=[RegularizerMonitor(1)], logger=RunLogger(tmp_path), max_epochs=4).fit(Fails(more=_more))
+    for name in ("weights", "balance"):
+        rows = (tmp_path / "regularizer" / f"{name}.csv").read_text().splitlines()
+        assert rows[-1].startswith("2,"), name
+
+
 # ---- what they show
 
 
