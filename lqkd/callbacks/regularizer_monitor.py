@@ -1,13 +1,12 @@
-"""What the regularizer's weights do during a training: numbers, a picture and a verdict."""
+"""What the regularizer does during a training: numbers, tables, pictures and a verdict."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,166 +14,209 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lqkd.callbacks.pace import Pace
+from lqkd.callbacks.regularizer_moments import EpochWeights, combine, epoch_weights, moments
+from lqkd.callbacks.regularizer_statistics import EpochStatistic, Optimum, Sums, add, measure, statistics
+from lqkd.callbacks.regularizer_tables import write_statistic, write_weights
+from lqkd.callbacks.regularizer_verdict import Verdict, verdict
 from lqkd.callbacks.run_logger import run_folder_of
-from lqkd.files import atomic_path
+from lqkd.errors import UsageError
+from lqkd.regularizers import BoundedRange, Regularizer
+
+__all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
 
 FOLDER = "regularizer"
-"""Folder in the run's folder with ``weights.csv`` and ``weights.png``."""
-
-COLLAPSE_BELOW = 0.1
-"""A mean weight below this is a collapse; every regularizer starts at 1."""
-
-_AT_MAXIMUM = 0.98
-"""Share of the upper bound from which on a weight counts as being at it; the bound is only approached."""
+"""Folder in the run's folder with tables and pictures."""
 
 _BINS = 64
-
-
-@dataclass(frozen=True)
-class EpochWeights:
-    """The weights w of one training epoch, over all elements of the divergence maps D of all batches and processes.
-
-    Attributes:
-        epoch: number of the epoch, from 0.
-        mean, spread, minimum, maximum: of w; the spread is the standard deviation.
-        effective: ``sum(w * D) / sum(D)``, the factor with which the divergence still counts; nan when D is 0.
-        at_maximum: share of weights at the upper bound; None when there is no bound.
-    """
-
-    epoch: int
-    mean: float
-    spread: float
-    minimum: float
-    maximum: float
-    effective: float
-    at_maximum: float | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of the weights, and a sentence that gives the number and, where one is needed, a remedy."""
-
-    kind: Literal["healthy", "collapsed", "saturated", "uniform", "diverged"]
-    sentence: str
-
-
-def verdict(history: Sequence[EpochWeights]) -> Verdict:
-    """Judge a training by its last epoch; ``history`` has at least one."""
-    last = history[-1]
-    number = last.epoch + 1
-    if not math.isfinite(last.mean):
-        return Verdict(
-            "diverged",
-            f"The regularizer's weights are no longer finite (mean {last.mean} in epoch {number}): the training "
-            "diverged; lower the learning rate of student_optimizer or regularizer_optimizer.",
-        )
-    if last.mean < COLLAPSE_BELOW:
-        return Verdict(
-            "collapsed",
-            f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which all but turns "
-            "distillation off: use a guard other than none, e.g. --model.regularizer.guard=barrier, since without one "
-            "weight zero is the optimum of the literal formula; with a guard, use a loss with smaller divergences.",
-        )
-    if last.at_maximum is not None and last.at_maximum > 0.9:
-        return Verdict(
-            "saturated",
-            f"{last.at_maximum:.0%} of the regularizer's weights are at their bound in epoch {number}, where they "
-            "no longer tell elements apart: raise --model.regularizer.max_weight, or lower its learning rate.",
-        )
-    if last.spread < 0.01 * last.mean and 0.5 < last.mean < 2:
-        return Verdict(
-            "uniform",
-            f"The regularizer's weights are all about {last.mean:.3g} (spread {last.spread:.2g}) in epoch {number}, no "
-            "different from fixed distillation: raise its learning rate or train longer.",
-        )
-    return Verdict(
-        "healthy",
-        f"The regularizer's weights differ: mean {last.mean:.3g}, spread {last.spread:.3g} in epoch {number}; the "
-        f"divergence counts {last.effective:.3g} times.",
-    )
+_PART_OF_TIME = 0.005
+"""Part of the time that writing tables may take, and that drawing may take, before training ends."""
 
 
 class RegularizerMonitor(Callback):
-    """Measures the weights of the module's ``regularizer`` in every training batch and reports them every epoch.
+    """Measures the weights of the module's ``regularizer`` and reports them every epoch.
 
-    Reads the ``weights`` and the ``divergence`` (B, C) that ``training_step`` returns; batches without weights are
-    skipped, and a module without a regularizer leaves nothing. Numbers stay on the device until the epoch ends.
+    Reads what ``training_step`` returns; whatever needs a key that is missing is left out:
 
-    Every epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective`` and, when the weights
-    have an upper bound, ``at_maximum`` (see :class:`EpochWeights`); W&B and TensorBoard get a histogram of the last
-    batch's weights as ``regularizer/weights``. In a run folder it keeps ``regularizer/weights.csv``, a row per epoch,
-    and ``regularizer/weights.png``. The first collapse, saturation and divergence are each a
-    warning, and an entry in :attr:`warnings`.
+    - ``weights`` and ``divergence``: a divergence map and what broadcasts to it, or a list with one of each per tap;
+    - ``labels`` (B,) int64 and ``teacher`` (B, C) logits;
+    - ``gradients``: ``task``, ``distill`` and ``plain`` (distillation without weights), each (B, C), at the student's
+      logits and without the weights of the balance; and ``balance``: the 0-dim weight of each loss. They are asked
+      for by setting the module's ``watch_gradients`` before a step.
+
+    Moments are taken of every batch, all else of every ``every_n_steps``-th batch of an epoch, from the first, and of
+    maps with more than 65536 elements from as many of them. Numbers stay on the device until the epoch ends, and are
+    those of all processes together.
+
+    Every epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective``, ``contribution``
+    and, when known, ``at_maximum`` and ``optimum`` (see :class:`EpochWeights`), and
+    ``regularizer/agreement/distill`` and ``plain``, ``regularizer/share/NAME`` of each loss. W&B and TensorBoard get a
+    histogram of the last batch's weights as ``regularizer/weights`` and each picture as
+    ``regularizer/pictures/NAME``. The run folder gets, in ``regularizer/``, ``weights.csv`` with a row per epoch; a
+    table per statistic (``distribution``, ``label``, ``output``, ``confidence``, ``divergence``, ``agreement``,
+    ``balance``, ``share``) with the columns ``epoch, bin, value, count``; and the pictures ``weights``,
+    ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
+    ``docs/reading_the_pictures.md`` explains.
+
+    Tables and pictures are written as often as that takes no more than half a percent of the time each, tables from the
+    first epoch on, and when training ends; tables also when it fails.
+
+    The first collapse, saturation and divergence are each a warning, and an entry in :attr:`warnings`.
 
     Args:
-        picture_every_n_epochs: how often the picture is drawn before training ends.
+        every_n_steps: batches of an epoch from one to the next that all but the moments are measured in.
+        picture_every_n_epochs: how often pictures are drawn before training ends; None for as often as said above.
+
+    Raises:
+        UsageError: when a number is less than 1.
     """
 
-    def __init__(self, picture_every_n_epochs: int = 10) -> None:
+    def __init__(self, every_n_steps: int = 20, picture_every_n_epochs: int | None = None) -> None:
+        if every_n_steps < 1:
+            raise UsageError(f"every_n_steps={every_n_steps} is not possible: it must be at least 1")
+        if picture_every_n_epochs is not None and picture_every_n_epochs < 1:
+            raise UsageError(
+                f"picture_every_n_epochs={picture_every_n_epochs} is not possible: it must be at least 1, or null"
+            )
+        self.every_n_steps = every_n_steps
         self.picture_every_n_epochs = picture_every_n_epochs
         self.history: list[EpochWeights] = []
+        self.statistics: dict[str, list[EpochStatistic]] = {}
         self.warnings: list[str] = []
         self._warned: list[str] = []  # kinds of verdict
-        self._batches: list[Tensor] = []  # (8,) of each batch, see _moments
-        self._last_weights: Tensor | None = None
+        self._moments: list[Tensor] = []  # (8,) of each batch and tap
+        self._sums: Sums = {}
+        self._last_weights: list[Tensor] = []
+        self._regularizers: list[Any] = []
+        self._tables, self._drawings = Pace(_PART_OF_TIME), Pace(_PART_OF_TIME, seconds=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        history = [asdict(epoch) for epoch in self.history]
-        return {"history": history, "warnings": list(self.warnings), "warned": list(self._warned)}
+        return {
+            "history": [asdict(epoch) for epoch in self.history],
+            "statistics": {name: [asdict(epoch) for epoch in epochs] for name, epochs in self.statistics.items()},
+            "warnings": list(self.warnings),
+            "warned": list(self._warned),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [EpochWeights(**epoch) for epoch in state_dict["history"]]
+        self.statistics = {
+            name: [EpochStatistic(**epoch) for epoch in epochs]
+            for name, epochs in state_dict.get("statistics", {}).items()
+        }
         self.warnings = list(state_dict["warnings"])
         self._warned = list(state_dict["warned"])
 
     def summary(self) -> dict[str, Any]:
-        """Last epoch's mean, spread, minimum, maximum and effective with verdict and sentence.
+        """Last epoch's moments, contribution, optimum and share with verdict and sentence.
 
-        A value is None when it is not finite; all are when there was no regularizer.
+        A value is None when it is not finite or not known; all are when there was no regularizer.
         """
-        names = ("mean", "spread", "minimum", "maximum", "effective")
+        names = ("mean", "spread", "minimum", "maximum", "effective", "contribution", "optimum", "share")
         if not self.history:
             return dict.fromkeys((*names, "verdict", "sentence"))
         values = {name: getattr(self.history[-1], name) for name in names}
         judged = verdict(self.history)
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
         return finite | {"verdict": judged.kind, "sentence": judged.sentence}
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = []
+    # ---- during an epoch
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._regularizers = [m for m in pl_module.modules() if isinstance(m, Regularizer)]
+        self._tables.start()
+        self._drawings.start()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._moments, self._sums = [], {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        pl_module.watch_gradients = batch_idx % self.every_n_steps == 0  # type: ignore[assignment]
+
+    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(outputs, Mapping) and "weights" in outputs:
-            self._last_weights = outputs["weights"]
-            self._batches.append(_moments(outputs["weights"], outputs["divergence"], _max_weight(pl_module)))
+        pl_module.watch_gradients = False  # type: ignore[assignment]
+        if not isinstance(outputs, Mapping):
+            return
+        parts = _parts(outputs)
+        regularizers = self._of_parts(pl_module, len(parts))
+        for (weights, divergence), regularizer in zip(parts, regularizers, strict=True):
+            self._moments.append(moments(weights, divergence, _bound(regularizer)))
+        if parts:
+            self._last_weights = [weights for weights, _ in parts]
+        if batch_idx % self.every_n_steps == 0:
+            add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
+
+    def _of_parts(self, module: LightningModule, parts: int) -> list[Any]:
+        """The regularizer of each tap; a single one weighs all of them."""
+        found = self._regularizers or [getattr(module, "regularizer", None)]
+        return found[-parts:] if len(found) >= parts > 0 else found[:1] * parts
+
+    # ---- at its end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._batches:
+        sums = self._reduced_sums(trainer, pl_module)
+        found = statistics(sums, trainer.current_epoch)
+        for name, statistic in found.items():
+            self.statistics.setdefault(name, []).append(statistic)
+        numbers = {
+            f"regularizer/{name}/{of}": value
+            for name in ("agreement", "share")
+            if name in found
+            for of, value in zip(found[name].bins, found[name].columns["value"], strict=True)
+        }
+        if self._moments:
+            optimum = (sums["contribution"][0] / sums["contribution"][1]).item() if "contribution" in sums else None
+            task = numbers.get("regularizer/share/task")
+            epoch = self._epoch(trainer, pl_module, optimum, None if task is None else 1 - task)
+            self.history.append(epoch)
+            numbers |= {
+                f"regularizer/{name}": value
+                for name, value in asdict(epoch).items()
+                if name not in ("epoch", "share") and value is not None
+            }
+            self._warn_of_collapse()
+        if not numbers and not found:
             return
-        moments = _combine(torch.stack(self._batches))
-        if trainer.world_size > 1:
-            gathered = pl_module.all_gather(moments.float().to(pl_module.device))
-            assert isinstance(gathered, Tensor)
-            moments = _combine(gathered)
-        epoch = _epoch_weights(moments, trainer.current_epoch, bounded=_max_weight(pl_module) is not None)
-        self.history.append(epoch)
-        numbers = {f"regularizer/{k}": v for k, v in asdict(epoch).items() if k != "epoch" and v is not None}
         pl_module.log_dict(numbers, sync_dist=True)  # the same on all processes; said so that Lightning does not warn
-        self._warn_of_collapse()
         if trainer.is_global_zero:
             self._log_histogram(trainer)
-            folder = run_folder_of(trainer)
-            if folder is not None:
-                _write_table(folder / FOLDER / "weights.csv", self.history)
-                if (trainer.current_epoch + 1) % self.picture_every_n_epochs == 0:
-                    draw(self.history, folder / FOLDER / "weights.png")
+            self._write(trainer, last=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and (self.history or self.statistics):
+            self._write(trainer, last=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         folder = run_folder_of(trainer)
-        if trainer.is_global_zero and folder is not None and self.history:
-            draw(self.history, folder / FOLDER / "weights.png")
+        if trainer.is_global_zero and folder is not None:
+            self._write_tables(folder)
+
+    def _reduced_sums(self, trainer: Trainer, module: LightningModule) -> Sums:
+        """The epoch's sums over all processes, on the CPU."""
+        if not self._sums:
+            return {}
+        flat = torch.cat([values.flatten() for values in self._sums.values()])
+        if trainer.world_size > 1:
+            gathered = module.all_gather(flat)
+            assert isinstance(gathered, Tensor)
+            flat = gathered.sum(0)
+        shapes = [values.shape for values in self._sums.values()]
+        split = flat.cpu().split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self._sums, split, shapes, strict=True)}
+
+    def _epoch(
+        self, trainer: Trainer, module: LightningModule, optimum: float | None, share: float | None
+    ) -> EpochWeights:
+        combined = combine(torch.stack(self._moments))
+        if trainer.world_size > 1:
+            gathered = module.all_gather(combined.float().to(module.device))
+            assert isinstance(gathered, Tensor)
+            combined = combine(gathered)
+        bounded = any(_bound(regularizer) is not None for regularizer in self._of_parts(module, 1))
+        return epoch_weights(combined, trainer.current_epoch, bounded, optimum, share)
 
     def _warn_of_collapse(self) -> None:
         judged = verdict(self.history)
@@ -183,92 +225,102 @@ class RegularizerMonitor(Callback):
             self.warnings.append(judged.sentence)
             rank_zero_warn(judged.sentence)
 
+    # ---- where it goes
+
+    def _write(self, trainer: Trainer, last: bool) -> None:
+        folder = run_folder_of(trainer)
+        if folder is not None and (last or self._tables.due()):
+            with self._tables.work():
+                self._write_tables(folder)
+        if last or self._picture_is_due(trainer):
+            with self._drawings.work():
+                self._draw(trainer, folder)
+
+    def _write_tables(self, folder: Path) -> None:
+        if self.history:
+            write_weights(folder / FOLDER / "weights.csv", self.history)
+        for name, epochs in self.statistics.items():
+            write_statistic(folder / FOLDER / f"{name}.csv", epochs)
+
+    def _picture_is_due(self, trainer: Trainer) -> bool:
+        if self.picture_every_n_epochs is None:
+            return self._drawings.due()
+        return (trainer.current_epoch + 1) % self.picture_every_n_epochs == 0
+
+    def _draw(self, trainer: Trainer, folder: Path | None) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
+        if folder is None and not loggers:
+            return
+        from lqkd.callbacks.regularizer_pictures import pictures, pixels, write
+
+        for name, figure in pictures(self.history, self.statistics):
+            image = pixels(figure)
+            if folder is not None:
+                write(folder / FOLDER / f"{name}.png", image)
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):
+                    import wandb
+
+                    media = {f"regularizer/pictures/{name}": wandb.Image(image)}
+                    logger.log_metrics(media, step=_step(trainer))  # type: ignore[arg-type]
+                else:
+                    logger.experiment.add_image(
+                        f"regularizer/pictures/{name}", image, global_step=_step(trainer), dataformats="HWC"
+                    )
+
     def _log_histogram(self, trainer: Trainer) -> None:
-        assert self._last_weights is not None
-        weights = self._last_weights.detach().float().flatten().cpu()
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
+        if not loggers or not self._last_weights:
+            return
+        weights = torch.cat([weights.detach().float().flatten() for weights in self._last_weights]).cpu()
         weights = weights[weights.isfinite()]
         if not len(weights):
             return
-        step = trainer.fit_loop.epoch_loop.total_batch_idx  # where Lightning puts this epoch's metrics
-        for logger in trainer.loggers:
+        for logger in loggers:
             if isinstance(logger, WandbLogger):
                 import numpy as np
                 import wandb
 
                 histogram = wandb.Histogram(np_histogram=np.histogram(weights.numpy(), bins=_BINS))
-                logger.log_metrics({"regularizer/weights": histogram}, step=step)  # type: ignore[dict-item]
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("regularizer/weights", weights, global_step=step)
+                logger.log_metrics({"regularizer/weights": histogram}, step=_step(trainer))  # type: ignore[dict-item]
+            else:
+                logger.experiment.add_histogram("regularizer/weights", weights, global_step=_step(trainer))
 
 
-def draw(history: Sequence[EpochWeights], target: Path) -> None:
-    """Write a PNG of mean, spread, minimum and maximum over the epochs to ``target``, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [epoch.epoch + 1 for epoch in history]
-    mean = [epoch.mean for epoch in history]
-    low = [max(epoch.mean - epoch.spread, epoch.minimum) for epoch in history]  # a logarithmic axis ends above zero
-    high = [epoch.mean + epoch.spread for epoch in history]
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_yscale("log", nonpositive="clip")
-    axes.fill_between(epochs, low, high, alpha=0.25, color="tab:blue", linewidth=0, label="mean ± spread")
-    axes.plot(epochs, mean, color="tab:blue", marker="o", markersize=3, label="mean")
-    for name, style in (("maximum", "--"), ("minimum", ":")):
-        axes.plot(epochs, [getattr(epoch, name) for epoch in history], style, color="tab:gray", label=name)
-    axes.axhline(1, color="black", linewidth=0.6, label="fixed distillation")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title="Weights of the regularizer", xlabel="epoch", ylabel="weight")
-    axes.legend(fontsize="small")
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def _step(trainer: Trainer) -> int:
+    """Where Lightning puts this epoch's metrics."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
-def _max_weight(module: LightningModule) -> float | None:
-    bound = getattr(module.regularizer, "max_weight", math.inf)
-    return bound if math.isfinite(bound) else None
+def _parts(outputs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Weights and divergence map of every tap; empty where there are no weights."""
+    weights, divergence = outputs.get("weights"), outputs.get("divergence")
+    if weights is None or divergence is None:
+        return []
+    if isinstance(weights, Tensor):
+        return [(weights, divergence)]
+    return list(zip(weights, divergence, strict=True))
 
 
-def _moments(weights: Tensor, divergence: Tensor, max_weight: float | None) -> Tensor:
-    """Count, mean, squared deviations, minimum, maximum, sum(w D), sum(D) and count at the bound; (8,) float32."""
-    divergence = divergence.detach().float()
-    weights = weights.detach().float().broadcast_to(divergence.shape)
-    variance, mean = torch.var_mean(weights, correction=0)
-    minimum, maximum = torch.aminmax(weights)
-    count = torch.full_like(mean, weights.numel())
-    at_maximum = (weights >= _AT_MAXIMUM * max_weight).sum() if max_weight is not None else torch.zeros_like(mean)
-    counted, total = (weights * divergence).sum(), divergence.sum()
-    return torch.stack((count, mean, variance * count, minimum, maximum, counted, total, at_maximum.float()))
+def _bound(regularizer: Any) -> float | None:
+    """The largest weight there can be; None when there is no bound."""
+    largest = getattr(regularizer, "max_weight", math.inf)
+    guard = getattr(regularizer, "guard", None)
+    if isinstance(guard, BoundedRange):
+        return float(guard.constrain(torch.tensor(largest, dtype=torch.float64)))
+    return largest if math.isfinite(largest) else None
 
 
-def _combine(parts: Tensor) -> Tensor:
-    """Moments of the union of ``parts`` (N, 8), each as :func:`_moments` gives them; (8,) float64 on the CPU."""
-    count, mean, deviations, minimum, maximum, counted, total, at_maximum = parts.cpu().double().unbind(dim=1)
-    center = (count * mean).sum() / count.sum()
-    spread_of_means = (count * (mean - center).square()).sum()
-    sums = (counted.sum(), total.sum(), at_maximum.sum())
-    return torch.stack((count.sum(), center, deviations.sum() + spread_of_means, minimum.min(), maximum.max(), *sums))
+def _optimum(regularizer: Any) -> Optimum:
+    """The closed form of the guard under what the player wants; gives None where there is none."""
 
+    def optimum(divergence: Tensor) -> Tensor | None:
+        if not isinstance(regularizer, Regularizer) or regularizer.player.needs_alignment:
+            return None
+        price, scale = regularizer.player.price(divergence, None)
+        best = regularizer.guard.optimum(price, scale)
+        if best is None or regularizer.guard.limits_above:
+            return best
+        return best.clamp_max(regularizer.max_weight)
 
-def _epoch_weights(moments: Tensor, epoch: int, bounded: bool) -> EpochWeights:
-    count, mean, deviations, minimum, maximum, counted, total, at_maximum = moments.tolist()
-    return EpochWeights(
-        epoch=epoch,
-        mean=mean,
-        spread=math.sqrt(deviations / count),
-        minimum=minimum,
-        maximum=maximum,
-        effective=counted / total if total else math.nan,
-        at_maximum=at_maximum / count if bounded else None,
-    )
-
-
-def _write_table(target: Path, history: Sequence[EpochWeights]) -> None:
-    rows = [asdict(epoch) for epoch in history]
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    return optimum

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
@@ -35,12 +36,29 @@ class Guard(nn.Module, ABC):
             scale: 0-dim, the mean size of what the weights are multiplied by in this process; no gradient.
         """
 
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor | None:
+        """The weights at which ``mean(w * divergence)`` plus this guard's term is smallest, element by element.
+
+        What a regularizer that could give every element any weight would arrive at, before its ``max_weight``.
+
+        Args:
+            divergence: any shape, no gradient; negative ones are those that a maximising player pays.
+            scale: see :meth:`forward`; the mean of ``divergence`` when None.
+
+        Returns:
+            A tensor in the shape of ``divergence``; None where there is no closed form.
+        """
+        return None
+
 
 class NoGuard(Guard):
     """No term: the literal formula, which collapses to zero weights. Offered so that this can be studied."""
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return weights.new_zeros(())
+
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(divergence)
 
 
 class Barrier(Guard):
@@ -52,6 +70,9 @@ class Barrier(Guard):
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return -_positive(weights).log().mean()
+
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
+        return 1 / divergence
 
 
 class BoundedBarrier(Guard):
@@ -65,6 +86,9 @@ class BoundedBarrier(Guard):
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         weights = _positive(weights)
         return ((weights + 0.5).log() - weights.log()).mean()  # not log1p(1 / ...), whose gradient overflows
+
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
+        return 2 / (divergence + divergence.sqrt() * (divergence + 8).sqrt())  # not rounded to zero
 
 
 class MeanOne(Guard):
@@ -107,6 +131,12 @@ class Entropy(MeanOne):
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return self.temperature * mean_over_batch(scale) * (weights * _positive(weights).log()).mean()
 
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
+        """As above; the softmax is over the elements of ``divergence`` alone, also where processes share a batch."""
+        scale = divergence.mean() if scale is None else scale
+        logits = -divergence / (self.temperature * scale).clamp_min(torch.finfo(divergence.dtype).tiny)
+        return logits.flatten().softmax(dim=0).view_as(logits) * logits.numel()
+
 
 class BoundedRange(Guard):
     """Weights between two bounds, approached smoothly: ``low + (high - low) * w / (w + (high - 1) / (1 - low))``.
@@ -136,6 +166,10 @@ class BoundedRange(Guard):
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return weights.new_zeros(())
+
+    def optimum(self, divergence: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The bounds; 1 where the divergence is zero and no weight is better than another."""
+        return 1 + (self.low - 1) * (divergence > 0) + (self.high - 1) * (divergence < 0)
 
 
 GUARDS: dict[str, type[Guard]] = {

@@ -29,17 +29,29 @@ class Bounded(nn.Module):
 class Dummy(LightningModule):
     """Returns ``weights(epoch, batch)`` and ``divergence(epoch, batch)`` (B, C); None stands for no regularizer.
 
+    ``more(epoch, batch)`` are further outputs; ``watched`` lists the batches for which gradients were asked.
     Logs ``train/task`` = batch number and ``train/distill`` = 0.5, and ``val/acc`` = 0.75.
     """
 
-    def __init__(self, weights: Play | None = ones, divergence: Play = ones, max_weight: float = 100.0) -> None:
+    watch_gradients = False
+
+    def __init__(
+        self,
+        weights: Play | None = ones,
+        divergence: Play = ones,
+        max_weight: float = 100.0,
+        more: Callable[[int, int], dict[str, Any]] = lambda epoch, batch: {},
+        regularizer: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        self.more = more
+        self.watched: list[int] = []
         self.automatic_optimization = False
         self.parameter = nn.Parameter(torch.zeros(()))
         self.play, self.divergence = weights, divergence
-        self.regularizer = None if weights is None else Bounded(max_weight)
+        self.regularizer = None if weights is None else regularizer or Bounded(max_weight)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.parameter.square())
@@ -47,10 +59,12 @@ class Dummy(LightningModule):
         index = int(batch)  # the distributed sampler deals them out, so this is not batch_idx
         self.log_dict({"train/task": float(index), "train/distill": 0.5, "train/loss": 1.0}, batch_size=2)
         divergence = self.divergence(self.current_epoch, index)
-        outputs = {"loss": torch.zeros(()), "divergence": divergence, "labels": torch.zeros(2)}
+        outputs: dict[str, Any] = {"loss": torch.zeros(()), "divergence": divergence, "labels": torch.zeros(2)}
         if self.play is not None:
             outputs["weights"] = self.play(self.current_epoch, index)
-        return outputs
+        if self.watch_gradients:
+            self.watched.append(batch_idx)
+        return outputs | self.more(self.current_epoch, index)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val/acc", 0.75, batch_size=1, sync_dist=True)

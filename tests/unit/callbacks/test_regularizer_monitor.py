@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import struct
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lqkd.callbacks.regularizer_monitor import EpochWeights, RegularizerMonitor, verdict
+from lqkd.callbacks.regularizer_monitor import RegularizerMonitor, verdict
 from lqkd.callbacks.run_logger import RunLogger
 
 from .dummy import BATCHES, Dummy, Play
+from .wandb_records import wandb_history
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -47,7 +45,7 @@ def _all(play: Play, epoch: int = 0) -> Tensor:
 
 def _table(folder: Path) -> list[dict[str, float]]:
     with open(folder / "regularizer" / "weights.csv", newline="") as stream:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
 
 
 def _fit(make_trainer: MakeTrainer, module: Dummy, **arguments: Any) -> tuple[RegularizerMonitor, Trainer]:
@@ -213,31 +211,12 @@ def test_wandb_gets_a_histogram_of_the_last_batch(
         _fit(make_trainer, Dummy(_draws()), max_epochs=2, logger=logger)
     finally:
         wandb.finish()
-    history = _wandb_history(next(tmp_path.rglob("*.wandb")))
+    history = wandb_history(next(tmp_path.rglob("*.wandb")))
     histograms = [row for row in history if "regularizer/weights/values" in row]
     means = [row for row in history if "regularizer/mean" in row]
     assert [row["trainer/global_step"] for row in histograms] == [3, 7]
     assert [row["trainer/global_step"] for row in means] == [3, 7]
     assert all(sum(row["regularizer/weights/values"]) == 6 for row in histograms)
-
-
-def _wandb_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of the history in a ``.wandb`` file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    data, position, part, rows = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no room for a record's header: the rest of the block is padding
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record, part = Record.FromString(part), b""
-            if record.HasField("history"):
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
 
 
 def test_weights_that_are_not_finite_do_not_stop_the_histogram(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -298,30 +277,3 @@ def test_the_summary_describes_the_last_epoch(make_trainer: MakeTrainer) -> None
     assert summary["mean"] == pytest.approx(0.01)
     assert summary["verdict"] == "collapsed"
     assert summary["sentence"] == verdict(monitor.history).sentence
-
-
-HEALTHY = EpochWeights(0, mean=3.0, spread=1.0, minimum=0.5, maximum=9.0, effective=2.0, at_maximum=0.0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "number"),
-    [
-        ("healthy", {}, "3"),
-        ("collapsed", {"mean": 0.09}, "0.09"),
-        ("healthy", {"mean": 0.11}, "0.11"),
-        ("saturated", {"at_maximum": 0.91}, "91%"),
-        ("healthy", {"at_maximum": 0.9}, "3"),
-        ("healthy", {"at_maximum": None}, "3"),
-        ("uniform", {"mean": 1.5, "spread": 0.0149}, "1.5"),
-        ("healthy", {"mean": 1.5, "spread": 0.0151}, "1.5"),
-        ("healthy", {"mean": 2.1, "spread": 0.0}, "2.1"),
-        ("diverged", {"mean": float("nan")}, "nan"),
-        ("diverged", {"mean": float("inf")}, "inf"),
-    ],
-)
-def test_the_verdict_follows_the_last_epoch_and_gives_its_number(
-    kind: str, changes: dict[str, float], number: str
-) -> None:
-    judged = verdict([replace(HEALTHY, mean=0.01), replace(HEALTHY, **changes)])  # type: ignore[arg-type]
-    assert judged.kind == kind
-    assert number in judged.sentence

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers import (
+    GUARDS,
     Adversarial,
+    Barrier,
+    BoundedBarrier,
     BoundedRange,
     Entropy,
     Guard,
+    MeanOne,
     Player,
     Regularizer,
 )
@@ -87,6 +91,46 @@ def test_looking_ahead_with_the_entropy_guard_ends_at_a_softmax_of_the_alignment
     aligned = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, -0.5]])
     expected = simplex(aligned / aligned.square().mean().sqrt())
     torch.testing.assert_close(trained(Free("entropy", "look_ahead"), aligned), expected, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("player", ["cooperative", "adversarial"])
+@pytest.mark.parametrize("guard", ["none", "barrier", "bounded_barrier", "entropy", "bounded"])
+def test_a_free_regularizer_ends_at_the_optimum_that_its_guard_names(guard: str, player: str) -> None:
+    if player == "adversarial" and not GUARDS[guard].limits_above:
+        pytest.skip("refused: see below")
+    regularizer = Free(guard, player)
+    if isinstance(regularizer.player, Adversarial):
+        regularizer.player.progress = 1.0
+    price, scale = regularizer.player.price(DIVERGENCE, None)
+    optimum = regularizer.guard.optimum(price, scale)
+    assert optimum is not None
+    assert optimum.shape == DIVERGENCE.shape
+    torch.testing.assert_close(trained(regularizer, steps=4000), optimum, rtol=0.05, atol=0.01)
+
+
+def test_the_optimum_is_scaled_by_the_mean_divergence_unless_told_otherwise() -> None:
+    guard = Entropy(2.0)
+    torch.testing.assert_close(guard.optimum(DIVERGENCE), guard.optimum(DIVERGENCE, DIVERGENCE.mean()))
+    assert not torch.allclose(guard.optimum(DIVERGENCE), guard.optimum(DIVERGENCE, torch.tensor(1.0)))
+
+
+def test_the_optimum_at_a_divergence_of_zero_is_no_surprise() -> None:
+    zero = torch.zeros(2)
+    assert Barrier().optimum(zero).isinf().all()
+    assert BoundedBarrier().optimum(zero).isinf().all()
+    torch.testing.assert_close(Entropy().optimum(zero), torch.ones(2))
+    torch.testing.assert_close(BoundedRange().optimum(zero), torch.ones(2))
+
+
+def test_the_bounded_barriers_optimum_is_exact_at_large_and_small_divergences() -> None:
+    divergence = torch.tensor([1e-20, 1e-4, 1e4, 1e8])
+    double = divergence.double()
+    expected = torch.cat((1 / (2 * double[:2]).sqrt(), 1 / double[2:]))
+    torch.testing.assert_close(BoundedBarrier().optimum(divergence).double(), expected, rtol=0.01, atol=0)
+
+
+def test_weights_of_mean_one_have_no_optimum_of_single_elements() -> None:
+    assert MeanOne().optimum(DIVERGENCE) is None
 
 
 def test_weights_of_mean_one_all_move_to_the_smallest_divergence() -> None:

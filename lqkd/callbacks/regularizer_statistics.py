@@ -1,0 +1,239 @@
+"""Statistics of the regularizer's weights: sums that a batch adds on its device, and what they say of an epoch.
+
+Every sum is additive over batches and over processes, and has a fixed shape, so that nothing waits for the device
+until the epoch ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sums = dict[str, Tensor]
+"""Sums by name, float64 (float32 where a device has no float64)."""
+
+Optimum = Callable[[Tensor], Tensor | None]
+"""The weights that a guard's closed form gives for a divergence map, in its shape."""
+
+WEIGHT_DECADES, WEIGHTS_PER_DECADE = (-4, 4), 8
+DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE = (-8, 4), 4
+CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
+"""Lower edges of the bins of confidence: finer towards 1, where a good teacher's are."""
+
+
+def _edges(decades: tuple[int, int], per_decade: int) -> list[float]:
+    """Lower edges of logarithmic bins; the first, 0, is of all that is smaller and the last of all that is larger."""
+    low, high = decades
+    return [0.0, *(10 ** (low + i / per_decade) for i in range((high - low) * per_decade + 1))]
+
+
+WEIGHT_EDGES = _edges(WEIGHT_DECADES, WEIGHTS_PER_DECADE)
+DIVERGENCE_EDGES = _edges(DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE)
+
+_ELEMENTS = 2**16
+"""Elements of a map that are looked at, at most, for the statistics of single elements."""
+
+
+@dataclass
+class EpochStatistic:
+    """One statistic of one epoch.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        bins: what is told apart: lower edges of bins, numbers of classes, or names.
+        columns: float lists as long as ``bins``; ``value`` and ``count`` are always there.
+    """
+
+    epoch: int
+    bins: list[Any]
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each bin in which something was counted."""
+        count = self.columns["count"]
+        return [
+            {"epoch": self.epoch, "bin": edge} | {name: column[i] for name, column in self.columns.items()}
+            for i, edge in enumerate(self.bins)
+            if count[i]
+        ]
+
+
+def measure(
+    parts: Sequence[tuple[Tensor, Tensor]],
+    outputs: Mapping[str, Any],
+    optima: Sequence[Optimum],
+) -> Sums:
+    """All sums that one batch allows; what would need something that ``outputs`` lacks is left out.
+
+    Args:
+        parts: weights and divergence map of every tap; the weights broadcast to the map.
+        outputs: of ``training_step``.
+        optima: of every tap.
+    """
+    sums: Sums = {}
+    for (weights, divergence), optimum in zip(parts, optima, strict=True):
+        add(sums, _of_elements(weights, divergence, optimum))
+        add(sums, _of_samples(weights, divergence, outputs))
+    add(sums, _of_gradients(outputs))
+    return sums
+
+
+def add(sums: Sums, more: Sums) -> None:
+    """Add ``more`` to ``sums`` in place."""
+    for name, values in more.items():
+        sums[name] = sums[name] + values if name in sums else values
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def _of_elements(weights: Tensor, divergence: Tensor, optimum: Optimum) -> Sums:
+    divergence = divergence.detach().float()
+    weights = _some(weights.detach().float().broadcast_to(divergence.shape))
+    best = optimum(divergence)
+    divergence = _some(divergence)
+    one = torch.ones_like(weights)
+    size = _logarithmic(divergence, DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE)
+    sums = {
+        "distribution": _binned(_logarithmic(weights, WEIGHT_DECADES, WEIGHTS_PER_DECADE), one, bins=len(WEIGHT_EDGES)),
+        "divergence": _binned(size, weights, one, bins=len(DIVERGENCE_EDGES)),
+    }
+    if best is not None:
+        best = _some(best.float())
+        sums["optimum"] = _binned(size, best, bins=len(DIVERGENCE_EDGES))
+        matters = torch.where(divergence > 0, best * divergence, 0)  # not infinity times zero
+        sums["contribution"] = _wide(torch.stack((matters.sum(), one.sum())))
+    return sums
+
+
+def _some(values: Tensor) -> Tensor:
+    """``values``, flat, or so many of them, evenly spread and the same ones for every map of a shape."""
+    number = values.numel()
+    stride = max(1, math.ceil(number / _ELEMENTS))
+    while stride > 1 and math.gcd(stride, number) > 1:  # a common divisor would see the same channels only
+        stride += 1
+    return values.reshape(-1)[::stride]
+
+
+def _logarithmic(values: Tensor, decades: tuple[int, int], per_decade: int) -> Tensor:
+    """Index into the edges of each value; one past the last for what is not a number."""
+    low, high = decades
+    last = (high - low) * per_decade + 1
+    # The logarithm of an edge itself may be rounded below it.
+    position = (values.clamp_min(1e-30).log10() - low) * per_decade + 1e-4
+    index = position.floor().clamp(-1, last - 1) + 1
+    return torch.where(values.isnan(), last + 1.0, index).long()
+
+
+def _binned(index: Tensor, *values: Tensor, bins: int) -> Tensor:
+    """(len(values), bins): sums of each of ``values`` by bin; what has the index ``bins`` is dropped."""
+    stacked = _wide(torch.stack(values))
+    return stacked.new_zeros(len(values), bins + 1).index_add_(1, index, stacked)[:, :-1]
+
+
+@functools.cache
+def _boundaries(device: torch.device) -> Tensor:
+    return torch.tensor(CONFIDENCES[1:], device=device)
+
+
+def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any]) -> Sums:
+    teacher, labels = outputs.get("teacher"), outputs.get("labels")
+    if teacher is None or divergence.ndim == 0:
+        return {}
+    teacher = teacher.detach().float()
+    samples, classes = teacher.shape
+    weights = weights.detach().float()
+    weights = weights.reshape(*[1] * (divergence.ndim - weights.ndim), *weights.shape)
+    mean = weights.flatten(1).mean(1) if weights.ndim > 1 else weights
+    mean = mean.expand(samples)
+    one = torch.ones_like(mean)
+    confidence = teacher.softmax(1).amax(1)
+    index = torch.bucketize(confidence, _boundaries(teacher.device), right=True)
+    index = torch.where(confidence.isnan(), len(CONFIDENCES), index)
+    sums = {"confidence": _binned(index, mean, one, bins=len(CONFIDENCES))}
+    if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+        known = (labels >= 0) & (labels < classes)
+        sums["label"] = _binned(torch.where(known, labels, classes).long(), mean, one, bins=classes)
+    if divergence.shape == teacher.shape:
+        by_class = _wide(weights.broadcast_to(divergence.shape)).sum(0)
+        sums["output"] = torch.stack((by_class, torch.full_like(by_class, samples)))
+    return sums
+
+
+def _of_gradients(outputs: Mapping[str, Any]) -> Sums:
+    """Products of the gradients at the student's logits, and squared norms of what each loss puts into them."""
+    gradients = {name: _wide(g.detach()) for name, g in outputs.get("gradients", {}).items()}
+    balance = {name: _wide(w.detach()) for name, w in outputs.get("balance", {}).items()}
+    sums: Sums = {}
+    if "task" in gradients:
+        task = gradients["task"]
+        for name in ("distill", "plain"):
+            if name in gradients:
+                other = gradients[name]
+                products = ((task * other).sum(), task.square().sum(), other.square().sum())
+                sums[f"agreement/{name}"] = torch.stack((*products, torch.ones_like(products[0])))
+    for name, weight in balance.items():
+        sums[f"balance/{name}"] = torch.stack((weight, torch.ones_like(weight)))
+        if name in gradients:
+            squared = weight.square() * gradients[name].square().sum()
+            sums[f"share/{name}"] = torch.stack((squared, torch.ones_like(weight)))
+    return sums
+
+
+def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
+    """What ``sums`` over an epoch, on the CPU, say: by name of statistic, only those that something was counted for.
+
+    ``distribution`` gives the share of weights by size. ``label``, ``output``, ``confidence`` and ``divergence`` give
+    mean weights by true label, by class of the map, by the teacher's largest probability and by size of the
+    divergence; the last has a column ``optimum`` where the guard has a closed form. ``agreement`` gives the cosine
+    between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share`` the part of
+    each loss in the student's gradient: of the norms, so that shares add up to one.
+    """
+    found: dict[str, EpochStatistic] = {}
+    if "distribution" in sums:
+        (counts,) = sums["distribution"].tolist()
+        total = sum(counts) or 1.0
+        columns = {"value": [count / total for count in counts], "count": counts}
+        found["distribution"] = EpochStatistic(epoch, list(WEIGHT_EDGES), columns)
+    bins = {"confidence": CONFIDENCES, "divergence": DIVERGENCE_EDGES}
+    for name in ("label", "output", "confidence", "divergence"):
+        if name in sums:
+            total_weight, count = sums[name]
+            columns = {"value": (total_weight / count).tolist(), "count": count.tolist()}
+            if name == "divergence" and "optimum" in sums:
+                columns["optimum"] = (sums["optimum"][0] / count).tolist()
+            found[name] = EpochStatistic(epoch, list(bins.get(name, range(len(count)))), columns)
+    found |= _of_losses(sums, epoch)
+    return {name: statistic for name, statistic in found.items() if any(statistic.columns["count"])}
+
+
+def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
+    named: dict[str, dict[str, list[float]]] = {"agreement": {}, "balance": {}, "share": {}}
+    for name, values in sums.items():
+        statistic, _, of = name.partition("/")
+        if statistic in named:
+            named[statistic][of] = values.tolist()
+    if set(named["share"]) != set(named["balance"]):  # a share of an unknown whole
+        named["share"] = {}
+    agreement = {of: _ratio(v[0], math.sqrt(v[1] * v[2])) for of, v in named["agreement"].items()}
+    balance = {of: _ratio(v[0], v[1]) for of, v in named["balance"].items()}
+    norms = {of: math.sqrt(v[0]) for of, v in named["share"].items()}
+    share = {of: _ratio(norm, sum(norms.values())) for of, norm in norms.items()}
+    found = {}
+    for statistic, computed in (("agreement", agreement), ("balance", balance), ("share", share)):
+        if computed:
+            count = [named[statistic][of][-1] for of in computed]
+            columns = {"value": list(computed.values()), "count": count}
+            found[statistic] = EpochStatistic(epoch, list(computed), columns)
+    return found
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,216 @@
+"""Pictures of the regularizer: when they are drawn, where they go and what they show."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lqkd.callbacks.pace import Pace
+from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
+from lqkd.callbacks.regularizer_pictures import pictures, pixels
+from lqkd.callbacks.regularizer_statistics import WEIGHT_EDGES, EpochStatistic
+from lqkd.callbacks.run_logger import RunLogger
+from lqkd.regularizers import LearnableTable
+
+from .dummy import Dummy
+from .wandb_records import wandb_history
+
+MakeTrainer = Callable[..., Trainer]
+NAMES = {"weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance"}
+
+
+def _more(epoch: int, batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(100 * epoch + batch)
+    task, distill, plain, teacher = torch.randn(4, 8, 5, generator=generator)
+    return {
+        "weights": torch.rand(8, 5, generator=generator) + 0.1,
+        "divergence": torch.rand(8, 5, generator=generator),
+        "teacher": 3 * teacher,
+        "labels": torch.arange(8) % 5,
+        "gradients": {"task": task, "distill": distill, "plain": plain},
+        "balance": {"task": torch.tensor(1.0), "distill": torch.tensor(0.5 + epoch)},
+    }
+
+
+def _module() -> Dummy:
+    return Dummy(more=_more, regularizer=LearnableTable(guard="barrier"))
+
+
+def _fit(make_trainer: MakeTrainer, logger: Any, epochs: int = 2, **arguments: Any) -> RegularizerMonitor:
+    monitor = RegularizerMonitor(1, **arguments)
+    make_trainer(callbacks=[monitor], logger=logger, max_epochs=epochs).fit(_module())
+    return monitor
+
+
+def _drawn(monitor: RegularizerMonitor) -> dict[str, Figure]:
+    return dict(pictures(monitor.history, monitor.statistics))
+
+
+# ---- where they go
+
+
+def test_the_run_folder_gets_every_picture_and_no_part_of_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    _fit(make_trainer, RunLogger(tmp_path))
+    folder = tmp_path / "regularizer"
+    assert {path.stem for path in folder.glob("*.png")} == NAMES
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".csv"}
+    for path in folder.glob("*.png"):
+        assert np.asarray(Image.open(path)).std() > 10, path.name
+
+
+def test_tensorboard_gets_every_picture_at_the_step_of_the_epochs_numbers(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _fit(make_trainer, TensorBoardLogger(tmp_path, name="", version=""), picture_every_n_epochs=1)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {f"regularizer/pictures/{name}" for name in NAMES}
+    for name in NAMES:
+        images = events.Images(f"regularizer/pictures/{name}")
+        assert [image.step for image in images] == [3, 7, 7]  # and once more when training ends
+        assert (images[0].height, images[0].width) in ((400, 640), (400, 1000))
+
+
+def test_wandb_gets_every_picture(make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    try:
+        _fit(make_trainer, WandbLogger(project="lqkd-test", save_dir=tmp_path))
+    finally:
+        wandb.finish()
+    path = next(tmp_path.rglob("*.wandb"))
+    rows = wandb_history(path)
+    for name in NAMES:
+        (row,) = [row for row in rows if f"regularizer/pictures/{name}/path" in row]
+        assert row["trainer/global_step"] == 7
+        image = Image.open(path.parent / "files" / row[f"regularizer/pictures/{name}/path"])
+        assert image.size[1] == 400
+    assert any("regularizer/agreement/distill" in row for row in rows)
+
+
+def test_drawing_leaves_pyplot_alone(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    _fit(make_trainer, RunLogger(tmp_path))
+    assert plt.get_fignums() == []
+
+
+# ---- when
+
+
+def test_pictures_and_tables_wait_until_they_cost_little_and_come_at_the_end(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looks(RegularizerMonitor):
+        def on_train_epoch_end(self, *arguments: Any) -> None:
+            super().on_train_epoch_end(*arguments)
+            here = {path.name for path in (tmp_path / "regularizer").iterdir()}
+            seen.append(("weights.png" in here, "weights.csv" in here))
+
+    seen: list[tuple[bool, bool]] = []
+    make_trainer(callbacks=[Looks(1)], logger=RunLogger(tmp_path), max_epochs=3).fit(_module())
+    assert seen == [(False, True)] * 3
+    assert (tmp_path / "regularizer" / "weights.png").exists()
+    rows = (tmp_path / "regularizer" / "agreement.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2
+
+
+def test_work_is_due_again_when_it_has_become_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("lqkd.callbacks.pace.time.monotonic", lambda: now[0])
+    pace = Pace(0.01, seconds=0.5)
+    dues = []
+    for now[0] in (149.0, 151.0):
+        dues.append(pace.due())
+    with pace.work():
+        now[0] += 2.0
+    for now[0] in (352.0, 354.0):
+        dues.append(pace.due())
+    assert dues == [False, True, False, True]
+
+
+def test_the_first_tables_are_written_at_the_first_epochs_end(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Stops(RegularizerMonitor):
+        def on_train_epoch_end(self, *arguments: Any) -> None:
+            super().on_train_epoch_end(*arguments)
+            here.extend(path.stem for path in (tmp_path / "regularizer").glob("*.csv"))
+
+    here: list[str] = []
+    make_trainer(callbacks=[Stops(1)], logger=RunLogger(tmp_path)).fit(_module())
+    assert set(here) == (NAMES - {"classes"}) | {"label", "output", "share"}
+
+
+def test_a_training_that_fails_leaves_its_tables(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Fails(Dummy):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 3:
+                raise RuntimeError("the power fails")
+
+    with pytest.raises(RuntimeError, match="power"):
+        make_trainer(callbacks=[RegularizerMonitor(1)], logger=RunLogger(tmp_path), max_epochs=4).fit(Fails(more=_more))
+    for name in ("weights", "balance"):
+        rows = (tmp_path / "regularizer" / f"{name}.csv").read_text().splitlines()
+        assert rows[-1].startswith("2,"), name
+
+
+# ---- what they show
+
+
+def test_the_closed_form_of_the_guard_is_drawn_beside_the_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    monitor = _fit(make_trainer, RunLogger(tmp_path), epochs=1)
+    figure = _drawn(monitor)["divergence"]
+    (axes,) = [axes for axes in figure.axes if axes.get_yscale() == "log"]
+    lines = {str(line.get_label()): line for line in axes.lines}
+    statistic = monitor.statistics["divergence"][0]
+    filled = [i for i, count in enumerate(statistic.columns["count"]) if count]
+    for label, column in (("epoch 1", "value"), ("closed form of the guard", "optimum")):
+        assert list(lines[label].get_xdata()) == [statistic.bins[i] for i in filled]  # type: ignore[arg-type]
+        assert list(lines[label].get_ydata()) == [statistic.columns[column][i] for i in filled]  # type: ignore[arg-type]
+
+
+def test_agreement_is_drawn_with_and_without_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    monitor = _fit(make_trainer, RunLogger(tmp_path), epochs=3)
+    (axes,) = _drawn(monitor)["agreement"].axes
+    lines = {str(line.get_label()): list(line.get_ydata()) for line in axes.lines}  # type: ignore[call-overload]
+    values = [dict(zip(e.bins, e.columns["value"], strict=True)) for e in monitor.statistics["agreement"]]
+    assert lines["with weights"] == [value["distill"] for value in values]
+    assert lines["without weights"] == [value["plain"] for value in values]
+
+
+def test_the_heat_map_has_a_column_for_every_epoch(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    monitor = _fit(make_trainer, RunLogger(tmp_path), epochs=3)
+    mesh = _drawn(monitor)["distribution"].axes[0].collections[0]
+    shares = np.ma.filled(mesh.get_array(), 0)  # type: ignore[no-untyped-call]
+    expected = np.array([epoch.columns["value"] for epoch in monitor.statistics["distribution"]]).T
+    np.testing.assert_allclose(shares.reshape(expected.shape), expected)
+
+
+def test_values_that_cannot_be_drawn_stop_no_picture() -> None:
+    nan, inf = float("nan"), float("inf")
+    columns = {"value": [nan, inf, 0.0], "count": [1.0, 1.0, 1.0], "optimum": [inf, nan, 0.0]}
+    first = [1.0] + [0.0] * (len(WEIGHT_EDGES) - 1)
+    statistics = {
+        "distribution": [EpochStatistic(0, list(WEIGHT_EDGES), {"value": first, "count": first})],
+        "divergence": [EpochStatistic(0, [0.0, 1e-8, 1e-7], columns)],
+        "label": [EpochStatistic(0, [0, 1, 2], columns)],
+        "confidence": [EpochStatistic(0, [0.0, 0.1, 0.2], columns)],
+        "agreement": [EpochStatistic(0, ["distill"], {"value": [nan], "count": [1.0]})],
+        "balance": [EpochStatistic(0, ["task"], {"value": [nan], "count": [1.0]})],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {name for name, figure in pictures([], statistics) if pixels(figure).size} == NAMES - {"weights"}
