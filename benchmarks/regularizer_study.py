@@ -70,6 +70,7 @@ VARIANTS: dict[str, Arguments] = {
     "fixed MSE 1:1": fixed(LogitResidual, 1.0, 1.0),
     "literal R_phi, MSE 1:1": learned(lambda: ElementwiseMLP(guard="none"), LogitResidual, 1.0, 1.0),
     "barrier R_phi, MSE 1:1": learned(lambda: ElementwiseMLP(guard="barrier"), LogitResidual, 1.0, 1.0),
+    "fixed KL 0.9:0.1": fixed(HintonKL, 0.9, 0.1),
     "two scalars, KL": lambda: {
         "distillation_loss": HintonKL(),
         "balance": BoundedUncertaintyBalance(),
@@ -88,6 +89,9 @@ VARIANTS: dict[str, Arguments] = {
     ),
     "adversarial samples, KL 0.5:0.5": learned(
         lambda: SampleWeight(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
+    ),
+    "look-ahead samples, KL 0.7:0.3": learned(
+        lambda: SampleWeight(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.7, 0.3
     ),
     "look-ahead samples, KL 0.5:0.5": learned(
         lambda: SampleWeight(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.5, 0.5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
+    """A run that is still open would be taken over by the next test's logger, in another folder."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
 
 
 def network(depth: int = 8, classes: int = 10) -> CifarResNet:

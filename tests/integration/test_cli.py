@@ -47,6 +47,12 @@ def summary_of(folder: Path) -> dict[str, Any]:
 # ---- what a run leaves behind
 
 
+TABLES = (
+    "weights", "distribution", "label", "output", "confidence", "divergence", "agreement", "balance", "share"
+)  # fmt: skip
+PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance")
+
+
 def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {
@@ -57,8 +63,8 @@ def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:
         "student.safetensors",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
-        "regularizer/weights.csv",
-        "regularizer/weights.png",
+        *(f"regularizer/{name}.csv" for name in TABLES),
+        *(f"regularizer/{name}.png" for name in PICTURES),
     }
 
 

@@ -148,9 +148,8 @@ def test_parts_that_do_not_go_together_are_refused_in_one_sentence(arguments: di
 def test_a_tap_that_does_not_exist_is_refused_before_the_first_batch(
     make_trainer: MakeTrainer, tap: Tap, message: str
 ) -> None:
-    module = distiller(distillation_loss=Features(), taps=[tap], regularizer=None)
     with pytest.raises(UsageError, match=message):
-        make_trainer().fit(module, datamodule=digits())
+        make_trainer().fit(distiller(distillation_loss=Features(), taps=[tap], regularizer=None), datamodule=digits())
 
 
 # ---- players
