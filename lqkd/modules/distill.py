@@ -140,6 +140,13 @@ class DistillModule(ImageClassifier):
         separate = self.combination is not None and self.combination.separate
         count = self.combination.count if self.combination is not None and separate else 1
         self.distillation = Distillation(loss, regularizer, taps or (), count)
+        self._taps: tuple[Taps, Taps] | None = None
+        if taps:
+            assert isinstance(teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
+            self._taps = (
+                Taps(teacher.network, [tap.teacher for tap in taps], "teacher"),
+                Taps(self.student, [tap.student for tap in taps], "student"),
+            )
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
@@ -294,15 +301,12 @@ class DistillModule(ImageClassifier):
 
     def _outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
         """Logits of every teacher and of the student, and what the taps see of both."""
-        taps = self.distillation.taps
-        if not taps:
+        if self._taps is None:
             answers = (
                 self.teacher.answers(images) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher(images)]
             )
             return [x.float() for x in answers], self.student(images).float(), ([], [])
-        assert isinstance(self.teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
-        teacher = Taps(self.teacher.network, [tap.teacher for tap in taps], "teacher")
-        student = Taps(self.student, [tap.student for tap in taps], "student")
+        teacher, student = self._taps
         with teacher.recording() as features_t:
             answer = self.teacher(images).float()
         with student.recording() as features_s:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
-from lqkd.losses.taps import Taps
 from lqkd.regularizers import LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 
@@ -95,9 +94,8 @@ class Distillation(nn.Module):
         """Let the losses look at the student, before :meth:`connect`.
 
         Raises:
-            UsageError: when a tap does not exist in the student, or a loss does not find there what it needs.
+            UsageError: when a loss does not find there what it needs.
         """
-        Taps(student, [tap.student for tap in self.taps], "student")
         for loss, tap in zip(self.losses, self.taps, strict=False):
             cast(DistillationLoss, loss).bind(student, tap.student)
 
