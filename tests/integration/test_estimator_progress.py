@@ -72,5 +72,5 @@ def test_a_resumed_training_follows_the_same_schedule_to_the_same_weights(
 
 def test_an_endless_training_is_refused(make_trainer: MakeTrainer) -> None:
     module = binary_distiller(student_schedule=Constant())
-    with pytest.raises(UsageError, match="quantizer IRNet needs to know the end of training: set trainer"):
+    with pytest.raises(UsageError, match="IRNet needs to know the end of training: set trainer"):
         make_trainer(max_epochs=-1).fit(module, datamodule=digits(2))

@@ -131,7 +131,7 @@ def test_weights_that_decay_leave_the_steps_alone() -> None:
     from lqkd.modules.optimizers import student_groups
 
     model = student()
-    optimizer = torch.optim.AdamW(student_groups(model), lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(student_groups(model, torch.nn.ModuleList()), lr=0.1, weight_decay=0.5)
     before = {name: q.scale.detach().clone() for name, q in quantizers(model).items()}
     weight = model.conv1.weight.detach().clone()
     for parameter in model.parameters():
