@@ -139,7 +139,7 @@ class DistillModule(ImageClassifier):
             self.combination = COMBINATIONS[teacher.combination](len(teacher.teachers))
         separate = self.combination is not None and self.combination.separate
         count = self.combination.count if self.combination is not None and separate else 1
-        self.distillation = Distillation(loss, regularizer, taps or (), count)
+        self.distillation = Distillation(loss, regularizer, taps or (), count, self.combination is not None)
         self._taps: tuple[Taps, Taps] | None = None
         if taps:
             assert isinstance(teacher, FrozenTeacher), "Distillation refuses taps of several teachers"

@@ -53,17 +53,23 @@ class Distillation(nn.Module):
         regularizer: weighs the differences; copied for every pair. None for none.
         taps: pairs of modules, for a loss that compares features.
         teachers: number of teachers that are compared with the student one by one.
+        ensemble: whether there is more than one teacher, combined or not.
 
     Raises:
         UsageError: when loss, regularizer and taps do not go together.
     """
 
     def __init__(
-        self, loss: DistillationLoss, regularizer: Regularizer | None, taps: Sequence[Tap] = (), teachers: int = 1
+        self,
+        loss: DistillationLoss,
+        regularizer: Regularizer | None,
+        taps: Sequence[Tap] = (),
+        teachers: int = 1,
+        ensemble: bool = False,
     ) -> None:
         super().__init__()
         name = type(loss).__name__
-        if teachers > 1 and loss.compares != "logits":
+        if ensemble and loss.compares != "logits":
             raise UsageError(
                 f"distillation_loss {name} compares features: several teachers are compared by logits only"
             )
@@ -87,7 +93,6 @@ class Distillation(nn.Module):
         self.regularizers = nn.ModuleList(() if regularizer is None else _copies(regularizer, pairs))
         self.taps = tuple(taps)
         self.compares = loss.compares
-        self.needs_labels = loss.needs_labels
         self.shapes: tuple[Shapes, Shapes] | None = None
 
     def bind(self, student: nn.Module) -> None:

@@ -130,6 +130,10 @@ def test_what_depends_on_shapes_comes_back_from_a_checkpoint(make_trainer: MakeT
             {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "teacher": ensemble("separate")},
             "Features compares features: several teachers are compared by logits only",
         ),
+        (
+            {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "teacher": ensemble("mean")},
+            "Features compares features: several teachers are compared by logits only",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused_in_one_sentence(arguments: dict[str, Any], message: str) -> None:
