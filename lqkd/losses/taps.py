@@ -45,7 +45,7 @@ class Taps:
         outputs: list[Tensor] = []
         handles = [
             self.network.get_submodule(path).register_forward_hook(
-                lambda module, inputs, output, index=index: seen[index].append(output)
+                lambda module, inputs, output, index=index: seen[index].append(_kept(output))
             )
             for index, path in enumerate(self.paths)
         ]
@@ -66,3 +66,8 @@ class Taps:
                     "returns a tensor"
                 )
             outputs.append(found[0])
+
+
+def _kept(output: Any) -> Any:
+    """A copy: what follows may work in place, as the ReLU of torchvision's networks does."""
+    return output.clone() if isinstance(output, Tensor) else output

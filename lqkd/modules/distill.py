@@ -200,19 +200,14 @@ class DistillModule(ImageClassifier):
         if data is not None and hasattr(data, "class_names"):
             self.teacher.check_classes(data.class_names)
         super().setup(stage)
-        self._connect(getattr(data, "image_shape", None))
+        if data is not None and hasattr(data, "image_shape"):
+            self._connect(data.image_shape)
 
     @torch.no_grad()
-    def _connect(self, image_shape: tuple[int, ...] | None) -> None:
+    def _connect(self, image_shape: tuple[int, ...]) -> None:
         """Make the connectors and tables of the distillation loss, which depend on shapes."""
         distillation = self.distillation
         if distillation.shapes is not None:
-            return
-        if image_shape is None:
-            if distillation.compares != "logits":
-                raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
-            shapes: Shapes = [(1, 0)] * len(distillation.losses)
-            distillation.connect(shapes, shapes)
             return
         with evaluating(self.student):
             teachers, student, (features_t, features_s) = self._outputs(
@@ -222,7 +217,17 @@ class DistillModule(ImageClassifier):
             features_t, features_s = [teachers[0]] * len(distillation.losses), [student] * len(distillation.losses)
         distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])
 
+    def _connect_unseen(self) -> None:
+        """Do without the shape of images, where that is possible: neither a DataModule nor a checkpoint has told it."""
+        if self.distillation.shapes is not None:
+            return
+        if self.distillation.compares != "logits":
+            raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
+        shapes: Shapes = [(1, 0)] * len(self.distillation.losses)
+        self.distillation.connect(shapes, shapes)
+
     def configure_optimizers(self) -> Any:
+        self._connect_unseen()
         steps = self._total_steps = total_steps(self.trainer, self.accumulate_grad_batches)
         self._settings.clear()
         optimizers: list[Optimizer] = []

@@ -124,8 +124,8 @@ class Distillation(nn.Module):
             if self.regularizers:
                 regularizer = cast(Regularizer, self.regularizers[index])
                 channels = 0
-                if loss.kind != "samples":
-                    (t, s), *_ = group
+                (t, s), *_ = group
+                if loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
                     with torch.no_grad():
                         matched = loss.pair(torch.zeros(t), torch.zeros(s))[1]
                     channels = matched.shape[2 if matched.ndim == 3 else 1]
@@ -188,7 +188,7 @@ class Distillation(nn.Module):
             everything = slice(None)
             halves = [(slice(middle), slice(middle, None)), (slice(middle, None), slice(middle))]
             aligned = torch.zeros_like(weights)
-            for here, there in halves if player.held_out else [(everything, everything)]:
+            for here, there in halves if player.held_out and middle > 1 else [(everything, everything)]:
                 loss = cast(DistillationLoss, module)
 
                 def distill(

@@ -107,12 +107,19 @@ def _operands(
     x: Tensor, parameters: Sequence[Tensor], constants: Sequence[float], tables: Sequence[Tensor]
 ) -> list[Tensor]:
     dtype = compute_dtype(x)
+    # Under a trace tensors are stand-ins, which must not outlive it.
+    constant = _constant if _is_real(x) else _constant.__wrapped__
     shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [
         *(parameter.detach().to(dtype).view(shape) for parameter in parameters),
-        *(_constant(float(value), position, dtype, x.device) for position, value in enumerate(constants)),
+        *(constant(float(value), position, dtype, x.device) for position, value in enumerate(constants)),
         *(table.detach().to(dtype) for table in tables),
     ]
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether ``x`` has values, and does not stand in for a tensor in a trace."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -149,7 +156,7 @@ def _view_as(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     x = arguments[0]
-    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling():
+    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling() or not _is_real(x):
         return function(*arguments)
     try:
         return _compiled(function, x.device.type)(*arguments)

@@ -24,6 +24,7 @@ from lqkd.quantization.cost import bit_operations, size
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve
+from lqkd.quantization.residual import join_quantizers
 
 BITS = ("w8a8", "w4a4", "w2a2")
 """The bits that are tried unless others are asked for."""
@@ -143,6 +144,8 @@ def measure_sensitivity(
     if len(set(wanted)) < len(wanted):
         raise UsageError(f"bits={list(bits)!r} name the same bits twice: name each once")
     network, _ = quantize_model(copy.deepcopy(model), recipe)
+    for owner, name in join_quantizers(network):  # additions stay in float: layers are what is ranked
+        owner._modules[name] = None
     network.eval()
     groups = _groups(network)
     if not groups:

@@ -95,8 +95,8 @@ class LookAhead(Player):
     Args:
         exact: whether to take the step in the parameters instead of at the logits.
         step_size: learning rate of the exact form's step.
-        held_out: whether the exact form measures the task on the other half of the batch (Shu et al., arXiv 1902.07379,
-            measure it on a clean set).
+        held_out: whether the exact form measures the task on the other half of the batch, if that has two samples at
+            least (Shu et al., arXiv 1902.07379, measure it on a clean set).
 
     Raises:
         UsageError: when an argument is not possible.

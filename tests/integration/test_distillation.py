@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lqkd.ensemble import TeacherEnsemble
 from lqkd.errors import UsageError
-from lqkd.losses import DistillationLoss
+from lqkd.losses import DistillationLoss, Standardized
+from lqkd.losses.taps import Taps
 from lqkd.modules import DistillModule, Tap
 from lqkd.regularizers import (
     Adversarial,
@@ -156,6 +158,49 @@ def test_a_tap_that_does_not_exist_is_refused_before_the_first_batch(
         make_trainer().fit(distiller(distillation_loss=Features(), taps=[tap], regularizer=None), datamodule=digits())
 
 
+class InPlace(nn.Module):
+    """The ReLU after the tap overwrites what the tap has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.head = nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.LazyLinear(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.conv(x)).flatten(1))
+
+
+def test_a_tap_keeps_what_the_module_returned_where_the_next_one_works_in_place() -> None:
+    net = InPlace()
+    x = torch.randn(2, 1, 8, 8)
+    taps = Taps(net, ["conv"], "network")
+    with taps.recording() as seen:
+        net(x)
+    assert torch.equal(seen[0], net.conv(x))
+    assert seen[0].min() < 0
+
+
+def test_without_a_data_module_the_shapes_come_from_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path / "kept", save_last=True)
+
+    def module() -> DistillModule:
+        return distiller(distillation_loss=Features(), taps=TAPS, regularizer=LearnableTable())
+
+    make_trainer(callbacks=[keeper], enable_checkpointing=True).fit(module(), datamodule=digits())
+    batches = DataLoader([(torch.randn(1, 8, 8), 1)] * 8, batch_size=4)
+    make_trainer(max_epochs=2, logger=False).fit(module(), batches, ckpt_path=keeper.last_model_path, weights_only=True)
+    with pytest.raises(UsageError, match="taps need to know the shape of images"):
+        make_trainer(logger=False).fit(module(), batches)
+
+
+def test_a_loss_on_logits_needs_no_data_module(make_trainer: MakeTrainer) -> None:
+    batches = DataLoader([(torch.randn(1, 8, 8), 1)] * 8, batch_size=4)
+    for regularizer in (ElementwiseMLP(), SampleWeight()):
+        module = distiller(distillation_loss=Standardized(), regularizer=regularizer)
+        make_trainer(logger=False).fit(module, batches)
+    with pytest.raises(UsageError, match="LearnableTable needs the number of classes"):
+        make_trainer(logger=False).fit(distiller(regularizer=LearnableTable()), batches)
+
+
 # ---- players
 
 
@@ -185,6 +230,12 @@ def test_looking_ahead_exactly_leaves_the_student_as_it_found_it(make_trainer: M
         module, _ = trained(make_trainer, regularizer=regularizer, balance=FixedBalance(distill=0.0))
         states.append(module.student.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_looking_ahead_to_a_held_out_half_takes_a_last_batch_of_any_size(make_trainer: MakeTrainer) -> None:
+    player = LookAhead(exact=True, held_out=True)
+    module = distiller(regularizer=ElementwiseMLP(guard="entropy", player=player))
+    make_trainer(logger=False).fit(module, DataLoader([(torch.randn(1, 8, 8), 1)] * 7, batch_size=4))
 
 
 # ---- ensembles

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lqkd.quantization import LSQ, QUANTIZERS, kernel
+from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, kernel, quantize_model
 
 LARGE = (4, 32, 32, 32)
 
@@ -143,3 +144,16 @@ def test_inference_mode_before_training_does_not_disturb_it() -> None:
     with torch.inference_mode():
         quantizer(torch.randn(9))
     assert step(quantizer, torch.randn(9))[2] is not None
+
+
+def test_an_export_leaves_later_passes_with_real_numbers() -> None:
+    """Constants that are made under a trace stand for nothing once it is over."""
+    model, _ = quantize_model(nn.Sequential(nn.Linear(6, 4)), Recipe(first_layer_bits=None, last_layer_bits=None))
+    x = torch.randn(5, 6)
+    initialize_quantizers(model, x)
+    model.eval()
+    kernel._constant.cache_clear()
+    with contextlib.suppress(RuntimeError):  # whether it can be exported is another question
+        torch.export.export(model, (x,), strict=False)
+    assert type(model(x)) is Tensor
+    assert torch.equal(model(x), model(x))

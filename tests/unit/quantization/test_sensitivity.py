@@ -102,6 +102,10 @@ def test_weights_on_another_scale_are_not_mistaken_for_a_loss(data: tuple) -> No
     assert all(candidate.accuracy_change > -0.3 for candidate in middle)
 
 
+def test_additions_stay_in_float_whatever_the_recipe_says(found: SensitivityReport, data: tuple) -> None:
+    assert measure_sensitivity(digits_network(), Recipe(residual_bits=2), *data).groups == found.groups
+
+
 def test_progress_counts_every_measurement(data: tuple) -> None:
     seen: list[tuple[int, int]] = []
     recipe = Recipe(rules=[Rule("*", 32, 32), Rule("layer3*", 4, 4)])
