@@ -77,7 +77,7 @@ def test_an_inverted_residual_network_trains_two_hundred_steps_and_learns(bits: 
     x = torch.randn(32, 3, 8, 8) + torch.randn(4, 3, 1, 1)[labels]
     model, _ = quantize_model(network, Recipe(bits=bits))
     initialize_quantizers(model, x)
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9)
     losses = []
     for _ in range(200):
         loss = F.cross_entropy(model(x), labels)
