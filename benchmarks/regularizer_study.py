@@ -36,10 +36,12 @@ from lqkd.regularizers import (
     ElementwiseMLP,
     Entropy,
     FixedBalance,
+    ImpartialBalance,
     LearnableTable,
     LookAhead,
     OutputGradientBalance,
     SampleWeight,
+    UncertaintyBalance,
 )
 from lqkd.teacher import FrozenTeacher
 
@@ -60,6 +62,16 @@ def learned(
     }
 
 
+def scalars(balance: Callable[[], nn.Module]) -> Arguments:
+    """A balance whose scalars move as far in a hundred steps as they otherwise would in thousands."""
+    return lambda: {
+        "distillation_loss": HintonKL(),
+        "balance": balance(),
+        "regularizer": None,
+        "regularizer_optimizer": lambda p: torch.optim.Adam(p, lr=3e-3),
+    }
+
+
 VARIANTS: dict[str, Arguments] = {
     "task only": fixed(HintonKL, 1.0, 0.0),
     "fixed KL 0.5:0.5": fixed(HintonKL, 0.5, 0.5),
@@ -76,6 +88,9 @@ VARIANTS: dict[str, Arguments] = {
         "balance": BoundedUncertaintyBalance(),
         "regularizer": None,
     },
+    "two fast scalars, KL": scalars(BoundedUncertaintyBalance),
+    "two fast scalars of Kendall, KL": scalars(UncertaintyBalance),
+    "two fast scalars of IMTL, KL": scalars(ImpartialBalance),
     "gradient balance, KL": lambda: {
         "distillation_loss": HintonKL(),
         "balance": OutputGradientBalance(),
@@ -89,6 +104,12 @@ VARIANTS: dict[str, Arguments] = {
     ),
     "adversarial samples, KL 0.5:0.5": learned(
         lambda: SampleWeight(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
+    ),
+    "look-ahead samples near one, KL 0.7:0.3": learned(
+        lambda: SampleWeight(guard=Entropy(4.0), player=LookAhead()), HintonKL, 0.7, 0.3
+    ),
+    "look-ahead classes, KL 0.7:0.3": learned(
+        lambda: LearnableTable(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.7, 0.3
     ),
     "look-ahead samples, KL 0.7:0.3": learned(
         lambda: SampleWeight(guard=Entropy(1.0), player=LookAhead()), HintonKL, 0.7, 0.3

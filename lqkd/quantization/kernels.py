@@ -105,27 +105,41 @@ where x clips above and 0 elsewhere. Parameter s; constants qmin, qmax."""
 
 
 def _learned_offset(
-    x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    zero: Tensor,
+    scale_step: Tensor,
+    scale_offset: Tensor,
+    qmax: Tensor,
 ) -> Tensor:
     return (uniform_codes(x, scale, zero, zero + qmax) * scale).to(x.dtype)
 
 
 def _learned_offset_backward(
-    gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor, zero: Tensor, gradient_scale: Tensor, qmax: Tensor
+    gradient: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    zero: Tensor,
+    scale_step: Tensor,
+    scale_offset: Tensor,
+    qmax: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ratio = x.to(compute_dtype(x)) / scale
     above = ratio >= zero + qmax
     inside = (ratio > zero) & ~above
     slope = torch.where(inside, ratio.round() - ratio, torch.where(above, qmax, 0.0))
-    gradient_s = _total(gradient * slope) * gradient_scale
-    gradient_o = _total(torch.where(inside, 0.0, gradient.to(ratio.dtype))) * gradient_scale
+    gradient_s = _total(gradient * slope) * scale_step
+    gradient_o = _total(torch.where(inside, 0.0, gradient.to(ratio.dtype))) * scale_offset
     return torch.where(inside, gradient, 0.0), gradient_s, gradient_o, torch.zeros_like(zero)
 
 
 learned_offset_quantize = Kernel(_learned_offset, _learned_offset_backward)
 """``x_hat = clamp(round(x / s), z, z + qmax) * s``, z the offset in steps, with the gradients of LSQ+ (Bhalgat et al.,
 arXiv 2004.09576): that of s as in LSQ with ``x - z s``; that of the offset 0 inside and 1 where x clips.
-Parameters s, offset, z (which receives no gradient); constants gradient_scale, qmax."""
+Parameters s, offset, z (which receives no gradient); constants scale_step and
+scale_offset (the factors of their gradients), qmax."""
 
 
 def _binary(x: Tensor, scale: Tensor, *_: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ class LSQPlus(LSQ):
     where beta is the nearest multiple ``z * s`` of the step to the parameter ``offset`` with ``-Q_P <= z <= 0``, so
     that zero (padding, ReLU) is a level and codes are those of ONNX ``QuantizeLinear`` with zero point ``-z``. The
     gradients are the paper's, the rounding of the offset passed straight through: for s as in LSQ with ``x - beta``;
-    for the offset 0 inside the range and 1 where it clips. Both are multiplied by LSQ's ``1 / sqrt(N * Q_P)``. Step
+    for the offset 0 inside the range and 1 where it clips. Both are multiplied by LSQ's ``1 / sqrt(N * Q_P)``, that of
+    the step by no more than ``1 / Q_P**2`` (see :class:`LSQ`; ``bound_gradient: false`` is the paper's). Step
     and offset start where the squared error on the first batch is least.
 
     Weights (``signed=True``): symmetric two's complement without an offset; the step starts at
@@ -29,6 +30,7 @@ class LSQPlus(LSQ):
         signed: true for a symmetric signed grid without an offset; otherwise codes count from zero and the offset
             takes care of negative values.
         channels, channel_axis, batched: see :class:`Quantizer`.
+        bound_gradient: see :class:`LSQ`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for a symmetric signed grid.
@@ -44,8 +46,16 @@ class LSQPlus(LSQ):
         channels: int | None = None,
         channel_axis: int = 0,
         batched: bool = False,
+        bound_gradient: bool = True,
     ) -> None:
-        super().__init__(bits, signed=bool(signed), channels=channels, channel_axis=channel_axis, batched=batched)
+        super().__init__(
+            bits,
+            signed=bool(signed),
+            channels=channels,
+            channel_axis=channel_axis,
+            batched=batched,
+            bound_gradient=bound_gradient,
+        )
         self.offset = None if signed else nn.Parameter(torch.zeros_like(self.scale))
 
     def zero_level(self) -> Tensor:
@@ -78,7 +88,7 @@ class LSQPlus(LSQ):
             self.step(),
             self.offset,
             self.zero_level(),
-            constants=(self._gradient_scale(x), self.code_range()[1]),
+            constants=(self._gradient_scale(x), self._paper_gradient_scale(x), self.code_range()[1]),
             channel_axis=self.channel_axis,
         )
 
