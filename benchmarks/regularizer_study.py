@@ -91,6 +91,9 @@ VARIANTS: dict[str, Arguments] = {
     "two fast scalars, KL": scalars(BoundedUncertaintyBalance),
     "two fast scalars of Kendall, KL": scalars(UncertaintyBalance),
     "two fast scalars of IMTL, KL": scalars(ImpartialBalance),
+    "two fast scalars of Kendall, led by the teacher, KL": scalars(
+        lambda: UncertaintyBalance(teacher_share=0.5, hold=0.2, release=0.8)
+    ),
     "gradient balance, KL": lambda: {
         "distillation_loss": HintonKL(),
         "balance": OutputGradientBalance(),
@@ -180,7 +183,7 @@ def accuracy(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
 
 def run(arguments: dict[str, Any], shared: Material, seed: int, bits: str, rate: float) -> dict[str, Any]:
     seed_everything(seed, verbose=False)
-    classes = int(shared.validation[0][1].max()) + 1
+    classes = next(iter(shared.answers.values())).shape[1]
     module = DistillModule(
         FrozenTeacher(Replay(shared.answers), minimum_accuracy=0.0),
         copy.deepcopy(shared.student),
