@@ -26,6 +26,9 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
+STREAM_RESIZED_CROP = 1000
+"""And the 39 after it: four numbers for each of ten attempts."""
+
 
 def random_bits(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
     """Return 64 random bits per sample.
