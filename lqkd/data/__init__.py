@@ -11,6 +11,7 @@ from lqkd.data.fashion_mnist import FashionMNIST
 from lqkd.data.image_folder import ImageFolder
 from lqkd.data.imagenet import ImageNet
 from lqkd.data.loader import Batch, TensorBatches
+from lqkd.data.streamed import StreamedImageNet
 from lqkd.data.worker_loader import WorkerBatches
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "ImageNet",
+    "StreamedImageNet",
     "TensorBatches",
     "WorkerBatches",
 ]

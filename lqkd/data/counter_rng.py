@@ -28,6 +28,10 @@ _SECOND = 0x94D049BB133111EB
 
 STREAM_RESIZED_CROP = 1000
 """And the 39 after it: four numbers for each of ten attempts."""
+STREAM_SHARDS = 1040
+"""The order of shards."""
+STREAM_SHARDING = 1041
+"""Which image comes into which shard."""
 
 
 def random_bits(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.data.base import ImageDataModule
 from lqkd.data.encoded import EncodedImages
-from lqkd.data.loader import TensorBatches
+from lqkd.data.loader import EpochShuffle, TensorBatches
 from lqkd.data.worker_loader import CroppedImages, WorkerBatches
 from lqkd.errors import UsageError
 
@@ -73,6 +73,7 @@ class DecodingDataModule(ImageDataModule):
         self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any
     ) -> WorkerBatches:
         assert isinstance(images, EncodedImages)
+        settings |= {"order": self._order(images, indices)}
         plan = TensorBatches(torch.empty(len(labels), 0, dtype=torch.uint8), labels, indices, **settings)
         cropped = CroppedImages(
             images,
@@ -82,6 +83,10 @@ class DecodingDataModule(ImageDataModule):
         )
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return WorkerBatches(plan, cropped, workers=self._workers(len(indices), len(plan)), pin_memory=on_gpu)
+
+    def _order(self, images: EncodedImages, indices: Tensor) -> EpochShuffle | None:
+        """The order of training images in each epoch; None shuffles them all."""
+        return None
 
     def _workers(self, samples: int, batches: int) -> int:
         if self.num_workers is not None:
