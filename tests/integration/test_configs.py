@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from _pytest.mark import ParameterSet
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -43,12 +44,19 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for classes in (10, 100):
             weights = CifarResNet(depth, num_classes=classes).state_dict()
             save_file(weights, root / "weights" / f"cifar{classes}_resnet{depth}.safetensors")
-    for name in ("resnet18", "resnet50"):
-        save_file(build_model(f"torchvision/{name}").state_dict(), root / "weights" / f"imagenet_{name}.safetensors")
     return root
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def all_configs() -> list[ParameterSet]:
+    return [
+        pytest.param(
+            path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name == "imagenet" else ()
+        )
+        for path in sorted(CONFIGS.rglob("*.yaml"))
+    ]
+
+
+@pytest.mark.parametrize("config", all_configs())
 def test_a_shipped_config_runs_one_step(
     config: Path, tiny: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -62,7 +70,10 @@ def test_a_shipped_config_runs_one_step(
             make_shards(folder, tmp_path / "shards", 10**6)
             folder = tmp_path / "shards"
         arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "4"]
-    if "ImageNet" in name:  # smaller images, and enough of them held out
+    if "ImageNet" in name:
+        for depth in (18, 50):
+            weights = random_weights / "weights" / f"imagenet_resnet{depth}.safetensors"
+            save_file(build_model(f"torchvision/resnet{depth}").state_dict(), weights)
         arguments += ["--data.init_args.image_size", "32", "--data.init_args.num_workers", "0"]
     assert main(arguments) == 0
 
