@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -101,6 +102,7 @@ class ImageDataModule(LightningDataModule):
         self.std = self.default_std if std is None else tuple(std)
         self.limit_train = limit_train
         self._images: ImageSet | None = None
+        self._fingerprint: str | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -225,6 +227,25 @@ class ImageDataModule(LightningDataModule):
         if train and self.horizontal_flip:
             images = random_flip(images, seed=self.run_seed, epoch=epoch, indices=batch.indices)
         return batch._replace(images=normalize(images, self.mean, self.std))
+
+    def augmentation_key(self) -> dict[str, Any]:
+        """All settings but for mean and std that, with epoch and index, decide what a training image looks like.
+
+        Plain JSON values; empty when an image looks the same in all epochs. A subclass that changes images by other
+        settings adds them.
+        """
+        settings = {"crop_padding": self.crop_padding, "horizontal_flip": self.horizontal_flip}
+        return {"seed": self.run_seed, **settings} if any(settings.values()) else {}
+
+    def fingerprint(self) -> str:
+        """Hash of all images and labels, in their order; needs ``setup``."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for tensor in self._loaded()[:4]:
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Preprocess each batch on the device: Lightning calls this for every loader and stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class Folding:
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module) -> Folding:
+def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
     """Fold batch norms into the convolutions before them, in place: the eval function stays the same at any bits.
 
     The results differ by the rounding of floating point only, which can move an activation that lies on a rounding
@@ -88,6 +88,10 @@ def fold_batchnorm(model: nn.Module) -> Folding:
 
     A batch norm is kept where there is no convolution of its own before it (pre-activation networks, DenseNet), where
     the convolution's result is used twice, where either is called twice, and where it has no running statistics.
+
+    Args:
+        model: the network.
+        untouched: names of layers whose own results must stay as they are: nothing is folded into them.
 
     Returns:
         Which batch norms were folded and which were kept, and why.
@@ -110,7 +114,7 @@ def fold_batchnorm(model: nn.Module) -> Folding:
         nodes = [node for node in calls if node.target == name]
         source = _source(nodes, calls)
         layer = modules.get(source) if source is not None else None
-        reason = _obstacle(norm, layer, nodes)
+        reason = f"{source} is to stay untouched" if source in untouched else _obstacle(norm, layer, nodes)
         if reason is not None:
             kept[name] = reason
             continue

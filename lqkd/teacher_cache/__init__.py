@@ -1,0 +1,7 @@
+"""Teacher answers that are stored once and replayed by later epochs, runs and methods."""
+
+from __future__ import annotations
+
+from lqkd.teacher_cache.cache import OpenCache, TeacherCache
+
+__all__ = ["OpenCache", "TeacherCache"]
