@@ -141,9 +141,7 @@ class FrozenTeacher(nn.Module):
             Why the network could not be rearranged, None where it could.
         """
         seen = self._converted(images)
-        made, obstacle = inference_copy(
-            self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched
-        )
+        made, obstacle = inference_copy(self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched)
         self.__dict__["_copy"] = made
         return obstacle
 

@@ -243,7 +243,7 @@ class ImageDataModule(LightningDataModule):
             digest = hashlib.sha256()
             for tensor in self._loaded()[:4]:
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+                digest.update(tensor.contiguous().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

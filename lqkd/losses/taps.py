@@ -47,9 +47,9 @@ class Taps:
         seen: list[list[Any]] = [[] for _ in self.paths]
         outputs: list[Tensor] = []
         handles = [
-            (network or self.network).get_submodule(path).register_forward_hook(
-                lambda module, inputs, output, index=index: seen[index].append(_kept(output))
-            )
+            (network or self.network)
+            .get_submodule(path)
+            .register_forward_hook(lambda module, inputs, output, index=index: seen[index].append(_kept(output)))
             for index, path in enumerate(self.paths)
         ]
         try:

@@ -91,7 +91,8 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
 
     Args:
         model: the network.
-        untouched: names of layers whose own results must stay as they are: nothing is folded into them.
+        untouched: names of modules, layers or not, that must stay with the results that they have: no batch norm
+            outside of one is folded into a convolution inside of it.
 
     Returns:
         Which batch norms were folded and which were kept, and why.
@@ -114,7 +115,7 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
         nodes = [node for node in calls if node.target == name]
         source = _source(nodes, calls)
         layer = modules.get(source) if source is not None else None
-        reason = f"{source} is to stay untouched" if source in untouched else _obstacle(norm, layer, nodes)
+        reason = _obstacle(norm, layer, nodes) or _guarded(source, name, untouched)
         if reason is not None:
             kept[name] = reason
             continue
@@ -136,6 +137,15 @@ def _source(nodes: list[fx.Node], calls: list[fx.Node]) -> str | None:
     before = nodes[0].all_input_nodes[0]
     unique = before.op == "call_module" and len(before.users) == 1
     return str(before.target) if unique and sum(node.target == before.target for node in calls) == 1 else None
+
+
+def _guarded(source: str | None, norm: str, untouched: Collection[str]) -> str | None:
+    for name in untouched:
+        if f"{source}.".startswith(f"{name}.") and not norm.startswith(f"{name}."):
+            return f"{name} is to keep its result"
+        if name.startswith(f"{norm}."):
+            return f"{name} is to stay"
+    return None
 
 
 def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -> str | None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lqkd.teacher_cache.cache import OpenCache, TeacherCache
+from lqkd.teacher_cache.codec import Answers
 
-__all__ = ["OpenCache", "TeacherCache"]
+__all__ = ["Answers", "OpenCache", "TeacherCache"]

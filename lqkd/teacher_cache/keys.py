@@ -48,7 +48,7 @@ def weights_hash(network: nn.Module) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor of any dtype and device, in C order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def data_key(data: Any) -> dict[str, Any]:
@@ -61,7 +61,9 @@ def data_key(data: Any) -> dict[str, Any]:
     """
     lacks = [f"{name} ({what})" for name, what in NEEDED.items() if getattr(data, name, None) is None]
     if data is None or lacks:
-        raise UsageError(f"teacher_cache needs a DataModule that tells what its images are: it lacks {'; '.join(lacks)}")
+        raise UsageError(
+            f"teacher_cache needs a DataModule that tells what its images are: it lacks {'; '.join(lacks)}"
+        )
     _check_that_the_key_covers(type(data))
     return {
         "fingerprint": data.fingerprint(),
@@ -76,9 +78,7 @@ def data_key(data: Any) -> dict[str, Any]:
 def _check_that_the_key_covers(kind: type) -> None:
     """Refuse a class that changes images in a method of its own, but takes over its parent's augmentation_key."""
     keyed = next(owner for owner in kind.__mro__ if "augmentation_key" in vars(owner))
-    own = [
-        name for owner in kind.__mro__[: kind.__mro__.index(keyed)] for name in _PREPARES if name in vars(owner)
-    ]
+    own = [name for owner in kind.__mro__[: kind.__mro__.index(keyed)] for name in _PREPARES if name in vars(owner)]
     if own:
         raise UsageError(
             f"teacher_cache cannot know what {kind.__name__}.{own[0]} does to images: give {kind.__name__} an "

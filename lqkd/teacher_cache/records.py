@@ -87,4 +87,4 @@ class RecordStore:
 
 def _crc(record: NDArray[np.uint8]) -> int:
     """Of one record (bytes,) after its own CRC field; never 0, which stands for nothing."""
-    return zlib.crc32(record[4:]) or 1
+    return zlib.crc32(record[4:].data) or 1
