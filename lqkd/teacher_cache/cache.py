@@ -85,8 +85,8 @@ class TeacherCache:
             header = {"key": key, "teachers": teachers, "classes": classes, "features": [list(f) for f in features]}
         if self.top_k is not None and self.top_k >= header["classes"]:
             raise UsageError(
-                f"teacher_cache.top_k={self.top_k} is not possible: there are {header['classes']} classes, and it must be "
-                "less"
+                f"teacher_cache.top_k={self.top_k} is not possible: it must be less than the number of classes, which "
+                f"is {header['classes']}"
             )
         shapes_of_taps = tuple(tuple(shape) for shape in header["features"])
         codec = Codec(header["teachers"], header["classes"], shapes_of_taps, self.dtype, self.top_k)
