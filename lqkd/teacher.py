@@ -6,11 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.models import load_weights
 from lqkd.models.inference import computes_bf16, inference_copy
+
+_COMPARED = 8  # images that a faster copy is compared with the network on
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -72,6 +75,7 @@ class FrozenTeacher(nn.Module):
         self.precision = precision
         self.compiled = compile
         self.source = weights
+        self._acceleration: tuple[bool, tuple[str, ...]] | None = None
         self.__dict__["_copy"] = None  # past nn.Module's registration: it is no part of the teacher's state
         self._gain: Tensor | None = None
         self._shift: Tensor | None = None
@@ -116,50 +120,53 @@ class FrozenTeacher(nn.Module):
         different = different or f"it has {len(self.class_names)}, they have {len(names)}"
         raise UsageError(f"the teacher's classes are not the data's: {different}")
 
-    @property
-    def running(self) -> nn.Module:
-        """What answers: the network, or its faster copy; both have modules of the same names."""
-        copied: nn.Module | None = self.__dict__["_copy"]
-        return self.network if copied is None else copied
+    def running(self, images: Tensor) -> nn.Module:
+        """What answers for ``images``: the network, or its faster copy; both have modules of the same names."""
+        if self._acceleration is None:
+            return self.network
+        if self.__dict__["_copy"] is None:
+            bf16, untouched = self._acceleration
+            seen = self._converted(images[:_COMPARED])
+            made, obstacle = inference_copy(self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched)
+            if obstacle is not None:
+                rank_zero_info(f"a teacher runs without folded batch norms and channels_last: {obstacle}")
+            self.__dict__["_copy"] = made
+        copied: nn.Module = self.__dict__["_copy"]
+        return copied
 
     def wants_bf16(self, device: torch.device) -> bool:
         """Whether bfloat16 is asked for on ``device``, subject to a check of its accuracy where that is ``auto``."""
         return self.precision == "bf16" or (self.precision == "auto" and computes_bf16(device))
 
-    def accelerate(self, images: Tensor, *, bf16: bool, untouched: Collection[str] = ()) -> str | None:
-        """Answer through a faster copy of the network, until :meth:`restore` or a move to another device or dtype.
+    def accelerate(self, *, bf16: bool, untouched: Collection[str] = ()) -> None:
+        """Answer through a faster copy of the network, which is made at the first answer, until :meth:`restore`.
 
         Batch norms are folded into convolutions, memory is in channels_last; autocast around it does not matter. What
-        is done to the weights of the network from now on has no effect on the answers.
+        is done to the weights of the network from then on has no effect on the answers.
 
         Args:
-            images: some images in the student's normalisation, on the network's device.
             bf16: whether to compute in bfloat16.
             untouched: names of modules whose outputs someone reads.
-
-        Returns:
-            Why the network could not be rearranged, None where it could.
         """
-        seen = self._converted(images)
-        made, obstacle = inference_copy(self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched)
-        self.__dict__["_copy"] = made
-        return obstacle
+        self._acceleration = (bf16, tuple(untouched))
+        self.__dict__["_copy"] = None
 
     def restore(self) -> None:
         """Answer through the network itself again."""
+        self._acceleration = None
         self.__dict__["_copy"] = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTeacher:
-        self.restore()
+        self.__dict__["_copy"] = None  # another device or dtype needs another copy
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W) in the student's normalisation."""
+        running = self.running(images)
         images = self._converted(images)
-        running = self.running
         if running is self.network:
-            return running(images)
+            return self.network(images)
         with torch.autocast(images.device.type, enabled=False):
             dtype = next((p.dtype for p in running.parameters()), images.dtype)
             return running(images.to(dtype, memory_format=torch.channels_last)).float()

@@ -328,7 +328,7 @@ class DistillModule(ImageClassifier):
             return [logits.float() for logits in self.teacher.answers(images)], []
         if self.taps is None:
             return [self.teacher(images).float()], []
-        with self.taps[0].recording(self.teacher.running) as features:
+        with self.taps[0].recording(self.teacher.running(images)) as features:
             logits = self.teacher(images).float()
         return [logits], [feature.float().contiguous() for feature in features]
 

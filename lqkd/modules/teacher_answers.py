@@ -60,7 +60,7 @@ def prepare_teacher(module: DistillModule, batch: Any) -> tuple[OpenCache | None
         known = module.trainer.strategy.broadcast(_load(opened.folder / "teacher.json"))
         known.path = opened.folder / "teacher.json" if module.trainer.is_global_zero else None
     untouched = [] if module.taps is None else module.taps[0].paths
-    known.bf16 = accelerate(module, batch[0], untouched, known.bf16)
+    known.bf16 = accelerate(module, untouched, known.bf16)
     known.save()
     return opened, known
 

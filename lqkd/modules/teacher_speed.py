@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lqkd.modules.references import accuracy
 from lqkd.teacher import FrozenTeacher
@@ -20,14 +19,11 @@ LARGEST_LOSS = 0.001
 
 
 @torch.no_grad()
-def accelerate(
-    module: DistillModule, images: Tensor, untouched: Collection[str], known: list[bool] | None
-) -> list[bool]:
+def accelerate(module: DistillModule, untouched: Collection[str], known: list[bool] | None) -> list[bool]:
     """Let every teacher of ``module`` answer through a faster copy of its network.
 
     Args:
         module: the module, attached to a Trainer, before its first step.
-        images: a batch in the student's normalisation, on the module's device.
         untouched: names of the teacher's modules whose outputs are compared with the student's.
         known: which teachers compute in bfloat16, where an earlier run has found that out; None to find out.
 
@@ -38,17 +34,14 @@ def accelerate(
     several = len(module.teachers()) > 1
     for number, teacher in enumerate(module.teachers(), 1):
         name = f"teacher {number}" if several else "teacher"
-        obstacle = teacher.accelerate(images[:8], bf16=False, untouched=untouched)
-        if obstacle is not None:
-            rank_zero_info(f"the {name} runs as it is, without folded batch norms and channels_last: {obstacle}")
-        bf16 = _bf16(module, teacher, images, untouched, name) if known is None else known[number - 1]
-        teacher.accelerate(images[:8], bf16=bf16, untouched=untouched)
+        bf16 = _bf16(module, teacher, untouched, name) if known is None else known[number - 1]
+        teacher.accelerate(bf16=bf16, untouched=untouched)
         chosen.append(bf16)
     return chosen
 
 
-def _bf16(module: DistillModule, teacher: FrozenTeacher, images: Tensor, untouched: Collection[str], name: str) -> bool:
-    """Whether ``teacher``, which answers in float32 now, is to answer in bfloat16."""
+def _bf16(module: DistillModule, teacher: FrozenTeacher, untouched: Collection[str], name: str) -> bool:
+    """Whether ``teacher`` is to answer in bfloat16."""
     wanted = bool(module.trainer.strategy.broadcast(teacher.wants_bf16(module.device)))
     if not wanted or teacher.precision == "bf16":
         return wanted
@@ -57,8 +50,9 @@ def _bf16(module: DistillModule, teacher: FrozenTeacher, images: Tensor, untouch
     if data is None or getattr(module.trainer, "fast_dev_run", False) or limit == 0:
         rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
         return False
+    teacher.accelerate(bf16=False, untouched=untouched)
     before = accuracy(module, teacher, data.val_dataloader(), limit)
-    teacher.accelerate(images[:8], bf16=True, untouched=untouched)
+    teacher.accelerate(bf16=True, untouched=untouched)
     after = accuracy(module, teacher, data.val_dataloader(), limit)
     if before is None or after is None:
         return False
