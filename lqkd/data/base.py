@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lqkd.data.augment import normalize, random_crop, random_flip
 from lqkd.data.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
+from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
@@ -240,11 +240,9 @@ class ImageDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """Hash of all images and labels, in their order; needs ``setup``."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for tensor in self._loaded()[:4]:
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy().data)
-            self._fingerprint = digest.hexdigest()
+            images = self._loaded()
+            parts = (images.train_images, images.train_labels, images.test_images, images.test_labels)
+            self._fingerprint = content_hash(parts)
         return self._fingerprint
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

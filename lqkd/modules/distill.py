@@ -30,7 +30,7 @@ from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names
 from lqkd.modules.steps import total_steps
-from lqkd.modules.teacher_answers import prepare_teacher
+from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
@@ -287,11 +287,10 @@ class DistillModule(ImageClassifier):
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
             batch = next(iter(loader))
-        batch = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        images = batch[0]
+        images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
-        self.opened_cache, of_teacher = prepare_teacher(self, batch)
+        self.opened_cache, of_teacher = prepare_teacher(self)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()
@@ -389,7 +388,7 @@ class DistillModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
         self._tell_progress()
-        losses = self.losses(images, labels, None if self.opened_cache is None else batch.indices)
+        losses = self.losses(images, labels, None if self.opened_cache is None else indices_of(batch))
         gradients = self._gradients(losses) if self.watch_gradients else None
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}

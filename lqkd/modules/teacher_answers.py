@@ -41,12 +41,11 @@ class KnownOfTeacher:
                 rank_zero_warn(f"{self.path} cannot be written, so the teacher is measured in every run: {error}")
 
 
-def prepare_teacher(module: DistillModule, batch: Any) -> tuple[OpenCache | None, KnownOfTeacher]:
+def prepare_teacher(module: DistillModule) -> tuple[OpenCache | None, KnownOfTeacher]:
     """Open the cache that the module asks for and let its teacher run fast.
 
     Args:
         module: the module, attached to a Trainer, before its first step.
-        batch: a training batch on the module's device.
 
     Returns:
         The cache, None where none is asked for, and what is known about the teacher.
@@ -54,7 +53,7 @@ def prepare_teacher(module: DistillModule, batch: Any) -> tuple[OpenCache | None
     Raises:
         UsageError: when the cache cannot be used.
     """
-    opened = _open_cache(module, batch)
+    opened = _open_cache(module)
     known = KnownOfTeacher()
     if opened is not None:
         known = module.trainer.strategy.broadcast(_load(opened.folder / "teacher.json"))
@@ -65,6 +64,20 @@ def prepare_teacher(module: DistillModule, batch: Any) -> tuple[OpenCache | None
     return opened, known
 
 
+def indices_of(batch: Any) -> Tensor:
+    """The indices (B,) of the samples of a batch.
+
+    Raises:
+        UsageError: when the batch does not tell.
+    """
+    indices = getattr(batch, "indices", None)
+    if not isinstance(indices, Tensor):
+        raise UsageError(
+            "teacher_cache needs to know the samples of a batch: the DataModule must yield lqkd.data.Batch"
+        )
+    return indices
+
+
 def _load(path: Path) -> KnownOfTeacher:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -73,16 +86,12 @@ def _load(path: Path) -> KnownOfTeacher:
         return KnownOfTeacher()
 
 
-def _open_cache(module: DistillModule, batch: Any) -> OpenCache | None:
+def _open_cache(module: DistillModule) -> OpenCache | None:
     settings, trainer = module.teacher_cache, module.trainer
     if settings is None:
         return None
     data: Any = getattr(trainer, "datamodule", None)
     of_data = data_key(data)
-    if not isinstance(getattr(batch, "indices", None), Tensor):
-        raise UsageError(
-            "teacher_cache needs to know the samples of a batch: the DataModule must yield lqkd.data.Batch"
-        )
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
     key = {
         "teachers": [teacher_key(*pair) for pair in zip(module.teachers(), asked, strict=True)],
@@ -94,7 +103,7 @@ def _open_cache(module: DistillModule, batch: Any) -> OpenCache | None:
 
     @torch.no_grad()
     def shapes() -> tuple[int, int, list[Any]]:
-        logits, features = module.ask_teacher(batch[0][:1])
+        logits, features = module.ask_teacher(torch.zeros(1, *data.image_shape, device=module.device))
         return len(logits), logits[0].shape[1], [tuple(feature.shape[1:]) for feature in features]
 
     return settings.open(key, data.train_indices, _epochs(module), shapes)

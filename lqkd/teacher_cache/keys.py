@@ -16,6 +16,7 @@ NEEDED = {
     "fingerprint": "a method that returns a hash of all images and labels",
     "augmentation_key": "a method that returns all settings that decide what a training image looks like in an epoch",
     "train_indices": "a sorted tensor of the indices of all training samples",
+    "image_shape": "(C, H, W)",
     "mean": "the channel means that are subtracted",
     "std": "the channel standard deviations that are divided by",
 }
@@ -68,7 +69,7 @@ def data_key(data: Any) -> dict[str, Any]:
     return {
         "fingerprint": data.fingerprint(),
         "samples": hashlib.sha256(tensor_bytes(data.train_indices)).hexdigest(),
-        "image_shape": tuple(getattr(data, "image_shape", ())),
+        "image_shape": tuple(data.image_shape),
         "mean": tuple(data.mean),
         "std": tuple(data.std),
         "augmentation": data.augmentation_key(),

@@ -27,7 +27,7 @@ EPOCHS = 2
 
 
 class Counted(nn.Module):
-    """A network that counts how many batches it answered for, copies included; a comparison of copies takes 8 images."""
+    """A network that counts the batches it answered for, copies included; 8 images are compared with a copy."""
 
     calls = 0
 
@@ -136,7 +136,7 @@ def test_a_change_of_what_answers_depend_on_makes_another_cache(
     elif change == "normalisation":
         teacher = counted(mean=[0.5], std=[0.25])
     elif change == "augmentation":
-        data.crop_padding = 2
+        data = Digits(batch_size=16, limit_train=80, eval_batch_size=256, crop_padding=2)
     elif change == "seed":
         data.seed = 1
     elif change == "data":
@@ -301,7 +301,8 @@ def test_the_size_and_what_is_there_are_reported(
         train(make_trainer, teacher_cache=TeacherCache(str(tmp_path / "cache")))
     assert "4.4 KiB (80 samples x 2 epochs x 28 bytes), of which 0 bytes are there" in caplog.text
     header = json.loads((folders(tmp_path / "cache")[0] / "header.json").read_text())
-    assert header["key"]["data"]["augmentation"] == {"seed": 0, "crop_padding": 1, "horizontal_flip": False}
+    augmentation = header["key"]["data"]["augmentation"]
+    assert (augmentation["seed"], augmentation["crop_padding"]) == (0, 1)
 
 
 def test_an_adversarial_regularizer_learns_the_same_from_a_cache(make_trainer: MakeTrainer, tmp_path: Path) -> None:
