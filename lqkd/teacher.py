@@ -75,6 +75,7 @@ class FrozenTeacher(nn.Module):
         self.precision = precision
         self.compiled = compile
         self.source = weights
+        self._format = torch.contiguous_format  # of the images that the faster copy is given
         self._acceleration: tuple[bool, tuple[str, ...]] | None = None
         self.__dict__["_copy"] = None  # past nn.Module's registration: it is no part of the teacher's state
         self._gain: Tensor | None = None
@@ -131,6 +132,7 @@ class FrozenTeacher(nn.Module):
             if obstacle is not None:
                 rank_zero_info(f"a teacher runs without folded batch norms and channels_last: {obstacle}")
             self.__dict__["_copy"] = made
+            self._format = torch.channels_last if obstacle is None else torch.contiguous_format
         copied: nn.Module = self.__dict__["_copy"]
         return copied
 
@@ -169,7 +171,7 @@ class FrozenTeacher(nn.Module):
             return self.network(images)
         with torch.autocast(images.device.type, enabled=False):
             dtype = next((p.dtype for p in running.parameters()), images.dtype)
-            return running(images.to(dtype, memory_format=torch.channels_last)).float()
+            return running(images.to(dtype, memory_format=self._format)).float()
 
     def _converted(self, images: Tensor) -> Tensor:
         """``images`` in the teacher's own normalisation and size."""
