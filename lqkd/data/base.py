@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lqkd.data.augment import normalize, random_crop, random_flip
 from lqkd.data.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
+from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
@@ -105,6 +106,7 @@ class ImageDataModule(LightningDataModule):
         self.std = self.default_std if std is None else tuple(std)
         self.limit_train = limit_train
         self._images: ImageSet | None = None
+        self._fingerprint: str | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -242,6 +244,23 @@ class ImageDataModule(LightningDataModule):
         if train and self.horizontal_flip:
             images = random_flip(images, seed=self.run_seed, epoch=epoch, indices=batch.indices)
         return batch._replace(images=normalize(images, self.mean, self.std))
+
+    def augmentation_key(self) -> dict[str, Any]:
+        """All settings but for mean and std that, with epoch and index, decide what a training image looks like.
+
+        Plain JSON values; empty when an image looks the same in all epochs. A subclass that changes images by other
+        settings adds them.
+        """
+        settings = {"crop_padding": self.crop_padding, "horizontal_flip": self.horizontal_flip}
+        return {"seed": self.run_seed, **settings} if any(settings.values()) else {}
+
+    def fingerprint(self) -> str:
+        """Hash of all images and labels, in their order; needs ``setup``."""
+        if self._fingerprint is None:
+            images = self._loaded()
+            parts = (images.train_images, images.train_labels, images.test_images, images.test_labels)
+            self._fingerprint = content_hash(parts)
+        return self._fingerprint
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Preprocess each batch on the device: Lightning calls this for every loader and stage."""

@@ -30,11 +30,13 @@ from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names
 from lqkd.modules.steps import total_steps
+from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.teacher import FrozenTeacher
+from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
 
 
 @dataclass
@@ -93,6 +95,7 @@ class DistillModule(ImageClassifier):
         label_smoothing: of the task's cross-entropy, 0 <= e < 1.
         gradient_clip_val: largest gradient norm of each player; null for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step.
+        teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -117,6 +120,7 @@ class DistillModule(ImageClassifier):
         label_smoothing: float = 0.0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
@@ -140,10 +144,12 @@ class DistillModule(ImageClassifier):
         separate = self.combination is not None and self.combination.separate
         count = self.combination.count if self.combination is not None and separate else 1
         self.distillation = Distillation(loss, regularizer, taps or (), count, self.combination is not None)
-        self._taps: tuple[Taps, Taps] | None = None
+        self.taps: tuple[Taps, Taps] | None = None  # of the teacher and of the student
         if taps:
             assert isinstance(teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
-            self._taps = (
+            if teacher.compiled:
+                raise UsageError("teacher compile=True cannot be used with taps, which look into the running network")
+            self.taps = (
                 Taps(teacher.network, [tap.teacher for tap in taps], "teacher"),
                 Taps(self.student, [tap.student for tap in taps], "student"),
             )
@@ -162,6 +168,8 @@ class DistillModule(ImageClassifier):
         self.label_smoothing = label_smoothing
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.teacher_cache = teacher_cache
+        self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self._total_steps: int | None = None
@@ -186,12 +194,14 @@ class DistillModule(ImageClassifier):
     def product(self) -> nn.Module:
         return self.student
 
+    def teachers(self) -> list[FrozenTeacher]:
+        """The teacher, or all of an ensemble."""
+        return self.teacher.members() if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
+
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(self.teacher, TeacherEnsemble):
-            for number, teacher in enumerate(self.teacher.members(), 1):
-                yield f"teacher {number}", teacher
-        else:
-            yield "teacher", self.teacher
+        teachers = self.teachers()
+        for number, teacher in enumerate(teachers, 1):
+            yield f"teacher {number}" if len(teachers) > 1 else "teacher", teacher
         yield "student", self.student
 
     def setup(self, stage: str) -> None:
@@ -280,8 +290,15 @@ class DistillModule(ImageClassifier):
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
-        self.references = measure(self, known=self.references)
+        self.opened_cache, of_teacher = prepare_teacher(self)
+        self.references = measure(self, self.references, of_teacher.accuracies)
+        of_teacher.save()
         self._report_references()
+
+    def teardown(self, stage: str) -> None:
+        for teacher in self.teachers():
+            teacher.restore()
+        self.opened_cache = None
 
     def _report_references(self) -> None:
         known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
@@ -304,23 +321,39 @@ class DistillModule(ImageClassifier):
 
     # ---- the path of a batch
 
-    def _outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Logits of every teacher and of the student, and what the taps see of both."""
-        if self._taps is None:
-            answers = (
-                self.teacher.answers(images) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher(images)]
-            )
-            return [x.float() for x in answers], self.student(images).float(), ([], [])
-        teacher, student = self._taps
-        with teacher.recording() as features_t:
-            answer = self.teacher(images).float()
-        with student.recording() as features_s:
-            logits = self.student(images).float()
-        return [answer], logits, (features_t, features_s)
+    def ask_teacher(self, images: Tensor) -> Answers:
+        """Logits (B, C) of every teacher, and what the taps see of it."""
+        if isinstance(self.teacher, TeacherEnsemble):
+            return [logits.float() for logits in self.teacher.answers(images)], []
+        if self.taps is None:
+            return [self.teacher(images).float()], []
+        with self.taps[0].recording(self.teacher.running(images)) as features:
+            logits = self.teacher(images).float()
+        return [logits], [feature.float().contiguous() for feature in features]
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
-        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64."""
-        teachers, student, features = self._outputs(images)
+    def _outputs(
+        self, images: Tensor, indices: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Logits of every teacher and of the student, and what the taps see of both."""
+        if self.opened_cache is None or indices is None:
+            answers, features_t = self.ask_teacher(images)
+        else:
+            answers, features_t = self.opened_cache.answers(
+                images, indices, self.current_epoch, lambda: self.ask_teacher(images)
+            )
+        if self.taps is None:
+            return answers, self.student(images).float(), ([], [])
+        with self.taps[1].recording() as features_s:
+            logits = self.student(images).float()
+        return answers, logits, (features_t, features_s)
+
+    def losses(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> Losses:
+        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64.
+
+        In a training with a cache of the teacher's answers, ``indices`` (B,) int64 are the samples to look up; None
+        asks the teacher.
+        """
+        teachers, student, features = self._outputs(images, indices)
         if teachers[0].shape != student.shape:
             raise UsageError(
                 f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
@@ -355,7 +388,7 @@ class DistillModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
         self._tell_progress()
-        losses = self.losses(images, labels)
+        losses = self.losses(images, labels, None if self.opened_cache is None else indices_of(batch))
         gradients = self._gradients(losses) if self.watch_gradients else None
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}

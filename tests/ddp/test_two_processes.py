@@ -108,6 +108,24 @@ def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) ->
     assert (first["flipping"], first["oscillating"]) == (second["flipping"], second["oscillating"])
 
 
+def test_two_processes_write_one_cache_that_any_number_of_them_replays(results: dict[str, Any], tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    live, batches = results["two"], 6
+    writing = run_workers(tmp_path, 2, batch_size=16, cache=cache)
+    replaying = run_workers(tmp_path, 2, batch_size=16, cache=cache)
+    alone = run_workers(tmp_path, 1, batch_size=32, cache=cache)[0]
+    assert [[rank["asked"] for rank in ranks] for ranks in (writing, replaying, [alone])] == [
+        [batches] * 2,
+        [0, 0],
+        [0],
+    ]
+    for ranks in (writing, replaying):
+        for rank, expected in zip(ranks, live, strict=True):
+            assert torch.equal(torch.stack(rank["steps"]), torch.stack(expected["steps"]))
+            assert rank["teacher_accuracy"] == expected["teacher_accuracy"]
+    torch.testing.assert_close(alone["steps"][-1], results["one"]["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_command_line_trains_on_two_devices_into_one_run_folder(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]

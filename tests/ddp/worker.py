@@ -17,6 +17,7 @@ from torch import nn
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP
+from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
 
 
@@ -24,12 +25,14 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
         self.initial_scales = torch.empty(0)
+        self.asked = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.initial_scales = torch.cat([q.scale.detach().flatten() for q in quantizers(pl_module.student).values()])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(parameters_of(pl_module))
+        self.asked = 0 if pl_module.opened_cache is None else pl_module.opened_cache.asked
 
 
 def main(
@@ -41,6 +44,7 @@ def main(
     oscillation: bool = False,
     player: str = "cooperative",
     guard: str = "barrier",
+    cache: str | None = None,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -52,6 +56,7 @@ def main(
         regularizer_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),  # Adam would divide by gradients of rounding size
         balance=BoundedUncertaintyBalance(),
         accumulate_grad_batches=accumulate,
+        teacher_cache=None if cache is None else TeacherCache(cache, dtype="float32"),
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     )
     data = digits(1, batch_size)
@@ -86,6 +91,7 @@ def main(
         "test_accuracy": test,
         "synchronised": synchronised,
         "global_step": global_step,
+        "asked": watch.asked,
         "oscillating": [row.oscillating for row in monitor.history],
         "flipping": [row.flipping for row in monitor.history],
         "frozen": [state.tensors["frozen"] for state in freezing._states.values()],
