@@ -69,6 +69,11 @@ class DecodingDataModule(ImageDataModule):
             raise UsageError(f"num_workers={num_workers} is not accepted: it must be at least 0.")
         self.num_workers = num_workers
 
+    def augmentation_key(self) -> dict[str, Any]:
+        """All settings that, with epoch and index, decide what a training image looks like; see the parent."""
+        crop = {"image_size": self.image_size, "crop_scale": list(self.crop_scale)}
+        return {"seed": self.run_seed, **super().augmentation_key(), **crop}
+
     def _batches(
         self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any
     ) -> WorkerBatches:

@@ -32,7 +32,7 @@ class EncodedImages:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the names, order and sizes in bytes of the images."""
+        """16 hexadecimal digits that change with the images: with the order, names, sizes and times of their files."""
         raise NotImplementedError
 
 
@@ -61,10 +61,11 @@ class ImageFiles(EncodedImages):
         return decode(self.path(index), self.path(index))
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with the names, order and sizes in bytes of the images."""
+        """16 hexadecimal digits that change with the order, names, sizes and modification times of the files."""
         paths = [self.path(index) for index in range(len(self._ends))]
         folder = os.path.commonpath(paths)  # left out, so that a folder may be moved
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(os.fsencode(f"{path[len(folder) :]}\0{os.stat(path).st_size}\0"))
+            stat = os.stat(path)
+            digest.update(os.fsencode(f"{path[len(folder) :]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
         return digest.hexdigest()[:16]

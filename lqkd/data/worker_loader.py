@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -70,13 +71,14 @@ class CroppedImages(Dataset[Tensor | UsageError]):
 class _Keys(Sampler[Key]):
     """The keys of one epoch; reads the epoch when the first is asked for."""
 
-    def __init__(self, plan: TensorBatches, batches: deque[Batch]) -> None:
+    def __init__(self, plan: TensorBatches) -> None:
         self.plan = plan
-        self.batches = batches
+        self.batches: deque[Batch] = deque()  # those whose images are on their way
+        self.start = 0
 
     def __iter__(self) -> Iterator[Key]:
         epoch = self.plan.sampler.epoch if isinstance(self.plan.sampler, EpochShuffle) else 0
-        for batch in self.plan:
+        for batch in islice(self.plan, self.start, None):  # those left out are not decoded
             self.batches.append(batch)
             yield Key(epoch, batch.indices)
 
@@ -105,7 +107,8 @@ class WorkerBatches:
         # Lightning reads these two as it would a DataLoader's: to set the epoch and to see whether a loader shuffles.
         self.sampler = plan.sampler
         self.batch_sampler = None
-        self._kept: tuple[DataLoader[Tensor], deque[Batch]] | None = None
+        self._start = 0
+        self._kept: DataLoader[Tensor] | None = None
 
     def __len__(self) -> int:
         """The number of batches of every process."""
@@ -114,26 +117,31 @@ class WorkerBatches:
     def __iter__(self) -> Iterator[Batch]:
         # Workers are kept from epoch to epoch. An iteration within another one gets workers of its own: those kept can
         # serve one at a time.
-        loader, planned = self._kept or self._loader()
+        loader = self._loader() if self._kept is None else self._kept
         self._kept = None
-        planned.clear()
+        keys = loader.sampler
+        assert isinstance(keys, _Keys)
+        keys.batches.clear()
+        keys.start, self._start = self._start, 0
         try:
             for images in loader:
                 if isinstance(images, UsageError):
                     raise images
-                yield planned.popleft()._replace(images=images)
+                yield keys.batches.popleft()._replace(images=images)
         finally:
-            self._kept = loader, planned
+            self._kept = loader
 
-    def _loader(self) -> tuple[DataLoader[Tensor], deque[Batch]]:
-        planned: deque[Batch] = deque()
-        loader: DataLoader[Tensor] = DataLoader(
+    def start_at(self, batch: int) -> None:
+        """Let the next epoch that is read, and only that, start at this batch: a resumed training goes on there."""
+        self._start = batch
+
+    def _loader(self) -> DataLoader[Tensor]:
+        return DataLoader(
             self.images,  # type: ignore[arg-type]
             batch_size=None,  # a key is a whole batch already
-            sampler=_Keys(self.plan, planned),
+            sampler=_Keys(self.plan),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or each epoch would draw from the global one
         )
-        return loader, planned

@@ -136,6 +136,30 @@ def test_an_iteration_within_another_does_not_disturb_it(two_classes: Path) -> N
     assert seen == undisturbed
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_epoch_goes_on_at_its_batch_and_the_next_one_starts_at_the_first(
+    two_classes: Path, workers: int
+) -> None:
+    loader = prepared(two_classes, num_workers=workers).train_dataloader()
+    whole = list(loader)
+    loader.start_at(2)  # type: ignore[union-attr]
+    for got, wanted in zip(loader, whole[2:], strict=True):
+        assert torch.equal(got.images, wanted.images)
+        assert torch.equal(got.indices, wanted.indices)
+    assert len(list(loader)) == len(whole)
+
+
+def test_a_cache_of_answers_sees_other_images_and_other_crops(two_classes: Path) -> None:
+    data = prepared(two_classes)
+    assert prepared(two_classes).fingerprint() == data.fingerprint()
+    assert prepared(two_classes).augmentation_key() == data.augmentation_key()
+    for setting in ({"crop_scale": (0.5, 1.0)}, {"image_size": 14}, {"seed": 1}, {"horizontal_flip": False}):
+        assert prepared(two_classes, **setting).augmentation_key() != data.augmentation_key()
+    path = two_classes / "cat" / "0.png"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert prepared(two_classes).fingerprint() != data.fingerprint()
+
+
 def test_loading_leaves_the_global_generator_untouched(two_classes: Path) -> None:
     before = torch.get_rng_state()
     list(prepared(two_classes, num_workers=1).train_dataloader())
