@@ -91,6 +91,7 @@ def test_an_epoch_goes_through_a_few_shards_at_a_time(shards: Path) -> None:
     first = order.order()
     assert torch.equal(first.sort().values, data.train_indices)
     visited = of_image[first].unique_consecutive().tolist()
+    assert len(visited) > 2 * len(of_image.unique())  # the images of the shards of a group are mixed
     group, groups = set(), []
     for shard in visited:
         if shard not in group and len(group) == 2:
