@@ -318,20 +318,26 @@ class DistillModule(ImageClassifier):
             logits = self.student(images).float()
         return [answer], logits, (features_t, features_s)
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
-        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64."""
+    def losses(self, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> Losses:
+        """All losses of one batch.
+
+        Args:
+            images: (B, channels, H, W) float.
+            labels: (B,) int64, for whatever needs to know one class of a sample.
+            targets: (B, C) float class probabilities, for the task loss; None means that ``labels`` say all.
+        """
         teachers, student, features = self._outputs(images)
         if teachers[0].shape != student.shape:
             raise UsageError(
                 f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
                 "they must agree"
             )
-        task = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        task = F.cross_entropy(student, labels if targets is None else targets, label_smoothing=self.label_smoothing)
         combined: Tensor | None = None
         if self.combination is not None:
             teachers, combined = self.combination(torch.stack(teachers), labels)
         parts = self.distillation(teachers, student, labels, features)
-        self._look_ahead(parts, teachers, student, task, images, labels)
+        self._look_ahead(parts, teachers, student, task, images, labels, targets)
         distill = self.distillation.reduce(parts)
         loss, balance = self.balance({"task": task, "distill": distill}, student)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
@@ -340,14 +346,21 @@ class DistillModule(ImageClassifier):
         return Losses(loss, task, distill, parts, teachers[0], student, balance, penalties)
 
     def _look_ahead(
-        self, parts: list[Part], teachers: list[Tensor], student: Tensor, task: Tensor, images: Tensor, labels: Tensor
+        self,
+        parts: list[Part],
+        teachers: list[Tensor],
+        student: Tensor,
+        task: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
     ) -> None:
         """Tell the parts how they agree with the task, where a player asks."""
         player = None if self.regularizer is None else self.regularizer.player
         if not isinstance(player, LookAhead):
             return
         if player.exact:
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels)
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, targets)
         else:
             (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
             self.distillation.look_ahead(parts, teachers, student, labels, gradient * len(labels))
@@ -355,7 +368,7 @@ class DistillModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
         self._tell_progress()
-        losses = self.losses(images, labels)
+        losses = self.losses(images, labels, getattr(batch, "targets", None))
         gradients = self._gradients(losses) if self.watch_gradients else None
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}

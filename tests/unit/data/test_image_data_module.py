@@ -156,7 +156,12 @@ def test_the_command_line_reads_the_settings() -> None:
     path = "lqkd.data.CIFAR10"
     arguments = [f"--data={path}", "--data.root=/nowhere", "--data.batch_size=32", "--data.mean=[0.1, 0.2, 0.3]"]
     data = parser.instantiate(parser.parse_args(arguments)).data
-    assert (data.batch_size, data.mean, data.crop_padding, str(data.root)) == (32, (0.1, 0.2, 0.3), 4, "/nowhere")
+    assert (data.batch_size, data.mean, data.augmentation.crop_padding, str(data.root)) == (
+        32,
+        (0.1, 0.2, 0.3),
+        4,
+        "/nowhere",
+    )
 
 
 class Watcher(pl.LightningModule):

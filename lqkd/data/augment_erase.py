@@ -1,0 +1,98 @@
+"""Random erasing of whole batches: a rectangle of each image is blanked, and what a rectangle is.
+
+Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896, with the ranges of torchvision's ``RandomErasing``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lqkd.data.counter_rng import (
+    STREAM_ERASE,
+    STREAM_ERASE_AREA,
+    STREAM_ERASE_RATIO,
+    STREAM_ERASE_X,
+    STREAM_ERASE_Y,
+    integers,
+    uniform,
+)
+
+SMALLEST_AREA, LARGEST_AREA = 0.02, 0.33
+"""Range of the share of the image that is erased."""
+LARGEST_RATIO = 3.3
+"""Of height to width; the smallest is 0.3, as in the paper, and not its inverse."""
+SMALLEST_RATIO = 0.3
+_ATTEMPTS = 10
+
+
+def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Set a random rectangle of each image to zero, which is the mean colour once images are normalised.
+
+    Args:
+        images: (B, C, H, W) float32, normalised.
+        probability: that an image is erased at all.
+        seed: the run's seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids on the device of ``images``.
+
+    Returns:
+        (B, C, H, W) float32, a new tensor.
+    """
+    height, width = images.shape[-2:]
+    top, left, tall, wide = erased_boxes(height, width, seed=seed, epoch=epoch, indices=indices)
+    inside = box_mask(top, left, top + tall, left + wide, height, width)
+    erased = uniform(seed, epoch, indices, STREAM_ERASE) < probability
+    return images.masked_fill(inside & erased[:, None, None, None], 0.0)
+
+
+def erased_boxes(
+    height: int, width: int, *, seed: int, epoch: int, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rectangle of each sample: area uniform, ratio log-uniform, anywhere within the image.
+
+    Of ten draws the first rectangle counts that is smaller than the image on both sides; where there is none, it is
+    empty.
+
+    Returns:
+        Top, left, height and width in pixels, (B,) int64 each.
+    """
+    found = torch.zeros_like(indices, dtype=torch.bool)
+    tall, wide = torch.zeros_like(indices), torch.zeros_like(indices)
+    for draw in range(_ATTEMPTS):
+        # float64, so that a last bit, in which devices may differ, practically never decides how a side is rounded
+        share = uniform(seed, epoch, indices, STREAM_ERASE_AREA, draw).double()
+        area = height * width * (SMALLEST_AREA + (LARGEST_AREA - SMALLEST_AREA) * share)
+        place = uniform(seed, epoch, indices, STREAM_ERASE_RATIO, draw).double()
+        low, high = math.log(SMALLEST_RATIO), math.log(LARGEST_RATIO)
+        ratio = (low + (high - low) * place).exp()
+        rows, columns = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+        fits = (rows < height) & (columns < width) & ~found
+        tall, wide = torch.where(fits, rows, tall), torch.where(fits, columns, wide)
+        found |= fits
+    top = integers(seed, epoch, indices, STREAM_ERASE_Y, height - tall + 1)
+    left = integers(seed, epoch, indices, STREAM_ERASE_X, width - wide + 1)
+    return top, left, tall, wide
+
+
+def box_mask(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels lie inside each sample's rectangle, its last row and column excluded.
+
+    Args:
+        top: (B,) int64, like the other three sides.
+        left: (B,) int64.
+        bottom: (B,) int64.
+        right: (B,) int64.
+        height: of the images.
+        width: of the images.
+
+    Returns:
+        (B, 1, H, W) bool.
+    """
+    y = torch.arange(height, device=top.device)
+    x = torch.arange(width, device=top.device)
+    rows = (y >= top[:, None]) & (y < bottom[:, None])  # (B, H)
+    columns = (x >= left[:, None]) & (x < right[:, None])  # (B, W)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
