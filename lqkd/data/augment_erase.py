@@ -25,7 +25,6 @@ SMALLEST_AREA, LARGEST_AREA = 0.02, 0.33
 LARGEST_RATIO = 3.3
 """Of height to width; the smallest is 0.3, as in the paper, and not its inverse."""
 SMALLEST_RATIO = 0.3
-_ATTEMPTS = 10
 
 
 def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
@@ -45,7 +44,8 @@ def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int,
     top, left, tall, wide = erased_boxes(height, width, seed=seed, epoch=epoch, indices=indices)
     inside = box_mask(top, left, top + tall, left + wide, height, width)
     erased = uniform(seed, epoch, indices, STREAM_ERASE) < probability
-    return images.masked_fill(inside & erased[:, None, None, None], 0.0)
+    # A product is many times as fast as masked_fill with a mask that is the same for all channels.
+    return images * (~(inside & erased[:, None, None, None])).to(images.dtype)
 
 
 def erased_boxes(
@@ -53,25 +53,26 @@ def erased_boxes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rectangle of each sample: area uniform, ratio log-uniform, anywhere within the image.
 
-    Of ten draws the first rectangle counts that is smaller than the image on both sides; where there is none, it is
-    empty.
+    Where a side would be as long as the image's, or longer, it is a pixel shorter than that; the paper draws again,
+    which square images need less than once in a hundred times.
+
+    Args:
+        height: of the images.
+        width: of the images.
+        seed: the run's seed.
+        epoch: the epoch, counted from 0.
+        indices: (B,) int64 stable sample ids.
 
     Returns:
         Top, left, height and width in pixels, (B,) int64 each.
     """
-    found = torch.zeros_like(indices, dtype=torch.bool)
-    tall, wide = torch.zeros_like(indices), torch.zeros_like(indices)
-    for draw in range(_ATTEMPTS):
-        # float64, so that a last bit, in which devices may differ, practically never decides how a side is rounded
-        share = uniform(seed, epoch, indices, STREAM_ERASE_AREA, draw).double()
-        area = height * width * (SMALLEST_AREA + (LARGEST_AREA - SMALLEST_AREA) * share)
-        place = uniform(seed, epoch, indices, STREAM_ERASE_RATIO, draw).double()
-        low, high = math.log(SMALLEST_RATIO), math.log(LARGEST_RATIO)
-        ratio = (low + (high - low) * place).exp()
-        rows, columns = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-        fits = (rows < height) & (columns < width) & ~found
-        tall, wide = torch.where(fits, rows, tall), torch.where(fits, columns, wide)
-        found |= fits
+    # float64, so that a last bit, in which devices may differ, practically never decides how a side is rounded
+    share, place = (uniform(seed, epoch, indices, s).double() for s in (STREAM_ERASE_AREA, STREAM_ERASE_RATIO))
+    area = height * width * (SMALLEST_AREA + (LARGEST_AREA - SMALLEST_AREA) * share)
+    low, high = math.log(SMALLEST_RATIO), math.log(LARGEST_RATIO)
+    ratio = (low + (high - low) * place).exp()
+    tall = (area * ratio).sqrt().round().long().clamp(max=height - 1)
+    wide = (area / ratio).sqrt().round().long().clamp(max=width - 1)
     top = integers(seed, epoch, indices, STREAM_ERASE_Y, height - tall + 1)
     left = integers(seed, epoch, indices, STREAM_ERASE_X, width - wide + 1)
     return top, left, tall, wide

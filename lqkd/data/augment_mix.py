@@ -76,17 +76,17 @@ def mix(
     if mixup and cutmix:
         cut = uniform(seed, epoch, indices, STREAM_MIX_KIND) < 0.5
     mixed = uniform(seed, epoch, indices, STREAM_MIX) < probability
-    result, share = images, torch.ones(len(images), device=images.device)
+    share = torch.ones(len(images), device=images.device)
     if mixup:
-        blended = torch.where(mixed & ~cut, shares(mixup, seed=seed, epoch=epoch, indices=indices), share)
-        result, share = blend(images, partners, blended), blended
+        share = torch.where(mixed & ~cut, shares(mixup, seed=seed, epoch=epoch, indices=indices), share)
+    keep = share[:, None, None, None]  # of each pixel the image's own share
     if cutmix:
         drawn = shares(cutmix, seed=seed, epoch=epoch, indices=indices)
         inside = cut_boxes(drawn, *images.shape[-2:], seed=seed, epoch=epoch, indices=indices)
         inside &= (mixed & cut)[:, None, None, None]
-        result = torch.where(inside, partners, result)
-        share = torch.where(mixed & cut, 1 - inside.float().mean(dim=(1, 2, 3)), share)
-    return result, share
+        keep = keep * (~inside).to(images.dtype)  # (B, 1, H, W)
+        share = share * (1 - inside.to(images.dtype).mean(dim=(1, 2, 3)))
+    return blend(images, partners, keep), share
 
 
 def shares(alpha: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
@@ -94,10 +94,18 @@ def shares(alpha: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
     return _quantiles(alpha, indices.device)[integers(seed, epoch, indices, STREAM_MIX_SHARE, _QUANTILES)]
 
 
-def blend(images: Tensor, partners: Tensor, share: Tensor) -> Tensor:
-    """Return mixup's ``share * images + (1 - share) * partners`` (Zhang et al., arXiv 1710.09412, equation 1)."""
-    share = share[:, None, None, None]
-    return images * share + partners * (1 - share)
+def blend(images: Tensor, partners: Tensor, keep: Tensor) -> Tensor:
+    """Return ``keep * images + (1 - keep) * partners``.
+
+    With one share an image it is mixup (Zhang et al., arXiv 1710.09412, equation 1), with a mask of ones and zeros it
+    is CutMix (Yun et al., arXiv 1905.04899, equation 1).
+
+    Args:
+        images: (B, C, H, W) float32.
+        partners: (B, C, H, W) float32.
+        keep: (B, 1, 1, 1) or (B, 1, H, W) float32, 0 ... 1.
+    """
+    return images * keep + partners * (1 - keep)
 
 
 def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:

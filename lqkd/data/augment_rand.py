@@ -107,7 +107,8 @@ def apply_operations(images: Tensor, operations: Tensor, negative: Tensor, magni
     start, stop = sum(counts[: 2 * first]), sum(counts[: 2 * last + 2])
     if stop > start:  # all of them are one call
         matrices = _matrices(magnitude, height, width, images.device)[groups.values[start:stop] - 2 * first]
-        result[rows[start:stop]] = transform(images.index_select(0, rows[start:stop]), matrices)
+        group = rows[start:stop]
+        result.index_copy_(0, group, transform(images.index_select(0, group), matrices))
     for operation in range(last + 1, len(OPERATIONS)):
         name = OPERATIONS[operation]
         sizes = counts[2 * operation : 2 * operation + 2]
@@ -115,7 +116,8 @@ def apply_operations(images: Tensor, operations: Tensor, negative: Tensor, magni
             start, stop = stop, stop + size
             if size:
                 strength = sign * amount(name, magnitude, height, width)
-                result[rows[start:stop]] = _apply(name, images.index_select(0, rows[start:stop]), strength)
+                group = rows[start:stop]
+                result.index_copy_(0, group, _apply(name, images.index_select(0, group), strength))
     return result
 
 
