@@ -31,21 +31,19 @@ def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int,
     """Set a random rectangle of each image to zero, which is the mean colour once images are normalised.
 
     Args:
-        images: (B, C, H, W) float32, normalised.
+        images: (B, C, H, W) float32, normalised; they are overwritten, which spares the CPU a fresh copy.
         probability: that an image is erased at all.
         seed: the run's seed.
         epoch: the epoch, counted from 0.
         indices: (B,) int64 stable sample ids on the device of ``images``.
 
     Returns:
-        (B, C, H, W) float32, a new tensor.
+        ``images``.
     """
     height, width = images.shape[-2:]
     top, left, tall, wide = erased_boxes(height, width, seed=seed, epoch=epoch, indices=indices)
-    inside = box_mask(top, left, top + tall, left + wide, height, width)
-    erased = uniform(seed, epoch, indices, STREAM_ERASE) < probability
-    # A product is many times as fast as masked_fill with a mask that is the same for all channels.
-    return images * (~(inside & erased[:, None, None, None])).to(images.dtype)
+    tall = tall * (uniform(seed, epoch, indices, STREAM_ERASE) < probability)  # the others lose nothing
+    return images.mul_(1 - box_mask(top, left, top + tall, left + wide, height, width))
 
 
 def erased_boxes(
@@ -90,10 +88,10 @@ def box_mask(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: i
         width: of the images.
 
     Returns:
-        (B, 1, H, W) bool.
+        (B, 1, H, W) float32, 1 inside and 0 outside.
     """
     y = torch.arange(height, device=top.device)
     x = torch.arange(width, device=top.device)
     rows = (y >= top[:, None]) & (y < bottom[:, None])  # (B, H)
     columns = (x >= left[:, None]) & (x < right[:, None])  # (B, W)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+    return (rows.float()[:, :, None] * columns.float()[:, None, :])[:, None]

@@ -39,7 +39,7 @@ def choose_partners(candidates: Tensor, *, seed: int, epoch: int, indices: Tenso
     Returns:
         (B,) int64 stable sample ids. Where there is one candidate only, it is its own partner.
     """
-    own = torch.searchsorted(candidates, indices)
+    own = torch.searchsorted(candidates, indices.contiguous())
     others = len(candidates) - 1
     further = 1 + integers(seed, epoch, indices, STREAM_MIX_PARTNER, max(1, others))
     return candidates[(own + further) % len(candidates)]
@@ -59,7 +59,7 @@ def mix(
     """Mix each image with its partner by mixup or CutMix; where both are on, each has half of the mixed images.
 
     Args:
-        images: (B, C, H, W) float32.
+        images: (B, C, H, W) float32; it and ``partners`` are overwritten.
         partners: (B, C, H, W) float32.
         mixup: alpha of mixup's Beta(alpha, alpha) distribution of shares; 0 means no mixup.
         cutmix: likewise of CutMix; one of the two is above 0.
@@ -82,10 +82,10 @@ def mix(
     keep = share[:, None, None, None]  # of each pixel the image's own share
     if cutmix:
         drawn = shares(cutmix, seed=seed, epoch=epoch, indices=indices)
+        drawn = torch.where(mixed & cut, drawn, 1)  # the others get an empty rectangle
         inside = cut_boxes(drawn, *images.shape[-2:], seed=seed, epoch=epoch, indices=indices)
-        inside &= (mixed & cut)[:, None, None, None]
-        keep = keep * (~inside).to(images.dtype)  # (B, 1, H, W)
-        share = share * (1 - inside.to(images.dtype).mean(dim=(1, 2, 3)))
+        keep = keep * (1 - inside)  # (B, 1, H, W)
+        share = share * (1 - inside.mean(dim=(1, 2, 3)))
     return blend(images, partners, keep), share
 
 
@@ -101,11 +101,14 @@ def blend(images: Tensor, partners: Tensor, keep: Tensor) -> Tensor:
     is CutMix (Yun et al., arXiv 1905.04899, equation 1).
 
     Args:
-        images: (B, C, H, W) float32.
+        images: (B, C, H, W) float32; it and ``partners`` are overwritten, which spares the CPU two fresh copies.
         partners: (B, C, H, W) float32.
         keep: (B, 1, 1, 1) or (B, 1, H, W) float32, 0 ... 1.
+
+    Returns:
+        ``images``.
     """
-    return images * keep + partners * (1 - keep)
+    return images.mul_(keep).add_(partners.mul_(1 - keep))
 
 
 def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, 
         indices: (B,) int64 stable sample ids on the device of ``share``.
 
     Returns:
-        (B, 1, H, W) bool.
+        (B, 1, H, W) float32, 1 where the partner is shown and 0 elsewhere.
     """
     half = 0.5 * (1 - share).sqrt()
     tall, wide = (half * height).long(), (half * width).long()

@@ -43,7 +43,7 @@ def amount(operation: str, magnitude: int, height: int, width: int) -> float:
     if operation == "Rotate":
         return 30 * part
     if operation == "Posterize":
-        return round(8 - 4 * part)
+        return float(round(8 - 4 * part))
     if operation == "Solarize":
         return 255 * (1 - part)
     return 0.9 * part if operation in _SIGNED else 0.0
