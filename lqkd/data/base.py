@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,19 @@ from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
 
+if TYPE_CHECKING:
+    from lqkd.data.encoded import EncodedImages
+    from lqkd.data.worker_loader import WorkerBatches
+
 
 class ImageSet(NamedTuple):
     """A whole data set in memory."""
 
-    train_images: Tensor
+    train_images: Tensor | EncodedImages
     """(N, C, H, W) uint8."""
     train_labels: Tensor
     """(N,) int64."""
-    test_images: Tensor
+    test_images: Tensor | EncodedImages
     """(M, C, H, W) uint8."""
     test_labels: Tensor
     """(M,) int64."""
@@ -44,7 +48,8 @@ class ImageDataModule(LightningDataModule):
 
     Mixup and CutMix mix an image with another of the whole training set, not of its batch, chosen by its own random
     numbers and augmented as it is in the same epoch. The batch then carries class probabilities as ``targets``, for
-    the task loss, beside ``labels``, the class that most of an image belongs to.
+    the task loss, beside ``labels``, the class that most of an image belongs to. Both are refused for images that are
+    decoded batch by batch, since the partners would have to be decoded as well.
 
     Training leaves out the last, short global batch of an epoch (its samples change with the order), unless it is the
     only one.
@@ -162,21 +167,29 @@ class ImageDataModule(LightningDataModule):
         self.num_classes = len(images.class_names)
         channels, height, width = images.train_images.shape[1:]
         self.augmentation.check_channels(channels)
+        if self.augmentation.mixes and not isinstance(images.train_images, Tensor):
+            mixing = [name for name in ("mixup", "cutmix") if getattr(self.augmentation, name)]
+            raise UsageError(
+                f"{' and '.join(mixing)} above 0 need the training images in memory, from which each image's partner"
+                f" is chosen: {type(self).__name__} decodes them batch by batch."
+            )
         self.image_shape = (channels, height, width)
         self._split(images.train_labels)
         self._images = images
 
-    def _split(self, labels: Tensor) -> None:
-        everything = torch.arange(len(labels))
+    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sorted positions of the validation images and of those that are left for training."""
         held_out = round(self.validation_fraction * len(labels))
         if not 0 < held_out < len(labels):
             raise UsageError(
                 f"validation_fraction={self.validation_fraction} holds out {held_out} of {len(labels)} training images:"
                 " at least one must be held out and one left."
             )
-        self.val_indices, self.train_indices = stratified_split(
-            everything, labels, held_out, seed=self.run_seed, stream=STREAM_VALIDATION
-        )
+        everything = torch.arange(len(labels))
+        return stratified_split(everything, labels, held_out, seed=self.run_seed, stream=STREAM_VALIDATION)
+
+    def _split(self, labels: Tensor) -> None:
+        self.val_indices, self.train_indices = self._hold_out(labels)
         if self.limit_train is None:
             return
         if self.limit_train > len(self.train_indices):
@@ -192,14 +205,15 @@ class ImageDataModule(LightningDataModule):
             stream=STREAM_LIMIT,
         )
 
-    def train_dataloader(self) -> TensorBatches:
+    def train_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the training images, in a new order in each epoch."""
         images = self._loaded()
         rank, world_size = self._place()
-        return TensorBatches(
+        return self._batches(
             images.train_images,
             images.train_labels,
             self.train_indices,
+            train=True,
             batch_size=self.batch_size,
             # overfit_batches means the same batches again and again; Lightning can turn off its own samplers only.
             shuffle=not getattr(self.trainer, "overfit_batches", 0),
@@ -209,31 +223,41 @@ class ImageDataModule(LightningDataModule):
             world_size=world_size,
         )
 
-    def val_dataloader(self) -> TensorBatches:
+    def val_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the validation images."""
         images = self._loaded()
         return self._evaluation(images.train_images, images.train_labels, self.val_indices)
 
-    def test_dataloader(self) -> TensorBatches:
+    def test_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the test images."""
         images = self._loaded()
         return self._evaluation(images.test_images, images.test_labels, torch.arange(len(images.test_labels)))
 
-    def predict_dataloader(self) -> TensorBatches:
+    def predict_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return the test images, as ``test_dataloader`` does."""
         return self.test_dataloader()
 
-    def _evaluation(self, images: Tensor, labels: Tensor, indices: Tensor) -> TensorBatches:
+    def _evaluation(
+        self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor
+    ) -> TensorBatches | WorkerBatches:
         rank, world_size = self._place()
-        return TensorBatches(
+        return self._batches(
             images,
             labels,
             indices,
+            train=False,
             batch_size=self.eval_batch_size,
             shuffle=False,
             rank=rank,
             world_size=world_size,
         )
+
+    def _batches(
+        self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any
+    ) -> TensorBatches | WorkerBatches:
+        """The loader of a subset; ``train`` tells whether the images are to be augmented."""
+        assert isinstance(images, Tensor)
+        return TensorBatches(images, labels, indices, **settings)
 
     def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
         """Augment (in training) and normalise a batch on the device it is on; needs ``setup``, but no trainer.
@@ -257,6 +281,7 @@ class ImageDataModule(LightningDataModule):
 
     def _mixed(self, batch: Batch, epoch: int) -> Batch:
         data, device = self._loaded(), batch.images.device
+        assert isinstance(data.train_images, Tensor), "setup refuses mixing for others"
         # The images are in the main memory, and so is the choice among them.
         ids = choose_partners(self.train_indices, seed=self.run_seed, epoch=epoch, indices=batch.indices.cpu())
         partners = data.train_images.index_select(0, ids).to(device)

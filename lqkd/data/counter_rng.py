@@ -39,6 +39,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
+STREAM_RESIZED_CROP = 1000
+"""And the 39 after it: four numbers for each of ten attempts."""
+STREAM_SHARDS = 1040
+"""The order of shards."""
+STREAM_SHARDING = 1041
+"""Which image comes into which shard."""
+
 
 def random_bits(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
     """Return 64 random bits per sample.

@@ -69,6 +69,7 @@ class TensorBatches:
         drop_last: leave out the last, short global batch of training; evaluation never drops.
         rank: this process.
         world_size: the number of processes.
+        order: another order for training than a shuffle of all samples.
 
     Raises:
         UsageError: when there are too few samples for every process to get a batch.
@@ -86,6 +87,7 @@ class TensorBatches:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        order: EpochShuffle | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
@@ -94,7 +96,7 @@ class TensorBatches:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
-        self._shuffle = EpochShuffle(indices, seed) if shuffle else None
+        self._shuffle = (order or EpochShuffle(indices, seed)) if shuffle else None
         # Lightning reads these two as it would a DataLoader's: to set the epoch and to see whether a loader shuffles.
         self.sampler: EpochShuffle | SequentialSampler = self._shuffle or SequentialSampler(range(len(indices)))
         self.batch_sampler = None
