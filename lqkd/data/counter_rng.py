@@ -64,10 +64,13 @@ def random_bits(seed: int, epoch: int, indices: Tensor, stream: int, draw: int =
     key = 0
     for part in (seed, epoch, stream + (draw << 32)):
         key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
-    z = indices * _signed(_GOLDEN) + _signed(key)  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
-    z = (z ^ _shift_right(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shift_right(z, 27)) * _signed(_SECOND)
-    return z ^ _shift_right(z, 31)
+    z = (indices * _signed(_GOLDEN)).add_(
+        _signed(key)
+    )  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
+    # In place, because these tensors are so small that most of the time goes into making them.
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_FIRST))
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_SECOND))
+    return z.bitwise_xor_(_shift_right(z, 31))
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
@@ -83,7 +86,7 @@ def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) 
         True
     """
     # 24 bits are what a float32 holds exactly: more would round some values up to 1.
-    return _shift_right(random_bits(seed, epoch, indices, stream, draw), 40).to(torch.float32) * 2.0**-24
+    return _shift_right(random_bits(seed, epoch, indices, stream, draw), 40).to(torch.float32).mul_(2.0**-24)
 
 
 def integers(seed: int, epoch: int, indices: Tensor, stream: int, limit: int | Tensor, draw: int = 0) -> Tensor:
@@ -112,5 +115,4 @@ def _signed(value: int) -> int:
 
 def _shift_right(z: Tensor, places: int) -> Tensor:
     """Logical shift: torch shifts int64 arithmetically, so the copies of the sign bit are masked away."""
-    shifted: Tensor = (z >> places) & (2 ** (64 - places) - 1)
-    return shifted
+    return (z >> places).bitwise_and_(2 ** (64 - places) - 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lqkd.data import Augmentation, Batch, ImageDataModule
+from lqkd.data import Augmentation, Batch, ImageDataModule, ImageFolder
 from lqkd.data.augment import normalize
 from lqkd.data.base import ImageSet
 from lqkd.data.loader import EpochShuffle
 from lqkd.errors import UsageError
+from tests.unit.data.images import write_classes
 
 EVERYTHING = {
     "crop_padding": 2,
@@ -187,3 +189,23 @@ def test_a_setting_out_of_range_or_without_effect_is_refused(arguments: dict[str
 def test_rand_augment_on_two_channels_is_refused_before_the_first_batch() -> None:
     with pytest.raises(UsageError, match="rand_augment=2 is not accepted for images of 2 channels"):
         TwoChannels(rand_augment=2).setup("fit")
+
+
+def test_mixing_is_refused_where_images_are_not_in_memory(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 5, "b": 5})
+    with pytest.raises(UsageError, match="mixup and cutmix above 0 need the training images in memory.*ImageFolder"):
+        ImageFolder(root=str(tmp_path), image_size=16, mixup=0.2, cutmix=1.0).setup("fit")
+
+
+def test_everything_but_mixing_works_on_decoded_images_in_any_memory_format(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 10, "b": 10})
+    data = ImageFolder(
+        root=str(tmp_path), image_size=16, num_workers=0, crop_padding=2, rand_augment=2, random_erasing=0.5
+    )
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    standard = batch._replace(images=batch.images.contiguous())
+    results = [data.preprocess(given, train=True, epoch=0).images for given in (batch, standard)]
+    assert torch.equal(*results)
+    assert results[0].is_contiguous()
