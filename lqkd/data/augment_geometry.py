@@ -54,9 +54,8 @@ def transform(images: Tensor, matrices: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     x = torch.linspace(0.5 - width / 2, width / 2 - 0.5, width, device=images.device)
     y = torch.linspace(0.5 - height / 2, height / 2 - 0.5, height, device=images.device)[:, None]
-    size = torch.tensor([[width / 2], [height / 2]], device=images.device)
-    slope_x, slope_y, shift = (matrices / size)[..., None, None].unbind(2)  # each (B, 2, 1, 1)
-    grid = slope_x * x + slope_y * y + shift  # (B, 2, H, W)
-    grid = grid.permute(0, 2, 3, 1)
+    # grid_sample counts from -1 to 1 over the image
+    sources = (matrices[:, 0] / (width / 2), matrices[:, 1] / (height / 2))  # x and y, (B, 3) each
+    grid = torch.stack([a * x + b * y + c for a, b, c in (m.T[..., None, None] for m in sources)], dim=-1)
     moved = grid_sample(images.to(torch.float32), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return moved.to(torch.uint8)

@@ -193,7 +193,7 @@ def test_rand_augment_on_two_channels_is_refused_before_the_first_batch() -> Non
 
 def test_mixing_is_refused_where_images_are_not_in_memory(tmp_path: Path) -> None:
     write_classes(tmp_path, {"a": 5, "b": 5})
-    with pytest.raises(UsageError, match="mixup and cutmix above 0 need the training images in memory.*ImageFolder"):
+    with pytest.raises(UsageError, match=r"mixup and cutmix above 0 need the training images in memory.*ImageFolder"):
         ImageFolder(root=str(tmp_path), image_size=16, mixup=0.2, cutmix=1.0).setup("fit")
 
 
