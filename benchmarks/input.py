@@ -8,7 +8,7 @@ DataLoader. "photographs" is the files of FOLDER/imagenet_sample, repeated, deco
 flipped and normalised, by both in two workers; without LQKD_DATA it is left out.
 
 All contestants run in one process and in alternation, an epoch each round, after a first one that is not counted and
-that starts the workers; what counts are the ratios of the medians.
+that starts the workers; what counts are the ratios of the medians. The process itself has one thread.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="small images in an epoch")
     parser.add_argument("--photographs", type=int, default=400, help="photographs in an epoch")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # on a machine that does other work as well, two threads wait for each other
     results = []
 
     def add(name: str, contestants: dict[str, Epoch]) -> None:
