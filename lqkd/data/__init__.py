@@ -3,6 +3,7 @@
 Small sets are held in memory; large ones are decoded by worker processes.
 """
 
+from lqkd.data.augmentation import Augmentation
 from lqkd.data.base import ImageDataModule
 from lqkd.data.cifar import CIFAR10, CIFAR100
 from lqkd.data.decoding import DecodingDataModule
@@ -17,6 +18,7 @@ from lqkd.data.worker_loader import WorkerBatches
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "Augmentation",
     "Batch",
     "DecodingDataModule",
     "Digits",

@@ -60,6 +60,9 @@ class ClassifierModule(ImageClassifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
-        loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
+        targets = getattr(batch, "targets", None)  # class probabilities of mixed images
+        loss = F.cross_entropy(
+            self(images).float(), labels if targets is None else targets, label_smoothing=self.label_smoothing
+        )
         self.log("train/loss", loss, batch_size=len(labels))
         return loss

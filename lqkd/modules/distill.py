@@ -347,11 +347,17 @@ class DistillModule(ImageClassifier):
             logits = self.student(images).float()
         return answers, logits, (features_t, features_s)
 
-    def losses(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> Losses:
-        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64.
+    def losses(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None = None, indices: Tensor | None = None
+    ) -> Losses:
+        """All losses of one batch.
 
-        In a training with a cache of the teacher's answers, ``indices`` (B,) int64 are the samples to look up; None
-        asks the teacher.
+        Args:
+            images: (B, channels, H, W) float.
+            labels: (B,) int64, for whatever needs to know one class of a sample.
+            targets: (B, C) float class probabilities, for the task loss; None means that ``labels`` say all.
+            indices: (B,) int64, the samples to look up in a training with a cache of the teacher's answers; None asks
+                the teacher.
         """
         teachers, student, features = self._outputs(images, indices)
         if teachers[0].shape != student.shape:
@@ -359,12 +365,12 @@ class DistillModule(ImageClassifier):
                 f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
                 "they must agree"
             )
-        task = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        task = F.cross_entropy(student, labels if targets is None else targets, label_smoothing=self.label_smoothing)
         combined: Tensor | None = None
         if self.combination is not None:
             teachers, combined = self.combination(torch.stack(teachers), labels)
         parts = self.distillation(teachers, student, labels, features)
-        self._look_ahead(parts, teachers, student, task, images, labels)
+        self._look_ahead(parts, teachers, student, task, images, labels, targets)
         distill = self.distillation.reduce(parts)
         loss, balance = self.balance({"task": task, "distill": distill}, student)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
@@ -373,14 +379,21 @@ class DistillModule(ImageClassifier):
         return Losses(loss, task, distill, parts, teachers[0], student, balance, penalties)
 
     def _look_ahead(
-        self, parts: list[Part], teachers: list[Tensor], student: Tensor, task: Tensor, images: Tensor, labels: Tensor
+        self,
+        parts: list[Part],
+        teachers: list[Tensor],
+        student: Tensor,
+        task: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
     ) -> None:
         """Tell the parts how they agree with the task, where a player asks."""
         player = None if self.regularizer is None else self.regularizer.player
         if not isinstance(player, LookAhead):
             return
         if player.exact:
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels)
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, targets)
         else:
             (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
             self.distillation.look_ahead(parts, teachers, student, labels, gradient * len(labels))
@@ -388,7 +401,8 @@ class DistillModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
         self._tell_progress()
-        losses = self.losses(images, labels, None if self.opened_cache is None else indices_of(batch))
+        indices = None if self.opened_cache is None else indices_of(batch)
+        losses = self.losses(images, labels, getattr(batch, "targets", None), indices)
         gradients = self._gradients(losses) if self.watch_gradients else None
         self._step_players(losses.loss, len(labels), batch_idx)
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
+from lqkd.data import Augmentation
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP
 from lqkd.teacher_cache import TeacherCache
@@ -61,7 +62,7 @@ def main(
     )
     data = digits(1, batch_size)
     data.limit_train = samples
-    data.crop_padding = 0
+    data.augmentation = Augmentation()
     watch = Watch()
     monitor, freezing = OscillationMonitor(), OscillationFreezing(0.005, 0.005)
     scheduler = BitWidthScheduler([Stage("w3a8", until_step=2)], refit="mse")
