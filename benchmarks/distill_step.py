@@ -5,8 +5,8 @@
 ResNet-20 from ResNet-56 on random images in the shape of CIFAR-10: forward of both networks, one backward, optimizers.
 "naive" is a plain fp32 student with a plain fp32 teacher, both eager, and the usual loss of Hinton et al.; lqkd trains
 its student at W4A4 and channels_last by DistillModule's own losses, with a live teacher and with a cache of the
-teacher's answers that was written before. All contestants run in one process and in alternation, each round in another order; what counts is
-the median over the rounds of each one's time over that of "naive" in the same round.
+teacher's answers that was written before. All contestants run in one process and in alternation, each round in another
+order; what counts is the median over the rounds of each one's time over that of "naive" in the same round.
 """
 
 from __future__ import annotations
