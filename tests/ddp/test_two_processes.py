@@ -108,6 +108,7 @@ def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) ->
     assert (first["flipping"], first["oscillating"]) == (second["flipping"], second["oscillating"])
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_cache_that_any_number_of_them_replays(results: dict[str, Any], tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     live, batches = results["two"], 6

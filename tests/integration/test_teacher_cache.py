@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from lqkd.cli import main
 from lqkd.data import Batch, Digits
 from lqkd.ensemble import TeacherEnsemble
 from lqkd.errors import UsageError
@@ -314,3 +315,19 @@ def test_an_adversarial_regularizer_learns_the_same_from_a_cache(make_trainer: M
     cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
     live = run(None)
     assert [run(cache), run(cache)] == [live, live]
+
+
+def test_the_command_line_reaches_the_cache_and_the_precision_of_the_teacher(tmp_path: Path) -> None:
+    command = ["fit", "--config", str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")]
+    command += ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128", "--run.root", str(tmp_path)]
+    command += ["--model.init_args.teacher_cache.folder", str(tmp_path / "cache")]
+    command += ["--model.init_args.teacher_cache.dtype", "float32"]
+    command += ["--model.init_args.teacher.init_args.precision", "fp32"]
+    assert main(command) == 0
+    header = json.loads((folders(tmp_path / "cache")[0] / "header.json").read_text())
+    assert header["key"]["dtype"] == "float32"
+    assert header["key"]["teachers"][0]["precision"].startswith("fp32")
+    assert main([*command, "--model.init_args.teacher_cache.top_k", "10"]) == 2
+    again = ["fit", "--config", str(tmp_path / "quickstart" / "version_0" / "config.yaml")]
+    assert main([*again, "--run.root", str(tmp_path)]) == 0
+    assert len(folders(tmp_path / "cache")) == 1

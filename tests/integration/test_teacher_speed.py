@@ -181,3 +181,21 @@ def test_a_compiled_teacher_answers_as_before() -> None:
     plain = teacher(images)
     teacher.accelerate(bf16=False)
     torch.testing.assert_close(teacher(images), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_in_channels_last_learns_the_same_up_to_rounding(make_trainer: MakeTrainer) -> None:
+    losses = []
+    for channels_last in (False, True):
+        torch.manual_seed(1)
+        module = distiller(
+            teacher=FrozenTeacher(network(14), minimum_accuracy=0.0, precision="fp32"),
+            student_optimizer=lambda p: torch.optim.SGD(p, lr=1e-3),
+            channels_last=channels_last,
+        )
+        look = Recorder(lambda trainer, module: float(trainer.callback_metrics["train/loss"]))
+        make_trainer(callbacks=[look]).fit(module, datamodule=digits(4))
+        losses.append(look.seen)
+    weight = module.student.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
