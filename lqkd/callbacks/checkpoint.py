@@ -60,7 +60,7 @@ class BestAndLast(ModelCheckpoint):
 
     # ---- last
 
-    def save_last(self, trainer: Trainer) -> None:
+    def save_resumable(self, trainer: Trainer) -> None:
         """Save ``last.ckpt``; between two batches, on all processes.
 
         Raises:
@@ -80,7 +80,7 @@ class BestAndLast(ModelCheckpoint):
         previous, self.last_model_path = self.last_model_path, str(Path(str(self.dirpath)) / LAST)
         self._saving_last = True
         try:
-            trainer.save_checkpoint(self.last_model_path)
+            trainer.save_checkpoint(self.last_model_path, weights_only=False)
         except BaseException:
             self.last_model_path = previous
             raise
@@ -113,12 +113,12 @@ class BestAndLast(ModelCheckpoint):
         steps = trainer.global_step
         due = batch_idx == 0 or (self.every_n_steps is not None and steps % self.every_n_steps == 0)
         if due and steps > 0 and resume_state.between_steps(trainer, pl_module, batch_idx):
-            self.save_last(trainer)
+            self.save_resumable(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._finished = True
-        self.save_last(trainer)
+        self.save_resumable(trainer)
 
     # ---- best
 

@@ -81,7 +81,7 @@ def claim_own(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any] | 
 
 def fast_forward(trainer: Trainer, batches: int) -> None:
     """Let the training loader go on after ``batches`` of its epoch; before its first batch is taken."""
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if hasattr(loader, "start_at"):
         loader.start_at(batches)
         return

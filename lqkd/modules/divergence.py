@@ -30,9 +30,7 @@ class LossWatch:
         """Begin to find out; ``loss`` is 0-dim. All processes must call this together."""
         self._finite = loss.detach().isfinite().to(torch.int32)
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        self._work = (
-            distributed.all_reduce(self._finite, distributed.ReduceOp.MIN, async_op=True) if several else None
-        )
+        self._work = distributed.all_reduce(self._finite, distributed.ReduceOp.MIN, async_op=True) if several else None
         if loss.device.type == "cuda":
             self._fetch(loss.device)
 
@@ -55,7 +53,8 @@ class LossWatch:
         if self._finite is None:
             return True
         if self._finite.device.type == "cuda":
-            assert self._event is not None and self._host is not None
+            assert self._event is not None
+            assert self._host is not None
             self._event.synchronize()
             answer = self._host
         else:
