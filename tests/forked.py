@@ -8,39 +8,45 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 SERVER = """
-import json, os, resource, sys
+import json, os, resource, sys, traceback
 import sklearn.datasets, torch, torchvision, lightning.pytorch.cli
 import lqkd.cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
+import lqkd.callbacks.regularizer_pictures as pictures
+pictures.pictures = lambda *history: iter(())  # they would take most of the time
 torch.set_num_threads(1)
 print("ready", flush=True)
+def child(order, environment, log):
+    os.setsid()
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(environment)
+    lightning.fabric.utilities.rank_zero.rank_zero_only.rank = int(os.environ.get("RANK", "0"))
+    sys.argv = ["lqkd", *order["arguments"]]
+    status = 1
+    try:
+        exec(order["before"], {"os": os, "resource": resource, "torch": torch})
+        status = lqkd.cli.main()
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
 for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        status = 1
-        try:
-            os.environ.update(order["environment"])
-            sys.argv = ["lqkd", *order["arguments"]]
-            exec(order["before"])
-            status = lqkd.cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    order, children = json.loads(line), []
+    for rank, environment in enumerate(order["environments"]):
+        children.append(os.fork())
+        if children[-1] == 0:
+            child(order, environment, order["log"] + (f".{rank}" if rank else ""))
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
 """
 
 
@@ -59,13 +65,29 @@ class Forks:
         environment: dict[str, str] | None = None,
     ) -> int:
         """Return the exit status, negative for a signal; ``meanwhile`` gets the process id while it runs."""
+        (status,) = self.run_ranks(
+            *arguments, meanwhile=lambda pids: meanwhile(pids[0]), before=before, environments=[environment or {}]
+        )
+        return status
+
+    def run_ranks(
+        self,
+        *arguments: str,
+        environments: Sequence[dict[str, str]],
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
+        before: str = "",
+    ) -> list[int]:
+        """Likewise, one process for each environment at the same time; the log is the first one's."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self.log.write_text("")
-        order = {"arguments": arguments, "log": str(self.log), "before": before, "environment": environment or {}}
+        order = {"arguments": arguments, "log": str(self.log), "before": before, "environments": environments}
         print(json.dumps(order), file=self._server.stdin, flush=True)
-        meanwhile(int(self._server.stdout.readline()))
-        return int(self._server.stdout.readline())
+        try:
+            meanwhile(json.loads(self._server.stdout.readline()))
+        finally:
+            statuses = json.loads(self._server.stdout.readline())
+        return list(statuses)
 
 
 @contextmanager

@@ -300,6 +300,7 @@ class DistillModule(ImageClassifier):
             logger.log_metrics(known, step=0)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self._resumed:
             for optimizer, config, settings in zip(
                 self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
