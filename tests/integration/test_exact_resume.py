@@ -1,0 +1,135 @@
+"""What is quick to check of resuming: positions within an epoch, schedules, and what a user brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lqkd.callbacks import BestAndLast, BitWidthScheduler, RegularizerMonitor, RunLogger, Stage
+from lqkd.errors import UsageError
+from lqkd.modules import Cosine, DistillModule
+from tests.conftest import Recorder, digits, distiller, network, parameters_of
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class StopAt(Callback):
+    """An end without warning, before batch ``batch`` of epoch ``epoch``."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.when = (epoch, batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == self.when:
+            raise InterruptedError
+
+
+class Dropping(nn.Module):
+    """A student that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.dropout = network(), nn.Dropout(0.3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(self.dropout(images))
+
+
+def train(make: MakeTrainer, folder: Path, stop: tuple[int, int] | None = None, **settings: Any) -> DistillModule:
+    """Train in ``folder``, from its last checkpoint where there is one."""
+    last = folder / "last.ckpt"
+    resume = last if last.exists() else None
+    rows = torch.load(last, weights_only=True)["resume"]["rows"] if resume else None
+    accumulate = settings.pop("accumulate", 1)
+    module = distiller(student=Dropping(), accumulate_grad_batches=accumulate)
+    stages = [Stage("w8a8", until_step=3), Stage("w6a6", until_epoch=1)]
+    callbacks: list[Any] = [RegularizerMonitor(every_n_steps=2), BitWidthScheduler(stages)]
+    callbacks += [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
+    defaults = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True}
+    trainer = make(logger=RunLogger(folder, rows), **(defaults | settings))
+    trainer.fit(module, datamodule=digits(6), ckpt_path=resume, weights_only=True)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings"),
+    [
+        ((0, 4), {}),
+        ((1, 0), {}),
+        ((1, 1), {}),
+        ((1, 2), {"val_check_interval": 2}),  # just after a validation within the epoch
+        ((1, 1), {"max_epochs": -1, "max_steps": 11}),
+        ((1, 3), {"accumulate": 2}),  # within a group
+    ],
+)
+def test_a_training_that_ends_anywhere_resumes_to_the_same_weights_and_metrics(
+    make_trainer: MakeTrainer, tmp_path: Path, stop: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    whole = train(make_trainer, tmp_path / "whole", **settings)
+    with pytest.raises(InterruptedError):
+        train(make_trainer, tmp_path / "cut", stop, **settings)
+    resumed = train(make_trainer, tmp_path / "cut", **settings)
+    assert torch.equal(parameters_of(whole), parameters_of(resumed))
+    for table in ("metrics.csv", "regularizer/weights.csv", "regularizer/share.csv"):
+        assert (tmp_path / "cut" / table).read_text() == (tmp_path / "whole" / table).read_text()
+
+
+def test_a_training_that_had_ended_goes_on_at_the_rate_of_a_longer_one(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    def rates(epochs: int, resume: Path | None = None) -> list[float]:
+        recorder = Recorder(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"])
+        keeper = BestAndLast(tmp_path / str(epochs))
+        trainer = make_trainer(max_epochs=epochs, callbacks=[recorder, keeper], enable_checkpointing=True)
+        trainer.fit(distiller(), datamodule=digits(3), ckpt_path=resume, weights_only=True)
+        return recorder.seen
+
+    rates(1)
+    expected = [0.05 * Cosine().factor(step, 6) for step in range(4, 7)]  # seen after a step: the next one's
+    first: list[float] = []
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            first.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    keeper = BestAndLast(tmp_path / "2")
+    trainer = make_trainer(max_epochs=2, callbacks=[First(), keeper], enable_checkpointing=True)
+    trainer.fit(distiller(), datamodule=digits(3), ckpt_path=tmp_path / "1" / "last.ckpt", weights_only=True)
+    assert first == pytest.approx([0.05 * Cosine().factor(3, 6), *expected[:2]])
+
+
+def test_a_global_batch_cannot_change_within_an_epoch(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        train(make_trainer, tmp_path, (0, 4))
+    trainer = make_trainer(callbacks=[BestAndLast(tmp_path)], enable_checkpointing=True)
+    module = distiller(student=Dropping())
+    with pytest.raises(UsageError, match="with a global batch of 16 images, which is now 8"):
+        trainer.fit(module, datamodule=digits(6, 8), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_any_other_loader_is_read_up_to_its_place(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """One in a fixed order ends with the same weights; a warning says what that depends on."""
+    torch.manual_seed(1)
+    samples = TensorDataset(torch.randn(48, 1, 8, 8), torch.arange(48) % 10)
+
+    def run(stop: bool, resume: Path | None = None) -> torch.Tensor:
+        module = distiller()
+        callbacks = [BestAndLast(tmp_path, validates=False, every_n_steps=1), *([StopAt(0, 2)] if stop else [])]
+        trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
+        trainer.fit(module, DataLoader(samples, batch_size=12), ckpt_path=resume, weights_only=True)
+        assert trainer.global_step == 4
+        return parameters_of(module)
+
+    whole = run(False)
+    with pytest.raises(InterruptedError):
+        run(True)
+    with pytest.warns(UserWarning, match="the first 2 batches of the epoch are read and left out"):
+        assert torch.equal(run(False, tmp_path / "last.ckpt"), whole)
