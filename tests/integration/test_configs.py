@@ -12,6 +12,9 @@ from lqkd.cli import main
 from lqkd.models import CifarResNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
+"""Configurations to be added to another one."""
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", WHOLE, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_runs_one_step(
     config: Path, tiny_cifar: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -49,6 +52,13 @@ def test_a_shipped_config_runs_one_step(
     assert main(arguments) == 0
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", ADDED, ids=lambda path: path.stem)
+def test_a_config_for_many_devices_can_be_added_to_another(config: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(config)]
+    one = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main([*arguments, *one, "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("config", WHOLE + ADDED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_says_how_to_run_it(config: Path) -> None:
     assert f"--config configs/{config.relative_to(CONFIGS)}" in config.read_text()

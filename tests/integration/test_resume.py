@@ -21,6 +21,8 @@ QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 KILLS = int(os.environ.get("LQKD_KILLS", "20"))
 """Of the stress test; more make it longer."""
 
+pytestmark = pytest.mark.slow
+
 DIES_AT_A_RENAME = """
 import signal
 left, real = [{}], os.replace
@@ -153,14 +155,6 @@ def test_a_run_stopped_by_sigterm_within_an_epoch_resumes_to_the_same_result(
     assert (second["checkpoint"], second["steps"], second["changed"]) == ("checkpoints/last.ckpt", done, [])
 
 
-def test_a_finished_run_says_so_and_is_left_alone(lqkd: Forks, whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert resume(lqkd, whole) == 0
-    assert "is finished" in lqkd.log.read_text()
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-
-
-@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_result(lqkd: Forks, place: Path, whole: Path) -> None:
     status, run = stop(lqkd, place, "interrupted", signal.SIGINT, saved=7)
     assert status == 130
@@ -169,25 +163,31 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_result(lqkd: Forks, place: 
     assert_same(run, whole)
 
 
-@pytest.mark.slow
-def test_a_run_that_torchrun_or_slurm_starts_again_finds_its_folder(lqkd: Forks, place: Path, whole: Path) -> None:
-    status, run = stop(lqkd, place, "requeued", signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    assert lqkd.run(*fit(place, "requeued")) == 2
+def test_a_job_whose_time_ends_goes_back_into_the_queue_and_finds_its_folder(
+    lqkd: Forks, place: Path, whole: Path
+) -> None:
+    """Under SLURM's environment, with a program in the place of ``scontrol`` that notes what it is asked for."""
+    (place / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {place}/asked\n')
+    (place / "scontrol").chmod(0o755)
+    job = {"JOB_ID": "77", "JOB_NAME": "job", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    job |= {"NTASKS_PER_NODE": "1", "NNODES": "1", "NODELIST": "localhost"}
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = f"{place}:{os.environ['PATH']}"
+    run = place / "run" / "queued"
+    when = after_saving(run, 3)
+    command = fit(place, "queued")
+    status = lqkd.run(*command, environment=environment, meanwhile=lambda pid: send(pid, signal.SIGUSR1, when))
+    assert status == 128 + signal.SIGUSR1, lqkd.log.read_text()
+    assert (place / "asked").read_text() == "requeue 77\n"
+    assert lqkd.run(*command, environment=environment) == 2  # a new job is no restart
     assert f"go on with it: python -m lqkd resume {run}" in lqkd.log.read_text()
-    assert lqkd.run(*fit(place, "requeued"), environment={"SLURM_RESTART_COUNT": "1"}) == 0, lqkd.log.read_text()
+    assert lqkd.run(*command, environment=environment | {"SLURM_RESTART_COUNT": "1"}) == 0, lqkd.log.read_text()
     assert_same(run, whole)
 
 
 # ---- what goes wrong
 
 
-def test_a_folder_without_a_run_is_one_line(lqkd: Forks, place: Path) -> None:
-    assert resume(lqkd, place) == 2
-    assert f"lqkd: error: '{place}' is no run folder that can be resumed" in lqkd.log.read_text()
-
-
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(lqkd: Forks, place: Path, whole: Path) -> None:
     _, run = stop(lqkd, place, "full", signal.SIGTERM)
     last = run / "checkpoints" / "last.ckpt"
@@ -202,7 +202,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(lqkd: Forks, plac
     assert_same(run, whole)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_more_epochs_and_records_the_change(lqkd: Forks, place: Path) -> None:
     assert lqkd.run(*fit(place, "longer", "--trainer.max_epochs", "1")) == 0
     run = place / "run" / "longer"
@@ -212,7 +211,6 @@ def test_a_run_goes_on_with_more_epochs_and_records_the_change(lqkd: Forks, plac
     assert "max_epochs: 2" in (run / "config.yaml").read_text()
 
 
-@pytest.mark.slow
 def test_wandb_goes_on_under_the_same_id(lqkd: Forks, place: Path) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}}
     (place / "wandb.yaml").write_text(yaml.safe_dump({"trainer": {"logger": [logger]}}))
@@ -230,7 +228,6 @@ def test_wandb_goes_on_under_the_same_id(lqkd: Forks, place: Path) -> None:
 # ---- killed
 
 
-@pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, place: Path, whole: Path) -> None:
     """At random moments of a step, of starting, and between writing a file and giving it its name."""
     generator = random.Random(int(os.environ.get("LQKD_SEED", "0")))
