@@ -22,7 +22,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 class StopAt(Callback):
-    """An end without warning, before batch ``batch`` of epoch ``epoch``."""
+    """An end without warning, before batch ``batch`` of epoch ``epoch``; the last checkpoint is a step older."""
 
     def __init__(self, epoch: int, batch: int) -> None:
         self.when = (epoch, batch)
@@ -69,9 +69,9 @@ def train(make: MakeTrainer, folder: Path, stop: tuple[int, int] | None = None, 
 @pytest.mark.parametrize(
     ("stop", "settings"),
     [
-        ((1, 0), {}),
-        ((1, 1), {}),
-        ((1, 2), {"val_check_interval": 2}),  # just after a validation within the epoch
+        ((0, 4), {}),  # from before the fourth step, just after a switch of bits, which no batch has followed
+        ((1, 1), {}),  # likewise, at the start of an epoch
+        ((1, 3), {"val_check_interval": 2}),  # just after a validation within the epoch
         ((1, 1), {"max_epochs": -1, "max_steps": 11}),
         ((1, 3), {"accumulate": 2}),  # within a group
     ],
