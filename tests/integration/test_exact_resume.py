@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.callbacks import BestAndLast, BitWidthScheduler, RegularizerMonitor, RunLogger, Stage, regularizer_pictures
 from lqkd.errors import UsageError
 from lqkd.modules import Cosine, DistillModule
+from lqkd.quantization import Recipe
 from tests.conftest import digits, distiller, network, parameters_of
 
 MakeTrainer = Callable[..., Trainer]
@@ -56,7 +57,8 @@ def train(make: MakeTrainer, folder: Path, stop: tuple[int, int] | None = None, 
     rows = torch.load(last, weights_only=True)["resume"]["rows"] if resume else None
     accumulate = settings.pop("accumulate", 1)
     torch.manual_seed(0)
-    module = distiller(student=Dropping(), accumulate_grad_batches=accumulate)
+    rules = Recipe(bits="w4a4", weight_quantizer="minmax")  # whose own rule is not that of a refit
+    module = distiller(student=Dropping(), accumulate_grad_batches=accumulate, quantization=rules)
     stages = [Stage("w8a8", until_step=3), Stage("w6a6", until_epoch=1)]
     callbacks: list[Any] = [RegularizerMonitor(every_n_steps=2), BitWidthScheduler(stages)]
     callbacks += [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
