@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -66,6 +67,17 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W)."""
         return self.product()(images)
+
+    def on_train_start(self) -> None:
+        """Tell the global batch, for which the learning rate is meant: lqkd never changes one for the other."""
+        size, processes = (
+            getattr(getattr(self.trainer, "datamodule", None), "batch_size", None),
+            self.trainer.world_size,
+        )
+        accumulated = getattr(self, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+        if size is not None and processes * accumulated > 1:
+            parts = [f"{processes} processes", f"{size} images"] + [f"{accumulated} batches"] * (accumulated > 1)
+            rank_zero_info(f"global batch {processes * size * accumulated} = {' x '.join(parts)}")
 
     def on_validation_start(self) -> None:
         # What an evaluation in inference mode left behind cannot be updated by one outside of it, as within a training.

@@ -24,6 +24,7 @@ from lqkd.losses.taps import Taps
 from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
+from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
@@ -128,12 +129,7 @@ class DistillModule(ImageClassifier):
         super().__init__()
         save_plain_hyperparameters(self)
         self.automatic_optimization = False
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
-        if accumulate_grad_batches < 1:
-            raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")
+        _check_ranges(label_smoothing, gradient_clip_val, accumulate_grad_batches)
         if student_weights is not None:
             load_weights(student, student_weights)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
@@ -182,6 +178,7 @@ class DistillModule(ImageClassifier):
         self._accumulated_samples = 0
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
         self._resumed = False
+        self._watch = LossWatch()
 
     # ---- before the first batch
 
@@ -288,6 +285,15 @@ class DistillModule(ImageClassifier):
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
+        if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
+            self._fit_quantizers()
+        self.opened_cache, of_teacher = prepare_teacher(self)
+        self.references = measure(self, self.references, of_teacher.accuracies)
+        of_teacher.save()
+        self._report_references()
+
+    def _fit_quantizers(self) -> None:
+        """Fit every quantizer to the first batch."""
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
@@ -295,10 +301,6 @@ class DistillModule(ImageClassifier):
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
-        self.opened_cache, of_teacher = prepare_teacher(self)
-        self.references = measure(self, self.references, of_teacher.accuracies)
-        of_teacher.save()
-        self._report_references()
 
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():
@@ -315,6 +317,7 @@ class DistillModule(ImageClassifier):
             logger.log_metrics(known, step=0)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self._resumed:
             for optimizer, config, settings in zip(
                 self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
@@ -408,8 +411,14 @@ class DistillModule(ImageClassifier):
         self._tell_progress()
         indices = None if self.opened_cache is None else indices_of(batch)
         losses = self.losses(images, labels, getattr(batch, "targets", None), indices)
+        self._watch.ask(losses.loss)
         gradients = self._gradients(losses) if self.watch_gradients else None
-        self._step_players(losses.loss, len(labels), batch_idx)
+        last_of_group = self._backward(losses.loss, len(labels), batch_idx)
+        if not self._watch.finite():
+            parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
+            diverged(self, {"the loss": losses.loss, **parts}, self.student, images)
+        if last_of_group:
+            self._step_players()
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
@@ -444,21 +453,23 @@ class DistillModule(ImageClassifier):
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def _step_players(self, loss: Tensor, samples: int, batch_idx: int) -> None:
-        """Accumulate the gradient of one batch and, at the end of a group of batches, step both players."""
+    def _backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
+        """Accumulate the gradient of one batch and say whether it is the last of a group."""
         last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
-        accumulates = self.accumulate_grad_batches > 1
         strategy = self.trainer.strategy
         waits = not last_of_group and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
-            self.manual_backward(loss * samples if accumulates else loss)
+            self.manual_backward(loss * samples if self.accumulate_grad_batches > 1 else loss)
         self._accumulated_samples += samples
-        if not last_of_group:
-            return
+        return last_of_group
+
+    def _step_players(self) -> None:
+        """Step both players with the gradient of a group of batches."""
+        accumulates = self.accumulate_grad_batches > 1
         # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
         summed = torch.tensor(float(self._accumulated_samples), device=self.device)
-        samples_per_rank = strategy.reduce(summed, reduce_op="mean") if accumulates else summed
+        samples_per_rank = self.trainer.strategy.reduce(summed, reduce_op="mean") if accumulates else summed
         counted = self._optimizers(use_pl_optimizer=True)[0]
         plain = self._optimizers(use_pl_optimizer=False)
         for optimizer in plain:
@@ -502,10 +513,23 @@ class DistillModule(ImageClassifier):
         checkpoint["references"] = self.references
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
+        # A switch of bits that no batch has followed yet.
+        checkpoint["fit_by_mse"] = [name for name, q in quantizers(self.student).items() if q.wants_mse]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
+        for name, quantizer in quantizers(self.student).items():
+            quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:
             self.distillation.connect(*checkpoint["distillation_shapes"])
         self._resumed = True
+
+
+def _check_ranges(label_smoothing: float, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+    if gradient_clip_val is not None and not gradient_clip_val > 0:
+        raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
+    if accumulate_grad_batches < 1:
+        raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")

@@ -83,6 +83,14 @@ def test_accuracies_are_exact_over_both_ranks(results: dict[str, Any]) -> None:
     assert results["two"][0]["teacher_accuracy"] == pytest.approx(results["one"]["teacher_accuracy"], abs=1e-6)
 
 
+def test_a_validation_counts_every_image_once(results: dict[str, Any]) -> None:
+    """143 images do not divide by two: a padded one would show in the denominator."""
+    (accuracy, loss), second = (rank["validation"] for rank in results["two"])
+    assert [accuracy, loss] == second
+    assert 0 < accuracy < 1
+    assert accuracy * 143 == pytest.approx(round(accuracy * 143), abs=1e-3)
+
+
 def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
     names = results["two"][0]["synchronised"]
     assert names

@@ -63,6 +63,7 @@ def main(
     data = digits(1, batch_size)
     data.limit_train = samples
     data.augmentation = Augmentation()
+    data.validation_fraction = 0.0994  # 143 images, an odd number
     watch = Watch()
     monitor, freezing = OscillationMonitor(), OscillationFreezing(0.005, 0.005)
     scheduler = BitWidthScheduler([Stage("w3a8", until_step=2)], refit="mse")
@@ -84,12 +85,14 @@ def main(
     trainer.fit(module, datamodule=data)
     global_step = trainer.global_step
     teacher = module.references["teacher_accuracy"]
+    validation = trainer.validate(module, datamodule=data, verbose=False)[0]
     test = trainer.test(module, datamodule=data, verbose=False)[0]["test/acc"]
     saved = {
         "steps": watch.steps,
         "initial_scales": watch.initial_scales,
         "teacher_accuracy": teacher,
         "test_accuracy": test,
+        "validation": [validation["val/acc"], validation["val/loss"]],
         "synchronised": synchronised,
         "global_step": global_step,
         "asked": watch.asked,

@@ -15,6 +15,9 @@ from lqkd.data.shards import make_shards
 from lqkd.models import CifarResNet, build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
+"""Configurations to be added to another one."""
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED))
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +50,16 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def all_configs() -> list[ParameterSet]:
+def whole_configs() -> list[ParameterSet]:
     return [
         pytest.param(
             path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name == "imagenet" else ()
         )
-        for path in sorted(CONFIGS.rglob("*.yaml"))
+        for path in WHOLE
     ]
 
 
-@pytest.mark.parametrize("config", all_configs())
+@pytest.mark.parametrize("config", whole_configs())
 def test_a_shipped_config_runs_one_step(
     config: Path, tiny: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -78,6 +81,13 @@ def test_a_shipped_config_runs_one_step(
     assert main(arguments) == 0
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", ADDED, ids=lambda path: path.stem)
+def test_a_config_for_many_devices_can_be_added_to_another(config: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(config)]
+    one = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main([*arguments, *one, "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("config", WHOLE + ADDED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_says_how_to_run_it(config: Path) -> None:
     assert f"--config configs/{config.relative_to(CONFIGS)}" in config.read_text()
