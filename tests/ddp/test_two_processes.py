@@ -89,6 +89,7 @@ def test_a_validation_counts_every_image_once(results: dict[str, Any]) -> None:
     assert [accuracy, loss] == second
     assert 0 < accuracy < 1
     assert accuracy * 143 == pytest.approx(round(accuracy * 143), abs=1e-3)
+    assert loss == pytest.approx(results["one"]["validation"][1], rel=1e-3)  # to the tolerance of the weights
 
 
 def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
