@@ -34,6 +34,18 @@ def replace(*names):
 os.replace = replace
 """
 
+DIES_WITHIN_A_RECORD = """
+import signal
+left, real = [{}], os.pwrite
+def pwrite(descriptor, record, place):
+    left[0] -= 1
+    if left[0] == 0:
+        real(descriptor, record[: len(record) // 2], place)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(descriptor, record, place)
+os.pwrite = pwrite
+"""
+
 SMALL: dict[str, Any] = {
     "run": {"name": "run", "save_every_n_steps": 1},
     "trainer": {
@@ -257,3 +269,24 @@ def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, pla
     assert len(progress) > 5
     assert resume(lqkd, run) == 0, lqkd.log.read_text()
     assert_same(run, whole)
+
+
+def test_a_run_killed_while_it_writes_its_teacher_cache_ends_like_one_that_never_was(lqkd: Forks, place: Path) -> None:
+    """Within a record, in each of the three epochs of 96 records; last, the cache that is left serves a run alone."""
+
+    def cached(version: str, cache: str) -> list[str]:
+        return fit(place, version, "--model.init_args.teacher_cache.folder", str(place / cache))
+
+    assert lqkd.run(*cached("cached whole", "cache of whole")) == 0, lqkd.log.read_text()
+    whole, run = place / "run" / "cached whole", place / "run" / "cached"
+    command = cached("cached", "cache")
+    for record in (1, 40, 96 + 2, 96 + 16 * 3 + 5):
+        status = lqkd.run(*command, before=DIES_WITHIN_A_RECORD.format(record))
+        assert status == -signal.SIGKILL, lqkd.log.read_text()
+        command = ["resume", str(run)]
+    assert 6 < steps_done(run) < 18
+    assert resume(lqkd, run) == 0, lqkd.log.read_text()
+    assert_same(run, whole)
+    never_writes = DIES_WITHIN_A_RECORD.format(1)
+    assert lqkd.run(*cached("replayed", "cache"), before=never_writes) == 0, lqkd.log.read_text()
+    assert_same(place / "run" / "replayed", whole)
