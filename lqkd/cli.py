@@ -1,15 +1,17 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict | sensitivity``."""
+"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity``."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import json
 import logging
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +19,31 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.checkpoint import BEST
 from lqkd.callbacks.run_summary import SUMMARY, best_checkpoint
-from lqkd.errors import UsageError, first_line
+from lqkd.callbacks.stopping import StopOnSignal, Stopped, how_to_resume
+from lqkd.errors import DivergenceError, UsageError, first_line
 from lqkd.files import atomic_path, write_text
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.parser import OneLineParser
-from lqkd.run_folder import RunSettings, claim
+from lqkd.resume import STARTS, Resumption, differences, find, parse, record_start
+from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, lock, remove_partial_files, restarted
 
-CONFIG = "config.yaml"
-LAYERS = "layers.txt"
-CHECKPOINTS = "checkpoints"
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
-    "'sensitivity RUN' ranks the layers of a run by what few bits cost each (see sensitivity --help)."
+    "'resume RUN' goes on with a run that was stopped or killed, and 'sensitivity RUN' ranks the layers of a run by "
+    "what few bits cost each (see their --help)."
 )
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class LqkdCLI(LightningCLI):
@@ -49,9 +53,17 @@ class LqkdCLI(LightningCLI):
     the checkpoint that was best on the validation split. The other verbs read a run folder and never write to it,
     but for ``predict``, which adds ``predictions.csv``. Settings from the command line and the config win over those
     in a checkpoint.
+
+    Args:
+        resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
+            started once more finds it itself.
     """
 
     run_folder: Path | None = None
+
+    def __init__(self, *args: Any, resumption: Resumption | None = None, **kwargs: Any) -> None:
+        self.resumption = resumption
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
@@ -78,6 +90,8 @@ class LqkdCLI(LightningCLI):
             return
         verb = self.config.subcommand
         config = self.config[verb]
+        if verb == "fit":
+            self._find_resumption(config)
         if config.get("ckpt_path") is None and verb != "fit":
             config["ckpt_path"] = self._best_beside_config(config)
         path = config.get("ckpt_path")
@@ -97,10 +111,18 @@ class LqkdCLI(LightningCLI):
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)
-        for key, line in _differences(saved, current):
+        for key, line in differences(saved, current):
             if verb == "fit" and key in SETTINGS_IN_CHECKPOINT:
                 raise UsageError(f"{line}: the checkpoint holds its state, so a resumed run must keep it")
             rank_zero_info(f"differs from the checkpoint: {line}")
+
+    def _find_resumption(self, config: Any) -> None:
+        if self.resumption is None and (folder := restarted(RunSettings(**config["run"].as_dict()))) is not None:
+            self.resumption = find(folder)
+        if self.resumption is not None:
+            if self.resumption.checkpoint is not None:
+                config["ckpt_path"] = str(self.resumption.checkpoint)
+            rank_zero_info(str(self.resumption))
 
     def _best_beside_config(self, config: Any) -> str | None:
         for source in config.get("config") or ():
@@ -120,10 +142,7 @@ class LqkdCLI(LightningCLI):
         callbacks = list(config.callbacks or [])
         writes = self.subcommand == "fit" and not config.fast_dev_run
         if writes:
-            self.run_folder = claim(self._get(self.config_init, "run"))
-            for logger in loggers:
-                _move_into(logger, self.run_folder)
-            loggers = [RunLogger(self.run_folder), *loggers]
+            loggers = self._open_run_folder(loggers)
         callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
         try:
             return super().instantiate_trainer(
@@ -133,6 +152,22 @@ class LqkdCLI(LightningCLI):
             self._release()
             raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
 
+    def _open_run_folder(self, loggers: list[Any]) -> list[Any]:
+        """Claim a new folder, or take that of the run to resume; all loggers, those given writing into it."""
+        new = self.resumption is None
+        folder = claim(self._get(self.config_init, "run")) if self.resumption is None else self.resumption.folder
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        if first:
+            self._lock = lock(folder)
+            remove_partial_files(folder)
+        self.run_folder = folder
+        for logger in loggers:
+            _move_into(logger, folder)
+        record_start(folder, self.resumption, self.config_text, loggers)
+        if first and new:
+            write_text(folder / CONFIG, self.config_text)
+        return [RunLogger(folder, rows=None if self.resumption is None else self.resumption.rows), *loggers]
+
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "predict" and self.trainer.world_size > 1:
             raise UsageError(f"trainer.devices={self.trainer.world_size} is not possible for predict: use one device")
@@ -141,12 +176,22 @@ class LqkdCLI(LightningCLI):
         except UsageError:
             self._release()
             raise
+        except OSError as error:
+            if error.errno in _FULL_DISK and self.run_folder is not None:
+                raise _FullDiskError(error, self.run_folder) from error
+            raise
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException):
+                raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {how_to_resume(self.run_folder)}") from stop
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from stop
+            raise
 
     def _release(self) -> None:
         """Remove a run folder in which nothing has happened yet."""
-        if self.run_folder is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
             return
-        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS}:
+        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, STARTS}:
             shutil.rmtree(self.run_folder)
 
     def _default_callbacks(self, config: Any) -> list[Callback]:
@@ -157,8 +202,11 @@ class LqkdCLI(LightningCLI):
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
             callbacks.append(_KeepRun(self.config_text))
+            callbacks.append(StopOnSignal())
             if config.enable_checkpointing is not False:
-                callbacks.append(BestAndLast(self.run_folder / CHECKPOINTS, validates=config.limit_val_batches != 0))
+                every = self._get(self.config_init, "run").save_every_n_steps
+                folder = self.run_folder / CHECKPOINTS
+                callbacks.append(BestAndLast(folder, config.limit_val_batches != 0, every))
         return callbacks
 
     # ---- after the verbs
@@ -189,7 +237,7 @@ class _KeepRun(Callback):
         self.config_text = config_text
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -225,15 +273,6 @@ def _move_into(logger: Any, folder: Path) -> None:
     options = getattr(logger, "_wandb_init", None)
     if isinstance(options, dict) and str(options.get("dir")) == ".":
         options["dir"] = str(folder)
-
-
-def _differences(saved: Any, current: Any, prefix: str = "model") -> Iterator[tuple[str, str]]:
-    """Name of every setting that differs, and a line that says how."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for key in sorted(saved.keys() | current.keys()):
-            yield from _differences(saved.get(key), current.get(key), f"{prefix}.{key}")
-    elif saved != current:
-        yield prefix, f"{prefix} was {saved!r} and is now {current!r}"
 
 
 @rank_zero_only
@@ -279,6 +318,9 @@ def _print_summary(folder: Path) -> None:
 def _silence_noise() -> None:
     """Drop messages that are not about the user's run: advertisements, and warnings that lqkd has dealt with."""
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable")  # BestAndLast sees to it
     warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
@@ -296,7 +338,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
             sensitivity.main(given[1:])
             return 0
+        resumption = None
+        if given[:1] == ["resume"]:
+            resumption, given = parse(given[1:])
+            if not given:
+                print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
+                return 0
+            args = given
         LqkdCLI(
+            resumption=resumption,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -312,7 +362,29 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"lqkd: error: {usage}", file=sys.stderr)
         return 2
+    except (DivergenceError, _FullDiskError) as error:
+        _tell(f"lqkd: error: {error}")
+        return 3 if isinstance(error, DivergenceError) else 4
+    except Stopped as stop:
+        _tell(f"lqkd: {stop.message}")
+        return int(stop.code or 0)
     return 0
+
+
+@rank_zero_only
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _FullDiskError(Exception):
+    """A disk that is full, or a quota or limit that is used up, while a run wrote to it."""
+
+    def __init__(self, error: OSError, folder: Path) -> None:
+        name = error.filename or error.filename2
+        super().__init__(
+            f"{error.strerror}{f' while writing {name}' if name else ''}: what was saved before is whole; make room, "
+            f"then {how_to_resume(folder)}"
+        )
 
 
 def _usage_error(error: BaseException | None) -> UsageError | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lqkd.errors import UsageError
+
+CONFIG = "config.yaml"
+LAYERS = "layers.txt"
+CHECKPOINTS = "checkpoints"
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices."""
@@ -22,11 +28,14 @@ class RunSettings:
         root: folder of all runs.
         name: name of the experiment.
         version: name of this run, which must not exist yet; null counts up version_0, version_1, ...
+        save_every_n_steps: optimizer steps from one saving of checkpoints/last.ckpt to the next within an epoch; null
+            saves it between epochs only, and when training ends or is stopped by Ctrl-C or SIGTERM.
     """
 
     root: str = "runs"
     name: str = "run"
     version: str | None = None
+    save_every_n_steps: int | None = None
 
 
 def claim(settings: RunSettings) -> Path:
@@ -51,6 +60,52 @@ def claim(settings: RunSettings) -> Path:
     folder = _make(parent, version)
     os.environ[_ENVIRONMENT] = str(folder.resolve())
     return folder
+
+
+def restarted(settings: RunSettings) -> Path | None:
+    """The folder of this run where torchrun or SLURM has started it once more and it had begun; otherwise None."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) or int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    version = settings.version or (_common_version() if again else None)
+    if not again or version is None:
+        return None
+    folder = Path(settings.root) / settings.name / version
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def lock(folder: Path, patience: float = 10.0) -> int:
+    """Keep other processes from training into ``folder`` until this one ends, in whatever way.
+
+    Args:
+        folder: a run folder.
+        patience: seconds to wait for a process that is about to end; a killed one's data workers live on for a while.
+
+    Returns:
+        The file descriptor that holds the lock.
+
+    Raises:
+        UsageError: when another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise UsageError(
+                    f"run folder {folder} is in use: another process is training in it, wait until it has ended"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return descriptor
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed process has left half-written; see :func:`lqkd.files.atomic_path`."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _common_version() -> str | None:
@@ -83,7 +138,8 @@ def _make(parent: Path, version: str | None) -> Path:
                 number += 1
     except FileExistsError:
         raise UsageError(
-            f"run folder {parent / (version or '')} exists: choose another run.version or run.name"
+            f"run folder {parent / (version or '')} exists: choose another run.version or run.name, or go on with it: "
+            f"python -m lqkd resume {parent / (version or '')}"
         ) from None
     except OSError as error:
         raise UsageError(

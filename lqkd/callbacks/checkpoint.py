@@ -1,4 +1,4 @@
-"""The two checkpoints of a run: the best on the validation split, and the last."""
+"""The two checkpoints of a run: the best on the validation split, and the last, from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lqkd.callbacks import resume_state
+from lqkd.callbacks.run_logger import RunLogger
+from lqkd.errors import DivergenceError, UsageError
 from lqkd.files import atomic_path
 
 BEST = "best.ckpt"
@@ -19,29 +22,105 @@ LAST = "last.ckpt"
 
 
 class BestAndLast(ModelCheckpoint):
-    """Keeps ``best.ckpt`` and ``last.ckpt``, saved after an epoch's validation, once its schedules have stepped.
+    """Keeps ``best.ckpt``, saved after an epoch's validation, and ``last.ckpt``, from which a training resumes exactly.
 
     Best is the highest ``val/acc``. Of equally good epochs the later one is kept: a small validation split has many
     ties, and the later network has trained longer, at a lower learning rate.
 
+    Last is saved when everything of the batches before has been counted and logged: before the first batch of every
+    epoch but the first, before every ``every_n_steps``-th step, and when training ends. On the CPU a training that goes
+    on from there ends with the same weights and metrics, bit for bit, as one that was never stopped.
+
     Args:
         folder: where the checkpoints go.
         validates: whether there is a validation; without one, best is the last epoch.
+        every_n_steps: steps of the optimizer from one saving of last to the next within an epoch; None for none.
+
+    Raises:
+        UsageError: when every_n_steps is less than 1.
     """
 
-    def __init__(self, folder: Path, validates: bool = True) -> None:
+    def __init__(self, folder: Path, validates: bool = True, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UsageError(f"run.save_every_n_steps={every_n_steps} is not possible: it must be at least 1, or null")
         super().__init__(
             dirpath=folder,
             filename=Path(BEST).stem,
             monitor="val/acc" if validates else None,
             mode="max",
-            save_last=True,
             save_on_train_epoch_end=True,
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
-
+        self.every_n_steps = every_n_steps
         self._validated = False
+        self._saving_last = False
+        self._finished = False
+        self._resumed: dict[str, Any] | None = None
+
+    # ---- last
+
+    def save_resumable(self, trainer: Trainer) -> None:
+        """Save ``last.ckpt``; between two batches, on all processes.
+
+        Raises:
+            DivergenceError: when a parameter is NaN or infinite; the file stays as it was.
+            OSError: when it cannot be written; the file stays as it was.
+        """
+        module = trainer.lightning_module
+        if not resume_state.all_finite(module):
+            name = next(name for name, parameter in module.named_parameters() if not parameter.isfinite().all())
+            raise DivergenceError(
+                f"training diverged before step {trainer.global_step}: {name} is no longer finite, though the loss was;"
+                f" last good checkpoint: {self.last_model_path or 'none yet'}"
+            )
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.flush()  # first, so that the table is never behind the checkpoint
+        previous, self.last_model_path = self.last_model_path, str(Path(str(self.dirpath)) / LAST)
+        self._saving_last = True
+        try:
+            trainer.save_checkpoint(self.last_model_path, weights_only=False)
+        except BaseException:
+            self.last_model_path = previous
+            raise
+        finally:
+            self._saving_last = False
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._saving_last:
+            rows = next((logger.rows for logger in trainer.loggers if isinstance(logger, RunLogger)), 0)
+            resume_state.collect(trainer, checkpoint, rows=rows, finished=self._finished)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._resumed = resume_state.claim_own(trainer, checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._finished = False
+        if self._resumed is not None and self._resumed["batches"]:
+            resume_state.fast_forward(trainer, self._resumed["batches"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._resumed is not None:
+            resume_state.restore(trainer, self._resumed)
+            self._resumed = None
+            return
+        steps = trainer.global_step
+        due = batch_idx == 0 or (self.every_n_steps is not None and steps % self.every_n_steps == 0)
+        if due and steps > 0 and resume_state.between_steps(trainer, pl_module, batch_idx):
+            self.save_resumable(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._finished = True
+        self.save_resumable(trainer)
+
+    # ---- best
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -64,19 +143,28 @@ class BestAndLast(ModelCheckpoint):
         self.best_model_score = None
         self.kth_value = torch.tensor(float("-inf"))
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"validated": self._validated}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best checkpoint of the run that is resumed, of which this run's folder gets a copy."""
+        self._validated = state_dict.get("validated", False)
         previous, target = Path(state_dict["best_model_path"]), Path(str(self.dirpath)) / BEST
         score = state_dict["best_model_score"]
-        if score is None or previous == target:
+        if score is None:
             super().load_state_dict(state_dict)
+        elif target.is_file() or previous == target:  # resumed in its own folder, wherever that has been moved to
+            self._take(target, score)
         elif not previous.is_file():
             rank_zero_warn(f"the best checkpoint so far, {previous}, is gone: the best of this run counts from here on")
         else:
             _copy(previous, target)
-            self.best_model_path = self.kth_best_model_path = str(target)
-            self.best_model_score = self.kth_value = score
-            self.best_k_models = {str(target): score}
+            self._take(target, score)
+
+    def _take(self, best: Path, score: Tensor) -> None:
+        self.best_model_path = self.kth_best_model_path = str(best)
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {str(best): score}
 
 
 @rank_zero_only

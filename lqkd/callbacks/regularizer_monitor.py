@@ -96,6 +96,8 @@ class RegularizerMonitor(Callback):
             "statistics": {name: [asdict(epoch) for epoch in epochs] for name, epochs in self.statistics.items()},
             "warnings": list(self.warnings),
             "warned": list(self._warned),
+            "moments": torch.stack(self._moments) if self._moments else None,  # of an epoch that goes on
+            "sums": dict(self._sums),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,6 +108,9 @@ class RegularizerMonitor(Callback):
         }
         self.warnings = list(state_dict["warnings"])
         self._warned = list(state_dict["warned"])
+        moments = state_dict.get("moments")
+        self._moments = [] if moments is None else list(moments.unbind())
+        self._sums = dict(state_dict.get("sums", {}))
 
     def summary(self) -> dict[str, Any]:
         """Last epoch's moments, contribution, optimum and share with verdict and sentence.
@@ -123,6 +128,8 @@ class RegularizerMonitor(Callback):
     # ---- during an epoch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._moments = [moments.to(pl_module.device) for moments in self._moments]
+        self._sums = {name: sums.to(pl_module.device) for name, sums in self._sums.items()}
         self._regularizers = [m for m in pl_module.modules() if isinstance(m, Regularizer)]
         self._tables.start()
         self._drawings.start()

@@ -35,26 +35,35 @@ class RunLogger(Logger):
 
     A table that is there already is continued: its rows from the step on at which training goes on are dropped, since
     they are about to be logged again. Step 0 alone drops nothing unless it is a training metric (``train/...``):
-    evaluations log there too.
+    evaluations log there too. Exactly ``rows`` rows are kept where their number is known; what is logged again before
+    training goes on then joins the row of its step.
 
     The table is written when logging ends, when a checkpoint has been saved, and otherwise at the next logging that
     is two seconds and a hundred times the last writing's duration later. Only the first process writes.
 
     Args:
         folder: the run's folder; made when missing.
+        rows: number of rows of the table that is there to go on after; None when only the steps tell.
 
     Raises:
         UsageError: when the folder has a ``metrics.csv`` that is not such a table.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, rows: int | None = None) -> None:
         super().__init__()
         self.folder = Path(folder)
         self._before = _read(self.folder / METRICS)  # rows of an earlier process
         self._rows: list[dict[str, Any]] = []
-        self._goes_on = False
+        self._goes_on = self._repeats = rows is not None
+        if rows is not None:
+            self._rows, self._before = self._before[:rows], []
         self._unsaved = False
         self._next_write = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Length of the table, with what is not written yet."""
+        return len(self._before) + len(self._rows)
 
     @property
     def name(self) -> str:
@@ -82,6 +91,10 @@ class RunLogger(Logger):
         if not self._goes_on and (step > 0 or any(name.startswith("train/") for name in metrics)):
             self._goes_on = True
             self._before = [row for row in self._before if row["step"] < step]
+        if self._repeats and step < last["step"]:
+            last = next((row for row in self._rows if row["step"] == step), last)
+        else:
+            self._repeats = False
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         if self._rows and last["step"] == step:
             last.update(values | {"step": step})
@@ -100,6 +113,10 @@ class RunLogger(Logger):
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Write what is new: a training that resumes from the checkpoint will not log it again."""
+        self._write()
+
+    def flush(self) -> None:
+        """Write what is new, now."""
         self._write()
 
     @rank_zero_only

@@ -39,14 +39,20 @@ class RunSummary(Callback):
         self.train_seconds = 0.0
         self.images = 0
         self.values: dict[str, Any] = {}
-        self._started = 0.0
+        self._balance: dict[str, float] = {}
+        self._started: float | None = None  # within an epoch
         self._validation_started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self.train_seconds, "images": self.images}
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return {"train_seconds": self.train_seconds + running, "images": self.images, "balance": self._balance}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
+        self._balance = state_dict.get("balance", {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = _now(pl_module)  # a training that is resumed within an epoch does not start it again
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = _now(pl_module)
@@ -55,10 +61,14 @@ class RunSummary(Callback):
         self._validation_started = _now(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started += _now(pl_module) - self._validation_started  # validation is no training time
+        if self._started is not None:
+            self._started += _now(pl_module) - self._validation_started  # validation is no training time
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._started is not None
         self.train_seconds += _now(pl_module) - self._started
+        self._started = None
+        self._balance = _balance(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,7 +119,7 @@ class RunSummary(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,
-            "balance": _balance(trainer) if distills else None,
+            "balance": self._balance if distills else None,
             "warnings": [text for c in callbacks for text in getattr(c, "warnings", [])],
         }
         return values

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lqkd.data.augment import normalize, random_crop, random_flip
+from lqkd.data.augment import normalize
+from lqkd.data.augment_mix import choose_partners
+from lqkd.data.augmentation import Augmentation
 from lqkd.data.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
+from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
+
+if TYPE_CHECKING:
+    from lqkd.data.encoded import EncodedImages
+    from lqkd.data.worker_loader import WorkerBatches
+
+
+_AUGMENTATION = frozenset(field.name for field in dataclasses.fields(Augmentation))
 
 
 class ImageSet(NamedTuple):
     """A whole data set in memory."""
 
-    train_images: Tensor
+    train_images: Tensor | EncodedImages
     """(N, C, H, W) uint8."""
     train_labels: Tensor
     """(N,) int64."""
-    test_images: Tensor
+    test_images: Tensor | EncodedImages
     """(M, C, H, W) uint8."""
     test_labels: Tensor
     """(M,) int64."""
@@ -39,6 +51,11 @@ class ImageDataModule(LightningDataModule):
     split, so nothing that is selected on validation data has seen it. The split, the order and the augmentation are
     pure functions of the seed: they are the same for every batch size and number of processes, and on resuming.
 
+    Mixup and CutMix mix an image with another of the whole training set, not of its batch, chosen by its own random
+    numbers and augmented as it is in the same epoch. The batch then carries class probabilities as ``targets``, for
+    the task loss, beside ``labels``, the class that most of an image belongs to. Both are refused for images that are
+    decoded batch by batch, since the partners would have to be decoded as well.
+
     Training leaves out the last, short global batch of an epoch (its samples change with the order), unless it is the
     only one.
 
@@ -49,6 +66,13 @@ class ImageDataModule(LightningDataModule):
         seed: Seed of the split, the order and the augmentation; null means the run's seed (seed_everything), else 0.
         crop_padding: Pixels of black added on every side before a random crop of the original size; 0 means no crop.
         horizontal_flip: Whether half of the training images are mirrored.
+        rand_augment: Operations of RandAugment per training image, each image its own; 0 means none, 2 is common.
+        rand_augment_magnitude: Strength of these operations, 0 to 30; null means 9.
+        random_erasing: Probability that a rectangle of a training image is blanked.
+        mixup: Alpha of mixup's Beta(alpha, alpha) distribution; 0 means no mixup.
+        cutmix: Alpha of CutMix's Beta(alpha, alpha) distribution; 0 means no CutMix. With mixup too, each has half of
+            the mixed images.
+        mix_probability: Probability that a training image is mixed with another at all; null means 1.
         mean: Channel means on the [0, 1] scale that are subtracted; null means the data set's own.
         std: Channel standard deviations on the [0, 1] scale to divide by; null means the data set's own.
         limit_train: Train on only this many images, all classes in proportion, for quick studies; null means all.
@@ -86,6 +110,12 @@ class ImageDataModule(LightningDataModule):
         seed: int | None = None,
         crop_padding: int = 0,
         horizontal_flip: bool = False,
+        rand_augment: int = 0,
+        rand_augment_magnitude: int | None = None,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_probability: float | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         limit_train: int | None = None,
@@ -95,13 +125,28 @@ class ImageDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.validation_fraction = validation_fraction
         self.seed = seed
-        self.crop_padding = crop_padding
-        self.horizontal_flip = horizontal_flip
+        self.augmentation = Augmentation(
+            crop_padding=crop_padding,
+            horizontal_flip=horizontal_flip,
+            rand_augment=rand_augment,
+            rand_augment_magnitude=rand_augment_magnitude,
+            random_erasing=random_erasing,
+            mixup=mixup,
+            cutmix=cutmix,
+            mix_probability=mix_probability,
+        )
         self.mean = self.default_mean if mean is None else tuple(mean)
         self.std = self.default_std if std is None else tuple(std)
         self.limit_train = limit_train
         self._images: ImageSet | None = None
+        self._fingerprint: str | None = None
         self._check_settings()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would have no effect: the augmentation's settings are those of ``augmentation``."""
+        if name in _AUGMENTATION:
+            raise UsageError(f"{name} is set when the data module is made: pass {name}={value!r} to its constructor.")
+        super().__setattr__(name, value)
 
     def _check_settings(self) -> None:
         for name in ("batch_size", "eval_batch_size", "limit_train"):
@@ -113,8 +158,6 @@ class ImageDataModule(LightningDataModule):
                 f"validation_fraction={self.validation_fraction} is not accepted: it must lie between 0 and 1,"
                 " both excluded."
             )
-        if self.crop_padding < 0:
-            raise UsageError(f"crop_padding={self.crop_padding} is not accepted: it must be at least 0.")
         for name in ("mean", "std"):
             values, channels = getattr(self, name), len(self.default_mean)
             if len(values) != channels:
@@ -135,21 +178,30 @@ class ImageDataModule(LightningDataModule):
         self.class_names = images.class_names
         self.num_classes = len(images.class_names)
         channels, height, width = images.train_images.shape[1:]
+        self.augmentation.check_channels(channels)
+        if self.augmentation.mixes and not isinstance(images.train_images, Tensor):
+            mixing = [name for name in ("mixup", "cutmix") if getattr(self.augmentation, name)]
+            raise UsageError(
+                f"{' and '.join(mixing)} above 0 need the training images in memory, from which each image's partner"
+                f" is chosen: {type(self).__name__} decodes them batch by batch."
+            )
         self.image_shape = (channels, height, width)
         self._split(images.train_labels)
         self._images = images
 
-    def _split(self, labels: Tensor) -> None:
-        everything = torch.arange(len(labels))
+    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sorted positions of the validation images and of those that are left for training."""
         held_out = round(self.validation_fraction * len(labels))
         if not 0 < held_out < len(labels):
             raise UsageError(
                 f"validation_fraction={self.validation_fraction} holds out {held_out} of {len(labels)} training images:"
                 " at least one must be held out and one left."
             )
-        self.val_indices, self.train_indices = stratified_split(
-            everything, labels, held_out, seed=self.run_seed, stream=STREAM_VALIDATION
-        )
+        everything = torch.arange(len(labels))
+        return stratified_split(everything, labels, held_out, seed=self.run_seed, stream=STREAM_VALIDATION)
+
+    def _split(self, labels: Tensor) -> None:
+        self.val_indices, self.train_indices = self._hold_out(labels)
         if self.limit_train is None:
             return
         if self.limit_train > len(self.train_indices):
@@ -165,14 +217,15 @@ class ImageDataModule(LightningDataModule):
             stream=STREAM_LIMIT,
         )
 
-    def train_dataloader(self) -> TensorBatches:
+    def train_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the training images, in a new order in each epoch."""
         images = self._loaded()
         rank, world_size = self._place()
-        return TensorBatches(
+        return self._batches(
             images.train_images,
             images.train_labels,
             self.train_indices,
+            train=True,
             batch_size=self.batch_size,
             # overfit_batches means the same batches again and again; Lightning can turn off its own samplers only.
             shuffle=not getattr(self.trainer, "overfit_batches", 0),
@@ -182,31 +235,41 @@ class ImageDataModule(LightningDataModule):
             world_size=world_size,
         )
 
-    def val_dataloader(self) -> TensorBatches:
+    def val_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the validation images."""
         images = self._loaded()
         return self._evaluation(images.train_images, images.train_labels, self.val_indices)
 
-    def test_dataloader(self) -> TensorBatches:
+    def test_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the test images."""
         images = self._loaded()
         return self._evaluation(images.test_images, images.test_labels, torch.arange(len(images.test_labels)))
 
-    def predict_dataloader(self) -> TensorBatches:
+    def predict_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return the test images, as ``test_dataloader`` does."""
         return self.test_dataloader()
 
-    def _evaluation(self, images: Tensor, labels: Tensor, indices: Tensor) -> TensorBatches:
+    def _evaluation(
+        self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor
+    ) -> TensorBatches | WorkerBatches:
         rank, world_size = self._place()
-        return TensorBatches(
+        return self._batches(
             images,
             labels,
             indices,
+            train=False,
             batch_size=self.eval_batch_size,
             shuffle=False,
             rank=rank,
             world_size=world_size,
         )
+
+    def _batches(
+        self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any
+    ) -> TensorBatches | WorkerBatches:
+        """The loader of a subset; ``train`` tells whether the images are to be augmented."""
+        assert isinstance(images, Tensor)
+        return TensorBatches(images, labels, indices, **settings)
 
     def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
         """Augment (in training) and normalise a batch on the device it is on; needs ``setup``, but no trainer.
@@ -217,14 +280,49 @@ class ImageDataModule(LightningDataModule):
             epoch: the epoch, counted from 0, that the augmentation is drawn for.
 
         Returns:
-            The batch with (B, C, H, W) float32 images, contiguous.
+            The batch with (B, C, H, W) float32 images, contiguous, and, where images were mixed, with ``targets``.
         """
-        images = batch.images
-        if train and self.crop_padding:
-            images = random_crop(images, self.crop_padding, seed=self.run_seed, epoch=epoch, indices=batch.indices)
-        if train and self.horizontal_flip:
-            images = random_flip(images, seed=self.run_seed, epoch=epoch, indices=batch.indices)
-        return batch._replace(images=normalize(images, self.mean, self.std))
+        if not train:
+            return batch._replace(images=normalize(batch.images, self.mean, self.std))
+        if self.augmentation.mixes:
+            return self._mixed(batch, epoch)
+        return batch._replace(images=self._augmented(batch.images, batch.indices, epoch))
+
+    def _augmented(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        return self.augmentation.single(images, self.mean, self.std, seed=self.run_seed, epoch=epoch, indices=indices)
+
+    def _mixed(self, batch: Batch, epoch: int) -> Batch:
+        data, device = self._loaded(), batch.images.device
+        assert isinstance(data.train_images, Tensor), "setup refuses mixing for others"
+        # The images are in the main memory, and so is the choice among them.
+        ids = choose_partners(self.train_indices, seed=self.run_seed, epoch=epoch, indices=batch.indices.cpu())
+        partners = data.train_images.index_select(0, ids).to(device)
+        both = self._augmented(torch.cat([batch.images, partners]), torch.cat([batch.indices, ids.to(device)]), epoch)
+        images, share = self.augmentation.mix(*both.chunk(2), seed=self.run_seed, epoch=epoch, indices=batch.indices)
+        others = data.train_labels.index_select(0, ids).to(device)
+        own, other = (F.one_hot(labels, self.num_classes) for labels in (batch.labels, others))
+        return batch._replace(
+            images=images,
+            labels=torch.where(share >= 0.5, batch.labels, others),
+            targets=own * share[:, None] + other * (1 - share[:, None]),
+        )
+
+    def augmentation_key(self) -> dict[str, Any]:
+        """All settings but for mean and std that, with epoch and index, decide what a training image looks like.
+
+        Plain JSON values; empty when an image looks the same in all epochs. A subclass that changes images by other
+        settings adds them.
+        """
+        settings = dataclasses.asdict(self.augmentation)
+        return {"seed": self.run_seed, **settings} if any(settings.values()) else {}
+
+    def fingerprint(self) -> str:
+        """Hash of all images and labels, in their order; needs ``setup``."""
+        if self._fingerprint is None:
+            images = self._loaded()
+            parts = (images.train_images, images.train_labels, images.test_images, images.test_labels)
+            self._fingerprint = content_hash(parts)
+        return self._fingerprint
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Preprocess each batch on the device: Lightning calls this for every loader and stage."""

@@ -20,36 +20,60 @@ STREAM_TEST = 3
 STREAM_CROP_Y = 4
 STREAM_CROP_X = 5
 STREAM_FLIP = 6
+STREAM_OPERATION = 7
+STREAM_OPERATION_SIGN = 8
+STREAM_ERASE = 9
+STREAM_ERASE_AREA = 10
+STREAM_ERASE_RATIO = 11
+STREAM_ERASE_Y = 12
+STREAM_ERASE_X = 13
+STREAM_MIX = 14
+STREAM_MIX_KIND = 15
+STREAM_MIX_PARTNER = 16
+STREAM_MIX_SHARE = 17
+STREAM_CUTMIX_Y = 18
+STREAM_CUTMIX_X = 19
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 
+STREAM_RESIZED_CROP = 1000
+"""And the 39 after it: four numbers for each of ten attempts."""
+STREAM_SHARDS = 1040
+"""The order of shards."""
+STREAM_SHARDING = 1041
+"""Which image comes into which shard."""
 
-def random_bits(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
+
+def random_bits(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
     """Return 64 random bits per sample.
 
     Args:
         seed: any integer; values that differ by a multiple of 2**64 are the same seed.
         epoch: the epoch, counted from 0.
         indices: (B,) int64 stable sample ids.
-        stream: which decision the numbers are for, one of the ``STREAM_*`` constants.
+        stream: which decision the numbers are for, one of the ``STREAM_*`` constants, below 2**32.
+        draw: which of several independent numbers for the same decision, counted from 0.
 
     Returns:
         (B,) int64 on the device of ``indices``, uniform over all 2**64 values.
     """
     assert indices.dtype == torch.int64, indices.dtype
     key = 0
-    for part in (seed, epoch, stream):
+    for part in (seed, epoch, stream + (draw << 32)):
         key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
-    z = indices * _signed(_GOLDEN) + _signed(key)  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
-    z = (z ^ _shift_right(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shift_right(z, 27)) * _signed(_SECOND)
-    return z ^ _shift_right(z, 31)
+    z = (indices * _signed(_GOLDEN)).add_(
+        _signed(key)
+    )  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
+    # In place, because these tensors are so small that most of the time goes into making them.
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_FIRST))
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_SECOND))
+    return z.bitwise_xor_(_shift_right(z, 31))
 
 
-def uniform(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
+def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
     """Return one uniform number per sample; the arguments are those of :func:`random_bits`.
 
     Returns:
@@ -62,7 +86,20 @@ def uniform(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
         True
     """
     # 24 bits are what a float32 holds exactly: more would round some values up to 1.
-    return _shift_right(random_bits(seed, epoch, indices, stream), 40).to(torch.float32) * 2.0**-24
+    return _shift_right(random_bits(seed, epoch, indices, stream, draw), 40).to(torch.float32).mul_(2.0**-24)
+
+
+def integers(seed: int, epoch: int, indices: Tensor, stream: int, limit: int | Tensor, draw: int = 0) -> Tensor:
+    """Return one uniform integer per sample; the other arguments are those of :func:`random_bits`.
+
+    Args:
+        limit: how many values there are, 0 < limit < 2**31: one number, or a (B,) int64 tensor with one per sample.
+
+    Returns:
+        (B,) int64 in 0 ... limit - 1 on the device of ``indices``.
+    """
+    high: Tensor = _shift_right(random_bits(seed, epoch, indices, stream, draw), 32)
+    return (high * limit) >> 32
 
 
 def _mix(z: int) -> int:
@@ -78,5 +115,4 @@ def _signed(value: int) -> int:
 
 def _shift_right(z: Tensor, places: int) -> Tensor:
     """Logical shift: torch shifts int64 arithmetically, so the copies of the sign bit are masked away."""
-    shifted: Tensor = (z >> places) & (2 ** (64 - places) - 1)
-    return shifted
+    return (z >> places).bitwise_and_(2 ** (64 - places) - 1)

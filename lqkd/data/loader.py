@@ -18,9 +18,11 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, C, H, W): uint8 from the loader, normalised float32 once the data module has preprocessed it."""
     labels: Tensor
-    """(B,) int64 classes."""
+    """(B,) int64 classes; of a mixed image the class that has the larger share of it."""
     indices: Tensor
     """(B,) int64 positions in the data set: the same sample has the same number in every epoch and process."""
+    targets: Tensor | None = None
+    """(B, classes) float32 probabilities of classes, where mixing has made them differ from ``labels``."""
 
 
 class EpochShuffle:
@@ -67,6 +69,7 @@ class TensorBatches:
         drop_last: leave out the last, short global batch of training; evaluation never drops.
         rank: this process.
         world_size: the number of processes.
+        order: another order for training than a shuffle of all samples.
 
     Raises:
         UsageError: when there are too few samples for every process to get a batch.
@@ -84,6 +87,7 @@ class TensorBatches:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        order: EpochShuffle | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
@@ -92,7 +96,8 @@ class TensorBatches:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
-        self._shuffle = EpochShuffle(indices, seed) if shuffle else None
+        self._start = 0
+        self._shuffle = (order or EpochShuffle(indices, seed)) if shuffle else None
         # Lightning reads these two as it would a DataLoader's: to set the epoch and to see whether a loader shuffles.
         self.sampler: EpochShuffle | SequentialSampler = self._shuffle or SequentialSampler(range(len(indices)))
         self.batch_sampler = None
@@ -112,6 +117,10 @@ class TensorBatches:
         full, left_over = divmod(samples, self.batch_size * ranks)
         return full + int(left_over >= ranks and not self.drop_last)
 
+    def start_at(self, batch: int) -> None:
+        """Let the next epoch that is read, and only that, start at this batch: a resumed training goes on there."""
+        self._start = batch
+
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that the epoch is read at the first batch: Lightning makes the first iterator of a run, or of
         # a resumed run, before it calls set_epoch.
@@ -121,6 +130,7 @@ class TensorBatches:
             order, step = self._shuffle.order(), self.batch_size * self.world_size
             starts = range(0, len(self) * step, step)
             parts = tuple(order[start + self.rank : start + step : self.world_size] for start in starts)
-        for part in parts:
+        first, self._start = self._start, 0
+        for part in parts[first:]:
             # index_select copies whole images; images[part] goes value by value and takes 16 times as long on a CPU.
             yield Batch(self.images.index_select(0, part), self.labels.index_select(0, part), part)

@@ -33,10 +33,13 @@ class Taps:
         self.network, self.paths, self.owner = network, tuple(paths), owner
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
+    def recording(self, network: nn.Module | None = None) -> Iterator[list[Tensor]]:
         """Inside the block forward passes fill the list that is yielded: after the block it has one tensor a tap.
 
         Hooks live as long as the block: copies and pickles of the network never meet them.
+
+        Args:
+            network: a copy that runs in the network's place and has modules of the same names; None for the network.
 
         Raises:
             UsageError: at the end of the block, when a module was not called exactly once or returned no tensor.
@@ -44,9 +47,9 @@ class Taps:
         seen: list[list[Any]] = [[] for _ in self.paths]
         outputs: list[Tensor] = []
         handles = [
-            self.network.get_submodule(path).register_forward_hook(
-                lambda module, inputs, output, index=index: seen[index].append(_kept(output))
-            )
+            (network or self.network)
+            .get_submodule(path)
+            .register_forward_hook(lambda module, inputs, output, index=index: seen[index].append(_kept(output)))
             for index, path in enumerate(self.paths)
         ]
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -25,8 +26,9 @@ class ImageClassifier(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.val_accuracy = MeanMetric()
-        self.test_accuracy = MeanMetric()
+        # Not by self.log's own mean: it rounds the mean number of images of a rank down to a whole number.
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
 
     def product(self) -> nn.Module:
         """The network that training makes."""
@@ -67,27 +69,38 @@ class ImageClassifier(LightningModule):
         """Logits (B, C) of images (B, channels, H, W)."""
         return self.product()(images)
 
+    def on_train_start(self) -> None:
+        """Tell the global batch, for which the learning rate is meant: lqkd never changes one for the other."""
+        size, processes = (
+            getattr(getattr(self.trainer, "datamodule", None), "batch_size", None),
+            self.trainer.world_size,
+        )
+        accumulated = getattr(self, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+        if size is not None and processes * accumulated > 1:
+            parts = [f"{processes} processes", f"{size} images"] + [f"{accumulated} batches"] * (accumulated > 1)
+            rank_zero_info(f"global batch {processes * size * accumulated} = {' x '.join(parts)}")
+
     def on_validation_start(self) -> None:
         # What an evaluation in inference mode left behind cannot be updated by one outside of it, as within a training.
+        self.val_loss.reset()
         self.val_accuracy.reset()
 
     def on_test_start(self) -> None:
+        self.test_loss.reset()
         self.test_accuracy.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_accuracy)
+        self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_accuracy)
+        self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
 
-    def _evaluate(self, batch: Any, split: str, accuracy: MeanMetric) -> None:
+    def _evaluate(self, batch: Any, split: str, loss: MeanMetric, accuracy: MeanMetric) -> None:
         images, labels = batch[0], batch[1]
         logits = self(images)
+        loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update((logits.argmax(dim=1) == labels).float())
-        loss = F.cross_entropy(logits.float(), labels)
-        arguments: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
-        self.log(f"{split}/loss", loss, sync_dist=True, **arguments)
-        self.log(f"{split}/acc", accuracy, **arguments)
+        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy}, on_step=False, on_epoch=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""

@@ -12,6 +12,7 @@ from torch.optim import SGD
 from lqkd.errors import UsageError
 from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.steps import total_steps
@@ -49,6 +50,8 @@ class ClassifierModule(ImageClassifier):
         self.optimizer = optimizer
         self.schedule = schedule or Cosine()
         self.label_smoothing = label_smoothing
+        self._watch = LossWatch()
+        self._batch: tuple[Tensor, Tensor] | None = None  # loss and images of a step between forward and backward
 
     def product(self) -> nn.Module:
         return self.network
@@ -60,6 +63,17 @@ class ClassifierModule(ImageClassifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]
-        loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
+        targets = getattr(batch, "targets", None)  # class probabilities of mixed images
+        loss = F.cross_entropy(
+            self(images).float(), labels if targets is None else targets, label_smoothing=self.label_smoothing
+        )
+        self._watch.ask(loss)
+        self._batch = (loss.detach(), images)
         self.log("train/loss", loss, batch_size=len(labels))
         return loss
+
+    def on_after_backward(self) -> None:
+        if self._batch is not None and not self._watch.finite():
+            loss, images = self._batch
+            diverged(self, {"the loss": loss}, self.network, images)
+        self._batch = None

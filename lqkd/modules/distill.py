@@ -24,17 +24,20 @@ from lqkd.losses.taps import Taps
 from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
+from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names
 from lqkd.modules.steps import total_steps
+from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.teacher import FrozenTeacher
+from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
 
 
 @dataclass
@@ -93,6 +96,9 @@ class DistillModule(ImageClassifier):
         label_smoothing: of the task's cross-entropy, 0 <= e < 1.
         gradient_clip_val: largest gradient norm of each player; null for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step.
+        channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
+            by rounding, and a network that views activations as if they were contiguous cannot.
+        teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -117,20 +123,19 @@ class DistillModule(ImageClassifier):
         label_smoothing: float = 0.0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
+        channels_last: bool = False,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
         self.automatic_optimization = False
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
-        if accumulate_grad_batches < 1:
-            raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")
+        _check_ranges(label_smoothing, gradient_clip_val, accumulate_grad_batches)
         if student_weights is not None:
             load_weights(student, student_weights)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
         self.student, self.coverage = quantize_model(student, quantization)
+        # Weights decide: the first convolution turns images of any format into theirs.
+        self.student.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         loss = distillation_loss or LogitResidual()
@@ -140,10 +145,12 @@ class DistillModule(ImageClassifier):
         separate = self.combination is not None and self.combination.separate
         count = self.combination.count if self.combination is not None and separate else 1
         self.distillation = Distillation(loss, regularizer, taps or (), count, self.combination is not None)
-        self._taps: tuple[Taps, Taps] | None = None
+        self.taps: tuple[Taps, Taps] | None = None  # of the teacher and of the student
         if taps:
             assert isinstance(teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
-            self._taps = (
+            if teacher.compiled:
+                raise UsageError("teacher compile=True cannot be used with taps, which look into the running network")
+            self.taps = (
                 Taps(teacher.network, [tap.teacher for tap in taps], "teacher"),
                 Taps(self.student, [tap.student for tap in taps], "student"),
             )
@@ -162,6 +169,8 @@ class DistillModule(ImageClassifier):
         self.label_smoothing = label_smoothing
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.teacher_cache = teacher_cache
+        self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self._total_steps: int | None = None
@@ -169,6 +178,7 @@ class DistillModule(ImageClassifier):
         self._accumulated_samples = 0
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
         self._resumed = False
+        self._watch = LossWatch()
 
     # ---- before the first batch
 
@@ -186,12 +196,14 @@ class DistillModule(ImageClassifier):
     def product(self) -> nn.Module:
         return self.student
 
+    def teachers(self) -> list[FrozenTeacher]:
+        """The teacher, or all of an ensemble."""
+        return self.teacher.members() if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
+
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(self.teacher, TeacherEnsemble):
-            for number, teacher in enumerate(self.teacher.members(), 1):
-                yield f"teacher {number}", teacher
-        else:
-            yield "teacher", self.teacher
+        teachers = self.teachers()
+        for number, teacher in enumerate(teachers, 1):
+            yield f"teacher {number}" if len(teachers) > 1 else "teacher", teacher
         yield "student", self.student
 
     def setup(self, stage: str) -> None:
@@ -273,6 +285,15 @@ class DistillModule(ImageClassifier):
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
+        if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
+            self._fit_quantizers()
+        self.opened_cache, of_teacher = prepare_teacher(self)
+        self.references = measure(self, self.references, of_teacher.accuracies)
+        of_teacher.save()
+        self._report_references()
+
+    def _fit_quantizers(self) -> None:
+        """Fit every quantizer to the first batch."""
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
@@ -280,8 +301,11 @@ class DistillModule(ImageClassifier):
         images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
-        self.references = measure(self, known=self.references)
-        self._report_references()
+
+    def teardown(self, stage: str) -> None:
+        for teacher in self.teachers():
+            teacher.restore()
+        self.opened_cache = None
 
     def _report_references(self) -> None:
         known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
@@ -293,6 +317,7 @@ class DistillModule(ImageClassifier):
             logger.log_metrics(known, step=0)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self._resumed:
             for optimizer, config, settings in zip(
                 self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
@@ -304,34 +329,56 @@ class DistillModule(ImageClassifier):
 
     # ---- the path of a batch
 
-    def _outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Logits of every teacher and of the student, and what the taps see of both."""
-        if self._taps is None:
-            answers = (
-                self.teacher.answers(images) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher(images)]
-            )
-            return [x.float() for x in answers], self.student(images).float(), ([], [])
-        teacher, student = self._taps
-        with teacher.recording() as features_t:
-            answer = self.teacher(images).float()
-        with student.recording() as features_s:
-            logits = self.student(images).float()
-        return [answer], logits, (features_t, features_s)
+    def ask_teacher(self, images: Tensor) -> Answers:
+        """Logits (B, C) of every teacher, and what the taps see of it."""
+        if isinstance(self.teacher, TeacherEnsemble):
+            return [logits.float() for logits in self.teacher.answers(images)], []
+        if self.taps is None:
+            return [self.teacher(images).float()], []
+        with self.taps[0].recording(self.teacher.running(images)) as features:
+            logits = self.teacher(images).float()
+        return [logits], [feature.float().contiguous() for feature in features]
 
-    def losses(self, images: Tensor, labels: Tensor) -> Losses:
-        """All losses of one batch: images (B, C, H, W) float, labels (B,) int64."""
-        teachers, student, features = self._outputs(images)
+    def _outputs(
+        self, images: Tensor, indices: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Logits of every teacher and of the student, and what the taps see of both."""
+        if self.opened_cache is None or indices is None:
+            answers, features_t = self.ask_teacher(images)
+        else:
+            answers, features_t = self.opened_cache.answers(
+                images, indices, self.current_epoch, lambda: self.ask_teacher(images)
+            )
+        if self.taps is None:
+            return answers, self.student(images).float(), ([], [])
+        with self.taps[1].recording() as features_s:
+            logits = self.student(images).float()
+        return answers, logits, (features_t, features_s)
+
+    def losses(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None = None, indices: Tensor | None = None
+    ) -> Losses:
+        """All losses of one batch.
+
+        Args:
+            images: (B, channels, H, W) float.
+            labels: (B,) int64, for whatever needs to know one class of a sample.
+            targets: (B, C) float class probabilities, for the task loss; None means that ``labels`` say all.
+            indices: (B,) int64, the samples to look up in a training with a cache of the teacher's answers; None asks
+                the teacher.
+        """
+        teachers, student, features = self._outputs(images, indices)
         if teachers[0].shape != student.shape:
             raise UsageError(
                 f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
                 "they must agree"
             )
-        task = F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)
+        task = F.cross_entropy(student, labels if targets is None else targets, label_smoothing=self.label_smoothing)
         combined: Tensor | None = None
         if self.combination is not None:
             teachers, combined = self.combination(torch.stack(teachers), labels)
         parts = self.distillation(teachers, student, labels, features)
-        self._look_ahead(parts, teachers, student, task, images, labels)
+        self._look_ahead(parts, teachers, student, task, images, labels, targets)
         distill = self.distillation.reduce(parts)
         loss, balance = self.balance({"task": task, "distill": distill}, student)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
@@ -340,14 +387,21 @@ class DistillModule(ImageClassifier):
         return Losses(loss, task, distill, parts, teachers[0], student, balance, penalties)
 
     def _look_ahead(
-        self, parts: list[Part], teachers: list[Tensor], student: Tensor, task: Tensor, images: Tensor, labels: Tensor
+        self,
+        parts: list[Part],
+        teachers: list[Tensor],
+        student: Tensor,
+        task: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
     ) -> None:
         """Tell the parts how they agree with the task, where a player asks."""
         player = None if self.regularizer is None else self.regularizer.player
         if not isinstance(player, LookAhead):
             return
         if player.exact:
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels)
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, targets)
         else:
             (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
             self.distillation.look_ahead(parts, teachers, student, labels, gradient * len(labels))
@@ -355,9 +409,16 @@ class DistillModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         images, labels = batch[0], batch[1]
         self._tell_progress()
-        losses = self.losses(images, labels)
+        indices = None if self.opened_cache is None else indices_of(batch)
+        losses = self.losses(images, labels, getattr(batch, "targets", None), indices)
+        self._watch.ask(losses.loss)
         gradients = self._gradients(losses) if self.watch_gradients else None
-        self._step_players(losses.loss, len(labels), batch_idx)
+        last_of_group = self._backward(losses.loss, len(labels), batch_idx)
+        if not self._watch.finite():
+            parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
+            diverged(self, {"the loss": losses.loss, **parts}, self.student, images)
+        if last_of_group:
+            self._step_players()
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
@@ -392,21 +453,23 @@ class DistillModule(ImageClassifier):
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def _step_players(self, loss: Tensor, samples: int, batch_idx: int) -> None:
-        """Accumulate the gradient of one batch and, at the end of a group of batches, step both players."""
+    def _backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
+        """Accumulate the gradient of one batch and say whether it is the last of a group."""
         last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
-        accumulates = self.accumulate_grad_batches > 1
         strategy = self.trainer.strategy
         waits = not last_of_group and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
-            self.manual_backward(loss * samples if accumulates else loss)
+            self.manual_backward(loss * samples if self.accumulate_grad_batches > 1 else loss)
         self._accumulated_samples += samples
-        if not last_of_group:
-            return
+        return last_of_group
+
+    def _step_players(self) -> None:
+        """Step both players with the gradient of a group of batches."""
+        accumulates = self.accumulate_grad_batches > 1
         # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
         summed = torch.tensor(float(self._accumulated_samples), device=self.device)
-        samples_per_rank = strategy.reduce(summed, reduce_op="mean") if accumulates else summed
+        samples_per_rank = self.trainer.strategy.reduce(summed, reduce_op="mean") if accumulates else summed
         counted = self._optimizers(use_pl_optimizer=True)[0]
         plain = self._optimizers(use_pl_optimizer=False)
         for optimizer in plain:
@@ -450,10 +513,23 @@ class DistillModule(ImageClassifier):
         checkpoint["references"] = self.references
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
+        # A switch of bits that no batch has followed yet.
+        checkpoint["fit_by_mse"] = [name for name, q in quantizers(self.student).items() if q.wants_mse]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
+        for name, quantizer in quantizers(self.student).items():
+            quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:
             self.distillation.connect(*checkpoint["distillation_shapes"])
         self._resumed = True
+
+
+def _check_ranges(label_smoothing: float, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+    if gradient_clip_val is not None and not gradient_clip_val > 0:
+        raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
+    if accumulate_grad_batches < 1:
+        raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")

@@ -175,12 +175,20 @@ class Distillation(nn.Module):
             part.alignment = alignment(divergence, student, task_gradient)
 
     def look_ahead_exactly(
-        self, parts: list[Part], network: nn.Module, teachers: list[Tensor], images: Tensor, labels: Tensor
+        self,
+        parts: list[Part],
+        network: nn.Module,
+        teachers: list[Tensor],
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
     ) -> None:
         """Set every part's alignment from the task loss after a step of distillation in the parameters.
 
-        With a held out half, each half of the batch is looked at from the other.
+        With a held out half, each half of the batch is looked at from the other. The task's ``targets``, (B, C) class
+        probabilities, are ``labels`` where they are None.
         """
+        truth = labels if targets is None else targets
         middle = len(labels) // 2
         for module, regularizer, part, teacher in zip(self.losses, self.regularizers, parts, teachers, strict=True):
             player = cast(LookAhead, cast(Regularizer, regularizer).player)
@@ -201,7 +209,7 @@ class Distillation(nn.Module):
                     distill,
                     weights[here],
                     images[here],
-                    (images[there], labels[there]),
+                    (images[there], truth[there]),
                     player.step_size,
                 )
             part.alignment = aligned

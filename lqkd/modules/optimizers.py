@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lqkd.quantization import quantizers
 from lqkd.regularizers import Balance
@@ -51,7 +52,8 @@ def restore_settings(optimizer: Optimizer, scheduler: Any, settings: list[dict[s
     """Give an optimizer that was restored from a checkpoint the ``settings`` of the configuration again.
 
     A checkpoint carries the settings of the run that wrote it, which would silently win over the configuration. The
-    learning rate keeps the place in its schedule that the checkpoint says.
+    learning rate keeps the place in its schedule that the checkpoint says: where that is a function of the step, it
+    becomes what a run with this configuration would have there, e.g. when the training is now longer.
     """
     for index, (group, wanted) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
         base, configured = group.get("initial_lr"), wanted.get("initial_lr")
@@ -59,6 +61,9 @@ def restore_settings(optimizer: Optimizer, scheduler: Any, settings: list[dict[s
             group["lr"] *= configured / base
             group["initial_lr"] = configured
             scheduler.base_lrs[index] = configured
+            scheduler._last_lr[index] = group["lr"]
+        if isinstance(scheduler, LambdaLR):
+            group["lr"] = scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch)
             scheduler._last_lr[index] = group["lr"]
         group.update({key: value for key, value in wanted.items() if key not in ("lr", "initial_lr")})
 

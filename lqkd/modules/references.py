@@ -25,7 +25,9 @@ REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_qua
 """Keys of what :func:`measure` returns."""
 
 
-def measure(module: DistillModule, known: dict[str, float | None]) -> dict[str, float | None]:
+def measure(
+    module: DistillModule, known: dict[str, float | None], of_teacher: dict[str, float | None]
+) -> dict[str, float | None]:
     """Check the teacher on the validation split, then measure teacher and student on the test split.
 
     The test split selects nothing: its numbers are only reported. A DataModule without one has its validation split
@@ -34,6 +36,8 @@ def measure(module: DistillModule, known: dict[str, float | None]) -> dict[str, 
     Args:
         module: the module, attached to a Trainer, before its first step.
         known: what a checkpoint brought: the student is not measured again, the teacher always is.
+        of_teacher: the teacher's accuracies that a cache of its answers brought, which are not measured again; what
+            is measured is added.
 
     Raises:
         UsageError: when the teacher is below its ``minimum_accuracy`` on the validation split.
@@ -44,11 +48,12 @@ def measure(module: DistillModule, known: dict[str, float | None]) -> dict[str, 
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     validation = (data.val_dataloader(), trainer.limit_val_batches)
-    _check_teacher(module, *validation)
+    _check_teacher(module, _of_teacher(module, "validation", validation, of_teacher))
     has_test = is_overridden("test_dataloader", data, LightningDataModule)
     split = (data.test_dataloader(), trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
-    measured["teacher_accuracy"] = accuracy(module, module.teacher, *split)
+    name = "test" if has_test else "validation"
+    measured["teacher_accuracy"] = _of_teacher(module, name, split, of_teacher)
     if known["student_float_accuracy"] is None:
         with float_mode(module.student):
             measured["student_float_accuracy"] = accuracy(module, module.student, *split)
@@ -56,8 +61,18 @@ def measure(module: DistillModule, known: dict[str, float | None]) -> dict[str, 
     return measured
 
 
-def _check_teacher(module: DistillModule, loader: Any, limit: float) -> None:
-    measured = accuracy(module, module.teacher, loader, limit)
+def _of_teacher(
+    module: DistillModule, split: str, batches: tuple[Any, float], known: dict[str, float | None]
+) -> float | None:
+    """The teacher's accuracy, asked for only when it is not known for as many batches of the split."""
+    loader, limit = batches
+    name = f"{split}, {limit!r} batches"
+    if name not in known:
+        known[name] = accuracy(module, module.teacher, loader, limit)
+    return known[name]
+
+
+def _check_teacher(module: DistillModule, measured: float | None) -> None:
     if measured is None or getattr(module.trainer, "fast_dev_run", False):
         return
     classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class Folding:
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module) -> Folding:
+def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
     """Fold batch norms into the convolutions before them, in place: the eval function stays the same at any bits.
 
     The results differ by the rounding of floating point only, which can move an activation that lies on a rounding
@@ -88,6 +88,11 @@ def fold_batchnorm(model: nn.Module) -> Folding:
 
     A batch norm is kept where there is no convolution of its own before it (pre-activation networks, DenseNet), where
     the convolution's result is used twice, where either is called twice, and where it has no running statistics.
+
+    Args:
+        model: the network.
+        untouched: names of modules, layers or not, that must stay with the results that they have: no batch norm
+            outside of one is folded into a convolution inside of it.
 
     Returns:
         Which batch norms were folded and which were kept, and why.
@@ -110,7 +115,7 @@ def fold_batchnorm(model: nn.Module) -> Folding:
         nodes = [node for node in calls if node.target == name]
         source = _source(nodes, calls)
         layer = modules.get(source) if source is not None else None
-        reason = _obstacle(norm, layer, nodes)
+        reason = _obstacle(norm, layer, nodes) or _guarded(source, name, untouched)
         if reason is not None:
             kept[name] = reason
             continue
@@ -132,6 +137,15 @@ def _source(nodes: list[fx.Node], calls: list[fx.Node]) -> str | None:
     before = nodes[0].all_input_nodes[0]
     unique = before.op == "call_module" and len(before.users) == 1
     return str(before.target) if unique and sum(node.target == before.target for node in calls) == 1 else None
+
+
+def _guarded(source: str | None, norm: str, untouched: Collection[str]) -> str | None:
+    for name in untouched:
+        if f"{source}.".startswith(f"{name}.") and not norm.startswith(f"{name}."):
+            return f"{name} is to keep its result"
+        if name.startswith(f"{norm}."):
+            return f"{name} is to stay"
+    return None
 
 
 def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -> str | None:

@@ -28,7 +28,7 @@ def one_step_alignment(
         distill: the distillation loss, 0-dim, of logits (B, C) and weights.
         weights: in the shape of the divergence map, N elements.
         images: (B, C, H, W), on which the step is taken.
-        held_out: images and labels on which the task loss is measured.
+        held_out: images and labels, (B,) classes or (B, C) probabilities, on which the task loss is measured.
         step_size: of the step.
 
     Returns:

@@ -83,6 +83,15 @@ def test_accuracies_are_exact_over_both_ranks(results: dict[str, Any]) -> None:
     assert results["two"][0]["teacher_accuracy"] == pytest.approx(results["one"]["teacher_accuracy"], abs=1e-6)
 
 
+def test_a_validation_counts_every_image_once(results: dict[str, Any]) -> None:
+    """143 images do not divide by two: a padded one would show in the denominator."""
+    (accuracy, loss), second = (rank["validation"] for rank in results["two"])
+    assert [accuracy, loss] == second
+    assert 0 < accuracy < 1
+    assert accuracy * 143 == pytest.approx(round(accuracy * 143), abs=1e-3)
+    assert loss == pytest.approx(results["one"]["validation"][1], rel=1e-3)  # to the tolerance of the weights
+
+
 def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
     names = results["two"][0]["synchronised"]
     assert names
@@ -106,6 +115,25 @@ def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) ->
         assert torch.equal(a, b)
     assert max(first["flipping"]) > 0
     assert (first["flipping"], first["oscillating"]) == (second["flipping"], second["oscillating"])
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_cache_that_any_number_of_them_replays(results: dict[str, Any], tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    live, batches = results["two"], 6
+    writing = run_workers(tmp_path, 2, batch_size=16, cache=cache)
+    replaying = run_workers(tmp_path, 2, batch_size=16, cache=cache)
+    alone = run_workers(tmp_path, 1, batch_size=32, cache=cache)[0]
+    assert [[rank["asked"] for rank in ranks] for ranks in (writing, replaying, [alone])] == [
+        [batches] * 2,
+        [0, 0],
+        [0],
+    ]
+    for ranks in (writing, replaying):
+        for rank, expected in zip(ranks, live, strict=True):
+            assert torch.equal(torch.stack(rank["steps"]), torch.stack(expected["steps"]))
+            assert rank["teacher_accuracy"] == expected["teacher_accuracy"]
+    torch.testing.assert_close(alone["steps"][-1], results["one"]["steps"][-1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

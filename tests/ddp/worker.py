@@ -15,8 +15,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
+from lqkd.data import Augmentation
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP
+from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
 
 
@@ -24,12 +26,14 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
         self.initial_scales = torch.empty(0)
+        self.asked = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.initial_scales = torch.cat([q.scale.detach().flatten() for q in quantizers(pl_module.student).values()])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(parameters_of(pl_module))
+        self.asked = 0 if pl_module.opened_cache is None else pl_module.opened_cache.asked
 
 
 def main(
@@ -41,6 +45,7 @@ def main(
     oscillation: bool = False,
     player: str = "cooperative",
     guard: str = "barrier",
+    cache: str | None = None,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -52,11 +57,13 @@ def main(
         regularizer_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),  # Adam would divide by gradients of rounding size
         balance=BoundedUncertaintyBalance(),
         accumulate_grad_batches=accumulate,
+        teacher_cache=None if cache is None else TeacherCache(cache, dtype="float32"),
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     )
     data = digits(1, batch_size)
     data.limit_train = samples
-    data.crop_padding = 0
+    data.augmentation = Augmentation()
+    data.validation_fraction = 0.0994  # 143 images, an odd number
     watch = Watch()
     monitor, freezing = OscillationMonitor(), OscillationFreezing(0.005, 0.005)
     scheduler = BitWidthScheduler([Stage("w3a8", until_step=2)], refit="mse")
@@ -78,14 +85,17 @@ def main(
     trainer.fit(module, datamodule=data)
     global_step = trainer.global_step
     teacher = module.references["teacher_accuracy"]
+    validation = trainer.validate(module, datamodule=data, verbose=False)[0]
     test = trainer.test(module, datamodule=data, verbose=False)[0]["test/acc"]
     saved = {
         "steps": watch.steps,
         "initial_scales": watch.initial_scales,
         "teacher_accuracy": teacher,
         "test_accuracy": test,
+        "validation": [validation["val/acc"], validation["val/loss"]],
         "synchronised": synchronised,
         "global_step": global_step,
+        "asked": watch.asked,
         "oscillating": [row.oscillating for row in monitor.history],
         "flipping": [row.flipping for row in monitor.history],
         "frozen": [state.tensors["frozen"] for state in freezing._states.values()],

@@ -14,6 +14,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 
 from lqkd.cli import main
@@ -58,6 +59,7 @@ def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:
     assert files == {
         "config.yaml",
         "layers.txt",
+        "starts.json",
         "metrics.csv",
         "summary.json",
         "student.safetensors",
@@ -381,6 +383,46 @@ def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path:
 def test_a_resumed_run_cannot_change_its_optimizer(capsys: pytest.CaptureFixture, tmp_path: Path, run: Path) -> None:
     arguments = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.student_optimizer", "torch.optim.Adam"]
     assert "the checkpoint holds its state" in mistake(capsys, *arguments, tmp_path=tmp_path)
+
+
+# ---- resuming, of which tests/integration/test_resume.py has more
+
+
+def test_a_finished_run_says_so_and_is_left_alone(capsys: pytest.CaptureFixture, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(["resume", str(run)]) == 0
+    assert f"{run} is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "is no run folder that can be resumed: it has no config.yaml"),
+        (["--ckpt_path=other.ckpt"], "--ckpt_path is not possible with resume"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line(
+    capsys: pytest.CaptureFixture, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert main(["resume", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lqkd: error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_plugin_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[str] = []
+
+    class Mine(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            saved.append(Path(path).name)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    monkeypatch.setattr("tests.integration.test_cli.Mine", Mine, raising=False)
+    fit(tmp_path, "--trainer.plugins", "tests.integration.test_cli.Mine")
+    assert set(saved) == {"best.ckpt", "last.ckpt"}
 
 
 # ---- the package

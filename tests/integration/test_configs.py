@@ -5,50 +5,89 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from _pytest.mark import ParameterSet
 from PIL import Image
 from safetensors.torch import save_file
 
 from lqkd.cli import main
-from lqkd.models import CifarResNet
+from lqkd.data.shards import make_shards
+from lqkd.models import CifarResNet, build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
+"""Configurations to be added to another one."""
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED))
 
 
 @pytest.fixture(scope="module")
-def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of ten images each, in class folders."""
-    root = tmp_path_factory.mktemp("cifar")
-    for split in ("train", "test"):
-        for label in range(10):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(10):
-                Image.new("RGB", (32, 32), (25 * label, 20 * index, 100)).save(folder / f"{index}.png")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders under the name of each data module, with one test and a few training images of every class."""
+    root = tmp_path_factory.mktemp("tiny")
+    for name, held_out, classes, images in (
+        ("CIFAR10", "test", 10, 10),
+        ("CIFAR100", "test", 100, 2),
+        ("ImageNet", "val", 1000, 1),
+    ):
+        for split, count in (("train", images), (held_out, 1)):
+            for label in range(classes):
+                folder = root / name / split / f"n{label:08d}"
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    Image.new("RGB", (32, 32), (label % 256, 20 * index, 100)).save(folder / f"{index}.png")
     return root
 
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights under the names that the CIFAR-10 configurations expect."""
+    """Weights under the names that the configurations expect."""
     root = tmp_path_factory.mktemp("data")
     (root / "weights").mkdir()
     for depth in (20, 56):
-        save_file(CifarResNet(depth).state_dict(), root / "weights" / f"cifar10_resnet{depth}.safetensors")
+        for classes in (10, 100):
+            weights = CifarResNet(depth, num_classes=classes).state_dict()
+            save_file(weights, root / "weights" / f"cifar{classes}_resnet{depth}.safetensors")
     return root
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def whole_configs() -> list[ParameterSet]:
+    return [
+        pytest.param(
+            path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name == "imagenet" else ()
+        )
+        for path in WHOLE
+    ]
+
+
+@pytest.mark.parametrize("config", whole_configs())
 def test_a_shipped_config_runs_one_step(
-    config: Path, tiny_cifar: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: Path, tiny: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LQKD_DATA", str(random_weights))
     monkeypatch.setenv("LQKD_CACHE", str(tmp_path))
     arguments = ["fit", "--config", str(config), "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]
-    if "CIFAR10" in config.read_text():
-        arguments += ["--data.init_args.root", str(tiny_cifar), "--data.init_args.batch_size", "8"]
+    name = yaml.safe_load(config.read_text())["data"]["class_path"].rpartition(".")[2]
+    if name != "Digits":
+        folder = tiny / name.removeprefix("Streamed")
+        if name == "StreamedImageNet":
+            make_shards(folder, tmp_path / "shards", 10**6)
+            folder = tmp_path / "shards"
+        arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "4"]
+    if "ImageNet" in name:
+        for depth in (18, 50):
+            weights = random_weights / "weights" / f"imagenet_resnet{depth}.safetensors"
+            save_file(build_model(f"torchvision/resnet{depth}").state_dict(), weights)
+        arguments += ["--data.init_args.image_size", "32", "--data.init_args.num_workers", "0"]
     assert main(arguments) == 0
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", ADDED, ids=lambda path: path.stem)
+def test_a_config_for_many_devices_can_be_added_to_another(config: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(config)]
+    one = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main([*arguments, *one, "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("config", WHOLE + ADDED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_says_how_to_run_it(config: Path) -> None:
     assert f"--config configs/{config.relative_to(CONFIGS)}" in config.read_text()

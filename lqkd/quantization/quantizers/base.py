@@ -64,7 +64,7 @@ class Quantizer(nn.Module, ABC):
         self.channels = channels
         self.channel_axis = channel_axis
         self.batched = batched
-        self._wants_mse = False
+        self.wants_mse = False
         self._ready = False  # a host copy of `initialized`: reading the buffer would wait for the device
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("format", self._format())
@@ -127,11 +127,11 @@ class Quantizer(nn.Module, ABC):
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
         self.signed = signed
-        if not (self._fit_mse(x) if self._wants_mse else self._fit(x)):
+        if not (self._fit_mse(x) if self.wants_mse else self._fit(x)):
             self.signed = decided
             return
         self._ready = True
-        self._wants_mse = False
+        self.wants_mse = False
         self.initialized.fill_(True)
         self.format.copy_(self._format())
 
@@ -156,7 +156,7 @@ class Quantizer(nn.Module, ABC):
             mse: whether by the least squared error instead of the family's own rule.
         """
         self._ready = False
-        self._wants_mse = mse
+        self.wants_mse = mse
         self.initialized.fill_(False)
 
     @abstractmethod

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lqkd.data.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, random_bits, uniform
+from lqkd.data import counter_rng
+from lqkd.data.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, integers, random_bits, uniform
+from lqkd.data.resized_crop import ATTEMPTS
 
 IDS = torch.arange(20_000)
 
@@ -54,3 +56,27 @@ def test_a_number_depends_on_its_sample_alone() -> None:
     together = uniform(3, 4, IDS, STREAM_CROP_X)
     apart = torch.cat([uniform(3, 4, part, STREAM_CROP_X) for part in torch.tensor_split(shuffled, 26)])
     assert torch.equal(apart, together[shuffled])
+
+
+def test_every_decision_has_a_stream_of_its_own() -> None:
+    streams = [value for name, value in vars(counter_rng).items() if name.startswith("STREAM_")]
+    streams += range(counter_rng.STREAM_RESIZED_CROP + 1, counter_rng.STREAM_RESIZED_CROP + 4 * ATTEMPTS)
+    assert len(set(streams)) == len(streams)
+
+
+def test_draws_of_a_stream_are_unrelated_and_the_first_is_the_default() -> None:
+    first, second = (uniform(0, 0, IDS, STREAM_CROP_X, draw) for draw in (0, 1))
+    assert torch.equal(first, uniform(0, 0, IDS, STREAM_CROP_X))
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.03
+    assert not torch.equal(second, uniform(0, 0, IDS, STREAM_CROP_Y))
+
+
+def test_integers_are_uniform_below_their_limit_for_each_sample_its_own() -> None:
+    drawn = integers(0, 0, IDS, STREAM_CROP_X, 20)
+    counts = torch.bincount(drawn, minlength=20)
+    assert len(counts) == 20
+    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # 19 degrees of freedom, p = 0.001
+    limits = IDS % 5 + 1
+    own = integers(0, 0, IDS, STREAM_CROP_X, limits)
+    assert ((own >= 0) & (own < limits)).all()
+    assert torch.equal(own[limits == 5], integers(0, 0, IDS[limits == 5], STREAM_CROP_X, 5))

@@ -150,13 +150,23 @@ def test_a_fraction_that_holds_out_nothing_is_refused() -> None:
         make_data(validation_fraction=0.001)
 
 
+def test_a_setting_of_the_augmentation_that_is_assigned_afterwards_is_refused() -> None:
+    with pytest.raises(UsageError, match="crop_padding is set when the data module is made: pass crop_padding=2"):
+        make_data().crop_padding = 2
+
+
 def test_the_command_line_reads_the_settings() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
     path = "lqkd.data.CIFAR10"
     arguments = [f"--data={path}", "--data.root=/nowhere", "--data.batch_size=32", "--data.mean=[0.1, 0.2, 0.3]"]
     data = parser.instantiate(parser.parse_args(arguments)).data
-    assert (data.batch_size, data.mean, data.crop_padding, str(data.root)) == (32, (0.1, 0.2, 0.3), 4, "/nowhere")
+    assert (data.batch_size, data.mean, data.augmentation.crop_padding, str(data.root)) == (
+        32,
+        (0.1, 0.2, 0.3),
+        4,
+        "/nowhere",
+    )
 
 
 class Watcher(pl.LightningModule):

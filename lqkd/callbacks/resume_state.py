@@ -1,0 +1,151 @@
+"""What a checkpoint needs beyond Lightning's own so that a resumed training is bit for bit the uninterrupted one."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lqkd.errors import UsageError
+
+KEY = "resume"
+"""Where a checkpoint keeps it."""
+
+
+def collect(trainer: Trainer, checkpoint: dict[str, Any], *, rows: int, finished: bool) -> None:
+    """Complete a checkpoint that is saved between two batches, or when training has ended.
+
+    Every process must call this together. Lightning's counters, which are in the middle of fetching a batch, are set
+    back to the end of the last one.
+
+    Args:
+        trainer: the trainer that saves.
+        checkpoint: what Lightning has put together; changed in place.
+        rows: length of the table of metrics.
+        finished: whether training has ended by itself.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches = loops["epoch_loop.batch_progress"]
+    for counts in (batches["total"], batches["current"]):
+        counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
+    if finished:  # an epoch that ended early is not gone on with: more training starts with a new one
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    own: dict[str, Any] = {"random": random_state()}
+    if trainer.world_size > 1:
+        own["callbacks"] = checkpoint["callbacks"]  # those of the other processes have seen other samples
+    checkpoint[KEY] = {
+        "epoch": trainer.current_epoch,
+        "batches": batches["current"]["completed"],
+        "steps": trainer.global_step,
+        "logged": loops["epoch_loop.state_dict"]["_batches_that_stepped"],
+        "global_batch": _global_batch(trainer),
+        "rows": rows,
+        "finished": finished,
+        "processes": _gather(own) if trainer.world_size > 1 else [own],
+    }
+
+
+def claim_own(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`collect` has put into ``checkpoint``, once this process has been given its own part of it.
+
+    Raises:
+        UsageError: when the checkpoint was saved within an epoch that these processes cannot go on with.
+    """
+    state: dict[str, Any] | None = checkpoint.get(KEY)
+    if state is None:
+        return None
+    before, now = state["global_batch"], _global_batch(trainer)
+    if state["batches"] and before != now:
+        raise UsageError(
+            f"the checkpoint was saved within an epoch with a global batch of {before} images, which is now {now}: "
+            "keep trainer.devices and the data's batch_size"
+        )
+    if len(state["processes"]) != trainer.world_size:
+        if state["batches"]:
+            raise UsageError(
+                f"the checkpoint was saved within an epoch on {len(state['processes'])} process(es), of which there are"
+                f" now {trainer.world_size}: keep trainer.devices"
+            )
+        rank_zero_warn("resuming on another number of processes: random numbers are not those of the uninterrupted run")
+        return state | {"processes": None}
+    own = state["processes"][trainer.global_rank]
+    checkpoint["callbacks"] = own.get("callbacks", checkpoint["callbacks"])
+    return state | {"processes": [own]}
+
+
+def fast_forward(trainer: Trainer, batches: int) -> None:
+    """Let the training loader go on after ``batches`` of its epoch; before its first batch is taken."""
+    loader: Any = trainer.train_dataloader
+    if hasattr(loader, "start_at"):
+        loader.start_at(batches)
+        return
+    rank_zero_warn(
+        f"{type(loader).__name__} has no start_at(batch): the first {batches} batches of the epoch are read and left "
+        "out, which is exact only when its order depends on nothing but the epoch"
+    )
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    for _ in range(batches):
+        next(fetcher)
+    fetcher.fetched = 0  # the loop adds what it knows to be done
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Set random numbers and Lightning's count of logged steps; when the first batch is about to start."""
+    if state["processes"]:
+        set_random_state(state["processes"][0]["random"])
+    # Lightning counts one too many where a resumed epoch starts at a batch after which validation might run.
+    trainer.fit_loop.epoch_loop._batches_that_stepped = state["logged"]
+
+
+def random_state() -> dict[str, Any]:
+    """Of all generators in use, as plain types and tensors that ``torch.load(weights_only=True)`` reads."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo whatever was drawn since :func:`random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def between_steps(trainer: Trainer, module: LightningModule, batch_idx: int) -> bool:
+    """Whether no gradient is being accumulated when batch ``batch_idx`` is about to start."""
+    accumulated: int = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+    return batch_idx % accumulated == 0
+
+
+def all_finite(module: LightningModule) -> bool:
+    """Whether no parameter is NaN or infinite; waits for the device."""
+    sums: list[Tensor] = [parameter.detach().float().sum() for parameter in module.parameters()]
+    return not sums or bool(torch.stack(sums).isfinite().all())
+
+
+def _global_batch(trainer: Trainer) -> int | None:
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    return size * trainer.world_size if isinstance(size, int) else None
+
+
+def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered

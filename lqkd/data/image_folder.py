@@ -1,0 +1,177 @@
+"""Anyone's own images, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lqkd.data.base import ImageSet
+from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders
+from lqkd.data.counter_rng import STREAM_TEST
+from lqkd.data.decoding import DecodingDataModule
+from lqkd.data.encoded import ImageFiles
+from lqkd.data.split import stratified_split
+from lqkd.errors import UsageError
+
+_VALIDATION_NAMES = ("val", "valid", "validation")
+_TEST_SEED = 0  # never the run's: every run is tested on the same images
+_MOST_CHECKED = 5000  # images that are decoded before the training, which takes seconds
+
+
+class ImageFolder(DecodingDataModule):
+    """A folder of one's own images; the names of the class folders, sorted, are the classes.
+
+    What ``root`` holds decides what a network is trained, selected and tested on:
+
+    ========================================  ====================================================================
+    ``CLASS/`` folders only                   ``test_fraction`` of the images are for testing, the same ones in
+                                              every run; ``validation_fraction`` of the others for validation
+    ``train/CLASS/`` and ``test/CLASS/``      ``validation_fraction`` of train is held out for validation
+    ``train/CLASS/`` and ``val/CLASS/``       the same: the one folder that is not trained on is for testing
+    ``train/``, ``val/`` and ``test/``        as they are named
+    ========================================  ====================================================================
+
+    All fractions are stratified by class. Up to 5,000 images are checked before the training starts.
+
+    Args:
+        root: Folder with one folder of images per class, or with train, val (also valid, validation) and test.
+        batch_size: Training images per process and step.
+        validation_fraction: Share of the training set held out for validation, stratified by class, in (0, 1).
+        test_fraction: Share of all images held out for testing where root holds class folders only, in (0, 1).
+        kwargs: The other settings of :class:`~lqkd.data.DecodingDataModule`.
+
+    Raises:
+        UsageError: when ``root`` has no class folders, the parts differ in their classes, a class has too few images
+            or an image cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        batch_size: int = 32,
+        validation_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, validation_fraction=validation_fraction, **kwargs)
+        if not 0 < test_fraction < 1:
+            raise UsageError(
+                f"test_fraction={test_fraction} is not accepted: it must lie between 0 and 1, both excluded."
+            )
+        self.root = Path(root).expanduser()
+        self.test_fraction = test_fraction
+        self._listed: dict[str, dict[str, list[str]]] | None = None
+        self._given_validation = 0  # images at the end of the training set that are for validation
+
+    def prepare_data(self) -> None:
+        """Decode every image of a small set once, in one process while the others wait."""
+        paths = list(chain.from_iterable(chain.from_iterable(classes.values()) for classes in self._parts().values()))
+        if len(paths) > _MOST_CHECKED:
+            return
+        images = ImageFiles(paths, self.image_size)
+        with ThreadPool(os.cpu_count()) as pool:  # decoders release the GIL
+            for _ in pool.imap(images.read, range(len(paths)), chunksize=16):
+                pass
+
+    def load(self) -> ImageSet:
+        """List all images; none is opened."""
+        listed = self._parts()
+        names = tuple(next(iter(listed.values())))
+        if len(names) < 2:
+            raise UsageError(f"root={self.root} has one class folder, {names[0]!r}: there must be at least two.")
+        parts = {name: _paths_and_labels(classes) for name, classes in listed.items()}
+        if "all" in parts:
+            parts = self._hold_out_test(*parts["all"])
+        train_paths, train_labels = parts["train"]
+        if {"val", "test"} <= parts.keys():
+            paths, labels = parts["val"]
+            self._given_validation = len(labels)
+            train_paths, train_labels = train_paths + paths, torch.cat([train_labels, labels])
+        test_paths, test_labels = parts["test"] if "test" in parts else parts["val"]
+        return ImageSet(
+            ImageFiles(train_paths, self.image_size),
+            train_labels,
+            ImageFiles(test_paths, self.image_size),
+            test_labels,
+            names,
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images and hold out those for validation and testing, once for all stages."""
+        first = self._images is None
+        super().setup(stage)
+        if first:
+            counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
+            rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
+
+    def _hold_out_test(self, paths: list[str], labels: Tensor) -> dict[str, tuple[list[str], Tensor]]:
+        size = round(self.test_fraction * len(labels))
+        if not 0 < size < len(labels):
+            raise UsageError(
+                f"test_fraction={self.test_fraction} holds out {size} of {len(labels)} images: at least one must be"
+                " held out and one left."
+            )
+        test, train = stratified_split(torch.arange(len(labels)), labels, size, seed=_TEST_SEED, stream=STREAM_TEST)
+        return {
+            name: ([paths[index] for index in indices.tolist()], labels[indices])
+            for name, indices in (("train", train), ("test", test))
+        }
+
+    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self._given_validation:
+            everything = torch.arange(len(labels))
+            return everything[-self._given_validation :], everything[: -self._given_validation]
+        validation, train = super()._hold_out(labels)
+        left = torch.bincount(labels[train], minlength=self.num_classes)
+        if not left.all():
+            name = self.class_names[int(left.argmin())]
+            raise UsageError(
+                f"class {name!r} of root={self.root} has too few images: none is left for training once those for"
+                " validation and testing are held out."
+            )
+        return validation, train
+
+    def _parts(self) -> dict[str, dict[str, list[str]]]:
+        """Name of the part (``train``, ``val``, ``test``, or ``all``) -> class name -> the paths of its images."""
+        if self._listed is None:
+            self._listed = self._list()
+        return self._listed
+
+    def _list(self) -> dict[str, dict[str, list[str]]]:
+        if not self.root.is_dir():
+            raise UsageError(f"root={self.root} does not exist: give a folder with one folder of images per class.")
+        if not has_folders(self.root / "train"):
+            return {"all": list_class_folders(self.root)}
+        given = {path.name: path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name[0] != "."}
+        folders = {"train": given.pop("train")}
+        validation = [name for name in _VALIDATION_NAMES if name in given]
+        if len(validation) > 1:
+            raise UsageError(f"root={self.root} has {' and '.join(validation)}: only one can be for validation.")
+        if validation:
+            folders["val"] = given.pop(validation[0])
+        if "test" in given:
+            folders["test"] = given.pop("test")
+        if len(folders) == 1:
+            raise UsageError(
+                f"root={self.root} has train but neither val nor test: add one, or put the class folders into root"
+                " itself, so that images are held out for testing."
+            )
+        if given:
+            rank_zero_warn(f"left out {', '.join(given)} of root={self.root}: read are {', '.join(folders)}")
+        parts = {name: list_class_folders(folder) for name, folder in folders.items()}
+        for name, classes in parts.items():
+            check_same_classes(folders["train"], list(parts["train"]), folders[name], list(classes))
+        return parts
+
+
+def _paths_and_labels(classes: dict[str, list[str]]) -> tuple[list[str], Tensor]:
+    counts = torch.tensor([len(paths) for paths in classes.values()])
+    return list(chain.from_iterable(classes.values())), torch.arange(len(classes)).repeat_interleave(counts)

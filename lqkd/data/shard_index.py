@@ -1,0 +1,84 @@
+"""The index of a set of tar shards: where each image lies and what it shows."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lqkd.errors import UsageError, first_line
+from lqkd.files import atomic_path
+
+PARTS = ("train", "val")
+"""The folders of a set of shards."""
+INDEX = "index.npz"
+"""Name of the file, beside the shards of each part."""
+
+
+class ShardIndex(NamedTuple):
+    """One entry per image, in the order in which images lie in the shards, and one per shard and class."""
+
+    shard: np.ndarray
+    """(N,) int32 position in ``shard_names``."""
+    offset: np.ndarray
+    """(N,) int64 where the encoded image begins in its shard, in bytes."""
+    size: np.ndarray
+    """(N,) int64 of the encoded image, in bytes."""
+    label: np.ndarray
+    """(N,) int64 position in ``class_names``."""
+    shard_names: np.ndarray
+    """(S,) text, file names."""
+    shard_bytes: np.ndarray
+    """(S,) int64 sizes of the files."""
+    class_names: np.ndarray
+    """(C,) text."""
+
+
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """Write the index of the shards in ``folder``, whole or not at all."""
+    with atomic_path(folder / INDEX) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, **index._asdict())
+
+
+def parse_index(content: bytes, name: str) -> ShardIndex:
+    """Return the index that a file holds.
+
+    Args:
+        content: of the file.
+        name: what messages call it.
+
+    Raises:
+        UsageError: when it is damaged, cut short or of another kind.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            index = ShardIndex(**{field: arrays[field] for field in ShardIndex._fields})
+    except Exception as error:  # a damaged archive raises almost anything
+        raise UsageError(f"{name} is damaged or no index of shards ({first_line(error)}): make it again.") from error
+    samples, shards = len(index.label), len(index.shard_names)
+    whole = samples == len(index.shard) == len(index.offset) == len(index.size) and shards == len(index.shard_bytes)
+    if not (
+        whole
+        and samples > 0
+        and 0 <= index.label.min() <= index.label.max() < len(index.class_names)
+        and 0 <= index.shard.min() <= index.shard.max() < shards
+        and all(re.fullmatch(r"[\w-]+\.tar", str(shard)) for shard in index.shard_names)
+    ):
+        raise UsageError(f"{name} contradicts itself: make it again with python -m lqkd.data.shards.")
+    return index
+
+
+def import_webdataset() -> Any:
+    """Return the optional package that writes shards and opens URLs.
+
+    Raises:
+        UsageError: when it is not installed.
+    """
+    try:
+        import webdataset
+    except ImportError:
+        raise UsageError("shards need webdataset: pip install 'lqkd[streaming]'") from None
+    return webdataset

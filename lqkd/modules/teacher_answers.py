@@ -1,0 +1,120 @@
+"""Getting ready, before the first step, for the teacher's answers: from a fast teacher or from a cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.files import write_json
+from lqkd.modules.steps import total_steps
+from lqkd.modules.teacher_speed import accelerate
+from lqkd.teacher_cache import OpenCache
+from lqkd.teacher_cache.keys import data_key, teacher_key
+
+if TYPE_CHECKING:
+    from lqkd.modules.distill import DistillModule
+
+
+@dataclass
+class KnownOfTeacher:
+    """What has been found out about a teacher, kept beside its cached answers so that it need not run for it again."""
+
+    bf16: list[bool] | None = None
+    """Which teachers compute in bfloat16; None while that is not known."""
+    accuracies: dict[str, float | None] = field(default_factory=dict)
+    path: Path | None = None
+    """Where it is kept; None for nowhere, as on all ranks but the first."""
+
+    def save(self) -> None:
+        """Keep it."""
+        if self.path is not None:
+            try:
+                write_json(self.path, {"bf16": self.bf16, "accuracies": self.accuracies})
+            except OSError as error:
+                rank_zero_warn(f"{self.path} cannot be written, so the teacher is measured in every run: {error}")
+
+
+def prepare_teacher(module: DistillModule) -> tuple[OpenCache | None, KnownOfTeacher]:
+    """Open the cache that the module asks for and let its teacher run fast.
+
+    Args:
+        module: the module, attached to a Trainer, before its first step.
+
+    Returns:
+        The cache, None where none is asked for, and what is known about the teacher.
+
+    Raises:
+        UsageError: when the cache cannot be used.
+    """
+    opened = _open_cache(module)
+    known = KnownOfTeacher()
+    if opened is not None:
+        known = module.trainer.strategy.broadcast(_load(opened.folder / "teacher.json"))
+        known.path = opened.folder / "teacher.json" if module.trainer.is_global_zero else None
+    untouched = [] if module.taps is None else module.taps[0].paths
+    known.bf16 = accelerate(module, untouched, known.bf16)
+    known.save()
+    return opened, known
+
+
+def indices_of(batch: Any) -> Tensor:
+    """The indices (B,) of the samples of a batch.
+
+    Raises:
+        UsageError: when the batch does not tell.
+    """
+    indices = getattr(batch, "indices", None)
+    if not isinstance(indices, Tensor):
+        raise UsageError(
+            "teacher_cache needs to know the samples of a batch: the DataModule must yield lqkd.data.Batch"
+        )
+    return indices
+
+
+def _load(path: Path) -> KnownOfTeacher:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return KnownOfTeacher(kept["bf16"], kept["accuracies"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return KnownOfTeacher()
+
+
+def _open_cache(module: DistillModule) -> OpenCache | None:
+    settings, trainer = module.teacher_cache, module.trainer
+    if settings is None:
+        return None
+    data: Any = getattr(trainer, "datamodule", None)
+    of_data = data_key(data)
+    asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
+    key = {
+        "teachers": [teacher_key(*pair) for pair in zip(module.teachers(), asked, strict=True)],
+        "taps": [] if module.taps is None else list(module.taps[0].paths),
+        "data": of_data,
+    }
+    if any(asked):  # the images that bfloat16 is checked with decide whether it is used
+        key["checked_with"] = "nothing" if getattr(trainer, "fast_dev_run", False) else trainer.limit_val_batches
+
+    @torch.no_grad()
+    def shapes() -> tuple[int, int, list[Any]]:
+        logits, features = module.ask_teacher(torch.zeros(1, *data.image_shape, device=module.device))
+        return len(logits), logits[0].shape[1], [tuple(feature.shape[1:]) for feature in features]
+
+    return settings.open(key, data.train_indices, _epochs(module), shapes)
+
+
+def _epochs(module: DistillModule) -> int:
+    """Epochs of the training, the last of which may be cut short."""
+    trainer = module.trainer
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        return trainer.max_epochs
+    steps = total_steps(trainer, module.accumulate_grad_batches)
+    if steps is None:
+        raise UsageError("teacher_cache needs to know the end of training: set trainer.max_epochs or max_steps")
+    return -(-steps * module.accumulate_grad_batches // int(trainer.num_training_batches))

@@ -1,0 +1,66 @@
+"""Making the teacher of a training fast, as far as its answers stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lqkd.modules.references import accuracy
+from lqkd.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from lqkd.modules.distill import DistillModule
+
+LARGEST_LOSS = 0.001
+"""bfloat16 must move the accuracy on the validation images by less than this: 0.1 points."""
+
+
+@torch.no_grad()
+def accelerate(module: DistillModule, untouched: Collection[str], known: list[bool] | None) -> list[bool]:
+    """Let every teacher of ``module`` answer through a faster copy of its network.
+
+    Args:
+        module: the module, attached to a Trainer, before its first step.
+        untouched: names of the teacher's modules whose outputs are compared with the student's.
+        known: which teachers compute in bfloat16, where an earlier run has found that out; None to find out.
+
+    Returns:
+        Which teachers compute in bfloat16, the same on all ranks.
+    """
+    chosen = []
+    several = len(module.teachers()) > 1
+    for number, teacher in enumerate(module.teachers(), 1):
+        name = f"teacher {number}" if several else "teacher"
+        bf16 = _bf16(module, teacher, untouched, name) if known is None else known[number - 1]
+        teacher.accelerate(bf16=bf16, untouched=untouched)
+        chosen.append(bf16)
+    return chosen
+
+
+def _bf16(module: DistillModule, teacher: FrozenTeacher, untouched: Collection[str], name: str) -> bool:
+    """Whether ``teacher`` is to answer in bfloat16."""
+    wanted = bool(module.trainer.strategy.broadcast(teacher.wants_bf16(module.device)))
+    if not wanted or teacher.precision == "bf16":
+        return wanted
+    data: Any = getattr(module.trainer, "datamodule", None)
+    limit = module.trainer.limit_val_batches
+    if data is None or getattr(module.trainer, "fast_dev_run", False) or limit == 0:
+        rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
+        return False
+    teacher.accelerate(bf16=False, untouched=untouched)
+    before = accuracy(module, teacher, data.val_dataloader(), limit)
+    teacher.accelerate(bf16=True, untouched=untouched)
+    after = accuracy(module, teacher, data.val_dataloader(), limit)
+    if before is None or after is None:
+        return False
+    moved = abs(after - before)
+    if moved < LARGEST_LOSS:
+        rank_zero_info(f"the {name} computes in bf16: its validation accuracy moves by {moved:.2%} only")
+        return True
+    rank_zero_info(
+        f"the {name} stays in fp32: in bf16 its validation accuracy would move from {before:.2%} to {after:.2%}"
+    )
+    return False

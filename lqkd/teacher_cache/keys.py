@@ -1,0 +1,87 @@
+"""What a teacher's answers depend on, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.teacher import FrozenTeacher
+
+NEEDED = {
+    "fingerprint": "a method that returns a hash of all images and labels",
+    "augmentation_key": "a method that returns all settings that decide what a training image looks like in an epoch",
+    "train_indices": "a sorted tensor of the indices of all training samples",
+    "image_shape": "(C, H, W)",
+    "mean": "the channel means that are subtracted",
+    "std": "the channel standard deviations that are divided by",
+}
+"""What a DataModule must offer for its teacher's answers to be stored."""
+
+_PREPARES = ("preprocess", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""Methods of a DataModule that can change its images on the way to the step."""
+
+
+def teacher_key(teacher: FrozenTeacher, bf16: bool) -> dict[str, Any]:
+    """All that a teacher's answers to an image depend on; ``bf16`` is whether bfloat16 is asked for."""
+    return {
+        "network": re.sub(r" at 0x[0-9a-f]+", "", str(teacher.network)),
+        "weights": weights_hash(teacher.network),
+        "mean": teacher.mean,
+        "std": teacher.std,
+        "image_size": teacher.image_size,
+        "precision": f"{teacher.precision}, {'bf16' if bf16 else 'fp32'}",
+    }
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Hash of names, dtypes, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()]):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor of any dtype and device, in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def data_key(data: Any) -> dict[str, Any]:
+    """All that the training images of a DataModule depend on, but for the epoch and the index.
+
+    ``augmentation`` is empty where an image looks the same in all epochs.
+
+    Raises:
+        UsageError: when the DataModule does not tell.
+    """
+    lacks = [f"{name} ({what})" for name, what in NEEDED.items() if getattr(data, name, None) is None]
+    if data is None or lacks:
+        raise UsageError(
+            f"teacher_cache needs a DataModule that tells what its images are: it lacks {'; '.join(lacks)}"
+        )
+    _check_that_the_key_covers(type(data))
+    return {
+        "fingerprint": data.fingerprint(),
+        "samples": hashlib.sha256(tensor_bytes(data.train_indices)).hexdigest(),
+        "image_shape": tuple(data.image_shape),
+        "mean": tuple(data.mean),
+        "std": tuple(data.std),
+        "augmentation": data.augmentation_key(),
+    }
+
+
+def _check_that_the_key_covers(kind: type) -> None:
+    """Refuse a class that changes images in a method of its own, but takes over its parent's augmentation_key."""
+    keyed = next(owner for owner in kind.__mro__ if "augmentation_key" in vars(owner))
+    own = [name for owner in kind.__mro__[: kind.__mro__.index(keyed)] for name in _PREPARES if name in vars(owner)]
+    if own:
+        raise UsageError(
+            f"teacher_cache cannot know what {kind.__name__}.{own[0]} does to images: give {kind.__name__} an "
+            "augmentation_key of its own that names every setting"
+        )

@@ -1,0 +1,77 @@
+"""Two gloo processes of one run that are stopped, resumed, or diverge."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.forked import Forks, forks, send
+from tests.integration.test_resume import QUICKSTART, SMALL, after_saving, assert_same, steps_done
+
+NAN_ON_THE_SECOND_RANK = """
+import torch.nn.functional as F
+real, calls = F.cross_entropy, [0]
+def cross_entropy(logits, *rest, **more):
+    calls[0] += torch.is_grad_enabled()
+    return real(logits, *rest, **more) * (float("nan") if calls[0] == 4 and os.environ["RANK"] == "1" else 1.0)
+F.cross_entropy = cross_entropy
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp_resume")
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lqkd(place: Path) -> Iterator[Forks]:
+    with forks(place / "log") as server:
+        yield server
+
+
+def ranks() -> list[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def fit(place: Path, version: str, *more: str) -> list[str]:
+    arguments = ["fit", "--config", QUICKSTART, "--config", str(place / "small.yaml"), "--run.root", str(place)]
+    arguments += ["--run.version", version, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    return [*arguments, "--data.init_args.batch_size", "8", *more]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_resume_to_the_same_result(lqkd: Forks, place: Path) -> None:
+    """Only the second gets the signal, in the second epoch; batch norm and loss statistics differ between the two."""
+    runs = place / "run"
+    assert lqkd.run_ranks(*fit(place, "whole"), environments=ranks()) == [0, 0], lqkd.log.read_text()
+    assert "global batch 16 = 2 processes x 8 images" in lqkd.log.read_text()
+    seen = after_saving(runs / "cut", 6)
+    statuses = lqkd.run_ranks(
+        *fit(place, "cut"), environments=ranks(), meanwhile=lambda pids: send(pids[1], signal.SIGTERM, seen)
+    )
+    assert statuses == [143, 143], lqkd.log.read_text()
+    assert 0 < steps_done(runs / "cut") < 18
+    assert lqkd.run_ranks("resume", str(runs / "cut"), environments=ranks()) == [0, 0], lqkd.log.read_text()
+    assert_same(runs / "cut", runs / "whole")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_nan_on_one_process_stops_both_in_that_step(lqkd: Forks, place: Path) -> None:
+    statuses = lqkd.run_ranks(*fit(place, "nan"), environments=ranks(), before=NAN_ON_THE_SECOND_RANK)
+    assert statuses == [3, 3]
+    assert "training diverged at step 3 (epoch 0): the loss is not finite on another process" in lqkd.log.read_text()
+    assert steps_done(place / "run" / "nan") == 3
+    saved = torch.load(place / "run" / "nan" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in saved.values())

@@ -1,0 +1,64 @@
+"""Who may train into a run folder, and when a run is known to have been started again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lqkd.errors import UsageError
+from lqkd.run_folder import RunSettings, lock, remove_partial_files, restarted
+
+
+def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        lock(tmp_path)
+        os._exit(0)
+    os.waitpid(child, 0)
+    held = lock(tmp_path, patience=0.0)
+    with pytest.raises(UsageError, match="is in use: another process is training in it"):
+        lock(tmp_path, patience=0.0)
+    os.close(held)
+    os.close(lock(tmp_path, patience=0.0))
+
+
+def test_only_half_written_files_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/.last.1a2b3c4d.ckpt.tmp", ".metrics.0f.csv.tmp", "mine.tmp", "checkpoints/last.ckpt"):
+        (tmp_path / name).touch()
+    remove_partial_files(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"mine.tmp", "last.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "version", "expected"),
+    [
+        ({}, "mine", None),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, "mine", None),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, "mine", "mine"),
+        ({"SLURM_RESTART_COUNT": "2"}, "never_begun", None),
+        ({"SLURM_RESTART_COUNT": "2"}, None, None),
+        ({"SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None, "slurm_7"),
+        (
+            {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "9", "WORLD_SIZE": "2"},
+            None,
+            "torchrun_9",
+        ),
+    ],
+)
+def test_a_run_that_was_started_again_finds_its_folder(
+    environment: dict[str, str],
+    version: str | None,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("mine", "slurm_7", "torchrun_9"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "config.yaml").touch()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = restarted(RunSettings(root=str(tmp_path), version=version))
+    assert found == (None if expected is None else tmp_path / "run" / expected)
