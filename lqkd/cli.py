@@ -1,4 +1,4 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity``."""
+"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity | compare | report``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, loc
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
     "'resume RUN' goes on with a run that was stopped or killed, and 'sensitivity RUN' ranks the layers of a run by "
-    "what few bits cost each (see their --help)."
+    "what few bits cost each; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
+    "(see their --help)."
 )
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -337,6 +338,16 @@ def main(args: Sequence[str] | None = None) -> int:
             from lqkd import sensitivity  # it reads runs through this module
 
             sensitivity.main(given[1:])
+            return 0
+        if given[:1] == ["compare"]:
+            from lqkd.study import compare  # its runs come through this module
+
+            compare.main(given[1:])
+            return 0
+        if given[:1] == ["report"]:
+            from lqkd.study import report
+
+            report.main(given[1:])
             return 0
         resumption = None
         if given[:1] == ["resume"]:
