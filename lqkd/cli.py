@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import importlib
 import importlib.util
 import json
 import logging
@@ -44,6 +45,8 @@ DESCRIPTION = (
     "what few bits cost each; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
     "(see their --help)."
 )
+_VERBS = {"sensitivity": "lqkd.sensitivity", "compare": "lqkd.study.compare", "report": "lqkd.study.report"}
+"""Modules of the verbs that are none of Lightning's; they import this one."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -334,20 +337,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _silence_noise()
     given = sys.argv[1:] if args is None else list(args)
     try:
-        if given[:1] == ["sensitivity"]:
-            from lqkd import sensitivity  # it reads runs through this module
-
-            sensitivity.main(given[1:])
-            return 0
-        if given[:1] == ["compare"]:
-            from lqkd.study import compare  # its runs come through this module
-
-            compare.main(given[1:])
-            return 0
-        if given[:1] == ["report"]:
-            from lqkd.study import report
-
-            report.main(given[1:])
+        if given and given[0] in _VERBS:
+            importlib.import_module(_VERBS[given[0]]).main(given[1:])
             return 0
         resumption = None
         if given[:1] == ["resume"]:

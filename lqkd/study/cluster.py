@@ -66,7 +66,7 @@ def run_on_cluster(
     for task in tasks:
         record = _record(task)
         if record.is_file():
-            job = kind(folder=folder, job_id=json.loads(record.read_text(encoding="utf-8"))["job"])
+            job: Any = kind(folder=folder, job_id=json.loads(record.read_text(encoding="utf-8"))["job"])
             if not job.done(force_check=True):
                 jobs[task] = job
     new = [task for task in tasks if task not in jobs]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -21,8 +21,8 @@ from lqkd.study.settings import STUDY, Study, read_arguments
 from lqkd.study.statistics import summarize
 from lqkd.study.sweep import check_sweep, search
 from lqkd.study.tables import HEADINGS, cells, write_tables
-from lqkd.study.task import FINISHED, STOPPED, Task
-from lqkd.study.variants import write_variant
+from lqkd.study.task import FINISHED, STOPPED, Task, tasks_of
+from lqkd.study.variants import Variants
 
 
 def main(args: Sequence[str]) -> None:
@@ -40,10 +40,11 @@ def main(args: Sequence[str]) -> None:
     study.folder.mkdir(parents=True, exist_ok=True)
     _held = lock(study.folder)
     remove_partial_files(study.folder)
+    variants = Variants(study.folder, base)
     for name, overrides in study.variants.items():
-        write_variant(study.folder, name, base, overrides)
+        variants.write(name, overrides)
     if study.sweep is not None:
-        write_variant(study.folder, "base", base, {})
+        variants.write("base", {})
     write_text(study.folder / STUDY, _described(study))
     tasks = [task for seed in study.seeds for task in tasks_of(study, list(study.variants), seed)]
     trials = study.sweep.trials if study.sweep is not None else 0
@@ -51,10 +52,10 @@ def main(args: Sequence[str]) -> None:
     run(tasks)
     names = list(study.variants)
     if study.sweep is not None:
-        names += search(study, base, run)
+        names += search(study, variants, run)
     ordered = [task for name in names for task in (Task(study.folder, name, seed) for seed in study.seeds)]
     results = read_runs(ordered)
-    baseline = baseline_of(study)
+    baseline = study.compared_with
     summaries = summarize(results, baseline)
     write_tables(study.folder, results, summaries)
     table = Table(title=f"{study.name}: accuracy in % (difference to {baseline}: paired by seed, 95 % interval)")
@@ -62,24 +63,12 @@ def main(args: Sequence[str]) -> None:
         table.add_column(heading, justify="left" if column == 0 else "right")
     for name, measures in summaries.items():
         table.add_row(*cells(name, measures, baseline))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for result in results:
         if not result.finished:
             console.print(f"{result.variant} seed {result.seed} {result.status}: {result.message}", soft_wrap=True)
     console.print(f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page", soft_wrap=True)
-
-
-def baseline_of(study: Study) -> str | None:
-    """The variant that others are compared with."""
-    return study.baseline or next(iter(study.variants), None)
-
-
-def tasks_of(study: Study, names: Sequence[str], seed: int) -> list[Task]:
-    """The runs of one seed, whose teacher and data the caches of the machine then have at hand."""
-    parallel = study.launcher.parallel if study.launcher.submitit is None else 1
-    threads = None if parallel == 1 else max(1, (os.cpu_count() or 1) // parallel)
-    return [Task(study.folder, name, seed, threads) for name in names]
 
 
 class Runner:

@@ -41,15 +41,15 @@ def run_here(tasks: Sequence[Task], parallel: int, ended: Callable[[Task], None]
     with _Signals() as signals:
         while (left and signals.received is None) or running:
             while left and len(running) < parallel and signals.received is None:
-                process = context.Process(target=_child, args=(left[0],))
+                process: BaseProcess = context.Process(target=_child, args=(left[0],))
                 process.start()
                 running[process] = left.pop(0)
             wait([process.sentinel for process in running], timeout=1.0)
             if signals.received is not None:
                 signals.pass_on(running)
-            for process in [process for process in running if not process.is_alive()]:
-                process.join()
-                ended(running.pop(process))
+            for dead in [process for process in running if not process.is_alive()]:
+                dead.join()
+                ended(running.pop(dead))
             waiting(list(running.values()))
     if signals.received is not None:
         name = signal.Signals(signals.received).name

@@ -29,8 +29,11 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     result = copy.deepcopy(dict(base))
     for key, value in overrides.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and (CLASS not in value or value[CLASS] == old.get(CLASS)):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get(CLASS, old.get(CLASS)) == old.get(CLASS)
+        ):
             result[key] = merge(old, value)
         else:
             result[key] = copy.deepcopy(value)

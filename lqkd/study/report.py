@@ -7,7 +7,7 @@ import base64
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from lqkd.study.layers import read_layers
 from lqkd.study.results import Run, read, read_runs
 from lqkd.study.settings import STUDY, read_study
 from lqkd.study.statistics import Summary, summarize
-from lqkd.study.tables import HEADINGS, NOTE, RUNS, TABLE, cells, markdown, write_tables
+from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
 
 HTML = "report.html"
@@ -107,19 +107,20 @@ def gather(folder: Path) -> Material:
         names = [*study.variants, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
         tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
         runs = read_runs(tasks)
-        baseline = study.baseline or next(iter(study.variants), None)
         configs = {STUDY: (folder / STUDY).read_text(encoding="utf-8")}
         for name in names:
             config = folder / "variants" / f"{name}.yaml"
             configs[name] = config.read_text(encoding="utf-8") if config.is_file() else ""
-        return Material(study.name, "study", runs, summarize(runs, baseline), baseline, tasks, configs)
+        return Material(
+            study.name, "study", runs, summarize(runs, study.compared_with), study.compared_with, tasks, configs
+        )
     if (folder / CONFIG).is_file():
         name = "/".join(folder.resolve().parts[-2:])
-        config = (folder / CONFIG).read_text(encoding="utf-8")
-        run = read(folder, name, yaml.safe_load(config).get("seed_everything"))
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        run = read(folder, name, yaml.safe_load(text).get("seed_everything"))
         if run.test is None:
             run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
-        return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: config})
+        return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
     raise UsageError(f"{str(folder)!r} is neither a run folder (with {CONFIG}) nor that of a study (with {STUDY})")
 
 
@@ -144,13 +145,13 @@ def _accuracy_rows(material: Material) -> list[list[str]]:
 
 def _run_row(run: Run) -> list[str]:
     def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.2f}"
+        return NONE if value is None else f"{100 * value:.2f}"
 
     summary = run.summary
     size = summary.get("packed_bytes")
     shown = [run.variant, str(run.seed), run.status, percent(run.best), percent(run.last), percent(run.test)]
-    shown += [str(summary.get(key) or "–") for key in ("weight_bits", "activation_bits")]
-    return [*shown, "–" if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", "–"))]
+    shown += [str(summary.get(key) or NONE) for key in ("weight_bits", "activation_bits")]
+    return [*shown, NONE if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", NONE))]
 
 
 def _origins(runs: Sequence[Run]) -> list[str]:
@@ -208,7 +209,7 @@ def _plots(material: Material) -> list[Picture]:
         caption = f"Learning curves: {words}; mean over seeds, and the range of the seeds."
         last = _last_values(material.runs, metric)
         drawn.append((plots.curves(material.runs, metric, words), f"{caption} Last epoch: {last}.", caption))
-    for cost, words in (("packed_bytes", "packed size, kB"), ("latency", "latency, ms")):
+    for cost, words in ((_kilobytes, "packed size, kB"), (_latency, "latency, ms")):
         points = _pareto_points(material, cost)
         caption = f"Best validation accuracy against {words}; the line joins what nothing else beats in both."
         told = "; ".join(f"{name}: {x:.1f}, {y:.2f} %" for name, (x, y) in points.items())
@@ -228,11 +229,13 @@ def _last_values(runs: Sequence[Run], metric: str) -> str:
     return ", ".join(f"{name} {sum(last) / len(last):.3f}" for name, last in values.items())
 
 
-def _pareto_points(material: Material, cost: str) -> dict[str, tuple[float, float]]:
+def _pareto_points(material: Material, cost: Callable[[Run], float | None]) -> dict[str, tuple[float, float]]:
     points = {}
     for name, measures in material.summaries.items():
         runs = [run for run in material.runs if run.variant == name and run.finished]
-        costs = [value for run in runs if (value := _latency(run) if cost == "latency" else _kilobytes(run)) is not None]
+        costs = [
+            value for run in runs if (value := _latency(run) if cost == "latency" else _kilobytes(run)) is not None
+        ]
         if costs and measures["val_best"].mean is not None:
             points[name] = (sum(costs) / len(costs), 100 * measures["val_best"].mean)
     return points
@@ -287,7 +290,7 @@ def _layer_tables(runs: Sequence[Run]) -> list[tuple[Table, list[str]]]:
                 layer.weight_bits,
                 layer.activation_bits,
                 f"{layer.parameters:,}",
-                "–" if layer.packed_bytes is None else f"{layer.packed_bytes:,.0f}",
+                NONE if layer.packed_bytes is None else f"{layer.packed_bytes:,.0f}",
                 layer.note,
             ]
             for layer in layers

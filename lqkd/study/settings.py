@@ -36,7 +36,7 @@ class Launcher:
 
 @dataclass
 class Sweep:
-    """A search with Optuna (TPE) for the settings with the best mean ``val/acc`` over the seeds; test data play no part.
+    """A search with Optuna (TPE) for the settings with the best mean ``val/acc`` over the seeds, never by test data.
 
     Attributes:
         parameters: settings by dotted key: ``{low: 0.1, high: 10, log: true}``, ``{low: 8, high: 64, step: 8}`` (whole
@@ -78,6 +78,11 @@ class Study:
     teacher_cache: dict[str, Any] | None = None
     launcher: Launcher = field(default_factory=Launcher)
     sweep: Sweep | None = None
+
+    @property
+    def compared_with(self) -> str | None:
+        """The variant that others are compared with; None in a sweep alone."""
+        return self.baseline or next(iter(self.variants), None)
 
     @property
     def folder(self) -> Path:
@@ -209,6 +214,8 @@ def _check(study: Study) -> None:
         raise UsageError(f"seeds={study.seeds} is not possible: give whole numbers")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0:
         raise UsageError(f"seeds={study.seeds} is not possible: give different whole numbers >= 0")
+    if "base" in study.variants and study.sweep is not None:
+        raise UsageError("variants: the name base is that of the sweep's own configuration")
     if study.baseline is not None and study.baseline not in study.variants:
         raise UsageError(f"baseline={study.baseline!r} is no variant: use one of {', '.join(study.variants)}")
     if study.launcher.parallel < 1:

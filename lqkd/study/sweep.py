@@ -13,8 +13,8 @@ from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_text
 from lqkd.study.results import read_runs
 from lqkd.study.settings import Study, Sweep
-from lqkd.study.task import Task
-from lqkd.study.variants import write_variant
+from lqkd.study.task import Task, tasks_of
+from lqkd.study.variants import Variants
 
 TRIALS = "sweep.csv"
 BEST = "best.yaml"
@@ -43,7 +43,7 @@ def check_sweep(sweep: Sweep) -> None:
             )
 
 
-def search(study: Study, base: Mapping[str, Any], run: Callable[[Sequence[Task]], None]) -> list[str]:
+def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], None]) -> list[str]:
     """Try the points of the sweep one after the other, each with all seeds, and return the names of the variants.
 
     The search depends on its seed and on what earlier trials came to, so that one that is started again repeats itself
@@ -61,8 +61,8 @@ def search(study: Study, base: Mapping[str, Any], run: Callable[[Sequence[Task]]
         trial = trials.ask()
         point = {key: _suggest(trial, key, space) for key, space in study.sweep.parameters.items()}
         name = f"trial_{number:03d}"
-        write_variant(study.folder, name, base, point)
-        tasks = [Task(study.folder, name, seed) for seed in study.seeds]
+        variants.write(name, point)
+        tasks = [task for seed in study.seeds for task in tasks_of(study, [name], seed)]
         run(tasks)
         scores = [result.best for result in read_runs(tasks) if result.finished and result.best is not None]
         mean = sum(scores) / len(scores) if len(scores) == len(tasks) else None

@@ -38,7 +38,7 @@ def _variant_row(name: str, measures: Mapping[str, Summary]) -> dict[str, Any]:
 
 
 def _run_row(run: Run) -> dict[str, Any]:
-    row = {"variant": run.variant, "seed": run.seed, "status": run.status, "message": run.message}
+    row: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "status": run.status, "message": run.message}
     row |= {"val_best": run.best, "val_last": run.last, "test": run.test}
     return row | {key: run.summary.get(key) for key in _FROM_SUMMARY}
 
@@ -50,6 +50,7 @@ def _write(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+NONE = "n/a"
 HEADINGS = (
     "variant", "seeds", "val best", "difference", "val last", "difference", "test", "difference"
 )  # fmt: skip
@@ -66,7 +67,7 @@ def cells(name: str, measures: Mapping[str, Summary], baseline: str | None) -> l
 def accuracy(summary: Summary) -> str:
     """For example ``91.24 ± 0.31``."""
     if summary.mean is None:
-        return "–"
+        return NONE
     return f"{100 * summary.mean:.2f}" + ("" if summary.std is None else f" ± {100 * summary.std:.2f}")
 
 
@@ -74,7 +75,7 @@ def difference(summary: Summary) -> str:
     """For example ``+0.41 [+0.12, +0.70]``."""
     d = summary.difference
     if d is None or d.mean is None:
-        return "–"
+        return NONE
     interval = "" if d.low is None or d.high is None else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
     return f"{100 * d.mean:+.2f}{interval}"
 

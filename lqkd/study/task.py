@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.files import atomic_path, write_json
 from lqkd.run_folder import CONFIG
+from lqkd.study.settings import Study
 
 FINISHED = "finished"
 FAILED = "failed"
@@ -146,6 +148,13 @@ class Task:
             with atomic_path(target) as temporary:
                 temporary.write_bytes(save(state))
         return target
+
+
+def tasks_of(study: Study, names: Sequence[str], seed: int) -> list[Task]:
+    """The runs of one seed."""
+    parallel = study.launcher.parallel if study.launcher.submitit is None else 1
+    threads = None if parallel == 1 else max(1, (os.cpu_count() or 1) // parallel)
+    return [Task(study.folder, name, seed, threads) for name in names]
 
 
 def _build(student: Any, seed: int) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 
 from lqkd.cli import LqkdCLI
 from lqkd.errors import UsageError
@@ -34,6 +35,11 @@ class _Check(LqkdCLI):
             args=["fit", "--config", str(config)],
         )
 
+    def again(self, config: Path) -> None:
+        """Parse another file; to make the parser takes longer than to use it."""
+        self.parse_arguments(self.parser, ["fit", "--config", str(config)])
+        self.before_instantiate_classes()
+
     def _parse_ckpt_path(self) -> None:
         pass
 
@@ -44,43 +50,60 @@ class _Check(LqkdCLI):
         pass
 
 
-def write_variant(folder: Path, name: str, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Path:
-    """Write the configuration of a variant to ``folder/variants``, unless it is there already.
+class Variants:
+    """Writes the configurations of variants to ``folder/variants``.
 
     Args:
         folder: of the study.
-        name: of the variant.
         base: configuration with what all variants share, nested.
-        overrides: of this variant, nested or dotted.
-
-    Raises:
-        UsageError: when it is no configuration of ``fit``, or runs of another one under this name exist.
     """
-    config = merge(base, nested(overrides))
-    for key in _OWN:
-        if key in nested(overrides):
-            raise UsageError(f"variants.{name}.{key} is not possible: a study chooses it for each of its runs")
-        config.pop(key, None)
-    target = folder / "variants" / f"{name}.yaml"
-    if target.is_file():
-        kept = yaml.safe_load(target.read_text(encoding="utf-8"))
-        line = next((line for _, line in differences(kept, config, "")), None)
-        if line is None:
-            return target
-        if (folder / "runs" / name).exists():
-            raise UsageError(
-                f"variants.{name} has runs in {folder} already but was changed: {line}; give it or the study another name"
-            )
-    text = yaml.safe_dump(config, sort_keys=False)
-    proposed = target.with_name(f".{name}.yaml")
-    write_text(proposed, text)
-    try:
-        _Check(proposed)
-    except UsageError as error:
-        raise UsageError(f"variants.{name}: {error}") from error
-    except Exception as error:  # jsonargparse has several
-        raise UsageError(f"variants.{name}: {condense(str(error))}") from error
-    finally:
-        proposed.unlink()
-    write_text(target, text)
-    return target
+
+    def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
+        self.folder, self.base = folder, base
+        self._check: _Check | None = None
+
+    def write(self, name: str, overrides: Mapping[str, Any]) -> None:
+        """Write one, unless it is there already.
+
+        Args:
+            name: of the variant.
+            overrides: of the base, nested or dotted.
+
+        Raises:
+            UsageError: when it is no configuration of ``fit``, or runs of another one under this name exist.
+        """
+        changes = nested(overrides)
+        config = merge(self.base, changes)
+        for key in _OWN:
+            if key in changes:
+                raise UsageError(f"variants.{name}.{key} is not possible: a study chooses it for each of its runs")
+            config.pop(key, None)
+        target = self.folder / "variants" / f"{name}.yaml"
+        if target.is_file():
+            kept = yaml.safe_load(target.read_text(encoding="utf-8"))
+            line = next((line for _, line in differences(kept, config, "")), None)
+            if line is None:
+                return
+            if (self.folder / "runs" / name).exists():
+                raise UsageError(
+                    f"variants.{name} has runs in {self.folder} already but was changed: {line}; give it or the study "
+                    "another name"
+                )
+        text = yaml.safe_dump(config, sort_keys=False)
+        proposed = target.with_name(f".{name}.yaml")
+        write_text(proposed, text)
+        try:
+            self._parse(proposed)
+        except UsageError as error:
+            raise UsageError(f"variants.{name}: {error}") from error
+        except ArgumentError as error:
+            raise UsageError(f"variants.{name}: {condense(str(error))}") from error
+        finally:
+            proposed.unlink()
+        write_text(target, text)
+
+    def _parse(self, config: Path) -> None:
+        if self._check is None:
+            self._check = _Check(config)
+        else:
+            self._check.again(config)
