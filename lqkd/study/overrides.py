@@ -28,7 +28,7 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """
     result = copy.deepcopy(dict(base))
     for key, value in overrides.items():
-        old = result.get(key)
+        old: Any = result.get(key)
         if (
             isinstance(old, Mapping)
             and isinstance(value, Mapping)

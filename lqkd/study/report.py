@@ -233,9 +233,7 @@ def _pareto_points(material: Material, cost: Callable[[Run], float | None]) -> d
     points = {}
     for name, measures in material.summaries.items():
         runs = [run for run in material.runs if run.variant == name and run.finished]
-        costs = [
-            value for run in runs if (value := _latency(run) if cost == "latency" else _kilobytes(run)) is not None
-        ]
+        costs = [value for run in runs if (value := cost(run)) is not None]
         if costs and measures["val_best"].mean is not None:
             points[name] = (sum(costs) / len(costs), 100 * measures["val_best"].mean)
     return points
