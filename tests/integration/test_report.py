@@ -50,10 +50,8 @@ def write_run(folder: Path, accuracy: float, size: int) -> None:
     Image.new("RGB", (300, 200), (30, 90, 150)).save(folder / "regularizer" / "weights.png")
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
+def write_study(folder: Path) -> Path:
     """Two variants with two seeds each, and one that failed."""
-    folder = tmp_path / "study"
     names = {"task_only": 0.90, "kl": 0.93, "broken": 0.0}
     (folder / "variants").mkdir(parents=True)
     described = {"name": "small", "base": "b.yaml", "seeds": [0, 1], "variants": dict.fromkeys(names, {})}
@@ -72,6 +70,11 @@ def study(tmp_path: Path) -> Path:
             else:
                 write_run(folder / "runs" / name / f"seed_{seed}", accuracy + 0.01 * seed, 10_000)
     return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "study")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -131,25 +134,33 @@ def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 # ---- in a browser
 
 
-@pytest.fixture
-def page(study: Path) -> Iterator[Any]:
-    """The page of the study, opened at the width of a phone; what it complains of or asks the network is kept."""
+@pytest.fixture(scope="module")
+def browser_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     if BROWSER is None:
         pytest.skip("no Chromium is installed")
+    study = write_study(tmp_path_factory.mktemp("page") / "study")
     main(["report", str(study)])
     with playwright.sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 400, "height": 800})
-        opened.complaints = []
+        opened.complaints, opened.requests = [], []
         opened.on("console", lambda message: opened.complaints.append(message.text))
         opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
         opened.on("requestfailed", lambda request: opened.complaints.append(request.url))
-        opened.requests = []
         opened.on("request", lambda request: opened.requests.append(request.url))
-        opened.goto((study / "report.html").resolve().as_uri())
+        opened.address = (study / "report.html").resolve().as_uri()
         yield opened
         browser.close()
+
+
+@pytest.fixture
+def page(browser_page: Any) -> Any:
+    """The page of the study, opened at the width of a phone; what it complains of or asks the network is kept."""
+    browser_page.complaints.clear()
+    browser_page.requests.clear()
+    browser_page.goto(browser_page.address)
+    return browser_page
 
 
 HOW_MUCH_INK = """async image => {
