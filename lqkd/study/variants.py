@@ -16,7 +16,7 @@ from lqkd.parser import OneLineParser, condense
 from lqkd.resume import differences
 from lqkd.study.overrides import merge, nested
 
-_OWN = ("run", "seed_everything", "ckpt_path")
+_OWN = ("seed_everything", "ckpt_path", "run.root", "run.name", "run.version")
 """Settings that a study chooses for each of its runs."""
 
 
@@ -75,9 +75,10 @@ class Variants:
         changes = nested(overrides)
         config = merge(self.base, changes)
         for key in _OWN:
-            if key in changes:
+            first, _, second = key.partition(".")
+            if first in changes and (not second or second in changes[first]):
                 raise UsageError(f"variants.{name}.{key} is not possible: a study chooses it for each of its runs")
-            config.pop(key, None)
+            (config.get(first, {}) if second else config).pop(second or first, None)
         target = self.folder / "variants" / f"{name}.yaml"
         if target.is_file():
             kept = yaml.safe_load(target.read_text(encoding="utf-8"))

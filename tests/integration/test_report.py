@@ -16,7 +16,9 @@ from PIL import Image
 
 from lqkd.cli import main
 
-BROWSER = next((path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
+)
 LAYERS = """layer   kind         W      A      parameters  note
 conv1   Conv2d       8      8      72          weight LSQ per channel, input LSQ per tensor
 conv2   Conv2d       2      2      1,152       weight LSQ per channel, input LSQ per tensor
@@ -207,7 +209,11 @@ def test_tables_are_sorted_by_their_headings_with_the_keyboard(page: Any) -> Non
     assert heading.get_attribute("aria-sort") == "ascending"
     page.keyboard.press("Enter")
     assert heading.get_attribute("aria-sort") == "descending"
-    assert page.eval_on_selector_all("section:first-child tbody th", names) == ["kl", "task_only", "broken"]  # n/a stays last
+    assert page.eval_on_selector_all("section:first-child tbody th", names) == [
+        "kl",
+        "task_only",
+        "broken",
+    ]  # n/a stays last
 
 
 def test_the_page_says_all_to_a_screen_reader(page: Any) -> None:
@@ -225,6 +231,7 @@ def test_the_page_says_all_to_a_screen_reader(page: Any) -> None:
     assert len(pictures) == 9
     assert all(len(picture.get_attribute("alt")) > 20 for picture in pictures)
     assert page.get_by_role("region", name="Accuracy of each variant, in %").count() == 1
-    assert page.evaluate("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == page.locator(
-        "[id]"
-    ).count()
+    assert (
+        page.evaluate("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size")
+        == page.locator("[id]").count()
+    )

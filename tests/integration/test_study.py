@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lqkd.run_folder import lock
 from lqkd.study.settings import read_arguments
 from lqkd.study.variants import Variants
 from tests.forked import Forks, forks, send
@@ -23,9 +24,10 @@ SMALL: dict[str, Any] = {
     "base": str(CONFIGS / "quickstart.yaml"),
     "seeds": [0, 1],
     "settings": {
-        "trainer.max_epochs": 2,
+        "trainer.max_epochs": 4,
         "trainer.log_every_n_steps": 1,
         "trainer.callbacks": None,
+        "run.save_every_n_steps": 2,
         "trainer.num_sanity_val_steps": 0,
         "data.init_args": {"limit_train": 128, "batch_size": 32},
         "model.init_args.student_weights": None,
@@ -37,6 +39,13 @@ SMALL: dict[str, Any] = {
     },
 }
 
+FORKING = """
+import multiprocessing
+choose = multiprocessing.get_context
+multiprocessing.get_context = lambda method: choose("fork")
+"""
+"""Runs fork from the process that compares, which saves the time to import everything once more."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -46,11 +55,13 @@ def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield runner
 
 
-def compare(lqkd: Forks, folder: Path, described: dict[str, Any], *arguments: str, **options: Any) -> int:
+def compare(
+    lqkd: Forks, folder: Path, described: dict[str, Any], *arguments: str, before: str = FORKING, **options: Any
+) -> int:
     path = folder / "study.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(described, sort_keys=False))
-    return lqkd.run("compare", "--config", str(path), "--root", str(folder), *arguments, **options)
+    return lqkd.run("compare", "--config", str(path), "--root", str(folder), *arguments, before=before, **options)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -104,7 +115,7 @@ def test_a_variant_with_runs_cannot_change(lqkd: Forks, finished: Path) -> None:
     described["settings"]["trainer.max_epochs"] = 3
     assert compare(lqkd, finished.parent, described) == 2
     assert "variants.plain has runs in" in lqkd.log.read_text()
-    assert "trainer.max_epochs was 2 and is now 3" in lqkd.log.read_text()
+    assert "trainer.max_epochs was 4 and is now 3" in lqkd.log.read_text()
 
 
 def test_a_mistake_in_a_variant_is_told_before_the_first_run(lqkd: Forks, tmp_path: Path) -> None:
@@ -118,12 +129,11 @@ def test_a_mistake_in_a_variant_is_told_before_the_first_run(lqkd: Forks, tmp_pa
 def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(
     lqkd: Forks, finished: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at a claimed folder, within the first run and between runs; SIGTERM at last."""
+    """SIGKILL at a claimed folder and within a run; SIGTERM at last."""
     runs = tmp_path / "small" / "runs"
     moments = [
         (signal.SIGKILL, lambda: (runs / "plain" / "seed_0").exists()),
         (signal.SIGKILL, lambda: (runs / "plain" / "seed_0" / "checkpoints" / "last.ckpt").exists()),
-        (signal.SIGKILL, lambda: (runs / "table" / "seed_0" / "metrics.csv").exists()),
         (signal.SIGTERM, lambda: (runs / "plain" / "seed_1" / "starts.json").exists()),
     ]
     for number, moment in moments:
@@ -134,7 +144,22 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(
     assert rows(tmp_path / "small" / "runs.csv") == expected
     expected = [row for row in rows(finished / "table.csv") if row["variant"] in SMALL["variants"]]
     assert rows(tmp_path / "small" / "table.csv") == expected
-    assert any(len(json.loads(path.read_text())) > 1 for path in runs.rglob("starts.json"))  # some did go on
+    starts = [start for path in runs.rglob("starts.json") for start in json.loads(path.read_text())]
+    assert any(start["checkpoint"] is not None for start in starts)  # some did go on within
+
+
+def test_runs_stop_when_the_process_that_compares_is_killed(lqkd: Forks, tmp_path: Path) -> None:
+    """Here they fork, two at a time, from the server that does so for users."""
+    described = SMALL | {"settings": SMALL["settings"] | {"trainer.max_epochs": 500}, "launcher": {"parallel": 2}}
+    folders = [tmp_path / "small" / "runs" / name / "seed_0" for name in SMALL["variants"]]
+
+    def train() -> bool:
+        return all((folder / "checkpoints" / "last.ckpt").exists() for folder in folders)
+
+    compare(lqkd, tmp_path, described, before="", meanwhile=lambda pid: send(pid, signal.SIGKILL, train))
+    assert train()
+    for folder in folders:
+        os.close(lock(folder, patience=20.0))  # nobody trains into it any more
 
 
 def test_a_sweep_chooses_by_validation_and_repeats_itself(lqkd: Forks, tmp_path: Path) -> None:

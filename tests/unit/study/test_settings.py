@@ -16,7 +16,9 @@ from lqkd.study.sweep import check_sweep, wandb_sweep
 def read(tmp_path: Path, described: dict[str, Any], *arguments: str) -> tuple[Study, dict[str, Any]]:
     (tmp_path / "base.yaml").write_text("trainer: {max_epochs: 3, precision: 32}\n")
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "base": "base.yaml", "variants": {"a": {}}} | described, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"name": "s", "base": "base.yaml", "variants": {"a": {}}} | described, sort_keys=False)
+    )
     study, base, _ = read_arguments(["--config", str(path), *arguments])
     return study, base
 
@@ -72,7 +74,9 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, described: dict[str, An
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("space", [{"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, {"choices": 3}, {"lo": 1}])
+@pytest.mark.parametrize(
+    "space", [{"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, {"choices": 3}, {"lo": 1}]
+)
 def test_a_parameter_of_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, space: dict[str, Any]) -> None:
     study, _ = read(tmp_path, {"sweep": {"parameters": {"a.b": space}}})
     assert study.sweep is not None
