@@ -16,9 +16,7 @@ from PIL import Image
 
 from lqkd.cli import main
 
-BROWSER = next(
-    (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
-)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LAYERS = """layer   kind         W      A      parameters  note
 conv1   Conv2d       8      8      72          weight LSQ per channel, input LSQ per tensor
 conv2   Conv2d       2      2      1,152       weight LSQ per channel, input LSQ per tensor
@@ -56,7 +54,7 @@ def write_study(folder: Path) -> Path:
     """Two variants with two seeds each, and one that failed."""
     names = {"task_only": 0.90, "kl": 0.93, "broken": 0.0}
     (folder / "variants").mkdir(parents=True)
-    described = {"name": "small", "base": "b.yaml", "seeds": [0, 1], "variants": dict.fromkeys(names, {})}
+    described = {"name": "small", "base": "b.yaml", "seeds": [0, 1], "variants": {name: {} for name in names}}
     (folder / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     for name, accuracy in names.items():
         (folder / "variants" / f"{name}.yaml").write_text("trainer: {max_epochs: 2}\n")

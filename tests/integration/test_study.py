@@ -132,9 +132,9 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(
     """SIGKILL at a claimed folder and within a run; SIGTERM at last."""
     runs = tmp_path / "small" / "runs"
     moments = [
-        (signal.SIGKILL, lambda: (runs / "plain" / "seed_0").exists()),
-        (signal.SIGKILL, lambda: (runs / "plain" / "seed_0" / "checkpoints" / "last.ckpt").exists()),
-        (signal.SIGTERM, lambda: (runs / "plain" / "seed_1" / "starts.json").exists()),
+        (signal.SIGKILL, (runs / "plain" / "seed_0").exists),
+        (signal.SIGKILL, (runs / "plain" / "seed_0" / "checkpoints" / "last.ckpt").exists),
+        (signal.SIGTERM, (runs / "plain" / "seed_1" / "starts.json").exists),
     ]
     for number, moment in moments:
         status = compare(lqkd, tmp_path, SMALL, meanwhile=lambda pid, n=number, when=moment: send(pid, n, when))
@@ -190,7 +190,15 @@ def test_submitit_runs_a_study(lqkd: Forks, tmp_path: Path) -> None:
     assert "launcher.submitit is not possible" in lqkd.log.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_cifar10_differ_in_their_bits_only() -> None:
+    four, two = ((CONFIGS / "studies" / f"cifar10_{bits}.yaml").read_text() for bits in ("w4a4", "w2a2"))
+    assert four.replace("w4a4", "w2a2").replace("W4A4", "W2A2") == two
+
+
+STUDIES = sorted(set((CONFIGS / "studies").glob("*.yaml")) - {CONFIGS / "studies" / "cifar10_w4a4.yaml"})
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_variant_of_a_shipped_study_is_a_configuration(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
