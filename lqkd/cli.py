@@ -1,9 +1,10 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity``."""
+"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity | compare | report``."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import importlib
 import importlib.util
 import json
 import logging
@@ -41,8 +42,11 @@ from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, loc
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
     "'resume RUN' goes on with a run that was stopped or killed, and 'sensitivity RUN' ranks the layers of a run by "
-    "what few bits cost each (see their --help)."
+    "what few bits cost each; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
+    "(see their --help)."
 )
+_VERBS = {"sensitivity": "lqkd.sensitivity", "compare": "lqkd.study.compare", "report": "lqkd.study.report"}
+"""Modules of the verbs that are none of Lightning's; they import this one."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -333,10 +337,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _silence_noise()
     given = sys.argv[1:] if args is None else list(args)
     try:
-        if given[:1] == ["sensitivity"]:
-            from lqkd import sensitivity  # it reads runs through this module
-
-            sensitivity.main(given[1:])
+        if given and given[0] in _VERBS:
+            importlib.import_module(_VERBS[given[0]]).main(given[1:])
             return 0
         resumption = None
         if given[:1] == ["resume"]:

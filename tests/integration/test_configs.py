@@ -17,7 +17,7 @@ from lqkd.models import CifarResNet, build_model
 CONFIGS = Path(__file__).parents[2] / "configs"
 ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
 """Configurations to be added to another one."""
-WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED))
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED) - set(CONFIGS.glob("studies/*.yaml")))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Studies: paired comparisons of variants over seeds, sweeps, and the report that people read."""

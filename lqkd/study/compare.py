@@ -1,0 +1,109 @@
+"""``python -m lqkd compare``: variants of a training, each with every seed, compared pair by pair."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lqkd.files import write_text
+from lqkd.run_folder import lock, remove_partial_files
+from lqkd.study.cluster import check_cluster, run_on_cluster
+from lqkd.study.local import run_here
+from lqkd.study.progress import StudyProgress
+from lqkd.study.results import read_runs
+from lqkd.study.settings import STUDY, Study, read_arguments
+from lqkd.study.statistics import summarize
+from lqkd.study.sweep import check_sweep, search
+from lqkd.study.tables import HEADINGS, cells, write_tables
+from lqkd.study.task import FINISHED, STOPPED, Task, tasks_of
+from lqkd.study.variants import Variants
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: after a user's mistake.
+        Stopped: after Ctrl-C or SIGTERM, once the runs have saved themselves.
+        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    study, base, retry = read_arguments(args)
+    check_cluster(study.launcher)
+    if study.sweep is not None:
+        check_sweep(study.sweep)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    _held = lock(study.folder)
+    remove_partial_files(study.folder)
+    variants = Variants(study.folder, base)
+    for name, overrides in study.variants.items():
+        variants.write(name, overrides)
+    if study.sweep is not None:
+        variants.write("base", {})
+    write_text(study.folder / STUDY, _described(study))
+    tasks = [task for seed in study.seeds for task in tasks_of(study, list(study.variants), seed)]
+    trials = study.sweep.trials if study.sweep is not None else 0
+    run = Runner(study, len(tasks) + trials * len(study.seeds), retry)
+    run(tasks)
+    names = list(study.variants)
+    if study.sweep is not None:
+        names += search(study, variants, run)
+    ordered = [task for name in names for task in (Task(study.folder, name, seed) for seed in study.seeds)]
+    results = read_runs(ordered)
+    baseline = study.compared_with
+    summaries = summarize(results, baseline)
+    write_tables(study.folder, results, summaries)
+    table = Table(title=f"{study.name}: accuracy in % (difference to {baseline}: paired by seed, 95 % interval)")
+    for column, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if column == 0 else "right")
+    for name, measures in summaries.items():
+        table.add_row(*cells(name, measures, baseline))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for result in results:
+        if not result.finished:
+            console.print(f"{result.variant} seed {result.seed} {result.status}: {result.message}", soft_wrap=True)
+    console.print(f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page", soft_wrap=True)
+
+
+class Runner:
+    """Runs those tasks that have not ended yet, here or on a cluster.
+
+    Args:
+        study: the study.
+        total: number of its runs.
+        retry: whether to train runs again that failed.
+    """
+
+    def __init__(self, study: Study, total: int, retry: bool) -> None:
+        self.study, self.retry = study, retry
+        self.progress = StudyProgress(total, total, study.launcher.parallel)
+
+    def __call__(self, tasks: Sequence[Task]) -> None:
+        """Run what is left of ``tasks``."""
+        left = []
+        for task in tasks:
+            status, _ = task.ended()
+            if status not in (FINISHED, STOPPED) and self.retry:
+                task.outcome.unlink()
+                shutil.rmtree(task.folder, ignore_errors=True)
+                status = STOPPED
+            if status == STOPPED:
+                left.append(task)
+        self.progress.left -= len(tasks) - len(left)
+        if len(left) < len(tasks):
+            print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already", flush=True)
+        launcher = self.study.launcher
+        if launcher.submitit is None:
+            run_here(left, launcher.parallel, self.progress.ended, self.progress.waiting)
+        elif left:
+            run_on_cluster(self.study.folder, left, launcher, self.progress.ended, self.progress.waiting)
+
+
+def _described(study: Study) -> str:
+    return yaml.safe_dump(asdict(study), sort_keys=False)

@@ -1,0 +1,318 @@
+"""``python -m lqkd report``: a run or a study as one page of HTML that needs nothing else, with Markdown and CSV."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from matplotlib.figure import Figure
+
+from lqkd.errors import UsageError
+from lqkd.files import write_text
+from lqkd.run_folder import CONFIG
+from lqkd.study import plots
+from lqkd.study.layers import read_layers
+from lqkd.study.results import Run, read, read_runs
+from lqkd.study.settings import STUDY, read_study
+from lqkd.study.statistics import Summary, summarize
+from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
+from lqkd.study.task import Task
+
+HTML = "report.html"
+MARKDOWN = "report.md"
+EXPORT = "export.json"
+"""What an export leaves in a run folder; its ``latency_ms`` maps a runtime's name to the milliseconds of an image."""
+_TEMPLATE = "report.html.jinja"
+_RUN_HEADINGS = ("variant", "seed", "status", "val best", "val last", "test", "W", "A", "kB", "train s")
+_LAYER_HEADINGS = ("layer", "kind", "W", "A", "parameters", "bytes", "how")
+_LOG_LINES = 30
+
+
+@dataclass
+class Picture:
+    """An image of the page: its address (a data URI), what it shows, and the line below it."""
+
+    source: str
+    alt: str
+    caption: str
+
+
+@dataclass
+class Table:
+    """A table of the page."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass
+class Material:
+    """All that the page tells."""
+
+    name: str
+    kind: str
+    runs: list[Run]
+    summaries: dict[str, dict[str, Summary]]
+    baseline: str | None
+    tasks: list[Task]
+    configs: dict[str, str]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"lqkd: error: {message} (see python -m lqkd report --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: when the folder is none of a run or a study, or jinja2 is missing.
+        SystemExit: after a mistake about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    parser = _Parser(
+        prog="python -m lqkd report",
+        description="Write report.html, one page that needs no network, report.md, table.csv and runs.csv into the "
+        "folder of a run or a study.",
+    )
+    parser.add_argument("folder", type=Path, help="run folder, or folder of a study, finished or not")
+    folder: Path = parser.parse_args(args).folder
+    if importlib.util.find_spec("jinja2") is None:
+        raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
+    material = gather(folder)
+    write_tables(folder, material.runs, material.summaries)
+    write_text(folder / MARKDOWN, as_markdown(material))
+    write_text(folder / HTML, as_html(material))
+    print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
+
+
+def gather(folder: Path) -> Material:
+    """Read a run or a study.
+
+    Raises:
+        UsageError: when ``folder`` is neither.
+    """
+    if (folder / STUDY).is_file():
+        study = read_study(folder / STUDY)
+        names = [*study.variants, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
+        tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
+        runs = read_runs(tasks)
+        configs = {STUDY: (folder / STUDY).read_text(encoding="utf-8")}
+        for name in names:
+            config = folder / "variants" / f"{name}.yaml"
+            configs[name] = config.read_text(encoding="utf-8") if config.is_file() else ""
+        return Material(
+            study.name, "study", runs, summarize(runs, study.compared_with), study.compared_with, tasks, configs
+        )
+    if (folder / CONFIG).is_file():
+        name = "/".join(folder.resolve().parts[-2:])
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        run = read(folder, name, yaml.safe_load(text).get("seed_everything"))
+        if run.test is None:
+            run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
+        return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
+    raise UsageError(f"{str(folder)!r} is neither a run folder (with {CONFIG}) nor that of a study (with {STUDY})")
+
+
+# ---- Markdown
+
+
+def as_markdown(material: Material) -> str:
+    """The tables of the report as Markdown."""
+    parts = [f"# {material.name}\n", f"{NOTE}\n", markdown(HEADINGS, _accuracy_rows(material))]
+    parts += ["## Runs\n", markdown(_RUN_HEADINGS, [_run_row(run) for run in material.runs])]
+    failed = [run for run in material.runs if not run.finished]
+    if failed:
+        parts.append("## Not finished\n")
+        parts.append("".join(f"- {run.variant} seed {run.seed} {run.status}: {run.message}\n" for run in failed))
+    parts += ["## Versions and machines\n", "".join(f"- {line}\n" for line in _origins(material.runs))]
+    return "\n".join(parts)
+
+
+def _accuracy_rows(material: Material) -> list[list[str]]:
+    return [cells(name, measures, material.baseline) for name, measures in material.summaries.items()]
+
+
+def _run_row(run: Run) -> list[str]:
+    def percent(value: float | None) -> str:
+        return NONE if value is None else f"{100 * value:.2f}"
+
+    summary = run.summary
+    size = summary.get("packed_bytes")
+    shown = [run.variant, str(run.seed), run.status, percent(run.best), percent(run.last), percent(run.test)]
+    shown += [str(summary.get(key) or NONE) for key in ("weight_bits", "activation_bits")]
+    return [*shown, NONE if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", NONE))]
+
+
+def _origins(runs: Sequence[Run]) -> list[str]:
+    """Every combination of machine and versions, with the number of runs from there."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        if "versions" in run.summary:
+            versions = ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items())
+            line = f"{run.summary.get('machine')}; {versions}"
+            counts[line] = counts.get(line, 0) + 1
+    return [f"{count} runs: {line}" if count > 1 else f"1 run: {line}" for line, count in counts.items()]
+
+
+# ---- HTML
+
+
+def as_html(material: Material) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lqkd.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    finished = sum(run.finished for run in material.runs)
+    return environment.get_template(_TEMPLATE).render(
+        name=material.name,
+        kind=material.kind,
+        note=NOTE,
+        counts=f"{finished} of {len(material.runs)} runs finished",
+        accuracy=Table("Accuracy of each variant, in %", HEADINGS, _accuracy_rows(material)),
+        runs=Table("Every run, accuracies in %", _RUN_HEADINGS, [_run_row(run) for run in material.runs]),
+        plots=_plots(material),
+        regularizers=_regularizer_pictures(material.runs),
+        layers=_layer_tables(material.runs),
+        failures=_failures(material),
+        warnings=_warnings(material.runs),
+        configs=material.configs,
+        origins=_origins(material.runs),
+    )
+
+
+def _plots(material: Material) -> list[Picture]:
+    drawn: list[tuple[Figure | None, str, str]] = []
+    if material.baseline is not None:
+        for measure, words in (("val_best", "best validation accuracy"), ("test", "test accuracy")):
+            figure = plots.differences(material.summaries, measure, material.baseline)
+            caption = f"Paired difference of the {words} to {material.baseline}: mean over seeds and 95 % interval."
+            drawn.append((figure, f"{caption} The numbers are in the table of accuracies.", caption))
+    for metric, words in (
+        ("val/acc", "accuracy on the validation split"),
+        ("train/loss", "training loss"),
+        ("train/task", "task loss in training"),
+        ("train/distill", "distillation loss in training"),
+    ):
+        caption = f"Learning curves: {words}; mean over seeds, and the range of the seeds."
+        last = _last_values(material.runs, metric)
+        drawn.append((plots.curves(material.runs, metric, words), f"{caption} Last epoch: {last}.", caption))
+    for cost, words in ((_kilobytes, "packed size, kB"), (_latency, "latency, ms")):
+        points = _pareto_points(material, cost)
+        caption = f"Best validation accuracy against {words}; the line joins what nothing else beats in both."
+        told = "; ".join(f"{name}: {x:.1f}, {y:.2f} %" for name, (x, y) in points.items())
+        drawn.append((plots.pareto(points, words, "best validation accuracy, %"), f"{caption} {told}.", caption))
+    return [
+        Picture(_uri(plots.svg(figure).encode(), "image/svg+xml"), alt, caption)
+        for figure, alt, caption in drawn
+        if figure is not None
+    ]
+
+
+def _last_values(runs: Sequence[Run], metric: str) -> str:
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        if run.curves.get(metric):
+            values.setdefault(run.variant, []).append(run.curves[metric][-1][1])
+    return ", ".join(f"{name} {sum(last) / len(last):.3f}" for name, last in values.items())
+
+
+def _pareto_points(material: Material, cost: Callable[[Run], float | None]) -> dict[str, tuple[float, float]]:
+    points = {}
+    for name, measures in material.summaries.items():
+        runs = [run for run in material.runs if run.variant == name and run.finished]
+        costs = [value for run in runs if (value := cost(run)) is not None]
+        if costs and measures["val_best"].mean is not None:
+            points[name] = (sum(costs) / len(costs), 100 * measures["val_best"].mean)
+    return points
+
+
+def _kilobytes(run: Run) -> float | None:
+    size = run.summary.get("packed_bytes")
+    return None if size is None else size / 1000
+
+
+def _latency(run: Run) -> float | None:
+    path = run.folder / EXPORT
+    if not path.is_file():
+        return None
+    measured = json.loads(path.read_text(encoding="utf-8")).get("latency_ms") or {}
+    return min((float(value) for value in measured.values() if value is not None), default=None)
+
+
+def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
+    """The pictures of each variant's first run that has any."""
+    found: dict[str, list[Picture]] = {}
+    for run in runs:
+        files = sorted((run.folder / "regularizer").glob("*.png"))
+        if run.variant in found or not files:
+            continue
+        told = (run.summary.get("regularizer") or {}).get("sentence") or ""
+        found[run.variant] = [
+            Picture(
+                _uri(path.read_bytes(), "image/png"),
+                f"{path.stem} of {run.variant}, seed {run.seed}. {told}",
+                f"{path.stem}, seed {run.seed}",
+            )
+            for path in files
+        ]
+    return found
+
+
+def _layer_tables(runs: Sequence[Run]) -> list[tuple[Table, list[str]]]:
+    """One table for all variants whose layers are the same."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for run in runs:
+        layers, others = read_layers(run.folder)
+        names = groups.setdefault((tuple(layers), tuple(others)), []) if layers else []
+        if run.variant not in names:
+            names.append(run.variant)
+    tables = []
+    for (layers, others), names in groups.items():
+        rows = [
+            [
+                layer.name,
+                layer.kind,
+                layer.weight_bits,
+                layer.activation_bits,
+                f"{layer.parameters:,}",
+                NONE if layer.packed_bytes is None else f"{layer.packed_bytes:,.0f}",
+                layer.note,
+            ]
+            for layer in layers
+        ]
+        tables.append((Table(f"Layers of {', '.join(names)}", _LAYER_HEADINGS, rows), list(others)))
+    return tables
+
+
+def _failures(material: Material) -> list[tuple[str, str]]:
+    """What each unfinished run says of itself, and the end of what it printed."""
+    logs = {(task.variant, task.seed): task.log for task in material.tasks}
+    told = []
+    for run in material.runs:
+        if run.finished:
+            continue
+        log = logs.get((run.variant, run.seed or 0))
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.is_file() else []
+        told.append((f"{run.variant} seed {run.seed} {run.status}: {run.message}", "\n".join(lines[-_LOG_LINES:])))
+    return told
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.variant} seed {run.seed}: {text}" for run in runs for text in run.summary.get("warnings", ())]
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,92 @@
+"""What the runs of a study have come to, read from their folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lqkd.callbacks.run_logger import METRICS
+from lqkd.callbacks.run_summary import SUMMARY
+from lqkd.study.task import FINISHED, Task
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        variant: its variant.
+        seed: its seed.
+        status: ``finished``, ``failed``, ``diverged`` or ``stopped``.
+        message: why it has not finished.
+        folder: its run folder.
+        summary: what ``summary.json`` says; empty without one.
+        curves: mean of every metric in every epoch, as (epoch, value), epochs counted from 1.
+    """
+
+    variant: str
+    seed: int | None
+    status: str
+    message: str
+    folder: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @property
+    def best(self) -> float | None:
+        """Best accuracy on the validation split, by which the checkpoint is chosen."""
+        return self.summary.get("val_accuracy")
+
+    @property
+    def last(self) -> float | None:
+        """Accuracy on the validation split after the last epoch."""
+        values = self.curves.get("val/acc")
+        return values[-1][1] if values else None
+
+    @property
+    def test(self) -> float | None:
+        """Accuracy on the test split of the checkpoint that was best on the validation split."""
+        return self.summary.get("test_accuracy")
+
+
+def read_runs(tasks: Iterable[Task]) -> list[Run]:
+    """Read the runs of a study, in order."""
+    return [read(task.folder, task.variant, task.seed, *task.ended()) for task in tasks]
+
+
+def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, message: str = "") -> Run:
+    """Read one run folder, whatever is there of it."""
+    summary, curves = folder / SUMMARY, folder / METRICS
+    return Run(
+        variant,
+        seed,
+        status,
+        message,
+        folder,
+        json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        _curves(curves) if curves.is_file() else {},
+    )
+
+
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    sums: dict[str, dict[int, tuple[float, int]]] = {}
+    with open(path, newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if not row["epoch"]:
+                continue
+            epoch = int(row["epoch"]) + 1
+            for name, text in row.items():
+                if name in ("epoch", "step") or not text or not math.isfinite(value := float(text)):
+                    continue
+                total, count = sums.setdefault(name, {}).get(epoch, (0.0, 0))
+                sums[name][epoch] = (total + value, count + 1)
+    return {name: [(e, total / count) for e, (total, count) in sorted(by.items())] for name, by in sums.items()}

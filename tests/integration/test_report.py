@@ -1,0 +1,235 @@
+"""The report of a study and of a run; its page is opened in a real browser, without a network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from lqkd.cli import main
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LAYERS = """layer   kind         W      A      parameters  note
+conv1   Conv2d       8      8      72          weight LSQ per channel, input LSQ per tensor
+conv2   Conv2d       2      2      1,152       weight LSQ per channel, input LSQ per tensor
+bn1     BatchNorm2d  float  float  16          floating point: no quantised layer of this kind
+not quantised: functional add at layer1.0
+"""
+
+
+def write_run(folder: Path, accuracy: float, size: int) -> None:
+    """What a run of two epochs leaves that a report reads."""
+    (folder / "regularizer").mkdir(parents=True)
+    summary: dict[str, Any] = {
+        "seed": 0,
+        "versions": {"python": "3.11", "torch": "2.9"},
+        "machine": "x86_64, cpu, 1 threads",
+        "val_accuracy": accuracy,
+        "test_accuracy": accuracy - 0.02,
+        "weight_bits": "2 (8 in 1 layers)",
+        "activation_bits": "2 (8 in 1 layers)",
+        "packed_bytes": size,
+        "train_seconds": 3.2,
+        "regularizer": {"sentence": "The regularizer's weights differ."},
+        "warnings": ["a warning <b>to keep</b>"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = ["epoch,step,train/loss,train/task,train/distill,val/acc", ",0,,,,", "0,9,1.5,0.5,1.0,"]
+    rows += [f"0,19,1.3,0.5,0.8,{accuracy - 0.1}", f"1,39,0.9,0.3,0.6,{accuracy - 0.01}"]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / "layers.txt").write_text(LAYERS)
+    (folder / "config.yaml").write_text("seed_everything: 0\n")
+    Image.new("RGB", (300, 200), (30, 90, 150)).save(folder / "regularizer" / "weights.png")
+
+
+def write_study(folder: Path) -> Path:
+    """Two variants with two seeds each, and one that failed."""
+    names = {"task_only": 0.90, "kl": 0.93, "broken": 0.0}
+    (folder / "variants").mkdir(parents=True)
+    described = {"name": "small", "base": "b.yaml", "seeds": [0, 1], "variants": {name: {} for name in names}}
+    (folder / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    for name, accuracy in names.items():
+        (folder / "variants" / f"{name}.yaml").write_text("trainer: {max_epochs: 2}\n")
+        for seed in (0, 1):
+            outcome = folder / "outcomes" / name / f"seed_{seed}.json"
+            outcome.parent.mkdir(parents=True, exist_ok=True)
+            told = {"status": "failed", "message": "weights='x' do not exist"} if name == "broken" else None
+            outcome.write_text(json.dumps((told or {"status": "finished", "message": ""}) | {"seconds": 3}))
+            if name == "broken":
+                log = folder / "logs" / name / f"seed_{seed}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text("lqkd: error: weights='x' do not exist\n")
+            else:
+                write_run(folder / "runs" / name / f"seed_{seed}", accuracy + 0.01 * seed, 10_000)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "study")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_tables_of_a_study_hold_every_variant_and_every_run(study: Path) -> None:
+    assert main(["report", str(study)]) == 0
+    table = {row["variant"]: row for row in rows(study / "table.csv")}
+    assert float(table["kl"]["test_difference_mean"]) == pytest.approx(0.03)
+    assert table["broken"]["test_seeds"] == "0"
+    runs = rows(study / "runs.csv")
+    assert [row["status"] for row in runs] == ["finished"] * 4 + ["failed"] * 2
+    assert float(runs[0]["val_last"]) == pytest.approx(0.89)
+
+
+def test_markdown_has_the_accuracies_the_failures_and_the_versions(study: Path) -> None:
+    main(["report", str(study)])
+    text = (study / "report.md").read_text()
+    assert re.search(r"\| kl +\| 2 +\| 93.50 ± 0.71 \| \+3.00 \[\+3.00, \+3.00\]", text)
+    assert "- broken seed 0 failed: weights='x' do not exist" in text
+    assert "- 4 runs: x86_64, cpu, 1 threads; python 3.11, torch 2.9" in text
+
+
+def test_the_page_needs_nothing_else_and_shows_what_a_run_says_as_text(study: Path) -> None:
+    main(["report", str(study)])
+    page = (study / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "a warning &lt;b&gt;to keep&lt;/b&gt;" in page
+
+
+def test_a_latency_that_an_export_measured_gets_a_plot(study: Path) -> None:
+    main(["report", str(study)])
+    assert "latency" not in (study / "report.html").read_text()
+    exported = {"latency_ms": {"onnxruntime_int8": 1.5, "torch": 4.0}}
+    (study / "runs" / "kl" / "seed_0" / "export.json").write_text(json.dumps(exported))
+    main(["report", str(study)])
+    assert "against latency, ms; the line joins what nothing else beats in both. kl: 1.5, 93.50 %" in (
+        study / "report.html"
+    ).read_text().replace("\n", " ")
+
+
+def test_a_run_alone_has_a_report(study: Path) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "1 of 1 runs finished" in page
+    assert "Layers of kl/seed_0" in page
+
+
+def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is neither a run folder (with config.yaml) nor that of a study" in capsys.readouterr().err
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("no Chromium is installed")
+    study = write_study(tmp_path_factory.mktemp("page") / "study")
+    main(["report", str(study)])
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 400, "height": 800})
+        opened.complaints, opened.requests = [], []
+        opened.on("console", lambda message: opened.complaints.append(message.text))
+        opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        opened.on("requestfailed", lambda request: opened.complaints.append(request.url))
+        opened.on("request", lambda request: opened.requests.append(request.url))
+        opened.address = (study / "report.html").resolve().as_uri()
+        yield opened
+        browser.close()
+
+
+@pytest.fixture
+def page(browser_page: Any) -> Any:
+    """The page of the study, opened at the width of a phone; what it complains of or asks the network is kept."""
+    browser_page.complaints.clear()
+    browser_page.requests.clear()
+    browser_page.goto(browser_page.address)
+    return browser_page
+
+
+HOW_MUCH_INK = """async image => {
+    const canvas = Object.assign(document.createElement("canvas"), {width: 350, height: 250});
+    const context = canvas.getContext("2d");
+    await image.decode();
+    context.drawImage(image, 0, 0, canvas.width, canvas.height);
+    const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+    let colored = 0;
+    for (let i = 0; i < pixels.length; i += 4) {
+        const [r, g, b, a] = pixels.slice(i, i + 4);
+        colored += a > 0 && Math.max(r, g, b) - Math.min(r, g, b) > 40;
+    }
+    return colored;
+}"""
+
+
+def test_the_page_renders_alone_without_complaints_and_its_plots_have_something_in_them(page: Any) -> None:
+    assert page.complaints == []
+    assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
+    assert sum(url.startswith("file:") for url in page.requests) == 1
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    pictures = page.query_selector_all("img")
+    assert len(pictures) == 9  # two differences, four curves, accuracy against size, a regularizer's picture for each
+    for picture in pictures:
+        assert picture.evaluate(HOW_MUCH_INK) > 20, picture.get_attribute("alt")
+        assert picture.bounding_box()["width"] > 250
+    assert page.complaints == []
+
+
+def test_the_page_is_usable_on_a_phone(page: Any) -> None:
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    wide = page.query_selector_all(".scroll")
+    assert any(one.evaluate("e => e.scrollWidth > e.clientWidth") for one in wide)  # scrolled by themselves
+
+
+def test_tables_are_sorted_by_their_headings_with_the_keyboard(page: Any) -> None:
+    heading = page.query_selector("th:has-text('val best')")
+    names = "all => all.map(one => one.textContent)"
+    assert page.eval_on_selector_all("section:first-child tbody th", names) == ["task_only", "kl", "broken"]
+    heading.query_selector("button").focus()
+    page.keyboard.press("Enter")
+    assert heading.get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Enter")
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert page.eval_on_selector_all("section:first-child tbody th", names) == [
+        "kl",
+        "task_only",
+        "broken",
+    ]  # n/a stays last
+
+
+def test_the_page_says_all_to_a_screen_reader(page: Any) -> None:
+    """What the page offers to assistive technology, as the browser computes it."""
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert page.get_attribute("html", "lang") == "en"
+    assert page.locator("h1").count() == 1
+    assert page.get_by_role("main").count() == 1
+    for table in page.get_by_role("table").all():
+        assert table.locator("caption").inner_text()
+        assert table.locator("thead th:not([scope=col])").count() == 0
+        assert table.locator("tbody th[scope=row]").count() == table.locator("tbody tr").count()
+        assert table.locator("thead th:not([aria-sort])").count() == 0
+    pictures = page.get_by_role("img").all()
+    assert len(pictures) == 9
+    assert all(len(picture.get_attribute("alt")) > 20 for picture in pictures)
+    assert page.get_by_role("region", name="Accuracy of each variant, in %").count() == 1
+    assert (
+        page.evaluate("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size")
+        == page.locator("[id]").count()
+    )
