@@ -1,0 +1,192 @@
+"""Layers as they are deployed: integer weights with a scale per channel and integer biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.export.grids import ActivationGrid, WeightCodes, weight_codes
+from lqkd.quantization.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
+
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {QuantConv1d: F.conv1d, QuantConv2d: F.conv2d, QuantConv3d: F.conv3d}
+LARGEST_BIAS = 2**30
+"""In steps of the accumulator; beyond, nothing else would fit into 32 bits."""
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or Linear whose weight is ``codes * scale`` and whose bias is ``bias_codes * bias_scale``.
+
+    The products run in floating point here; an integer runtime gets the same numbers from the codes.
+
+    Attributes:
+        codes: int8, shape of the weight. Where ``levels`` is set they are positions in it, uint8.
+        scale: (channels,) float32, positive; ones where ``levels`` is set.
+        levels: (channels, L) float32 or ``None``.
+        bias_codes: (channels,) int32 or ``None``: then ``bias`` is in floating point.
+        bias_scale: (channels,) float32: ``input scale * scale / multiplier``.
+        multiplier: power of two by which codes may be multiplied, and ``scale`` divided, within 7 bits. Biases are
+            integers on the grid of the accumulator, which would be coarse for few bits.
+        bits: of the weight.
+        changed: how many weights had to move by one step, because a negative batch norm factor turns -128 into 128.
+        bias_change: the largest change of a bias by its rounding, in steps of the accumulator at the trained scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor | None
+    bias: Tensor | None
+    bias_codes: Tensor | None
+    bias_scale: Tensor | None
+
+    def __init__(
+        self,
+        codes: WeightCodes,
+        output_scale: Tensor | None,
+        bias: Tensor | None,
+        grid: ActivationGrid | None,
+        place: str,
+    ) -> None:
+        super().__init__()
+        self.bits = codes.bits
+        channels = codes.codes.shape[0]
+        factor = torch.ones(channels) if output_scale is None else output_scale.detach().cpu().float()
+        whole = codes.codes.cpu()
+        self.changed = 0
+        self.multiplier = 1
+        if bias is not None and not bias.isfinite().all():
+            raise UsageError(f"the bias of {place} is not finite: the training has failed, choose another checkpoint")
+        if not factor.isfinite().all():
+            raise UsageError(f"batch norm after {place} is not finite: the training has failed")
+        bias = None if bias is None else bias.detach().cpu().float()
+        if codes.scale is None:
+            assert codes.levels is not None
+            levels = codes.levels.cpu().expand(channels, -1) * factor.unsqueeze(1)
+            self._set(whole.to(torch.uint8), torch.ones(channels), levels)
+            self._set_bias(bias, None, None)
+            return
+        scale = codes.scale.cpu().expand(channels) * factor.abs()
+        whole = whole * torch.where(factor < 0, -1, 1).view(-1, *[1] * (whole.ndim - 1))
+        self.changed = int((whole > 127).sum())
+        whole = whole.clamp_max(127)
+        if grid is not None:
+            self.multiplier = _multiplier(whole)
+        input_scale = torch.ones(()) if grid is None else grid.scale.cpu()
+        whole, scale = _without_dead_channels(whole, scale, bias, input_scale, self.multiplier)
+        self._set(whole.to(torch.int8), scale, None)
+        self._set_bias(bias, grid, scale)
+
+    def _set(self, codes: Tensor, scale: Tensor, levels: Tensor | None) -> None:
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("levels", levels)
+
+    def _set_bias(self, bias: Tensor | None, grid: ActivationGrid | None, scale: Tensor | None) -> None:
+        exact = bias is None or grid is None or scale is None
+        bias_scale = None if exact else grid.scale.cpu() * (scale / self.multiplier)  # type: ignore[union-attr,operator]
+        self.register_buffer("bias", bias if exact else None)
+        self.register_buffer("bias_scale", bias_scale)
+        self.register_buffer("bias_codes", None if exact else (bias / bias_scale).round().to(torch.int32))  # type: ignore[operator]
+
+    def float_weight(self) -> Tensor:
+        """The weight in floating point."""
+        if self.levels is not None:
+            codes = self.codes.long()
+            return self.levels.gather(1, codes.flatten(1)).view(codes.shape)
+        return self.codes.float() * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
+
+    def float_bias(self) -> Tensor | None:
+        """The bias in floating point."""
+        if self.bias_codes is None or self.bias_scale is None:
+            return self.bias
+        return self.bias_codes.float() * self.bias_scale
+
+
+class IntegerLinear(IntegerLayer):
+    """:class:`torch.nn.Linear` with integer weights; input (..., in_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.float_weight(), self.float_bias())
+
+
+class IntegerConv(IntegerLayer):
+    """A convolution over one to three axes, padded with zeros, with integer weights; input (B, C, ...)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    function: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.float_weight(), self.float_bias()
+        return self.function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-any-return]
+
+
+def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str) -> IntegerLayer | None:
+    """The deployed form of a quantised layer, or ``None`` when its weight is in floating point.
+
+    Args:
+        layer: a quantised convolution or Linear.
+        grid: that of its input; ``None`` when it has none, or one that is not uniform.
+        place: its name, for messages.
+
+    Raises:
+        UsageError: when the layer is of another kind, pads with something else than zeros, or its numbers are unusable.
+    """
+    if type(layer) is not QuantLinear and type(layer) not in _CONVOLUTIONS:
+        raise UsageError(f"{place} is a {type(layer).__name__}, which cannot be exported: only Conv and Linear can")
+    if layer.weight_quantizer is None:
+        return None
+    codes = weight_codes(layer.weight_quantizer, layer.weight, place)
+    arguments = (codes, layer.output_scale, layer.bias, grid, place)
+    if isinstance(layer, QuantLinear):
+        return IntegerLinear(*arguments)
+    conv: Any = layer
+    result = IntegerConv(*arguments)
+    result.function = _CONVOLUTIONS[type(layer)]
+    result.stride, result.dilation, result.groups = conv.stride, conv.dilation, conv.groups
+    result.padding = symmetric_padding(conv, place)
+    return result
+
+
+def symmetric_padding(conv: Any, place: str) -> tuple[int, ...]:
+    """The zeros on both sides of each axis.
+
+    Raises:
+        UsageError: when the convolution pads with something else, or not the same on both sides.
+    """
+    if conv.padding_mode != "zeros":
+        raise UsageError(f"{place} pads with padding_mode={conv.padding_mode!r}, which cannot be exported: use zeros")
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding)
+    totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if conv.padding == "same" and any(total % 2 for total in totals):
+        raise UsageError(f"{place} pads one side more than the other, which cannot be exported: use an odd kernel size")
+    return tuple(total // 2 if conv.padding == "same" else 0 for total in totals)
+
+
+def _multiplier(codes: Tensor) -> int:
+    """The largest power of two times which all ``codes`` stay within -64 to 64: two products then fit into 16 bits."""
+    largest, multiplier = int(codes.abs().max()), 1
+    while 0 < largest * multiplier * 2 <= 64:
+        multiplier *= 2
+    return multiplier
+
+
+def _without_dead_channels(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor, multiplier: int
+) -> tuple[Tensor, Tensor]:
+    """Zero the weights of channels whose scale vanishes beside their bias, and give these a scale that bears the bias.
+
+    A batch norm whose factor is (nearly) zero makes such a channel a constant.
+    """
+    amount = torch.zeros_like(scale) if bias is None else bias.abs()
+    step = input_scale * (scale / multiplier)
+    dead = (step < torch.finfo(torch.float32).tiny) | (amount > LARGEST_BIAS * step)
+    usable = torch.where(amount > 0, amount * (multiplier / 2**20) / input_scale, 1.0)
+    shape = (-1, *[1] * (codes.ndim - 1))
+    return torch.where(dead.view(shape), 0, codes), torch.where(dead, usable, scale)
