@@ -254,6 +254,8 @@ class _Builder:
         users = [user for user in end.users if user.op != "output"]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
+        if any(self._kind(user) == "layer" for user in others):  # it takes its input in floating point
+            return
         if others:
             grids.append(self._insert(end, others))
         if len(grids) <= 1 or (len(grids) == 2 and self._kind(node) in TWICE):

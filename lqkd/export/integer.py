@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, WeightCodes, weight_codes
-from lqkd.quantization.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear
+from lqkd.quantization.layers import QuantizedLayer, QuantizedSubclass
 
-_CONVOLUTIONS: dict[type[nn.Module], Any] = {QuantConv1d: F.conv1d, QuantConv2d: F.conv2d, QuantConv3d: F.conv3d}
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 LARGEST_BIAS = 2**30
 """In steps of the accumulator; beyond, nothing else would fit into 32 bits."""
 
@@ -137,20 +138,45 @@ def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str
     Raises:
         UsageError: when the layer is of another kind, pads with something else than zeros, or its numbers are unusable.
     """
-    if type(layer) is not QuantLinear and type(layer) not in _CONVOLUTIONS:
-        raise UsageError(f"{place} is a {type(layer).__name__}, which cannot be exported: only Conv and Linear can")
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise UsageError(
+            f"operator {type(layer).__name__} in {place} cannot be exported: of quantised layers only Conv and Linear can"
+        )
     if layer.weight_quantizer is None:
         return None
+    if isinstance(layer, QuantizedSubclass) and not _is_plain(layer):
+        raise UsageError(
+            f"operator {layer.float_class.__name__} in {place} cannot be exported: it computes something else than "
+            f"the layer that it is derived from"
+        )
     codes = weight_codes(layer.weight_quantizer, layer.weight, place)
     arguments = (codes, layer.output_scale, layer.bias, grid, place)
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, nn.Linear):
         return IntegerLinear(*arguments)
     conv: Any = layer
     result = IntegerConv(*arguments)
-    result.function = _CONVOLUTIONS[type(layer)]
+    result.function = _function(conv)
     result.stride, result.dilation, result.groups = conv.stride, conv.dilation, conv.groups
     result.padding = symmetric_padding(conv, place)
     return result
+
+
+def _function(conv: nn.Module) -> Any:
+    return next(function for kind, function in _CONVOLUTIONS.items() if isinstance(conv, kind))
+
+
+@torch.no_grad()
+def _is_plain(layer: Any) -> bool:
+    """Whether a subclass computes what its base class would, tried on one input."""
+    if isinstance(layer, nn.Linear):
+        x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1)
+        return torch.equal(layer(x), F.linear(x, layer.quantized_weight(), layer.bias))
+    sides = [3 * d * (k - 1) + 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    x = torch.linspace(-1, 1, layer.in_channels * math.prod(sides)).view(1, layer.in_channels, *sides)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    plain = _function(layer)(x, layer.quantized_weight(), layer.bias, *settings)
+    own = layer(x)
+    return own.shape == plain.shape and torch.allclose(own, plain)
 
 
 def symmetric_padding(conv: Any, place: str) -> tuple[int, ...]:
