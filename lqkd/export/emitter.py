@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,20 @@ from lqkd.export.operations import KEEPS_GRID, Operation, operation, shape_of, u
 INPUT = "images"
 OUTPUT = "logits"
 BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and where the values of its grids are found in it.
+
+    Attributes:
+        model: the ONNX model; input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes) float32.
+        grids: name of each grid's node in the deployed network to the tensor that holds its codes, or its real numbers
+            where the format has no codes.
+    """
+
+    model: onnx.ModelProto
+    grids: dict[str, str]
 
 
 class Emitter:
@@ -43,7 +58,7 @@ class Emitter:
         self.read: dict[fx.Node, int] = {}
         self.taken: set[str] = set()
 
-    def build(self) -> onnx.ModelProto:
+    def build(self) -> Exported:
         """The model, checked; its input is (batch, C, H, W) float32, its output (batch, classes) float32."""
         graph = self.network.graph
         source = next(node for node in graph.nodes if node.op == "placeholder")
@@ -68,7 +83,13 @@ class Emitter:
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
         if not self.domains:
             onnx.checker.check_model(model, full_check=True)
-        return model
+        return Exported(model, self._grids())
+
+    def _grids(self) -> dict[str, str]:
+        return {node.name: self.codes[node][0] for node in self.codes if self._is_grid(node)}
+
+    def _is_grid(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.network.get_submodule(str(node.target)), ActivationGrid)
 
     def _name_output(self, name: str) -> None:
         producer = next((node for node in self.nodes if name in node.output), None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, fx
 
-from lqkd.errors import UsageError
 from lqkd.export.deploy import Deployed
-from lqkd.export.emitter import Emitter
-from lqkd.export.grids import CODES, ActivationGrid, LookupGrid, SignGrid
+from lqkd.export.emitter import Emitter, Exported
+from lqkd.export.grids import CODES, ActivationGrid, SignGrid
 from lqkd.export.integer import IntegerLayer
 
 
@@ -88,26 +86,10 @@ class QuantizeDequantize(Emitter):
         return self.add("DequantizeLinear", operands, f"{label}.bias", axis=0)
 
 
-def refuse_lookups(deployed: Deployed, name: str) -> None:
-    """Refuse grids that no scale and zero point describe.
-
-    Raises:
-        UsageError: for the first such grid, with the formats that can express it.
-    """
-    for place, module in deployed.network.named_modules():
-        weight = isinstance(module, IntegerLayer) and module.levels is not None
-        if weight or isinstance(module, LookupGrid):
-            raise UsageError(
-                f"--format {name} cannot express the non-uniform levels of {place}: "
-                "formats that can are torch"
-            )
-
-
-def build(deployed: Deployed) -> onnx.ModelProto:
+def build(deployed: Deployed) -> Exported:
     """The model in the portable format: opset 21, int8 weight codes, uint8 activations, int32 biases.
 
     Raises:
-        UsageError: when a grid is not uniform, or an operator has no counterpart.
+        UsageError: when an operator has no counterpart.
     """
-    refuse_lookups(deployed, "portable")
     return QuantizeDequantize(deployed).build()
