@@ -1,4 +1,4 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict | sensitivity``."""
+"""The command line: ``python -m lqkd fit | validate | test | predict | sensitivity | export``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ LAYERS = "layers.txt"
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
-    "'sensitivity RUN' ranks the layers of a run by what few bits cost each (see sensitivity --help)."
+    "'sensitivity RUN' ranks the layers of a run by what few bits cost each, and 'export RUN' writes its student as an "
+    "integer ONNX file (see sensitivity --help, export --help)."
 )
 
 
@@ -296,6 +297,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
             sensitivity.main(given[1:])
             return 0
+        if given[:1] == ["export"]:
+            from lqkd.export import command
+
+            return command.main(given[1:])
         LqkdCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ def check(
         parity.problem = f"logits differ by {parity.logits:.2g} of the largest, after layers that agree"
     whole = Runner(exported.model, optimised=True)
     _check_batches(parity, whole, images)
-    _check_test(parity, whole, deployed, test, student)
+    agreement(parity, lambda x: torch.from_numpy(whole(x.numpy())["logits"]), deployed, test, student)
     return parity
 
 
@@ -196,19 +196,20 @@ def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def _check_test(
+def agreement(
     parity: Parity,
-    run: Runner,
+    run: Callable[[Tensor], Tensor],
     deployed: Deployed,
     test: Iterable[tuple[Tensor, Tensor | None]],
     student: torch.nn.Module | None,
 ) -> None:
+    """Count on how many images PyTorch and ``run``, which returns the file's logits, agree; see :func:`check`."""
     right = {"accuracy": 0, "exported_accuracy": 0, "trained_accuracy": 0}
     labelled = 0
     for batch, given in test:
         x = batch.detach().cpu().float()
         ours = deployed.network(x).argmax(1)
-        theirs = torch.from_numpy(run(x.numpy())["logits"].argmax(1))
+        theirs = run(x).argmax(1)
         parity.images += len(x)
         parity.disagreements += int((ours != theirs).sum())
         predicted = {"accuracy": ours, "exported_accuracy": theirs}
