@@ -36,6 +36,11 @@ class Summary:
     kernels: Kernels | None
 
 
+def card_path(path: Path) -> Path:
+    """Where the model card of the file ``path`` lies."""
+    return path.with_name(f"{path.name}.md")
+
+
 def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
     """What the table and the card say, line by line."""
     result = [
@@ -118,6 +123,6 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     ):
         if described[key]:
             lines += ["", f"## {title}", "", *(f"- {place}" for place in described[key])]
-    path = summary.path.with_suffix(".md")
+    path = card_path(summary.path)
     write_text(path, "\n".join(lines) + "\n")
     return path

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export import metadata, torch_program
-from lqkd.export.card import Summary, print_table, write_card
+from lqkd.export.card import Summary, card_path, print_table, write_card
 from lqkd.export.deploy import deploy
 from lqkd.export.formats import BUILDERS, FORMATS, SUFFIXES, TORCH, check_expressible, check_format
 from lqkd.export.parity import Parity, check
@@ -119,7 +119,7 @@ def _output(given: argparse.Namespace) -> Path:
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     if output.suffix != suffix:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
-    for path in (output, output.with_suffix(".md")):
+    for path in (output, card_path(output)):
         if path.exists() and not given.overwrite:
             raise UsageError(f"{str(path)!r} exists: give --overwrite, or another --output")
     try:
