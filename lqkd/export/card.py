@@ -45,8 +45,11 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
     """What the table and the card say, line by line."""
     result = [
         ("format", described["format"]),
-        ("file", f"{summary.file_bytes / 1000:.1f} kB (weights packed: {summary.packed_bytes / 1000:.1f} kB, "
-         f"in float: {summary.float_bytes / 1000:.1f} kB)"),
+        (
+            "file",
+            f"{summary.file_bytes / 1000:.1f} kB (weights packed: {summary.packed_bytes / 1000:.1f} kB, "
+            f"in float: {summary.float_bytes / 1000:.1f} kB)",
+        ),
     ]
     for name, value in (
         ("accuracy as trained", parity.trained_accuracy),
@@ -109,7 +112,8 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
             f"`images`: (batch, {preprocessing['channels']}, {', '.join(map(str, preprocessing['size']))}) float32; "
             f"{preprocessing['scale']}; mean {preprocessing['mean']}, std {preprocessing['std']}.",
             "",
-            f"`logits`: (batch, classes) float32; classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
+            "`logits`: (batch, classes) float32; "
+            f"classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
             "",
         ]
     if described["format"] == "packed2":
