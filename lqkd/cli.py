@@ -1,4 +1,4 @@
-"""The command line: ``python -m lqkd fit | validate | test | predict | resume | sensitivity | compare | report``."""
+"""The command line, ``python -m lqkd``: fit, validate, test, predict, resume, sensitivity, compare, report and export."""
 
 from __future__ import annotations
 
@@ -41,11 +41,17 @@ from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, loc
 
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
-    "'resume RUN' goes on with a run that was stopped or killed, and 'sensitivity RUN' ranks the layers of a run by "
-    "what few bits cost each; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
+    "'resume RUN' goes on with a run that was stopped or killed, 'sensitivity RUN' ranks the layers of a run by what "
+    "few bits cost each, 'export RUN' writes its student as an integer ONNX file, and 'predict RUN IMAGE...' tells the "
+    "classes of image files; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
     "(see their --help)."
 )
-_VERBS = {"sensitivity": "lqkd.sensitivity", "compare": "lqkd.study.compare", "report": "lqkd.study.report"}
+_VERBS = {
+    "sensitivity": "lqkd.sensitivity",
+    "compare": "lqkd.study.compare",
+    "report": "lqkd.study.report",
+    "export": "lqkd.export.command",
+}
 """Modules of the verbs that are none of Lightning's; they import this one."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -338,8 +344,7 @@ def main(args: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if args is None else list(args)
     try:
         if given and given[0] in _VERBS:
-            importlib.import_module(_VERBS[given[0]]).main(given[1:])
-            return 0
+            return importlib.import_module(_VERBS[given[0]]).main(given[1:]) or 0
         resumption = None
         if given[:1] == ["resume"]:
             resumption, given = parse(given[1:])

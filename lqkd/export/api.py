@@ -1,0 +1,62 @@
+"""Export from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.export import metadata
+from lqkd.export.deploy import deploy
+from lqkd.export.formats import BUILDERS, check_expressible
+from lqkd.export.parity import check
+from lqkd.files import atomic_path
+
+
+class ParityError(RuntimeError):
+    """The exported model does not compute what the student computes; the message says where it begins."""
+
+
+def to_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path | None = None,
+    *,
+    format: str = "portable",
+    calibration: Iterable[Tensor] = (),
+    about: dict[str, Any] | None = None,
+) -> onnx.ModelProto:
+    """Export a quantised network to ONNX, and prove that the model computes the same.
+
+    Args:
+        model: trained or calibrated, in any mode; it is left alone.
+        example: (B, C, H, W) real inputs, B of at least 2, as the network sees them, for the comparison.
+        path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
+        format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``.
+        calibration: training inputs for grids that training left out, such as of residual additions.
+        about: what the file shall also say about itself, JSON values.
+
+    Returns:
+        The model. Input ``images`` (batch, C, H, W), output ``logits`` (batch, classes), float32.
+
+    Raises:
+        UsageError: when the network cannot be exported in this format; the message says why.
+        ParityError: when the model computes something else; nothing is written then.
+    """
+    if format not in BUILDERS:
+        raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    deployed = deploy(model, example, calibration)
+    check_expressible(deployed, format)
+    exported = BUILDERS[format](deployed)
+    parity = check(exported, deployed, example)
+    metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))
+    if parity.problem is not None:
+        raise ParityError(parity.problem)
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(exported.model.SerializeToString())
+    return exported.model

@@ -1,0 +1,132 @@
+"""What a person reads about an exported file: a table on the terminal and a model card beside the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lqkd.export.deploy import Deployed
+from lqkd.export.metadata import layer_bits, summary_of_bits
+from lqkd.export.packed import LOADER_NOTE
+from lqkd.export.parity import Parity
+from lqkd.export.runtimes import Kernels
+from lqkd.files import write_text
+
+NAMED = 8
+"""Float nodes that the table names; the card names all."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A written file.
+
+    Attributes:
+        path: the file.
+        file_bytes: its size.
+        packed_bytes: of the weights if every one took its bits.
+        float_bytes: of the float network.
+        kernels: what the runtime makes of it, ``None`` where that is not ONNX Runtime.
+    """
+
+    path: Path
+    file_bytes: int
+    packed_bytes: int
+    float_bytes: int
+    kernels: Kernels | None
+
+
+def card_path(path: Path) -> Path:
+    """Where the model card of the file ``path`` lies."""
+    return path.with_name(f"{path.name}.md")
+
+
+def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
+    """What the table and the card say, line by line."""
+    result = [
+        ("format", described["format"]),
+        (
+            "file",
+            f"{summary.file_bytes / 1000:.1f} kB (weights packed: {summary.packed_bytes / 1000:.1f} kB, "
+            f"in float: {summary.float_bytes / 1000:.1f} kB)",
+        ),
+    ]
+    for name, value in (
+        ("accuracy as trained", parity.trained_accuracy),
+        ("accuracy as deployed, in PyTorch", parity.accuracy),
+        ("accuracy of the file", parity.exported_accuracy),
+    ):
+        if value is not None:
+            result.append((name, f"{value:.2%}"))
+    if parity.trained_accuracy is not None and parity.accuracy is not None:
+        change = 100 * (parity.accuracy - parity.trained_accuracy)
+        calibrated, rerouted = (len(described[key]) for key in ("calibrated", "rerouted"))
+        result.append(
+            ("cost of deployment", f"{change:+.2f} points ({calibrated} grids calibrated at export, {rerouted} shared)")
+        )
+    if parity.agreement is not None:
+        result.append(("same first class", f"{parity.agreement:.3%} of {parity.images} images"))
+    for name, layers in (("not optimised", parity.unoptimised), ("optimised", parity.optimised)):
+        if layers:
+            worst = max(layers, key=lambda row: (row.steps, row.fraction))
+            told = f"at most {worst.steps:g} step, {worst.fraction:.4%} of the codes" if worst.steps else "identical"
+            result.append((f"{len(layers)} grids, {name}", told))
+    result.append(("batches", ", ".join(map(str, parity.batches))))
+    if summary.kernels is not None:
+        integer = ", ".join(f"{count} {kind}" for kind, count in summary.kernels.integer.items())
+        result.append(("integer kernels", integer or "none"))
+        result.append(("float nodes", _named(summary.kernels, NAMED)))
+    return result
+
+
+def _named(kernels: Kernels, limit: int | None) -> str:
+    names = [f"{name} ({kind})" for name, kind in kernels.floats]
+    more = "" if limit is None or len(names) <= limit else f" and {len(names) - limit} more"
+    return ", ".join(names[:limit]) + more if names else "none but the quantization of the input"
+
+
+def print_table(summary: Summary, described: dict[str, Any], parity: Parity) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"export to {summary.path.name}", show_header=False)
+    for name, value in rows(summary, described, parity):
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    console.print(f"written to {summary.path}", soft_wrap=True)
+
+
+def write_card(summary: Summary, described: dict[str, Any], parity: Parity, deployed: Deployed) -> Path:
+    """Write the model card beside the file, complete or not at all, and return its path."""
+    lines = [f"# {summary.path.name}", "", f"A low-bit network exported by lqkd {described['version']}.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows(summary, described, parity)), ""]
+    if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
+        lines += [f"Nodes in floating point: {_named(summary.kernels, None)}.", ""]
+    preprocessing = described.get("preprocessing") or {}
+    if preprocessing:
+        lines += [
+            "## Input and output",
+            "",
+            f"`images`: (batch, {preprocessing['channels']}, {', '.join(map(str, preprocessing['size']))}) float32; "
+            f"{preprocessing['scale']}; mean {preprocessing['mean']}, std {preprocessing['std']}.",
+            "",
+            "`logits`: (batch, classes) float32; "
+            f"classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
+            "",
+        ]
+    if described["format"] == "packed2":
+        lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
+    lines += ["## Origin", "", f"teacher: `{described.get('teacher')}`", "", f"data: {described.get('data')}", ""]
+    lines += [f"## Layers: {summary_of_bits(deployed)}", "", "| layer | bits |", "|---|---|"]
+    lines += [f"| {name} | {bits} |" for name, bits in layer_bits(deployed).items()]
+    for title, key in (
+        ("Grids fitted at export, which training did not have", "calibrated"),
+        ("Inputs that read a value from the 8-bit grid of another", "rerouted"),
+    ):
+        if described[key]:
+            lines += ["", f"## {title}", "", *(f"- {place}" for place in described[key])]
+    path = card_path(summary.path)
+    write_text(path, "\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,203 @@
+"""``python -m lqkd export``: a run's student as a file, verified, with a model card beside it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError, first_line
+from lqkd.export import metadata, torch_program
+from lqkd.export.card import Summary, card_path, print_table, write_card
+from lqkd.export.deploy import deploy
+from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
+from lqkd.export.parity import check
+from lqkd.export.program import check_program, save_program
+from lqkd.export.runtimes import is_qonnx, kernels
+from lqkd.files import atomic_path
+from lqkd.modules import DistillModule
+from lqkd.quantization import quantizers, size
+from lqkd.run_reader import RunReader, read_run, take_batches
+
+CALIBRATION_BATCHES = 8
+"""Training batches for grids that training left out."""
+COMPARED = 32
+"""Images for the comparison layer by layer."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"lqkd: error: {message} (see python -m lqkd export --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m lqkd export",
+        description="Export the student of a run from its best checkpoint, verify the file against PyTorch on the test "
+        "split and write a model card beside it.",
+    )
+    parser.add_argument("run", help="run folder")
+    parser.add_argument(
+        "--format",
+        default="portable",
+        help="portable: 8-bit codes for integer kernels; packed4, packed2: weights stored in 4 or 2 bits; qonnx: for "
+        "FPGA tools; torch: a torch.export program (default: %(default)s)",
+    )
+    parser.add_argument("--output", help="file to write (default: student.onnx in the run folder, or as the format)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command and return its exit status: 0, or 1 when the file does not compute what the student computes.
+
+    Raises:
+        UsageError: after a user's mistake.
+        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    given = _arguments(args)
+    check_format(given.format)
+    output = _output(given)
+    reader, student = read_student(given.run)
+    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
+    if not calibration:
+        raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
+    student = student.cpu().eval()
+    images = torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
+    deployed = deploy(student, images, [x.cpu() for x in calibration])
+    check_expressible(deployed, given.format)
+    about = _about(reader)
+    if given.format == TORCH:
+        program = torch_program.build(deployed, images)
+        parity = check_program(program, deployed, images, _test(reader), student)
+        described = metadata.describe(given.format, deployed, parity, about)
+        found = None
+    else:
+        exported = BUILDERS[given.format](deployed)
+        parity = check(exported, deployed, images, _test(reader), student)
+        described = metadata.describe(given.format, deployed, parity, about)
+        metadata.write(exported.model, described)
+        found = None if is_qonnx(exported.model) else kernels(exported.model)
+    target = output if parity.problem is None else rejected(output)
+    with atomic_path(target) as temporary:
+        if given.format == TORCH:
+            save_program(program, temporary, described)
+        else:
+            temporary.write_bytes(exported.model.SerializeToString())
+    weights = size(student)
+    summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, found)
+    print_table(summary, described, parity)
+    if parity.problem is not None:
+        print(f"lqkd: error: the file fails the comparison and is kept as {target}: {parity.problem}", file=sys.stderr)
+        return 1
+    write_card(summary, described, parity, deployed)
+    return 0
+
+
+def rejected(output: Path) -> Path:
+    """The name under which a file that failed the comparison is kept."""
+    return output.with_name(f"{output.stem}.rejected{output.suffix}")
+
+
+def _output(given: argparse.Namespace) -> Path:
+    run = Path(given.run)
+    if not run.is_dir():
+        raise UsageError(f"{given.run!r} is not a run folder: export takes the folder of a finished training")
+    suffix = SUFFIXES.get(given.format, ".onnx")
+    stem = "student" if given.format in ("portable", TORCH) else f"student.{given.format}"
+    output = run / f"{stem}{suffix}" if given.output is None else Path(given.output)
+    if output.is_dir():
+        raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
+    if output.suffix != suffix:
+        raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
+    for path in (output, card_path(output)):
+        if path.exists() and not given.overwrite:
+            raise UsageError(f"{str(path)!r} exists: give --overwrite, or another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output.parent / f"{output.name}.probe") as probe:
+            probe.touch()
+        (output.parent / f"{output.name}.probe").unlink()
+    except OSError as error:
+        raise UsageError(f"--output {str(output)!r} cannot be written ({error.strerror}): choose another") from error
+    return output
+
+
+def read_student(run: str | Path) -> tuple[RunReader, nn.Module]:
+    """The run of a folder and its network with everything of its best checkpoint, quantizers included.
+
+    Raises:
+        UsageError: when the folder, its config or checkpoint is missing or damaged, the network is in floating point,
+            or its bits are not those of the config yet.
+    """
+    reader, checkpoint = read_run(run)
+    if checkpoint is None:
+        raise UsageError(f"{str(run)!r} is a config: give a run folder with a checkpoint")
+    network = reader.model.product()
+    wanted = {name: quantizer.bits for name, quantizer in quantizers(network).items()}
+    if not wanted:
+        raise UsageError(f"the network of {str(run)!r} is in floating point: train a student with bits below 32")
+    name = "student" if isinstance(reader.model, DistillModule) else "network"
+    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    state = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(
+            f"checkpoint {str(checkpoint)!r} is of another network than its config ({first_line(error)})"
+        ) from error
+    for key, quantizer in quantizers(network).items():
+        if quantizer.bits != wanted[key]:
+            raise UsageError(
+                f"the bit schedule of {str(run)!r} is not finished: {key} has {quantizer.bits} bits in the best "
+                f"checkpoint and {wanted[key]} in the config; train to the end of the schedule"
+            )
+    return reader, network
+
+
+def _about(reader: RunReader) -> dict[str, Any]:
+    data: Any = reader.datamodule
+    shape = list(getattr(data, "image_shape", ()))
+    preprocessing = {
+        "channels": shape[0] if shape else None,
+        "size": shape[1:],
+        "mean": list(getattr(data, "mean", ())),
+        "std": list(getattr(data, "std", ())),
+        "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
+    }
+    hyper_parameters = dict(reader.model.hparams)
+    return {
+        "class_names": list(getattr(data, "class_names", ())),
+        "preprocessing": preprocessing,
+        "teacher": _plain(hyper_parameters.get("teacher")),
+        "network": _plain(hyper_parameters.get("student", hyper_parameters.get("network"))),
+        "data": type(data).__name__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` without what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of the test split, or of the validation split where there is none."""
+    data = cast(LightningDataModule, reader.datamodule)
+    has_test = is_overridden("test_dataloader", data, LightningDataModule)
+    if has_test:
+        data.setup("test")
+    for batch in data.test_dataloader() if has_test else data.val_dataloader():
+        images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
+        yield images.cpu(), labels.cpu()

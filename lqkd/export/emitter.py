@@ -1,0 +1,374 @@
+"""Writing a deployed network as an ONNX graph; what differs between formats is in subclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import fx, nn
+
+from lqkd.export.deploy import Deployed
+from lqkd.export.grids import ActivationGrid, LookupGrid
+from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
+from lqkd.export.operations import KEEPS_GRID, Operation, operation, shape_of, unsupported
+
+INPUT = "images"
+OUTPUT = "logits"
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and where the values of its grids are found in it.
+
+    Attributes:
+        model: the ONNX model; input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes) float32.
+        grids: name of each grid's node in the deployed network to the tensor that holds its codes, or its real numbers
+            where the format has no codes.
+    """
+
+    model: onnx.ModelProto
+    grids: dict[str, str]
+
+
+class Emitter:
+    """Turns the nodes of a deployed network into ONNX nodes, in order.
+
+    A value that is on a grid may exist as codes, and then becomes real numbers separately for each reader. A clamp is
+    written only where something else than a grid reads it: a grid behind it takes the limits over.
+    """
+
+    opset = 21
+    ir_version = 10
+    domains: tuple[str, ...] = ()
+
+    def __init__(self, deployed: Deployed) -> None:
+        self.network = deployed.network
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.floats: dict[fx.Node, str] = {}
+        self.codes: dict[fx.Node, tuple[str, ActivationGrid]] = {}
+        self.deferred: dict[fx.Node, tuple[fx.Node, float | None, float | None]] = {}
+        self.pooled: dict[fx.Node, str] = {}
+        self.parts: dict[fx.Node, list[str]] = {}
+        self.read: dict[fx.Node, int] = {}
+        self.taken: set[str] = set()
+
+    def build(self) -> Exported:
+        """The model, checked; its input is (batch, C, H, W) float32, its output (batch, classes) float32."""
+        graph = self.network.graph
+        source = next(node for node in graph.nodes if node.op == "placeholder")
+        output = next(node for node in graph.nodes if node.op == "output")
+        for node in graph.nodes:
+            if node.op == "output":
+                continue
+            found = operation(node, self.network)
+            if found is not None:
+                self._write(node, found)
+        if len(output.all_input_nodes) != 1 or not isinstance(output.args[0], fx.Node):
+            raise unsupported(output, self.network, " of several results")
+        result = output.args[0]
+        self._name_output(self.floating(result))
+        shapes: list[list[str | int | None]] = [[BATCH, *shape_of(node)[1:]] for node in (source, result)]
+        infos = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in zip((INPUT, OUTPUT), shapes, strict=True)
+        ]
+        body = helper.make_graph(self.nodes, "lqkd", infos[:1], infos[1:], list(self.initializers.values()))
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
+        model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
+        if not self.domains:
+            onnx.checker.check_model(model, full_check=True)
+        return Exported(model, self._grids())
+
+    def _grids(self) -> dict[str, str]:
+        return {node.name: self.codes[node][0] for node in self.codes if self._is_grid(node)}
+
+    def _is_grid(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.network.get_submodule(str(node.target)), ActivationGrid)
+
+    def _name_output(self, name: str) -> None:
+        producer = next((node for node in self.nodes if name in node.output), None)
+        if producer is None or any(name in node.input for node in self.nodes):
+            self.nodes.append(helper.make_node("Identity", [name], [OUTPUT], OUTPUT))
+            return
+        producer.output[list(producer.output).index(name)] = OUTPUT
+
+    # ---- names and constants
+
+    def name(self, wanted: str) -> str:
+        """``wanted``, or with a number behind it where that is taken."""
+        name, number = wanted, 1
+        while name in self.taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self.taken.add(name)
+        return name
+
+    def add(self, kind: str, inputs: list[str], wanted: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name."""
+        name = self.name(wanted)
+        self.nodes.append(helper.make_node(kind, inputs, [name], name, domain=domain, **attributes))
+        return name
+
+    def constant(self, value: Any, wanted: str, dtype: Any = None) -> str:
+        """Keep a tensor or array in the file and return its name."""
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        array = array if dtype is None else array.astype(dtype)
+        name = self.name(wanted)
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        return name
+
+    def label(self, node: fx.Node) -> str:
+        """A name that says where ``node`` comes from."""
+        if node.op == "call_module":
+            return str(node.target)
+        stack = node.meta.get("nn_module_stack") or {}
+        where = str(next(reversed(stack), ""))
+        return f"{where}.{node.name}" if where else node.name
+
+    # ---- values
+
+    def floating(self, node: fx.Node) -> str:
+        """The name of the real numbers of ``node``."""
+        if node in self.codes:
+            return self.dequantize(*self.codes[node], self.label(node))
+        if node in self.deferred:
+            source, low, high = self.deferred[node]
+            if node not in self.floats:
+                x = self.floating(source)
+                self.floats[node] = self._clamped(x, low, high, self.label(node))
+            return self.floats[node]
+        if node in self.pooled and node not in self.floats:
+            self.floats[node] = self.add("Flatten", [self.pooled[node]], self.label(node), axis=1)
+        self.read[node] = self.read.get(node, 0) + 1
+        if self.read[node] > 1:
+            again = self._again(node)
+            if again is not None:
+                return again
+        return self.floats[node]
+
+    def _again(self, node: fx.Node) -> str | None:
+        """A second copy of a cheap operation for a second grid; ``None`` where the first result serves both.
+
+        A runtime fuses an operation with the grid behind it, and only where there is one. The operands change places,
+        lest the runtime finds that it computes the same twice.
+        """
+        found = operation(node, self.network)
+        if found is None or found.kind not in ("add", "mul") or len(found.inputs) != 2 or self.read[node] > 2:
+            return None
+        operands = [self.floating(x) for x in reversed(found.inputs)]
+        return self.add(found.kind.title(), operands, f"{self.label(node)}.again")
+
+    def _clamped(self, x: str, low: float | None, high: float | None, label: str) -> str:
+        if (low, high) == (0.0, None):
+            return self.add("Relu", [x], label)
+        bounds = [
+            "" if bound is None else self.constant(bound, f"{label}.{name}", np.float32)
+            for bound, name in ((low, "min"), (high, "max"))
+        ]
+        return self.add("Clip", [x, *bounds], label)
+
+    def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
+        """Real numbers from codes."""
+        raise NotImplementedError
+
+    def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
+        """Write the quantization of an activation."""
+        raise NotImplementedError
+
+    def weight(self, layer: IntegerLayer, label: str) -> str:
+        """The real numbers of a weight, in its shape."""
+        raise NotImplementedError
+
+    def bias(self, layer: IntegerLayer, label: str) -> str:
+        """The real numbers of a bias, (channels,); an empty name where there is none."""
+        raise NotImplementedError
+
+    # ---- operations
+
+    def _write(self, node: fx.Node, found: Operation) -> None:
+        if found.kind in KEEPS_GRID and found.inputs[0] in self.codes:
+            codes, grid = self.codes[found.inputs[0]]
+            self.codes[node] = (self._moved(node, found, codes, grid), grid)
+            return
+        writer = getattr(self, f"_write_{found.kind}")
+        writer(node, found)
+
+    def _moved(self, node: fx.Node, found: Operation, codes: str, grid: ActivationGrid) -> str:
+        if found.kind == "relu":
+            zero = self.constant(grid.zero_point, f"{self.label(node)}.min", np.uint8)
+            return self.add("Clip", [codes, zero], self.label(node))
+        return self._structural(node, found, codes, np.uint8, grid.zero_point)
+
+    def _structural(self, node: fx.Node, found: Operation, x: str, dtype: Any, zero: int) -> str:
+        label = self.label(node)
+        if found.kind == "maxpool":
+            return self.add("MaxPool", [x], label, **_pooling(found.settings, dilations=True))
+        if found.kind == "reshape":
+            before, after = shape_of(found.inputs[0]), shape_of(node)
+            if before[0] == after[0] and len(after) == 2 and len(before) > 2:
+                return self.add("Flatten", [x], label, axis=1)
+            first = 0 if before[0] == after[0] else -1
+            return self.add("Reshape", [x, self.constant([first, *after[1:]], f"{label}.shape", np.int64)], label)
+        if found.kind == "transpose":
+            return self.add("Transpose", [x], label, perm=found.settings["order"])
+        if found.kind == "slice":
+            slices = np.array(found.settings["slices"], np.int64)  # (axes, 4): axis, start, end, step
+            names = ((1, "starts"), (2, "ends"), (0, "axes"), (3, "steps"))
+            return self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
+        if found.kind == "pad":
+            pads = self.constant(found.settings["pads"], f"{label}.pads", np.int64)
+            return self.add("Pad", [x, pads, self.constant(zero, f"{label}.zero", dtype)], label)
+        raise AssertionError(found.kind)
+
+    def _write_floating(self, node: fx.Node, found: Operation) -> None:
+        x = self.floating(found.inputs[0])
+        self.floats[node] = self._structural(node, found, x, np.float32, 0)
+
+    _write_maxpool = _write_reshape = _write_transpose = _write_slice = _write_pad = _write_floating
+
+    def _write_input(self, node: fx.Node, found: Operation) -> None:
+        self.taken.add(INPUT)
+        self.taken.add(OUTPUT)
+        self.floats[node] = INPUT
+
+    def _write_constant(self, node: fx.Node, found: Operation) -> None:
+        self.floats[node] = self.constant(found.settings["value"], self.label(node))
+
+    def _write_identity(self, node: fx.Node, found: Operation) -> None:
+        self.deferred[node] = (found.inputs[0], None, None)
+
+    def _write_relu(self, node: fx.Node, found: Operation) -> None:
+        self.deferred[node] = (found.inputs[0], 0.0, None)
+
+    def _write_clamp(self, node: fx.Node, found: Operation) -> None:
+        low, high = (found.settings[key] for key in ("low", "high"))
+        if any(isinstance(bound, fx.Node) for bound in (low, high)):
+            raise unsupported(node, self.network, " with limits that are computed")
+        self.deferred[node] = (found.inputs[0], low, high)
+
+    def _write_grid(self, node: fx.Node, found: Operation) -> None:
+        grid = found.settings["module"]
+        if isinstance(grid, LookupGrid):
+            raise AssertionError("refused before")
+        self.grid(node, found.inputs[0], grid)
+
+    def _write_layer(self, node: fx.Node, found: Operation) -> None:
+        module: Any = found.settings["module"]
+        label, x = self.label(node), self.floating(found.inputs[0])
+        if isinstance(module, IntegerLayer):
+            weight, bias = self.weight(module, label), self.bias(module, label)
+        else:
+            weight = self.constant(module.weight, f"{label}.weight")
+            bias = "" if module.bias is None else self.constant(module.bias, f"{label}.bias")
+        operands = [x, weight, *([bias] if bias else [])]
+        if isinstance(module, IntegerLinear | nn.Linear):
+            self.floats[node] = self._linear(node, found, operands)
+            return
+        padding: Any = module.padding if isinstance(module, IntegerLayer) else symmetric_padding(module, label)
+        kernel = list(module.codes.shape[2:] if isinstance(module, IntegerLayer) else module.kernel_size)
+        attributes: dict[str, Any] = {
+            "strides": list(module.stride),
+            "pads": [*padding, *padding],
+            "dilations": list(module.dilation),
+        }
+        self.floats[node] = self.add("Conv", operands, label, kernel_shape=kernel, group=module.groups, **attributes)
+
+    def _linear(self, node: fx.Node, found: Operation, operands: list[str]) -> str:
+        label = self.label(node)
+        if len(shape_of(found.inputs[0])) == 2:
+            return self.add("Gemm", operands, label, transB=1)
+        transposed = self.add("Transpose", [operands[1]], f"{label}.transposed", perm=[1, 0])
+        product = self.add("MatMul", [operands[0], transposed], f"{label}.product" if operands[2:] else label)
+        return self.add("Add", [product, operands[2]], label) if operands[2:] else product
+
+    def _write_norm(self, node: fx.Node, found: Operation) -> None:
+        norm: Any = found.settings["module"]
+        label = self.label(node)
+        ones = torch.ones_like(norm.running_mean)
+        values = [norm.weight if norm.affine else ones, norm.bias if norm.affine else 0 * ones]
+        names = ("weight", "bias", "mean", "variance")
+        constants = [
+            self.constant(value, f"{label}.{name}")
+            for value, name in zip([*values, norm.running_mean, norm.running_var], names, strict=True)
+        ]
+        x = self.floating(found.inputs[0])
+        self.floats[node] = self.add("BatchNormalization", [x, *constants], label, epsilon=norm.eps)
+
+    def _write_add(self, node: fx.Node, found: Operation) -> None:
+        operands = [self.floating(x) for x in found.inputs]
+        label = self.label(node)
+        if "number" in found.settings:
+            operands.append(self.constant(found.settings["number"], f"{label}.number", np.float32))
+        self.floats[node] = self.add(found.kind.title(), operands, label)
+
+    _write_mul = _write_add
+
+    def _write_cat(self, node: fx.Node, found: Operation) -> None:
+        operands = [self.floating(x) for x in found.inputs]
+        self.floats[node] = self.add("Concat", operands, self.label(node), axis=found.settings["axis"])
+
+    def _write_globalpool(self, node: fx.Node, found: Operation) -> None:
+        x = self.floating(found.inputs[0])
+        if found.settings["keepdim"]:
+            self.floats[node] = self.add("GlobalAveragePool", [x], self.label(node))
+        else:
+            self.pooled[node] = self.add("GlobalAveragePool", [x], f"{self.label(node)}.pooled")
+
+    def _write_mean(self, node: fx.Node, found: Operation) -> None:
+        x, label = self.floating(found.inputs[0]), self.label(node)
+        axes = self.constant(found.settings["axes"], f"{label}.axes", np.int64)
+        self.floats[node] = self.add("ReduceMean", [x, axes], label, keepdims=int(found.settings["keepdim"]))
+
+    def _write_avgpool(self, node: fx.Node, found: Operation) -> None:
+        settings = found.settings
+        if settings.get("divisor_override"):
+            raise unsupported(node, self.network, " with divisor_override")
+        attributes = _pooling(settings, dilations=False)
+        attributes["count_include_pad"] = int(settings.get("count_include_pad", True))
+        self.floats[node] = self.add("AveragePool", [self.floating(found.inputs[0])], self.label(node), **attributes)
+
+    def _write_activation(self, node: fx.Node, found: Operation) -> None:
+        settings, label = dict(found.settings), self.label(node)
+        name, x = settings.pop("name"), self.floating(found.inputs[0])
+        if name == "SiLU":
+            self.floats[node] = self.add("Mul", [x, self.add("Sigmoid", [x], f"{label}.sigmoid")], label)
+            return
+        if name == "HardSigmoid":
+            settings["alpha"] = 1 / 6
+        self.floats[node] = self.add(name, [x], label, **settings)
+
+    def _write_chunks(self, node: fx.Node, found: Operation) -> None:
+        metas = node.meta["tensor_meta"]
+        axis = found.settings["axis"]
+        sizes = self.constant([meta.shape[axis] for meta in metas], f"{self.label(node)}.sizes", np.int64)
+        names = [self.name(f"{self.label(node)}.{index}") for index in range(len(metas))]
+        source = found.inputs[0]
+        x = self.codes[source][0] if source in self.codes else self.floating(source)
+        self.nodes.append(helper.make_node("Split", [x, sizes], names, names[0], axis=axis))
+        self.parts[node] = names
+
+    def _write_part(self, node: fx.Node, found: Operation) -> None:
+        whole = found.inputs[0]
+        name = self.parts[whole][found.settings["index"]]
+        source = whole.all_input_nodes[0]
+        if source in self.codes:
+            self.codes[node] = (name, self.codes[source][1])
+        else:
+            self.floats[node] = name
+
+
+def _pooling(settings: dict[str, Any], dilations: bool) -> dict[str, Any]:
+    padding = settings["padding"]
+    attributes = {
+        "kernel_shape": list(settings["kernel"]),
+        "strides": list(settings["stride"]),
+        "pads": [*padding, *padding],
+        "ceil_mode": int(bool(settings.get("ceil_mode", False))),
+    }
+    return attributes | ({"dilations": list(settings["dilation"])} if dilations else {})

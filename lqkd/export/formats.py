@@ -1,0 +1,64 @@
+"""The formats by name, and what each can express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lqkd.errors import UsageError
+from lqkd.export import packed, portable, qonnx
+from lqkd.export.deploy import Deployed
+from lqkd.export.emitter import Exported
+from lqkd.export.grids import LookupGrid
+from lqkd.export.integer import IntegerLayer
+
+TORCH = "torch"
+BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
+    "portable": portable.build,
+    "packed4": packed.build4,
+    "packed2": packed.build2,
+    "qonnx": qonnx.build,
+}
+"""The formats that are ONNX files."""
+FORMATS = (*BUILDERS, TORCH)
+"""All formats."""
+SUFFIXES = {TORCH: ".pt2"}
+"""Of files that are not ONNX."""
+
+
+def check_format(name: str) -> None:
+    """Refuse an unknown format.
+
+    Raises:
+        UsageError: likewise.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"--format {name} is unknown: use one of {', '.join(FORMATS)}")
+
+
+def check_expressible(deployed: Deployed, name: str) -> None:
+    """Refuse a format that cannot express a grid of the network exactly, or would store nothing in few bits.
+
+    Raises:
+        UsageError: for the first grid that it cannot express, with the formats that can.
+    """
+    if name == TORCH:
+        return
+    for place, module in deployed.network.named_modules():
+        levels = isinstance(module, IntegerLayer) and module.levels is not None
+        if levels or isinstance(module, LookupGrid):
+            what = "weights" if levels else "input grid"
+            raise UsageError(
+                f"--format {name} cannot express the levels of {place} ({what}), which are not evenly spaced in 8 "
+                f"bits: the formats that can are {TORCH}"
+            )
+    bits = {"packed4": 4, "packed2": 2}.get(name)
+    if bits is not None and not any(_fits(module, bits) for module in deployed.network.modules()):
+        raise UsageError(f"--format {name} has nothing to pack: no layer has {bits} bits or fewer, use portable")
+
+
+def _fits(module: torch.nn.Module, bits: int) -> bool:
+    if not isinstance(module, IntegerLayer):
+        return False
+    return packed.fit(module.codes.to(torch.int16), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) is not None

@@ -1,0 +1,221 @@
+"""Layers as they are deployed: integer weights with a scale per channel and integer biases."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.export.grids import ActivationGrid, WeightCodes, weight_codes
+from lqkd.quantization.layers import QuantizedLayer, QuantizedSubclass
+
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+LARGEST_BIAS = 2**30
+"""In steps of the accumulator; beyond, nothing else would fit into 32 bits."""
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or Linear whose weight is ``codes * scale`` and whose bias is ``bias_codes * bias_scale``.
+
+    The products run in floating point here; an integer runtime gets the same numbers from the codes.
+
+    Attributes:
+        codes: int8, shape of the weight. Where ``levels`` is set they are positions in it, uint8.
+        scale: (channels,) float32, positive; ones where ``levels`` is set.
+        levels: (channels, L) float32 or ``None``.
+        bias_codes: (channels,) int32 or ``None``: then ``bias`` is in floating point.
+        bias_scale: (channels,) float32: ``input scale * scale / multiplier``.
+        multiplier: power of two by which codes may be multiplied, and ``scale`` divided, within 7 bits. Biases are
+            integers on the grid of the accumulator, which would be coarse for few bits.
+        bits: of the weight.
+        changed: how many weights had to move by one step, because a negative batch norm factor turns -128 into 128.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor | None
+    bias: Tensor | None
+    bias_codes: Tensor | None
+    bias_scale: Tensor | None
+
+    def __init__(
+        self,
+        codes: WeightCodes,
+        output_scale: Tensor | None,
+        bias: Tensor | None,
+        grid: ActivationGrid | None,
+        place: str,
+    ) -> None:
+        super().__init__()
+        self.bits = codes.bits
+        channels = codes.codes.shape[0]
+        factor = torch.ones(channels) if output_scale is None else output_scale.detach().cpu().float()
+        whole = codes.codes.cpu()
+        self.changed = 0
+        self.multiplier = 1
+        if bias is not None and not bias.isfinite().all():
+            raise UsageError(f"the bias of {place} is not finite: the training has failed, choose another checkpoint")
+        if not factor.isfinite().all():
+            raise UsageError(f"batch norm after {place} is not finite: the training has failed")
+        bias = None if bias is None else bias.detach().cpu().float()
+        if codes.scale is None:
+            assert codes.levels is not None
+            levels = codes.levels.cpu().expand(channels, -1) * factor.unsqueeze(1)
+            self._set(whole.to(torch.uint8), torch.ones(channels), levels)
+            self._set_bias(bias, None, None)
+            return
+        scale = codes.scale.cpu().expand(channels) * factor.abs()
+        whole = whole * torch.where(factor < 0, -1, 1).view(-1, *[1] * (whole.ndim - 1))
+        self.changed = int((whole > 127).sum())
+        whole = whole.clamp_max(127)
+        if grid is not None:
+            self.multiplier = _multiplier(whole)
+        input_scale = torch.ones(()) if grid is None else grid.scale.cpu()
+        whole, scale = _without_dead_channels(whole, scale, bias, input_scale, self.multiplier)
+        self._set(whole.to(torch.int8), scale, None)
+        self._set_bias(bias, grid, scale)
+
+    def _set(self, codes: Tensor, scale: Tensor, levels: Tensor | None) -> None:
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("levels", levels)
+
+    def _set_bias(self, bias: Tensor | None, grid: ActivationGrid | None, scale: Tensor | None) -> None:
+        self.register_buffer("bias", bias)
+        self.register_buffer("bias_scale", None)
+        self.register_buffer("bias_codes", None)
+        if bias is None or grid is None or scale is None:
+            return
+        self.bias = None
+        self.bias_scale = grid.scale.cpu() * (scale / self.multiplier)
+        self.bias_codes = (bias / self.bias_scale).round().to(torch.int32)
+
+    def float_weight(self) -> Tensor:
+        """The weight in floating point."""
+        if self.levels is not None:
+            codes = self.codes.long()
+            return self.levels.gather(1, codes.flatten(1)).view(codes.shape)
+        return self.codes.float() * self.scale.view(-1, *[1] * (self.codes.ndim - 1))
+
+    def float_bias(self) -> Tensor | None:
+        """The bias in floating point."""
+        if self.bias_codes is None or self.bias_scale is None:
+            return self.bias
+        return self.bias_codes.float() * self.bias_scale
+
+
+class IntegerLinear(IntegerLayer):
+    """:class:`torch.nn.Linear` with integer weights; input (..., in_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.float_weight(), self.float_bias())
+
+
+class IntegerConv(IntegerLayer):
+    """A convolution over one to three axes, padded with zeros, with integer weights; input (B, C, ...)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    function: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.float_weight(), self.float_bias()
+        return self.function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-any-return]
+
+
+def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str) -> IntegerLayer | None:
+    """The deployed form of a quantised layer, or ``None`` when its weight is in floating point.
+
+    Args:
+        layer: a quantised convolution or Linear.
+        grid: that of its input; ``None`` when it has none, or one that is not uniform.
+        place: its name, for messages.
+
+    Raises:
+        UsageError: when the layer is of another kind, pads with something else than zeros, or its numbers are unusable.
+    """
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise UsageError(
+            f"operator {type(layer).__name__} in {place} cannot be exported: of quantised layers Conv and Linear can"
+        )
+    if layer.weight_quantizer is None:
+        return None
+    if isinstance(layer, QuantizedSubclass) and not _is_plain(layer):
+        raise UsageError(
+            f"operator {layer.float_class.__name__} in {place} cannot be exported: it computes something else than "
+            f"the layer that it is derived from"
+        )
+    codes = weight_codes(layer.weight_quantizer, layer.weight, place)
+    arguments = (codes, layer.output_scale, layer.bias, grid, place)
+    if isinstance(layer, nn.Linear):
+        return IntegerLinear(*arguments)
+    conv: Any = layer
+    result = IntegerConv(*arguments)
+    result.function = _function(conv)
+    result.stride, result.dilation, result.groups = conv.stride, conv.dilation, conv.groups
+    result.padding = symmetric_padding(conv, place)
+    return result
+
+
+def _function(conv: nn.Module) -> Any:
+    return next(function for kind, function in _CONVOLUTIONS.items() if isinstance(conv, kind))
+
+
+@torch.no_grad()
+def _is_plain(layer: QuantizedLayer) -> bool:
+    """Whether a subclass computes what its base class would, tried on one input."""
+    if isinstance(layer, nn.Linear):
+        x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1)
+        return torch.equal(layer(x), F.linear(x, layer.quantized_weight(), layer.bias))
+    conv: Any = layer
+    sides = [3 * d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    x = torch.linspace(-1, 1, conv.in_channels * math.prod(sides)).view(1, conv.in_channels, *sides)
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = _function(layer)(x, layer.quantized_weight(), conv.bias, *settings)
+    own = layer(x)
+    return own.shape == plain.shape and torch.allclose(own, plain)
+
+
+def symmetric_padding(conv: Any, place: str) -> tuple[int, ...]:
+    """The zeros on both sides of each axis.
+
+    Raises:
+        UsageError: when the convolution pads with something else, or not the same on both sides.
+    """
+    if conv.padding_mode != "zeros":
+        raise UsageError(f"{place} pads with padding_mode={conv.padding_mode!r}, which cannot be exported: use zeros")
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding)
+    totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if conv.padding == "same" and any(total % 2 for total in totals):
+        raise UsageError(f"{place} pads one side more than the other, which cannot be exported: use an odd kernel size")
+    return tuple(total // 2 if conv.padding == "same" else 0 for total in totals)
+
+
+def _multiplier(codes: Tensor) -> int:
+    """The largest power of two times which all ``codes`` stay within -64 to 64: two products then fit into 16 bits."""
+    largest, multiplier = int(codes.abs().max()), 1
+    while 0 < largest * multiplier * 2 <= 64:
+        multiplier *= 2
+    return multiplier
+
+
+def _without_dead_channels(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor, multiplier: int
+) -> tuple[Tensor, Tensor]:
+    """Zero the weights of channels whose scale vanishes beside their bias, and give these a scale that bears the bias.
+
+    A batch norm whose factor is (nearly) zero makes such a channel a constant.
+    """
+    amount = torch.zeros_like(scale) if bias is None else bias.abs()
+    step = input_scale * (scale / multiplier)
+    dead = (step < torch.finfo(torch.float32).tiny) | (amount > LARGEST_BIAS * step)
+    usable = torch.where(amount > 0, amount * (multiplier / 2**20) / input_scale, 1.0)
+    shape = (-1, *[1] * (codes.ndim - 1))
+    return torch.where(dead.view(shape), 0, codes), torch.where(dead, usable, scale)

@@ -1,0 +1,78 @@
+"""What an exported file says about itself."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import metadata
+from typing import Any
+
+import onnx
+
+from lqkd.export.deploy import Deployed, grid_of
+from lqkd.export.grids import ActivationGrid, LookupGrid
+from lqkd.export.integer import IntegerLayer
+from lqkd.export.packed import LOADER_NOTE
+from lqkd.export.parity import Parity
+from lqkd.export.runtimes import has_two_bits, is_qonnx
+
+PREFIX = "lqkd."
+
+
+def layer_bits(deployed: Deployed) -> dict[str, str]:
+    """Name of each layer to its bits, e.g. ``W4A4``; float is ``W32`` or ``A32``."""
+    found = {}
+    for node in deployed.network.graph.nodes:
+        module = deployed.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, IntegerLayer):
+            grid = grid_of(node.all_input_nodes[0], deployed.network)
+            activation = grid.bits if isinstance(grid, ActivationGrid | LookupGrid) else 32
+            found[str(node.target)] = f"W{module.bits}A{activation}"
+    return found
+
+
+def summary_of_bits(deployed: Deployed) -> str:
+    """Bits and how many layers have them, e.g. ``W2A2 (20 layers), W8A8 (2 layers)``."""
+    counts = Counter(layer_bits(deployed).values()).most_common()
+    return ", ".join(f"{bits} ({count} layers)" for bits, count in counts)
+
+
+def describe(format_name: str, deployed: Deployed, parity: Parity, about: dict[str, Any]) -> dict[str, Any]:
+    """All that is kept in a file, as JSON values.
+
+    Args:
+        format_name: of the file.
+        deployed: the network.
+        parity: its comparison with the file.
+        about: what the caller knows: class names, preprocessing, teacher ...
+    """
+    return {
+        "version": metadata.version("lqkd"),
+        "format": format_name,
+        "bits": layer_bits(deployed),
+        "scheme": "weights per channel, symmetric; activations per tensor, static; biases int32",
+        **about,
+        "calibrated": deployed.calibrated,
+        "rerouted": deployed.rerouted,
+        "parity": parity.numbers(),
+    }
+
+
+def write(model: onnx.ModelProto, described: dict[str, Any]) -> None:
+    """Put ``described`` into ``metadata_props`` of the model, each value as JSON under ``lqkd.NAME``."""
+    described = dict(described) | {"runtime": runtime(model)}
+    if has_two_bits(model):
+        described["loader_note"] = LOADER_NOTE
+    onnx.helper.set_model_props(model, {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()})
+
+
+def read(model: onnx.ModelProto) -> dict[str, Any]:
+    """What :func:`write` put there."""
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    return {key.removeprefix(PREFIX): json.loads(value) for key, value in props.items() if key.startswith(PREFIX)}
+
+
+def runtime(model: onnx.ModelProto) -> str:
+    """Name and version of what the file was run with."""
+    package = "qonnx" if is_qonnx(model) else "onnxruntime"
+    return f"{package} {metadata.version(package)}"

@@ -1,0 +1,348 @@
+"""What each node of a traced network computes, in one vocabulary whatever the network wrote: modules or functions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lqkd.errors import UsageError
+from lqkd.export.grids import ActivationGrid, LookupGrid
+from lqkd.export.integer import IntegerLayer
+from lqkd.quantization import Quantizer
+from lqkd.quantization.layers import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        kind: its name, such as ``layer``, ``grid``, ``add`` or ``clamp``.
+        inputs: the nodes of its tensors.
+        settings: its other arguments.
+    """
+
+    kind: str
+    inputs: tuple[fx.Node, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "identity")
+"""Kinds whose result is on the grid of their input: they move, compare or drop values, or put zeros beside them."""
+CLAMPS = ("relu", "clamp")
+"""Kinds that a grid behind them can do as limits on its codes."""
+
+_ACTIVATIONS: dict[Any, str] = {
+    nn.Hardswish: "HardSwish",
+    F.hardswish: "HardSwish",
+    nn.Hardsigmoid: "HardSigmoid",
+    F.hardsigmoid: "HardSigmoid",
+    nn.Sigmoid: "Sigmoid",
+    torch.sigmoid: "Sigmoid",
+    F.sigmoid: "Sigmoid",
+    "sigmoid": "Sigmoid",
+    "sigmoid_": "Sigmoid",
+    nn.SiLU: "SiLU",
+    F.silu: "SiLU",
+    nn.Tanh: "Tanh",
+    torch.tanh: "Tanh",
+    "tanh": "Tanh",
+    nn.LeakyReLU: "LeakyRelu",
+    F.leaky_relu: "LeakyRelu",
+    nn.ELU: "Elu",
+    F.elu: "Elu",
+    nn.GELU: "Gelu",
+    F.gelu: "Gelu",
+}
+_PAIRS: dict[Any, str] = {
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    "add": "add",
+    "add_": "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    "mul": "mul",
+    "mul_": "mul",
+}
+_RELUS = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, F.dropout, "contiguous", "detach", "clone")
+_RESHAPES = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, nn.Unflatten)
+_RESHAPE_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
+_MAX_POOL = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+_AVERAGE_POOL = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "divisor_override": None,
+}
+"""Arguments of the pooling functions behind the input, and their defaults."""
+
+
+def operation(node: fx.Node, network: nn.Module) -> Operation | None:
+    """The operation of ``node``; ``None`` for sizes and what is computed from them.
+
+    Args:
+        node: of the graph of ``network``, whose shapes are known (:class:`torch.fx.passes.shape_prop.ShapeProp`).
+        network: the traced network, or its :class:`~torch.fx.GraphModule`.
+
+    Raises:
+        UsageError: when there is no counterpart for it; the message names it and its place.
+    """
+    if node.op == "placeholder":
+        return Operation("input", ())
+    if node.op == "output":
+        return Operation("output", tuple(node.all_input_nodes))
+    if node.op == "get_attr":
+        return Operation("constant", (), {"value": _attribute(network, str(node.target))})
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        found = _of_module(module, node)
+    else:
+        if not _is_tensor(node) and "tensors" not in node.meta:
+            return None
+        found = _of_function(node)
+    if found is None:
+        raise unsupported(node, network)
+    return found
+
+
+def unsupported(node: fx.Node, network: nn.Module, detail: str = "") -> UsageError:
+    """The error for a node that cannot be exported."""
+    kind = (
+        type(network.get_submodule(str(node.target))).__name__
+        if node.op == "call_module"
+        else getattr(node.target, "__name__", str(node.target))
+    )
+    return UsageError(f"operator {kind}{detail} in {place(node)} cannot be exported: replace it in the network")
+
+
+def place(node: fx.Node) -> str:
+    """The module in whose forward ``node`` is computed, for messages."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack), "")) or "the network's forward"
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what ``node`` returned in the example."""
+    return tuple(node.meta["tensor_meta"].shape)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return hasattr(node.meta.get("tensor_meta"), "shape")
+
+
+def _attribute(network: nn.Module, target: str) -> Any:
+    owner, _, name = target.rpartition(".")
+    return getattr(network.get_submodule(owner), name)
+
+
+def _first(node: fx.Node) -> tuple[fx.Node, ...]:
+    value = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(value, fx.Node)
+    return (value,)
+
+
+def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
+    kind: str | None = None
+    settings: dict[str, Any] = {"module": module}
+    if isinstance(module, (Quantizer, ActivationGrid, LookupGrid)):
+        kind = "grid"
+    elif isinstance(module, (QuantizedLayer, IntegerLayer)) or type(module) in (
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Linear,
+    ):
+        kind = "layer"
+    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+        kind = "norm"
+    elif type(module) in _IDENTITIES:
+        kind = "identity"
+    elif type(module) in _RELUS:
+        kind = "relu"
+    elif isinstance(module, nn.Hardtanh):
+        kind, settings = "clamp", {"low": module.min_val, "high": module.max_val}
+    elif type(module) in _ACTIVATIONS:
+        kind, settings = "activation", _activation(_ACTIVATIONS[type(module)], module.__dict__.get)
+    elif isinstance(module, nn.MaxPool2d):
+        kind, settings = "maxpool", _pool(module.__dict__.__getitem__)
+    elif isinstance(module, nn.AvgPool2d):
+        kind, settings = "avgpool", _pool(module.__dict__.__getitem__)
+    elif isinstance(module, nn.AdaptiveAvgPool2d):
+        return _adaptive(node)
+    elif type(module) in _RESHAPES:
+        kind = "reshape"
+    return None if kind is None else Operation(kind, _first(node), settings)
+
+
+def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
+    target: Any = node.target
+    if target in _PAIRS:
+        return _pair(node, _PAIRS[target])
+    if target in (torch.cat, torch.concat):
+        tensors = argument(node, 0, "tensors", ())
+        return Operation("cat", tuple(tensors), {"axis": argument(node, 1, "dim", 0)})
+    if target in _RELUS:
+        return Operation("relu", _first(node))
+    if target in _IDENTITIES or (target == "to" and node.kwargs == {}):
+        return Operation("identity", _first(node))
+    if target is F.relu6:
+        return Operation("clamp", _first(node), {"low": 0.0, "high": 6.0})
+    if target in (F.hardtanh, torch.clamp, "clamp", "clamp_"):
+        hard = target is F.hardtanh
+        low = argument(node, 1, "min_val" if hard else "min", -1.0 if hard else None)
+        high = argument(node, 2, "max_val" if hard else "max", 1.0 if hard else None)
+        return Operation("clamp", _first(node), {"low": low, "high": high})
+    if target in _ACTIVATIONS:
+        return Operation(
+            "activation",
+            _first(node),
+            _activation(_ACTIVATIONS[target], lambda name, default=None: argument(node, 1, name, default)),
+        )
+    if target in (F.max_pool2d, F.avg_pool2d):
+        settings = _MAX_POOL if target is F.max_pool2d else _AVERAGE_POOL
+        values = {n: argument(node, i, n, default) for i, (n, default) in enumerate(settings.items(), start=1)}
+        return Operation("maxpool" if target is F.max_pool2d else "avgpool", _first(node), _pool(values.__getitem__))
+    if target is F.adaptive_avg_pool2d:
+        return _adaptive(node)
+    if target in (torch.mean, "mean"):
+        return _mean(node)
+    if target in _RESHAPES or target in _RESHAPE_METHODS:
+        return Operation("reshape", _first(node))
+    if target in ("permute", "transpose", torch.permute, torch.transpose):
+        return Operation("transpose", _first(node), {"order": _order(node)})
+    if target is F.pad:
+        return _pad(node)
+    if target is operator.getitem:
+        return _getitem(node)
+    if target in (torch.chunk, "chunk", torch.split, "split"):
+        return Operation("chunks", _first(node), {"axis": argument(node, 2, "dim", 0)})
+    return None
+
+
+def _pair(node: fx.Node, kind: str) -> Operation | None:
+    operands = (argument(node, 0, "input", None), argument(node, 1, "other", None))
+    if set(node.kwargs) - {"input", "other"}:
+        return None
+    nodes = tuple(x for x in operands if isinstance(x, fx.Node) and _is_tensor(x))
+    numbers = [x for x in operands if isinstance(x, int | float)]
+    if len(nodes) + len(numbers) != 2 or not nodes:
+        return None
+    return Operation(kind, nodes, {"number": float(numbers[0])} if numbers else {})
+
+
+def _activation(name: str, get: Callable[..., Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"name": name}
+    if name == "LeakyRelu":
+        settings["alpha"] = float(get("negative_slope", 0.01))
+    elif name == "Elu":
+        settings["alpha"] = float(get("alpha", 1.0))
+    elif name == "Gelu":
+        settings["approximate"] = str(get("approximate", "none"))
+    return settings
+
+
+def _pool(get: Callable[[str], Any]) -> dict[str, Any]:
+    def pair(value: Any) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    kernel = pair(get("kernel_size"))
+    stride = get("stride")
+    settings = {"kernel": kernel, "stride": pair(stride) if stride else kernel, "padding": pair(get("padding"))}
+    for name in ("dilation", "ceil_mode", "count_include_pad", "divisor_override"):
+        try:
+            settings[name] = get(name)
+        except KeyError:
+            continue
+    settings["dilation"] = pair(settings.get("dilation", 1))
+    return settings
+
+
+def _adaptive(node: fx.Node) -> Operation | None:
+    (source,) = _first(node)
+    (height, width), (rows, columns) = shape_of(source)[-2:], shape_of(node)[-2:]
+    if (rows, columns) == (1, 1):
+        return Operation("globalpool", (source,), {"keepdim": True})
+    if height % rows or width % columns:
+        return None
+    kernel = (height // rows, width // columns)
+    return Operation("avgpool", (source,), {"kernel": kernel, "stride": kernel, "padding": (0, 0)})
+
+
+def _mean(node: fx.Node) -> Operation | None:
+    (source,) = _first(node)
+    axes, keep = argument(node, 1, "dim", None), argument(node, 2, "keepdim", False)
+    rank = len(shape_of(source))
+    if axes is None or rank < 3:
+        return None
+    chosen = sorted(axis % rank for axis in ([axes] if isinstance(axes, int) else axes))
+    if chosen == list(range(2, rank)):
+        return Operation("globalpool", (source,), {"keepdim": bool(keep)})
+    return Operation("mean", (source,), {"axes": chosen, "keepdim": bool(keep)})
+
+
+def _order(node: fx.Node) -> list[int]:
+    rank = len(shape_of(_first(node)[0]))
+    given: list[Any] = list(node.args[1:]) or [v for k, v in node.kwargs.items() if k != "input"]
+    if str(getattr(node.target, "__name__", node.target)) == "transpose":
+        order = list(range(rank))
+        a, b = given[0] % rank, given[1] % rank
+        order[a], order[b] = b, a
+        return order
+    axes = given[0] if isinstance(given[0], list | tuple) else given
+    return [int(axis) % rank for axis in axes]
+
+
+def _pad(node: fx.Node) -> Operation | None:
+    pads, mode = argument(node, 1, "pad", None), argument(node, 2, "mode", "constant")
+    value = argument(node, 3, "value", None)
+    if mode != "constant" or value not in (None, 0, 0.0) or any(not isinstance(p, int) or p < 0 for p in pads):
+        return None
+    rank = len(shape_of(_first(node)[0]))
+    begins, ends = [0] * rank, [0] * rank
+    for index in range(len(pads) // 2):
+        begins[rank - 1 - index], ends[rank - 1 - index] = pads[2 * index], pads[2 * index + 1]
+    return Operation("pad", _first(node), {"pads": begins + ends})
+
+
+def _getitem(node: fx.Node) -> Operation | None:
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if not _is_tensor(source):  # one of the results of chunk or split
+        return Operation("part", (source,), {"index": index})
+    entries = list(index) if isinstance(index, tuple) else [index]
+    shape = shape_of(source)
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
+    slices = []
+    for axis, entry in enumerate(entries):
+        if not isinstance(entry, slice) or any(isinstance(x, fx.Node) for x in (entry.start, entry.stop, entry.step)):
+            return None
+        if entry == slice(None):
+            continue
+        if axis == 0 or (entry.step or 1) < 0:
+            return None
+        start, stop, step = entry.indices(shape[axis])
+        slices.append((axis, start, stop, step))
+    return Operation("slice", (source,), {"slices": slices})

@@ -1,0 +1,95 @@
+"""The default format: 8-bit codes with Q, integer Clip and DQ, which integer kernels of runtimes take as they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from lqkd.export.deploy import Deployed
+from lqkd.export.emitter import Emitter, Exported
+from lqkd.export.grids import CODES, ActivationGrid, SignGrid
+from lqkd.export.integer import IntegerLayer
+
+
+class QuantizeDequantize(Emitter):
+    """Activations as QuantizeLinear, integer Clip and DequantizeLinear; weights as constants with DequantizeLinear."""
+
+    def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
+        return self.add("DequantizeLinear", [codes, *self._parameters(grid, label)], f"{label}.float")
+
+    def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
+        label = self.label(node)
+        low, high = grid.low, grid.high
+        if isinstance(grid, SignGrid):
+            self.codes[node] = (self._sign(self.floating(source), grid, label), grid)
+            return
+        while source in self.deferred:
+            source, least, most = self.deferred[source]
+            low = low if least is None else max(low, min(grid.code(least), high))
+            high = high if most is None else min(high, max(grid.code(most), low))
+        flat = source in self.pooled
+        x = self.pooled[source] if flat else self.floating(source)
+        if source in self.codes:
+            x = self._requantized(x, label)
+        codes = self.add("QuantizeLinear", [x, *self._parameters(grid, label)], f"{label}.codes")
+        if (low, high) != (0, CODES - 1):
+            limits = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((low, "min"), (high, "max"))]
+            codes = self.add("Clip", [codes, *limits], f"{label}.clipped")
+        if flat:
+            codes = self.add("Flatten", [codes], f"{label}.flat", axis=1)
+        self.codes[node] = (codes, grid)
+
+    def _requantized(self, x: str, label: str) -> str:
+        """Add an integer zero: the runtime then goes from grid to grid in one integer kernel, an addition."""
+        zero = self.constant(0, f"{label}.nothing_codes", np.uint8)
+        one = self.constant(1.0, f"{label}.nothing_scale", np.float32)
+        point = self.constant(0, f"{label}.nothing_zero", np.uint8)
+        nothing = self.add("DequantizeLinear", [zero, one, point], f"{label}.nothing")
+        return self.add("Add", [x, nothing], f"{label}.requantized")
+
+    def _sign(self, x: str, grid: SignGrid, label: str) -> str:
+        shifted = self.add("Add", [x, self.constant(grid.shift, f"{label}.shift")], f"{label}.shifted")
+        zero = self.constant(0.0, f"{label}.zero", np.float32)
+        positive = self.add("GreaterOrEqual", [shifted, zero], f"{label}.positive")
+        codes = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((grid.high, "plus"), (grid.low, "minus"))]
+        return self.add("Where", [positive, *codes], f"{label}.codes")
+
+    def _parameters(self, grid: ActivationGrid, label: str) -> list[str]:
+        names = [f"{label}.scale", f"{label}.zero_point"]
+        if names[0] not in self.initializers:
+            self.constant(grid.scale, names[0], np.float32)
+            self.constant(grid.zero_point, names[1], np.uint8)
+        return names
+
+    def weight(self, layer: IntegerLayer, label: str) -> str:
+        codes = layer.codes.to(torch.int16) * layer.multiplier
+        return self.dequantized_weight(codes.to(torch.int8).numpy(), layer.scale / layer.multiplier, label)
+
+    def dequantized_weight(self, codes: np.ndarray, scale: Tensor, label: str) -> str:
+        """DequantizeLinear, along the first axis, of constant codes."""
+        operands = [
+            self.constant(codes, f"{label}.weight_codes"),
+            self.constant(scale, f"{label}.weight_scale", np.float32),
+            self.constant(np.zeros(scale.shape, codes.dtype), f"{label}.weight_zero_point"),
+        ]
+        return self.add("DequantizeLinear", operands, f"{label}.weight", axis=0)
+
+    def bias(self, layer: IntegerLayer, label: str) -> str:
+        if layer.bias_codes is None or layer.bias_scale is None:
+            return "" if layer.bias is None else self.constant(layer.bias, f"{label}.bias")
+        operands = [
+            self.constant(layer.bias_codes, f"{label}.bias_codes"),
+            self.constant(layer.bias_scale, f"{label}.bias_scale"),
+            self.constant(np.zeros(layer.bias_codes.shape, np.int32), f"{label}.bias_zero_point"),
+        ]
+        return self.add("DequantizeLinear", operands, f"{label}.bias", axis=0)
+
+
+def build(deployed: Deployed) -> Exported:
+    """The model in the portable format: opset 21, int8 weight codes, uint8 activations, int32 biases.
+
+    Raises:
+        UsageError: when an operator has no counterpart.
+    """
+    return QuantizeDequantize(deployed).build()

@@ -1,0 +1,159 @@
+"""Running an exported file, with the values of its grids where they are wanted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from lqkd.export.emitter import INPUT, OUTPUT
+from lqkd.export.qonnx import DOMAIN
+
+NO_FUSION = ("session.disable_quant_qdq", "1")
+"""What ONNX Runtime must be told of files with 2-bit weights: it has no such kernels and fails at fusing them."""
+_CPU = ["CPUExecutionProvider"]
+
+
+def session(model: onnx.ModelProto, *, optimised: bool, save: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU with one thread.
+
+    Args:
+        model: without nodes of the QONNX domain.
+        optimised: with all optimisations of the runtime, or none.
+        save: where to write the graph that the runtime made of it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if has_two_bits(model):
+        options.add_session_config_entry(*NO_FUSION)
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
+
+
+def has_two_bits(model: onnx.ModelProto) -> bool:
+    """Whether weights are stored in 2 bits."""
+    return any(tensor.data_type in (TensorProto.INT2, TensorProto.UINT2) for tensor in model.graph.initializer)
+
+
+def is_qonnx(model: onnx.ModelProto) -> bool:
+    """Whether the model has nodes of the QONNX domain."""
+    return any(entry.domain == DOMAIN for entry in model.opset_import)
+
+
+class Runner:
+    """Runs a model on images (B, C, H, W) float32 and returns logits, and further tensors by name.
+
+    Args:
+        model: portable, packed or QONNX.
+        optimised: whether the runtime may optimise; the ``qonnx`` package never does.
+        tensors: names of further tensors.
+    """
+
+    def __init__(self, model: onnx.ModelProto, *, optimised: bool, tensors: Sequence[str] = ()) -> None:
+        self.tensors = list(dict.fromkeys(tensors))
+        self._qonnx = is_qonnx(model)
+        if self._qonnx:
+            self._model = model
+            return
+        watched = onnx.ModelProto()
+        watched.CopyFrom(model)
+        known = {entry.name for entry in watched.graph.output}
+        for name in self.tensors:
+            if name not in known:
+                watched.graph.output.append(helper.make_empty_tensor_value_info(name))
+        self._session = session(watched, optimised=optimised)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        names = [OUTPUT, *self.tensors]
+        if self._qonnx:
+            return _execute_qonnx(self._model, images, names)
+        return dict(zip(names, self._session.run(names, {INPUT: images}), strict=True))
+
+
+def _execute_qonnx(model: onnx.ModelProto, images: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.core.onnx_exec import execute_onnx
+        from qonnx.transformation.infer_shapes import InferShapes
+    except ImportError:
+        from lqkd.errors import UsageError
+
+        raise UsageError("--format qonnx needs the package qonnx to verify the file: pip install qonnx") from None
+    wrapped = ModelWrapper(model, make_deepcopy=True)
+    wrapped.set_tensor_shape(INPUT, list(images.shape))
+    found = execute_onnx(wrapped.transform(InferShapes()), {INPUT: images}, return_full_exec_context=True)
+    return {name: found[name] for name in names}
+
+
+_MOVES = ("Transpose", "Reshape", "Flatten", "Slice", "Pad", "MaxPool", "NhwcMaxPool", "Clip", "Concat", "Split")
+_KERNELS = ("Conv", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
+_INTEGER = ("QGemm", *(f"QLinear{kind}" for kind in _KERNELS))
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What ONNX Runtime makes of a model.
+
+    Attributes:
+        integer: number of nodes on integer kernels, by operator.
+        floats: name and operator of each node that computes in floating point, but for the quantization of the
+            network's input.
+    """
+
+    integer: dict[str, int] = field(default_factory=dict)
+    floats: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def float_products(self) -> tuple[str, ...]:
+        """Names of convolutions and matrix products in floating point."""
+        products = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "MatMulNBits", "FusedMatMul", "ConvTranspose")
+        return tuple(name for name, kind in self.floats if kind in products)
+
+
+def kernels(model: onnx.ModelProto) -> Kernels:
+    """Ask ONNX Runtime for the graph that it runs, and tell integer kernels from others.
+
+    Raises:
+        RuntimeError: when the runtime does not take the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        session(model, optimised=True, save=path)
+        graph = onnx.load(path).graph
+    types = _types(graph)
+    integer: dict[str, int] = {}
+    floats = []
+    for node in graph.node:
+        if node.op_type in _INTEGER:
+            integer[node.op_type] = integer.get(node.op_type, 0) + 1
+        elif node.op_type in _MOVES and types.get(node.output[0]) != TensorProto.FLOAT:
+            continue
+        elif not (node.op_type == "QuantizeLinear" and node.input[0] == INPUT):
+            floats.append((node.name or node.output[0], node.op_type))
+    return Kernels(integer, tuple(floats))
+
+
+def _types(graph: onnx.GraphProto) -> dict[str, int]:
+    """The element type of tensors, followed through nodes that move values."""
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in _MOVES:
+            types[node.output[0]] = types.get(node.input[0], TensorProto.FLOAT)
+        elif node.op_type == "QuantizeLinear" or (node.op_type in _INTEGER and node.output[0] != OUTPUT):
+            types[node.output[0]] = TensorProto.UINT8
+        else:
+            types.setdefault(node.output[0], TensorProto.FLOAT)
+    return types
