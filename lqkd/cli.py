@@ -38,8 +38,9 @@ LAYERS = "layers.txt"
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = (
     "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
-    "'sensitivity RUN' ranks the layers of a run by what few bits cost each, and 'export RUN' writes its student as an "
-    "integer ONNX file (see sensitivity --help, export --help)."
+    "'sensitivity RUN' ranks the layers of a run by what few bits cost each, 'export RUN' writes its student as an "
+    "integer ONNX file, and 'predict RUN IMAGE...' tells the classes of image files (see sensitivity --help, "
+    "export --help, predict RUN --help)."
 )
 
 
@@ -301,6 +302,11 @@ def main(args: Sequence[str] | None = None) -> int:
             from lqkd.export import command
 
             return command.main(given[1:])
+        if given[:1] == ["predict"]:
+            from lqkd import predict
+
+            if predict.is_ours(given[1:]):
+                return predict.main(given[1:])
         LqkdCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -172,6 +172,7 @@ def _about(reader: RunReader) -> dict[str, Any]:
         "size": shape[1:],
         "mean": list(getattr(data, "mean", ())),
         "std": list(getattr(data, "std", ())),
+        "resize_size": getattr(data, "resize_size", None),
         "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
     }
     hyper_parameters = dict(reader.model.hparams)
