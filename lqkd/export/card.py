@@ -40,8 +40,11 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
     """What the table and the card say, line by line."""
     result = [
         ("format", described["format"]),
-        ("file", f"{summary.file_bytes / 1000:.1f} kB (weights packed: {summary.packed_bytes / 1000:.1f} kB, "
-         f"in float: {summary.float_bytes / 1000:.1f} kB)"),
+        (
+            "file",
+            f"{summary.file_bytes / 1000:.1f} kB (weights packed: {summary.packed_bytes / 1000:.1f} kB, "
+            f"in float: {summary.float_bytes / 1000:.1f} kB)",
+        ),
     ]
     for name, value in (
         ("accuracy as trained", parity.trained_accuracy),

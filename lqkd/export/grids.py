@@ -132,9 +132,7 @@ def activation_grid(quantizer: Quantizer, place: str) -> ActivationGrid | Lookup
         return LookupGrid(clip, torch.ones(()), midpoints, quantizer.levels(), quantizer.bits)
     if isinstance(quantizer, N2UQ):
         scale = _step(quantizer.scale, place)
-        return LookupGrid(
-            scale, quantizer.scale_in.abs(), quantizer.thresholds(), quantizer.levels(), quantizer.bits
-        )
+        return LookupGrid(scale, quantizer.scale_in.abs(), quantizer.thresholds(), quantizer.levels(), quantizer.bits)
     raise UsageError(f"quantizer {type(quantizer).__name__} of the input of {place} cannot be exported")
 
 

@@ -54,7 +54,9 @@ class Qonnx(Emitter):
         name = f"{label}.weight"
         values = codes * scale
         if layer.bits == 1 and (codes.abs() == 1).all():
-            return self.add("BipolarQuant", [self.constant(values, f"{name}.values"), self._scale(scale, name)], name, DOMAIN)
+            return self.add(
+                "BipolarQuant", [self.constant(values, f"{name}.values"), self._scale(scale, name)], name, DOMAIN
+            )
         bits = layer.bits
         fitted = fit(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         while fitted is None:  # a grid without a zero, or of sums of powers of two: part of a wider one
