@@ -36,6 +36,11 @@ class Summary:
     kernels: Kernels | None
 
 
+def card_path(path: Path) -> Path:
+    """Where the model card of the file ``path`` lies."""
+    return path.with_name(f"{path.name}.md")
+
+
 def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
     """What the table and the card say, line by line."""
     result = [
@@ -107,7 +112,8 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
             f"`images`: (batch, {preprocessing['channels']}, {', '.join(map(str, preprocessing['size']))}) float32; "
             f"{preprocessing['scale']}; mean {preprocessing['mean']}, std {preprocessing['std']}.",
             "",
-            f"`logits`: (batch, classes) float32; classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
+            "`logits`: (batch, classes) float32; "
+            f"classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
             "",
         ]
     if described["format"] == "packed2":
@@ -121,6 +127,6 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     ):
         if described[key]:
             lines += ["", f"## {title}", "", *(f"- {place}" for place in described[key])]
-    path = summary.path.with_suffix(".md")
+    path = card_path(summary.path)
     write_text(path, "\n".join(lines) + "\n")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export import metadata, torch_program
-from lqkd.export.card import Summary, print_table, write_card
+from lqkd.export.card import Summary, card_path, print_table, write_card
 from lqkd.export.deploy import deploy
-from lqkd.export.formats import BUILDERS, FORMATS, SUFFIXES, TORCH, check_expressible, check_format
-from lqkd.export.parity import Parity, check
+from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
+from lqkd.export.parity import check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
@@ -119,7 +118,7 @@ def _output(given: argparse.Namespace) -> Path:
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     if output.suffix != suffix:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
-    for path in (output, output.with_suffix(".md")):
+    for path in (output, card_path(output)):
         if path.exists() and not given.overwrite:
             raise UsageError(f"{str(path)!r} exists: give --overwrite, or another --output")
     try:
@@ -203,6 +202,3 @@ def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in data.test_dataloader() if has_test else data.val_dataloader():
         images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
         yield images.cpu(), labels.cpu()
-
-
-__all__ = ["FORMATS", "Parity", "main", "read_student", "rejected"]

@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from lqkd.errors import UsageError, first_line
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import IntegerLayer, integer_layer
-from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place, shape_of
+from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.quantization import Quantizer, fold_batchnorm, initialize_quantizers, quantizers
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
@@ -85,9 +85,7 @@ def deploy(student: nn.Module, example: Tensor, calibration: Iterable[Tensor] = 
         _calibrate(network, builder.fresh, list(calibration))
     _make_integer(network)
     _shapes(network, example)
-    return Deployed(
-        network, [where for where in builder.fresh.values()], builder.rerouted, len(folding.folded), folding.kept
-    )
+    return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
 
 
 def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -104,12 +102,11 @@ def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
         if isinstance(module, QuantizedLayer):
             _expose(network, node, module, "input_quantizer", before=True)
         _expose(network, node, module, "output_quantizer", before=False)
-    for module in network.modules():
+    for module in network.modules():  # of the quantizers, which are nodes now
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-        for name in ("argument_quantizer", "input_quantizer", "output_quantizer"):
-            if isinstance(module, QuantizedLayer) and name == "input_quantizer":
-                module.input_quantizer = None
+        if isinstance(module, QuantizedLayer):
+            module.input_quantizer = None
     _recompile(network)
     _shapes(network, example)
     for node in list(graph.nodes):
@@ -238,8 +235,6 @@ class _Builder:
         found = self._operation(node)
         if found is None or not found.inputs or found.kind in ("grid", "output", *KEEPS_GRID, "part", "chunks"):
             return False
-        if found.kind in CLAMPS and found.kind == "clamp" and not self._on_grid(found.inputs[0]):
-            return False
         if found.kind == "layer":
             module = self._module(node)
             if not isinstance(module, QuantizedLayer) or module.weight_quantizer is None:
@@ -345,15 +340,11 @@ def _float_layer(layer: Any) -> nn.Module:
     """A layer whose weight stays in floating point, as a plain one of PyTorch."""
     weight = layer.quantized_weight().detach()
     base = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(layer, kind))
-    plain = base.__new__(base)
+    plain: Any = base.__new__(base)
     plain.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")})
     nn.Module.__init__(plain)
-    for name in base.__constants__ if hasattr(base, "__constants__") else ():
-        if name in layer.__dict__:
-            plain.__dict__[name] = layer.__dict__[name]
-    for name in ("_reversed_padding_repeated_twice",):
-        if name in layer.__dict__:
-            plain.__dict__[name] = layer.__dict__[name]
+    if hasattr(layer, "_reversed_padding_repeated_twice"):
+        plain._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     return plain.eval()
@@ -362,6 +353,3 @@ def _float_layer(layer: Any) -> nn.Module:
 def _exchange(network: nn.Module, target: str, module: nn.Module) -> None:
     parent, _, name = target.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
-
-
-__all__ = ["Deployed", "deploy", "grid_of", "shape_of"]

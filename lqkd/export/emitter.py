@@ -73,7 +73,7 @@ class Emitter:
             raise unsupported(output, self.network, " of several results")
         result = output.args[0]
         self._name_output(self.floating(result))
-        shapes = [[BATCH, *shape_of(node)[1:]] for node in (source, result)]
+        shapes: list[list[str | int | None]] = [[BATCH, *shape_of(node)[1:]] for node in (source, result)]
         infos = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
             for name, shape in zip((INPUT, OUTPUT), shapes, strict=True)
@@ -218,10 +218,9 @@ class Emitter:
         if found.kind == "transpose":
             return self.add("Transpose", [x], label, perm=found.settings["order"])
         if found.kind == "slice":
-            columns = zip(*found.settings["slices"], strict=True)
-            names = ("axes", "starts", "ends", "steps")
-            given = {n: self.constant(c, f"{label}.{n}", np.int64) for n, c in zip(names, columns, strict=True)}
-            return self.add("Slice", [x, given["starts"], given["ends"], given["axes"], given["steps"]], label)
+            slices = np.array(found.settings["slices"], np.int64)  # (axes, 4): axis, start, end, step
+            names = ((1, "starts"), (2, "ends"), (0, "axes"), (3, "steps"))
+            return self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
         if found.kind == "pad":
             pads = self.constant(found.settings["pads"], f"{label}.pads", np.int64)
             return self.add("Pad", [x, pads, self.constant(zero, f"{label}.zero", dtype)], label)
@@ -273,7 +272,11 @@ class Emitter:
             return
         padding = module.padding if isinstance(module, IntegerLayer) else symmetric_padding(module, label)
         kernel = list(module.codes.shape[2:] if isinstance(module, IntegerLayer) else module.kernel_size)
-        attributes = {"strides": list(module.stride), "pads": [*padding, *padding], "dilations": list(module.dilation)}
+        attributes: dict[str, Any] = {
+            "strides": list(module.stride),
+            "pads": [*padding, *padding],
+            "dilations": list(module.dilation),
+        }
         self.floats[node] = self.add("Conv", operands, label, kernel_shape=kernel, group=module.groups, **attributes)
 
     def _linear(self, node: fx.Node, found: Operation, operands: list[str]) -> str:

@@ -33,7 +33,6 @@ class IntegerLayer(nn.Module):
             integers on the grid of the accumulator, which would be coarse for few bits.
         bits: of the weight.
         changed: how many weights had to move by one step, because a negative batch norm factor turns -128 into 128.
-        bias_change: the largest change of a bias by its rounding, in steps of the accumulator at the trained scale.
     """
 
     codes: Tensor
@@ -86,11 +85,14 @@ class IntegerLayer(nn.Module):
         self.register_buffer("levels", levels)
 
     def _set_bias(self, bias: Tensor | None, grid: ActivationGrid | None, scale: Tensor | None) -> None:
-        exact = bias is None or grid is None or scale is None
-        bias_scale = None if exact else grid.scale.cpu() * (scale / self.multiplier)  # type: ignore[union-attr,operator]
-        self.register_buffer("bias", bias if exact else None)
-        self.register_buffer("bias_scale", bias_scale)
-        self.register_buffer("bias_codes", None if exact else (bias / bias_scale).round().to(torch.int32))  # type: ignore[operator]
+        self.register_buffer("bias", bias)
+        self.register_buffer("bias_scale", None)
+        self.register_buffer("bias_codes", None)
+        if bias is None or grid is None or scale is None:
+            return
+        self.bias = None
+        self.bias_scale = grid.scale.cpu() * (scale / self.multiplier)
+        self.bias_codes = (bias / self.bias_scale).round().to(torch.int32)
 
     def float_weight(self) -> Tensor:
         """The weight in floating point."""
@@ -140,7 +142,7 @@ def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str
     """
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise UsageError(
-            f"operator {type(layer).__name__} in {place} cannot be exported: of quantised layers only Conv and Linear can"
+            f"operator {type(layer).__name__} in {place} cannot be exported: of quantised layers Conv and Linear can"
         )
     if layer.weight_quantizer is None:
         return None
@@ -166,15 +168,16 @@ def _function(conv: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: QuantizedLayer) -> bool:
     """Whether a subclass computes what its base class would, tried on one input."""
     if isinstance(layer, nn.Linear):
         x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1)
         return torch.equal(layer(x), F.linear(x, layer.quantized_weight(), layer.bias))
-    sides = [3 * d * (k - 1) + 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    x = torch.linspace(-1, 1, layer.in_channels * math.prod(sides)).view(1, layer.in_channels, *sides)
-    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    plain = _function(layer)(x, layer.quantized_weight(), layer.bias, *settings)
+    conv: Any = layer
+    sides = [3 * d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    x = torch.linspace(-1, 1, conv.in_channels * math.prod(sides)).view(1, conv.in_channels, *sides)
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = _function(layer)(x, layer.quantized_weight(), conv.bias, *settings)
     own = layer(x)
     return own.shape == plain.shape and torch.allclose(own, plain)
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import onnx
 
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
-from lqkd.export.deploy import grid_of
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import Parity
 from lqkd.export.runtimes import has_two_bits, is_qonnx

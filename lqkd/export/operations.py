@@ -77,7 +77,16 @@ _RELUS = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, F.dropout, "contiguous", "detach", "clone")
 _RESHAPES = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, nn.Unflatten)
 _RESHAPE_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
-_NUMBERS = ("size", "dim", "numel")
+_MAX_POOL = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+_AVERAGE_POOL = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "divisor_override": None,
+}
+"""Arguments of the pooling functions behind the input, and their defaults."""
 
 
 def operation(node: fx.Node, network: nn.Module) -> Operation | None:
@@ -200,8 +209,9 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
     if target is F.relu6:
         return Operation("clamp", _first(node), {"low": 0.0, "high": 6.0})
     if target in (F.hardtanh, torch.clamp, "clamp", "clamp_"):
-        names = ("min_val", "max_val", -1.0, 1.0) if target is F.hardtanh else ("min", "max", None, None)
-        low, high = argument(node, 1, names[0], names[2]), argument(node, 2, names[1], names[3])
+        hard = target is F.hardtanh
+        low = argument(node, 1, "min_val" if hard else "min", -1.0 if hard else None)
+        high = argument(node, 2, "max_val" if hard else "max", 1.0 if hard else None)
         return Operation("clamp", _first(node), {"low": low, "high": high})
     if target in _ACTIVATIONS:
         return Operation(
@@ -210,13 +220,8 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
             _activation(_ACTIVATIONS[target], lambda name, default=None: argument(node, 1, name, default)),
         )
     if target in (F.max_pool2d, F.avg_pool2d):
-        defaults = (None, None, 0, 1, False) if target is F.max_pool2d else (None, None, 0, False, True, None)
-        names = (
-            ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-            if target is F.max_pool2d
-            else ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        )
-        values = {n: argument(node, i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True), start=1)}
+        settings = _MAX_POOL if target is F.max_pool2d else _AVERAGE_POOL
+        values = {n: argument(node, i, n, default) for i, (n, default) in enumerate(settings.items(), start=1)}
         return Operation("maxpool" if target is F.max_pool2d else "avgpool", _first(node), _pool(values.__getitem__))
     if target is F.adaptive_avg_pool2d:
         return _adaptive(node)
@@ -298,14 +303,14 @@ def _mean(node: fx.Node) -> Operation | None:
 
 def _order(node: fx.Node) -> list[int]:
     rank = len(shape_of(_first(node)[0]))
-    given = list(node.args[1:]) or list(node.kwargs.values())
+    given: list[Any] = list(node.args[1:]) or [v for k, v in node.kwargs.items() if k != "input"]
     if str(getattr(node.target, "__name__", node.target)) == "transpose":
         order = list(range(rank))
-        a, b = given[0] % rank, given[1] % rank  # type: ignore[operator]
+        a, b = given[0] % rank, given[1] % rank
         order[a], order[b] = b, a
         return order
     axes = given[0] if isinstance(given[0], list | tuple) else given
-    return [int(axis) % rank for axis in axes]  # type: ignore[call-overload]
+    return [int(axis) % rank for axis in axes]
 
 
 def _pad(node: fx.Node) -> Operation | None:

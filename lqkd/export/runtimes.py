@@ -104,21 +104,9 @@ def _execute_qonnx(model: onnx.ModelProto, images: np.ndarray, names: list[str])
     return {name: found[name] for name in names}
 
 
-_MOVES = (
-    "Transpose",
-    "Reshape",
-    "Flatten",
-    "Slice",
-    "Pad",
-    "MaxPool",
-    "NhwcMaxPool",
-    "Clip",
-    "Concat",
-    "Split",
-    "Squeeze",
-)
-_INTEGER = ("QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QLinearAveragePool")
-_INTEGER += ("QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearMatMul", "QLinearSoftmax")
+_MOVES = ("Transpose", "Reshape", "Flatten", "Slice", "Pad", "MaxPool", "NhwcMaxPool", "Clip", "Concat", "Split")
+_KERNELS = ("Conv", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
+_INTEGER = ("QGemm", *(f"QLinear{kind}" for kind in _KERNELS))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,15 @@ def test_every_module_imports_without_the_optional_packages() -> None:
     code = (
         "import importlib, sys\n"
         "for name in ('wandb', 'tensorboard', 'timm', 'onnx', 'onnxruntime'): sys.modules[name] = None\n"
-        f"for name in {MODULES!r}: importlib.import_module(name)\n"
+        f"for name in {[m for m in MODULES if not m.startswith('lqkd.export')]!r}: importlib.import_module(name)\n"
+        "from lqkd.errors import UsageError\n"
+        "try: import lqkd.export\n"
+        "except UsageError as error: assert 'lqkd[export]' in str(error)\n"
+        "else: raise AssertionError\n"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_export_needs_no_lightning_but_for_its_command() -> None:
+    code = "import sys, lqkd.export; assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.cli'))]"
     subprocess.run([sys.executable, "-c", code], check=True)
