@@ -39,7 +39,7 @@ class Latency:
         milliseconds: name of each contestant to the median over the rounds.
         ratios: name to the median of its time over that of the first contestant in the same round.
         peak_bytes: name to the peak resident memory of a fresh process that loads the file with ONNX Runtime and runs
-            it; only of ONNX files, and where the system tells.
+            it; only of ONNX files, and on Linux.
         rounds: how often each ran.
         threads: of each contestant.
         batch: images in a run.
@@ -145,7 +145,7 @@ def machine() -> str:
 
 
 _MEMORY = """
-import resource, sys
+import sys
 import numpy, onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level, options.intra_op_num_threads = 3, int(sys.argv[3])
@@ -155,13 +155,18 @@ session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExec
 image = numpy.load(sys.argv[2])
 for _ in range(3):
     session.run(None, {session.get_inputs()[0].name: image})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM:"):
+        print(1024 * int(line.split()[1]))
 """
-"""A process without PyTorch. Its peak is of the runtime and the network, from the import to the third run."""
+"""A process without PyTorch. Its peak is of the runtime and the network, from the import to the third run; getrusage
+would tell at least the size of the process that started it."""
 
 
 def peak_memory(model: onnx.ModelProto, image: np.ndarray, threads: int = 1) -> int | None:
-    """Bytes of resident memory, at most, of a process that runs ``model``; ``None`` where the system does not tell."""
+    """The most bytes of resident memory of a process that runs ``model``; ``None`` where the system is not Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
     with tempfile.TemporaryDirectory() as folder:
         file, pixels = Path(folder) / "model.onnx", Path(folder) / "image.npy"
         file.write_bytes(model.SerializeToString())
@@ -170,8 +175,8 @@ def peak_memory(model: onnx.ModelProto, image: np.ndarray, threads: int = 1) -> 
         command = [sys.executable, "-c", _MEMORY, str(file), str(pixels), str(threads), *options]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        return None
-    return int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
+        raise RuntimeError(f"ONNX Runtime cannot run the file in a process of its own: {result.stderr.strip()}")
+    return int(result.stdout)
 
 
 def slowest_nodes(
