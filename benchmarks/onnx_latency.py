@@ -55,7 +55,17 @@ def main() -> None:
 
 def write(file: Path, latency: Latency, bits: str) -> None:
     """One row for each contestant."""
-    columns = ("network", "bits", "pixels", "batch", "threads", "rounds", "contestant", "milliseconds", "ratio_to_float32")
+    columns = (
+        "network",
+        "bits",
+        "pixels",
+        "batch",
+        "threads",
+        "rounds",
+        "contestant",
+        "milliseconds",
+        "ratio_to_float32",
+    )
     machine = ("peak_memory_mb", "machine", "onnxruntime", "torch")
     with atomic_path(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

@@ -1,4 +1,4 @@
-"""Classes of image files by a file of ``lqkd export``, with numpy, Pillow and ONNX Runtime alone.
+"""Classes of image files by a file of lqkd's export, with numpy, Pillow and ONNX Runtime alone.
 
 python run_onnx.py student.onnx IMAGE...
 """
@@ -10,9 +10,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-options = onnxruntime.SessionOptions()
-options.add_session_config_entry("session.disable_quant_qdq", "0")  # "1" for files of the format packed2
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 names, prepare = about["lqkd.class_names"], about["lqkd.preprocessing"]
 height, width = prepare["size"]
@@ -27,5 +25,5 @@ for path in sys.argv[2:]:
         image = image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / np.float32(255)
     logits = session.run(None, {"images": ((pixels - mean) / std)[None]})[0][0].astype(np.float64)
-    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    print(f"{path}: {names[probabilities.argmax()]} {probabilities.max():.1%}")
+    odds = np.exp(logits - logits.max())
+    print(f"{path}: {names[odds.argmax()]} {odds.max() / odds.sum():.1%}")
