@@ -8,7 +8,7 @@ from __future__ import annotations
 from lqkd.errors import UsageError
 
 try:
-    import onnx
+    import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
 except ImportError as error:
     raise UsageError(f"export needs {error.name}: pip install 'lqkd[export]'") from None

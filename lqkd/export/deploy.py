@@ -249,7 +249,7 @@ class _Builder:
         users = [user for user in end.users if user.op != "output"]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
-        if any(self._kind(user) == "layer" for user in others):  # it takes its input in floating point
+        if any(self._feeds_float(user) for user in others):
             return
         if others:
             grids.append(self._insert(end, others))
@@ -259,6 +259,11 @@ class _Builder:
         if self._bits(base) < RESIDUAL_BITS:
             base = self._insert(end, [])
         self._read_from(base, end)
+
+    def _feeds_float(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a layer whose input training left in floating point, or what reaches one unchanged."""
+        kind = self._kind(node)
+        return kind == "layer" or (kind in KEEPS_GRID and any(self._feeds_float(user) for user in node.users))
 
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"

@@ -270,7 +270,7 @@ class Emitter:
         if isinstance(module, IntegerLinear | nn.Linear):
             self.floats[node] = self._linear(node, found, operands)
             return
-        padding = module.padding if isinstance(module, IntegerLayer) else symmetric_padding(module, label)
+        padding: Any = module.padding if isinstance(module, IntegerLayer) else symmetric_padding(module, label)
         kernel = list(module.codes.shape[2:] if isinstance(module, IntegerLayer) else module.kernel_size)
         attributes: dict[str, Any] = {
             "strides": list(module.stride),

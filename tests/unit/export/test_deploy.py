@@ -1,0 +1,109 @@
+"""What the deployed network is, beside the student as it was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.export import check, deploy
+from lqkd.export.formats import BUILDERS
+from lqkd.export.integer import IntegerLayer
+from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from tests.unit.export.networks import images, quantised
+
+
+def test_a_plain_chain_needs_no_calibration_and_keeps_its_function() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(128, 5),
+    )  # fmt: skip
+    network = quantised(plain, bits="w4a4")
+    deployed = deploy(network, images(2))
+    assert deployed.calibrated == deployed.rerouted == []
+    with torch.no_grad():
+        trained, exported = network(images(16)), deployed.network(images(16))
+    assert (trained - exported).abs().max() < 0.01 * trained.abs().max()
+
+
+def test_the_student_is_left_alone() -> None:
+    network = quantised(bits="w4a4")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    deploy(network, images(2), [images(32)])
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert isinstance(network.norm, nn.BatchNorm2d)
+
+
+def test_additions_that_training_left_in_float_need_calibration_data() -> None:
+    with pytest.raises(UsageError, match="no calibration data"):
+        deploy(quantised(bits="w4a4"), images(2))
+    deployed = deploy(quantised(bits="w4a4"), images(2), [images(32)])
+    assert any("norm1" in place or "conv1" in place for place in deployed.calibrated)
+
+
+def test_layers_whose_input_stays_in_float_get_no_grid() -> None:
+    deployed = deploy(quantised(bits="w4a32", rules=[]), images(2), [images(32)])
+    assert not any("conv1" in place for place in deployed.calibrated)
+
+
+def test_negative_and_zero_factors_of_batch_norm_are_exact() -> None:
+    network = quantised(bits="w8a8")
+    with torch.no_grad():
+        network.norm.weight[:3] *= -1
+        network.norm.weight[3] = 0.0
+        network.norm1.weight[2] = 1e-30
+    with torch.no_grad():
+        expected = network(images(16))
+    deployed = deploy(network, images(2), [images(32)])
+    exported = BUILDERS["portable"](deployed)
+    assert check(exported, deployed, images(16)).problem is None
+    with torch.no_grad():
+        assert (deployed.network(images(16)) - expected).abs().max() < 0.05 * expected.abs().max()
+    stem = deployed.network.get_submodule("stem")
+    assert isinstance(stem, IntegerLayer)
+    assert (stem.scale > 0).all()
+    assert not stem.codes[3].any()
+
+
+class Odd(nn.Module):
+    """Computes something in a block that has no counterpart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _Block()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.block(x).mean((2, 3)))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erfinv(self.conv(x))
+
+
+def test_an_unsupported_operator_is_named_with_its_place() -> None:
+    network, _ = quantize_model(Odd(), Recipe(bits="w4a4"))
+    initialize_quantizers(network, images(8))
+    with pytest.raises(UsageError, match="operator erfinv in block cannot be exported"):
+        deploy(network, images(2), [images(8)])
+
+
+def test_an_unsupported_layer_is_named_with_its_place() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2), nn.Flatten(), nn.Linear(98, 2))
+    network, _ = quantize_model(network, Recipe(bits="w4a4"))
+    initialize_quantizers(network, images(8))
+    with pytest.raises(UsageError, match="operator QuantConvTranspose2d in 1 cannot be exported"):
+        deploy(network, images(2), [images(8)])
+
+
+def test_a_student_that_was_never_fitted_is_refused() -> None:
+    network, _ = quantize_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), Recipe(bits="w4a4"))
+    with pytest.raises(UsageError, match="has never been fitted to data"):
+        deploy(network, images(2))

@@ -1,0 +1,76 @@
+"""A file that computes something else is found out, and the place is named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+
+from lqkd.export import ParityError, check, deploy, to_onnx
+from lqkd.export import emitter as emitter_module
+from lqkd.export.emitter import Exported
+from lqkd.export.formats import BUILDERS
+from tests.unit.export.networks import images, quantised
+
+
+@pytest.fixture
+def built() -> tuple[Exported, object]:
+    deployed = deploy(quantised(bits="w4a4"), images(2), [images(32)])
+    return BUILDERS["portable"](deployed), deployed
+
+
+def change(exported: Exported, name: str, factor: float) -> None:
+    tensor = next(t for t in exported.model.graph.initializer if t.name == name)
+    array = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((array * factor).astype(array.dtype), name))
+
+
+def test_an_untouched_file_passes(built: tuple) -> None:
+    assert check(*built, images(8)).problem is None
+
+
+def test_changed_weights_fail_at_their_own_layer_and_no_other(built: tuple) -> None:
+    exported, deployed = built
+    change(exported, "conv2.weight_codes", -1)
+    parity = check(exported, deployed, images(8))
+    assert parity.problem is not None
+    assert "the first difference arises at" in parity.problem
+    differing = [row.name for row in parity.unoptimised if row.steps > 1]
+    assert len(differing) == 1
+    assert differing[0] in parity.problem
+
+
+def test_a_changed_scale_fails(built: tuple) -> None:
+    exported, deployed = built
+    change(exported, "grids.conv1.input_quantizer.scale", np.float32(1 + 1e-6))
+    parity = check(exported, deployed, images(8))
+    assert parity.problem == "a scale in the file differs from the student's"
+
+
+def test_a_changed_classifier_fails_by_its_logits(built: tuple) -> None:
+    exported, deployed = built
+    change(exported, "linear.weight_codes", -1)
+    assert "logits differ" in str(check(exported, deployed, images(8)).problem)
+
+
+def test_disagreement_on_whole_images_fails_and_says_where_it_begins(built: tuple) -> None:
+    exported, deployed = built
+    change(exported, "linear.bias_codes", -100)
+    parity = check(exported, deployed, images(8), [(images(64), None)])
+    assert parity.disagreements > 1
+    assert parity.problem is not None
+
+
+def test_from_python_a_failed_comparison_raises_and_writes_nothing(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = emitter_module.Emitter._write_relu
+
+    def wrong(self: object, node: object, found: object) -> None:
+        original(self, node, found)  # type: ignore[arg-type]
+        source, _, high = self.deferred[node]  # type: ignore[attr-defined]
+        self.deferred[node] = (source, 0.5, high)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(emitter_module.Emitter, "_write_relu", wrong)
+    with pytest.raises(ParityError, match="the first difference arises at"):
+        to_onnx(quantised(bits="w4a4"), images(8), f"{tmp_path}/x.onnx", calibration=[images(32)])
