@@ -15,6 +15,7 @@ _PUBLIC = {
     "Recipe": "lqkd.quantization",
     "Rule": "lqkd.quantization",
     "UsageError": "lqkd.errors",
+    "load_student": "lqkd.student",
     "quantize_model": "lqkd.quantization",
 }
 """Public names and where they live; imported when first used, so that ``import lqkd`` is quick."""

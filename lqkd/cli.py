@@ -345,6 +345,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] in _VERBS:
             return importlib.import_module(_VERBS[given[0]]).main(given[1:]) or 0
+        if given[:1] == ["predict"]:
+            from lqkd import predict
+
+            if predict.is_ours(given[1:]):
+                return predict.main(given[1:])
         resumption = None
         if given[:1] == ["resume"]:
             resumption, given = parse(given[1:])

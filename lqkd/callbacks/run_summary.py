@@ -147,6 +147,7 @@ class RunSummary(Callback):
             "mean": list(getattr(data, "mean", ())),
             "std": list(getattr(data, "std", ())),
             "image_shape": list(getattr(data, "image_shape", ())),
+            "resize_size": getattr(data, "resize_size", None),
             name: module.hparams.get(name),
             "quantization": module.hparams.get("quantization"),
         }

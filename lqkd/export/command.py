@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export import metadata, torch_program
+from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
 from lqkd.export.deploy import deploy
 from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
@@ -53,6 +53,11 @@ def _arguments(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", help="file to write (default: student.onnx in the run folder, or as the format)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="also time the file against float32 ONNX and PyTorch on this CPU, one thread each, which takes seconds",
+    )
     return parser.parse_args(args)
 
 
@@ -65,6 +70,8 @@ def main(args: Sequence[str]) -> int:
     """
     given = _arguments(args)
     check_format(given.format)
+    if given.latency and given.format == "qonnx":
+        raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
     output = _output(given)
     reader, student = read_student(given.run)
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
@@ -99,6 +106,12 @@ def main(args: Sequence[str]) -> int:
         print(f"lqkd: error: the file fails the comparison and is kept as {target}: {parity.problem}", file=sys.stderr)
         return 1
     write_card(summary, described, parity, deployed)
+    runs = program.module() if given.format == TORCH else exported.model
+    name = f"{target.name} ({given.format})"
+    latency = report.measure_latency(runs, name, deployed, student, images[:1]) if given.latency else None
+    costs = report.describe(student, images[:1], summary, latency)
+    report.print_report(costs)
+    report.write(costs, target)
     return 0
 
 
@@ -171,6 +184,7 @@ def _about(reader: RunReader) -> dict[str, Any]:
         "size": shape[1:],
         "mean": list(getattr(data, "mean", ())),
         "std": list(getattr(data, "std", ())),
+        "resize_size": getattr(data, "resize_size", None),
         "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
     }
     hyper_parameters = dict(reader.model.hparams)

@@ -20,13 +20,17 @@ NO_FUSION = ("session.disable_quant_qdq", "1")
 _CPU = ["CPUExecutionProvider"]
 
 
-def session(model: onnx.ModelProto, *, optimised: bool, save: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU with one thread.
+def session(
+    model: onnx.ModelProto, *, optimised: bool, save: Path | None = None, threads: int = 1, profile: Path | None = None
+) -> Any:
+    """An ONNX Runtime session on the CPU.
 
     Args:
         model: without nodes of the QONNX domain.
         optimised: with all optimisations of the runtime, or none.
         save: where to write the graph that the runtime made of it.
+        threads: within an operator.
+        profile: where the runtime shall write how long each node takes; it appends the time to the name.
     """
     import onnxruntime
 
@@ -34,11 +38,14 @@ def session(model: onnx.ModelProto, *, optimised: bool, save: Path | None = None
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     if has_two_bits(model):
         options.add_session_config_entry(*NO_FUSION)
     if save is not None:
         options.optimized_model_filepath = str(save)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
 
 

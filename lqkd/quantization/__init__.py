@@ -6,7 +6,7 @@ from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batc
 from lqkd.quantization.budget import Budget
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
 from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
-from lqkd.quantization.cost import Size, bit_operations, size
+from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, size
 from lqkd.quantization.graph import Operation
 from lqkd.quantization.layers import (
     QuantConv1d,
@@ -32,6 +32,7 @@ __all__ = [
     "Candidate",
     "CoverageReport",
     "Folding",
+    "LayerCost",
     "LayerCoverage",
     "MixedPrecision",
     "Operation",
@@ -57,6 +58,7 @@ __all__ = [
     "float_mode",
     "fold_batchnorm",
     "initialize_quantizers",
+    "layer_costs",
     "measure_sensitivity",
     "quantize_model",
     "quantizers",

@@ -1,4 +1,4 @@
-"""What a quantised network costs: bytes and bit operations."""
+"""What a quantised network costs: bytes, multiply-accumulates and bit operations."""
 
 from __future__ import annotations
 
@@ -53,9 +53,39 @@ def size(model: nn.Module) -> Size:
     return Size(parameters, float_bytes, packed_bytes)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs in one forward pass; a layer that is called several times counts each call.
+
+    Attributes:
+        name: of the layer in its network.
+        weight_bits, activation_bits: 32 for floating point.
+        weights: number of weights, without the bias.
+        packed_bytes: of the weights at their number of bits.
+        multiplications: multiply-accumulates (MACs).
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    weights: int
+    packed_bytes: int
+    multiplications: int
+
+    @property
+    def bit_operations(self) -> int:
+        """Multiply-accumulates times weight bits times activation bits."""
+        return self.multiplications * self.weight_bits * self.activation_bits
+
+
 def bit_operations(model: nn.Module, example: Tensor) -> int:
-    """Bit operations of one forward pass: multiply-accumulates times weight bits times activation bits, summed.
+    """Bit operations of one forward pass: those of its layers, summed; see :func:`layer_costs`."""
+    return sum(layer.bit_operations for layer in layer_costs(model, example))
+
+
+@torch.no_grad()
+def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
+    """The cost of each layer that a forward pass calls, in the order of the calls.
 
     Args:
         model: a network with quantised layers; float operands count 32 bits.
@@ -64,13 +94,11 @@ def bit_operations(model: nn.Module, example: Tensor) -> int:
     Convolutions, transposed convolutions, linear layers and the projections of attention are counted; the two
     products inside attention and everything outside of layers are not.
     """
-    total = 0
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[nn.Module, int] = {}
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        nonlocal total
-        quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "input_quantizer")]
-        weight_bits, activation_bits = (FLOAT_BITS if q is None else q.bits for q in quantizers)
-        total += _multiplications(module, inputs, output) * weight_bits * activation_bits
+        found[module] = found.get(module, 0) + _multiplications(module, inputs, output)
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(QUANTIZED_LAYERS))]
     try:
@@ -79,7 +107,14 @@ def bit_operations(model: nn.Module, example: Tensor) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return [_layer_cost(names[module], module, multiplications) for module, multiplications in found.items()]
+
+
+def _layer_cost(name: str, module: nn.Module, multiplications: int) -> LayerCost:
+    quantizers = [getattr(module, key, None) for key in ("weight_quantizer", "input_quantizer")]
+    weight_bits, activation_bits = (FLOAT_BITS if q is None else q.bits for q in quantizers)
+    weights = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+    return LayerCost(name, weight_bits, activation_bits, weights, math.ceil(weights * weight_bits / 8), multiplications)
 
 
 def _multiplications(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> int:

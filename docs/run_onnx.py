@@ -1,0 +1,29 @@
+"""Classes of image files by a file of lqkd's export, with numpy, Pillow and ONNX Runtime alone.
+
+python run_onnx.py student.onnx IMAGE...
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+names, prepare = about["lqkd.class_names"], about["lqkd.preprocessing"]
+height, width = prepare["size"]
+mean, std = (np.array(prepare[key], np.float32)[:, None, None] for key in ("mean", "std"))
+for path in sys.argv[2:]:
+    image = ImageOps.exif_transpose(Image.open(path)).convert("L" if prepare["channels"] == 1 else "RGB")
+    if prepare["resize_size"] is None:  # trained on images of exactly this size
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    else:
+        sides = [int(prepare["resize_size"] * side / min(image.size)) for side in image.size]
+        left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
+        image = image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+    pixels = np.asarray(image, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / np.float32(255)
+    logits = session.run(None, {"images": ((pixels - mean) / std)[None]})[0][0].astype(np.float64)
+    odds = np.exp(logits - logits.max())
+    print(f"{path}: {names[odds.argmax()]} {odds.max() / odds.sum():.1%}")

@@ -1,0 +1,198 @@
+"""How long a network takes on this CPU, in several forms, timed in alternation."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from lqkd.export.emitter import INPUT
+from lqkd.export.runtimes import NO_FUSION, has_two_bits, session
+
+WARM_UP = 3
+LEAST_ROUNDS, MOST_ROUNDS = 10, 200
+SECONDS = 3.0
+"""Time for all rounds together, within the limits of their number."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What was timed.
+
+    Attributes:
+        milliseconds: name of each contestant to the median over the rounds.
+        ratios: name to the median of its time over that of the first contestant in the same round.
+        peak_bytes: name to the peak resident memory of a fresh process that loads the file with ONNX Runtime and runs
+            it; only of ONNX files, and on Linux.
+        rounds: how often each ran.
+        threads: of each contestant.
+        batch: images in a run.
+        machine: processor, and whether it has integer dot products.
+        versions: of what ran.
+    """
+
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+    peak_bytes: dict[str, int]
+    rounds: int
+    threads: int
+    batch: int
+    machine: str
+    versions: dict[str, str]
+
+
+def measure(
+    models: Mapping[str, onnx.ModelProto | nn.Module],
+    image: np.ndarray,
+    *,
+    threads: int = 1,
+    rounds: int | None = None,
+) -> Latency:
+    """Time networks in alternation, each round in another order.
+
+    Args:
+        models: name to an ONNX model or a module in eval mode; ratios are to the first.
+        image: (B, C, H, W) float32 input of all.
+        threads: of each.
+        rounds: how many; ``None`` for as many as take three seconds, from 10 to 200.
+    """
+    with _torch_threads(threads):
+        runs = {name: _run(model, image, threads) for name, model in models.items()}
+        once = sum(_seconds(run) for _ in range(WARM_UP) for run in runs.values()) / WARM_UP
+        rounds = rounds or int(min(max(SECONDS / max(once, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        names = list(runs)
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                times[name].append(_seconds(runs[name]))
+    first = times[names[0]]
+    return Latency(
+        milliseconds={name: 1000 * statistics.median(values) for name, values in times.items()},
+        ratios={
+            name: statistics.median(own / base for own, base in zip(values, first, strict=True))
+            for name, values in times.items()
+        },
+        peak_bytes={
+            name: peak
+            for name, model in models.items()
+            if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, image, threads)) is not None
+        },
+        rounds=rounds,
+        threads=threads,
+        batch=len(image),
+        machine=machine(),
+        versions={name: metadata.version(name) for name in ("onnxruntime", "torch")},
+    )
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(model: onnx.ModelProto | nn.Module, image: np.ndarray, threads: int) -> Callable[[], Any]:
+    if isinstance(model, onnx.ModelProto):
+        runner = session(model, optimised=True, threads=threads)
+        return lambda: runner.run(None, {INPUT: image})
+    tensor, module = torch.from_numpy(image), model
+
+    def run() -> Any:
+        with torch.no_grad():
+            return module(tensor)
+
+    return run
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def machine() -> str:
+    """The processor and its integer dot products, where Linux tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = [line.partition(":") for line in text.splitlines()]
+    described = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = described.get("flags", described.get("Features", "")).split()
+    dots = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp") if name in flags]
+    return f"{described.get('model name', platform.machine())} ({', '.join(dots) or 'no integer dot products'})"
+
+
+_MEMORY = """
+import sys
+import numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level, options.intra_op_num_threads = 3, int(sys.argv[3])
+if sys.argv[4:]:
+    options.add_session_config_entry(sys.argv[4], sys.argv[5])
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+image = numpy.load(sys.argv[2])
+for _ in range(3):
+    session.run(None, {session.get_inputs()[0].name: image})
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM:"):
+        print(1024 * int(line.split()[1]))
+"""
+"""A process without PyTorch. Its peak is of the runtime and the network, from the import to the third run; getrusage
+would tell at least the size of the process that started it."""
+
+
+def peak_memory(model: onnx.ModelProto, image: np.ndarray, threads: int = 1) -> int | None:
+    """The most bytes of resident memory of a process that runs ``model``; ``None`` where the system is not Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file, pixels = Path(folder) / "model.onnx", Path(folder) / "image.npy"
+        file.write_bytes(model.SerializeToString())
+        np.save(pixels, image)
+        options = NO_FUSION if has_two_bits(model) else ()
+        command = [sys.executable, "-c", _MEMORY, str(file), str(pixels), str(threads), *options]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"ONNX Runtime cannot run the file in a process of its own: {result.stderr.strip()}")
+    return int(result.stdout)
+
+
+def slowest_nodes(
+    model: onnx.ModelProto, image: np.ndarray, threads: int = 1, runs: int = 20
+) -> list[tuple[str, str, float]]:
+    """Name, operator and milliseconds a run of each node of the optimised graph, by ONNX Runtime's profiler.
+
+    The slowest comes first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        runner = session(model, optimised=True, threads=threads, profile=Path(folder) / "profile")
+        for _ in range(runs):
+            runner.run(None, {INPUT: image})
+        events = json.loads(Path(runner.end_profiling()).read_text(encoding="utf-8"))
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            totals[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]] += event["dur"] / 1000 / runs
+    return sorted(((*key, value) for key, value in totals.items()), key=lambda row: -row[2])

@@ -1,0 +1,128 @@
+"""What an exported file costs: bytes, multiply-accumulates, bit operations and, on request, time and memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor, nn
+
+from lqkd.export import floating
+from lqkd.export.card import Summary
+from lqkd.export.deploy import Deployed
+from lqkd.export.latency import Latency, measure
+from lqkd.files import write_json
+from lqkd.quantization import float_mode, layer_costs
+from lqkd.quantization.recipe import FLOAT_BITS
+
+SUFFIX = ".report.json"
+FLOAT_ONNX = "float32 ONNX"
+SHOWN_LAYERS = 12
+"""Layers on the screen; the file has all."""
+
+
+def report_path(file: Path) -> Path:
+    """The report beside an exported file."""
+    return file.with_suffix(SUFFIX)
+
+
+def describe(student: nn.Module, image: Tensor, summary: Summary, latency: Latency | None = None) -> dict[str, Any]:
+    """The report as JSON values.
+
+    Args:
+        student: as it was trained.
+        image: (1, C, H, W), for the size of what layers see.
+        summary: of the written file.
+        latency: where it was measured.
+    """
+    layers = layer_costs(student, image)
+    total = sum(layer.bit_operations for layer in layers)
+    multiplications = sum(layer.multiplications for layer in layers)
+    return {
+        "file": summary.path.name,
+        "file_bytes": summary.file_bytes,
+        "packed_bytes": summary.packed_bytes,
+        "float_bytes": summary.float_bytes,
+        "image_shape": list(image.shape[1:]),
+        "multiplications": multiplications,
+        "bit_operations": total,
+        "float_bit_operations": multiplications * FLOAT_BITS**2,
+        "layers": [
+            asdict(layer) | {"bit_operations": layer.bit_operations, "share": layer.bit_operations / total}
+            for layer in layers
+        ],
+        "latency": None if latency is None else asdict(latency),
+    }
+
+
+def write(report: dict[str, Any], file: Path) -> Path:
+    """Write the report beside ``file``, complete or not at all, and return its path."""
+    write_json(report_path(file), report)
+    return report_path(file)
+
+
+def measure_latency(
+    exported: onnx.ModelProto | nn.Module, name: str, deployed: Deployed, student: nn.Module, image: Tensor
+) -> Latency:
+    """Time the exported network against the same in float32 ONNX and in PyTorch, one image and one thread each.
+
+    Args:
+        exported: what was exported, as it runs.
+        name: what to call it.
+        deployed: the network that it was made of.
+        student: as it was trained; timed in float32 and with its quantizers, which PyTorch only simulates.
+        image: (1, C, H, W).
+    """
+    plain = copy.deepcopy(student).eval()
+    with float_mode(plain):
+        contestants: dict[str, onnx.ModelProto | nn.Module] = {
+            FLOAT_ONNX: floating.build(deployed).model,
+            name: exported,
+            "float32 PyTorch": plain,
+            "PyTorch with simulated quantization": copy.deepcopy(student).eval(),
+        }
+        return measure(contestants, image.numpy())
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the layers that cost most and, where measured, the times."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    share = report["bit_operations"] / report["float_bit_operations"]
+    table = Table(
+        title=f"{report['multiplications']:.4g} MACs, {report['bit_operations']:.4g} bit operations ({share:.2%} of float)"
+    )
+    for column in ("layer", "bits", "weights", "MACs", "bit operations"):
+        table.add_column(column, justify="left" if column in ("layer", "bits") else "right")
+    layers = sorted(report["layers"], key=lambda layer: -layer["share"])
+    for layer in layers[:SHOWN_LAYERS]:
+        bits = "".join(f"{kind}{layer[key]}" for kind, key in (("W", "weight_bits"), ("A", "activation_bits")))
+        cells = (f"{layer['weights']:,}", f"{layer['multiplications']:.3g}", f"{layer['share']:.1%}")
+        table.add_row(layer["name"], bits, *cells)
+    if len(layers) > SHOWN_LAYERS:
+        rest = sum(layer["share"] for layer in layers[SHOWN_LAYERS:])
+        table.add_row(f"{len(layers) - SHOWN_LAYERS} more", "", "", "", f"{rest:.1%}")
+    console.print(table)
+    if report["latency"] is not None:
+        _print_latency(report["latency"], console)
+
+
+def _print_latency(latency: dict[str, Any], console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"median of {latency['rounds']} alternated runs of {latency['batch']} image, "
+        f"{latency['threads']} thread, {latency['machine']}"
+    )
+    for column in ("network", "ms", f"of {next(iter(latency['ratios']))}", "peak memory"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name, value in latency["milliseconds"].items():
+        peak = latency["peak_bytes"].get(name)
+        memory = "" if peak is None else f"{peak / 1e6:.1f} MB"
+        table.add_row(name, f"{value:.3f}", f"{latency['ratios'][name]:.2f}x", memory)
+    console.print(table)

@@ -1,0 +1,181 @@
+"""``python -m lqkd predict RUN IMAGES``: class names and confidence for image files, from a run or an exported file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from lqkd.errors import UsageError, first_line
+from lqkd.preprocessing import Preprocessing
+from lqkd.student import describe_student, load_student
+
+OPTIONS = ("--top-k", "--json")
+BATCH = 32
+"""Images that are held in memory at once."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with all that is needed to ask it about image files.
+
+    Attributes:
+        logits: (B, C, H, W) float32 to (B, classes).
+        preprocessing: of image files.
+        class_names: in the order of the logits; empty when they have none.
+    """
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+
+    def predict(self, images: np.ndarray, top_k: int) -> list[list[dict[str, Any]]]:
+        """The ``top_k`` classes of each image, the most probable first, with their probability by softmax."""
+        logits = self.logits(images).astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        return [
+            [self._entry(int(i), float(row[i])) for i in best] for row, best in zip(probabilities, order, strict=True)
+        ]
+
+    def _entry(self, index: int, confidence: float) -> dict[str, Any]:
+        name = self.class_names[index] if self.class_names else str(index)
+        return {"class": name, "index": index, "confidence": confidence}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"lqkd: error: {message} (see python -m lqkd predict RUN --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_ours(args: Sequence[str]) -> bool:
+    """Whether the arguments of ``predict`` name a run or file; those of LightningCLI are all options."""
+    return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in OPTIONS)
+
+
+def _arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m lqkd predict",
+        description="Print the classes of image files. Images are prepared as validation prepares them; those of "
+        "another size are resized. predict --config CONFIG writes the classes of the run's own test split instead.",
+    )
+    parser.add_argument("network", metavar="RUN", help="run folder, or file that export wrote (.onnx or .pt2)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="classes for each image (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list, one entry for each image")
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command and return its exit status: 0, or 2 when an image could not be read.
+
+    An image that cannot be read is told in one line, and the others are predicted.
+
+    Raises:
+        UsageError: after a user's mistake about the run or the file.
+        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    given = _arguments(args)
+    if given.top_k < 1:
+        raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
+    classifier = load_classifier(given.network)
+    failed, listed = False, []
+    for path, entry in _predictions(classifier, given.images, given.top_k):
+        if isinstance(entry, UsageError):
+            failed = True
+            print(f"lqkd: error: {entry}", file=sys.stderr)
+            listed.append({"image": path, "error": str(entry)})
+        else:
+            listed.append({"image": path, "predictions": entry})
+            if not given.json:
+                print(f"{path}: " + ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry))
+    if given.json:
+        print(json.dumps(listed, indent=2))
+    return 2 if failed else 0
+
+
+def _predictions(
+    classifier: Classifier, paths: Sequence[str], top_k: int
+) -> Iterator[tuple[str, list[dict[str, Any]] | UsageError]]:
+    """Path and its classes, or what is wrong with it, in the order given."""
+    for start in range(0, len(paths), BATCH):
+        read: list[np.ndarray | UsageError] = []
+        for path in paths[start : start + BATCH]:
+            try:
+                read.append(classifier.preprocessing.read(path))
+            except UsageError as error:
+                read.append(error)
+        images = [image for image in read if not isinstance(image, UsageError)]
+        predicted = iter(classifier.predict(np.stack(images), top_k) if images else ())
+        for path, image in zip(paths[start : start + BATCH], read, strict=True):
+            yield path, image if isinstance(image, UsageError) else next(predicted)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """The network of a run folder, of ``student.safetensors`` or of a file that ``export`` wrote.
+
+    Raises:
+        UsageError: when there is no such file, it is damaged, or does not say how images are prepared.
+    """
+    file = Path(path)
+    if file.suffix not in (".onnx", ".pt2"):
+        network, described = load_student(file), describe_student(file)
+        shape = described.get("image_shape") or [None]
+        preprocessing = {**described, "channels": shape[0], "size": shape[1:]}
+        return _classifier(_in_torch(network), preprocessing, described, file)
+    if not file.is_file():
+        raise UsageError(f"{str(path)!r} does not exist: give a run folder, or a file that export wrote")
+    logits, described = (_onnx if file.suffix == ".onnx" else _program)(file)
+    return _classifier(logits, described.get("preprocessing") or {}, described, file)
+
+
+def _classifier(logits: Any, preprocessing: dict[str, Any], described: dict[str, Any], file: Path) -> Classifier:
+    return Classifier(logits, Preprocessing.of(preprocessing, str(file)), tuple(described.get("class_names") or ()))
+
+
+def _in_torch(network: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def logits(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network(torch.from_numpy(images)).float().numpy()
+
+    return logits
+
+
+def _onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    from lqkd import export  # noqa: F401  says what to install where onnx is missing
+    from lqkd.export import metadata
+    from lqkd.export.emitter import OUTPUT
+    from lqkd.export.runtimes import Runner
+
+    import onnx  # isort: skip
+
+    try:
+        model = onnx.load(file)
+        described = metadata.read(model)
+    except Exception as error:  # a damaged file raises many types
+        raise UsageError(f"{str(file)!r} is not an ONNX file that can be read ({first_line(error)})") from error
+    if "version" not in described:
+        raise UsageError(
+            f"{str(file)!r} was not written by lqkd export: it does not say how images are prepared for it"
+        )
+    runner = Runner(model, optimised=True)
+    return lambda images: runner(images)[OUTPUT], described
+
+
+def _program(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    from lqkd.export.program import load_program
+
+    try:
+        program, described = load_program(file)
+    except Exception as error:  # a damaged file raises many types
+        raise UsageError(f"{str(file)!r} is not a program of lqkd export ({first_line(error)})") from error
+    return _in_torch(program.module()), described

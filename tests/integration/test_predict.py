@@ -1,0 +1,229 @@
+"""``python -m lqkd predict RUN IMAGES``, ``lqkd.load_student`` and the report of ``export``, as a user gets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import lqkd
+from lqkd.cli import main
+from lqkd.data import Digits
+from lqkd.errors import UsageError
+from lqkd.student import describe_student
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its exported student."""
+    root = tmp_path_factory.mktemp("runs")
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    arguments = ["--run.root", str(root), "--run.version", "a", "--model.quantization.bits", "w4a4", *SHORT]
+    assert main(["fit", "--config", config, *arguments]) == 0
+    assert main(["export", str(root / "quickstart" / "a"), "--latency"]) == 0
+    return root / "quickstart" / "a"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The first test images as files."""
+    data = Digits()
+    data.setup()
+    folder = tmp_path_factory.mktemp("images")
+    batch = next(iter(data.test_dataloader()))
+    for index in range(6):
+        Image.fromarray(batch.images[index, 0].numpy()).save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(6)]
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: str, status: int = 0) -> Any:
+    capsys.readouterr()
+    assert main(["predict", *arguments, "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_is_asked_as_its_own_validation_asks_it(
+    run: Path, images: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    found = told(capsys, str(run), *images, "--top-k", "10")
+    data = Digits()
+    data.setup()
+    batch = data.preprocess(next(iter(data.test_dataloader())), train=False, epoch=0)
+    with torch.no_grad():
+        expected = lqkd.load_student(run)(batch.images[:6]).softmax(dim=1)
+    for entry, row in zip(found, expected, strict=True):
+        confidences = {x["index"]: x["confidence"] for x in entry["predictions"]}
+        assert confidences == pytest.approx(dict(enumerate(row.tolist())), abs=1e-5)
+        assert [x["confidence"] for x in entry["predictions"]] == sorted(confidences.values(), reverse=True)
+    assert [entry["image"] for entry in found] == images
+
+
+def test_an_exported_file_is_asked_with_what_it_says_about_itself(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = onnx.load(run / "student.onnx")
+    entry = next(x for x in model.metadata_props if x.key == "lqkd.class_names")
+    entry.value = json.dumps([f"number {i}" for i in range(10)])
+    onnx.save(model, tmp_path / "renamed.onnx")
+    by_file = told(capsys, str(run / "student.onnx"), *images)
+    renamed = told(capsys, str(tmp_path / "renamed.onnx"), *images)
+    by_run = told(capsys, str(run), *images)
+    winners = [[entry["predictions"][0]["index"] for entry in found] for found in (by_file, by_run, renamed)]
+    assert winners[0] == winners[1] == winners[2]
+    assert [entry["predictions"][0]["class"] for entry in renamed] == [f"number {i}" for i in winners[0]]
+
+
+def test_an_image_that_cannot_be_read_does_not_keep_the_others_from_being_predicted(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bad.png").write_text("no image")
+    assert main(["predict", str(run), images[0], str(tmp_path / "bad.png"), images[1]]) == 2
+    out, err = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in out.splitlines()] == images[:2]
+    assert "bad.png cannot be read as an image" in err
+    found = told(capsys, str(run), str(tmp_path / "bad.png"), images[0], status=2)
+    assert [set(entry) for entry in found] == [{"image", "error"}, {"image", "predictions"}]
+
+
+def test_the_verb_of_lightning_is_still_there(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["predict", "--config", str(run / "config.yaml")]) == 0
+    assert "359 predictions written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "x.png"], "'nowhere' does not exist"),
+        (["nowhere.onnx", "x.png"], "'nowhere.onnx' does not exist"),
+        (["RUN", "x.png", "--top-k", "0"], "--top-k 0 is not possible"),
+        (["--top-k", "0", "RUN", "x.png"], "--top-k 0 is not possible"),
+        (["EMPTY", "x.png"], "has no student.safetensors"),
+        (["FOREIGN", "x.png"], "was not written by lqkd export"),
+        (["DAMAGED", "x.png"], "is not an ONNX file that can be read"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    arguments: list[str], said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = onnx.load(run / "student.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(b"no model")
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": run, "EMPTY": tmp_path / "empty", "FOREIGN": tmp_path / "foreign.onnx"}
+    places["DAMAGED"] = tmp_path / "damaged.onnx"
+    assert main(["predict", *(str(places.get(x, x)) for x in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("lqkd: error") == 1
+
+
+def test_the_student_loads_alone_with_the_weights_of_the_best_checkpoint(run: Path) -> None:
+    student = lqkd.load_student(run)
+    assert not student.training
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    own = student.state_dict()
+    assert own.keys() == {key.removeprefix("student.") for key in saved if key.startswith("student.")}
+    assert all(torch.equal(value, saved[f"student.{key}"]) for key, value in own.items())
+    by_file = lqkd.load_student(run / "student.safetensors").state_dict()
+    assert all(torch.equal(value, by_file[key]) for key, value in own.items())
+    assert describe_student(run)["image_shape"] == [1, 8, 8]
+
+
+def test_loading_a_student_imports_no_lightning_and_lqkd_alone_no_torch(run: Path) -> None:
+    code = (
+        "import sys, lqkd\n"
+        "assert 'torch' not in sys.modules\n"
+        f"lqkd.load_student({str(run)!r})\n"
+        "assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.modules', 'lqkd.cli'))]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_student_file_that_cannot_be_loaded_is_told_why(run: Path, tmp_path: Path) -> None:
+    tensors, described = load_file(run / "student.safetensors"), describe_student(run)
+    metadata = {key: json.dumps(value) for key, value in described.items()}
+    save_file(tensors, tmp_path / "python.safetensors", metadata | {"student": "null"})
+    save_file({k: v for k, v in tensors.items() if "conv1" not in k}, tmp_path / "less.safetensors", metadata)
+    unknown = json.dumps({"class_path": "no.such.Network"})
+    save_file(tensors, tmp_path / "unknown.safetensors", metadata | {"student": unknown})
+    (tmp_path / "damaged.safetensors").write_bytes(b"\0" * 30)
+    for name, said in (
+        ("python", "does not say which network"),
+        ("less", "holds weights of another network"),
+        ("unknown", "cannot be built"),
+        ("damaged", "is not a student that can be read"),
+        ("none", "does not exist"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            lqkd.load_student(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def test_export_reports_what_the_file_costs(run: Path) -> None:
+    report = json.loads((run / "student.report.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    assert report["file_bytes"] == (run / "student.onnx").stat().st_size
+    assert report["packed_bytes"] == summary["packed_bytes"]
+    assert report["bit_operations"] == summary["bit_operations"]
+    assert sum(layer["bit_operations"] for layer in report["layers"]) == report["bit_operations"]
+    assert sum(layer["share"] for layer in report["layers"]) == pytest.approx(1)
+    latency = report["latency"]
+    assert set(latency["milliseconds"]) == set(latency["ratios"]) >= {"float32 ONNX", "student.onnx (portable)"}
+    assert latency["ratios"]["float32 ONNX"] == 1.0
+    assert latency["threads"] == 1
+
+
+def test_a_report_is_not_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "other.report.json").write_text("mine")
+    assert main(["export", str(run), "--output", str(tmp_path / "other.onnx")]) == 2
+    assert "other.report.json' exists" in capsys.readouterr().err
+    assert (tmp_path / "other.report.json").read_text() == "mine"
+
+
+def example(python: str, run: Path, images: list[str]) -> list[str]:
+    command = [python, str(ROOT / "docs" / "run_onnx.py"), str(run / "student.onnx"), *images]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+
+def test_the_example_without_lqkd_says_what_predict_says(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    large = str(tmp_path / "large.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 4), np.uint8)).save(large)
+    capsys.readouterr()
+    assert main(["predict", str(run / "student.onnx"), *images, large]) == 0
+    assert example(sys.executable, run, [*images, large]) == capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_the_example_runs_where_only_numpy_pillow_and_onnxruntime_are(
+    run: Path, images: list[str], tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(shutil.which("python", path=str(tmp_path / "venv" / "bin")))
+    packages = ["numpy", "pillow", "onnxruntime"]
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"pip cannot install {', '.join(packages)} here: {done.stderr.strip().splitlines()[-1:]}")
+    absent = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
+    assert absent.returncode != 0
+    assert example(python, run, images) == example(sys.executable, run, images)
