@@ -24,20 +24,13 @@ def test_a_pure_torch_room_imports_nothing_above_it(room: str) -> None:
 def test_every_module_imports_without_the_optional_packages() -> None:
     code = (
         "import importlib, sys\n"
-        "absent = ('wandb', 'tensorboard', 'timm', 'webdataset', 'onnx', 'onnxruntime', 'optuna', 'submitit')
-"
-        "for name in absent: sys.modules[name] = None
-"
-        f"for name in {[m for m in MODULES if not m.startswith('lqkd.export')]!r}: importlib.import_module(name)
-"
-        "from lqkd.errors import UsageError
-"
-        "try: import lqkd.export
-"
-        "except UsageError as error: assert 'lqkd[export]' in str(error)
-"
-        "else: raise AssertionError
-"
+        "absent = ('wandb', 'tensorboard', 'timm', 'webdataset', 'onnx', 'onnxruntime', 'optuna', 'submitit')\n"
+        "for name in absent: sys.modules[name] = None\n"
+        f"for name in {[m for m in MODULES if not m.startswith('lqkd.export')]!r}: importlib.import_module(name)\n"
+        "from lqkd.errors import UsageError\n"
+        "try: import lqkd.export\n"
+        "except UsageError as error: assert 'lqkd[export]' in str(error)\n"
+        "else: raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
