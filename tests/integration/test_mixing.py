@@ -14,6 +14,7 @@ from lqkd.data import Digits
 from lqkd.losses import DKD
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.regularizers import ElementwiseMLP, LookAhead
+from lqkd.teacher import FrozenTeacher
 from tests.conftest import Recorder, distiller, network
 
 MakeTrainer = Callable[..., Trainer]
@@ -41,7 +42,8 @@ class Batches(Recorder):
 
 
 def test_the_task_takes_probabilities_and_the_teacher_sees_the_mixed_images(make_trainer: MakeTrainer) -> None:
-    module, batches = distiller(label_smoothing=0.1), Batches()
+    teacher = FrozenTeacher(network(14), minimum_accuracy=0.0, precision="fp32")
+    module, batches = distiller(teacher=teacher, label_smoothing=0.1), Batches()
     trainer = make_trainer(callbacks=[batches])
     trainer.fit(module, datamodule=mixed_digits())
     assert len(batches.seen) == 7

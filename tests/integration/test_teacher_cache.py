@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lqkd.cli import main
 from lqkd.data import Batch, Digits
@@ -292,7 +293,7 @@ def test_data_that_cannot_tell_what_they_are_are_refused(make_trainer: MakeTrain
     module = distiller(teacher=counted(), teacher_cache=TeacherCache(str(tmp_path)))
     batches = [Batch(torch.rand(16, 1, 8, 8), torch.arange(16) % 10, torch.arange(16))] * 2
     with pytest.raises(UsageError, match=r"lacks fingerprint .* augmentation_key .* train_indices"):
-        make_trainer().fit(module, train_dataloaders=batches)
+        make_trainer().fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
 
 
 def test_the_size_and_what_is_there_are_reported(
