@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -16,9 +18,9 @@ from lqkd.run_folder import lock, remove_partial_files
 from lqkd.study.cluster import check_cluster, run_on_cluster
 from lqkd.study.local import run_here
 from lqkd.study.progress import StudyProgress
-from lqkd.study.results import read_runs
+from lqkd.study.results import Run, read_runs
 from lqkd.study.settings import STUDY, Study, read_arguments
-from lqkd.study.statistics import summarize
+from lqkd.study.statistics import Summary, summarize
 from lqkd.study.sweep import check_sweep, search
 from lqkd.study.tables import HEADINGS, cells, write_tables
 from lqkd.study.task import FINISHED, STOPPED, Task, tasks_of
@@ -38,7 +40,14 @@ def main(args: Sequence[str]) -> None:
     if study.sweep is not None:
         check_sweep(study.sweep)
     study.folder.mkdir(parents=True, exist_ok=True)
-    _held = lock(study.folder)
+    held = lock(study.folder)
+    try:
+        _compare(study, base, retry)
+    finally:
+        os.close(held)
+
+
+def _compare(study: Study, base: dict[str, Any], retry: bool) -> None:
     remove_partial_files(study.folder)
     variants = Variants(study.folder, base)
     for name, overrides in study.variants.items():
@@ -55,10 +64,15 @@ def main(args: Sequence[str]) -> None:
         names += search(study, variants, run)
     ordered = [task for name in names for task in (Task(study.folder, name, seed) for seed in study.seeds)]
     results = read_runs(ordered)
-    baseline = study.compared_with
-    summaries = summarize(results, baseline)
+    summaries = summarize(results, study.compared_with)
     write_tables(study.folder, results, summaries)
-    table = Table(title=f"{study.name}: accuracy in % (difference to {baseline}: paired by seed, 95 % interval)")
+    _print(study, results, summaries)
+
+
+def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    baseline = study.compared_with
+    compared = "" if baseline is None else f" (difference to {baseline}: paired by seed, 95 % interval)"
+    table = Table(title=f"{study.name}: accuracy in %{compared}")
     for column, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if column == 0 else "right")
     for name, measures in summaries.items():

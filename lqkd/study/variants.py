@@ -79,6 +79,8 @@ class Variants:
             if first in changes and (not second or second in changes[first]):
                 raise UsageError(f"variants.{name}.{key} is not possible: a study chooses it for each of its runs")
             (config.get(first, {}) if second else config).pop(second or first, None)
+        if not config.get("run", True):
+            del config["run"]
         target = self.folder / "variants" / f"{name}.yaml"
         if target.is_file():
             kept = yaml.safe_load(target.read_text(encoding="utf-8"))

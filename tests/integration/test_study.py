@@ -19,6 +19,7 @@ from lqkd.study.variants import Variants
 from tests.forked import Forks, forks, send
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TEACHER = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["init_args"]["teacher"]
 SMALL: dict[str, Any] = {
     "name": "small",
     "base": str(CONFIGS / "quickstart.yaml"),
@@ -35,7 +36,14 @@ SMALL: dict[str, Any] = {
     },
     "variants": {
         "plain": {},
-        "table": {"model.init_args.regularizer": {"class_path": "lqkd.regularizers.LearnableTable"}},
+        "table": {
+            "model.init_args.regularizer": {"class_path": "lqkd.regularizers.LearnableTable"},
+            # To build more teachers before the student takes more random numbers.
+            "model.init_args.teacher": {
+                "class_path": "lqkd.ensemble.TeacherEnsemble",
+                "init_args": {"teachers": [TEACHER, TEACHER]},
+            },
+        },
     },
 }
 
