@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from lqkd.models import CifarResNet, load_weights
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+FLOAT = str(Path(__file__).parents[2] / "configs" / "teachers" / "digits_student.yaml")
 DATA = Path(os.environ.get("LQKD_DATA", "missing"))
 
 
-def fit(root: Path, *arguments: str) -> Path:
+def fit(root: Path, *arguments: str, config: str = QUICKSTART) -> Path:
     before = set((root / "runs").glob("*/*"))
     short = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
-    assert main(["fit", "--config", QUICKSTART, "--run.root", str(root / "runs"), *short, *arguments]) == 0
+    assert main(["fit", "--config", config, "--run.root", str(root / "runs"), *short, *arguments]) == 0
     (folder,) = set((root / "runs").glob("*/*")) - before
     return folder
 
@@ -145,7 +147,7 @@ def test_a_bit_schedule_that_is_not_finished_is_told(copied: Path, capsys: pytes
 
 
 def test_a_run_in_floating_point_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = fit(tmp_path, "--model.init_args.quantization.bits", "w32a32")
+    folder = fit(tmp_path, config=FLOAT)
     assert "is in floating point" in refused(capsys, str(folder))
 
 
@@ -175,10 +177,7 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
         batch_size=64,
     )
     data.setup()
-    train = [
-        data.preprocess(batch, train=False, epoch=0)
-        for _, batch in zip(range(20), data.train_dataloader(), strict=False)
-    ]
+    train = [data.preprocess(batch, train=False, epoch=0) for batch in islice(data.train_dataloader(), 20)]
     torch.manual_seed(0)
     network = CifarResNet(20)
     load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
@@ -195,7 +194,7 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
     deployed = deploy(network, train[0].images[:2], [batch.images for batch in train[:8]])
     exported = portable.build(deployed)
     batches = (data.preprocess(b, train=False, epoch=0) for b in data.test_dataloader())
-    test = [(batch.images, batch.labels) for _, batch in zip(range(16), batches, strict=False)]
+    test = [(batch.images, batch.labels) for batch in islice(batches, 16)]
     parity = check(exported, deployed, test[0][0][:32], test, network)
     assert parity.problem is None
     assert parity.images == 1024
