@@ -88,7 +88,8 @@ def main(args: Sequence[str]) -> int:
     if given.top_k < 1:
         raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
     classifier = load_classifier(given.network)
-    failed, listed = False, []
+    failed = False
+    listed: list[dict[str, Any]] = []
     for path, entry in _predictions(classifier, given.images, given.top_k):
         if isinstance(entry, UsageError):
             failed = True
