@@ -3,8 +3,8 @@
     python -m benchmarks.onnx_latency --csv FILE [--threads N] [--rounds N] [--bits w4a4]
 
 ResNet-18 of torchvision at 224 px, batch 1, with random weights and grids fitted to random images: time does not depend
-on their values. Both run in one process and in alternation; what counts is the median over the rounds of one's time over
-the other's in the same round. Where the portable file takes more than 0.6 of the time, the nodes that hold it are
+on their values. Both run in one process and in alternation; what counts is the median over the rounds of one's time
+over the other's in the same round. Where the portable file takes more than 0.6 of the time, the nodes that hold it are
 printed. On a processor without integer dot products (VNNI) that is to be expected.
 """
 

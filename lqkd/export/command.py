@@ -131,7 +131,7 @@ def _output(given: argparse.Namespace) -> Path:
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     if output.suffix != suffix:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
-    for path in (output, card_path(output)):
+    for path in (output, card_path(output), report.report_path(output)):
         if path.exists() and not given.overwrite:
             raise UsageError(f"{str(path)!r} exists: give --overwrite, or another --output")
     try:

@@ -26,7 +26,7 @@ SHOWN_LAYERS = 12
 
 def report_path(file: Path) -> Path:
     """The report beside an exported file."""
-    return file.with_suffix(SUFFIX)
+    return file.with_name(f"{file.name}{SUFFIX}")
 
 
 def describe(student: nn.Module, image: Tensor, summary: Summary, latency: Latency | None = None) -> dict[str, Any]:
@@ -94,9 +94,8 @@ def print_report(report: dict[str, Any]) -> None:
 
     console = Console()
     share = report["bit_operations"] / report["float_bit_operations"]
-    table = Table(
-        title=f"{report['multiplications']:.4g} MACs, {report['bit_operations']:.4g} bit operations ({share:.2%} of float)"
-    )
+    operations = f"{report['bit_operations']:.4g} bit operations ({share:.2%} of float)"
+    table = Table(title=f"{report['multiplications']:.4g} MACs, {operations}")
     for column in ("layer", "bits", "weights", "MACs", "bit operations"):
         table.add_column(column, justify="left" if column in ("layer", "bits") else "right")
     layers = sorted(report["layers"], key=lambda layer: -layer["share"])

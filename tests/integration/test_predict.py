@@ -176,7 +176,7 @@ def test_a_student_file_that_cannot_be_loaded_is_told_why(run: Path, tmp_path: P
 
 
 def test_export_reports_what_the_file_costs(run: Path) -> None:
-    report = json.loads((run / "student.report.json").read_text())
+    report = json.loads((run / "student.onnx.report.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     assert report["file_bytes"] == (run / "student.onnx").stat().st_size
     assert report["packed_bytes"] == summary["packed_bytes"]
@@ -190,10 +190,10 @@ def test_export_reports_what_the_file_costs(run: Path) -> None:
 
 
 def test_a_report_is_not_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "other.report.json").write_text("mine")
+    (tmp_path / "other.onnx.report.json").write_text("mine")
     assert main(["export", str(run), "--output", str(tmp_path / "other.onnx")]) == 2
-    assert "other.report.json' exists" in capsys.readouterr().err
-    assert (tmp_path / "other.report.json").read_text() == "mine"
+    assert "other.onnx.report.json' exists" in capsys.readouterr().err
+    assert (tmp_path / "other.onnx.report.json").read_text() == "mine"
 
 
 def example(python: str, run: Path, images: list[str]) -> list[str]:
