@@ -1,4 +1,4 @@
-"""The command line, ``python -m lqkd``: fit, validate, test, predict, resume, sensitivity, compare, report and export."""
+"""The command line ``python -m lqkd``: Lightning's verbs, and those of :data:`_VERBS`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -337,19 +337,27 @@ def _silence_noise() -> None:
     )
 
 
+def _door(given: list[str]) -> Callable[[list[str]], int | None] | None:
+    """What a verb that is none of Lightning's calls; ``predict`` is one of these where it is given images."""
+    if given[:1] == ["predict"]:
+        from lqkd import predict
+
+        return predict.main if predict.is_ours(given[1:]) else None
+    if given and given[0] in _VERBS:
+        main: Callable[[list[str]], int | None] = importlib.import_module(_VERBS[given[0]]).main
+        return main
+    return None
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     torch.set_float32_matmul_precision("high")
     _silence_noise()
     given = sys.argv[1:] if args is None else list(args)
     try:
-        if given and given[0] in _VERBS:
-            return importlib.import_module(_VERBS[given[0]]).main(given[1:]) or 0
-        if given[:1] == ["predict"]:
-            from lqkd import predict
-
-            if predict.is_ours(given[1:]):
-                return predict.main(given[1:])
+        door = _door(given)
+        if door is not None:
+            return door(given[1:]) or 0
         resumption = None
         if given[:1] == ["resume"]:
             resumption, given = parse(given[1:])
