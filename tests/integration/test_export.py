@@ -1,0 +1,210 @@
+"""``python -m lqkd export``, run as a user runs it, and what a runtime makes of the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from lqkd.cli import main
+from lqkd.data import CIFAR10, Digits
+from lqkd.export import check, deploy, portable
+from lqkd.export import emitter as emitter_module
+from lqkd.export.runtimes import kernels
+from lqkd.models import CifarResNet, load_weights
+from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+FLOAT = str(Path(__file__).parents[2] / "configs" / "teachers" / "digits_student.yaml")
+DATA = Path(os.environ.get("LQKD_DATA", "missing"))
+
+
+def fit(root: Path, *arguments: str, config: str = QUICKSTART) -> Path:
+    before = set((root / "runs").glob("*/*"))
+    short = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
+    assert main(["fit", "--config", config, "--run.root", str(root / "runs"), *short, *arguments]) == 0
+    (folder,) = set((root / "runs").glob("*/*")) - before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, of which tests write to other folders."""
+    return fit(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def change_state(folder: Path, change: Any) -> None:
+    path = folder / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, path)
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["export", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", str(copied)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "100.000% of 359 images" in printed
+    assert "none but the quantization of the input" in printed
+    session = onnxruntime.InferenceSession(str(copied / "student.onnx"))
+    props = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    assert props["lqkd.parity"]["passed"]
+    assert props["lqkd.bits"]["conv1"] == "W8A8"
+    assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
+    assert props["lqkd.class_names"] == [str(i) for i in range(10)]
+    assert "digits_teacher" in json.dumps(props["lqkd.teacher"])
+    data = Digits()
+    data.setup()
+    how = props["lqkd.preprocessing"]
+    batches = list(data.test_dataloader())
+    pixels = torch.cat([batch.images for batch in batches]).numpy().astype(np.float32) / 255
+    labels = torch.cat([batch.labels for batch in batches]).numpy()
+    x = (pixels - np.float32(how["mean"])[:, None, None]) / np.float32(how["std"])[:, None, None]
+    logits = session.run(None, {"images": x.astype(np.float32)})[0]
+    accuracy = float((logits.argmax(1) == labels).mean())
+    assert accuracy == pytest.approx(props["lqkd.parity"]["accuracy_exported"], abs=1e-9)
+    summary = json.loads((copied / "summary.json").read_text())
+    assert props["lqkd.parity"]["accuracy_as_trained"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    assert "W2A2 (6 layers)" in (copied / "student.onnx.md").read_text()
+
+
+def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "mine.onnx"
+    output.write_text("mine")
+    assert "exists: give --overwrite" in refused(capsys, str(run), "--output", str(output))
+    assert output.read_text() == "mine"
+    assert main(["export", str(run), "--output", str(output), "--overwrite"]) == 0
+    assert output.stat().st_size > 1000
+
+
+def test_a_file_that_differs_is_kept_under_another_name_and_the_command_fails(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = emitter_module.Emitter._write_relu
+
+    def wrong(self: Any, node: Any, found: Any) -> None:
+        original(self, node, found)
+        source, _, high = self.deferred[node]
+        self.deferred[node] = (source, 0.5, high)
+
+    monkeypatch.setattr(emitter_module.Emitter, "_write_relu", wrong)
+    assert main(["export", str(run), "--output", str(tmp_path / "x.onnx")]) == 1
+    assert "the first difference arises at grids." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.rejected.onnx"]
+
+
+def test_mistakes_are_told_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "is not a run folder" in refused(capsys, str(tmp_path / "nothing"))
+    assert "--format int8 is unknown: use one of portable" in refused(capsys, str(run), "--format", "int8")
+    assert "use .onnx" in refused(capsys, str(run), "--output", str(tmp_path / "student.bin"))
+    (tmp_path / "file").touch()
+    unwritable = str(tmp_path / "file" / "student.onnx")
+    assert "cannot be written" in refused(capsys, str(run), "--output", unwritable)
+
+
+def test_a_missing_checkpoint_is_told(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    (copied / "checkpoints" / "best.ckpt").unlink()
+    assert "has no checkpoints/best.ckpt" in refused(capsys, str(copied))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0.0, "a scale of layer1.0.conv1 is zero"), (float("nan"), "a scale of layer1.0.conv1 is not finite")],
+)
+def test_a_scale_that_is_zero_or_nan_is_told_with_its_layer(
+    copied: Path, capsys: pytest.CaptureFixture, value: float, message: str
+) -> None:
+    change_state(copied, lambda state: state["student.layer1.0.conv1.input_quantizer.scale"].fill_(value))
+    assert message in refused(capsys, str(copied))
+
+
+def test_a_bit_schedule_that_is_not_finished_is_told(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    change_state(copied, lambda state: state["student.layer1.0.conv1.weight_quantizer.format"].fill_(4))
+    assert "is not finished" in refused(capsys, str(copied))
+
+
+def test_a_run_in_floating_point_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = fit(tmp_path, config=FLOAT)
+    assert "is in floating point" in refused(capsys, str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["packed4", "packed2", "qonnx", "torch"])
+def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Path, format_name: str) -> None:
+    if format_name == "qonnx":
+        pytest.importorskip("qonnx")
+    output = tmp_path / ("x.pt2" if format_name == "torch" else "x.onnx")
+    assert main(["export", str(run), "--format", format_name, "--output", str(output)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, f"{output.name}.md"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="LQKD_DATA is not set")
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a2"])
+def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.TempPathFactory, bits: str) -> None:
+    root = tmp_path_factory.getbasetemp() / "cifar10"
+    if not root.exists():
+        with tarfile.open(DATA / "cifar10.tar.gz") as archive:
+            archive.extractall(root, filter="data")
+    data = CIFAR10(
+        root=str(root),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        cache_dir=str(root / "cache"),
+        batch_size=64,
+    )
+    data.setup()
+    train = [data.preprocess(batch, train=False, epoch=0) for batch in islice(data.train_dataloader(), 20)]
+    torch.manual_seed(0)
+    network = CifarResNet(20)
+    load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
+    network, _ = quantize_model(network, Recipe(bits=bits))
+    initialize_quantizers(network, train[0].images)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    network.train()
+    for batch in train:
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.images), batch.labels).backward()
+        optimizer.step()
+    network.eval()
+    reestimate_batchnorm(network, [batch.images for batch in train])
+    deployed = deploy(network, train[0].images[:2], [batch.images for batch in train[:8]])
+    exported = portable.build(deployed)
+    batches = (data.preprocess(b, train=False, epoch=0) for b in data.test_dataloader())
+    test = [(batch.images, batch.labels) for batch in islice(batches, 16)]
+    parity = check(exported, deployed, test[0][0][:32], test, network)
+    assert parity.problem is None
+    assert parity.images == 1024
+    assert parity.agreement is not None
+    assert parity.agreement >= 0.999
+    found = kernels(exported.model)
+    assert found.floats == ()
+    assert found.integer["QLinearConv"] == 19
+
+
+def test_a_config_is_no_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({}))
+    assert "is not a run folder" in refused(capsys, str(tmp_path / "c.yaml"))
