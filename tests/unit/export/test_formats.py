@@ -19,6 +19,7 @@ from lqkd.export.formats import BUILDERS, check_expressible
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.program import check_program
 from lqkd.export.runtimes import kernels
+from lqkd.models import build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import Small, images, quantised
 
@@ -189,18 +190,30 @@ def test_activations_gates_and_concatenations_pass_with_every_convolution_on_int
 
 
 @pytest.mark.slow
-def test_every_convolution_of_a_resnet_18_runs_on_integers() -> None:
-    import torchvision
-
-    network, _ = quantize_model(torchvision.models.resnet18(num_classes=10).eval(), Recipe(bits="w4a4"))
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("name", "convolutions", "only_integers"),
+    [
+        ("torchvision/resnet18", 20, True),
+        ("torchvision/mobilenet_v2", 52, True),
+        ("timm/mobilenetv3_small_100", 53, False),  # hard swish and hard sigmoid are no integer kernels
+    ],
+)
+def test_every_convolution_of_a_known_network_runs_on_integers(
+    name: str, convolutions: int, only_integers: bool
+) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network, _ = quantize_model(build_model(name, num_classes=10).eval(), Recipe(bits="w4a4"))
+    x = torch.randn(4, 3, 64, 64)
     initialize_quantizers(network, x, batch_statistics=True)
     deployed = deploy(network.eval(), x, [x])
     exported = BUILDERS["portable"](deployed)
     assert check(exported, deployed, x).problem is None
     found = kernels(exported.model)
-    assert found.floats == ()
-    assert found.integer["QLinearConv"] == 20
+    assert found.float_products == ()
+    assert found.integer["QLinearConv"] == convolutions
+    assert (found.floats == ()) == only_integers
 
 
 def test_the_deployed_network_keeps_the_scales_of_training() -> None:
