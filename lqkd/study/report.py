@@ -28,8 +28,8 @@ from lqkd.study.task import Task
 
 HTML = "report.html"
 MARKDOWN = "report.md"
-EXPORT = "export.json"
-"""What an export leaves in a run folder; its ``latency_ms`` maps a runtime's name to the milliseconds of an image."""
+EXPORTS = "*.report.json"
+"""What exports leave in a run folder; with --latency they hold the milliseconds of an image."""
 _TEMPLATE = "report.html.jinja"
 _RUN_HEADINGS = ("variant", "seed", "status", "val best", "val last", "test", "W", "A", "kB", "train s")
 _LAYER_HEADINGS = ("layer", "kind", "W", "A", "parameters", "bytes", "how")
@@ -245,11 +245,13 @@ def _kilobytes(run: Run) -> float | None:
 
 
 def _latency(run: Run) -> float | None:
-    path = run.folder / EXPORT
-    if not path.is_file():
-        return None
-    measured = json.loads(path.read_text(encoding="utf-8")).get("latency_ms") or {}
-    return min((float(value) for value in measured.values() if value is not None), default=None)
+    """Of the fastest of the run's exported files, where it was measured."""
+    times = []
+    for path in run.folder.glob(EXPORTS):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        measured = (report.get("latency") or {}).get("milliseconds", {})
+        times += [float(value) for name, value in measured.items() if name.startswith(report["file"])]
+    return min(times, default=None)
 
 
 def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:

@@ -110,8 +110,9 @@ def test_the_page_needs_nothing_else_and_shows_what_a_run_says_as_text(study: Pa
 def test_a_latency_that_an_export_measured_gets_a_plot(study: Path) -> None:
     main(["report", str(study)])
     assert "latency" not in (study / "report.html").read_text()
-    exported = {"latency_ms": {"onnxruntime_int8": 1.5, "torch": 4.0}}
-    (study / "runs" / "kl" / "seed_0" / "export.json").write_text(json.dumps(exported))
+    latency = {"milliseconds": {"float32 ONNX": 1.0, "student.onnx (portable)": 1.5, "float32 PyTorch": 4.0}}
+    exported = {"file": "student.onnx", "latency": latency}
+    (study / "runs" / "kl" / "seed_0" / "student.onnx.report.json").write_text(json.dumps(exported))
     main(["report", str(study)])
     assert "against latency, ms; the line joins what nothing else beats in both. kl: 1.5, 93.50 %" in (
         study / "report.html"
