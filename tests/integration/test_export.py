@@ -158,7 +158,11 @@ def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Pa
         pytest.importorskip("qonnx")
     output = tmp_path / ("x.pt2" if format_name == "torch" else "x.onnx")
     assert main(["export", str(run), "--format", format_name, "--output", str(output)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {output.name, f"{output.name}.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        output.name,
+        f"{output.name}.md",
+        f"{output.name}.report.json",
+    }
 
 
 @pytest.mark.slow
