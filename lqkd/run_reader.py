@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class RunReader(LqkdCLI):
 
     Args:
         config: a YAML file as ``fit`` takes or keeps it.
+        trained: whether the weights come from a checkpoint: then no file of weights that the config names is read,
+            neither the student's nor the teacher's, since a run may have been moved away from them.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -37,7 +40,8 @@ class RunReader(LqkdCLI):
 
     model: ImageClassifier
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, trained: bool = False) -> None:
+        self.trained = trained
         # The run's loggers and callbacks have no part in reading it.
         plain = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
         with _silence():
@@ -50,6 +54,11 @@ class RunReader(LqkdCLI):
                 parser_class=OneLineParser,
                 args=["validate", "--config", str(config), *plain],
             )
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        if self.trained:
+            _forget_weights(self._get(self.config, "model"))
 
     def _parse_ckpt_path(self) -> None:
         """The weights are loaded afterwards, by :func:`load_float_weights`."""
@@ -72,6 +81,19 @@ class RunReader(LqkdCLI):
             raise UsageError(f"model={type(self.model).__name__} is not possible here: use a DistillModule or another")
         if self.datamodule is None or not is_overridden("val_dataloader", self.datamodule, LightningDataModule):
             raise UsageError("data has no validation split: name a DataModule that holds one out")
+
+
+def _forget_weights(settings: Any) -> None:
+    """Set to null whatever names a file of weights, in place."""
+    if isinstance(settings, list):
+        for entry in settings:
+            _forget_weights(entry)
+    elif isinstance(settings, (Namespace, dict)):
+        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if key in ("weights", "student_weights") and isinstance(value, str):
+                settings[key] = None
+            else:
+                _forget_weights(value)
 
 
 @contextmanager
@@ -115,7 +137,7 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
             f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}: give {str(config)!r} to take the weights that it "
             "starts from"
         )
-    reader = RunReader(config)
+    reader = RunReader(config, trained=True)
     try:
         state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
     except Exception as error:  # a damaged file raises many types

@@ -64,6 +64,8 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
         result.append(
             ("cost of deployment", f"{change:+.2f} points ({calibrated} grids calibrated at export, {rerouted} shared)")
         )
+        same = 1 - parity.trained_disagreements / parity.images
+        result.append(("same class deployed as trained", f"{same:.2%} of {parity.images} images"))
     if parity.agreement is not None:
         result.append(("same first class", f"{parity.agreement:.3%} of {parity.images} images"))
     for name, layers in (("not optimised", parity.unoptimised), ("optimised", parity.optimised)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -187,23 +188,15 @@ def _about(reader: RunReader) -> dict[str, Any]:
         "resize_size": getattr(data, "resize_size", None),
         "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
     }
-    hyper_parameters = dict(reader.model.hparams)
+    model = yaml.safe_load(reader.config_text)["model"]  # of the model itself, files of weights are left out
+    settings = model.get("init_args", model)
     return {
         "class_names": list(getattr(data, "class_names", ())),
         "preprocessing": preprocessing,
-        "teacher": _plain(hyper_parameters.get("teacher")),
-        "network": _plain(hyper_parameters.get("student", hyper_parameters.get("network"))),
+        "teacher": settings.get("teacher"),
+        "network": settings.get("student", settings.get("network")),
         "data": type(data).__name__,
     }
-
-
-def _plain(value: Any) -> Any:
-    """``value`` without what JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:

@@ -125,6 +125,14 @@ def test_mistakes_are_told_in_one_line(run: Path, tmp_path: Path, capsys: pytest
     assert "cannot be written" in refused(capsys, str(run), "--output", unwritable)
 
 
+def test_a_run_that_was_moved_away_from_the_weights_it_started_from_is_exported(copied: Path) -> None:
+    config = copied / "config.yaml"
+    text = config.read_text().replace("builtin:digits_teacher", "gone/teacher.safetensors")
+    config.write_text(text.replace("builtin:digits_student", "gone/student.safetensors"))
+    assert config.read_text().count("gone/") == 2
+    assert main(["export", str(copied)]) == 0
+
+
 def test_a_missing_checkpoint_is_told(copied: Path, capsys: pytest.CaptureFixture) -> None:
     (copied / "checkpoints" / "best.ckpt").unlink()
     assert "has no checkpoints/best.ckpt" in refused(capsys, str(copied))
