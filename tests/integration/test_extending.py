@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work as they are printed, from a folder that is no part of the package."""
+"""The examples of docs/extending.md and docs/choosing.md work as printed, from a folder that is no part of lqkd."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lqkd.cli import main
 from lqkd.run_folder import CONFIG
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("extending", "choosing"))
 FILES = {
     name: text
-    for text in re.findall(r"```(?:python|yaml)\n(.*?)```", PAGE, flags=re.DOTALL)
+    for text in re.findall(r"```(?:python|yaml)\n(.*?)```", PAGES, flags=re.DOTALL)
     for name in re.findall(r"\A# (\S+)\n", text)
 }
-"""Name and text of every file that the page prints; its first line is its name."""
+"""Name and text of every file that the pages print; its first line is its name."""
 QUICKSTART = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
 STEPS = [
     "--trainer.max_steps=2",
@@ -40,7 +40,7 @@ EXAMPLES = sorted(name.removesuffix(".py") for name in FILES if name.endswith(".
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with all files of the page, in which the command line is started."""
+    """A folder with all files of the pages, in which the command line is started."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -50,12 +50,12 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def test_every_block_of_the_page_is_a_file_with_a_name() -> None:
-    assert len(FILES) == len(re.findall(r"^```(?:python|yaml)$", PAGE, flags=re.MULTILINE))
+def test_every_block_of_the_pages_is_a_file_with_a_name() -> None:
+    assert len(FILES) == len(re.findall(r"^```(?:python|yaml)$", PAGES, flags=re.MULTILINE))
     assert {"my_data", "my_images", "my_loss", "my_network", "my_quantizer", "my_regularizer"} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", [*EXAMPLES, "careful", "fixed"])
 def test_an_example_trains(example: str, outside: Path) -> None:
     assert main([*QUICKSTART, "--config", f"{example}.yaml", *STEPS]) == 0
     (run,) = (outside / "runs" / "quickstart").iterdir()
