@@ -35,6 +35,8 @@ STEPS = [
     "--trainer.enable_progress_bar=false",
     "--trainer.callbacks=[]",
 ]
+SCRIPT = "from lqkd.__main__ import main; sys.exit(main())"
+"""What pip writes into the command ``lqkd``, which has another folder than the current one in front."""
 EXAMPLES = sorted(name.removesuffix(".py") for name in FILES if name.endswith(".py"))
 
 
@@ -66,12 +68,25 @@ def test_an_example_trains(example: str, outside: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_file_beside_the_config_is_found_by_the_command(outside: Path) -> None:
+@pytest.mark.parametrize("program", [["-m", "lqkd"], ["-c", "import sys; sys.path.pop(0); " + SCRIPT]])
+def test_the_file_beside_the_config_is_found_by_both_commands(outside: Path, program: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     arguments = [*QUICKSTART, "--config", "my_loss.yaml", "--trainer.fast_dev_run=true"]
-    command = [sys.executable, "-m", "lqkd", *arguments]
+    command = [sys.executable, *program, *arguments]
     done = subprocess.run(command, check=False, cwd=outside, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_file_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_network.yaml").write_text(FILES["my_network.yaml"], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*QUICKSTART, "--config", "my_network.yaml"])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lqkd: error")]
+    assert "No module named 'my_network': start lqkd in the folder of that file" in error
+    assert len(error) < 200
 
 
 def test_the_quantizer_of_the_page_keeps_the_contract(outside: Path) -> None:
