@@ -33,6 +33,8 @@ def condense(message: str) -> str:
     deepest = max((indent for indent, _ in rows), default=0)
     cause = next((text for indent, text in rows if indent == deepest), message.splitlines()[0])
     cause = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", re.sub(r'^Parser key "[^"]+": *', "", cause))
+    if re.match(r"No module named '", cause):
+        return f"{'.'.join(keys)}: {cause}: start lqkd in the folder of that file, or name the folder in PYTHONPATH"
     given = re.findall(r"Given value: (?!NestedArg|Namespace)(.+)", message)
     value = f"; got {given[-1]}" if given and "Got value" not in cause else ""
     return f"{'.'.join(keys)}: {cause}{value}" if keys else f"{cause}{value}"

@@ -77,12 +77,15 @@ def _collapse(last: EpochWeights) -> str | None:
         return None
     number = last.epoch + 1
     if last.mean < TURNED_DOWN:
-        fell = f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which all but turns "
-        fell += "distillation off"
+        fell = (
+            f"The regularizer's mean weight fell from 1 to {last.mean:.3g} in epoch {number}, which all but turns "
+            "distillation off"
+        )
     else:
-        fell = f"The divergence counts only {last.effective:.3g} times in epoch {number}, since the regularizer's "
-        fell += f"weights (mean {last.mean:.3g}) are where teacher and student agree, which all but turns "
-        fell += "distillation off"
+        fell = (
+            f"The divergence counts only {last.effective:.3g} times in epoch {number}, since the regularizer's "
+            f"weights (mean {last.mean:.3g}) are where teacher and student agree, which all but turns distillation off"
+        )
     if last.optimum and last.contribution is not None:  # a guard that wants weights above zero
         if last.contribution < OF_OPTIMUM * last.optimum:
             return (

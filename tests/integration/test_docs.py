@@ -1,0 +1,28 @@
+"""The documentation site builds without a warning, and every page is in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: pip install 'lqkd[docs]'"),
+]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "mkdocs.yml")]
+    done = subprocess.run([*command, "-d", str(tmp_path)], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {page.stem for page in DOCS.glob("*.md")}
+    assert pages == {path.parent.name for path in (tmp_path / "docs").glob("*/index.html")}
+    regularizers = (tmp_path / "reference" / "regularizers" / "index.html").read_text(encoding="utf-8")
+    assert "FixedBalance" in regularizers
+    assert ":class:" not in "".join(p.read_text(encoding="utf-8") for p in (tmp_path / "reference").rglob("*.html"))

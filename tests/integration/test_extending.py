@@ -1,0 +1,120 @@
+"""The examples of docs/extending.md and docs/choosing.md work as printed, from a folder that is no part of lqkd."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lqkd.cli import main
+from lqkd.run_folder import CONFIG
+
+ROOT = Path(__file__).parents[2]
+PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("extending", "choosing"))
+FILES = {
+    name: text
+    for text in re.findall(r"```(?:python|yaml)\n(.*?)```", PAGES, flags=re.DOTALL)
+    for name in re.findall(r"\A# (\S+)\n", text)
+}
+"""Name and text of every file that the pages print; its first line is its name."""
+QUICKSTART = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+STEPS = [
+    "--trainer.max_steps=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.callbacks=[]",
+]
+SCRIPT = "from lqkd.__main__ import main; sys.exit(main())"
+"""What pip writes into the command ``lqkd``, which has another folder than the current one in front."""
+EXAMPLES = sorted(name.removesuffix(".py") for name in FILES if name.endswith(".py"))
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with all files of the pages, in which the command line is started."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in EXAMPLES:
+        sys.modules.pop(name, None)
+
+
+def test_every_block_of_the_pages_is_a_file_with_a_name() -> None:
+    assert len(FILES) == len(re.findall(r"^```(?:python|yaml)$", PAGES, flags=re.MULTILINE))
+    assert {"my_data", "my_images", "my_loss", "my_network", "my_quantizer", "my_regularizer"} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("example", [*EXAMPLES, "careful", "fixed"])
+def test_an_example_trains(example: str, outside: Path) -> None:
+    assert main([*QUICKSTART, "--config", f"{example}.yaml", *STEPS]) == 0
+    (run,) = (outside / "runs" / "quickstart").iterdir()
+    given = yaml.safe_load(FILES[f"{example}.yaml"])
+    kept = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    assert _holds(kept, given)
+    assert (run / "student.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [["-m", "lqkd"], ["-c", "import sys; sys.path.pop(0); " + SCRIPT]])
+def test_the_file_beside_the_config_is_found_by_both_commands(outside: Path, program: list[str]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [*QUICKSTART, "--config", "my_loss.yaml", "--trainer.fast_dev_run=true"]
+    command = [sys.executable, *program, *arguments]
+    done = subprocess.run(command, check=False, cwd=outside, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_file_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_network.yaml").write_text(FILES["my_network.yaml"], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*QUICKSTART, "--config", "my_network.yaml"])
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lqkd: error")]
+    assert "No module named 'my_network': start lqkd in the folder of that file" in error
+    assert len(error) < 200
+
+
+def test_the_quantizer_of_the_page_keeps_the_contract(outside: Path) -> None:
+    torch.manual_seed(0)
+    quantizer = importlib.import_module("my_quantizer").Quantile(4, channels=3)
+    x = torch.randn(3, 2000, requires_grad=True)
+    y = quantizer(x)
+    assert torch.equal(y, quantizer.dequantize(quantizer.codes(x)))
+    assert len(y[0].unique()) <= 16
+    y.square().sum().backward()
+    assert quantizer.scale.grad.abs().min() > 0
+    assert x.grad.count_nonzero() > 0
+
+
+def test_a_folder_of_photographs_gets_a_teacher_and_a_student(outside: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, brightness in (("day", 190), ("night", 60)):
+        (outside / "photographs" / name).mkdir(parents=True)
+        for number in range(15):
+            pixels = (brightness + rng.integers(-50, 50, (30, 40, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(outside / "photographs" / name / f"{number}.jpg")
+    quick = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", "photographs_teacher.yaml", "--trainer.max_epochs=4", *quick]) == 0
+    assert main(["fit", "--config", "photographs_student.yaml", "--trainer.fast_dev_run=true", *quick]) == 0
+
+
+def _holds(kept: object, given: object) -> bool:
+    """Whether everything of ``given`` stands in ``kept``."""
+    if isinstance(given, dict):
+        return isinstance(kept, dict) and all(key in kept and _holds(kept[key], given[key]) for key in given)
+    return kept == given
