@@ -132,6 +132,30 @@ def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is neither a run folder (with config.yaml) nor that of a study" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "{["),
+        ("config.yaml", "[1]"),
+        ("summary.json", "{"),
+        ("summary.json", "[1]"),
+        ("student.onnx.report.json", "{"),
+        ("student.onnx.report.json", "{}"),
+        ("student.onnx.report.json", '{"latency": 3}'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(
+    study: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    (run / name).write_text(text)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lqkd: error: ")
+    assert str(run / name) in error
+    assert len(error.splitlines()) == 1
+
+
 # ---- in a browser
 
 
