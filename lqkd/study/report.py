@@ -114,9 +114,9 @@ def gather(folder: Path) -> Material:
         )
     if (folder / CONFIG).is_file():
         name = "/".join(folder.resolve().parts[-2:])
-        config = read_mapping(folder / CONFIG, "the run's configuration")
+        settings = read_mapping(folder / CONFIG, "the run's configuration")
         text = (folder / CONFIG).read_text(encoding="utf-8")
-        run = read(folder, name, config.get("seed_everything"))
+        run = read(folder, name, settings.get("seed_everything"))
         if run.test is None:
             run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
         return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
