@@ -53,6 +53,8 @@ _VERBS = {
     "export": "lqkd.export.command",
 }
 """Modules of the verbs that are none of Lightning's; they import this one."""
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+"""A file or folder that may not be read or written, or that lies below a file."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -376,11 +378,11 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"description": DESCRIPTION},
             args=None if args is None else given,
         )
-    except ValueError as error:
-        usage = _usage_error(error)
-        if usage is None:
+    except (ValueError, OSError) as error:
+        mistake = _mistake(error)
+        if mistake is None:
             raise
-        print(f"lqkd: error: {usage}", file=sys.stderr)
+        print(f"lqkd: error: {mistake}", file=sys.stderr)
         return 2
     except (DivergenceError, _FullDiskError) as error:
         _tell(f"lqkd: error: {error}")
@@ -407,8 +409,10 @@ class _FullDiskError(Exception):
         )
 
 
-def _usage_error(error: BaseException | None) -> UsageError | None:
+def _mistake(error: BaseException | None) -> str | None:
     """The user's mistake behind ``error``: the argument parser wraps what a class raises while it is built."""
     while error is not None and not isinstance(error, UsageError):
+        if isinstance(error, OSError) and error.errno in _NO_ACCESS and error.filename is not None:
+            return f"{str(error.filename)!r} cannot be used: {error.strerror}"
         error = error.__cause__
-    return error
+    return None if error is None else str(error)

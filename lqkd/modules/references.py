@@ -66,10 +66,23 @@ def _of_teacher(
 ) -> float | None:
     """The teacher's accuracy, asked for only when it is not known for as many batches of the split."""
     loader, limit = batches
-    name = f"{split}, {limit!r} batches"
+    name = f"{split}, {evaluated(module, limit)}"
     if name not in known:
         known[name] = accuracy(module, module.teacher, loader, limit)
     return known[name]
+
+
+def evaluated(module: DistillModule, limit: float) -> str:
+    """What of a split is evaluated, and how its images are prepared.
+
+    Args:
+        module: the module, attached to a Trainer.
+        limit: as of :func:`accuracy`.
+    """
+    data = getattr(module.trainer, "datamodule", None)
+    whole = isinstance(limit, float) and limit == 1.0  # in batches of whatever size
+    size = "" if whole else f" of {getattr(data, 'eval_batch_size', None)} x {module.trainer.world_size}"
+    return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
 def _check_teacher(module: DistillModule, measured: float | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.files import write_json
+from lqkd.modules.references import evaluated
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
 from lqkd.teacher_cache import OpenCache
@@ -93,13 +94,15 @@ def _open_cache(module: DistillModule) -> OpenCache | None:
     data: Any = getattr(trainer, "datamodule", None)
     of_data = data_key(data)
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
+    of_teachers = [teacher_key(*pair, data.image_shape) for pair in zip(module.teachers(), asked, strict=True)]
     key = {
-        "teachers": [teacher_key(*pair) for pair in zip(module.teachers(), asked, strict=True)],
+        "teachers": trainer.strategy.broadcast(of_teachers),  # processors of several kinds may round otherwise
         "taps": [] if module.taps is None else list(module.taps[0].paths),
         "data": of_data,
     }
     if any(asked):  # the images that bfloat16 is checked with decide whether it is used
-        key["checked_with"] = "nothing" if getattr(trainer, "fast_dev_run", False) else trainer.limit_val_batches
+        checks = not getattr(trainer, "fast_dev_run", False)
+        key["checked_with"] = evaluated(module, trainer.limit_val_batches) if checks else "nothing"
 
     @torch.no_grad()
     def shapes() -> tuple[int, int, list[Any]]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from matplotlib.figure import Figure
 
 from lqkd.errors import UsageError
@@ -20,8 +18,8 @@ from lqkd.files import write_text
 from lqkd.run_folder import CONFIG
 from lqkd.study import plots
 from lqkd.study.layers import read_layers
-from lqkd.study.results import Run, read, read_runs
-from lqkd.study.settings import STUDY, read_study
+from lqkd.study.results import Run, read, read_json, read_runs
+from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
@@ -77,7 +75,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        UsageError: when the folder is none of a run or a study, or jinja2 is missing.
+        UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.
         SystemExit: after a mistake about the arguments, told in one line (status 2), and after ``--help``.
     """
     parser = _Parser(
@@ -100,7 +98,7 @@ def gather(folder: Path) -> Material:
     """Read a run or a study.
 
     Raises:
-        UsageError: when ``folder`` is neither.
+        UsageError: when ``folder`` is neither, or its configuration or summary is damaged.
     """
     if (folder / STUDY).is_file():
         study = read_study(folder / STUDY)
@@ -116,8 +114,9 @@ def gather(folder: Path) -> Material:
         )
     if (folder / CONFIG).is_file():
         name = "/".join(folder.resolve().parts[-2:])
+        settings = read_mapping(folder / CONFIG, "the run's configuration")
         text = (folder / CONFIG).read_text(encoding="utf-8")
-        run = read(folder, name, yaml.safe_load(text).get("seed_everything"))
+        run = read(folder, name, settings.get("seed_everything"))
         if run.test is None:
             run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
         return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
@@ -248,9 +247,12 @@ def _latency(run: Run) -> float | None:
     """Of the fastest of the run's exported files, where it was measured."""
     times = []
     for path in run.folder.glob(EXPORTS):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        measured = (report.get("latency") or {}).get("milliseconds", {})
-        times += [float(value) for name, value in measured.items() if name.startswith(report["file"])]
+        report = read_json(path)
+        try:
+            measured = (report["latency"] or {}).get("milliseconds", {})
+            times += [float(value) for name, value in measured.items() if name.startswith(report["file"])]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{str(path)!r} is damaged: it is not what export writes") from error
     return min(times, default=None)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lqkd.callbacks.run_logger import METRICS
 from lqkd.callbacks.run_summary import SUMMARY
+from lqkd.errors import UsageError, first_line
 from lqkd.study.task import FINISHED, Task
 
 
@@ -64,7 +65,11 @@ def read_runs(tasks: Iterable[Task]) -> list[Run]:
 
 
 def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, message: str = "") -> Run:
-    """Read one run folder, whatever is there of it."""
+    """Read one run folder, whatever is there of it.
+
+    Raises:
+        UsageError: when its summary is damaged.
+    """
     summary, curves = folder / SUMMARY, folder / METRICS
     return Run(
         variant,
@@ -72,9 +77,24 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
         status,
         message,
         folder,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        read_json(summary) if summary.is_file() else {},
         _curves(curves) if curves.is_file() else {},
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: when the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is damaged, it is no JSON file: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{str(path)!r} is damaged: a JSON object is needed")
+    return value
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 from lqkd.study.overrides import merge, nested
 
 STUDY = "study.yaml"
@@ -118,12 +118,12 @@ def read_arguments(args: Sequence[str]) -> tuple[Study, dict[str, Any], bool]:
     )
     parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed")
     given = parser.parse_args(args)
-    described = _mapping(Path(given.config), "--config")
+    described = read_mapping(Path(given.config), "--config")
     described |= {key: value for key in ("root", "name", "seeds") if (value := getattr(given, key)) is not None}
     study = _study(described)
     settings = merge(nested(study.settings), nested(dict(_setting(text) for text in given.set)))
     beside = Path(given.config).parent
-    base = merge(nested(_mapping(beside / study.base, "base")), settings)
+    base = merge(nested(read_mapping(beside / study.base, "base")), settings)
     if study.teacher_cache is not None:
         cache = {"folder": str(study.folder / "teacher_cache")} | study.teacher_cache
         base = merge(base, {"model": {"init_args": {"teacher_cache": cache}}})
@@ -136,7 +136,7 @@ def read_study(path: Path) -> Study:
     Raises:
         UsageError: when it is none.
     """
-    return _study(_mapping(path, "study"))
+    return _study(read_mapping(path, "study"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +145,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _mapping(path: Path, key: str) -> dict[str, Any]:
+def read_mapping(path: Path, key: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ``key`` is what a mistake calls it.
+
+    Raises:
+        UsageError: when there is no such file, or something else in it.
+    """
     if not path.is_file():
         raise UsageError(f"{key}={str(path)!r} does not exist: give a YAML file")
     try:
@@ -161,7 +166,10 @@ def _setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise UsageError(f"--set {text} is not possible: give KEY=VALUE")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text} is not possible: {value!r} is no YAML value ({first_line(error)})") from error
 
 
 def _study(described: dict[str, Any]) -> Study:

@@ -22,7 +22,7 @@ from lqkd.teacher_cache.codec import Answers, Codec, projection
 from lqkd.teacher_cache.records import RecordStore
 
 DTYPES = ("float16", "float32")
-_FORMAT = 1  # part of the key: raise it when what is stored changes
+_FORMAT = 2  # part of the key: raise it when what is stored changes
 
 
 @dataclass

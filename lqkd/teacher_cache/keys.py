@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,20 +25,60 @@ NEEDED = {
 }
 """What a DataModule must offer for its teacher's answers to be stored."""
 
+_PROBES = 4  # images that a teacher is told by
+
 _PREPARES = ("preprocess", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """Methods of a DataModule that can change its images on the way to the step."""
 
 
-def teacher_key(teacher: FrozenTeacher, bf16: bool) -> dict[str, Any]:
-    """All that a teacher's answers to an image depend on; ``bf16`` is whether bfloat16 is asked for."""
+def teacher_key(teacher: FrozenTeacher, bf16: bool, image_shape: Sequence[int]) -> dict[str, Any]:
+    """All that a teacher's answers to an image depend on.
+
+    Args:
+        teacher: before it is accelerated.
+        bf16: whether bfloat16 is asked for.
+        image_shape: (C, H, W) of the images.
+    """
+    kind = type(teacher.network)
     return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
         "network": re.sub(r" at 0x[0-9a-f]+", "", str(teacher.network)),
         "weights": weights_hash(teacher.network),
+        "answers": probe(teacher, image_shape),
         "mean": teacher.mean,
         "std": teacher.std,
         "image_size": teacher.image_size,
         "precision": f"{teacher.precision}, {'bf16' if bf16 else 'fp32'}",
     }
+
+
+def probe(teacher: FrozenTeacher, image_shape: Sequence[int]) -> str:
+    """What the network itself answers to fixed noise, for all that its code and its attributes decide.
+
+    A copy answers on the CPU, in float32, on one thread and to one batch, whatever the training does, and each image's
+    logits are projected onto one direction that is fixed as well. These few numbers are rounded to 1/256 of the power
+    of two above the largest, so that differences of summation (some 1e-6) hardly ever reach a rounding edge; where one
+    does, the teacher is asked again. Global random numbers stay as they are.
+
+    Args:
+        teacher: before it is accelerated.
+        image_shape: (C, H, W).
+    """
+    copied = copy.deepcopy(teacher).cpu().float()
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(_PROBES, *image_shape, generator=noise)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            torch.default_generator.manual_seed(0)  # for a network that draws; manual_seed would reach other devices
+            logits = copied(images)
+    finally:
+        torch.set_num_threads(threads)
+    answers = logits.double() @ torch.randn(logits.shape[1], generator=noise).double()
+    exponent = math.frexp(float(answers.abs().max()))[1]
+    steps = [f"{math.ldexp(answer, 8 - exponent):.0f}" for answer in answers.tolist()]
+    return hashlib.sha256(f"{exponent} {' '.join(steps)}".encode()).hexdigest()
 
 
 def weights_hash(network: nn.Module) -> str:

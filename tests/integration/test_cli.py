@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -409,6 +410,20 @@ def test_what_cannot_be_resumed_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("lqkd: error: ")
     assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_run_that_may_not_be_read_is_one_line_on_resuming(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # permissions do not stop root
+    assert main(["resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lqkd: error: '{run}/")
+    assert error.endswith("cannot be used: Permission denied\n")
     assert len(error.splitlines()) == 1
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -130,6 +132,60 @@ def test_a_run_alone_has_a_report(study: Path) -> None:
 def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is neither a run folder (with config.yaml) nor that of a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(kind, os.strerror(kind), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)  # permissions do not stop root
+    assert main(["report", str(study)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lqkd: error: '{study}/")
+    assert error.endswith(f"cannot be used: {os.strerror(kind)}\n")
+    assert len(error.splitlines()) == 1
+
+
+def test_other_failures_of_the_system_are_not_hidden(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["report", str(study)])
+
+
+def test_a_study_below_a_file_is_one_line(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "b.yaml").write_text("trainer: {max_epochs: 2}\n")
+    assert main(["compare", "--config", str(study / "study.yaml"), "--root", str(study / "b.yaml")]) == 2
+    assert capsys.readouterr().err == f"lqkd: error: '{study}/b.yaml/small' cannot be used: Not a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "{["),
+        ("config.yaml", "[1]"),
+        ("summary.json", "{"),
+        ("summary.json", "[1]"),
+        ("student.onnx.report.json", "{"),
+        ("student.onnx.report.json", "{}"),
+        ("student.onnx.report.json", '{"latency": 3}'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(
+    study: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    (run / name).write_text(text)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lqkd: error: ")
+    assert str(run / name) in error
+    assert len(error.splitlines()) == 1
 
 
 # ---- in a browser

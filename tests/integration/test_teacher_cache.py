@@ -154,6 +154,35 @@ def test_a_change_of_what_answers_depend_on_makes_another_cache(
     assert len(folders(root)) == 2
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"resize_size": 8}, {"resize_size": 9}), ({"eval_batch_size": 16}, {"eval_batch_size": 20})],
+)
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_what_is_known_of_a_teacher_is_not_used_for_another_evaluation(
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one: dict[str, int],
+    other: dict[str, int],
+    precision: str,
+) -> None:
+    monkeypatch.setattr("lqkd.teacher.computes_bf16", lambda device: True)
+    cache = TeacherCache(str(tmp_path / "cache"))
+
+    def run(settings: dict[str, int]) -> int:
+        data = digits(5)
+        vars(data).update(settings)  # digits have no resize_size of their own
+        trainer = make_trainer(max_epochs=1, limit_val_batches=1, limit_test_batches=1)
+        module = distiller(teacher=counted(precision=precision), teacher_cache=cache)
+        return forwards(lambda: trainer.fit(module, datamodule=data))
+
+    run(one)
+    assert run(one) == 0
+    assert run(other) >= 2  # on the validation and on the test split
+    assert len(folders(tmp_path / "cache")) == (1 if precision == "fp32" else 2)
+
+
 def test_an_interrupted_write_is_continued(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import OpenCache, TeacherCache
 from lqkd.teacher_cache.codec import Codec, projection
+from lqkd.teacher_cache.keys import teacher_key
 from lqkd.teacher_cache.records import Records, RecordStore
 
 LAYOUT = np.dtype([("value", "<f4", (16,))])
@@ -143,6 +145,64 @@ def test_a_projection_tells_a_changed_image(change: Any) -> None:
     difference = (projection(change(images)) - projection(images)).abs()
     assert (difference > 0.01 + 1e-4 * projection(images).abs()).float().mean() > 0.95
     torch.testing.assert_close(projection(images)[3:5], projection(images[3:5]), rtol=0, atol=1e-3)
+
+
+class Scaled(nn.Module):
+    """A network of which ``repr`` does not tell all; noise is that of a network that draws numbers."""
+
+    def __init__(self, scale: float = 1.0, pool: str = "avg", noise: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 10)
+        nn.init.uniform_(self.linear.weight, generator=torch.Generator().manual_seed(3))
+        nn.init.zeros_(self.linear.bias)
+        self.scale, self.pool, self.noise = scale, pool, noise
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images[:, 0]
+        pooled = rows.mean(1) if self.pool == "avg" else rows[:, 0]
+        return self.scale * self.linear(pooled + self.noise * torch.randn(8))
+
+
+class Negated(Scaled):
+    def forward(self, images: Tensor) -> Tensor:
+        return -super().forward(images)
+
+
+def key_of(network: nn.Module) -> dict[str, Any]:
+    return teacher_key(FrozenTeacher(network), False, (1, 8, 8))
+
+
+def test_a_key_tells_networks_that_differ_in_what_their_repr_does_not_say() -> None:
+    networks = [Scaled(), Scaled(scale=1.02), Scaled(scale=2), Scaled(pool="token")]
+    assert len({str(network) for network in networks}) == 1
+    assert len({str(key_of(network)) for network in networks}) == len(networks)
+    negated = Negated()
+    Negated.__name__ = Negated.__qualname__ = "Scaled"
+    assert str(negated) == str(networks[0])
+    assert key_of(negated)["answers"] != key_of(networks[0])["answers"]
+
+
+def test_a_key_tells_classes_of_one_name_in_two_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of(Scaled())
+    monkeypatch.setattr(Scaled, "__module__", "elsewhere")
+    assert key_of(Scaled()) != before
+
+
+def test_a_key_does_not_depend_on_threads_rounding_or_random_numbers_and_leaves_them_alone() -> None:
+    network = Scaled(noise=0.1)
+    before = key_of(network)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
+    try:
+        assert key_of(network) == before
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert key_of(network) == before
+    network.scale *= 1 + 1e-6
+    assert key_of(network) == before
 
 
 def opened(tmp_path: Path, **settings: Any) -> OpenCache:

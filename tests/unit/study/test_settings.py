@@ -39,6 +39,11 @@ def test_name_root_and_seeds_can_be_given_on_the_command_line(tmp_path: Path) ->
     assert (study.folder, study.seeds) == (Path("r/n"), [4, 5])
 
 
+def test_a_setting_that_is_no_yaml_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--set a=\[1 is not possible: '\[1' is no YAML value"):
+        read(tmp_path, {}, "--set", "a=[1")
+
+
 def test_the_first_variant_is_the_baseline_unless_one_is_named(tmp_path: Path) -> None:
     variants: dict[str, Any] = {"variants": {"b": {}, "a": None}}
     assert read(tmp_path, variants)[0].compared_with == "b"
