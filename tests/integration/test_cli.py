@@ -421,6 +421,7 @@ def test_what_cannot_be_resumed_is_one_line(
         (["--data.init_args.limit_train", "128"], "another split into training and validation images"),
         (["--trainer.max_epochs", "1"], "trainer.max_epochs=1 is not possible: the checkpoint has reached 2"),
         (["--trainer.max_steps", "1"], "trainer.max_steps=1 is not possible: the checkpoint has reached"),
+        (["--model.teacher.minimum_accuracy", "1.01", "--trainer.max_epochs", "3"], "minimum_accuracy=1.01"),
         (["--run.name", "other"], "run.name='other' is not possible with resume"),
         (["--run.root=elsewhere"], "run.root='elsewhere' is not possible with resume"),
         (["--run.version", "other"], "run.version='other' is not possible with resume"),
