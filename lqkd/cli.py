@@ -36,7 +36,7 @@ from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.parser import OneLineParser
-from lqkd.resume import STARTS, Resumption, differences, find, parse, record_start
+from lqkd.resume import STARTS, Resumption, check_place, differences, find, parse, record_start
 from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, lock, remove_partial_files, restarted
 
 DESCRIPTION = (
@@ -132,6 +132,7 @@ class LqkdCLI(LightningCLI):
         if self.resumption is None and (folder := restarted(RunSettings(**config["run"].as_dict()))) is not None:
             self.resumption = find(folder)
         if self.resumption is not None:
+            check_place(self.resumption.folder, config["run"])
             if self.resumption.checkpoint is not None:
                 config["ckpt_path"] = str(self.resumption.checkpoint)
             rank_zero_info(str(self.resumption))
@@ -252,16 +253,20 @@ class _KeepRun(Callback):
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._write(trainer, pl_module)
+        if isinstance(pl_module, DistillModule):
+            write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
+            print(pl_module.coverage.summary())
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, pl_module: Any) -> None:
-        logger = next(logger for logger in trainer.loggers if isinstance(logger, RunLogger))
-        write_text(logger.folder / CONFIG, self.config_text)
-        if isinstance(pl_module, DistillModule):
-            write_text(logger.folder / LAYERS, f"{pl_module.coverage}\n")
-            print(pl_module.coverage.summary())
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Settings that a resumed run changes are kept once its state has been restored: they are possible."""
+        write_text(self._folder(trainer) / CONFIG, self.config_text)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
 
 
 def _class_of(config: Any) -> type:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 
 class OneLineParser(LightningArgumentParser):
-    """Prints ``lqkd: error: ...`` in one line and exits with status 2, where jsonargparse prints what it tried."""
+    """Prints ``lqkd: error: ...`` in one line and exits with status 2, where jsonargparse prints what it tried.
+
+    Every argument is given by its full name.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:

@@ -94,6 +94,18 @@ def parse(given: Sequence[str]) -> tuple[Resumption, list[str]]:
     return resumption, ["fit", "--config", str(resumption.folder / CONFIG), *settings]
 
 
+def check_place(folder: Path, run: Any) -> None:
+    """Check that the settings ``run`` leave the run in ``folder`` where it is.
+
+    Raises:
+        UsageError: when its root, name or version is not the one that it was started with.
+    """
+    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["run"]
+    for key in ("root", "name", "version"):
+        if run[key] != before[key]:
+            raise UsageError(f"run.{key}={run[key]!r} is not possible with resume: the run goes on in its own folder")
+
+
 def _is_finished(resumption: Resumption) -> bool:
     """Whether training and the test after it have ended."""
     summary = resumption.folder / SUMMARY

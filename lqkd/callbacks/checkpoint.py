@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -91,6 +92,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[resume_state.SPLIT] = resume_state.split(trainer)
         if self._saving_last:
             rows = next((logger.rows for logger in trainer.loggers if isinstance(logger, RunLogger)), 0)
             resume_state.collect(trainer, checkpoint, rows=rows, finished=self._finished)
@@ -98,6 +100,8 @@ class BestAndLast(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._resumed = resume_state.claim_own(trainer, checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING:
+            resume_state.check_goes_on(trainer, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -15,6 +16,8 @@ from lqkd.errors import UsageError
 
 KEY = "resume"
 """Where a checkpoint keeps it."""
+SPLIT = "split"
+"""Where a checkpoint keeps :func:`split`."""
 
 
 def collect(trainer: Trainer, checkpoint: dict[str, Any], *, rows: int, finished: bool) -> None:
@@ -77,6 +80,40 @@ def claim_own(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any] | 
     own = state["processes"][trainer.global_rank]
     checkpoint["callbacks"] = own.get("callbacks", checkpoint["callbacks"])
     return state | {"processes": [own]}
+
+
+def split(trainer: Trainer) -> str | None:
+    """Hash of which images are trained on and which validated; None where the DataModule does not tell."""
+    data = getattr(trainer, "datamodule", None)
+    parts = [getattr(data, name, None) for name in ("train_indices", "val_indices")]
+    if any(part is None for part in parts):
+        return None
+    return hashlib.sha256(b"\0".join(np.asarray(part, dtype=np.int64).tobytes() for part in parts)).hexdigest()
+
+
+def check_goes_on(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Check that a training can go on from ``checkpoint``, whichever folder it goes on in.
+
+    Raises:
+        UsageError: when images that were trained on might be validated now, or when the training is to end before the
+            place that the checkpoint has reached.
+    """
+    before = checkpoint.get(SPLIT)
+    if before is not None and before != split(trainer):
+        raise UsageError(
+            "the checkpoint was trained on another split into training and validation images, so that images it has "
+            "seen could be validated: keep seed_everything and the data's root, seed, validation_fraction and "
+            "limit_train"
+        )
+    within = bool(checkpoint.get(KEY, {}).get("batches"))
+    for name, limit, reached in (
+        ("max_epochs", trainer.max_epochs, checkpoint["epoch"] + within),
+        ("max_steps", trainer.max_steps, checkpoint["global_step"]),
+    ):
+        if limit is not None and 0 <= limit < reached:
+            raise UsageError(
+                f"trainer.{name}={limit} is not possible: the checkpoint has reached {reached}, give at least as many"
+            )
 
 
 def fast_forward(trainer: Trainer, batches: int) -> None:

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -425,6 +426,48 @@ def test_a_run_that_may_not_be_read_is_one_line_on_resuming(
     assert error.startswith(f"lqkd: error: '{run}/")
     assert error.endswith("cannot be used: Permission denied\n")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed_everything", "7"], "another split into training and validation images"),
+        (["--data.init_args.validation_fraction", "0.2"], "another split into training and validation images"),
+        (["--data.init_args.limit_train", "128"], "another split into training and validation images"),
+        (["--trainer.max_epochs", "1"], "trainer.max_epochs=1 is not possible: the checkpoint has reached 2"),
+        (["--trainer.max_steps", "1"], "trainer.max_steps=1 is not possible: the checkpoint has reached"),
+        (["--model.teacher.minimum_accuracy", "1.01", "--trainer.max_epochs", "3"], "minimum_accuracy=1.01"),
+        (["--run.name", "other"], "run.name='other' is not possible with resume"),
+        (["--run.root=elsewhere"], "run.root='elsewhere' is not possible with resume"),
+        (["--run.version", "other"], "run.version='other' is not possible with resume"),
+    ],
+)
+def test_a_resumption_that_is_refused_leaves_the_settings_as_they_were(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, arguments: list[str], message: str
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = (copy / "config.yaml").read_bytes()
+    assert main(["resume", str(copy), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert (copy / "config.yaml").read_bytes() == before
+    assert main(["resume", str(copy)]) == 0
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_new_run_from_a_checkpoint_keeps_its_split(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, name: str
+) -> None:
+    arguments = ["--ckpt_path", str(run / "checkpoints" / f"{name}.ckpt"), "--trainer.max_epochs", "3"]
+    line = mistake(capsys, *arguments, "--seed_everything", "7", tmp_path=tmp_path)
+    assert "another split into training and validation images" in line
+
+
+def test_an_argument_is_not_abbreviated(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", QUICKSTART, "--run.root", str(tmp_path), "--trainer.max_epoch", "1"])
+    assert "--trainer.max_epoch" in capsys.readouterr().err
 
 
 def test_a_checkpoint_plugin_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
