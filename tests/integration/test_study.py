@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "base": str(CONFIGS / "quickstart.yaml"),
     "seeds": [0, 1],
     "settings": {
-        "trainer.max_epochs": 4,
+        "trainer.max_epochs": 10,  # long enough to be killed within
         "trainer.log_every_n_steps": 1,
         "trainer.callbacks": None,
         "run.save_every_n_steps": 2,
