@@ -113,12 +113,14 @@ def test_a_latency_that_an_export_measured_gets_a_plot(study: Path) -> None:
     main(["report", str(study)])
     assert "latency" not in (study / "report.html").read_text()
     latency = {"milliseconds": {"float32 ONNX": 1.0, "student.onnx (portable)": 1.5, "float32 PyTorch": 4.0}}
-    exported = {"file": "student.onnx", "latency": latency}
+    exported = {"file": "student.onnx", "latency": latency, "file_bytes": 12_345, "packed_bytes": 9_000}
+    exported |= {"multiplications": 40_600_000, "bit_operations": 5, "float_bit_operations": 1000}
     (study / "runs" / "kl" / "seed_0" / "student.onnx.report.json").write_text(json.dumps(exported))
     main(["report", str(study)])
-    assert "against latency, ms; the line joins what nothing else beats in both. kl: 1.5, 93.50 %" in (
-        study / "report.html"
-    ).read_text().replace("\n", " ")
+    page = " ".join((study / "report.html").read_text().split())
+    assert "against latency, ms; the line joins what nothing else beats in both. kl: 1.5, 93.50 %" in page
+    for cell in ("student.onnx", "12.3", "9.0", "40.6", "0.50", "1.50", "float32 ONNX: 1.00; float32 PyTorch: 4.00"):
+        assert f">{cell}</td>" in page
 
 
 def test_a_run_alone_has_a_report(study: Path) -> None:
