@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lqkd.errors import UsageError
 
@@ -47,6 +50,12 @@ def list_class_folders(folder: Path) -> dict[str, list[str]]:
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         rank_zero_warn(f"the class folders of {folder} are sorted as text, not as numbers: label 2 is {names[2]!r}")
     return classes
+
+
+def paths_and_labels(classes: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
+    """The paths of all classes one after the other, and the label (N,) int64 of each: the position of its class."""
+    counts = torch.tensor([len(paths) for paths in classes.values()])
+    return list(chain.from_iterable(classes.values())), torch.arange(len(classes)).repeat_interleave(counts)
 
 
 def check_same_classes(first: Path, names: Sequence[str], second: Path, others: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from lqkd.data.decode import decode
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """A set of encoded images of any size, numbered from 0.
 
     Args:
@@ -23,17 +24,17 @@ class EncodedImages:
         self.shape = (count, 3, size, size)
         """(N, C, H, W) as they come out of a loader."""
 
+    @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Decode one image: (H, W, 3) uint8 in its own size.
 
         Raises:
             UsageError: when it cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the images: with the order, names, sizes and times of their files."""
-        raise NotImplementedError
 
 
 class ImageFiles(EncodedImages):

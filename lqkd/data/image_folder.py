@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lqkd.data.base import ImageSet
-from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders
+from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
 from lqkd.data.counter_rng import STREAM_TEST
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
@@ -87,7 +87,7 @@ class ImageFolder(DecodingDataModule):
         names = tuple(next(iter(listed.values())))
         if len(names) < 2:
             raise UsageError(f"root={self.root} has one class folder, {names[0]!r}: there must be at least two.")
-        parts = {name: _paths_and_labels(classes) for name, classes in listed.items()}
+        parts = {name: paths_and_labels(classes) for name, classes in listed.items()}
         if "all" in parts:
             parts = self._hold_out_test(*parts["all"])
         train_paths, train_labels = parts["train"]
@@ -170,8 +170,3 @@ class ImageFolder(DecodingDataModule):
         for name, classes in parts.items():
             check_same_classes(folders["train"], list(parts["train"]), folders[name], list(classes))
         return parts
-
-
-def _paths_and_labels(classes: dict[str, list[str]]) -> tuple[list[str], Tensor]:
-    counts = torch.tensor([len(paths) for paths in classes.values()])
-    return list(chain.from_iterable(classes.values())), torch.arange(len(classes)).repeat_interleave(counts)

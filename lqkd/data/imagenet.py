@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lqkd.data.base import ImageSet
-from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders
+from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
 from lqkd.errors import UsageError
@@ -55,9 +53,8 @@ class ImageNet(DecodingDataModule):
         return ImageSet(*self._part(train), *self._part(val), tuple(train))
 
     def _part(self, classes: dict[str, list[str]]) -> tuple[ImageFiles, Tensor]:
-        counts = torch.tensor([len(paths) for paths in classes.values()])
-        labels = torch.arange(len(classes)).repeat_interleave(counts)
-        return ImageFiles(list(chain.from_iterable(classes.values())), self.image_size), labels
+        paths, labels = paths_and_labels(classes)
+        return ImageFiles(paths, self.image_size), labels
 
 
 def check_synset_folders(root: Path, part: str) -> None:

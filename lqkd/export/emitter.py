@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Exported:
     grids: dict[str, str]
 
 
-class Emitter:
+class Emitter(ABC):
     """Turns the nodes of a deployed network into ONNX nodes, in order.
 
     A value that is on a grid may exist as codes, and then becomes real numbers separately for each reader. A clamp is
@@ -174,20 +175,20 @@ class Emitter:
         return self.add("Clip", [x, *bounds], label)
 
     def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
-        """Real numbers from codes."""
-        raise NotImplementedError
+        """Real numbers from codes, in a dialect that has codes."""
+        raise AssertionError(f"{type(self).__name__} writes no codes")
 
     def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
-        """Write the quantization of an activation."""
-        raise NotImplementedError
+        """Write the quantization of an activation, in a dialect that has grids."""
+        raise AssertionError(f"{type(self).__name__} writes no grids")
 
+    @abstractmethod
     def weight(self, layer: IntegerLayer, label: str) -> str:
         """The real numbers of a weight, in its shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bias(self, layer: IntegerLayer, label: str) -> str:
         """The real numbers of a bias, (channels,); an empty name where there is none."""
-        raise NotImplementedError
 
     # ---- operations
 

@@ -7,7 +7,6 @@ from torch import fx
 
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
-from lqkd.export.grids import ActivationGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.operations import Operation
 
@@ -33,9 +32,6 @@ class Floating(Emitter):
     def bias(self, layer: IntegerLayer, label: str) -> str:
         bias = layer.float_bias()
         return "" if bias is None else self.constant(bias, f"{label}.bias", np.float32)
-
-    def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
-        raise AssertionError("there are no codes")
 
 
 def build(deployed: Deployed) -> Exported:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tarfile
 from itertools import islice
@@ -69,6 +70,7 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     printed = " ".join(capsys.readouterr().out.split())
     assert "100.000% of 359 images" in printed
     assert "none but the quantization of the input" in printed
+    assert re.search(r"same class deployed as trained.*?\d+\.\d\d% of 359 images", printed)
     session = onnxruntime.InferenceSession(str(copied / "student.onnx"))
     props = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert props["lqkd.parity"]["passed"]

@@ -64,9 +64,9 @@ class InvertedResidual(nn.Module):
         return x + self.body(x) if self.residual else self.body(x)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("rate", "seed"), [(0.005, 0), (0.02, 0), (0.02, 1)])
 @pytest.mark.parametrize("bits", ["w4a4", "w2a2"])
-def test_an_inverted_residual_network_trains_two_hundred_steps_and_learns(bits: str, seed: int) -> None:
+def test_an_inverted_residual_network_trains_two_hundred_steps_and_learns(bits: str, rate: float, seed: int) -> None:
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
@@ -78,7 +78,7 @@ def test_an_inverted_residual_network_trains_two_hundred_steps_and_learns(bits: 
     x = torch.randn(32, 3, 8, 8) + torch.randn(4, 3, 1, 1)[labels]
     model, _ = quantize_model(network, Recipe(bits=bits))
     initialize_quantizers(model, x)
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=rate, momentum=0.9)
     losses = []
     for _ in range(200):
         loss = F.cross_entropy(model(x), labels)
