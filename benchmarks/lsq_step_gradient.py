@@ -2,10 +2,11 @@
 
     LQKD_DATA=FOLDER python -m benchmarks.lsq_step_gradient --csv FILE --data DIR [--bits w2a2] [--seeds N]
 
-ResNet-20 from ResNet-56 on CIFAR-10 in DIR, weights from FOLDER, 100 steps of SGD with a cosine; the same batches, weights
-and teacher outputs with ``bound_gradient`` false (the paper's factor) and true. First and last layer have 8 bits. A row
-says how far the steps of their weights, and all other steps, went from where they started, as factors; below zero is
-across zero. Accuracy is on 5,000 validation images, with batch norm re-estimated; the test split is not looked at.
+ResNet-20 from ResNet-56 on CIFAR-10 in DIR, weights from FOLDER, 100 steps of SGD with a cosine; the same batches,
+weights and teacher outputs with ``bound_gradient`` false (the paper's factor) and true. First and last layer have
+8 bits. A row says how far the steps of their weights, and all other steps, went from where they started, as factors;
+below zero is across zero. Accuracy is on 5,000 validation images, with batch norm re-estimated; the test split is not
+looked at.
 """
 
 from __future__ import annotations
