@@ -37,6 +37,7 @@ from lqkd.regularizers import (
     Entropy,
     FixedBalance,
     ImpartialBalance,
+    LearnableRatioBalance,
     LearnableTable,
     LookAhead,
     OutputGradientBalance,
@@ -99,6 +100,12 @@ VARIANTS: dict[str, Arguments] = {
         "balance": OutputGradientBalance(),
         "regularizer": None,
     },
+    "gradient balance with a learnable ratio, KL": lambda: {
+        "distillation_loss": HintonKL(),
+        "balance": LearnableRatioBalance(),
+        "regularizer": None,
+        "regularizer_optimizer": lambda p: torch.optim.Adam(p, lr=3e-3),
+    },
     "adversarial elements, KL 0.5:0.5": learned(
         lambda: ElementwiseMLP(guard=Entropy(2.0), player=Adversarial()), HintonKL, 0.5, 0.5
     ),
@@ -134,6 +141,8 @@ class Replay(nn.Module):
         self.answers = answers
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.data_ptr() not in self.answers:  # FrozenTeacher tries a copy on rearranged images: not with this one
+            raise RuntimeError("a batch that the teacher has not seen")
         return self.answers[images.data_ptr()]
 
 
@@ -185,7 +194,7 @@ def run(arguments: dict[str, Any], shared: Material, seed: int, bits: str, rate:
     seed_everything(seed, verbose=False)
     classes = next(iter(shared.answers.values())).shape[1]
     module = DistillModule(
-        FrozenTeacher(Replay(shared.answers), minimum_accuracy=0.0),
+        FrozenTeacher(Replay(shared.answers), minimum_accuracy=0.0, precision="fp32"),
         copy.deepcopy(shared.student),
         quantization=Recipe(bits=bits),
         student_optimizer=lambda p: torch.optim.SGD(p, lr=rate, momentum=0.9, weight_decay=1e-4),

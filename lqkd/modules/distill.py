@@ -420,7 +420,7 @@ class DistillModule(ImageClassifier):
         if last_of_group:
             self._step_players()
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
-        logged |= {f"balance/{name}": weight for name, weight in losses.balance.items()}
+        logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
         self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=len(labels))
         outputs: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.callbacks import BestAndLast, BitWidthScheduler, RegularizerMonitor, RunLogger, Stage, regularizer_pictures
 from lqkd.data import Digits, ImageDataModule, ImageFolder
 from lqkd.errors import UsageError
+from lqkd.losses import HintonKL
 from lqkd.models import CifarResNet
 from lqkd.modules import Cosine, DistillModule
 from lqkd.quantization import Recipe
+from lqkd.regularizers import LearnableRatioBalance
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of
@@ -82,9 +85,14 @@ def train(
     return module
 
 
-def assert_same(module: DistillModule, folder: Path, whole: DistillModule, of_whole: Path) -> None:
+TABLES = ("metrics.csv", "regularizer/weights.csv", "regularizer/share.csv")
+
+
+def assert_same(
+    module: DistillModule, folder: Path, whole: DistillModule, of_whole: Path, tables: tuple[str, ...] = TABLES
+) -> None:
     assert torch.equal(parameters_of(whole), parameters_of(module))
-    for table in ("metrics.csv", "regularizer/weights.csv", "regularizer/share.csv"):
+    for table in tables:
         assert (folder / table).read_text() == (of_whole / table).read_text()
 
 
@@ -106,6 +114,20 @@ def test_a_training_that_ends_anywhere_resumes_to_the_same_weights_and_metrics(
         train(make_trainer, tmp_path / "cut", stop, **settings)
     resumed = train(make_trainer, tmp_path / "cut", **settings)
     assert_same(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+
+
+def test_a_learnable_ratio_resumes_exactly_and_is_logged(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def run(folder: str, stop: tuple[int, int] | None = None) -> DistillModule:
+        model = {"regularizer": None, "distillation_loss": HintonKL(), "balance": LearnableRatioBalance()}
+        return train(make_trainer, tmp_path / folder, stop, model=model)
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("cut", (1, 3))
+    assert_same(run("cut"), tmp_path / "cut", whole, tmp_path / "whole", ("metrics.csv", "regularizer/share.csv"))
+    with open(tmp_path / "whole" / "metrics.csv", newline="") as stream:
+        logged = [float(row["balance/ratio"]) for row in csv.DictReader(stream) if row["balance/ratio"]]
+    assert logged[-1] != pytest.approx(1.0)
 
 
 def test_mixed_images_and_a_cache_that_is_half_written_resume_exactly(

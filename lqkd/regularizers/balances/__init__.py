@@ -5,7 +5,7 @@ from __future__ import annotations
 from lqkd.regularizers.balances.average import DynamicWeightAverage
 from lqkd.regularizers.balances.base import Balance
 from lqkd.regularizers.balances.fixed import FixedBalance
-from lqkd.regularizers.balances.gradients import OutputGradientBalance
+from lqkd.regularizers.balances.gradients import LearnableRatioBalance, OutputGradientBalance
 from lqkd.regularizers.balances.gradnorm import OutputGradNorm
 from lqkd.regularizers.balances.random_weights import RandomBalance
 from lqkd.regularizers.balances.scheduled import ScheduledBalance
@@ -17,6 +17,7 @@ __all__ = [
     "DynamicWeightAverage",
     "FixedBalance",
     "ImpartialBalance",
+    "LearnableRatioBalance",
     "OutputGradNorm",
     "OutputGradientBalance",
     "RandomBalance",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.regularizers.balances.norms import output_gradient_norms
+from lqkd.regularizers.balances.norms import OutputGradients, output_gradients
 
 LOSSES = ("task", "distill")
 """The losses that are balanced, in the order of every vector of two in a balance."""
@@ -79,13 +79,13 @@ class Balance(nn.Module, ABC):
         self.progress: float | None = None if teacher_share is None else 0.0
 
     @abstractmethod
-    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
         """What this balance wants: the weights (2,), detached, and the term that it learns from, 0-dim, if it learns.
 
         Args:
             losses: (2,) in the order of :data:`LOSSES`, of this process, detached.
-            norms: (2,) of the gradients of both losses at the student's logits, of all processes, detached; only in
-                training and where it :attr:`needs_output`.
+            gradients: of both losses at the student's logits, of all processes; only in training and where it
+                :attr:`needs_output`.
         """
 
     def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,16 +101,20 @@ class Balance(nn.Module, ABC):
         if self.needs_output and output is None:
             raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
         losses = {name: losses[name] for name in LOSSES}
-        norms = None
+        gradients = None
         if output is not None and self.needs_output and self.training and torch.is_grad_enabled():
-            norms = output_gradient_norms(losses, output)
+            gradients = output_gradients(losses, output)
         values = torch.stack([*losses.values()])
-        wanted, term = self.propose(values.detach(), norms)
+        wanted, term = self.propose(values.detach(), gradients)
         weights = self._bounded(self._led(self._bounded(wanted)))
         total = (weights * values).sum()
         if term is not None:
             total = total + term
         return total, dict(zip(LOSSES, weights.unbind(), strict=True))
+
+    def learned(self) -> dict[str, Tensor]:
+        """What it has learned that the weights do not say, by name, 0-dim and detached, to be logged."""
+        return {}
 
     def on_epoch_end(self) -> None:
         """Called after every epoch of training, on all processes."""

@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
+from lqkd.regularizers.balances.norms import OutputGradients
 
 
 class OutputGradientBalance(Balance):
     """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 2.
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
-    (:func:`~lqkd.regularizers.balances.norms.output_gradient_norms`), as a geometric running mean over the steps,
+    (:func:`~lqkd.regularizers.balances.norms.output_gradients`), as a geometric running mean over the steps,
     which no single batch can dominate.
     It costs two backward passes through the losses alone, none through the network. The weights say nothing about how
     large the losses are: a student far from its teacher keeps hearing it.
@@ -44,11 +45,68 @@ class OutputGradientBalance(Balance):
         self.register_buffer("log_norms", torch.zeros(2))  # running means that start at 0, corrected where used
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, None]:
-        if norms is not None:
-            self.log_norms.lerp_(norms.log(), 1 - self.momentum)
+    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
+        if gradients is not None:
+            self.log_norms.lerp_(gradients.norms.log(), 1 - self.momentum)
             self.steps.add_(1)
         seen = 1 - self.momentum ** self.steps.clamp_min(1)
         task, distill = (self.log_norms / seen).unbind()
-        share = (math.log(self.ratio) + task - distill).sigmoid()
+        share = (self._log_ratio() + task - distill).sigmoid()
         return torch.stack([2 - 2 * share, 2 * share]), None
+
+    def _log_ratio(self) -> Tensor | float:
+        """The target, detached."""
+        return math.log(self.ratio)
+
+
+class LearnableRatioBalance(OutputGradientBalance):
+    """The same with a target ratio that is learned: more of the teacher while its gradient agrees with the task's.
+
+    ``rho``, the logarithm of the target, minimises ``(rho - log ratio)**2 / 2 - a * log(span) * rho``, with ``a`` the
+    cosine of the angle between both gradients at the logits, of all samples of all processes, held. For a constant a
+    the target becomes ``ratio * span**a``.
+
+    The second term is the price of :class:`~lqkd.regularizers.LookAhead`, for the loss as a whole: a step along the
+    distillation gradient at the logits lowers the task loss by ``<grad task, grad distill>`` times its size, to first
+    order; divided by both norms, it does not change with the scale of either loss. The first term is needed. Without it
+    the sign of a would decide, and rho would go to a bound. Nor would it do to minimise the task loss after the whole
+    step: of the same samples the task's own gradient lowers it the most, and rho would always go to its lower bound.
+
+    So a ratio is learned that lies between ``ratio / span`` and ``ratio * span``, where rho is also moved back to
+    before each use. It does not know which ratio generalises best. The form is our own, not a published one.
+
+    Args:
+        ratio: of the gradients where they are orthogonal, > 0, and at first.
+        span: the factor by which full agreement raises and full opposition lowers it, > 1.
+        momentum: of the running mean of the norms, >= 0 and < 1.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+
+    Raises:
+        UsageError: when ratio, span or momentum is out of range, or a loss does not depend on the logits.
+    """
+
+    learning_rate_factor = 10.0
+
+    def __init__(self, ratio: float = 1.0, span: float = 2.0, momentum: float = 0.99, **limits: Any) -> None:
+        super().__init__(ratio, momentum, **limits)
+        if not 1 < span < math.inf:
+            raise UsageError(f"balance span={span!r} is not possible: it must be a finite number greater than 1")
+        self.span = float(span)
+        self.rho = nn.Parameter(torch.tensor(math.log(ratio)))
+
+    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
+        start, reach = math.log(self.ratio), math.log(self.span)
+        self.rho.data.copy_(self._log_ratio())
+        weights, _ = super().propose(losses, gradients)
+        if gradients is None:
+            return weights, None
+        # The two terms of the docstring, up to a constant: never negative, and 0 where there is nothing to learn.
+        return weights, (self.rho - start - reach * gradients.cosine).square() / 2
+
+    def learned(self) -> dict[str, Tensor]:
+        """``ratio``, the target."""
+        return {"ratio": self._log_ratio().exp()}
+
+    def _log_ratio(self) -> Tensor:
+        start, reach = math.log(self.ratio), math.log(self.span)
+        return self.rho.detach().clamp(start - reach, start + reach)

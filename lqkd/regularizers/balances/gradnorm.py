@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
+from lqkd.regularizers.balances.norms import OutputGradients
 from lqkd.regularizers.reduction import mean_over_processes
 
 
@@ -54,16 +55,16 @@ class OutputGradNorm(Balance):
         self.register_buffer("initial", torch.ones(2))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def propose(self, losses: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
         # Only the difference of both counts. Kept where the weights are within their bounds, it cannot run away.
         self.v.data.sub_(self.v.data.mean()).clamp_(-self._range, self._range)
         weights = 2 * self.v.softmax(0)
-        if norms is None:
+        if gradients is None:
             return weights.detach(), None
         values = mean_over_processes(losses).clamp(1e-12, 1e12)
         self.initial.copy_(torch.where(self.steps == 0, values, self.initial))
         self.steps.add_(1)
-        norms = weights * norms
+        norms = weights * gradients.norms
         rates = values / self.initial
         target = norms.detach().mean() * (rates / rates.mean()) ** self.alpha
         return weights.detach(), (norms - target).abs().sum()

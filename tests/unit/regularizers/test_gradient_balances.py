@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.regularizers import Balance, OutputGradientBalance, OutputGradNorm
+from lqkd.regularizers import Balance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm
 
 SAMPLES, CLASSES = 6, 5
 
@@ -27,12 +27,20 @@ def losses_of(output: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tens
     return {"task": F.cross_entropy(output, labels), "distill": (teacher - output).square().mean()}
 
 
-def norms_by_hand(output: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, float]:
+def gradients_by_hand(output: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """In float64: of cross-entropy ``p - y``, of the mean squared residual ``2 (S - T) / C``, for each sample."""
     output, teacher = output.detach().double(), teacher.double()
-    task = output.softmax(1) - F.one_hot(labels, CLASSES)
-    distill = 2 * (output - teacher) / CLASSES
-    return tuple(math.sqrt(gradient.square().sum(1).mean().item()) for gradient in (task, distill))  # type: ignore
+    return output.softmax(1) - F.one_hot(labels, CLASSES), 2 * (output - teacher) / CLASSES
+
+
+def norms_by_hand(output: Tensor, teacher: Tensor, labels: Tensor) -> tuple[float, float]:
+    gradients = gradients_by_hand(output, teacher, labels)
+    return tuple(math.sqrt(gradient.square().sum(1).mean().item()) for gradient in gradients)  # type: ignore
+
+
+def cosine_by_hand(output: Tensor, teacher: Tensor, labels: Tensor) -> float:
+    task, distill = gradients_by_hand(output, teacher, labels)
+    return (task * distill).sum().item() / math.sqrt(task.square().sum().item() * distill.square().sum().item())
 
 
 def student() -> torch.nn.Linear:
@@ -69,7 +77,7 @@ def test_the_norms_are_a_geometric_running_mean_over_the_steps() -> None:
         assert weights["task"].item() / weights["distill"].item() == pytest.approx(math.exp(distill - task), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [OutputGradNorm, OutputGradientBalance])
+@pytest.mark.parametrize("kind", [OutputGradNorm, OutputGradientBalance, LearnableRatioBalance])
 def test_nothing_is_measured_in_evaluation(kind: type[Balance]) -> None:
     features, teacher, labels = batch()
     balance = kind()
@@ -82,7 +90,7 @@ def test_nothing_is_measured_in_evaluation(kind: type[Balance]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in balance.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [OutputGradNorm, OutputGradientBalance])
+@pytest.mark.parametrize("kind", [OutputGradNorm, OutputGradientBalance, LearnableRatioBalance])
 def test_a_loss_that_does_not_reach_the_logits_is_refused(kind: type[Balance]) -> None:
     features, _, labels = batch()
     features.requires_grad_()
@@ -90,6 +98,55 @@ def test_a_loss_that_does_not_reach_the_logits_is_refused(kind: type[Balance]) -
     losses = {"task": F.cross_entropy(output, labels), "distill": features.square().mean()}
     with pytest.raises(UsageError, match="distill loss does not depend on the student's logits"):
         kind()(losses, output)
+
+
+def learn(balance: LearnableRatioBalance, output: Tensor, losses: dict[str, Tensor], steps: int = 60) -> float:
+    """The target after so many steps of plain gradient descent on one batch."""
+    for _ in range(steps):
+        balance.rho.grad = None
+        balance(losses, output)[0].backward(retain_graph=True)
+        assert balance.rho.grad is not None
+        with torch.no_grad():
+            balance.rho.sub_(0.3 * balance.rho.grad)
+    return balance.learned()["ratio"].item()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_learned_ratio_becomes_span_to_the_power_of_the_cosine(sign: float) -> None:
+    """With a teacher that knows the labels, or their opposite."""
+    features, _, labels = batch()
+    output = student()(features)
+    teacher = sign * 3.0 * F.one_hot(labels, CLASSES).float()
+    cosine = cosine_by_hand(output, teacher, labels)
+    assert sign * cosine > 0.4, "nothing to learn from"
+    balance, losses = LearnableRatioBalance(ratio=0.7, span=3.0), losses_of(output, teacher, labels)
+    expected = 0.7 * 3.0**cosine
+    assert learn(balance, output, losses) == pytest.approx(expected, rel=1e-4)
+    _, weights = balance(losses, output)
+    task, distill = norms_by_hand(output, teacher, labels)
+    measured = weights["distill"].item() * distill / (weights["task"].item() * task)
+    assert measured == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_learned_ratio_does_not_depend_on_the_scale_of_the_losses() -> None:
+    features, teacher, labels = batch(teacher_scale=2.0)
+    output = student()(features)
+    losses = losses_of(output, teacher, labels)
+    scaled = {"task": 1e-3 * losses["task"], "distill": 1e3 * losses["distill"]}
+    ratios = [learn(LearnableRatioBalance(), output, by, steps=7) for by in (losses, scaled)]
+    assert ratios[0] != pytest.approx(1.0, rel=0.02)
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+
+
+def test_a_ratio_that_was_thrown_out_of_its_range_is_back_before_it_is_used() -> None:
+    features, teacher, labels = batch()
+    output = student()(features)
+    balance = LearnableRatioBalance(ratio=2.0, span=4.0)
+    for thrown, expected in ((9.0, 8.0), (-9.0, 0.5)):
+        balance.rho.data.fill_(thrown)
+        assert balance.learned()["ratio"].item() == pytest.approx(expected)
+        balance(losses_of(output, teacher, labels), output)
+        assert balance.rho.item() == pytest.approx(math.log(expected))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
