@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.callbacks.pace import Pace
-from lqkd.callbacks.regularizer_moments import EpochWeights, combine, epoch_weights, moments
+from lqkd.callbacks.regularizer_moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer_statistics import EpochStatistic, Optimum, Sums, add, measure, statistics
 from lqkd.callbacks.regularizer_tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer_verdict import Verdict, verdict
@@ -84,7 +85,7 @@ class RegularizerMonitor(Callback):
         self.statistics: dict[str, list[EpochStatistic]] = {}
         self.warnings: list[str] = []
         self._warned: list[str] = []  # kinds of verdict
-        self._moments: list[Tensor] = []  # (8,) of each batch and tap
+        self._moments = Moments()
         self._sums: Sums = {}
         self._last_weights: list[Tensor] = []
         self._regularizers: list[Any] = []
@@ -96,7 +97,7 @@ class RegularizerMonitor(Callback):
             "statistics": {name: [asdict(epoch) for epoch in epochs] for name, epochs in self.statistics.items()},
             "warnings": list(self.warnings),
             "warned": list(self._warned),
-            "moments": torch.stack(self._moments) if self._moments else None,  # of an epoch that goes on
+            "moments_by_tap": self._moments.by_tap(),  # of an epoch that goes on
             "sums": dict(self._sums),
         }
 
@@ -108,8 +109,7 @@ class RegularizerMonitor(Callback):
         }
         self.warnings = list(state_dict["warnings"])
         self._warned = list(state_dict["warned"])
-        moments = state_dict.get("moments")
-        self._moments = [] if moments is None else list(moments.unbind())
+        self._moments = Moments(state_dict.get("moments_by_tap", ()))
         self._sums = dict(state_dict.get("sums", {}))
 
     def summary(self) -> dict[str, Any]:
@@ -128,32 +128,35 @@ class RegularizerMonitor(Callback):
     # ---- during an epoch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._moments = [moments.to(pl_module.device) for moments in self._moments]
+        self._moments = Moments(rows.to(pl_module.device) for rows in self._moments.by_tap())
         self._sums = {name: sums.to(pl_module.device) for name, sums in self._sums.items()}
         self._regularizers = [m for m in pl_module.modules() if isinstance(m, Regularizer)]
         self._tables.start()
         self._drawings.start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._moments, self._sums = [], {}
+        self._moments, self._sums = Moments(), {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        pl_module.watch_gradients = batch_idx % self.every_n_steps == 0  # type: ignore[assignment]
+        if batch_idx % self.every_n_steps == 0:
+            pl_module.watch_gradients = True  # type: ignore[assignment]
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        pl_module.watch_gradients = False  # type: ignore[assignment]
+        measured = batch_idx % self.every_n_steps == 0
+        if measured:
+            pl_module.watch_gradients = False  # type: ignore[assignment]
         if not isinstance(outputs, Mapping):
             return
         parts = _parts(outputs)
         regularizers = self._of_parts(pl_module, len(parts))
-        for (weights, divergence), regularizer in zip(parts, regularizers, strict=True):
-            self._moments.append(moments(weights, divergence, _bound(regularizer)))
+        for tap, ((weights, divergence), regularizer) in enumerate(zip(parts, regularizers, strict=True)):
+            self._moments.add(tap, weights, divergence, partial(_bound, regularizer))
         if parts:
             self._last_weights = [weights for weights, _ in parts]
-        if batch_idx % self.every_n_steps == 0:
+        if measured:
             add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
 
     def _of_parts(self, module: LightningModule, parts: int) -> list[Any]:
@@ -174,10 +177,10 @@ class RegularizerMonitor(Callback):
             if name in found
             for of, value in zip(found[name].bins, found[name].columns["value"], strict=True)
         }
-        if self._moments:
+        if moments := self._moments.by_tap():
             optimum = (sums["contribution"][0] / sums["contribution"][1]).item() if "contribution" in sums else None
             task = numbers.get("regularizer/share/task")
-            epoch = self._epoch(trainer, pl_module, optimum, None if task is None else 1 - task)
+            epoch = self._epoch(trainer, pl_module, torch.cat(moments), optimum, None if task is None else 1 - task)
             self.history.append(epoch)
             numbers |= {
                 f"regularizer/{name}": value
@@ -215,9 +218,14 @@ class RegularizerMonitor(Callback):
         return {name: part.view(shape) for name, part, shape in zip(self._sums, split, shapes, strict=True)}
 
     def _epoch(
-        self, trainer: Trainer, module: LightningModule, optimum: float | None, share: float | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        moments: Tensor,
+        optimum: float | None,
+        share: float | None,
     ) -> EpochWeights:
-        combined = combine(torch.stack(self._moments))
+        combined = combine(moments)
         if trainer.world_size > 1:
             gathered = module.all_gather(combined.float().to(module.device))
             assert isinstance(gathered, Tensor)
