@@ -14,11 +14,12 @@ from lqkd.regularizers.balances.norms import OutputGradients
 
 
 class OutputGradientBalance(Balance):
-    """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 2.
+    """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 1.
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
     (:func:`~lqkd.regularizers.balances.norms.output_gradients`), as a geometric running mean over the steps,
-    which no single batch can dominate.
+    which no single batch can dominate. With a sum of 1 the student's learning rate means what it means with fixed weights
+    of that sum: twice the sum is twice the rate, which at 2 bits can cost more than any balance gains.
     It costs two backward passes through the losses alone, none through the network. The weights say nothing about how
     large the losses are: a student far from its teacher keeps hearing it.
 
@@ -52,7 +53,7 @@ class OutputGradientBalance(Balance):
         seen = 1 - self.momentum ** self.steps.clamp_min(1)
         task, distill = (self.log_norms / seen).unbind()
         share = (self._log_ratio() + task - distill).sigmoid()
-        return torch.stack([2 - 2 * share, 2 * share]), None
+        return torch.stack([1 - share, share]), None
 
     def _log_ratio(self) -> Tensor | float:
         """The target, detached."""

@@ -57,7 +57,7 @@ def test_the_gradients_at_the_logits_have_the_ratio_that_was_asked_for(ratio: fl
     task, distill = (torch.autograd.grad(loss, output, retain_graph=True)[0] for loss in losses.values())
     assert distill.norm() > 10 * task.norm(), "nothing to balance"
     assert (weights["distill"] * distill).norm() / (weights["task"] * task).norm() == pytest.approx(ratio, rel=1e-4)
-    assert sum(weight.item() for weight in weights.values()) == pytest.approx(2.0)
+    assert sum(weight.item() for weight in weights.values()) == pytest.approx(1.0)
     torch.testing.assert_close(
         torch.autograd.grad(total, output)[0], weights["task"] * task + weights["distill"] * distill
     )
@@ -86,7 +86,7 @@ def test_nothing_is_measured_in_evaluation(kind: type[Balance]) -> None:
     with torch.no_grad():
         output = student()(features)
         _, weights = balance(losses_of(output, teacher, labels), output)
-    assert [weight.item() for weight in weights.values()] == [1.0, 1.0]
+    assert len({weight.item() for weight in weights.values()}) == 1
     assert all(torch.equal(value, before[name]) for name, value in balance.state_dict().items())
 
 
