@@ -18,8 +18,8 @@ class OutputGradientBalance(Balance):
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
     (:func:`~lqkd.regularizers.balances.norms.output_gradients`), as a geometric running mean over the steps,
-    which no single batch can dominate. With a sum of 1 the student's learning rate means what it means with fixed weights
-    of that sum: twice the sum is twice the rate, which at 2 bits can cost more than any balance gains.
+    which no single batch can dominate. With a sum of 1 the student's learning rate means what it means with fixed
+    weights of that sum: twice the sum is twice the rate, which at 2 bits can cost more than any balance gains.
     It costs two backward passes through the losses alone, none through the network. The weights say nothing about how
     large the losses are: a student far from its teacher keeps hearing it.
 
