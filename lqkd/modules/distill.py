@@ -255,9 +255,11 @@ class DistillModule(ImageClassifier):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
             optimizer = make(groups)
+            factors = {"balance": self.balance.learning_rate_factor}
+            if self.regularizer is not None:
+                factors["regularizer"] = self.regularizer.learning_rate_factor
             for group in optimizer.param_groups:
-                if group["name"] == "balance":
-                    group["lr"] *= self.balance.learning_rate_factor
+                group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
             schedulers.append(schedule.configure(optimizer, steps))
             self._settings.append(settings_of(optimizer))

@@ -39,6 +39,8 @@ class Regularizer(nn.Module, ABC):
     """The kinds of divergence map that it can weigh."""
     sees_logits: ClassVar[bool] = False
     """Whether it looks at the logits of both networks even where the map is one of features."""
+    learning_rate_factor: ClassVar[float] = 1.0
+    """Multiplies the regularizer optimizer's learning rate for the parameters of this regularizer."""
 
     def __init__(
         self, guard: Guard | str = "barrier", player: Player | str = "cooperative", max_weight: float = 100.0

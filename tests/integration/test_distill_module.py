@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
-from lqkd.modules import Cosine, DistillModule, TorchSchedule
+from lqkd.modules import Constant, Cosine, DistillModule, TorchSchedule
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantizers
-from lqkd.regularizers import BoundedUncertaintyBalance, FixedBalance
+from lqkd.regularizers import BoundedUncertaintyBalance, FixedBalance, LearnableTable
 from lqkd.teacher import FrozenTeacher
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 
@@ -71,6 +71,15 @@ def test_a_schedule_by_epoch_steps_once_an_epoch(make_trainer: MakeTrainer) -> N
     trainer = make_trainer(max_epochs=2, callbacks=[recorder])
     trainer.fit(distiller(student_schedule=schedule), datamodule=digits(2))
     assert recorder.seen == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_logarithms_of_weights_learn_faster_than_networks_do(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder(lambda t, m: {group["name"]: group["lr"] for group in t.optimizers[1].param_groups})
+    module = distiller(
+        regularizer=LearnableTable(), balance=BoundedUncertaintyBalance(), regularizer_schedule=Constant()
+    )
+    make_trainer(callbacks=[recorder]).fit(module, datamodule=digits(2))
+    assert recorder.seen[0] == pytest.approx({"regularizer": 0.03, "balance": 0.01})
 
 
 def test_learning_rates_are_logged_under_the_names_of_the_players(make_trainer: MakeTrainer) -> None:
