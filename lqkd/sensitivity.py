@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_json, write_text
 from lqkd.modules import DistillModule
+from lqkd.parser import VerbParser
 from lqkd.quantization import (
     Budget,
     Candidate,
@@ -40,14 +41,8 @@ _PATIENCE = 2.0
 """Seconds without a progress bar."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd sensitivity --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd sensitivity",
         description="Quantise each layer of a network alone, without training, and rank the layers by what the loss on "
         "the validation split says. Test data are not used.",

@@ -1,7 +1,7 @@
 """The fenced blocks of README and docs/, and what a test does with each of them.
 
-A block of ``bash``, or without a language, holds commands; ``python`` and ``yaml`` are what they say; ``text`` is quoted
-output. A block that cannot run anywhere has a comment above it, which a reader of the page does not see::
+A block of ``bash``, or without a language, holds commands; ``python`` and ``yaml`` are what they say; ``text`` is
+quoted output. A block that cannot run anywhere has a comment above it, which a reader of the page does not see::
 
     <!-- not run: needs SLURM -->
 
@@ -22,7 +22,8 @@ COMMANDS, OUTPUT = ("bash", ""), "text"
 LANGUAGES = (*COMMANDS, "python", "yaml", OUTPUT)
 
 _BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n+)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n+)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 _NAME = re.compile(r"\A# (\S+\.(?:py|yaml))\n")
 

@@ -58,8 +58,8 @@ def page() -> str:
         "    label_smoothing: 0.1",
         "```",
         "",
-        "`python -m lqkd fit --config CONFIG --print_config` prints those of a run with their values; Lightning's own, under",
-        "`trainer`, are in `python -m lqkd fit --help`.",
+        "`python -m lqkd fit --config CONFIG --print_config` prints those of a run with their values; Lightning's own,",
+        "under `trainer`, are in `python -m lqkd fit --help`.",
         "",
     ]
     for heading, modules, base, home in KINDS:
@@ -104,7 +104,9 @@ def _text(doc: str) -> str:
 
 
 def _type(annotation: Any) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    name = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     name = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", name.replace("NoneType", "null").replace("None", "null"))
     return f"`{name}`".replace("|", "\\|")
 
@@ -119,5 +121,5 @@ def _default(value: Any) -> str:
         return f"`{value['class_path']}({arguments})`"
     if callable(value):
         return f"`{getattr(value, '__name__', value)}`"
-    shown = {None: "null", True: "true", False: "false"}.get(value, value) if isinstance(value, (bool, type(None))) else value
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
     return f"`{shown}`".replace("|", "\\|")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
+from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
 
@@ -33,14 +34,8 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd export --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd export",
         description="Export the student of a run from its best checkpoint, verify the file against PyTorch on the test "
         "split and write a model card beside it.",

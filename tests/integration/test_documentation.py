@@ -57,7 +57,9 @@ def test_the_first_two_blocks_of_readme_are_the_two_commands() -> None:
 def test_a_reason_belongs_to_the_block_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.documentation.ROOT", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("<!-- not run: needs SLURM -->\n```bash\nA=1 srun python -m x \\\n  y && z # why\n```\n\n```\nls\n```\n")
+    page.write_text(
+        "<!-- not run: needs SLURM -->\n```bash\nA=1 srun python -m x \\\n  y && z # why\n```\n\n```\nls\n```\n"
+    )
     first, second = read_blocks(page)
     assert (first.reason, first.line, second.reason, second.language) == ("needs SLURM", 2, None, "")
     assert list(commands(first)) == [Command({"A": "1"}, ["srun", "python", "-m", "x", "y"]), Command({}, ["z"])]
@@ -131,16 +133,16 @@ def shortened(arguments: list[str]) -> list[str]:
     if verb == "compare":
         few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
         return [*arguments, "--seeds", "0", "--set", *few]
+    few: list[str] = []
     if verb != "fit" or "--print_config" in given or "--help" in given:
-        return arguments
-    if "--ckpt_path" in given:
-        return [*arguments, "--trainer.max_epochs", "4"]
-    if "cifar" in given:
-        return [*arguments, "--trainer.fast_dev_run", "true", "--data.init_args.batch_size", "4"]
-    if "quickstart" in given:
+        pass
+    elif "--ckpt_path" in given:
+        few = ["--trainer.max_epochs", "4"]
+    elif "cifar" in given:
+        few = ["--trainer.fast_dev_run", "true", "--data.init_args.batch_size", "4"]
+    elif "quickstart" in given:
         few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
-        return [*arguments, *few]
-    return arguments
+    return [*arguments, *few]
 
 
 # ---- commands
@@ -150,8 +152,12 @@ def name_of(block: Block) -> str:
     return f"{block}-{block.text.splitlines()[0][:60]}"
 
 
+RUN = {b.text: b for b in blocks(*COMMANDS) if b.reason is None}
+"""Blocks that run; those that two pages have in common run once."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in blocks(*COMMANDS) if b.reason is None], ids=name_of)
+@pytest.mark.parametrize("block", RUN.values(), ids=name_of)
 def test_the_commands_of_a_block_run_one_after_the_other(block: Block, lqkd: Forks, folder: Path) -> None:
     for command in commands(block):
         assert command.words[0] == "python", f"{block}: {command.words[0]} is not run by this test"
