@@ -17,6 +17,7 @@ from lqkd.errors import UsageError, first_line
 from lqkd.parser import VerbParser
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
+from lqkd.waiting import waiting
 
 OPTIONS = ("--top-k", "--json")
 BATCH = 32
@@ -85,7 +86,8 @@ def main(args: Sequence[str]) -> int:
     classifier = load_classifier(given.network)
     failed = False
     listed: list[dict[str, Any]] = []
-    for path, entry in _predictions(classifier, given.images, given.top_k):
+    predicted = _predictions(classifier, given.images, given.top_k)
+    for path, entry in waiting(predicted, "reading images", len(given.images)):
         if isinstance(entry, UsageError):
             failed = True
             print(f"lqkd: error: {entry}", file=sys.stderr)

@@ -27,6 +27,7 @@ from lqkd.modules import DistillModule
 from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
+from lqkd.waiting import waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -200,6 +201,7 @@ def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:
     has_test = is_overridden("test_dataloader", data, LightningDataModule)
     if has_test:
         data.setup("test")
-    for batch in data.test_dataloader() if has_test else data.val_dataloader():
+    loader: Any = data.test_dataloader() if has_test else data.val_dataloader()
+    for batch in waiting(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
         images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
         yield images.cpu(), labels.cpu()

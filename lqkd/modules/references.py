@@ -17,6 +17,7 @@ from lqkd.errors import UsageError
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
+from lqkd.waiting import waiting
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule
@@ -115,7 +116,10 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
     trainer = module.trainer
     metric = MeanMetric().to(module.device)
     with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
-        for batch in islice(loader, batches):
+        taken = islice(loader, batches)
+        if trainer.is_global_zero:
+            taken = waiting(taken, "measuring before the first step", batches)  # type: ignore[assignment]
+        for batch in taken:
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
             metric.update((network(images).argmax(dim=1) == labels).float())
     return float(metric.compute())
