@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -31,6 +32,7 @@ from lqkd.callbacks.run_summary import SUMMARY, best_checkpoint
 from lqkd.callbacks.stopping import StopOnSignal, Stopped, how_to_resume
 from lqkd.errors import DivergenceError, UsageError, first_line
 from lqkd.files import atomic_path, write_text
+from lqkd.models.weights import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
@@ -99,6 +101,19 @@ class LqkdCLI(LightningCLI):
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         self.config_text = self._config_text()
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            self._do_without_files_of_weights(self._get(self.config, "model"))
+
+    def _do_without_files_of_weights(self, model: Any) -> None:
+        """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
+        if self.subcommand != "fit":
+            forget_weights(model)  # the teacher's, too, who is not asked
+            return
+        for key in ("student_weights", "weights"):
+            source = model.init_args.get(key)
+            if isinstance(source, str) and not weights_exist(source):
+                rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
+                model.init_args[key] = None
 
     def _config_text(self) -> str:
         """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
@@ -278,6 +293,19 @@ class _KeepRun(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
+
+
+def forget_weights(settings: Any) -> None:
+    """Set to null whatever names a file of weights, in place."""
+    if isinstance(settings, list):
+        for entry in settings:
+            forget_weights(entry)
+    elif isinstance(settings, (Namespace, dict)):
+        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if key in ("weights", "student_weights") and isinstance(value, str):
+                settings[key] = None
+            else:
+                forget_weights(value)
 
 
 def _class_of(config: Any) -> type:

@@ -14,7 +14,7 @@ VERBS = {
         "validate": "measure a run on its validation split: validate --config RUN/config.yaml",
         "test": "measure a run on its test split: test --config RUN/config.yaml",
         "report": "make one page of a run or a study: report FOLDER",
-        "sensitivity": "rank the layers by what few bits cost each, and find bits under a budget: sensitivity RUN",
+        "sensitivity": "rank the layers by what few bits cost, find bits under a budget: sensitivity RUN",
     },
     "Using a student": {
         "export": "write a run's student as a verified file: export RUN",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 0.1, 1.9, 2.1, 2.2])
-    monkeypatch.setattr("lqkd.waiting.time.monotonic", lambda: next(clock, 3.0))
+    monkeypatch.setattr("lqkd.waiting.time", SimpleNamespace(monotonic=lambda: next(clock)))
     seen = []
     for item in waiting("abcd", "checking images", 4):
         seen.append((item, "checking images" in terminal.getvalue()))
