@@ -15,8 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def look_at(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -24,9 +23,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return terminal
 
 
-def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
     clock = iter([0.0, 0.1, 1.9, 2.1, 2.2])
     monkeypatch.setattr("lqkd.waiting.time", SimpleNamespace(monotonic=lambda: next(clock)))
     seen = []
@@ -36,7 +34,8 @@ def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(
     assert "-:--:--" in terminal.getvalue() or "0:0" in terminal.getvalue()
 
 
-def test_quick_work_has_none(terminal: Terminal) -> None:
+def test_quick_work_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
     assert list(waiting("abcd", "checking images", 4)) == list("abcd")
     assert terminal.getvalue() == ""
 
