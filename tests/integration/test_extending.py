@@ -51,6 +51,12 @@ def test_every_block_of_the_pages_is_a_file_with_a_name() -> None:
     assert {"my_data", "my_images", "my_loss", "my_network", "my_quantizer", "my_regularizer"} == set(EXAMPLES)
 
 
+@pytest.mark.parametrize(("example", "most"), [("my_quantizer", 20), ("my_regularizer", 20), ("my_loss", 10)])
+def test_an_extension_takes_few_lines(example: str, most: int) -> None:
+    _, _, of_class = FILES[f"{example}.py"].partition("\nclass ")
+    assert 0 < len([line for line in of_class.splitlines() if line.strip()]) <= most
+
+
 @pytest.mark.parametrize("example", [*EXAMPLES, "careful", "fixed"])
 def test_an_example_trains(example: str, outside: Path) -> None:
     assert main([*QUICKSTART, "--config", f"{example}.yaml", *STEPS]) == 0
