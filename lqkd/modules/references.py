@@ -91,13 +91,22 @@ def _check_teacher(module: DistillModule, measured: float | None) -> None:
         return
     classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
-    chance = 0.0 if classes is None else 1.0 / len(classes)
-    floor = min(1.5 * chance, chance + 0.1) if minimum is None else minimum  # 1.5 times 1 of 2 would be much
+    floor = lowest_accuracy(0 if classes is None else len(classes)) if minimum is None else minimum
     if measured < floor:
         raise UsageError(
             f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
             f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
         )
+
+
+def lowest_accuracy(classes: int) -> float:
+    """Below it a teacher is hardly better than chance: 1.5 times that, or 10 points more where that is less.
+
+    Args:
+        classes: their number; 0 where it is not known, which accepts any teacher.
+    """
+    chance = 1.0 / classes if classes else 0.0
+    return min(1.5 * chance, chance + 0.1)
 
 
 @torch.no_grad()
