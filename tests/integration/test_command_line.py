@@ -166,6 +166,7 @@ def on_a_terminal(lqkd: Forks, arguments: list[str], folder: Path, environment: 
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9[0-7])(?:;[\d;]*)?m")
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_bar_and_colours_which_no_color_turns_off(lqkd: Forks, tmp_path: Path) -> None:
     fit = ["fit", "--config", QUICKSTART, *SHORT]
     coloured = on_a_terminal(lqkd, fit, tmp_path, {"NO_COLOR": ""})
@@ -175,6 +176,7 @@ def test_a_terminal_has_a_bar_and_colours_which_no_color_turns_off(lqkd: Forks, 
     assert all("Epoch" in text and "0:00:0" in text for text in (coloured, plain))
 
 
+@pytest.mark.slow
 def test_a_file_gets_lines_without_bars_and_escapes(lqkd: Forks, tmp_path: Path) -> None:
     assert lqkd.run("fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path)) == 0
     text = lqkd.log.read_text()
@@ -185,6 +187,7 @@ def test_a_file_gets_lines_without_bars_and_escapes(lqkd: Forks, tmp_path: Path)
 # ---- Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -> None:
     def interrupt(pid: int) -> None:
         time.sleep(1.0)
