@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -31,21 +32,16 @@ from lqkd.callbacks.run_summary import SUMMARY, best_checkpoint
 from lqkd.callbacks.stopping import StopOnSignal, Stopped, how_to_resume
 from lqkd.errors import DivergenceError, UsageError, first_line
 from lqkd.files import atomic_path, write_text
+from lqkd.models.weights import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.overview import overview, unknown
 from lqkd.parser import OneLineParser
 from lqkd.resume import STARTS, Resumption, check_place, differences, find, parse, record_start
 from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, lock, remove_partial_files, restarted
 
-DESCRIPTION = (
-    "Distil networks into low-bit ones through a learnable regularizer. Besides the subcommands below, "
-    "'resume RUN' goes on with a run that was stopped or killed, 'sensitivity RUN' ranks the layers of a run by what "
-    "few bits cost each, 'export RUN' writes its student as an integer ONNX file, and 'predict RUN IMAGE...' tells the "
-    "classes of image files; 'compare' trains the variants of a study and 'report' makes a page of a run or a study "
-    "(see their --help)."
-)
 _VERBS = {
     "sensitivity": "lqkd.sensitivity",
     "compare": "lqkd.study.compare",
@@ -53,6 +49,23 @@ _VERBS = {
     "export": "lqkd.export.command",
 }
 """Modules of the verbs that are none of Lightning's; they import this one."""
+_MORE = (
+    "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
+    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config."
+)
+_ABOUT = {
+    "fit": {
+        "description": "Train as a config says, in a new run folder, and test the best checkpoint.",
+        "epilog": _MORE,
+    },
+    "validate": {
+        "description": "Measure the best checkpoint beside a config on its validation split.",
+        "epilog": _MORE,
+    },
+    "test": {"description": "Measure the best checkpoint beside a config on its test split.", "epilog": _MORE},
+    "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
+}
+"""What the help of Lightning's verbs says."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -88,6 +101,19 @@ class LqkdCLI(LightningCLI):
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         self.config_text = self._config_text()
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            self._do_without_files_of_weights(self._get(self.config, "model"))
+
+    def _do_without_files_of_weights(self, model: Any) -> None:
+        """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
+        if self.subcommand != "fit":
+            forget_weights(model)  # the teacher's, too, who is not asked
+            return
+        for key in ("student_weights", "weights"):
+            source = model.init_args.get(key)
+            if isinstance(source, str) and not weights_exist(source):
+                rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
+                model.init_args[key] = None
 
     def _config_text(self) -> str:
         """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
@@ -269,6 +295,19 @@ class _KeepRun(Callback):
         return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
 
 
+def forget_weights(settings: Any) -> None:
+    """Set to null whatever names a file of weights, in place."""
+    if isinstance(settings, list):
+        for entry in settings:
+            forget_weights(entry)
+    elif isinstance(settings, (Namespace, dict)):
+        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if key in ("weights", "student_weights") and isinstance(value, str):
+                settings[key] = None
+            else:
+                forget_weights(value)
+
+
 def _class_of(config: Any) -> type:
     module, _, name = config["class_path"].rpartition(".")
     return getattr(__import__(module, fromlist=[name]), name)
@@ -360,29 +399,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     torch.set_float32_matmul_precision("high")
     _silence_noise()
-    given = sys.argv[1:] if args is None else list(args)
     try:
-        door = _door(given)
-        if door is not None:
-            return door(given[1:]) or 0
-        resumption = None
-        if given[:1] == ["resume"]:
-            resumption, given = parse(given[1:])
-            if not given:
-                print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
-                return 0
-            args = given
-        LqkdCLI(
-            resumption=resumption,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            parser_class=OneLineParser,
-            parser_kwargs={"description": DESCRIPTION},
-            args=None if args is None else given,
-        )
+        return _run(sys.argv[1:] if args is None else list(args))
     except (ValueError, OSError) as error:
         mistake = _mistake(error)
         if mistake is None:
@@ -395,6 +413,38 @@ def main(args: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         _tell(f"lqkd: {stop.message}")
         return int(stop.code or 0)
+    except KeyboardInterrupt:  # outside of a training
+        _tell("lqkd: interrupted; no file is half-written, and the same command starts again")
+        return 130
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] in (["--help"], ["-h"]):
+        print(overview())
+        return 0
+    problem = unknown(given[0]) if given else "a verb is missing: fit, for instance"
+    if problem is not None:
+        raise UsageError(f"{problem} (see python -m lqkd --help)")
+    door = _door(given)
+    if door is not None:
+        return door(given[1:]) or 0
+    resumption = None
+    if given[0] == "resume":
+        resumption, given = parse(given[1:])
+        if not given:
+            print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
+            return 0
+    LqkdCLI(
+        resumption=resumption,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        parser_class=OneLineParser,
+        parser_kwargs=_ABOUT,
+        args=given,
+    )
     return 0
 
 

@@ -22,7 +22,8 @@ class TeacherEnsemble(nn.Module):
         teachers: at least two.
         combination: how they speak: see :mod:`lqkd.losses.ensembles`; ``mean``, ``learned``, ``confidence`` or
             ``separate``.
-        minimum_accuracy: accuracy of the ensemble below which training refuses to start; null for 1.5 times chance.
+        minimum_accuracy: accuracy of the ensemble below which training refuses to start; null as for one
+            teacher.
 
     Raises:
         UsageError: when there are fewer than two teachers, or the combination is unknown.

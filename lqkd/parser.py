@@ -1,12 +1,34 @@
-"""An argument parser whose errors are one sentence."""
+"""Argument parsers whose errors are one sentence and whose help has a line for each option."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lqkd.suggest import suggestion
+
+_NAMES = 44
+"""Columns for the name of an option."""
+_GROUPS = {"trainer": "trainer (Lightning's)", "run": "run (its folder)", "ckpt_path": "checkpoint"}
+_TEXTS = {
+    "config": "YAML file with settings; may be given several times, later ones win.",
+    "print_config": "Print the whole configuration and exit.",
+    "seed_everything": "Seed of weights, order and augmentation.",
+    "model": "Class of the model; its settings are --model.SETTING, see below.",
+    "data": "Class of the data; its settings are --data.SETTING, see below.",
+    "ckpt_path": "Checkpoint to start from; test, validate and predict take the best one beside the config.",
+    "weights_only": "Whether nothing but tensors is read from the checkpoint.",
+    "trainer.default_root_dir": "Not used: see run.root.",
+}
+"""Where the docstring that jsonargparse finds says too little."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -21,11 +43,41 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"lqkd: error: {condense(message)} (see python -m lqkd --help)", file=sys.stderr)
+        print(f"lqkd: error: {condense(message, self)} (see python -m lqkd --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Groups of options, one line each: name, what its docstring says first, default."""
+        width = max(100, shutil.get_terminal_size((120, 24)).columns)
+        verb = self.prog.split()[-1] if " " in self.prog else ""
+        lines = [f"usage: python -m lqkd {verb or 'VERB'} --config CONFIG [--config CONFIG] [--SETTING VALUE ...]", ""]
+        lines += textwrap.wrap(self.description or "", width)
+        for title, actions in _groups(self):
+            lines += ["", f"{title}:", *(_line(action, width) for action in actions)]
+        if self.epilog:
+            lines += ["", *textwrap.wrap(self.epilog, width)]
+        return "\n".join([*lines, ""])
+
+
+class VerbParser(argparse.ArgumentParser):
+    """The parser of a verb that is none of Lightning's; ``prog`` is ``python -m lqkd VERB``."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        width = max(80, shutil.get_terminal_size((120, 24)).columns)
+        super().__init__(
+            prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=width),
+        )
+
+    def error(self, message: str) -> NoReturn:
+        told = f"{message}{suggestion(message, self)}"
+        print(f"lqkd: error: {told} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def condense(message: str) -> str:
+def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str:
     """The innermost complaint of a nested message of jsonargparse, with the path of the setting that it is about."""
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]
     # Rows that only say which types were tried are dropped; the most deeply indented of the others is the cause.
@@ -39,8 +91,52 @@ def condense(message: str) -> str:
     deepest = max((indent for indent, _ in rows), default=0)
     cause = next((text for indent, text in rows if indent == deepest), message.splitlines()[0])
     cause = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", re.sub(r'^Parser key "[^"]+": *', "", cause))
+    cause = re.sub(r"^Type .* callable class: (Option '.*' is not accepted).*", r"\1", cause)
     if re.match(r"No module named '", cause):
         return f"{'.'.join(keys)}: {cause}: start lqkd in the folder of that file, or name the folder in PYTHONPATH"
+    near = suggestion(message, parser)
     given = re.findall(r"Given value: (?!NestedArg|Namespace)(.+)", message)
-    value = f"; got {given[-1]}" if given and "Got value" not in cause else ""
-    return f"{'.'.join(keys)}: {cause}{value}" if keys else f"{cause}{value}"
+    value = f"; got {given[-1]}" if given and "Got value" not in cause and not near else ""
+    return f"{'.'.join(keys)}: {cause}{near}{value}" if keys else f"{cause}{near}{value}"
+
+
+def _groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:
+    """Title and options of each group, without those that only explain others."""
+    for group in parser._action_groups:
+        actions = [
+            action
+            for action in group._group_actions
+            if action.option_strings
+            and action.help != argparse.SUPPRESS
+            and not action.option_strings[0].endswith(".help")
+        ]
+        members = [action for action in actions if "." in action.dest]
+        shown = members or actions
+        if shown:
+            parents = {action.dest.rpartition(".")[0] for action in members}
+            prefix = min(parents, key=len) if members else shown[0].dest
+            is_class = group.title not in ("options", "optional arguments", "positional arguments")
+            yield (_GROUPS.get(prefix, prefix) if is_class else "options"), shown
+
+
+def _line(action: argparse.Action, width: int) -> str:
+    name = f"  {action.option_strings[-1 if len(action.option_strings[0]) == 2 else 0]}"
+    text = " ".join((_TEXTS.get(action.dest) or action.help or "").split()).replace("%%", "%")
+    text = re.split(r"(?<=[^.]{2}\.) (?=[A-Z])|\s*Defaults?:? ", text.replace("``", ""), maxsplit=1)[0]
+    default = _default(action)
+    room = width - max(len(name), _NAMES) - 2 - len(default)
+    return f"{name.ljust(_NAMES)} {textwrap.shorten(text, max(room, 20), placeholder=' ...')}{default}"
+
+
+def _default(action: argparse.Action) -> str:
+    value: Any = action.default
+    if value == argparse.SUPPRESS or action.dest in ("help", "config", "print_config"):
+        return ""
+    if action.required:
+        return " (must be given)"
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict) and "class_path" in value:
+        value = value["class_path"]
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
+    return f" (default: {shown})"

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 
 from lqkd.errors import UsageError, first_line
+from lqkd.parser import VerbParser
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
+from lqkd.waiting import waiting
 
 OPTIONS = ("--top-k", "--json")
 BATCH = 32
@@ -51,19 +53,13 @@ class Classifier:
         return {"class": name, "index": index, "confidence": confidence}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd predict RUN --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def is_ours(args: Sequence[str]) -> bool:
     """Whether the arguments of ``predict`` name a run or file; those of LightningCLI are all options."""
     return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in OPTIONS)
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd predict",
         description="Print the classes of image files. Images are prepared as validation prepares them; those of "
         "another size are resized. predict --config CONFIG writes the classes of the run's own test split instead.",
@@ -90,7 +86,8 @@ def main(args: Sequence[str]) -> int:
     classifier = load_classifier(given.network)
     failed = False
     listed: list[dict[str, Any]] = []
-    for path, entry in _predictions(classifier, given.images, given.top_k):
+    predicted = _predictions(classifier, given.images, given.top_k)
+    for path, entry in waiting(predicted, "reading images", len(given.images)):
         if isinstance(entry, UsageError):
             failed = True
             print(f"lqkd: error: {entry}", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lqkd.callbacks.resume_state import KEY
 from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError, first_line
 from lqkd.files import write_json
+from lqkd.parser import VerbParser
 from lqkd.run_folder import CHECKPOINTS, CONFIG
 
 STARTS = "starts.json"
@@ -83,7 +83,7 @@ def find(folder: Path) -> Resumption:
 
 def parse(given: Sequence[str]) -> tuple[Resumption, list[str]]:
     """The run that ``resume`` names, and the arguments for ``fit`` that go on with it; none when it is finished."""
-    parser = ArgumentParser(prog="lqkd resume", description=_HELP, add_help=True, allow_abbrev=False)
+    parser = VerbParser(prog="python -m lqkd resume", description=_HELP)
     parser.add_argument("run", type=Path, help="a run folder")
     named, settings = parser.parse_known_args(list(given))
     if any(setting.partition("=")[0] == "--ckpt_path" for setting in settings):

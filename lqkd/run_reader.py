@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lqkd.callbacks.checkpoint import BEST
-from lqkd.cli import CHECKPOINTS, CONFIG, LqkdCLI
+from lqkd.cli import CHECKPOINTS, CONFIG, LqkdCLI, forget_weights
 from lqkd.errors import UsageError, first_line
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
@@ -58,7 +57,7 @@ class RunReader(LqkdCLI):
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         if self.trained:
-            _forget_weights(self._get(self.config, "model"))
+            forget_weights(self._get(self.config, "model"))
 
     def _parse_ckpt_path(self) -> None:
         """The weights are loaded afterwards, by :func:`load_float_weights`."""
@@ -81,19 +80,6 @@ class RunReader(LqkdCLI):
             raise UsageError(f"model={type(self.model).__name__} is not possible here: use a DistillModule or another")
         if self.datamodule is None or not is_overridden("val_dataloader", self.datamodule, LightningDataModule):
             raise UsageError("data has no validation split: name a DataModule that holds one out")
-
-
-def _forget_weights(settings: Any) -> None:
-    """Set to null whatever names a file of weights, in place."""
-    if isinstance(settings, list):
-        for entry in settings:
-            _forget_weights(entry)
-    elif isinstance(settings, (Namespace, dict)):
-        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
-            if key in ("weights", "student_weights") and isinstance(value, str):
-                settings[key] = None
-            else:
-                _forget_weights(value)
 
 
 @contextmanager

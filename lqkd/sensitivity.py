@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_json, write_text
 from lqkd.modules import DistillModule
+from lqkd.parser import VerbParser
 from lqkd.quantization import (
     Budget,
     Candidate,
@@ -30,24 +27,17 @@ from lqkd.quantization import (
 )
 from lqkd.quantization.sensitivity import BITS
 from lqkd.run_reader import read_run, take_batches
+from lqkd.waiting import Waiting
 
 JSON = "sensitivity.json"
 TABLE = "sensitivity.csv"
 RECIPE = "recipe.yaml"
 CALIBRATION_BATCHES = 8
 """Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
-_PATIENCE = 2.0
-"""Seconds without a progress bar."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd sensitivity --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd sensitivity",
         description="Quantise each layer of a network alone, without training, and rank the layers by what the loss on "
         "the validation split says. Test data are not used.",
@@ -90,7 +80,7 @@ def main(args: Sequence[str]) -> None:
     reader, checkpoint = read_run(given.run)
     recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, given.batches)
-    with _Bar() as bar:
+    with Waiting("quantising each layer alone") as bar:
         report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, bits, bar.update, budget)
     source = "the weights that a training starts from" if checkpoint is None else str(checkpoint)
     print(f"float weights: {source}")
@@ -127,30 +117,6 @@ def _output(given: argparse.Namespace, names: Sequence[str]) -> Path:
     if there and not given.overwrite:
         raise UsageError(f"{str(output / there[0])!r} exists: give --overwrite, or another --output")
     return output
-
-
-class _Bar:
-    """A progress bar with the time left, on a terminal and once the work has taken two seconds."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if self._progress is None and sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress.add_task("quantising each layer alone", total=total)
-            self._progress.start()
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done)
 
 
 def _described(report: SensitivityReport) -> dict[str, Any]:

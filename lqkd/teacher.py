@@ -34,7 +34,8 @@ class FrozenTeacher(nn.Module):
         std: channel standard deviations of the teacher's own normalisation; null when it is the student's.
         image_size: side in pixels that images are resized to for it (bilinear); null for the student's.
         class_names: what its outputs mean, in order, to be compared with the data's; null when that is not known.
-        minimum_accuracy: accuracy below which training refuses to start; null for 1.5 times chance.
+        minimum_accuracy: accuracy below which training refuses to start; null for 1.5 times chance, or
+            chance and 10 points where that is less (60 % for two classes).
         precision: what a training's teacher computes in: ``fp32``; ``bf16``; or ``auto``, bf16 where the device has it
             in hardware and the accuracy on the validation images moves by less than 0.1 points.
         compile: whether a training's teacher is compiled, which costs seconds at its start and not every network gains.

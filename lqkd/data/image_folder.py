@@ -19,6 +19,7 @@ from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
+from lqkd.waiting import waiting
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
@@ -78,7 +79,7 @@ class ImageFolder(DecodingDataModule):
             return
         images = ImageFiles(paths, self.image_size)
         with ThreadPool(os.cpu_count()) as pool:  # decoders release the GIL
-            for _ in pool.imap(images.read, range(len(paths)), chunksize=16):
+            for _ in waiting(pool.imap(images.read, range(len(paths)), chunksize=16), "checking images", len(paths)):
                 pass
 
     def load(self) -> ImageSet:

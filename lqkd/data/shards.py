@@ -24,6 +24,7 @@ from lqkd.data.decode import decode
 from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
+from lqkd.waiting import Waiting
 
 _AT_ONCE = 256  # images in memory
 
@@ -61,20 +62,21 @@ def _pack(classes: dict[str, list[str]], folder: Path, part: str, shard_bytes: i
     rows: list[tuple[int, int, int, int]] = []
     names: list[str] = []
     sizes: list[int] = []
-    while len(rows) < len(images):
-        name = f"{part}-{len(names):06d}.tar"
-        with atomic_path(folder / name) as temporary:
-            _fill(temporary, images, len(rows), shard_bytes)
-            rows += [(len(names), *place) for place in _places(temporary, images, len(rows))]
-        names.append(name)
-        sizes.append((folder / name).stat().st_size)
+    with Waiting(f"writing {part}") as bar:
+        while len(rows) < len(images):
+            name = f"{part}-{len(names):06d}.tar"
+            with atomic_path(folder / name) as temporary:
+                _fill(temporary, images, len(rows), shard_bytes, bar)
+                rows += [(len(names), *place) for place in _places(temporary, images, len(rows))]
+            names.append(name)
+            sizes.append((folder / name).stat().st_size)
     shard, offset, size, label = np.array(rows, dtype=np.int64).T
     return ShardIndex(
         shard.astype(np.int32), offset, size, label, np.array(names), np.array(sizes), np.array(list(classes))
     )
 
 
-def _fill(target: Path, images: list[tuple[str, int]], start: int, shard_bytes: int) -> None:
+def _fill(target: Path, images: list[tuple[str, int]], start: int, shard_bytes: int, bar: Waiting) -> None:
     """Write images from ``start`` on until the shard is full."""
     webdataset = import_webdataset()
     with (
@@ -84,6 +86,7 @@ def _fill(target: Path, images: list[tuple[str, int]], start: int, shard_bytes: 
     ):
         position = start
         while position < len(images) and stream.tell() < shard_bytes:
+            bar.update(position, len(images))
             some = images[position : position + _AT_ONCE]
             for (path, label), content in zip(some, pool.map(_read_checked, [path for path, _ in some]), strict=True):
                 if stream.tell() >= shard_bytes:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import yaml
@@ -24,8 +24,10 @@ from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
+from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
+from lqkd.waiting import waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -33,14 +35,8 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd export --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd export",
         description="Export the student of a run from its best checkpoint, verify the file against PyTorch on the test "
         "split and write a model card beside it.",
@@ -205,6 +201,7 @@ def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:
     has_test = is_overridden("test_dataloader", data, LightningDataModule)
     if has_test:
         data.setup("test")
-    for batch in data.test_dataloader() if has_test else data.val_dataloader():
+    loader: Any = data.test_dataloader() if has_test else data.val_dataloader()
+    for batch in waiting(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
         images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
         yield images.cpu(), labels.cpu()

@@ -44,6 +44,13 @@ def load_weights(network: nn.Module, source: str) -> None:
     network.load_state_dict(state, strict=False)
 
 
+def weights_exist(source: str) -> bool:
+    """Whether ``source``, as :func:`load_weights` takes it, is there to be read."""
+    if source.startswith(BUILTIN):
+        return source.removeprefix(BUILTIN) in builtin_weights()
+    return Path(os.path.expandvars(source)).expanduser().is_file()
+
+
 def builtin_weights() -> list[str]:
     """Names of the weights that come with the package."""
     folder = resources.files("lqkd") / "weights"

@@ -17,6 +17,7 @@ from lqkd.errors import UsageError
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
+from lqkd.waiting import waiting
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule
@@ -90,13 +91,22 @@ def _check_teacher(module: DistillModule, measured: float | None) -> None:
         return
     classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
-    chance = 0.0 if classes is None else 1.0 / len(classes)
-    floor = 1.5 * chance if minimum is None else minimum
+    floor = lowest_accuracy(0 if classes is None else len(classes)) if minimum is None else minimum
     if measured < floor:
         raise UsageError(
             f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
             f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
         )
+
+
+def lowest_accuracy(classes: int) -> float:
+    """Below it a teacher is hardly better than chance: 1.5 times that, or 10 points more where that is less.
+
+    Args:
+        classes: their number; 0 where it is not known, which accepts any teacher.
+    """
+    chance = 1.0 / classes if classes else 0.0
+    return min(1.5 * chance, chance + 0.1)
 
 
 @torch.no_grad()
@@ -115,7 +125,10 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
     trainer = module.trainer
     metric = MeanMetric().to(module.device)
     with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
-        for batch in islice(loader, batches):
+        taken = islice(loader, batches)
+        if trainer.is_global_zero:
+            taken = waiting(taken, "measuring before the first step", batches)  # type: ignore[assignment]
+        for batch in taken:
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
             metric.update((network(images).argmax(dim=1) == labels).float())
     return float(metric.compute())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from lqkd.errors import UsageError
 from lqkd.files import write_text
+from lqkd.parser import VerbParser
 from lqkd.run_folder import CONFIG
 from lqkd.study import plots
 from lqkd.study.exports import read_exports
@@ -68,12 +67,6 @@ class Material:
     configs: dict[str, str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd report --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
@@ -81,7 +74,7 @@ def main(args: Sequence[str]) -> None:
         UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.
         SystemExit: after a mistake about the arguments, told in one line (status 2), and after ``--help``.
     """
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd report",
         description="Write report.html, one page that needs no network, report.md, table.csv and runs.csv into the "
         "folder of a run or a study.",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from lqkd.errors import UsageError, first_line
+from lqkd.parser import VerbParser
 from lqkd.study.overrides import merge, nested
 
 STUDY = "study.yaml"
@@ -100,7 +99,7 @@ def read_arguments(args: Sequence[str]) -> tuple[Study, dict[str, Any], bool]:
         UsageError: when a setting is not possible.
         SystemExit: after ``--help``, or with status 2 after one line where the arguments are not those of ``compare``.
     """
-    parser = _Parser(
+    parser = VerbParser(
         prog="python -m lqkd compare",
         description="Train every variant of a study with every seed and compare them pair by pair. Runs that are "
         "finished are kept, stopped ones go on: start it again after any interruption.",
@@ -137,12 +136,6 @@ def read_study(path: Path) -> Study:
         UsageError: when it is none.
     """
     return _study(read_mapping(path, "study"))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"lqkd: error: {message} (see python -m lqkd compare --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 def read_mapping(path: Path, key: str) -> dict[str, Any]:

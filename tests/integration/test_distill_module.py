@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import Constant, Cosine, DistillModule, TorchSchedule
+from lqkd.modules.references import lowest_accuracy
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, FixedBalance, LearnableTable
 from lqkd.teacher import FrozenTeacher
@@ -471,3 +472,8 @@ def test_hyperparameters_hold_no_network(make_trainer: MakeTrainer, tmp_path: Pa
     hyperparameters = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
     assert hyperparameters["label_smoothing"] == 0.25
     assert not {"teacher", "student", "regularizer"} & set(hyperparameters)
+
+
+@pytest.mark.parametrize(("classes", "lowest"), [(0, 0.0), (2, 0.6), (10, 0.15), (1000, 0.0015)])
+def test_a_teacher_must_be_better_than_chance_and_of_two_classes_by_ten_points(classes: int, lowest: float) -> None:
+    assert lowest_accuracy(classes) == pytest.approx(lowest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,4 +26,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert pages == {path.parent.name for path in (tmp_path / "docs").glob("*/index.html")}
     regularizers = (tmp_path / "reference" / "regularizers" / "index.html").read_text(encoding="utf-8")
     assert "FixedBalance" in regularizers
+    settings = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    row = re.search(r"<tr>\s*<td><code>test_fraction</code></td>(.*?)</tr>", settings, flags=re.DOTALL)
+    assert row is not None
+    assert "<code>0.2</code>" in row[1]
+    assert "held out for testing" in row[1]
     assert ":class:" not in "".join(p.read_text(encoding="utf-8") for p in (tmp_path / "reference").rglob("*.html"))

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from lqkd.cli import main
 from lqkd.run_folder import CONFIG
+from tests.documentation import blocks
 
 ROOT = Path(__file__).parents[2]
-PAGES = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("extending", "choosing"))
-FILES = {
-    name: text
-    for text in re.findall(r"```(?:python|yaml)\n(.*?)```", PAGES, flags=re.DOTALL)
-    for name in re.findall(r"\A# (\S+)\n", text)
-}
+PRINTED = [b for b in blocks("python", "yaml") if b.page in ("docs/extending.md", "docs/choosing.md")]
+FILES = {b.file: b.text for b in PRINTED if b.file is not None}
 """Name and text of every file that the pages print; its first line is its name."""
 QUICKSTART = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
 STEPS = [
@@ -53,8 +47,14 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_block_of_the_pages_is_a_file_with_a_name() -> None:
-    assert len(FILES) == len(re.findall(r"^```(?:python|yaml)$", PAGES, flags=re.MULTILINE))
+    assert len(FILES) == len(PRINTED)
     assert {"my_data", "my_images", "my_loss", "my_network", "my_quantizer", "my_regularizer"} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize(("example", "most"), [("my_quantizer", 20), ("my_regularizer", 20), ("my_loss", 10)])
+def test_an_extension_takes_few_lines(example: str, most: int) -> None:
+    _, _, of_class = FILES[f"{example}.py"].partition("\nclass ")
+    assert 0 < len([line for line in of_class.splitlines() if line.strip()]) <= most
 
 
 @pytest.mark.parametrize("example", [*EXAMPLES, "careful", "fixed"])
@@ -99,18 +99,6 @@ def test_the_quantizer_of_the_page_keeps_the_contract(outside: Path) -> None:
     y.square().sum().backward()
     assert quantizer.scale.grad.abs().min() > 0
     assert x.grad.count_nonzero() > 0
-
-
-def test_a_folder_of_photographs_gets_a_teacher_and_a_student(outside: Path) -> None:
-    rng = np.random.default_rng(0)
-    for name, brightness in (("day", 190), ("night", 60)):
-        (outside / "photographs" / name).mkdir(parents=True)
-        for number in range(15):
-            pixels = (brightness + rng.integers(-50, 50, (30, 40, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(outside / "photographs" / name / f"{number}.jpg")
-    quick = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
-    assert main(["fit", "--config", "photographs_teacher.yaml", "--trainer.max_epochs=4", *quick]) == 0
-    assert main(["fit", "--config", "photographs_student.yaml", "--trainer.fast_dev_run=true", *quick]) == 0
 
 
 def _holds(kept: object, given: object) -> bool:

@@ -1,0 +1,125 @@
+"""The page of all settings, from the signatures and docstrings of what a config can name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from jsonargparse._parameter_resolvers import get_signature_parameters  # what LightningCLI itself builds settings from
+
+KINDS: list[tuple[str, str, str, str]] = [
+    ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
+    ("Teachers: `model.init_args.teacher`", "lqkd.teacher lqkd.ensemble", "FrozenTeacher TeacherEnsemble", ""),
+    ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", "lqkd.models"),
+    ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
+    ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),
+    ("Guards: `guard`", "lqkd.regularizers", "Guard", "lqkd.regularizers"),
+    ("Players: `player`", "lqkd.regularizers", "Player", "lqkd.regularizers"),
+    ("Balances: `balance`", "lqkd.regularizers", "Balance", "lqkd.regularizers"),
+    ("Schedules: `student_schedule`", "lqkd.modules", "Schedule", "lqkd.modules"),
+    ("Quantizers: `weight_quantizer`, by `name`", "lqkd.quantization.quantizers", "Quantizer", "lqkd.quantization"),
+    ("Data: `data`", "lqkd.data", "ImageDataModule", "lqkd.data"),
+    ("Callbacks: `trainer.callbacks`", "lqkd.callbacks", "Callback", "lightning.pytorch"),
+]
+"""Heading, modules whose ``__all__`` is listed, base class of what is listed (or the names themselves), its module."""
+PLAIN = {
+    "Quantization: `quantization`": "lqkd.quantization.Recipe",
+    "Rules: `quantization.rules`": "lqkd.quantization.recipe.Rule",
+    "Taps: `taps`": "lqkd.modules.Tap",
+    "Stages of a schedule of bits: `stages`": "lqkd.callbacks.Stage",
+    "The teacher's stored answers: `teacher_cache`": "lqkd.teacher_cache.cache.TeacherCache",
+    "The run folder: `run`": "lqkd.run_folder.RunSettings",
+    "A study: the file of `compare`": "lqkd.study.settings.Study",
+    "Where a study runs: `launcher`": "lqkd.study.settings.Launcher",
+    "A sweep: `sweep`": "lqkd.study.settings.Sweep",
+}
+"""Heading and class of what is written without ``class_path``."""
+_INTERNAL = {"AtomicCheckpointIO", "BestAndLast", "RunLogger", "UniformQuantizer", "DecodingDataModule"}
+_GIVEN_BY_THE_LAYER = {"bits", "signed", "channels", "channel_axis", "batched"}
+_ROLE = re.compile(r":[a-z]+:`~?(?:[\w.]+\.)?([\w]+)`")
+
+
+def page() -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Every setting",
+        "",
+        "Made from the code. A class is named by `class_path`, its settings stand under `init_args`:",
+        "",
+        "```yaml",
+        "model:",
+        "  class_path: lqkd.modules.DistillModule",
+        "  init_args:",
+        "    label_smoothing: 0.1",
+        "```",
+        "",
+        "`python -m lqkd fit --config CONFIG --print_config` prints those of a run with their values; Lightning's own,",
+        "under `trainer`, are in `python -m lqkd fit --help`.",
+        "",
+    ]
+    for heading, modules, base, home in KINDS:
+        lines += [f"## {heading}", ""]
+        for path, kind in _listed(modules.split(), base.split(), home):
+            lines += _described(path, kind, "###")
+    for heading, path in PLAIN.items():
+        module, _, name = path.rpartition(".")
+        lines += [f"## {heading}", "", *_described(path, getattr(importlib.import_module(module), name), "")]
+    return "\n".join(lines)
+
+
+def _listed(modules: list[str], bases: list[str], home: str) -> Iterator[tuple[str, Any]]:
+    for module_name in modules:
+        module: ModuleType = importlib.import_module(module_name)
+        kinds = {n: k for n, k in vars(module).items() if n in getattr(module, "__all__", bases) and n not in _INTERNAL}
+        if len(bases) > 1:
+            chosen = {n: k for n, k in kinds.items() if n in bases and k.__module__.startswith(module_name)}
+        else:
+            base = getattr(importlib.import_module(home), bases[0])
+            chosen = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base) and k is not base}
+        yield from ((f"{module_name}.{name}", kind) for name, kind in chosen.items())
+
+
+def _described(path: str, kind: Any, heading: str) -> list[str]:
+    lines = [f"{heading} `{path}`", ""] if heading else []
+    lines += [_text(inspect.getdoc(kind) or "").partition(" Attributes:")[0].partition("\n")[0], ""]
+    is_quantizer = path.startswith("lqkd.quantization.quantizers.")
+    rows = [
+        f"| `{p.name}` | {_type(p.annotation)} | {_default(p.default)} | {_text(p.doc or '')} |"
+        for p in get_signature_parameters(kind, "__init__" if isinstance(kind, type) else None)
+        if not (is_quantizer and p.name in _GIVEN_BY_THE_LAYER)
+    ]
+    if not rows:
+        return [*lines, "No settings.", ""]
+    return [*lines, "| setting | type | default | |", "|---|---|---|---|", *rows, ""]
+
+
+def _text(doc: str) -> str:
+    first = " ".join(doc.partition("\n\n")[0].split())
+    return _ROLE.sub(r"`\1`", first).replace("``", "`").replace("|", "\\|")
+
+
+def _type(annotation: Any) -> str:
+    name = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    name = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", name.replace("NoneType", "null").replace("None", "null"))
+    return f"`{name}`".replace("|", "\\|")
+
+
+def _default(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "must be given"
+    if dataclasses.is_dataclass(value):
+        return "its own defaults"
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{key}={argument}" for key, argument in value.get("init_args", {}).items())
+        return f"`{value['class_path']}({arguments})`"
+    if callable(value):
+        return f"`{getattr(value, '__name__', value)}`"
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
+    return f"`{shown}`".replace("|", "\\|")

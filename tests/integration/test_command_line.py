@@ -1,0 +1,244 @@
+"""The command line as a person meets it: help, suggestions, colours, Ctrl-C, and a run folder that is moved."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lqkd.cli import main
+from lqkd.overview import EXIT_STATUS, VERBS
+from tests.forked import Forks, forks
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+WEIGHTS = ROOT / "lqkd" / "weights"
+ALL = [verb for group in VERBS.values() for verb in group]
+SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128"]
+
+
+@pytest.fixture(scope="module")
+def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("log") / "log") as server:
+        yield server
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    assert status == 0
+    return capsys.readouterr().out
+
+
+# ---- help
+
+
+def test_help_names_every_verb_and_every_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--help")
+    assert len(ALL) == 9
+    for word in [*ALL, *map(str, EXIT_STATUS)]:
+        assert re.search(rf"^  {word} +\w", text, flags=re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_exit_statuses_of_help_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## ")[0]
+    assert {int(number) for number in re.findall(r"\b(\d+) (?:done|an|a|Ctrl-C|SIGTERM)\b", page)} == set(EXIT_STATUS)
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_help_of_a_training_verb_has_a_line_for_each_option_with_its_default(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = shown(capsys, verb, "--help").splitlines()
+    options = [line for line in lines if line.startswith("  --")]
+    assert len(lines) < 90
+    assert max(map(len, lines)) <= 120
+    assert any(
+        line.startswith("  --run.root ") and line.endswith("folder of all runs. (default: runs)") for line in lines
+    )
+    assert [line for line in options if not re.search(r"--\S+ +\S.*", line)] == []
+    explained = ("  --help", "  --config", "  --print_config")
+    assert [line for line in options if "(default: " not in line and not line.startswith(explained)] == []
+    assert [line for line in lines if line.endswith(":")] == [
+        *("options:", "trainer (Lightning's):", "model:", "data:", "run (its folder):", "checkpoint:")
+    ]
+
+
+def test_help_of_a_class_tells_its_settings_by_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "fit", "--data.help", "lqkd.data.Digits")
+    assert re.search(r"--data.batch_size +Training images per process and step. \(default: 64\)", text)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in ALL if verb not in ("fit", "validate", "test")])
+def test_help_of_every_other_verb_explains_each_of_its_arguments(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, verb, *(["RUN"] if verb == "predict" else []), "--help")
+    assert text.startswith(f"usage: python -m lqkd {verb}")
+    arguments = re.findall(r"^  (\S.*(?:\n {10,}.*)*)", text.partition("\n\n")[2], flags=re.MULTILINE)
+    assert arguments
+    assert all(re.search(r"\S(  +|\n +)\w", argument) for argument in arguments)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--trainer.max_epoch", "3"], "trainer.max_epochs"),
+        (["--model.regularizer.gaurd", "none"], "guard"),
+        (["--model.quantisation.bits", "w4a4"], "quantization.bits"),
+        (["--model.student_optimizer.lrr", "3"], "lr"),
+        (["--model.regularizer", "lqkd.regularizers.SampleWeigth"], "SampleWeight"),
+        (["--config", "run.yaml"], "run.name"),
+        (["--config", "bits.yaml"], "bits"),
+        (["--config", "data.yaml"], "batch_size"),
+    ],
+)
+def test_an_unknown_setting_suggests_the_nearest(
+    arguments: list[str],
+    meant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("run: {nam: mine}")
+    Path("bits.yaml").write_text("model: {init_args: {quantization: {bit: w4a4}}}")
+    Path("data.yaml").write_text("data: {init_args: {batchsize: 3}}")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", QUICKSTART, *arguments])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lqkd: error: ")]
+    assert f": did you mean {meant}?" in line
+
+
+def test_a_setting_like_none_suggests_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", QUICKSTART, "--model.init_args.qqqqq", "3"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_an_unknown_verb_or_option_of_a_verb_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["exprot", "runs"]) == 2
+    assert "verb 'exprot' is unknown: did you mean export?" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "runs", "--laten"])
+    assert "unrecognized arguments: --laten: did you mean latency?" in capsys.readouterr().err
+
+
+# ---- terminals
+
+
+def on_a_terminal(lqkd: Forks, arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """What a command prints on a terminal."""
+    ours, theirs = pty.openpty()
+    printed: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 65536):
+                printed.append(data)
+        except OSError:  # the other side is closed
+            pass
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    terminal = f"t = os.open({os.ttyname(theirs)!r}, os.O_RDWR | os.O_NOCTTY)\nos.dup2(t, 1), os.dup2(t, 2)\n"
+    before = f"os.chdir({str(folder)!r})\n{terminal}"
+    assert lqkd.run(*arguments, before=before, environment={"TERM": "xterm-256color", **environment}) == 0
+    os.close(theirs)
+    reader.join(timeout=10)
+    return b"".join(printed).decode(errors="replace")
+
+
+COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9[0-7])(?:;[\d;]*)?m")
+
+
+@pytest.mark.slow
+def test_a_terminal_has_a_bar_and_colours_which_no_color_turns_off(lqkd: Forks, tmp_path: Path) -> None:
+    fit = ["fit", "--config", QUICKSTART, *SHORT]
+    coloured = on_a_terminal(lqkd, fit, tmp_path, {"NO_COLOR": ""})
+    plain = on_a_terminal(lqkd, fit, tmp_path, {"NO_COLOR": "1"})
+    assert COLOUR.search(coloured)
+    assert not COLOUR.search(plain)
+    assert all("Epoch" in text and "0:00:0" in text for text in (coloured, plain))
+
+
+@pytest.mark.slow
+def test_a_file_gets_lines_without_bars_and_escapes(lqkd: Forks, tmp_path: Path) -> None:
+    assert lqkd.run("fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path)) == 0
+    text = lqkd.log.read_text()
+    assert "epoch 1/1" in text
+    assert not re.search(r"[\x1b\r]", text)
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.slow
+def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -> None:
+    def interrupt(pid: int) -> None:
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGINT)
+
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores it
+    output = str(tmp_path / "ranking")
+    status = lqkd.run("sensitivity", QUICKSTART, "--output", output, before=before, meanwhile=interrupt)
+    assert status == 130
+    assert "lqkd: interrupted; no file is half-written" in lqkd.log.read_text()
+    assert "Traceback" not in lqkd.log.read_text()
+
+
+# ---- the run folder
+
+
+@pytest.mark.slow
+def test_a_run_that_was_moved_away_from_all_it_came_from_still_works(lqkd: Forks, tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    for name in ("digits_teacher", "digits_student"):
+        shutil.copy(WEIGHTS / f"{name}.safetensors", before)
+    weights = ["--model.teacher.weights", "digits_teacher.safetensors"]
+    weights += ["--model.init_args.student_weights", "digits_student.safetensors"]
+    there = f"os.chdir({str(before)!r})"
+    assert lqkd.run("fit", "--config", QUICKSTART, *SHORT, *weights, before=there) == 0, lqkd.log.read_text()
+    after.mkdir()
+    shutil.move(before / "runs" / "quickstart" / "version_0", after / "mine")
+    (before / "digits_student.safetensors").unlink()
+    shutil.move(before / "digits_teacher.safetensors", after)
+    shutil.rmtree(before)
+    Image.new("L", (8, 8)).save(after / "image.png")
+    for command in (
+        ["test", "--config", "mine/config.yaml"],
+        ["resume", "mine"],
+        ["export", "mine"],
+        ["predict", "mine", "image.png"],
+        ["sensitivity", "mine", "--bits", "4", "--batches", "1"],
+        ["report", "mine"],
+        ["resume", "mine", "--trainer.max_epochs", "2"],
+    ):
+        status = lqkd.run(*command, before=f"os.chdir({str(after)!r})")
+        assert status == 0, f"{command}\n{lqkd.log.read_text()}"
+    assert not before.exists()
+    assert not (after / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_deleted_leaves_nothing_that_stops_the_next(lqkd: Forks, tmp_path: Path) -> None:
+    fit = ["fit", "--config", QUICKSTART, *SHORT]
+    for _ in range(2):
+        assert lqkd.run(*fit, before=f"os.chdir({str(tmp_path)!r})") == 0
+        shutil.rmtree(tmp_path / "runs" / "quickstart" / "version_0")
+    assert list(tmp_path.rglob("*.*")) == []
