@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lqkd.errors import UsageError
+from lqkd.origin import REPORTS
 from lqkd.study.results import read_json
-
-REPORTS = "*.report.json"
 
 
 @dataclass(frozen=True)

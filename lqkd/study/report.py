@@ -94,6 +94,9 @@ def main(args: Sequence[str]) -> None:
     write_tables(folder, material.runs, material.summaries)
     write_text(folder / MARKDOWN, as_markdown(material))
     write_text(folder / HTML, as_html(material))
+    for run in material.runs:
+        for sentence in run.outdated:
+            print(f"lqkd: warning: {sentence}", file=sys.stderr)
     print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
 
 
@@ -331,7 +334,8 @@ def _failures(material: Material) -> list[tuple[str, str]]:
 
 
 def _warnings(runs: Sequence[Run]) -> list[str]:
-    return [f"{run.variant} seed {run.seed}: {text}" for run in runs for text in run.summary.get("warnings", ())]
+    told = [f"{run.variant} seed {run.seed}: {text}" for run in runs for text in run.summary.get("warnings", ())]
+    return told + [sentence for run in runs for sentence in run.outdated]
 
 
 def _uri(content: bytes, kind: str) -> str:
