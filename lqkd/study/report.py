@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lqkd.errors import UsageError
 from lqkd.files import write_text
 from lqkd.run_folder import CONFIG
-from lqkd.study import plots
+from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
 from lqkd.study.layers import read_layers
 from lqkd.study.results import Run, read, read_runs
@@ -28,10 +28,6 @@ from lqkd.study.task import Task
 HTML = "report.html"
 MARKDOWN = "report.md"
 _TEMPLATE = "report.html.jinja"
-_EXPORT_HEADINGS = (
-    *("variant", "seed", "file", "kB", "weights packed, kB", "million MACs", "bit operations, % of float"),
-    *("ms an image", "others, ms"),
-)
 _RUN_HEADINGS = ("variant", "seed", "status", "val best", "val last", "test", "W", "A", "kB", "train s")
 _LAYER_HEADINGS = ("layer", "kind", "W", "A", "parameters", "bytes", "how")
 _LOG_LINES = 30
@@ -191,7 +187,12 @@ def as_html(material: Material) -> str:
         plots=_plots(material),
         regularizers=_regularizer_pictures(material.runs),
         layers=_layer_tables(material.runs),
-        exports=Table("Exported files", _EXPORT_HEADINGS, _export_rows(material.runs)),
+        exports=Table("Exported files", exports.HEADINGS, exports.export_rows(material.runs)),
+        measured=exports.measurements(material.runs),
+        export_layers=[
+            Table(f"Cost of each layer of {names}", exports.LAYER_HEADINGS, rows)
+            for names, rows in exports.layer_tables(material.runs).items()
+        ],
         failures=_failures(material),
         warnings=_warnings(material.runs),
         configs=material.configs,
@@ -254,25 +255,6 @@ def _latency(run: Run) -> float | None:
     """Of the fastest of the run's exported files, where it was measured."""
     times = [file.latency for file in read_exports(run.folder)]
     return min((time for time in times if time is not None), default=None)
-
-
-def _export_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = []
-    for run in runs:
-        for file in read_exports(run.folder):
-            others = [
-                f"{name}: {time:.2f}" for name, time in file.milliseconds.items() if not name.startswith(file.name)
-            ]
-            rows.append(
-                [
-                    *(run.variant, str(run.seed), file.name),
-                    *(f"{size / 1000:.1f}" for size in (file.file_bytes, file.packed_bytes)),
-                    *(f"{file.multiplications / 1e6:.1f}", f"{100 * file.float_share:.2f}"),
-                    NONE if file.latency is None else f"{file.latency:.2f}",
-                    "; ".join(others) or NONE,
-                ]
-            )
-    return rows
 
 
 def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
