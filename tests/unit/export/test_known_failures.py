@@ -78,6 +78,14 @@ def test_weights_of_two_and_more_bits_share_a_packed_file() -> None:
     assert types["conv2.weight_codes"] == onnx.TensorProto.INT8
 
 
+def test_a_runtime_that_is_too_old_for_the_file_is_told_in_one_sentence() -> None:
+    model = to_onnx(quantised(bits="w4a4"), images(8), calibration=[images(32)])
+    model.opset_import[0].version = 99
+    with pytest.raises(UsageError, match=r"onnxruntime \d.* does not take the file .*: a newer one may") as caught:
+        session(model, optimised=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_target_is_refused_with_the_formats_there_are() -> None:
     with pytest.raises(UsageError, match="--format tensorrt is unknown: use one of portable, packed4"):
         check_format("tensorrt")
