@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lqkd.errors import UsageError, first_line
+from lqkd.origin import outdated
 from lqkd.parser import VerbParser
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
@@ -133,6 +134,9 @@ def load_classifier(path: str | Path) -> Classifier:
     if not file.is_file():
         raise UsageError(f"{str(path)!r} does not exist: give a run folder, or a file that export wrote")
     logits, described = (_onnx if file.suffix == ".onnx" else _program)(file)
+    old = outdated(file, described)
+    if old is not None:
+        print(f"lqkd: warning: {old}", file=sys.stderr)
     return _classifier(logits, described.get("preprocessing") or {}, described, file)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def to_onnx(
     *,
     format: str = "portable",
     calibration: Iterable[Tensor] = (),
+    test: Iterable[Tensor | Sequence[Any]] | None = None,
     about: dict[str, Any] | None = None,
 ) -> onnx.ModelProto:
     """Export a quantised network to ONNX, and prove that the model computes the same.
@@ -38,6 +40,10 @@ def to_onnx(
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
         format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``.
         calibration: training inputs for grids that training left out, such as of residual additions.
+        test: batches of inputs, or of inputs and labels (B,) as a DataLoader gives them: on them PyTorch and the file
+            must agree in the first class of all but one in a thousand images (or one image). The file's metadata say
+            on how many they do and, where there are labels, the accuracies. Without it only layers, logits and batch
+            sizes are compared.
         about: what the file shall also say about itself, JSON values.
 
     Returns:
@@ -52,7 +58,10 @@ def to_onnx(
     deployed = deploy(model, example, calibration)
     check_expressible(deployed, format)
     exported = BUILDERS[format](deployed)
-    parity = check(exported, deployed, example)
+    student = None if test is None else copy.deepcopy(model).cpu().eval()
+    parity = check(exported, deployed, example, _pairs(test or ()), student)
+    if test is not None and not parity.images:
+        raise UsageError("test has no images: give a list or DataLoader of batches, not an iterator that was used up")
     metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))
     if parity.problem is not None:
         raise ParityError(parity.problem)
@@ -60,3 +69,8 @@ def to_onnx(
         with atomic_path(path) as temporary:
             temporary.write_bytes(exported.model.SerializeToString())
     return exported.model
+
+
+def _pairs(batches: Iterable[Tensor | Sequence[Any]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for batch in batches:
+        yield (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)

@@ -9,7 +9,7 @@ from typing import Any
 from lqkd.export.deploy import Deployed
 from lqkd.export.metadata import layer_bits, summary_of_bits
 from lqkd.export.packed import LOADER_NOTE
-from lqkd.export.parity import Parity
+from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
 from lqkd.files import write_text
 
@@ -51,6 +51,10 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
             f"in float: {summary.float_bytes / 1000:.1f} kB)",
         ),
     ]
+    judged = f"{parity.images} images of the {parity.split} split"
+    if parity.split == VALIDATION:
+        judged += ", which chose the checkpoint, as the data have no test split"
+    result.append(("judged on", judged if parity.images else "no images"))
     for name, value in (
         ("accuracy as trained", parity.trained_accuracy),
         ("accuracy as deployed, in PyTorch", parity.accuracy),
@@ -121,6 +125,8 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     if described["format"] == "packed2":
         lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
     lines += ["## Origin", "", f"teacher: `{described.get('teacher')}`", "", f"data: {described.get('data')}", ""]
+    if described.get("checkpoint"):
+        lines += [f"checkpoint: SHA-256 `{described['checkpoint']}`", ""]
     lines += [f"## Layers: {summary_of_bits(deployed)}", "", "| layer | bits |", "|---|---|"]
     lines += [f"| {name} | {bits} |" for name, bits in layer_bits(deployed).items()]
     for title, key in (

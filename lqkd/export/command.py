@@ -19,11 +19,12 @@ from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
 from lqkd.export.deploy import deploy
 from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
-from lqkd.export.parity import check
+from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
+from lqkd.origin import fingerprint, outdated_exports
 from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
@@ -70,7 +71,7 @@ def main(args: Sequence[str]) -> int:
     if given.latency and given.format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
     output = _output(given)
-    reader, student = read_student(given.run)
+    reader, student, checkpoint = read_student(given.run)
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
     if not calibration:
         raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
@@ -78,18 +79,20 @@ def main(args: Sequence[str]) -> int:
     images = torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
     deployed = deploy(student, images, [x.cpu() for x in calibration])
     check_expressible(deployed, given.format)
-    about = _about(reader)
+    about = _about(reader) | {"checkpoint": checkpoint}
+    split, test = _test(reader)
     if given.format == TORCH:
         program = torch_program.build(deployed, images)
-        parity = check_program(program, deployed, images, _test(reader), student)
-        described = metadata.describe(given.format, deployed, parity, about)
+        parity = check_program(program, deployed, images, test, student)
         found = None
     else:
         exported = BUILDERS[given.format](deployed)
-        parity = check(exported, deployed, images, _test(reader), student)
-        described = metadata.describe(given.format, deployed, parity, about)
-        metadata.write(exported.model, described)
+        parity = check(exported, deployed, images, test, student)
         found = None if is_qonnx(exported.model) else kernels(exported.model)
+    parity.split = split
+    described = metadata.describe(given.format, deployed, parity, about)
+    if given.format != TORCH:
+        metadata.write(exported.model, described)
     target = output if parity.problem is None else rejected(output)
     with atomic_path(target) as temporary:
         if given.format == TORCH:
@@ -106,9 +109,11 @@ def main(args: Sequence[str]) -> int:
     runs = program.module() if given.format == TORCH else exported.model
     name = f"{target.name} ({given.format})"
     latency = report.measure_latency(runs, name, deployed, student, images[:1]) if given.latency else None
-    costs = report.describe(student, images[:1], summary, latency)
+    costs = report.describe(student, images[:1], summary, described, latency)
     report.print_report(costs)
     report.write(costs, target)
+    for sentence in outdated_exports(Path(given.run)).values():
+        print(f"lqkd: warning: {sentence}", file=sys.stderr)
     return 0
 
 
@@ -130,7 +135,10 @@ def _output(given: argparse.Namespace) -> Path:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
     for path in (output, card_path(output), report.report_path(output)):
         if path.exists() and not given.overwrite:
-            raise UsageError(f"{str(path)!r} exists: give --overwrite, or another --output")
+            old = outdated_exports(output.parent).get(output)
+            raise UsageError(
+                f"{str(path)!r} exists: give --overwrite, or another --output" + ("" if old is None else f"; {old}")
+            )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output.parent / f"{output.name}.probe") as probe:
@@ -141,8 +149,8 @@ def _output(given: argparse.Namespace) -> Path:
     return output
 
 
-def read_student(run: str | Path) -> tuple[RunReader, nn.Module]:
-    """The run of a folder and its network with everything of its best checkpoint, quantizers included.
+def read_student(run: str | Path) -> tuple[RunReader, nn.Module, str]:
+    """The run of a folder, its network with all of its best checkpoint, and the fingerprint of that.
 
     Raises:
         UsageError: when the folder, its config or checkpoint is missing or damaged, the network is in floating point,
@@ -170,7 +178,7 @@ def read_student(run: str | Path) -> tuple[RunReader, nn.Module]:
                 f"the bit schedule of {str(run)!r} is not finished: {key} has {quantizer.bits} bits in the best "
                 f"checkpoint and {wanted[key]} in the config; train to the end of the schedule"
             )
-    return reader, network
+    return reader, network, fingerprint(checkpoint)
 
 
 def _about(reader: RunReader) -> dict[str, Any]:
@@ -195,13 +203,16 @@ def _about(reader: RunReader) -> dict[str, Any]:
     }
 
 
-def _test(reader: RunReader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels of the test split, or of the validation split where there is none."""
+def _test(reader: RunReader) -> tuple[str, Iterator[tuple[Tensor, Tensor]]]:
+    """The images and labels of the test split, or of the validation split where there is none, and which it is."""
     data = cast(LightningDataModule, reader.datamodule)
-    has_test = is_overridden("test_dataloader", data, LightningDataModule)
-    if has_test:
+    if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-    loader: Any = data.test_dataloader() if has_test else data.val_dataloader()
+        return TEST, _labelled(reader, data.test_dataloader())
+    return VALIDATION, _labelled(reader, data.val_dataloader())
+
+
+def _labelled(reader: RunReader, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in waiting(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
         images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
         yield images.cpu(), labels.cpu()

@@ -26,6 +26,8 @@ LOGITS_TOLERANCE = 1e-4
 """Of the largest logit, given the same input of the last layer."""
 DISAGREEMENT = 1e-3
 """Share of images whose top-1 may differ, but always one image."""
+TEST, VALIDATION, GIVEN = "test", "validation", "given"
+"""Where images for the agreement are from: a split of the run's data, or whoever called."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Parity:
         batches: numbers of images for which the file ran.
         scales_identical: whether every scale in the file has the very bits of the student's.
         images: number of images for top-1 agreement.
+        split: what they are of: ``test``, ``validation`` where the data have no test split, or ``given``.
         disagreements: on how many of them PyTorch and the optimised file differ in their first class.
         accuracy, exported_accuracy: of the deployed network in PyTorch and of the file, where labels are known.
         trained_accuracy: of the student as it was trained.
@@ -68,6 +71,7 @@ class Parity:
     batches: tuple[int, ...] = ()
     scales_identical: bool = False
     images: int = 0
+    split: str = GIVEN
     disagreements: int = 0
     accuracy: float | None = None
     exported_accuracy: float | None = None
@@ -92,6 +96,7 @@ class Parity:
             "batches": list(self.batches),
             "scales_identical": self.scales_identical,
             "images": self.images,
+            "split": self.split,
             "top1_agreement": self.agreement,
             "accuracy_pytorch": self.accuracy,
             "accuracy_exported": self.exported_accuracy,
@@ -216,7 +221,7 @@ def agreement(
         parity.disagreements += int((ours != theirs).sum())
         predicted = {"accuracy": ours, "exported_accuracy": theirs}
         if student is not None:
-            trained = student(batch).argmax(1).cpu()
+            trained = student(x).argmax(1)
             parity.trained_disagreements += int((trained != ours).sum())
             predicted["trained_accuracy"] = trained
         if given is not None:

@@ -29,13 +29,16 @@ def report_path(file: Path) -> Path:
     return file.with_name(f"{file.name}{SUFFIX}")
 
 
-def describe(student: nn.Module, image: Tensor, summary: Summary, latency: Latency | None = None) -> dict[str, Any]:
+def describe(
+    student: nn.Module, image: Tensor, summary: Summary, described: dict[str, Any], latency: Latency | None = None
+) -> dict[str, Any]:
     """The report as JSON values.
 
     Args:
         student: as it was trained.
         image: (1, C, H, W), for the size of what layers see.
         summary: of the written file.
+        described: what the file says about itself, of which its format and checkpoint are kept.
         latency: where it was measured.
     """
     layers = layer_costs(student, image)
@@ -43,6 +46,8 @@ def describe(student: nn.Module, image: Tensor, summary: Summary, latency: Laten
     multiplications = sum(layer.multiplications for layer in layers)
     return {
         "file": summary.path.name,
+        "format": described["format"],
+        "checkpoint": described.get("checkpoint"),
         "file_bytes": summary.file_bytes,
         "packed_bytes": summary.packed_bytes,
         "float_bytes": summary.float_bytes,

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from lqkd.errors import UsageError, first_line
 from lqkd.export.emitter import INPUT, OUTPUT
 from lqkd.export.qonnx import DOMAIN
 
@@ -31,6 +32,9 @@ def session(
         save: where to write the graph that the runtime made of it.
         threads: within an operator.
         profile: where the runtime shall write how long each node takes; it appends the time to the name.
+
+    Raises:
+        UsageError: when the runtime does not take the model, as one older than a format does.
     """
     import onnxruntime
 
@@ -46,7 +50,13 @@ def session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
+    except Exception as error:  # the runtime raises many types
+        raise UsageError(
+            f"onnxruntime {onnxruntime.__version__} does not take the file ({first_line(error)}): a newer one may, or "
+            "export it as portable"
+        ) from error
 
 
 def has_two_bits(model: onnx.ModelProto) -> bool:
@@ -95,8 +105,6 @@ def _execute_qonnx(model: onnx.ModelProto, images: np.ndarray, names: list[str])
         from qonnx.core.onnx_exec import execute_onnx
         from qonnx.transformation.infer_shapes import InferShapes
     except ImportError:
-        from lqkd.errors import UsageError
-
         raise UsageError("--format qonnx needs the package qonnx to verify the file: pip install qonnx") from None
     wrapped = ModelWrapper(model, make_deepcopy=True)
     wrapped.set_tensor_shape(INPUT, list(images.shape))
@@ -133,7 +141,7 @@ def kernels(model: onnx.ModelProto) -> Kernels:
     """Ask ONNX Runtime for the graph that it runs, and tell integer kernels from others.
 
     Raises:
-        RuntimeError: when the runtime does not take the model.
+        UsageError: when the runtime does not take the model.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"

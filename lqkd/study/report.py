@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from lqkd.errors import UsageError
 from lqkd.files import write_text
 from lqkd.parser import VerbParser
 from lqkd.run_folder import CONFIG
-from lqkd.study import plots
+from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
 from lqkd.study.layers import read_layers
 from lqkd.study.results import Run, read, read_runs
@@ -27,10 +28,6 @@ from lqkd.study.task import Task
 HTML = "report.html"
 MARKDOWN = "report.md"
 _TEMPLATE = "report.html.jinja"
-_EXPORT_HEADINGS = (
-    *("variant", "seed", "file", "kB", "weights packed, kB", "million MACs", "bit operations, % of float"),
-    *("ms an image", "others, ms"),
-)
 _RUN_HEADINGS = ("variant", "seed", "status", "val best", "val last", "test", "W", "A", "kB", "train s")
 _LAYER_HEADINGS = ("layer", "kind", "W", "A", "parameters", "bytes", "how")
 _LOG_LINES = 30
@@ -87,6 +84,9 @@ def main(args: Sequence[str]) -> None:
     write_tables(folder, material.runs, material.summaries)
     write_text(folder / MARKDOWN, as_markdown(material))
     write_text(folder / HTML, as_html(material))
+    for run in material.runs:
+        for sentence in run.outdated:
+            print(f"lqkd: warning: {sentence}", file=sys.stderr)
     print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
 
 
@@ -181,7 +181,12 @@ def as_html(material: Material) -> str:
         plots=_plots(material),
         regularizers=_regularizer_pictures(material.runs),
         layers=_layer_tables(material.runs),
-        exports=Table("Exported files", _EXPORT_HEADINGS, _export_rows(material.runs)),
+        exports=Table("Exported files", exports.HEADINGS, exports.export_rows(material.runs)),
+        measured=exports.measurements(material.runs),
+        export_layers=[
+            Table(f"Cost of each layer of {names}", exports.LAYER_HEADINGS, rows)
+            for names, rows in exports.layer_tables(material.runs).items()
+        ],
         failures=_failures(material),
         warnings=_warnings(material.runs),
         configs=material.configs,
@@ -246,25 +251,6 @@ def _latency(run: Run) -> float | None:
     return min((time for time in times if time is not None), default=None)
 
 
-def _export_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = []
-    for run in runs:
-        for file in read_exports(run.folder):
-            others = [
-                f"{name}: {time:.2f}" for name, time in file.milliseconds.items() if not name.startswith(file.name)
-            ]
-            rows.append(
-                [
-                    *(run.variant, str(run.seed), file.name),
-                    *(f"{size / 1000:.1f}" for size in (file.file_bytes, file.packed_bytes)),
-                    *(f"{file.multiplications / 1e6:.1f}", f"{100 * file.float_share:.2f}"),
-                    NONE if file.latency is None else f"{file.latency:.2f}",
-                    "; ".join(others) or NONE,
-                ]
-            )
-    return rows
-
-
 def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     """The pictures of each variant's first run that has any."""
     found: dict[str, list[Picture]] = {}
@@ -324,7 +310,8 @@ def _failures(material: Material) -> list[tuple[str, str]]:
 
 
 def _warnings(runs: Sequence[Run]) -> list[str]:
-    return [f"{run.variant} seed {run.seed}: {text}" for run in runs for text in run.summary.get("warnings", ())]
+    told = [f"{run.variant} seed {run.seed}: {text}" for run in runs for text in run.summary.get("warnings", ())]
+    return told + [sentence for run in runs for sentence in run.outdated]
 
 
 def _uri(content: bytes, kind: str) -> str:

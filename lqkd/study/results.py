@@ -13,6 +13,7 @@ from typing import Any
 from lqkd.callbacks.run_logger import METRICS
 from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError, first_line
+from lqkd.origin import outdated_exports
 from lqkd.study.task import FINISHED, Task
 
 
@@ -28,6 +29,7 @@ class Run:
         folder: its run folder.
         summary: what ``summary.json`` says; empty without one.
         curves: mean of every metric in every epoch, as (epoch, value), epochs counted from 1.
+        outdated: a sentence for every exported file that is of an earlier student than the best checkpoint.
     """
 
     variant: str
@@ -37,6 +39,7 @@ class Run:
     folder: Path
     summary: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    outdated: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -79,6 +82,7 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
         folder,
         read_json(summary) if summary.is_file() else {},
         _curves(curves) if curves.is_file() else {},
+        tuple(outdated_exports(folder).values()),
     )
 
 

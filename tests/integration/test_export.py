@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 
 from lqkd.cli import main
 from lqkd.data import CIFAR10, Digits
@@ -69,11 +70,13 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert main(["export", str(copied)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "100.000% of 359 images" in printed
+    assert "359 images of the test split" in printed
     assert "none but the quantization of the input" in printed
     assert re.search(r"same class deployed as trained.*?\d+\.\d\d% of 359 images", printed)
     session = onnxruntime.InferenceSession(str(copied / "student.onnx"))
     props = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert props["lqkd.parity"]["passed"]
+    assert (props["lqkd.parity"]["images"], props["lqkd.parity"]["split"]) == (359, "test")
     assert props["lqkd.bits"]["conv1"] == "W8A8"
     assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
     assert props["lqkd.class_names"] == [str(i) for i in range(10)]
@@ -100,6 +103,40 @@ def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytes
     assert output.read_text() == "mine"
     assert main(["export", str(run), "--output", str(output), "--overwrite"]) == 0
     assert output.stat().st_size > 1000
+
+
+def test_a_file_of_an_earlier_student_is_told_by_export_predict_and_report(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["export", str(copied)]) == 0
+    assert main(["report", str(copied)]) == 0
+    image = str(tmp_path / "0.png")
+    Image.new("L", (8, 8)).save(image)
+    assert main(["predict", str(copied / "student.onnx"), image]) == 0
+    assert "warning" not in capsys.readouterr().err
+    change_state(copied, lambda state: state["student.linear.bias"].add_(1))  # as a resumed training would
+    old = "student.onnx' is of an earlier student: checkpoints/best.ckpt of its run has changed since"
+    assert old in refused(capsys, str(copied))
+    assert main(["predict", str(copied / "student.onnx"), image]) == 0
+    assert old in capsys.readouterr().err
+    assert main(["report", str(copied)]) == 0
+    assert capsys.readouterr().err.count(old) == 1
+    assert "is of an earlier student" in (copied / "report.html").read_text()
+    assert main(["export", str(copied), "--output", str(copied / "other.onnx")]) == 0
+    assert capsys.readouterr().err.count(old) == 1
+    assert main(["export", str(copied), "--overwrite"]) == 0
+    assert old not in capsys.readouterr().err
+
+
+def test_data_without_a_test_split_are_judged_on_validation_which_is_said(
+    copied: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("test_dataloader", "predict_dataloader"):
+        monkeypatch.delattr(f"lqkd.data.base.ImageDataModule.{name}")
+    assert main(["export", str(copied)]) == 0
+    said = "144 images of the validation split, which chose the checkpoint, as the data have no test split"
+    assert said in " ".join(re.sub(r"[│]", " ", capsys.readouterr().out).split())
+    assert said in (copied / "student.onnx.md").read_text()
 
 
 def test_a_file_that_differs_is_kept_under_another_name_and_the_command_fails(

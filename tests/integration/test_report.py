@@ -113,14 +113,36 @@ def test_a_latency_that_an_export_measured_gets_a_plot(study: Path) -> None:
     main(["report", str(study)])
     assert "latency" not in (study / "report.html").read_text()
     latency = {"milliseconds": {"float32 ONNX": 1.0, "student.onnx (portable)": 1.5, "float32 PyTorch": 4.0}}
+    latency |= {"peak_bytes": {"float32 ONNX": 90_100_000, "student.onnx (portable)": 80_200_000}, "rounds": 17}
+    latency |= {"threads": 1, "batch": 1, "machine": "Some CPU (avx512_vnni)", "versions": {"onnxruntime": "1.32.0"}}
     exported = {"file": "student.onnx", "latency": latency, "file_bytes": 12_345, "packed_bytes": 9_000}
-    exported |= {"multiplications": 40_600_000, "bit_operations": 5, "float_bit_operations": 1000}
+    exported |= {
+        "multiplications": 40_600_000,
+        "bit_operations": 5,
+        "float_bit_operations": 1000,
+        "float_bytes": 70_700,
+    }
+    layer = {"name": "conv1", "weight_bits": 4, "activation_bits": 3, "weights": 1152, "packed_bytes": 576}
+    exported |= {"layers": [layer | {"multiplications": 1234, "bit_operations": 14_808, "share": 0.125}]}
     (study / "runs" / "kl" / "seed_0" / "student.onnx.report.json").write_text(json.dumps(exported))
     main(["report", str(study)])
     page = " ".join((study / "report.html").read_text().split())
     assert "against latency, ms; the line joins what nothing else beats in both. kl: 1.5, 93.50 %" in page
-    for cell in ("student.onnx", "12.3", "9.0", "40.6", "0.50", "1.50", "float32 ONNX: 1.00; float32 PyTorch: 4.00"):
+    for cell in (
+        "student.onnx",
+        "12.3",
+        "9.0",
+        "40.6",
+        "0.50",
+        "70.7",
+        "1.50",
+        "float32 ONNX: 1.00; float32 PyTorch: 4.00",
+    ):
         assert f">{cell}</td>" in page
+    for cell in ("80.2", "float32 ONNX: 90.1", "576", "1,234", "14,808", "12.5"):
+        assert f">{cell}</td>" in page
+    assert "Cost of each layer of kl seed 0: student.onnx" in page
+    assert "Median of 17 alternated runs, threads: 1, images in a run: 1, Some CPU (avx512_vnni), onnxruntime" in page
 
 
 def test_a_run_alone_has_a_report(study: Path) -> None:

@@ -43,6 +43,13 @@ def test_additions_that_training_left_in_float_need_calibration_data() -> None:
     assert any("norm1" in place or "conv1" in place for place in deployed.calibrated)
 
 
+@pytest.mark.parametrize("calibration", [[], [images(0)], [torch.full((4, 3, 8, 8), float("nan"))]])
+def test_calibration_without_usable_data_is_told_in_one_sentence(calibration: list[Tensor]) -> None:
+    with pytest.raises(UsageError, match=r"calibration data|not finite|finite") as caught:
+        deploy(quantised(bits="w4a4"), images(2), calibration)
+    assert "\n" not in str(caught.value)
+
+
 def test_layers_whose_input_stays_in_float_get_no_grid() -> None:
     deployed = deploy(quantised(bits="w4a32", rules=[]), images(2), [images(32)])
     assert not any("conv1" in place for place in deployed.calibrated)

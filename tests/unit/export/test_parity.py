@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import numpy_helper
 
-from lqkd.export import ParityError, check, deploy, to_onnx
+from lqkd.errors import UsageError
+from lqkd.export import ParityError, check, deploy, metadata, to_onnx
 from lqkd.export import emitter as emitter_module
 from lqkd.export import parity as parity_module
 from lqkd.export.emitter import Exported
 from lqkd.export.formats import BUILDERS
+from lqkd.export.runtimes import Runner
 from tests.unit.export.networks import images, quantised
 
 
@@ -78,6 +82,32 @@ def test_disagreement_on_whole_images_fails_and_says_where_it_begins(built: tupl
     parity = check(exported, deployed, images(8), [(images(64), None)])
     assert parity.disagreements > 1
     assert parity.problem is not None
+
+
+def test_from_python_test_batches_are_judged_and_the_file_says_so() -> None:
+    network = quantised(bits="w4a4")
+    given = {"calibration": [images(32)]}
+    labels = torch.zeros(64, dtype=torch.long)
+    labelled = metadata.read(to_onnx(network, images(8), test=[(images(64), labels)] * 2, **given))["parity"]
+    assert (labelled["images"], labelled["top1_agreement"], labelled["split"]) == (128, 1.0, "given")
+    with torch.no_grad():
+        accuracy = float((network(images(64)).argmax(1) == labels).float().mean())
+    assert labelled["accuracy_as_trained"] == pytest.approx(accuracy)
+    alone = metadata.read(to_onnx(network, images(8), test=[images(64)], **given))["parity"]
+    assert (alone["images"], alone["accuracy_exported"]) == (64, None)
+    with pytest.raises(UsageError, match="test has no images"):
+        to_onnx(network, images(8), test=iter(()), **given)
+
+
+def test_from_python_another_first_class_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "__call__", _negated(Runner.__call__))
+    monkeypatch.setattr(parity_module, "_compare", lambda *_, **__: ([], 0.0))
+    with pytest.raises(ParityError, match="the first class differs on 64 of 64 images"):
+        to_onnx(quantised(bits="w4a4"), images(8), calibration=[images(32)], test=[images(64)])
+
+
+def _negated(call: Any) -> Any:
+    return lambda self, x: {name: -value for name, value in call(self, x).items()}
 
 
 def test_from_python_a_failed_comparison_raises_and_writes_nothing(
