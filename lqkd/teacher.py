@@ -164,7 +164,7 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation, or of other inputs as they are."""
+        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation, or of inputs of another kind."""
         running = self.running(images)
         images = self._converted(images)
         if running is self.network:

@@ -56,7 +56,7 @@ class ImageClassifier(LightningModule):
         Raises:
             UsageError: when a network cannot take the images, or numbers of classes differ.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         image = example_input(data, self.device)
         if image is None:
             return
