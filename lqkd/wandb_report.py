@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lqkd.callbacks.dashboard import SECTIONS
 from lqkd.errors import UsageError, first_line
@@ -36,12 +36,12 @@ def report(entity: str, project: str) -> Report:
     except ImportError as error:
         raise UsageError("a W&B report needs wandb-workspaces: pip install 'lqkd[wandb]'") from error
 
-    def grid(panels: list[object]) -> wr.PanelGrid:
+    def grid(panels: list[Any]) -> wr.PanelGrid:
         for number, panel in enumerate(panels):
-            panel.layout = wr.Layout(x=12 * (number % 2), y=8 * (number // 2), w=12, h=8)  # type: ignore[attr-defined]
+            panel.layout = wr.Layout(x=12 * (number % 2), y=8 * (number // 2), w=12, h=8)
         return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
 
-    blocks: list[object] = [wr.TableOfContents()]
+    blocks: list[Any] = [wr.TableOfContents()]
     for section, charts in SECTIONS.items():
         lines = [wr.LinePlot(title=c.title, x=STEP, y=list(c.keys), log_y=c.logarithmic or None) for c in charts]
         blocks += [wr.H2(text=section), grid(lines)]
