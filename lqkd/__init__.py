@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
+    from lqkd.errors import UsageError as UsageError
+    from lqkd.modules import ClassifierModule as ClassifierModule
+    from lqkd.modules import DistillModule as DistillModule
+    from lqkd.quantization import Recipe as Recipe
+    from lqkd.quantization import Rule as Rule
+    from lqkd.quantization import quantize_model as quantize_model
+    from lqkd.student import load_student as load_student
+    from lqkd.teacher import FrozenTeacher as FrozenTeacher
 
 __version__ = metadata.version("lqkd")
 

@@ -165,14 +165,17 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation."""
+        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation, or of inputs of another kind."""
         running = self.running(images)
         images = self._converted(images)
         if running is self.network:
             return self.network(images)
         with torch.autocast(images.device.type, enabled=False):
-            dtype = next((p.dtype for p in running.parameters()), images.dtype)
-            return running(images.to(dtype, memory_format=self._format)).float()
+            if images.is_floating_point():  # not the numbers of tokens
+                images = images.to(next((p.dtype for p in running.parameters()), images.dtype))
+            if images.ndim == 4:
+                images = images.contiguous(memory_format=self._format)
+            return running(images).float()
 
     def _converted(self, images: Tensor) -> Tensor:
         """``images`` in the teacher's own normalisation and size."""

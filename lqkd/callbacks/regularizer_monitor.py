@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lqkd.callbacks.dashboard import tensorboard_layout
 from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer_moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer_statistics import EpochStatistic, Optimum, Sums, add, measure, statistics
@@ -53,7 +54,8 @@ class RegularizerMonitor(Callback):
     and, when known, ``at_maximum`` and ``optimum`` (see :class:`EpochWeights`), and
     ``regularizer/agreement/distill`` and ``plain``, ``regularizer/share/NAME`` of each loss. W&B and TensorBoard get a
     histogram of the last batch's weights as ``regularizer/weights`` and each picture as
-    ``regularizer/pictures/NAME``. The run folder gets, in ``regularizer/``, ``weights.csv`` with a row per epoch; a
+    ``regularizer/pictures/NAME``; TensorBoard also gets the layout of its tab "Custom Scalars". The run folder gets,
+    in ``regularizer/``, ``weights.csv`` with a row per epoch; a
     table per statistic (``distribution``, ``label``, ``output``, ``confidence``, ``divergence``, ``agreement``,
     ``balance``, ``share``) with the columns ``epoch, bin, value, count``; and the pictures ``weights``,
     ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
@@ -133,6 +135,9 @@ class RegularizerMonitor(Callback):
         self._regularizers = [m for m in pl_module.modules() if isinstance(m, Regularizer)]
         self._tables.start()
         self._drawings.start()
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(tensorboard_layout())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._moments, self._sums = Moments(), {}

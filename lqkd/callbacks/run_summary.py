@@ -21,7 +21,7 @@ from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.files import atomic_path, write_json
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
 
@@ -93,8 +93,7 @@ class RunSummary(Callback):
         best = _best_score(trainer)
         measured = size(network)
         data = getattr(trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
-        example = None if shape is None else torch.zeros(1, *shape, device=module.device)
+        example = example_input(data, module.device)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
         distills = isinstance(module, DistillModule)

@@ -27,7 +27,7 @@ def inference_copy(
 
     Args:
         network: a network in eval mode.
-        images: (B, C, H, W) float32 inputs to compare with, as the network is given them.
+        images: (B, C, H, W) float32 inputs to compare with, as the network is given them, or other tensors (B, ...).
         bf16: whether the copy computes in bfloat16.
         compiled: whether the copy is compiled by torch.compile, which costs seconds at its first call.
         untouched: names of modules whose outputs someone reads: they and their outputs' values stay.
@@ -55,7 +55,7 @@ def _rearranged(network: nn.Module, images: Tensor, untouched: Collection[str]) 
     made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected = network(images)
     try:
-        found = made(images.contiguous(memory_format=torch.channels_last))
+        found = made(images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images)
     except RuntimeError as error:
         return copy.deepcopy(network).eval(), first_line(error)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

@@ -17,8 +17,20 @@ from lqkd.modules.state import check_state
 from lqkd.quantization.modes import evaluating
 
 
+def example_input(data: Any, device: torch.device) -> Tensor | None:
+    """One input of zeros as the DataModule ``data`` yields them; None when it tells no shape.
+
+    Its shape is (1, *data.image_shape) and its dtype ``data.input_dtype``, float32 where there is no such attribute:
+    tokens of a text are int64.
+    """
+    shape = getattr(data, "image_shape", None)
+    return None if shape is None else torch.zeros(1, *shape, dtype=getattr(data, "input_dtype", None), device=device)
+
+
 class ImageClassifier(LightningModule):
     """Validates, tests and predicts with the network that :meth:`product` names, on batches (images, labels, ...).
+
+    Images stand for whatever the networks take: sequences (B, channels, L) and tokens (B, L) are classified as well.
 
     Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy, exact over
     all ranks.
@@ -44,10 +56,10 @@ class ImageClassifier(LightningModule):
         Raises:
             UsageError: when a network cannot take the images, or numbers of classes differ.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not hasattr(data, "image_shape"):
+        data: Any = getattr(self.trainer, "datamodule", None)
+        image = example_input(data, self.device)
+        if image is None:
             return
-        image = torch.zeros(1, *data.image_shape, device=self.device)
         counts = {"data": len(data.class_names)} if hasattr(data, "class_names") else {}
         for name, network in self.networks():
             with torch.no_grad(), evaluating(network):

@@ -22,7 +22,7 @@ from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
 from lqkd.models import load_weights
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
@@ -212,19 +212,18 @@ class DistillModule(ImageClassifier):
         if data is not None and hasattr(data, "class_names"):
             self.teacher.check_classes(data.class_names)
         super().setup(stage)
-        if data is not None and hasattr(data, "image_shape"):
-            self._connect(data.image_shape)
+        image = example_input(data, self.device)
+        if image is not None:
+            self._connect(image)
 
     @torch.no_grad()
-    def _connect(self, image_shape: tuple[int, ...]) -> None:
+    def _connect(self, image: Tensor) -> None:
         """Make the connectors and tables of the distillation loss, which depend on shapes."""
         distillation = self.distillation
         if distillation.shapes is not None:
             return
         with evaluating(self.student):
-            teachers, student, (features_t, features_s) = self._outputs(
-                torch.zeros(1, *image_shape, device=self.device)
-            )
+            teachers, student, (features_t, features_s) = self._outputs(image)
         if distillation.compares == "logits":
             features_t, features_s = [teachers[0]] * len(distillation.losses), [student] * len(distillation.losses)
         distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])

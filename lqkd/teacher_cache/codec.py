@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Codec:
         """The fields of a record, little-endian; ``image`` is the :func:`projection` of what the teacher saw."""
         number = np.dtype(self.dtype).newbyteorder("<")
         kept = self.classes if self.top_k is None else self.top_k + 1
-        fields: list[tuple] = [("image", "<f4"), ("logits", number, (self.teachers, kept))]
+        fields: list[tuple[Any, ...]] = [("image", "<f4"), ("logits", number, (self.teachers, kept))]
         if self.top_k is not None:
             fields.append(("classes", "<u2" if self.classes <= 2**16 else "<u4", (self.teachers, self.top_k)))
         fields += [(f"feature{index}", number, shape) for index, shape in enumerate(self.features)]

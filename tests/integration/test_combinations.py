@@ -72,7 +72,7 @@ def build(loss: str, regularizer: Regularizer | None, balance: str) -> DistillMo
 
 def train(module: DistillModule, images: Tensor, labels: Tensor, steps: int) -> list[float]:
     """The losses of so many steps, as DistillModule takes them, without a Trainer around."""
-    module._connect((1, 8, 8))
+    module._connect(torch.zeros(1, 1, 8, 8))
     initialize_quantizers(module.student, images)
     module.train()
     optimizers: list[torch.optim.Optimizer] = [

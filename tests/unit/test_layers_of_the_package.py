@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +23,23 @@ def test_a_pure_torch_room_imports_nothing_above_it(room: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def optional_packages() -> list[str]:
+    """Names under which the packages of all extras are imported."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
+    extras = re.sub(r"#.*", "", extras)  # python 3.10 has no tomllib
+    names = re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?(?:[>=<][^"]*)?"', extras)
+    return sorted({name.replace("-", "_") for name in names} - {"lqkd"})
+
+
+def test_the_optional_packages_are_known() -> None:
+    assert {"onnx", "onnxruntime", "timm", "wandb", "wandb_workspaces", "optuna", "pytest"} <= set(optional_packages())
+
+
 def test_every_module_imports_without_the_optional_packages() -> None:
     code = (
         "import importlib, sys\n"
-        "absent = ('wandb', 'tensorboard', 'timm', 'webdataset', 'onnx', 'onnxruntime', 'optuna', 'submitit')\n"
-        "for name in absent: sys.modules[name] = None\n"
+        f"for name in {optional_packages()!r}: sys.modules[name] = None\n"
         f"for name in {[m for m in MODULES if not m.startswith('lqkd.export')]!r}: importlib.import_module(name)\n"
         "from lqkd.errors import UsageError\n"
         "try: import lqkd.export\n"
