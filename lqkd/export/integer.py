@@ -206,14 +206,17 @@ def _multiplier(codes: Tensor, largest_input: int) -> int:
     """
     low, high = int(codes.min()), int(codes.max())
     largest, total = max(-low, high), int(codes.abs().flatten(1).sum(1).max())
+
+    def fits(multiplier: int) -> bool:
+        return (
+            multiplier * low >= -128
+            and multiplier * high <= 127
+            and multiplier * largest * largest_input * 2 < 2**15
+            and multiplier * total * largest_input < 2**31 - LARGEST_BIAS
+        )
+
     multiplier = 1
-    while (
-        0 < largest
-        and -128 <= 2 * multiplier * low
-        and 2 * multiplier * high <= 127
-        and 2 * multiplier * largest * 2 * largest_input < 2**15
-        and 2 * multiplier * total * largest_input <= 2**31 - 1 - LARGEST_BIAS
-    ):
+    while largest > 0 and fits(2 * multiplier):
         multiplier *= 2
     return multiplier
 

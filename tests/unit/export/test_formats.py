@@ -149,14 +149,13 @@ def test_a_file_written_from_python_loads_with_what_it_says_about_itself(tmp_pat
 def test_low_bit_weights_leave_room_in_sixteen_bit_sums(bits: str) -> None:
     # Without VNNI a runtime adds two products of an unsigned and a signed byte in 16 bits, saturating.
     deployed = deploy(quantised(bits=bits), images(2), [images(32)])
-    model = BUILDERS["portable"](deployed).model
+    held = {t.name: numpy_helper.to_array(t) for t in BUILDERS["portable"](deployed).model.graph.initializer}
     for node in deployed.network.graph.nodes:
         if str(node.target) not in ("conv1", "conv2"):
             continue
         grid = grid_of(node.all_input_nodes[0], deployed.network)
         assert isinstance(grid, ActivationGrid)
-        codes = next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == f"{node.target}.weight_codes")
-        largest = np.abs(codes.astype(int)).max()
+        largest = np.abs(held[f"{node.target}.weight_codes"].astype(int)).max()
         assert 2 * grid.high * largest < 2**15
         assert largest > 32  # the bits that are left are used
 
