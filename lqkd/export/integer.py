@@ -29,7 +29,7 @@ class IntegerLayer(nn.Module):
         levels: (channels, L) float32 or ``None``.
         bias_codes: (channels,) int32 or ``None``: then ``bias`` is in floating point.
         bias_scale: (channels,) float32: ``input scale * scale / multiplier``.
-        multiplier: power of two by which codes may be multiplied, and ``scale`` divided, within 7 bits. Biases are
+        multiplier: power of two by which codes may be multiplied, and ``scale`` divided, within 8 bits. Biases are
             integers on the grid of the accumulator, which would be coarse for few bits.
         bits: of the weight.
         changed: how many weights had to move by one step, because a negative batch norm factor turns -128 into 128.
@@ -73,7 +73,7 @@ class IntegerLayer(nn.Module):
         self.changed = int((whole > 127).sum())
         whole = whole.clamp_max(127)
         if grid is not None:
-            self.multiplier = _multiplier(whole)
+            self.multiplier = _multiplier(whole, grid.high)
         input_scale = torch.ones(()) if grid is None else grid.scale.cpu()
         whole, scale = _without_dead_channels(whole, scale, bias, input_scale, self.multiplier)
         self._set(whole.to(torch.int8), scale, None)
@@ -198,10 +198,25 @@ def symmetric_padding(conv: Any, place: str) -> tuple[int, ...]:
     return tuple(total // 2 if conv.padding == "same" else 0 for total in totals)
 
 
-def _multiplier(codes: Tensor) -> int:
-    """The largest power of two times which all ``codes`` stay within -64 to 64: two products then fit into 16 bits."""
-    largest, multiplier = int(codes.abs().max()), 1
-    while 0 < largest * multiplier * 2 <= 64:
+def _multiplier(codes: Tensor, largest_input: int) -> int:
+    """The largest power of two by which ``codes`` may be multiplied.
+
+    They stay signed bytes, two of their products with the largest code of the input fit into 16 bits, in which CPUs
+    without VNNI add them, and the largest sum of a channel leaves as much of 32 bits as a bias may take.
+    """
+    low, high = int(codes.min()), int(codes.max())
+    largest, total = max(-low, high), int(codes.abs().flatten(1).sum(1).max())
+
+    def fits(multiplier: int) -> bool:
+        return (
+            multiplier * low >= -128
+            and multiplier * high <= 127
+            and multiplier * largest * largest_input * 2 < 2**15
+            and multiplier * total * largest_input < 2**31 - LARGEST_BIAS
+        )
+
+    multiplier = 1
+    while largest > 0 and fits(2 * multiplier):
         multiplier *= 2
     return multiplier
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, to_onnx, torch_program
+from lqkd.export.deploy import grid_of
 from lqkd.export.formats import BUILDERS, check_expressible
+from lqkd.export.grids import ActivationGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.program import check_program
 from lqkd.export.runtimes import kernels
 from lqkd.models import build_model
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
+from lqkd.quantization import Recipe, fold_batchnorm, initialize_quantizers, quantize_model, reestimate_batchnorm
 from tests.unit.export.networks import Small, images, quantised
 
 UNIFORM: list[dict[str, Any]] = [
@@ -143,12 +145,41 @@ def test_a_file_written_from_python_loads_with_what_it_says_about_itself(tmp_pat
     assert props["lqkd.runtime"].startswith('"onnxruntime ')
 
 
-@pytest.mark.parametrize(("bits", "largest"), [("w2a2", 64), ("w4a4", 64), ("w6a6", 64), ("w8a8", 128)])
-def test_low_bit_weights_leave_room_in_sixteen_bit_sums(bits: str, largest: int) -> None:
+@pytest.mark.parametrize("bits", ["w2a2", "w2a8", "w4a4", "w4a8", "w6a6"])
+def test_low_bit_weights_leave_room_in_sixteen_bit_sums(bits: str) -> None:
     # Without VNNI a runtime adds two products of an unsigned and a signed byte in 16 bits, saturating.
-    model = BUILDERS["portable"](deploy(quantised(bits=bits), images(2), [images(32)])).model
-    codes = next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "conv1.weight_codes")
-    assert 0 < np.abs(codes.astype(int)).max() <= largest
+    deployed = deploy(quantised(bits=bits), images(2), [images(32)])
+    held = {t.name: numpy_helper.to_array(t) for t in BUILDERS["portable"](deployed).model.graph.initializer}
+    for node in deployed.network.graph.nodes:
+        if str(node.target) not in ("conv1", "conv2"):
+            continue
+        grid = grid_of(node.all_input_nodes[0], deployed.network)
+        assert isinstance(grid, ActivationGrid)
+        largest = np.abs(held[f"{node.target}.weight_codes"].astype(int)).max()
+        assert 2 * grid.high * largest < 2**15
+        assert largest > 32  # the bits that are left are used
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w4a4", "w4a8", "w8a8"])
+def test_multiplied_codes_are_the_same_weights_to_the_last_bit(bits: str) -> None:
+    deployed = deploy(quantised(bits=bits), images(2), [images(32)])
+    held = {t.name: numpy_helper.to_array(t) for t in BUILDERS["portable"](deployed).model.graph.initializer}
+    for name in ("stem", "conv1", "conv2", "linear"):
+        layer: Any = deployed.network.get_submodule(name)
+        codes, scale = held[f"{name}.weight_codes"], held[f"{name}.weight_scale"]
+        weight = codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))
+        assert weight.tobytes() == layer.float_weight().numpy().tobytes()
+
+
+def test_the_grid_of_a_bias_is_as_fine_as_the_codes_of_the_weight_allow() -> None:
+    network = quantised(bits="w4a4")
+    deployed = deploy(network, images(2), [images(32)])
+    fold_batchnorm(network)
+    layer: Any = deployed.network.get_submodule("conv1")
+    grid: Any = grid_of(next(n for n in deployed.network.graph.nodes if n.target == "conv1").args[0], deployed.network)
+    unit = grid.scale * layer.scale  # of sums of products of the 4-bit codes
+    assert ((network.conv1.bias - layer.float_bias()).abs() <= 1.01 * unit / layer.multiplier / 2).all()
+    assert layer.multiplier >= 8
 
 
 def test_a_grid_per_channel_of_the_input_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, to_onnx
 from lqkd.export.formats import BUILDERS, check_format
+from lqkd.export.grids import ActivationGrid, WeightCodes
+from lqkd.export.integer import LARGEST_BIAS, IntegerLayer
 from lqkd.export.runtimes import kernels, session
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import images, quantised
@@ -105,19 +106,30 @@ def test_a_wrong_bias_scale_does_not_pass() -> None:
     assert replace(parity, problem=None) != replace(right, problem=None)
 
 
-def test_the_largest_codes_together_do_not_saturate() -> None:
-    network, _ = quantize_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), Recipe(bits="w8a8"))
+@pytest.mark.parametrize(("bits", "largest"), [("w8a8", 127), ("w4a8", 56), ("w4a4", 112), ("w2a2", 64)])
+def test_the_largest_codes_together_do_not_saturate(bits: str, largest: int) -> None:
+    recipe = Recipe(bits=bits, first_layer_bits=None, last_layer_bits=None)
+    network, _ = quantize_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), recipe)
     with torch.no_grad():
         network[1].weight.fill_(1.0)
         network[1].bias.zero_()
     x = torch.full((4, 3, 8, 8), 1.0)
     initialize_quantizers(network, torch.cat([x, torch.zeros_like(x)]))
     deployed = deploy(network.eval(), x)
-    layer: Any = deployed.network.get_submodule("1")
-    assert int(layer.codes.max()) == 127
-    (logits,) = session(BUILDERS["portable"](deployed).model, optimised=True).run(None, {"images": x.numpy()})
+    model = BUILDERS["portable"](deployed).model
+    assert held(model, "weight_codes")[0].max() == largest
+    (logits,) = session(model, optimised=True).run(None, {"images": x.numpy()})
     with torch.no_grad():
         assert np.allclose(logits, network(x).numpy(), rtol=1e-5)
+
+
+def test_the_largest_sum_of_a_long_layer_fits_into_32_bits() -> None:
+    codes = WeightCodes(torch.ones(1, 200_000, dtype=torch.int64), torch.ones(1), None, bits=2)
+    grid = ActivationGrid(torch.tensor(0.1), 0, 0, 255, bits=8)
+    layer = IntegerLayer(codes, None, torch.zeros(1), grid, "linear")
+    largest = 255 * int((layer.codes.long() * layer.multiplier).sum())
+    assert largest + LARGEST_BIAS < 2**31
+    assert torch.equal(layer.float_weight(), torch.ones(1, 200_000))
 
 
 def test_binary_weights_are_two_integers_in_the_file() -> None:
