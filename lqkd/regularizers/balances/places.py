@@ -71,6 +71,7 @@ class AtWeights:
                 f"balance shared={self.layer!r} has no weights to train: choose a module of the student that has some"
             )
 
+    @torch.enable_grad()
     def settle(self, run: Callable[[], tuple[Tensor, Sequence[Tensor]]]) -> None:
         """Find the layer where none was named, and refuse one that a loss does not reach, before the first batch.
 
@@ -93,7 +94,7 @@ class AtWeights:
             for name in weights
         ]
         try:
-            with torch.enable_grad(), evaluating(self._student):
+            with evaluating(self._student):
                 logits, compared = run()
         finally:
             for handle in handles:
