@@ -169,9 +169,9 @@ def test_a_tap_that_does_not_exist_is_refused_before_the_first_batch(
 def test_a_shared_module_that_a_loss_does_not_reach_is_refused_before_the_first_batch(
     make_trainer: MakeTrainer,
 ) -> None:
-    module = distiller(distillation_loss=Features(), taps=TAPS, regularizer=None, balance=GradientBalance("fc"))
+    module = distiller(distillation_loss=Features(), taps=TAPS, regularizer=None, balance=GradientBalance("linear"))
     recorder = Recorder(lambda trainer, module: None)
-    with pytest.raises(UsageError, match="balance shared='fc' has not got weights that the distill loss depends on"):
+    with pytest.raises(UsageError, match="balance shared='linear' has not got weights that the distill loss depends on"):
         make_trainer(callbacks=[recorder]).fit(module, datamodule=digits())
     assert not recorder.seen
 
@@ -204,7 +204,7 @@ def test_the_last_layer_is_found_from_the_first_batch_where_no_data_module_tells
     module = distiller(balance=GradNorm())
     make_trainer().fit(module, train_dataloaders=DataLoader([batch], batch_size=None))
     assert isinstance(module.balance.place, AtWeights)
-    assert module.balance.place.layer == "fc"
+    assert module.balance.place.layer == "linear"
 
 
 class InPlace(nn.Module):
