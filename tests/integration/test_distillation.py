@@ -171,7 +171,9 @@ def test_a_shared_module_that_a_loss_does_not_reach_is_refused_before_the_first_
 ) -> None:
     module = distiller(distillation_loss=Features(), taps=TAPS, regularizer=None, balance=GradientBalance("linear"))
     recorder = Recorder(lambda trainer, module: None)
-    with pytest.raises(UsageError, match="balance shared='linear' has not got weights that the distill loss depends on"):
+    with pytest.raises(
+        UsageError, match="balance shared='linear' has not got weights that the distill loss depends on"
+    ):
         make_trainer(callbacks=[recorder]).fit(module, datamodule=digits())
     assert not recorder.seen
 

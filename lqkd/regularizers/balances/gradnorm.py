@@ -73,7 +73,10 @@ class GradNorm(_NormBalance):
 
     Every weight is at most 2: where distillation needs a weight of 100 beside the task's 1, as losses that average over
     the elements of features do, the task's falls to 0.02 and the student's step with it, by the sum. There a higher
-    learning rate is needed, or :class:`GradientBalance`. COST
+    learning rate is needed, or :class:`GradientBalance`.
+
+    Each batch costs two more backward passes, from each loss to the layer. With features at the three stages of a
+    W2A2 ResNet-20 on a CPU, whose layer lies at the end of the first stage, a step took 1.41 times as long.
 
     Args:
         shared: name of the module of the student in whose weights gradients are measured, those of its quantizers left
