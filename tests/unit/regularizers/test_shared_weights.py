@@ -158,6 +158,14 @@ def test_parameters_of_quantizers_are_left_out_unless_they_are_what_is_named(sha
     assert weights["distill"].item() == pytest.approx(task / distill / 2, rel=1e-4)
 
 
+def test_a_layer_in_which_only_quantizers_are_trained_has_no_weights() -> None:
+    student, _ = quantize_model(made(), Recipe(bits="w4a4", first_layer_bits=None, last_layer_bits=None))
+    student.first.weight.requires_grad_(False)
+    student.first.bias.requires_grad_(False)
+    with pytest.raises(UsageError, match="shared='first' has no weights to train"):
+        bound(GradNorm("first"), student)
+
+
 def test_the_last_layer_that_all_depend_on_is_found_in_the_order_of_the_pass() -> None:
     student = made()
     for compares_features, expected in ((True, "first"), (False, "head")):
