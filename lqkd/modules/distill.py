@@ -36,6 +36,7 @@ from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
+from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
 
@@ -160,8 +161,11 @@ class DistillModule(ImageClassifier):
         if self.balance.needs_output and loss.compares != "logits":
             raise UsageError(
                 f"balance {type(self.balance).__name__} measures gradients at the logits: it needs a distillation_loss "
-                f"that compares logits, which {type(loss).__name__} does not"
+                f"that compares logits, which {type(loss).__name__} does not; GradientBalance and GradNorm measure in "
+                "weights"
             )
+        if isinstance(self.balance.place, AtWeights):
+            self.balance.place.bind(self.student)
         self.student_optimizer = student_optimizer
         self.regularizer_optimizer = regularizer_optimizer
         self.student_schedule = student_schedule or Cosine()
@@ -215,6 +219,7 @@ class DistillModule(ImageClassifier):
         image = example_input(data, self.device)
         if image is not None:
             self._connect(image)
+            self._settle_balance(image)
 
     @torch.no_grad()
     def _connect(self, image: Tensor) -> None:
@@ -227,6 +232,19 @@ class DistillModule(ImageClassifier):
         if distillation.compares == "logits":
             features_t, features_s = [teachers[0]] * len(distillation.losses), [student] * len(distillation.losses)
         distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])
+
+    def _settle_balance(self, images: Tensor) -> None:
+        """Let a balance that measures gradients in weights find them, or see that both losses reach them."""
+        place = self.balance.place
+        if not isinstance(place, AtWeights) or place.settled:
+            return
+
+        def run() -> tuple[Tensor, list[Tensor]]:
+            logits, features = self._student_outputs(images)
+            return logits, features or [logits]
+
+        place.settle(run)
+        rank_zero_info(f"balance {type(self.balance).__name__} measures gradients in the weights of {place.layer}")
 
     def _connect_unseen(self) -> None:
         """Do without the shape of images, where that is possible: neither a DataModule nor a checkpoint has told it."""
@@ -286,6 +304,8 @@ class DistillModule(ImageClassifier):
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
+        if isinstance(self.balance.place, AtWeights) and not self.balance.place.settled:  # no DataModule told a shape
+            self._settle_balance(self._first_images()[:1])
         if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
             self._fit_quantizers()
         self.opened_cache, of_teacher = prepare_teacher(self)
@@ -293,13 +313,17 @@ class DistillModule(ImageClassifier):
         of_teacher.save()
         self._report_references()
 
-    def _fit_quantizers(self) -> None:
-        """Fit every quantizer to the first batch."""
+    def _first_images(self) -> Tensor:
+        """Those of the first batch."""
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
             batch = next(iter(loader))
-        images = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0]
+        return cast(Tensor, self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0])
+
+    def _fit_quantizers(self) -> None:
+        """Fit every quantizer to the first batch."""
+        images = self._first_images()
         with self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
 
@@ -350,11 +374,16 @@ class DistillModule(ImageClassifier):
             answers, features_t = self.opened_cache.answers(
                 images, indices, self.current_epoch, lambda: self.ask_teacher(images)
             )
-        if self.taps is None:
-            return answers, self.student(images).float(), ([], [])
-        with self.taps[1].recording() as features_s:
-            logits = self.student(images).float()
+        logits, features_s = self._student_outputs(images)
         return answers, logits, (features_t, features_s)
+
+    def _student_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the student, and what the taps see of it."""
+        if self.taps is None:
+            return self.student(images).float(), []
+        with self.taps[1].recording() as features:
+            logits = self.student(images).float()
+        return logits, features
 
     def losses(
         self, images: Tensor, labels: Tensor, targets: Tensor | None = None, indices: Tensor | None = None

@@ -77,6 +77,16 @@ def test_every_player_trains_two_processes_like_one(tmp_path: Path, player: str)
     torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_gradients_measured_in_weights_train_two_processes_like_one(tmp_path: Path) -> None:
+    """To the tolerance of the tests above; what is measured must not be what DDP averages for the step."""
+    first, second = run_workers(tmp_path, 2, batch_size=16, shared="1")
+    one = run_workers(tmp_path, 1, batch_size=32, shared="1")[0]
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    assert not torch.equal(first["steps"][-1], first["steps"][0])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
 def test_accuracies_are_exact_over_both_ranks(results: dict[str, Any]) -> None:
     for key in ("teacher_accuracy", "test_accuracy"):
         assert results["two"][0][key] == results["two"][1][key]

@@ -17,7 +17,7 @@ from torch import nn
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.data import Augmentation
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP
+from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP, GradNorm
 from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
 
@@ -46,6 +46,7 @@ def main(
     player: str = "cooperative",
     guard: str = "barrier",
     cache: str | None = None,
+    shared: str | None = None,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -55,7 +56,7 @@ def main(
         quantization=Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
         regularizer=ElementwiseMLP(hidden=8, player=player, guard=guard),
         regularizer_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),  # Adam would divide by gradients of rounding size
-        balance=BoundedUncertaintyBalance(),
+        balance=BoundedUncertaintyBalance() if shared is None else GradNorm(shared),
         accumulate_grad_batches=accumulate,
         teacher_cache=None if cache is None else TeacherCache(cache, dtype="float32"),
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),

@@ -20,15 +20,19 @@ from lqkd.losses.taps import Taps
 from lqkd.modules import DistillModule, Tap
 from lqkd.regularizers import (
     Adversarial,
+    Balance,
     ConvModulator,
     ElementwiseMLP,
     FixedBalance,
+    GradientBalance,
+    GradNorm,
     LearnableTable,
     LookAhead,
     OutputGradientBalance,
     Regularizer,
     SampleWeight,
 )
+from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 
@@ -129,6 +133,10 @@ def test_what_depends_on_shapes_comes_back_from_a_checkpoint(make_trainer: MakeT
             "balance OutputGradientBalance measures gradients at the logits",
         ),
         (
+            {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "balance": GradNorm("layer7")},
+            "balance shared='layer7' does not exist in the student: near names are layer",
+        ),
+        (
             {"distillation_loss": Features(), "taps": TAPS, "regularizer": None, "teacher": ensemble("separate")},
             "Features compares features: several teachers are compared by logits only",
         ),
@@ -156,6 +164,49 @@ def test_a_tap_that_does_not_exist_is_refused_before_the_first_batch(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         make_trainer().fit(distiller(distillation_loss=Features(), taps=[tap], regularizer=None), datamodule=digits())
+
+
+def test_a_shared_module_that_a_loss_does_not_reach_is_refused_before_the_first_batch(
+    make_trainer: MakeTrainer,
+) -> None:
+    module = distiller(distillation_loss=Features(), taps=TAPS, regularizer=None, balance=GradientBalance("linear"))
+    recorder = Recorder(lambda trainer, module: None)
+    with pytest.raises(
+        UsageError, match="balance shared='linear' has not got weights that the distill loss depends on"
+    ):
+        make_trainer(callbacks=[recorder]).fit(module, datamodule=digits())
+    assert not recorder.seen
+
+
+@pytest.mark.parametrize("balance", [GradNorm(), GradientBalance(ratio=3.0)])
+def test_gradients_in_weights_before_the_shallowest_tap_balance_features(
+    make_trainer: MakeTrainer, balance: Balance
+) -> None:
+    """In bfloat16, channels_last and groups of batches; the layer is found by itself."""
+    module = distiller(
+        distillation_loss=Features(),
+        taps=TAPS,
+        regularizer=None,
+        balance=balance,
+        channels_last=True,
+        accumulate_grad_batches=2,
+    )
+    recorder = Recorder(lambda trainer, module: float(trainer.callback_metrics["balance/distill"]))
+    make_trainer(callbacks=[recorder], precision="bf16-mixed").fit(module, datamodule=digits())
+    assert isinstance(balance.place, AtWeights)
+    assert balance.place.layer == "layer1.0.conv2"
+    assert torch.tensor(recorder.seen).isfinite().all()
+    assert recorder.seen[-1] != recorder.seen[0]
+
+
+def test_the_last_layer_is_found_from_the_first_batch_where_no_data_module_tells_a_shape(
+    make_trainer: MakeTrainer,
+) -> None:
+    batch = (torch.randn(4, 1, 8, 8), torch.randint(10, (4,)))
+    module = distiller(balance=GradNorm())
+    make_trainer().fit(module, train_dataloaders=DataLoader([batch], batch_size=None))
+    assert isinstance(module.balance.place, AtWeights)
+    assert module.balance.place.layer == "linear"
 
 
 class InPlace(nn.Module):

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.callbacks import BestAndLast, BitWidthScheduler, RegularizerMonitor, RunLogger, Stage, regularizer_pictures
 from lqkd.data import Digits, ImageDataModule, ImageFolder
 from lqkd.errors import UsageError
-from lqkd.losses import HintonKL
+from lqkd.losses import HintonKL, Hints
 from lqkd.models import CifarResNet
 from lqkd.modules import Cosine, DistillModule
+from lqkd.modules.distillation import Tap
 from lqkd.quantization import Recipe
-from lqkd.regularizers import LearnableRatioBalance
+from lqkd.regularizers import GradNorm, LearnableRatioBalance
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of
@@ -128,6 +129,21 @@ def test_a_learnable_ratio_resumes_exactly_and_is_logged(make_trainer: MakeTrain
     with open(tmp_path / "whole" / "metrics.csv", newline="") as stream:
         logged = [float(row["balance/ratio"]) for row in csv.DictReader(stream) if row["balance/ratio"]]
     assert logged[-1] != pytest.approx(1.0)
+
+
+def test_gradients_measured_in_weights_resume_exactly(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """With batches of a group that are measured one by one, and features, whose layer is found at each start."""
+
+    def run(folder: str, stop: tuple[int, int] | None = None) -> DistillModule:
+        taps = [Tap("layer1", "network.layer1"), Tap("layer2", "network.layer2")]
+        model = {"regularizer": None, "distillation_loss": Hints(), "taps": taps, "balance": GradNorm()}
+        return train(make_trainer, tmp_path / folder, stop, model=model, accumulate=2)
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("cut", (1, 3))
+    assert_same(run("cut"), tmp_path / "cut", whole, tmp_path / "whole", ("metrics.csv",))
+    assert abs(whole.balance.v.detach()).max() > 0.01
 
 
 def test_mixed_images_and_a_cache_that_is_half_written_resume_exactly(

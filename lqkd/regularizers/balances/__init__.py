@@ -5,8 +5,8 @@ from __future__ import annotations
 from lqkd.regularizers.balances.average import DynamicWeightAverage
 from lqkd.regularizers.balances.base import Balance
 from lqkd.regularizers.balances.fixed import FixedBalance
-from lqkd.regularizers.balances.gradients import LearnableRatioBalance, OutputGradientBalance
-from lqkd.regularizers.balances.gradnorm import OutputGradNorm
+from lqkd.regularizers.balances.gradients import GradientBalance, LearnableRatioBalance, OutputGradientBalance
+from lqkd.regularizers.balances.gradnorm import GradNorm, OutputGradNorm
 from lqkd.regularizers.balances.random_weights import RandomBalance
 from lqkd.regularizers.balances.scheduled import ScheduledBalance
 from lqkd.regularizers.balances.uncertainty import BoundedUncertaintyBalance, ImpartialBalance, UncertaintyBalance
@@ -16,6 +16,8 @@ __all__ = [
     "BoundedUncertaintyBalance",
     "DynamicWeightAverage",
     "FixedBalance",
+    "GradNorm",
+    "GradientBalance",
     "ImpartialBalance",
     "LearnableRatioBalance",
     "OutputGradNorm",

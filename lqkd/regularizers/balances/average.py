@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
 from lqkd.regularizers.reduction import mean_over_processes
 
 
@@ -43,7 +43,7 @@ class DynamicWeightAverage(Balance):
         self.register_buffer("means", torch.ones(2, 2))  # of the epochs t - 1 and t - 2
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         if self.training:
             # Of all processes at every batch: a checkpoint within an epoch holds what one of them knows.
             self.sums.add_(mean_over_processes(losses).clamp(max=1e30))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.regularizers.balances.norms import OutputGradients, output_gradients
+from lqkd.regularizers.balances.norms import LossGradients
+from lqkd.regularizers.balances.places import AtLogits, AtWeights
 
 LOSSES = ("task", "distill")
 """The losses that are balanced, in the order of every vector of two in a balance."""
@@ -42,6 +43,7 @@ class Balance(nn.Module, ABC):
     Attributes:
         progress: the part of the training that is done, 0 to 1, for a balance that depends on it, to be set before
             each step; None for others.
+        place: where it measures the gradients of both losses; None for a balance that does not.
 
     Raises:
         UsageError: when bounds, share or parts are out of range.
@@ -49,8 +51,6 @@ class Balance(nn.Module, ABC):
 
     learning_rate_factor: ClassVar[float] = 1.0
     """Multiplies the regularizer optimizer's learning rate for the parameters of this balance."""
-    needs_output: ClassVar[bool] = False
-    """Whether it measures gradients at the student's logits."""
 
     def __init__(
         self,
@@ -77,15 +77,20 @@ class Balance(nn.Module, ABC):
         self.teacher_share = teacher_share
         self.hold, self.release = float(hold), float(release)
         self.progress: float | None = None if teacher_share is None else 0.0
+        self.place: AtLogits | AtWeights | None = None
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether it measures gradients at the student's logits."""
+        return isinstance(self.place, AtLogits)
 
     @abstractmethod
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
         """What this balance wants: the weights (2,), detached, and the term that it learns from, 0-dim, if it learns.
 
         Args:
             losses: (2,) in the order of :data:`LOSSES`, of this process, detached.
-            gradients: of both losses at the student's logits, of all processes; only in training and where it
-                :attr:`needs_output`.
+            gradients: of both losses at its :attr:`place`, of all processes; only in training and where it has one.
         """
 
     def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,14 +101,14 @@ class Balance(nn.Module, ABC):
             output: the student's logits (B, C) with their graph, for a balance that :attr:`needs_output`.
 
         Raises:
-            UsageError: when the logits are needed and missing, or a loss does not depend on them.
+            UsageError: when the logits are needed and missing, or a loss does not depend on what a balance measures at.
         """
         if self.needs_output and output is None:
             raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
         losses = {name: losses[name] for name in LOSSES}
         gradients = None
-        if output is not None and self.needs_output and self.training and torch.is_grad_enabled():
-            gradients = output_gradients(losses, output)
+        if self.place is not None and self.training and torch.is_grad_enabled():
+            gradients = self.place.measure(losses, output)
         values = torch.stack([*losses.values()])
         wanted, term = self.propose(values.detach(), gradients)
         weights = self._bounded(self._led(self._bounded(wanted)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
 
 
 class FixedBalance(Balance):
@@ -34,7 +34,7 @@ class FixedBalance(Balance):
             raise UsageError("balance task=0 and distill=0 leave nothing to train on: one must be greater than 0")
         self.register_buffer("constants", torch.tensor([float(task), float(distill)]), persistent=False)
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         return self.constants, None
 
 

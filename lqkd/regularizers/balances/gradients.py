@@ -1,8 +1,9 @@
-"""Weights that give both losses a gradient of the same size at the student's logits."""
+"""Weights that give the gradients of both losses a ratio, at the student's logits or in shared weights."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -10,10 +11,81 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
+from lqkd.regularizers.balances.places import AtLogits, AtWeights
 
 
-class OutputGradientBalance(Balance):
+class _RatioBalance(Balance):
+    """``w_distill * G_distill = ratio * w_task * G_task``, with G a geometric running mean over the steps."""
+
+    log_norms: Tensor
+    steps: Tensor
+
+    def __init__(self, place: AtLogits | AtWeights, ratio: float, momentum: float, **limits: Any) -> None:
+        super().__init__(**limits)
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise UsageError(f"balance ratio={ratio!r} is not possible: it must be a finite number greater than 0")
+        if not 0 <= momentum < 1:
+            raise UsageError(f"balance momentum={momentum!r} is not possible: it must be >= 0 and < 1")
+        self.place = place
+        self.ratio, self.momentum = float(ratio), float(momentum)
+        self.register_buffer("log_norms", torch.zeros(2))  # running means that start at 0, corrected where used
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
+        if gradients is not None:
+            self.log_norms.lerp_(gradients.norms.log(), 1 - self.momentum)
+            self.steps.add_(1)
+        seen = 1 - self.momentum ** self.steps.clamp_min(1)
+        task, distill = (self.log_norms / seen).unbind()
+        return self._weights(task - distill), None
+
+    @abstractmethod
+    def _weights(self, quotient: Tensor) -> Tensor:
+        """Both weights, (2,), from ``log(G_task / G_distill)``, 0-dim."""
+
+
+class GradientBalance(_RatioBalance):
+    """Gradients of a ratio in shared weights: ``w_distill * G_distill = ratio * w_task * G_task``.
+
+    G is the norm of a loss's gradient in the weights of a layer that both losses reach
+    (:func:`~lqkd.regularizers.balances.norms.weight_gradients`), as a geometric running mean over the steps, which no
+    single batch can dominate. Both norms add up to the task's, ``w_task * G_task + w_distill * G_distill = G_task``, so
+    that the student's learning rate means what it means for the task alone: ``w_task = 1 / (1 + ratio)``, and
+    ``w_distill`` is whatever size of the distillation loss asks for. The form is our own, not a published one.
+
+    Each batch costs two more backward passes, from each loss to the layer. With features at the three stages of a
+    W2A2 ResNet-20 on a CPU, whose layer lies at the end of the first stage, a step took 1.41 times as long.
+
+    Args:
+        shared: name of the module of the student in whose weights gradients are measured, those of its quantizers left
+            out; null for the last layer with weights that the logits and all tensors that are compared depend on: for
+            features the last one before the shallowest tap, for logits the last of all.
+        ratio: gradient of the distillation loss relative to that of the task loss, > 0.
+        momentum: of the running mean, >= 0 and < 1: it looks back on about ``1 / (1 - momentum)`` batches.
+        maximum: upper bound of each weight, > ``minimum``: that of a distillation loss that vanishes.
+        **limits: ``minimum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+
+    Raises:
+        UsageError: when ratio or momentum is out of range, or both losses do not reach the module.
+    """
+
+    def __init__(
+        self,
+        shared: str | None = None,
+        ratio: float = 1.0,
+        momentum: float = 0.99,
+        maximum: float = 1e5,
+        **limits: Any,
+    ) -> None:
+        super().__init__(AtWeights(shared), ratio, momentum, maximum=maximum, **limits)
+
+    def _weights(self, quotient: Tensor) -> Tensor:
+        share = self.ratio / (1 + self.ratio)
+        return torch.stack([torch.full_like(quotient, 1 - share), share * quotient.exp()])
+
+
+class OutputGradientBalance(_RatioBalance):
     """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 1.
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
@@ -32,28 +104,12 @@ class OutputGradientBalance(Balance):
         UsageError: when ratio or momentum is out of range, or a loss does not depend on the logits.
     """
 
-    needs_output = True
-    log_norms: Tensor
-    steps: Tensor
-
     def __init__(self, ratio: float = 1.0, momentum: float = 0.99, **limits: Any) -> None:
-        super().__init__(**limits)
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise UsageError(f"balance ratio={ratio!r} is not possible: it must be a finite number greater than 0")
-        if not 0 <= momentum < 1:
-            raise UsageError(f"balance momentum={momentum!r} is not possible: it must be >= 0 and < 1")
-        self.ratio, self.momentum = float(ratio), float(momentum)
-        self.register_buffer("log_norms", torch.zeros(2))  # running means that start at 0, corrected where used
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        super().__init__(AtLogits(), ratio, momentum, **limits)
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
-        if gradients is not None:
-            self.log_norms.lerp_(gradients.norms.log(), 1 - self.momentum)
-            self.steps.add_(1)
-        seen = 1 - self.momentum ** self.steps.clamp_min(1)
-        task, distill = (self.log_norms / seen).unbind()
-        share = (self._log_ratio() + task - distill).sigmoid()
-        return torch.stack([1 - share, share]), None
+    def _weights(self, quotient: Tensor) -> Tensor:
+        share = (self._log_ratio() + quotient).sigmoid()
+        return torch.stack([1 - share, share])
 
     def _log_ratio(self) -> Tensor | float:
         """The target, detached."""
@@ -95,7 +151,7 @@ class LearnableRatioBalance(OutputGradientBalance):
         self.span = float(span)
         self.rho = nn.Parameter(torch.tensor(math.log(ratio)))
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor | None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
         start, reach = math.log(self.ratio), math.log(self.span)
         self.rho.data.copy_(self._log_ratio())
         weights, _ = super().propose(losses, gradients)

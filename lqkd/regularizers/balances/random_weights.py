@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
 
 
 class RandomBalance(Balance):
@@ -39,7 +39,7 @@ class RandomBalance(Balance):
         self._steps: int | None = None  # the same number, known without asking the device
         self.register_load_state_dict_post_hook(_forget_steps)
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         if self._steps is None:
             self._steps = int(self.steps)
         # A text is hashed as a whole: neighbouring seeds and steps have nothing in common.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
 from lqkd.regularizers.balances.fixed import check_weights
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
 
 
 class ScheduledBalance(Balance):
@@ -65,7 +65,7 @@ class ScheduledBalance(Balance):
         self.register_buffer("first", torch.tensor([float(task), float(start)]), persistent=False)
         self.register_buffer("last", torch.tensor([float(task), float(end)]), persistent=False)
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, None]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         assert self.progress is not None
         if self.progress >= self.finish:
             return self.last, None

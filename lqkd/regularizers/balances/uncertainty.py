@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import OutputGradients
+from lqkd.regularizers.balances.norms import LossGradients
 from lqkd.regularizers.reduction import mean_over_processes
 
 _LARGEST_WEIGHTED_LOSS = 10.0  # that a scalar learns from
@@ -51,7 +51,7 @@ class _ScalarBalance(Balance):
     def penalty(self, scalars: Tensor) -> Tensor:
         """What keeps each weight from vanishing, in the shape of the scalars."""
 
-    def propose(self, losses: Tensor, gradients: OutputGradients | None) -> tuple[Tensor, Tensor]:
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor]:
         self.scalars.data.clamp_(*self._range)
         weights = (self.at_zero + self.slope * self.scalars).exp()
         constant = weights.detach()

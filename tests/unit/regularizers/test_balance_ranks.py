@@ -16,6 +16,8 @@ from lqkd.regularizers import (
     BoundedUncertaintyBalance,
     DynamicWeightAverage,
     FixedBalance,
+    GradientBalance,
+    GradNorm,
     ImpartialBalance,
     LearnableRatioBalance,
     OutputGradientBalance,
@@ -24,6 +26,7 @@ from lqkd.regularizers import (
     ScheduledBalance,
     UncertaintyBalance,
 )
+from lqkd.regularizers.balances.places import AtWeights
 
 STEPS, BATCH = 9, 8
 
@@ -33,6 +36,8 @@ def balances() -> dict[str, Balance]:
         BoundedUncertaintyBalance,
         DynamicWeightAverage,
         FixedBalance,
+        GradNorm,
+        GradientBalance,
         ImpartialBalance,
         LearnableRatioBalance,
         OutputGradNorm,
@@ -51,11 +56,14 @@ class _Distillation(nn.Module):
 
     def __init__(self, balance: Balance) -> None:
         super().__init__()
-        self.student = nn.Linear(6, 4)
+        self.student = nn.Sequential(nn.Linear(6, 4))
         with torch.no_grad():
-            self.student.weight.copy_(torch.linspace(-1, 1, 24).view(4, 6))
-            self.student.bias.zero_()
+            self.student[0].weight.copy_(torch.linspace(-1, 1, 24).view(4, 6))
+            self.student[0].bias.zero_()
         self.balance = balance
+        if isinstance(balance.place, AtWeights):
+            balance.place.bind(self.student)
+            balance.place.layer = "0"
 
     def forward(self, images: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         output = self.student(images)
