@@ -78,7 +78,7 @@ def diverged(module: LightningModule, losses: Mapping[str, Tensor], network: nn.
         DivergenceError: always.
     """
     trainer = module.trainer
-    (total, loss), *parts = ((name, float(value)) for name, value in losses.items())
+    (total, loss), *parts = ((name, float(value.detach())) for name, value in losses.items())
     sentence = f"training diverged at step {trainer.global_step} (epoch {trainer.current_epoch}): {total} is {loss}"
     if all(value.isfinite() for value in losses.values()):
         sentence = sentence.replace(f"{total} is {loss}", f"{total} is not finite on another process")
