@@ -119,7 +119,7 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,
             "balance": self._balance if distills else None,
-            "warnings": [text for c in callbacks for text in getattr(c, "warnings", [])],
+            "warnings": [text for source in (module, *callbacks) for text in getattr(source, "warnings", [])],
         }
         return values
 

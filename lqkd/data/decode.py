@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -31,9 +32,11 @@ def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB") -
     Raises:
         UsageError: when it is damaged, cut short, no image, or has 32-bit pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
+        if isinstance(file, str) and not os.path.getsize(file):
+            raise UsageError(f"{name} cannot be read as an image: the file is empty.")
         with Image.open(file) as image:
             image.load()
             if image.mode in _TOO_DEEP:
@@ -44,6 +47,8 @@ def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB") -
             pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     except UsageError:
         raise
+    except UnidentifiedImageError as error:  # whose text is the path once more
+        raise UsageError(f"{name} cannot be read as an image: it is of no known kind.") from error
     except Exception as error:  # a damaged file can make a decoder raise almost anything
         raise UsageError(f"{name} cannot be read as an image: {first_line(error)}.") from error
     return pixels if mode == "RGB" else pixels[:, :, None]

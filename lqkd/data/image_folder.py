@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -23,6 +24,7 @@ from lqkd.waiting import waiting
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
+_MOST_NAMED = 10  # damaged images
 _MOST_CHECKED = 5000  # images that are decoded before the training, which takes seconds
 
 
@@ -79,8 +81,14 @@ class ImageFolder(DecodingDataModule):
             return
         images = ImageFiles(paths, self.image_size)
         with ThreadPool(os.cpu_count()) as pool:  # decoders release the GIL
-            for _ in waiting(pool.imap(images.read, range(len(paths)), chunksize=16), "checking images", len(paths)):
-                pass
+            checked = pool.imap(partial(_damage, images), range(len(paths)), chunksize=16)
+            damaged = [text for text in waiting(checked, "checking images", len(paths)) if text is not None]
+        if damaged:
+            more = f"; and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
+            raise UsageError(
+                f"{len(damaged)} of {len(paths)} images are damaged, remove or replace them: "
+                f"{'; '.join(text.rstrip('.') for text in damaged[:_MOST_NAMED])}{more}."
+            )
 
     def load(self) -> ImageSet:
         """List all images; none is opened."""
@@ -148,7 +156,10 @@ class ImageFolder(DecodingDataModule):
 
     def _list(self) -> dict[str, dict[str, list[str]]]:
         if not self.root.is_dir():
-            raise UsageError(f"root={self.root} does not exist: give a folder with one folder of images per class.")
+            raise UsageError(
+                f"root={self.root} does not exist{_looked_for(self.root)}: give a folder with one folder of images per"
+                " class, for a run that was moved as --data.init_args.root FOLDER."
+            )
         if not has_folders(self.root / "train"):
             return {"all": list_class_folders(self.root)}
         given = {path.name: path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name[0] != "."}
@@ -171,3 +182,17 @@ class ImageFolder(DecodingDataModule):
         for name, classes in parts.items():
             check_same_classes(folders["train"], list(parts["train"]), folders[name], list(classes))
         return parts
+
+
+def _damage(images: ImageFiles, index: int) -> str | None:
+    """What keeps an image from being read; None when nothing does."""
+    try:
+        images.read(index)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _looked_for(root: Path) -> str:
+    """Where a relative path was looked for."""
+    return "" if root.is_absolute() else f" in {Path.cwd()}"

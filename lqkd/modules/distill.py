@@ -79,6 +79,7 @@ class DistillModule(ImageClassifier):
     Attributes:
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
+        warnings: what was noticed before the first step, for ``summary.json``.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them.
@@ -177,6 +178,7 @@ class DistillModule(ImageClassifier):
         self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
+        self.warnings: list[str] = []
         self._total_steps: int | None = None
         self._followers: list[Any] = []
         self._accumulated_samples = 0

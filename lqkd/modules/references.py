@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
@@ -49,28 +49,29 @@ def measure(
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     validation = (data.val_dataloader(), trainer.limit_val_batches)
-    _check_teacher(module, _of_teacher(module, "validation", validation, of_teacher))
+    _check_teacher(module, *_of_teacher(module, "validation", validation, of_teacher))
     has_test = is_overridden("test_dataloader", data, LightningDataModule)
     split = (data.test_dataloader(), trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
     name = "test" if has_test else "validation"
-    measured["teacher_accuracy"] = _of_teacher(module, name, split, of_teacher)
+    measured["teacher_accuracy"], _ = _of_teacher(module, name, split, of_teacher)
     if known["student_float_accuracy"] is None:
         with float_mode(module.student):
-            measured["student_float_accuracy"] = accuracy(module, module.student, *split)
-        measured["student_initial_quantized_accuracy"] = accuracy(module, module.student, *split)
+            measured["student_float_accuracy"], _ = accuracy(module, module.student, *split)
+        measured["student_initial_quantized_accuracy"], _ = accuracy(module, module.student, *split)
     return measured
 
 
 def _of_teacher(
     module: DistillModule, split: str, batches: tuple[Any, float], known: dict[str, float | None]
-) -> float | None:
-    """The teacher's accuracy, asked for only when it is not known for as many batches of the split."""
+) -> tuple[float | None, float | None]:
+    """As :func:`accuracy` of the teacher, asked only when it is not known for as many batches of the split."""
     loader, limit = batches
     name = f"{split}, {evaluated(module, limit)}"
-    if name not in known:
-        known[name] = accuracy(module, module.teacher, loader, limit)
-    return known[name]
+    largest = f"largest class of {name}"
+    if name not in known or largest not in known:
+        known[name], known[largest] = accuracy(module, module.teacher, loader, limit)
+    return known[name], known[largest]
 
 
 def evaluated(module: DistillModule, limit: float) -> str:
@@ -86,8 +87,9 @@ def evaluated(module: DistillModule, limit: float) -> str:
     return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
-def _check_teacher(module: DistillModule, measured: float | None) -> None:
-    if measured is None or getattr(module.trainer, "fast_dev_run", False):
+def _check_teacher(module: DistillModule, measured: float | None, largest_class: float | None) -> None:
+    module.warnings = []
+    if measured is None or largest_class is None or getattr(module.trainer, "fast_dev_run", False):
         return
     classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
@@ -97,6 +99,12 @@ def _check_teacher(module: DistillModule, measured: float | None) -> None:
             f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
             f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
         )
+    if minimum is None and measured <= largest_class:  # of few images, or of uneven classes
+        module.warnings.append(
+            f"the teacher is right on {measured:.1%} of the validation images, no more than always naming the largest "
+            f"class is ({largest_class:.1%}): check its weights, normalisation (mean, std) and class order"
+        )
+        rank_zero_warn(module.warnings[-1])
 
 
 def lowest_accuracy(classes: int) -> float:
@@ -110,19 +118,20 @@ def lowest_accuracy(classes: int) -> float:
 
 
 @torch.no_grad()
-def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: float) -> float | None:
-    """Top-1 accuracy of ``network``, all ranks together.
+def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
+    """Top-1 accuracy of ``network``, and what always naming the largest class would reach, all ranks together.
 
     Args:
         module: the module, attached to a Trainer.
         network: from images to logits.
         loader: yields batches (images, labels, ...).
-        limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None.
+        limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice.
     """
     batches = limit if isinstance(limit, int) else int(len(loader) * limit)
     if batches == 0:
-        return None
+        return None, None
     trainer = module.trainer
+    of_classes: Tensor | None = None  # images of each class
     metric = MeanMetric().to(module.device)
     with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
         taken = islice(loader, batches)
@@ -130,5 +139,12 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
             taken = waiting(taken, "measuring before the first step", batches)  # type: ignore[assignment]
         for batch in taken:
             images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
-            metric.update((network(images).argmax(dim=1) == labels).float())
-    return float(metric.compute())
+            logits = network(images)
+            metric.update((logits.argmax(dim=1) == labels).float())
+            counts = torch.zeros(logits.shape[1], device=module.device).index_add_(
+                0, labels, torch.ones_like(labels, dtype=torch.float32)
+            )
+            of_classes = counts if of_classes is None else of_classes + counts
+    of_classes = trainer.strategy.reduce(of_classes, reduce_op="sum")
+    assert of_classes is not None, "there was a batch"
+    return float(metric.compute()), float(of_classes.max() / of_classes.sum())

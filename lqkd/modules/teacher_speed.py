@@ -51,9 +51,9 @@ def _bf16(module: DistillModule, teacher: FrozenTeacher, untouched: Collection[s
         rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
         return False
     teacher.accelerate(bf16=False, untouched=untouched)
-    before = accuracy(module, teacher, data.val_dataloader(), limit)
+    before, _ = accuracy(module, teacher, data.val_dataloader(), limit)
     teacher.accelerate(bf16=True, untouched=untouched)
-    after = accuracy(module, teacher, data.val_dataloader(), limit)
+    after, _ = accuracy(module, teacher, data.val_dataloader(), limit)
     if before is None or after is None:
         return False
     moved = abs(after - before)

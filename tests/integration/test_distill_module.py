@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lqkd.callbacks import RunSummary
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import Constant, Cosine, DistillModule, TorchSchedule
@@ -322,6 +323,45 @@ def test_a_teacher_no_better_than_chance_is_refused(make_trainer: MakeTrainer) -
         UsageError, match=r"the teacher is right on .* less than teacher.minimum_accuracy=0.15: check its weights"
     ):
         make_trainer().fit(module, datamodule=digits(2))
+
+
+class Uneven(LightningDataModule):
+    """Five validation images of two classes: 0 1 0 1 0."""
+
+    class_names = ("cat", "dog")
+
+    def train_dataloader(self) -> DataLoader:
+        torch.manual_seed(0)
+        return DataLoader(TensorDataset(torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 0, 1, 0])), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
+class Naming(nn.Module):
+    """Names always class 0, or the class of every image of :class:`Uneven` by its first pixel."""
+
+    def __init__(self, knows: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pixels = torch.rand(5, 1, 8, 8)[1::2, 0, 0, 0] if knows else torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dog = torch.isin(x[:, 0, 0, 0], self.pixels).float()
+        return torch.stack([1 - dog, dog], dim=1)
+
+
+@pytest.mark.parametrize(("knows", "minimum", "warns"), [(False, None, True), (True, None, False), (False, 0.0, False)])
+def test_a_teacher_no_better_than_the_largest_class_is_told_in_the_summary(
+    make_trainer: MakeTrainer, knows: bool, minimum: float | None, warns: bool
+) -> None:
+    summary = RunSummary()
+    module = distiller(teacher=FrozenTeacher(Naming(knows), minimum_accuracy=minimum), student=network(classes=2))
+    make_trainer(callbacks=[summary]).fit(module, datamodule=Uneven())
+    sentences = [
+        "the teacher is right on 60.0% of the validation images, no more than always naming the largest class is "
+        "(60.0%): check its weights, normalisation (mean, std) and class order"
+    ]
+    assert summary.values["warnings"] == (sentences if warns else [])
 
 
 @pytest.mark.parametrize("part", ["teacher", "student"])

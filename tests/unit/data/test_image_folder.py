@@ -176,7 +176,26 @@ def test_a_batch_is_uint8_and_channels_last(two_classes: Path) -> None:
 def test_a_damaged_image_of_a_small_set_is_named_before_the_training(two_classes: Path) -> None:
     path = two_classes / "dog" / "7.png"
     os.truncate(path, 100)
-    assert refusal(two_classes).startswith(f"{path} cannot be read as an image")
+    told = f"1 of 30 images are damaged, remove or replace them: {path} cannot be read as an image"
+    assert refusal(two_classes).startswith(told)
+
+
+def test_up_to_ten_damaged_images_are_named_at_once(two_classes: Path) -> None:
+    for number in range(12):
+        os.truncate(two_classes / "dog" / f"{number}.png", 0)
+    message = refusal(two_classes)
+    assert message.startswith("12 of 30 images are damaged, remove or replace them: ")
+    assert message.count("the file is empty") == 10
+    assert message.endswith("; and 2 more.")
+
+
+def test_a_relative_root_that_does_not_exist_is_told_with_the_folder_it_was_looked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refusal(Path("shapes"))
+    assert message.startswith(f"root=shapes does not exist in {tmp_path}: give a folder with one folder of images")
+    assert "--data.init_args.root" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
