@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from lqkd.callbacks.regularizer_moments import EpochWeights
 from lqkd.callbacks.regularizer_statistics import EpochStatistic
@@ -97,6 +97,7 @@ def classes(statistics: Mapping[str, History]) -> Figure:
     """Mean weight by true label and, for maps over classes, by class of the map."""
     shown = [name for name in ("label", "output") if name in statistics]
     figure, panels = _canvas("Weights by class", len(shown))
+    figure.set_layout_engine("constrained")  # labels of two panels, as long as their numbers are
     for axes, name in zip(panels, shown, strict=True):
         for epoch, color in _chosen(statistics[name]):
             x, values = _filled(epoch, "value")
@@ -104,6 +105,7 @@ def classes(statistics: Mapping[str, History]) -> Figure:
         _fixed(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel={"label": "true label", "output": "class of the map"}[name], ylabel="mean weight", yscale="log")
+        _plain_ticks(axes)
     panels[0].legend(fontsize="small")
     return figure
 
@@ -184,6 +186,17 @@ def _canvas(title: str, panels: int) -> tuple[Figure, list[Any]]:
 
 def _fixed(axes: Any) -> None:
     axes.axhline(1, color="black", linewidth=0.6, label="fixed distillation")
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Numbers without powers along a logarithmic y-axis, with as many digits as tell them apart."""
+    low, high = axes.get_ylim()
+    narrow = high < 10 * low
+    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    plain = ScalarFormatter(useOffset=False)
+    plain.set_scientific(False)
+    axes.yaxis.set_major_formatter(plain if narrow else StrMethodFormatter("{x:g}"))
 
 
 def _over_epochs(axes: Any, label: str) -> None:

@@ -214,3 +214,23 @@ def test_values_that_cannot_be_drawn_stop_no_picture() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert {name for name, figure in pictures([], statistics) if pixels(figure).size} == NAMES - {"weights"}
+
+
+@pytest.mark.parametrize("spread", [1e-4, 0.01, 0.5, 30.0])
+def test_the_ticks_of_classes_differ_and_its_labels_lie_within_the_picture(spread: float) -> None:
+    columns = {"value": [1.0, 1.0 + spread, 1.0 + spread / 2], "count": [4, 4, 4]}
+    statistic = EpochStatistic(0, [0, 1, 2], columns)
+    figure = dict(pictures([], {"label": [statistic], "output": [statistic]}))["classes"]
+    height, width, _ = pixels(figure).shape
+    boxes = []
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        shown = [t for t in axes.yaxis.get_ticklabels() if low <= t.get_position()[1] <= high]
+        texts = [t.get_text() for t in shown]
+        assert len(texts) == len(set(texts)) >= 2
+        assert not any("$" in text for text in texts)
+        boxes.append(axes.get_tightbbox())
+    assert boxes[0].x0 >= 0
+    assert boxes[1].x1 <= width
+    assert boxes[0].x1 <= boxes[1].x0
+    assert all(box.y0 >= 0 and box.y1 <= height for box in boxes)
