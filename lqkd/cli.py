@@ -66,6 +66,8 @@ _ABOUT = {
     "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
 }
 """What the help of Lightning's verbs says."""
+_DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
+"""Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -92,6 +94,11 @@ class LqkdCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(parser, OneLineParser):
+            parser.verb = args[0]  # whose help an error points to
+        super().parse_arguments(parser, args)
 
     # ---- before anything is built
 
@@ -434,6 +441,8 @@ def _run(given: list[str]) -> int:
         if not given:
             print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
             return 0
+    if not any(text.startswith(_DESCRIBE) for text in given[1:]):
+        raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
     LqkdCLI(
         resumption=resumption,
         subclass_mode_model=True,
