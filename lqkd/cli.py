@@ -189,6 +189,9 @@ class LqkdCLI(LightningCLI):
         writes = self.subcommand == "fit" and not config.fast_dev_run
         if writes:
             loggers = self._open_run_folder(loggers)
+        if config.log_every_n_steps is None:
+            callbacks.append(_LogEveryEpoch())
+            warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
         callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
         try:
             return super().instantiate_trainer(
@@ -274,6 +277,13 @@ class LqkdCLI(LightningCLI):
         checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
         folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
         _write_predictions(folder / "predictions.csv", [torch.as_tensor(batch) for batch in batches], names)
+
+
+class _LogEveryEpoch(Callback):
+    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.log_every_n_steps = max(1, int(min(trainer.log_every_n_steps, trainer.num_training_batches)))
 
 
 class _KeepRun(Callback):
