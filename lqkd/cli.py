@@ -383,6 +383,8 @@ def _print_summary(folder: Path) -> None:
             table.add_row(name, f"{summary[key]:.2%}", shown_size)
     console = Console()
     console.print(table)
+    if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
+        console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
     if summary["regularizer"]:
         console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True)
     console.print(f"run folder: {folder}", soft_wrap=True)
