@@ -453,7 +453,7 @@ def _run(given: list[str]) -> int:
         if not given:
             print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
             return 0
-    if not any(text.startswith(_DESCRIBE) for text in given[1:]):
+    if not any(text.startswith(_DESCRIBE) or text.endswith(".help") for text in given[1:]):
         raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
     LqkdCLI(
         resumption=resumption,
