@@ -283,7 +283,8 @@ class _LogEveryEpoch(Callback):
     """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        trainer.log_every_n_steps = max(1, int(min(trainer.log_every_n_steps, trainer.num_training_batches)))
+        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]
 
 
 class _KeepRun(Callback):
@@ -453,7 +454,7 @@ def _run(given: list[str]) -> int:
         if not given:
             print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
             return 0
-    if not any(text.startswith(_DESCRIBE) or text.endswith(".help") for text in given[1:]):
+    if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given[1:]):
         raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
     LqkdCLI(
         resumption=resumption,
