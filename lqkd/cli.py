@@ -66,6 +66,8 @@ _ABOUT = {
     "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
 }
 """What the help of Lightning's verbs says."""
+_DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
+"""Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -92,6 +94,11 @@ class LqkdCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(parser, OneLineParser):
+            parser.verb = args[0]  # whose help an error points to
+        super().parse_arguments(parser, args)
 
     # ---- before anything is built
 
@@ -182,6 +189,9 @@ class LqkdCLI(LightningCLI):
         writes = self.subcommand == "fit" and not config.fast_dev_run
         if writes:
             loggers = self._open_run_folder(loggers)
+        if config.log_every_n_steps is None:
+            callbacks.append(_LogEveryEpoch())
+            warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
         callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
         try:
             return super().instantiate_trainer(
@@ -267,6 +277,14 @@ class LqkdCLI(LightningCLI):
         checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
         folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
         _write_predictions(folder / "predictions.csv", [torch.as_tensor(batch) for batch in batches], names)
+
+
+class _LogEveryEpoch(Callback):
+    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]
 
 
 class _KeepRun(Callback):
@@ -366,6 +384,8 @@ def _print_summary(folder: Path) -> None:
             table.add_row(name, f"{summary[key]:.2%}", shown_size)
     console = Console()
     console.print(table)
+    if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
+        console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
     if summary["regularizer"]:
         console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True)
     console.print(f"run folder: {folder}", soft_wrap=True)
@@ -434,6 +454,8 @@ def _run(given: list[str]) -> int:
         if not given:
             print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
             return 0
+    if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given[1:]):
+        raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
     LqkdCLI(
         resumption=resumption,
         subclass_mode_model=True,

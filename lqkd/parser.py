@@ -37,13 +37,17 @@ class OneLineParser(LightningArgumentParser):
     Every argument is given by its full name.
     """
 
+    verb: str | None = None
+    """Whose arguments are parsed, where it is known."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"lqkd: error: {condense(message, self)} (see python -m lqkd --help)", file=sys.stderr)
+        verb = self.verb or (self.prog.split()[-1] if " " in self.prog else "VERB")
+        print(f"lqkd: error: {condense(message, self)} (see python -m lqkd {verb} --help)", file=sys.stderr)
         sys.exit(2)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:

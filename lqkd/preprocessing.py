@@ -58,7 +58,11 @@ class Preprocessing:
             UsageError: when the file is missing, a folder or no image.
         """
         if not Path(path).is_file():
-            raise UsageError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: give image files")
+            folder = Path(path).is_dir()
+            raise UsageError(
+                f"{path} {'is a folder' if folder else 'does not exist'}: give image files"
+                f"{f', e.g. {Path(path)}/*' if folder else ''}"
+            )
         mode: Literal["RGB", "L"] = "RGB" if self.channels == 3 else "L"
         pixels = self.resized(decode(str(path), str(path), mode))
         values = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)

@@ -20,7 +20,7 @@ from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError, first_line
 from lqkd.files import write_json
 from lqkd.parser import VerbParser
-from lqkd.run_folder import CHECKPOINTS, CONFIG
+from lqkd.run_folder import CHECKPOINTS, CONFIG, run_within
 
 STARTS = "starts.json"
 _HELP = (
@@ -68,7 +68,9 @@ def find(folder: Path) -> Resumption:
             resuming needs.
     """
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}")
+        raise UsageError(
+            f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
+        )
     path = folder / CHECKPOINTS / LAST
     if not path.is_file():
         return Resumption(folder, None)

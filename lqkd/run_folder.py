@@ -72,6 +72,12 @@ def restarted(settings: RunSettings) -> Path | None:
     return folder if (folder / CONFIG).is_file() else None
 
 
+def run_within(folder: Path) -> str:
+    """``: did you mean ...?`` with the newest run in ``folder``, which is none itself; nothing when it holds none."""
+    configs = sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+    return f": did you mean {configs[-1].parent}?" if configs else ""
+
+
 def lock(folder: Path, patience: float = 10.0) -> int:
     """Keep other processes from training into ``folder`` until this one ends, in whatever way.
 

@@ -22,6 +22,7 @@ from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.parser import OneLineParser
 from lqkd.quantization import quantizers
+from lqkd.run_folder import run_within
 
 
 class RunReader(LqkdCLI):
@@ -117,7 +118,7 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
         return RunReader(path), None
     config, checkpoint = path / CONFIG, path / CHECKPOINTS / BEST
     if not config.is_file():
-        raise UsageError(f"{str(run)!r} is neither a run folder (with {CONFIG}) nor a config file")
+        raise UsageError(f"{str(run)!r} is neither a run folder (with {CONFIG}) nor a config file{run_within(path)}")
     if not checkpoint.is_file():
         raise UsageError(
             f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}: give {str(config)!r} to take the weights that it "

@@ -114,14 +114,14 @@ class RegularizerMonitor(Callback):
         self._moments = Moments(state_dict.get("moments_by_tap", ()))
         self._sums = dict(state_dict.get("sums", {}))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any] | None:
         """Last epoch's moments, contribution, optimum and share with verdict and sentence.
 
-        A value is None when it is not finite or not known; all are when there was no regularizer.
+        A value is None when it is not finite or not known. None when there was no regularizer.
         """
         names = ("mean", "spread", "minimum", "maximum", "effective", "contribution", "optimum", "share")
         if not self.history:
-            return dict.fromkeys((*names, "verdict", "sentence"))
+            return None
         values = {name: getattr(self.history[-1], name) for name in names}
         judged = verdict(self.history)
         finite = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}

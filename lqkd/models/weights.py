@@ -34,12 +34,16 @@ def load_weights(network: nn.Module, source: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in state if key in own and state[key].shape != own[key].shape]
-    for problem, keys in (("lacks", missing), ("has no place for", unexpected), ("has another shape for", shapes)):
+    for problem, keys in (
+        ("they lack", missing),
+        ("it has no place for", unexpected),
+        ("they have another shape for", shapes),
+    ):
         if keys:
-            subject = f"weights {source!r}" if problem != "has no place for" else type(network).__name__
+            kind, more = type(network).__name__, f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UsageError(
-                f"weights={source!r} are of another network than {type(network).__name__}: "
-                f"{subject} {problem} {keys[0]!r}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+                f"weights={source!r} are of another network than {kind}: {problem} {keys[0]!r}{more}; its "
+                "arguments (depth, width, num_classes) must be those of the run that wrote the file"
             )
     network.load_state_dict(state, strict=False)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 
-from lqkd.cli import main
+from lqkd.cli import _print_summary, main
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -385,6 +386,30 @@ def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path:
 def test_a_resumed_run_cannot_change_its_optimizer(capsys: pytest.CaptureFixture, tmp_path: Path, run: Path) -> None:
     arguments = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.student_optimizer", "torch.optim.Adam"]
     assert "the checkpoint holds its state" in mistake(capsys, *arguments, tmp_path=tmp_path)
+
+
+# ---- a run without a regularizer, whose epochs are shorter than the Trainer's interval of logging
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arguments = ["--model.regularizer=null", "--trainer.log_every_n_steps", "null"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*logging interval")
+        return fit(tmp_path_factory.mktemp("plain"), *arguments)
+
+
+def test_without_a_regularizer_the_summary_has_none_and_the_screen_says_so(
+    capsys: pytest.CaptureFixture, plain: Path
+) -> None:
+    assert summary_of(plain)["regularizer"] is None
+    _print_summary(plain)
+    assert capsys.readouterr().out.count("no regularizer: every element of the distillation loss has the same") == 1
+
+
+def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Path) -> None:
+    with open(plain / "metrics.csv", newline="") as stream:
+        assert [row["train/loss"] for row in csv.DictReader(stream) if row["train/loss"]]
 
 
 # ---- resuming, of which tests/integration/test_resume.py has more

@@ -124,10 +124,37 @@ def test_an_unknown_setting_suggests_the_nearest(
     assert f": did you mean {meant}?" in line
 
 
-def test_a_setting_like_none_suggests_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_like_none_suggests_nothing_but_the_help_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", QUICKSTART, "--model.init_args.qqqqq", "3"])
-    assert "did you mean" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "did you mean" not in err
+    assert "(see python -m lqkd fit --help)" in err
+
+
+@pytest.mark.parametrize("arguments", [["fit"], ["test", "--trainer.accelerator", "cpu"]])
+def test_a_verb_without_a_config_is_told_to_give_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert f"{arguments[0]} needs a configuration: give --config FILE.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["resume"], ["export"], ["predict"]])
+def test_the_folder_of_an_experiment_suggests_the_run_in_it(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "student" / "version_0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert main([*command, str(run.parent), *(["x.png"] if command == ["predict"] else [])]) == 2
+    assert f": did you mean {run}?" in capsys.readouterr().err
+
+
+def test_prediction_by_a_run_that_was_stopped_tells_how_to_finish_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert main(["predict", str(tmp_path), "x.png"]) == 2
+    assert f"has not ended: finish it first with python -m lqkd resume {tmp_path}" in capsys.readouterr().err
 
 
 def test_an_unknown_verb_or_option_of_a_verb_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=rf"{name}.*{said}") as caught:
             RGB.read(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match=r"is a folder: give image files, e.g. .*/\*"):
         RGB.read(tmp_path)
 
 
