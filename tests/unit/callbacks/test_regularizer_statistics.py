@@ -398,7 +398,7 @@ def test_a_measured_batch_waits_for_no_result(guard: str) -> None:
     module = Dummy(WEIGHTS, DIVERGENCE, regularizer=_regularizer(guard=guard))
     outputs = {"weights": WEIGHTS(0, 0), "divergence": DIVERGENCE(0, 0)} | _more(0, 0)
     monitor = RegularizerMonitor(every_n_steps=1)
-    monitor.on_train_start(None, module)  # type: ignore[arg-type]
+    monitor.on_train_start(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), module)
     with Operations():
         monitor.on_train_batch_start(None, module, None, 0)  # type: ignore[arg-type]
         monitor.on_train_batch_end(None, module, outputs, None, 0)  # type: ignore[arg-type]
