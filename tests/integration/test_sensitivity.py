@@ -214,7 +214,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left_once_it_takes_a_while(
 ) -> None:
     parent, child = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("lqkd.sensitivity._PATIENCE", patience)
+    monkeypatch.setattr("lqkd.waiting._PATIENCE", patience)
     with monkeypatch.context() as context, os.fdopen(child, "w") as terminal:
         context.setattr(sys, "stderr", terminal)
         rank(run, tmp_path, "--bits", "4")
@@ -238,9 +238,8 @@ def _read(descriptor: int) -> str:
 
 
 def test_help_names_it(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "'sensitivity RUN' ranks the layers" in " ".join(capsys.readouterr().out.split())
+    main(["--help"])
+    assert "sensitivity rank the layers" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
         main(["sensitivity", "--help"])
     assert "Test data are not used" in " ".join(capsys.readouterr().out.split())
