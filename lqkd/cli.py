@@ -82,15 +82,33 @@ class LqkdCLI(LightningCLI):
     in a checkpoint.
 
     Args:
+        args: the verb and what follows it.
         resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
             started once more finds it itself.
+        seed: the default of ``seed_everything``; False seeds nothing.
+        parser_kwargs: arguments of the parser; what each verb's help says by default.
     """
 
     run_folder: Path | None = None
 
-    def __init__(self, *args: Any, resumption: Resumption | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        resumption: Resumption | None = None,
+        seed: int | bool = 0,
+        parser_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         self.resumption = resumption
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=seed,
+            parser_class=OneLineParser,
+            parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
+            args=args,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
@@ -456,17 +474,7 @@ def _run(given: list[str]) -> int:
             return 0
     if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given[1:]):
         raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
-    LqkdCLI(
-        resumption=resumption,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        parser_class=OneLineParser,
-        parser_kwargs=_ABOUT,
-        args=given,
-    )
+    LqkdCLI(given, resumption)
     return 0
 
 

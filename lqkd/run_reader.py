@@ -20,7 +20,6 @@ from lqkd.cli import CHECKPOINTS, CONFIG, LqkdCLI, forget_weights
 from lqkd.errors import UsageError, first_line
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
-from lqkd.parser import OneLineParser
 from lqkd.quantization import quantizers
 from lqkd.run_folder import run_within
 
@@ -45,15 +44,7 @@ class RunReader(LqkdCLI):
         # The run's loggers and callbacks have no part in reading it.
         plain = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
         with _silence():
-            super().__init__(
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                parser_class=OneLineParser,
-                args=["validate", "--config", str(config), *plain],
-            )
+            super().__init__(["validate", "--config", str(config), *plain])
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError
 from lqkd.cli import LqkdCLI
 from lqkd.errors import UsageError
 from lqkd.files import write_text
-from lqkd.parser import OneLineParser, condense
+from lqkd.parser import condense
 from lqkd.resume import differences
 from lqkd.study.overrides import merge, nested
 
@@ -24,16 +24,8 @@ class _Check(LqkdCLI):
     """Parses what ``fit`` would and goes no further."""
 
     def __init__(self, config: Path) -> None:
-        super().__init__(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=False,  # the process that starts runs draws no random numbers
-            parser_class=OneLineParser,
-            parser_kwargs={"exit_on_error": False},
-            args=["fit", "--config", str(config)],
-        )
+        # The process that starts runs draws no random numbers.
+        super().__init__(["fit", "--config", str(config)], seed=False, parser_kwargs={"exit_on_error": False})
 
     def again(self, config: Path) -> None:
         """Parse another file; to make the parser takes longer than to use it."""

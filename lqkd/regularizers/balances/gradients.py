@@ -54,8 +54,7 @@ class GradientBalance(_RatioBalance):
     that the student's learning rate means what it means for the task alone: ``w_task = 1 / (1 + ratio)``, and
     ``w_distill`` is whatever size of the distillation loss asks for. The form is our own, not a published one.
 
-    Each batch costs two more backward passes, from each loss to the layer. With features at the three stages of a
-    W2A2 ResNet-20 on a CPU, whose layer lies at the end of the first stage, a step took 1.41 times as long.
+    Each batch costs two more backward passes, from each loss to the layer.
 
     Args:
         shared: name of the module of the student in whose weights gradients are measured, those of its quantizers left
