@@ -57,6 +57,7 @@ class Switches(Callback):
             student(batch[0])  # fits what waits for a batch
             self.measured[f"train_loss_at_switch_{bits}"] = F.cross_entropy(student(batch[0]), batch[1]).item()
         with in_stage(trainer, RunningStage.TRAINING):
+            assert trainer.train_dataloader is not None, "there was a batch"
             batches = islice(trainer.train_dataloader, 10)
             reestimate_batchnorm(student, (trainer.strategy.batch_to_device(b, dataloader_idx=0)[0] for b in batches))
         self.measured[f"val_acc_after_{bits}"] = self._accuracy(trainer, student)
@@ -65,7 +66,7 @@ class Switches(Callback):
         self.accuracies.append(trainer.callback_metrics["val/acc"].item())
 
     @torch.no_grad()
-    def _accuracy(self, trainer: Trainer, student: torch.nn.Module) -> float:
+    def _accuracy(self, trainer: Any, student: torch.nn.Module) -> float:
         student.eval()
         right = total = 0
         with in_stage(trainer, RunningStage.VALIDATING):

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.regularizer_study import Material, accuracy, material
-from lqkd.files import atomic_path
+from benchmarks.regularizer_study import Material, accuracy, key, material, write_rows
 from lqkd.losses import HintonKL
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
 
@@ -44,7 +42,7 @@ def train(shared: Material, seed: int, bits: str, bounded: bool) -> dict[str, An
     highest = {name: torch.full_like(p, -torch.inf) for name, p in starts.items()}
     for images, labels in shared.batches:
         logits = network(images)
-        divergence = distillation.reduce(distillation(shared.answers[images.data_ptr()], logits))
+        divergence = distillation.reduce(distillation(shared.answers[key(images)], logits))
         loss = 0.7 * F.cross_entropy(logits, labels) + 0.3 * divergence
         optimizer.zero_grad()
         loss.backward()
@@ -80,10 +78,7 @@ def main() -> None:
         for bounded in (False, True):
             rows.append(train(shared, seed, options.bits, bounded))
             print(rows[-1], flush=True)
-            with atomic_path(options.csv) as temporary, open(temporary, "w", newline="") as stream:
-                writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,15 @@ class ATenLearnable(EagerLSQ):
 def with_quantizers(kind: type[EagerLSQ], name: str, images: Tensor) -> nn.Module:
     """The network of lqkd with each of its quantizers replaced by another implementation of the same grid."""
     model = lqkd_network(name, images)
-    for path, ours in quantizers(model).items():
+    for path, quantizer in quantizers(model).items():
+        ours: Any = quantizer
         parent, _, attribute = path.rpartition(".")
-        elements = model.get_submodule(parent).weight.numel() // (ours.channels or 1)
-        theirs = kind(ours.step().detach().clone(), *ours.code_range(), elements)
+        layer: Any = model.get_submodule(parent)
+        elements = layer.weight.numel() // (ours.channels or 1)
+        low, high = ours.code_range()
+        theirs = kind(ours.step().detach().clone(), low, high, elements)
         # An attribute with a Quantizer's annotation takes any module that maps tensors to tensors.
-        setattr(model.get_submodule(parent), attribute, theirs)
+        setattr(layer, attribute, theirs)
     return model
 
 
@@ -154,13 +157,13 @@ def measure(name: str, rounds: int, batch: int) -> dict[str, Any]:
 
         steps[label] = step
     first = {label: seconds(step) for label, step in steps.items()}  # lqkd's compiles its kernels
-    for step in steps.values():
-        step()
+    for run in steps.values():
+        run()
     memory = {label: round(peak_memory(step) / 2**20, 1) for label, step in steps.items()}
     times: dict[str, list[float]] = {label: [] for label in steps}
     for _ in range(rounds):
-        for label, step in steps.items():
-            times[label].append(seconds(step))
+        for label, run in steps.items():
+            times[label].append(seconds(run))
     medians = {label: statistics.median(values) for label, values in times.items()}
     return {
         "network": name,

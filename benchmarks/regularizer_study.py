@@ -213,7 +213,8 @@ def run(arguments: dict[str, Any], shared: Material, seed: int, bits: str, rate:
         enable_model_summary=False,
     )
     started = time.perf_counter()
-    trainer.fit(module, train_dataloaders=DataLoader(shared.batches, batch_size=None))
+    batches: Any = shared.batches  # a sequence is a Dataset
+    trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
     seconds = time.perf_counter() - started
     reestimate_batchnorm(module.student, [x for x, _ in shared.batches[-20:]])
     weights: Tensor | None = None
@@ -227,6 +228,13 @@ def run(arguments: dict[str, Any], shared: Material, seed: int, bits: str, rate:
         "weight_spread": "" if weights is None else round(float(weights.std()), 4),
         "seconds": round(seconds, 1),
     }
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    with atomic_path(file) as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -254,10 +262,7 @@ def main() -> None:
             row = {"variant": name, "seed": seed, "bits": options.bits, "steps": len(shared.batches)}
             rows.append(row | run(VARIANTS[name](), shared, seed, options.bits, options.rate))
             print(rows[-1], flush=True)
-            with atomic_path(options.csv) as temporary, open(temporary, "w", newline="") as stream:
-                writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":
