@@ -240,21 +240,30 @@ def test_wandb_goes_on_under_the_same_id(lqkd: Forks, place: Path) -> None:
 # ---- killed
 
 
-def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, place: Path, whole: Path) -> None:
-    """At random moments of a step, of starting, and between writing a file and giving it its name."""
+def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, place: Path) -> None:
+    """At random moments of a step, of starting, and between writing a file and giving it its name.
+
+    No kill lets more than about two steps pass, on a machine of any speed, and the training has more than twice as
+    many steps as there are kills.
+    """
+    longer = ("--trainer.max_epochs", str(KILLS * 5 // 12))  # of 6 steps
+    assert lqkd.run(*fit(place, "whole of killed", *longer)) == 0, lqkd.log.read_text()
+    whole = place / "run" / "whole of killed"
+    step_seconds = json.loads((whole / "summary.json").read_text())["train_seconds"] / (KILLS * 5 // 12 * 6)
+
     generator = random.Random(int(os.environ.get("LQKD_SEED", "0")))
     run, kills, progress = place / "run" / "killed", 0, set()
-    command = fit(place, "killed")
+    command = fit(place, "killed", *longer)
     while kills < KILLS:
         before, meanwhile = "", lambda pid: None
         kind = generator.choice(["step", "step", "start", "rename"])
+        saved = after_saving(run)
         if kind == "step":
-            saved = after_saving(run)
-            pause = generator.uniform(0, 0.08)
+            pause = generator.uniform(0, step_seconds)
             meanwhile = lambda pid, s=saved, p=pause: send(pid, signal.SIGKILL, lambda: s() and not time.sleep(p))  # type: ignore[misc] # noqa: E731
         elif kind == "start":
             until = time.monotonic() + generator.uniform(0.0, 1.5)
-            meanwhile = lambda pid, t=until: send(pid, signal.SIGKILL, lambda: time.monotonic() > t)  # type: ignore[misc] # noqa: E731
+            meanwhile = lambda pid, s=saved, t=until: send(pid, signal.SIGKILL, lambda: s() or time.monotonic() > t)  # type: ignore[misc] # noqa: E731
         else:
             before = DIES_AT_A_RENAME.format(generator.randint(1, 8))
         status = lqkd.run(*command, before=before, meanwhile=meanwhile)
@@ -263,8 +272,11 @@ def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, pla
             break
         kills += 1
         progress.add(steps_done(run))
-        command = ["resume", str(run)] if (run / "config.yaml").exists() else fit(place, f"killed-{kills}")
-        run = run if (run / "config.yaml").exists() else place / "run" / f"killed-{kills}"
+        if (run / "config.yaml").exists():
+            command = ["resume", str(run)]
+        else:
+            run = place / "run" / f"killed-{kills}"
+            command = fit(place, run.name, *longer)
     assert kills == KILLS, f"the training ended after {kills} kills: make it longer"
     assert len(progress) > 5
     assert resume(lqkd, run) == 0, lqkd.log.read_text()
