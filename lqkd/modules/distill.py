@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -22,15 +20,15 @@ from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
 from lqkd.models import load_weights
-from lqkd.modules.base import ImageClassifier, example_input
+from lqkd.modules.base import example_input
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
-from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
+from lqkd.modules.optimizers import regularizer_groups, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
+from lqkd.modules.shared_backward import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names
-from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
@@ -63,7 +61,7 @@ class Losses:
     """Each of the module's penalties, 0-dim."""
 
 
-class DistillModule(ImageClassifier):
+class DistillModule(SharedBackward):
     """Frozen teacher, quantised student and learnable regularizer, trained by two optimizers in one backward pass.
 
     Each step minimises ``balance(task, distill)`` over the student and, in the same backward pass, the regularizer's
@@ -128,10 +126,10 @@ class DistillModule(ImageClassifier):
         channels_last: bool = False,
         teacher_cache: TeacherCache | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_clip_val, accumulate_grad_batches)
         save_plain_hyperparameters(self)
-        self.automatic_optimization = False
-        _check_ranges(label_smoothing, gradient_clip_val, accumulate_grad_batches)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
         if student_weights is not None:
             load_weights(student, student_weights)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
@@ -172,17 +170,12 @@ class DistillModule(ImageClassifier):
         self.student_schedule = student_schedule or Cosine()
         self.regularizer_schedule = regularizer_schedule or Constant()
         self.label_smoothing = label_smoothing
-        self.gradient_clip_val = gradient_clip_val
-        self.accumulate_grad_batches = accumulate_grad_batches
         self.teacher_cache = teacher_cache
         self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
-        self._total_steps: int | None = None
         self._followers: list[Any] = []
-        self._accumulated_samples = 0
-        self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as configured
         self._resumed = False
         self._watch = LossWatch()
 
@@ -259,8 +252,8 @@ class DistillModule(ImageClassifier):
 
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
-        steps = self._total_steps = total_steps(self.trainer, self.accumulate_grad_batches)
-        self._settings.clear()
+        steps = self.count_steps()
+        self.optimizer_settings.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
         for make, schedule, groups in (
@@ -281,18 +274,8 @@ class DistillModule(ImageClassifier):
                 group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
             schedulers.append(schedule.configure(optimizer, steps))
-            self._settings.append(settings_of(optimizer))
+            self.optimizer_settings.append(settings_of(optimizer))
         return optimizers, schedulers
-
-    def progress(self, of: str) -> float:
-        """The part of the training's steps that is done, 0 to 1, for ``of``, which needs to know it.
-
-        Raises:
-            UsageError: when the training has no end.
-        """
-        if self._total_steps is None:
-            raise UsageError(f"{of} needs to know the end of training: set trainer.max_epochs or max_steps")
-        return min(1.0, self.global_step / max(1, self._total_steps))
 
     def _tell_progress(self) -> None:
         """Tell everything that follows the training how much of it is done: quantizers, players, balances."""
@@ -346,10 +329,7 @@ class DistillModule(ImageClassifier):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._resumed:
-            for optimizer, config, settings in zip(
-                self._optimizers(use_pl_optimizer=False), self.trainer.lr_scheduler_configs, self._settings, strict=True
-            ):
-                restore_settings(optimizer, config.scheduler, settings)
+            self.restore_optimizer_settings()
         self.student.train()  # a network that was handed over in eval mode would keep it
         self.distillation.train()
         self.balance.train()
@@ -445,12 +425,12 @@ class DistillModule(ImageClassifier):
         losses = self.losses(images, labels, getattr(batch, "targets", None), indices)
         self._watch.ask(losses.loss)
         gradients = self._gradients(losses) if self.watch_gradients else None
-        last_of_group = self._backward(losses.loss, len(labels), batch_idx)
+        last_of_group = self.backward_of_batch(losses.loss, len(labels), batch_idx)
         if not self._watch.finite():
             parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
             diverged(self, {"the loss": losses.loss, **parts}, self.student, images)
         if last_of_group:
-            self._step_players()
+            self.step_optimizers()
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
@@ -485,51 +465,9 @@ class DistillModule(ImageClassifier):
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
-    def _backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
-        """Accumulate the gradient of one batch and say whether it is the last of a group."""
-        last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
-        strategy = self.trainer.strategy
-        waits = not last_of_group and isinstance(strategy, ParallelStrategy)
-        with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
-            self.manual_backward(loss * samples if self.accumulate_grad_batches > 1 else loss)
-        self._accumulated_samples += samples
-        return last_of_group
-
-    def _step_players(self) -> None:
-        """Step both players with the gradient of a group of batches."""
-        accumulates = self.accumulate_grad_batches > 1
-        # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
-        summed = torch.tensor(float(self._accumulated_samples), device=self.device)
-        samples_per_rank = self.trainer.strategy.reduce(summed, reduce_op="mean") if accumulates else summed
-        counted = self._optimizers(use_pl_optimizer=True)[0]
-        plain = self._optimizers(use_pl_optimizer=False)
-        for optimizer in plain:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if accumulates:
-                torch._foreach_div_([p.grad for p in parameters], samples_per_rank)
-            if self.gradient_clip_val is not None:
-                nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
-        counted.step()  # Lightning counts this one: global_step is the number of student steps
-        for optimizer in plain[1:]:
-            optimizer.step()
-        for optimizer in plain:
-            optimizer.zero_grad(set_to_none=True)
-        self._accumulated_samples = 0
-        self._step_schedulers("step")
-
-    def _optimizers(self, use_pl_optimizer: bool) -> list[Any]:
-        optimizers = self.optimizers(use_pl_optimizer=use_pl_optimizer)
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def _step_schedulers(self, interval: str) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            if config.interval == interval:
-                config.scheduler.step()  # type: ignore[call-arg]  # Schedule refuses ReduceLROnPlateau
-
     def on_train_epoch_end(self) -> None:
         self.balance.on_epoch_end()
-        self._step_schedulers("epoch")
+        self.step_schedules("epoch")
 
     # ---- state
 
@@ -556,12 +494,3 @@ class DistillModule(ImageClassifier):
         if checkpoint.get("distillation_shapes") is not None:
             self.distillation.connect(*checkpoint["distillation_shapes"])
         self._resumed = True
-
-
-def _check_ranges(label_smoothing: float, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
-    if gradient_clip_val is not None and not gradient_clip_val > 0:
-        raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
-    if accumulate_grad_batches < 1:
-        raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")

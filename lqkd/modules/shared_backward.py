@@ -1,0 +1,112 @@
+"""Several optimizers, one backward pass: the steps of both players under manual optimization."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.optimizers import restore_settings
+from lqkd.modules.steps import total_steps
+
+
+class SharedBackward(ImageClassifier):
+    """What manual optimization must do itself when several optimizers share one backward pass.
+
+    Accumulation, clipping, the steps of all optimizers and of their schedules, how much of the training is done, and
+    the settings of optimizers that a resumed run was given anew. Lightning counts the first optimizer's steps alone.
+
+    Args:
+        gradient_clip_val: largest gradient norm of each optimizer's parameters; None for no clipping.
+        accumulate_grad_batches: batches whose gradients are averaged for one step, >= 1.
+
+    Raises:
+        UsageError: when one of them is out of range.
+    """
+
+    def __init__(self, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+        super().__init__()
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
+        if accumulate_grad_batches < 1:
+            raise UsageError(f"accumulate_grad_batches={accumulate_grad_batches!r} is not possible: it must be >= 1")
+        self.automatic_optimization = False
+        self.gradient_clip_val = gradient_clip_val
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.optimizer_settings: list[list[dict[str, Any]]] = []
+        """Of each optimizer's groups, as configured."""
+        self._total_steps: int | None = None
+        self._accumulated_samples = 0
+
+    def count_steps(self) -> int | None:
+        """Steps of the whole training, None when it has no end; :meth:`progress` tells parts of it from then on."""
+        self._total_steps = total_steps(self.trainer, self.accumulate_grad_batches)
+        return self._total_steps
+
+    def progress(self, of: str) -> float:
+        """The part of the training's steps that is done, 0 to 1, for ``of``, which needs to know it.
+
+        Raises:
+            UsageError: when the training has no end.
+        """
+        if self._total_steps is None:
+            raise UsageError(f"{of} needs to know the end of training: set trainer.max_epochs or max_steps")
+        return min(1.0, self.global_step / max(1, self._total_steps))
+
+    def backward_of_batch(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
+        """Accumulate the gradient of one batch and say whether it is the last of a group."""
+        last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
+        strategy = self.trainer.strategy
+        waits = not last_of_group and isinstance(strategy, ParallelStrategy)
+        with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
+            self.manual_backward(loss * samples if self.accumulate_grad_batches > 1 else loss)
+        self._accumulated_samples += samples
+        return last_of_group
+
+    def step_optimizers(self) -> None:
+        """Step every optimizer and its schedule with the gradient of a group of batches."""
+        accumulates = self.accumulate_grad_batches > 1
+        # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
+        summed = torch.tensor(float(self._accumulated_samples), device=self.device)
+        samples_per_rank = self.trainer.strategy.reduce(summed, reduce_op="mean") if accumulates else summed
+        counted = self._optimizers(use_pl_optimizer=True)[0]
+        plain = self._optimizers(use_pl_optimizer=False)
+        for optimizer in plain:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if accumulates:
+                torch._foreach_div_([p.grad for p in parameters], samples_per_rank)
+            if self.gradient_clip_val is not None:
+                nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        counted.step()  # Lightning counts this one: global_step is the number of student steps
+        for optimizer in plain[1:]:
+            optimizer.step()
+        for optimizer in plain:
+            optimizer.zero_grad(set_to_none=True)
+        self._accumulated_samples = 0
+        self.step_schedules("step")
+
+    def restore_optimizer_settings(self) -> None:
+        """Give optimizers that a checkpoint has restored the configuration's settings again."""
+        for optimizer, config, settings in zip(
+            self._optimizers(use_pl_optimizer=False),
+            self.trainer.lr_scheduler_configs,
+            self.optimizer_settings,
+            strict=True,
+        ):
+            restore_settings(optimizer, config.scheduler, settings)
+
+    def _optimizers(self, use_pl_optimizer: bool) -> list[Any]:
+        optimizers = self.optimizers(use_pl_optimizer=use_pl_optimizer)
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def step_schedules(self, interval: str) -> None:
+        """Step the schedules that count in ``step`` or in ``epoch``."""
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval:
+                config.scheduler.step()  # type: ignore[call-arg]  # Schedule refuses ReduceLROnPlateau
