@@ -8,13 +8,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from lqkd.errors import UsageError
 
 CONFIG = "config.yaml"
 LAYERS = "layers.txt"
 CHECKPOINTS = "checkpoints"
+BEST = "best.ckpt"
+LAST = "last.ckpt"
+METRICS = "metrics.csv"
+SUMMARY = "summary.json"
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices."""
@@ -49,6 +51,8 @@ def claim(settings: RunSettings) -> Path:
         value = getattr(settings, key)
         if value is not None and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
             raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # not by those who only look for a folder
+
     rank = getattr(rank_zero_only, "rank", 0)
     parent = Path(settings.root) / settings.name
     if rank > 0 and _ENVIRONMENT in os.environ:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,6 @@ from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
 from lqkd.origin import fingerprint, outdated_exports
-from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
 from lqkd.waiting import waiting
@@ -36,37 +35,15 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = VerbParser(
-        prog="python -m lqkd export",
-        description="Export the student of a run from its best checkpoint, verify the file against PyTorch on the test "
-        "split and write a model card beside it.",
-    )
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--format",
-        default="portable",
-        help="portable: 8-bit codes for integer kernels; packed4, packed2: weights stored in 4 or 2 bits; qonnx: for "
-        "FPGA tools; torch: a torch.export program (default: %(default)s)",
-    )
-    parser.add_argument("--output", help="file to write (default: student.onnx in the run folder, or as the format)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    parser.add_argument(
-        "--latency",
-        action="store_true",
-        help="also time the file against float32 ONNX and PyTorch on this CPU, one thread each, which takes seconds",
-    )
-    return parser.parse_args(args)
-
-
-def main(args: Sequence[str]) -> int:
+def main(given: argparse.Namespace) -> int:
     """Run the command and return its exit status: 0, or 1 when the file does not compute what the student computes.
+
+    Args:
+        given: as :func:`lqkd.arguments.export` reads it.
 
     Raises:
         UsageError: after a user's mistake.
-        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
-    given = _arguments(args)
     check_format(given.format)
     if given.latency and given.format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")

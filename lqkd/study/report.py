@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import importlib.util
 import sys
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 
 from lqkd.errors import UsageError
 from lqkd.files import write_text
-from lqkd.parser import VerbParser
 from lqkd.run_folder import CONFIG
 from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
@@ -64,20 +64,16 @@ class Material:
     configs: dict[str, str]
 
 
-def main(args: Sequence[str]) -> None:
+def main(given: argparse.Namespace) -> None:
     """Run the command.
+
+    Args:
+        given: as :func:`lqkd.arguments.report` reads it.
 
     Raises:
         UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.
-        SystemExit: after a mistake about the arguments, told in one line (status 2), and after ``--help``.
     """
-    parser = VerbParser(
-        prog="python -m lqkd report",
-        description="Write report.html, one page that needs no network, report.md, table.csv and runs.csv into the "
-        "folder of a run or a study.",
-    )
-    parser.add_argument("folder", type=Path, help="run folder, or folder of a study, finished or not")
-    folder: Path = parser.parse_args(args).folder
+    folder: Path = given.folder
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
     material = gather(folder)

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from lqkd.arguments import VerbParser
 from lqkd.errors import UsageError, first_line
-from lqkd.parser import VerbParser
 from lqkd.study.overrides import merge, nested
 
 STUDY = "study.yaml"

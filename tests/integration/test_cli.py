@@ -20,7 +20,8 @@ import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 
-from lqkd.cli import _print_summary, main
+from lqkd.cli import main
+from lqkd.lightning_cli import _print_summary
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
