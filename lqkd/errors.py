@@ -25,13 +25,14 @@ class FullDiskError(Exception):
 
 
 class Stopped(SystemExit):
-    """A training that stopped because a signal asked it to; ``message`` says how to go on.
+    """A training that stopped because a signal, ``number``, asked it to; ``message`` says how to go on.
 
     The exit status is the shell's for that signal: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(128 + number)
+        self.number = number
         self.message = message
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import importlib.util
 import json
 import shutil
 import signal
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
+from lqkd.callbacks.predictions import Predictions
 from lqkd.callbacks.run_summary import best_checkpoint
 from lqkd.callbacks.stopping import StopOnSignal, how_to_resume
+from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
-from lqkd.files import atomic_path, write_text
+from lqkd.files import write_text
 from lqkd.models.weights import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
@@ -40,6 +40,7 @@ from lqkd.run_folder import (
     CHECKPOINTS,
     CONFIG,
     LAYERS,
+    SPLIT,
     SUMMARY,
     RunSettings,
     claim,
@@ -246,6 +247,8 @@ class LqkdCLI(LightningCLI):
                 saved = "what was saved before is whole; make room, then"
                 raise FullDiskError(f"{error.strerror}{place}: {saved} {how_to_resume(self.run_folder)}") from error
             raise
+        except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training
+            raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from interrupt
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
                 raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {how_to_resume(self.run_folder)}") from stop
@@ -257,7 +260,7 @@ class LqkdCLI(LightningCLI):
         """Remove a run folder in which nothing has happened yet."""
         if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
             return
-        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, STARTS}:
+        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, SPLIT, STARTS}:
             shutil.rmtree(self.run_folder)
 
     def _default_callbacks(self, config: Any) -> list[Callback]:
@@ -288,12 +291,13 @@ class LqkdCLI(LightningCLI):
 
     def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Predict and write ``predictions.csv`` into the run folder of the checkpoint."""
-        batches = self.trainer.predict(model, datamodule=datamodule, **kwargs)
-        assert batches is not None
-        names = getattr(datamodule, "class_names", ())
+        predictions = Predictions()
+        self.trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+        self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
         checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
         folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
-        _write_predictions(folder / "predictions.csv", [torch.as_tensor(batch) for batch in batches], names)
+        files = datamodule.test_files() if isinstance(datamodule, DecodingDataModule) else ()
+        predictions.write(folder / "predictions.csv", getattr(datamodule, "class_names", ()), files)
 
 
 class _LogEveryEpoch(Callback):
@@ -305,7 +309,7 @@ class _LogEveryEpoch(Callback):
 
 
 class _KeepRun(Callback):
-    """Makes checkpoints atomic and keeps the run's configuration and list of layers beside them."""
+    """Makes checkpoints atomic and keeps the run's configuration, list of layers and split of images beside them."""
 
     def __init__(self, config_text: str) -> None:
         self.config_text = config_text
@@ -319,6 +323,9 @@ class _KeepRun(Callback):
         if isinstance(pl_module, DistillModule):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
             print(pl_module.coverage.summary())
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ImageFolder):
+            data.write_split(self._folder(trainer) / SPLIT)
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -367,18 +374,6 @@ def _move_into(logger: Any, folder: Path) -> None:
 
 
 @rank_zero_only
-def _write_predictions(target: Path, batches: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    probabilities = torch.cat(list(batches))
-    confidence, winner = probabilities.max(dim=1)
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("index", "class", "confidence"))
-        for index, (value, label) in enumerate(zip(confidence.tolist(), winner.tolist(), strict=True)):
-            writer.writerow((index, names[label] if names else label, f"{value:.6f}"))
-    print(f"{len(winner)} predictions written to {target}")
-
-
-@rank_zero_only
 def _print_summary(folder: Path) -> None:
     """The table that ends a run: accuracies on the test split, sizes, and where everything is."""
     from rich.console import Console
@@ -399,6 +394,8 @@ def _print_summary(folder: Path) -> None:
     for name, key, shown_size in rows:
         if summary[key] is not None:
             table.add_row(name, f"{summary[key]:.2%}", shown_size)
+        elif key == "student_float_accuracy" and summary["student_initial_quantized_accuracy"] is not None:
+            table.add_row(name, "not trained", shown_size)
     console = Console()
     console.print(table)
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:

@@ -21,7 +21,6 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
-from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
@@ -29,7 +28,7 @@ from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import regularizer_groups, restore_settings, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
-from lqkd.modules.state import check_quantizers, check_state, quantizer_names
+from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
@@ -100,6 +99,8 @@ class DistillModule(ImageClassifier):
         accumulate_grad_batches: batches whose gradients are averaged for one step.
         channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
             by rounding, and a network that views activations as if they were contiguous cannot.
+        replace_head: whether student_weights for another number of classes are accepted: the student's last layer then
+            starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
 
     Raises:
@@ -126,14 +127,14 @@ class DistillModule(ImageClassifier):
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         channels_last: bool = False,
+        replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
         self.automatic_optimization = False
         _check_ranges(label_smoothing, gradient_clip_val, accumulate_grad_batches)
-        if student_weights is not None:
-            load_weights(student, student_weights)
+        start_from(student, student_weights, replace_head)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
         self.student, self.coverage = quantize_model(student, quantization)
         # Weights decide: the first convolution turns images of any format into theirs.
