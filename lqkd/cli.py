@@ -10,13 +10,14 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lqkd import arguments
 from lqkd.errors import DivergenceError, FullDiskError, Stopped, UsageError
 from lqkd.overview import overview, unknown
+from lqkd.waiting import telling
 
 _VERBS = {
     "sensitivity": "lqkd.sensitivity",
@@ -99,17 +100,9 @@ def _check_described(verb: str, given: Sequence[str]) -> None:
             raise UsageError(f"--config {str(path)!r} does not exist: give a YAML file")
 
 
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Tells a person at a terminal, for as long as it takes, why nothing happens yet."""
-    shows = sys.stderr.isatty() and "lightning" not in sys.modules
-    if shows:
-        print("loading PyTorch and Lightning ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def _loading() -> AbstractContextManager[None]:
+    """Tells why nothing happens yet, unless everything is loaded."""
+    return nullcontext() if "lightning" in sys.modules else telling("loading")
 
 
 def _silence_noise() -> None:

@@ -27,7 +27,7 @@ from lqkd.modules import DistillModule
 from lqkd.origin import fingerprint, outdated_exports
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
-from lqkd.waiting import waiting
+from lqkd.waiting import telling, waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -48,13 +48,15 @@ def main(given: argparse.Namespace) -> int:
     if given.latency and given.format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
     output = _output(given)
-    reader, student, checkpoint = read_student(given.run)
-    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
+    with telling("reading the run and calibration images"):
+        reader, student, checkpoint = read_student(given.run)
+        calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
     if not calibration:
         raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
     student = student.cpu().eval()
     images = torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
-    deployed = deploy(student, images, [x.cpu() for x in calibration])
+    with telling("making weights integer and calibrating"):
+        deployed = deploy(student, images, [x.cpu() for x in calibration])
     check_expressible(deployed, given.format)
     about = _about(reader) | {"checkpoint": checkpoint}
     split, test = _test(reader)

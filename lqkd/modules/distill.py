@@ -38,6 +38,7 @@ from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
+from lqkd.waiting import telling
 
 
 @dataclass
@@ -327,7 +328,8 @@ class DistillModule(ImageClassifier):
     def _fit_quantizers(self) -> None:
         """Fit every quantizer to the first batch."""
         images = self._first_images()
-        with self.trainer.precision_plugin.forward_context():
+        waits = telling("fitting quantizers") if self.trainer.is_global_zero else nullcontext()
+        with waits, self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
 
     def teardown(self, stage: str) -> None:

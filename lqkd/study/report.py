@@ -24,6 +24,7 @@ from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
+from lqkd.waiting import telling
 
 HTML = "report.html"
 MARKDOWN = "report.md"
@@ -76,10 +77,11 @@ def main(given: argparse.Namespace) -> None:
     folder: Path = given.folder
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
-    material = gather(folder)
-    write_tables(folder, material.runs, material.summaries)
-    write_text(folder / MARKDOWN, as_markdown(material))
-    write_text(folder / HTML, as_html(material))
+    with telling("reading runs and drawing"):
+        material = gather(folder)
+        write_tables(folder, material.runs, material.summaries)
+        write_text(folder / MARKDOWN, as_markdown(material))
+        write_text(folder / HTML, as_html(material))
     for run in material.runs:
         for sentence in run.outdated:
             print(f"lqkd: warning: {sentence}", file=sys.stderr)
