@@ -40,7 +40,7 @@ class VerbParser(argparse.ArgumentParser):
             prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=width),
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width),
         )
 
     def error(self, message: str) -> NoReturn:
@@ -60,15 +60,14 @@ def export(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--format",
         default="portable",
-        help="portable: 8-bit codes for integer kernels; packed4, packed2: weights stored in 4 or 2 bits; qonnx: for "
-        "FPGA tools; torch: a torch.export program (default: %(default)s)",
+        help="portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs) or torch (default: %(default)s)",
     )
-    parser.add_argument("--output", help="file to write (default: student.onnx in the run folder, or as the format)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: student.onnx in the run folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists (default: false)")
     parser.add_argument(
         "--latency",
         action="store_true",
-        help="also time the file against float32 ONNX and PyTorch on this CPU, one thread each, which takes seconds",
+        help="also time it against float32 ONNX and PyTorch on this CPU, for some seconds (default: false)",
     )
     given = parser.parse_args(args)
     _check_exists(given.run, "the folder of a finished training")
@@ -90,7 +89,9 @@ def predict(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("network", metavar="RUN", help="run folder, or file that export wrote (.onnx or .pt2)")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
     parser.add_argument("--top-k", type=int, default=1, metavar="K", help="classes for each image (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print a JSON list, one entry for each image")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON list, one entry for each image (default: false)"
+    )
     given = parser.parse_args(args)
     _check_exists(given.network, "a run folder, or a file that export wrote")
     return given
@@ -105,7 +106,7 @@ def sensitivity(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "run",
-        help="run folder, whose best checkpoint gives the float weights; or a config file, before any training",
+        help="run folder, whose best checkpoint gives the float weights; or a config, before any training",
     )
     parser.add_argument(
         "--bits",
@@ -114,14 +115,17 @@ def sensitivity(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--budget",
-        help="also find the best bits under a budget and write them as recipe.yaml: size=120kB, size=12%%, bops=2.5G "
-        "or bops=3%%, where %% is of the float network",
+        help="also find bits under size=120kB, size=12%%, bops=2.5G or bops=3%% (of float) (default: none)",
     )
     parser.add_argument(
-        "--batches", type=int, default=16, help="validation batches, spread over the split (default: %(default)s)"
+        "--batches",
+        type=int,
+        default=16,
+        metavar="N",
+        help="validation batches, spread over the split (default: %(default)s)",
     )
-    parser.add_argument("--output", help="folder for what is written (default: the run folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier ranking wrote there")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for what is written (default: the run folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier ranking (default: false)")
     given = parser.parse_args(args)
     _check_exists(given.run, "a run folder or a config file")
     return given
