@@ -47,7 +47,10 @@ def test_the_commands_of_a_head_are_taken(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    named = re.findall(r"--((?:model|data|trainer|run)\.[\w.]+)", head(config))
+    given = {word.removeprefix("--") for words in commands(config) for word in words}
+    told = re.findall(r"--((?:model|data|trainer|run)\.[\w.]+\w)", head(config))
+    weights = [name for name in told if name not in given]  # told in a sentence
+    assert all(name.endswith("weights") for name in weights), "no value is known for others"
     for module, *arguments in commands(config):
         if module != "lqkd":
             assert importlib.util.find_spec(module) is not None, module
@@ -56,9 +59,7 @@ def test_the_commands_of_a_head_are_taken(
         if arguments[0] == "compare":
             read_arguments(arguments[1:])
         elif arguments[0] == "fit":
-            given = {word.removeprefix("--") for word in arguments}
-            assert all(name.endswith("weights") for name in named if name not in given), "their values are not known"
-            more = [word for name in named if name not in given for word in (f"--{name}", "FILE")]
+            more = [word for name in weights for word in (f"--{name}", "FILE")]
             with pytest.raises(SystemExit) as stop:
                 main([*arguments, *more, "--print_config"])
             captured = capsys.readouterr()
