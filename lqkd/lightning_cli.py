@@ -244,8 +244,10 @@ class LqkdCLI(LightningCLI):
             if error.errno in _FULL_DISK and self.run_folder is not None:
                 name = error.filename or error.filename2
                 place = f" while writing {name}" if name else ""
-                saved = "what was saved before is whole; make room, then"
-                raise FullDiskError(f"{error.strerror}{place}: {saved} {how_to_resume(self.run_folder)}") from error
+                raise FullDiskError(
+                    f"{error.strerror}{place}: what was saved before is whole; make room, then "
+                    f"{how_to_resume(self.run_folder)}"
+                ) from error
             raise
         except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training
             raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from interrupt

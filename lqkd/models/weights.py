@@ -44,7 +44,7 @@ def load_weights(network: nn.Module, source: str, replace_head: bool | None = Fa
         layers = " and ".join(sorted({repr(key.rpartition(".")[0]) for key in shapes}))
         told = f"weights={source!r} are for {classes[0]} classes and the network has {classes[1]}"
         if not replace_head:
-            raise UsageError(f"{told}: {_REMEDIES[replace_head].format(layers)}")
+            raise UsageError(told + _REMEDIES[replace_head].format(layers))
         told = f"{told}: its last layer {layers} starts anew"
         state = {key: value for key, value in state.items() if key not in shapes}
         shapes = []
@@ -64,8 +64,8 @@ def load_weights(network: nn.Module, source: str, replace_head: bool | None = Fa
 
 
 _REMEDIES = {
-    False: "give the model replace_head: true to start its last layer {} anew",
-    None: "a teacher must know its classes, so train it first with ClassifierModule, these weights and replace_head: "
+    False: ": give the model replace_head: true to start its last layer {} anew",
+    None: ": a teacher must know its classes, so train it first with ClassifierModule, these weights and replace_head: "
     "true",
 }
 """What to do about a last layer for other classes."""
