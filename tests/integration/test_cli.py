@@ -271,7 +271,7 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         (["--model.init_args.lamda", "1"], "model: Option 'lamda' is not accepted"),
         (["--model.regularizer.hidden", "abc"], "model.regularizer.hidden: Expected a int. Got value: abc"),
         (["--trainer.max_epochs", "abc"], "trainer.max_epochs: Expected a int; got abc"),
-        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "nowhere.yaml"], "does not exist: give a YAML file"),
         (["--trainer.strategy", "foo"], "the Trainer refuses these settings"),
         (["--trainer.precision", "bf16-true"], "trainer.precision='bf16-true' is not possible: use bf16-mixed"),
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
