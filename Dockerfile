@@ -31,6 +31,9 @@ FROM python:${PYTHON}-slim
 RUN useradd --create-home --uid 1000 lqkd && install --directory --owner=1000 --group=1000 /home/lqkd/runs
 COPY --from=build /opt/lqkd /opt/lqkd
 ENV PATH=/opt/lqkd/bin:$PATH
+# As in NVIDIA's own base images, for engines that read these where Docker has --gpus; without a driver they do nothing.
+ENV NVIDIA_VISIBLE_DEVICES=all
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /home/lqkd
 COPY configs configs
 USER 1000

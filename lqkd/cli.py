@@ -1,441 +1,40 @@
-"""The command line ``python -m lqkd``: Lightning's verbs, and those of :data:`_VERBS`."""
+"""The command line ``python -m lqkd``: which verb does what, and how mistakes are told.
+
+What needs no PyTorch is told before it is loaded, which takes seconds.
+"""
 
 from __future__ import annotations
 
-import csv
 import errno
 import importlib
-import importlib.util
-import json
 import logging
-import shutil
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
-from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
-from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
-from lqkd.callbacks.checkpoint import BEST
-from lqkd.callbacks.run_summary import SUMMARY, best_checkpoint
-from lqkd.callbacks.stopping import StopOnSignal, Stopped, how_to_resume
-from lqkd.errors import DivergenceError, UsageError, first_line
-from lqkd.files import atomic_path, write_text
-from lqkd.models.weights import weights_exist
-from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
-from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
-from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd import arguments
+from lqkd.errors import DivergenceError, FullDiskError, Stopped, UsageError
 from lqkd.overview import overview, unknown
-from lqkd.parser import OneLineParser
-from lqkd.resume import STARTS, Resumption, check_place, differences, find, parse, record_start
-from lqkd.run_folder import CHECKPOINTS, CONFIG, LAYERS, RunSettings, claim, lock, remove_partial_files, restarted
+from lqkd.waiting import telling
 
 _VERBS = {
     "sensitivity": "lqkd.sensitivity",
     "compare": "lqkd.study.compare",
     "report": "lqkd.study.report",
     "export": "lqkd.export.command",
+    "predict": "lqkd.predict",
 }
-"""Modules of the verbs that are none of Lightning's; they import this one."""
-_MORE = (
-    "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
-    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config."
-)
-_ABOUT = {
-    "fit": {
-        "description": "Train as a config says, in a new run folder, and test the best checkpoint.",
-        "epilog": _MORE,
-    },
-    "validate": {
-        "description": "Measure the best checkpoint beside a config on its validation split.",
-        "epilog": _MORE,
-    },
-    "test": {"description": "Measure the best checkpoint beside a config on its test split.", "epilog": _MORE},
-    "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
-}
-"""What the help of Lightning's verbs says."""
+"""Modules of the verbs that are none of Lightning's; ``predict`` is one of these where it is given images."""
 _DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
 """Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class LqkdCLI(LightningCLI):
-    """LightningCLI with a folder for every run.
-
-    ``fit`` claims a new run folder, keeps its config, checkpoints, metrics and summary there and ends with a test of
-    the checkpoint that was best on the validation split. The other verbs read a run folder and never write to it,
-    but for ``predict``, which adds ``predictions.csv``. Settings from the command line and the config win over those
-    in a checkpoint.
-
-    Args:
-        args: the verb and what follows it.
-        resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
-            started once more finds it itself.
-        seed: the default of ``seed_everything``; False seeds nothing.
-        parser_kwargs: arguments of the parser; what each verb's help says by default.
-    """
-
-    run_folder: Path | None = None
-
-    def __init__(
-        self,
-        args: list[str],
-        resumption: Resumption | None = None,
-        seed: int | bool = 0,
-        parser_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.resumption = resumption
-        super().__init__(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=seed,
-            parser_class=OneLineParser,
-            parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
-            args=args,
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if isinstance(parser, OneLineParser):
-            parser.verb = args[0]  # whose help an error points to
-        super().parse_arguments(parser, args)
-
-    # ---- before anything is built
-
-    def before_instantiate_classes(self) -> None:
-        trainer = self._get(self.config, "trainer")
-        _check_loggers(trainer.logger)
-        if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
-            check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
-        self.config_text = self._config_text()
-        if self.config[self.subcommand].get("ckpt_path") is not None:
-            self._do_without_files_of_weights(self._get(self.config, "model"))
-
-    def _do_without_files_of_weights(self, model: Any) -> None:
-        """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
-        if self.subcommand != "fit":
-            forget_weights(model)  # the teacher's, too, who is not asked
-            return
-        for key in ("student_weights", "weights"):
-            source = model.init_args.get(key)
-            if isinstance(source, str) and not weights_exist(source):
-                rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
-                model.init_args[key] = None
-
-    def _config_text(self) -> str:
-        """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
-        config = self.config[self.subcommand].clone()
-        config.pop("config", None)
-        config["ckpt_path"] = None
-        return self._parser(self.subcommand).dump(config, skip_none=False)
-
-    def _parse_ckpt_path(self) -> None:
-        """Choose the checkpoint; unlike Lightning's, never take settings from it, only say where they differ."""
-        if not self.config.get("subcommand"):
-            return
-        verb = self.config.subcommand
-        config = self.config[verb]
-        if verb == "fit":
-            self._find_resumption(config)
-        if config.get("ckpt_path") is None and verb != "fit":
-            config["ckpt_path"] = self._best_beside_config(config)
-        path = config.get("ckpt_path")
-        if path is None:
-            return
-        if not Path(path).is_file():
-            raise UsageError(f"ckpt_path={str(path)!r} does not exist: give a .ckpt file of a run folder")
-        try:
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
-        except Exception as error:  # a damaged or foreign file raises many types
-            raise UsageError(
-                f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
-            ) from error
-        if saved is None:
-            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
-        current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
-        current = {"_class_path": current["class_path"], **current.get("init_args", {})}
-        saved.pop("_instantiator", None)
-        for key, line in differences(saved, current):
-            if verb == "fit" and key in SETTINGS_IN_CHECKPOINT:
-                raise UsageError(f"{line}: the checkpoint holds its state, so a resumed run must keep it")
-            rank_zero_info(f"differs from the checkpoint: {line}")
-
-    def _find_resumption(self, config: Any) -> None:
-        if self.resumption is None and (folder := restarted(RunSettings(**config["run"].as_dict()))) is not None:
-            self.resumption = find(folder)
-        if self.resumption is not None:
-            check_place(self.resumption.folder, config["run"])
-            if self.resumption.checkpoint is not None:
-                config["ckpt_path"] = str(self.resumption.checkpoint)
-            rank_zero_info(str(self.resumption))
-
-    def _best_beside_config(self, config: Any) -> str | None:
-        for source in config.get("config") or ():
-            best = Path(str(source)).resolve().parent / CHECKPOINTS / BEST
-            if best.is_file():
-                rank_zero_info(f"using the best checkpoint of the run: {best}")
-                return str(best)
-        raise UsageError("ckpt_path is missing: give one, or a --config that lies in a run folder with checkpoints")
-
-    # ---- building
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        assert self.subcommand is not None
-        config = self._get(self.config_init, "trainer")
-        given = config.logger if isinstance(config.logger, list) else [config.logger]
-        loggers = [logger for logger in given if logger is not None and not isinstance(logger, bool)]
-        callbacks = list(config.callbacks or [])
-        writes = self.subcommand == "fit" and not config.fast_dev_run
-        if writes:
-            loggers = self._open_run_folder(loggers)
-        if config.log_every_n_steps is None:
-            callbacks.append(_LogEveryEpoch())
-            warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
-        callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
-        try:
-            return super().instantiate_trainer(
-                **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
-            )
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
-            self._release()
-            raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
-
-    def _open_run_folder(self, loggers: list[Any]) -> list[Any]:
-        """Claim a new folder, or take that of the run to resume; all loggers, those given writing into it."""
-        new = self.resumption is None
-        folder = claim(self._get(self.config_init, "run")) if self.resumption is None else self.resumption.folder
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        if first:
-            self._lock = lock(folder)
-            remove_partial_files(folder)
-        self.run_folder = folder
-        for logger in loggers:
-            _move_into(logger, folder)
-        record_start(folder, self.resumption, self.config_text, loggers)
-        if first and new:
-            write_text(folder / CONFIG, self.config_text)
-        return [RunLogger(folder, rows=None if self.resumption is None else self.resumption.rows), *loggers]
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "predict" and self.trainer.world_size > 1:
-            raise UsageError(f"trainer.devices={self.trainer.world_size} is not possible for predict: use one device")
-        try:
-            super()._run_subcommand(subcommand)
-        except UsageError:
-            self._release()
-            raise
-        except OSError as error:
-            if error.errno in _FULL_DISK and self.run_folder is not None:
-                raise _FullDiskError(error, self.run_folder) from error
-            raise
-        except SystemExit as stop:
-            if isinstance(stop, SIGTERMException):
-                raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {how_to_resume(self.run_folder)}") from stop
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from stop
-            raise
-
-    def _release(self) -> None:
-        """Remove a run folder in which nothing has happened yet."""
-        if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
-            return
-        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, STARTS}:
-            shutil.rmtree(self.run_folder)
-
-    def _default_callbacks(self, config: Any) -> list[Callback]:
-        callbacks: list[Callback] = [RunSummary()]
-        if isinstance(self.model, DistillModule):
-            callbacks.insert(0, RegularizerMonitor())
-        if config.enable_progress_bar is not False:
-            callbacks.append(ProgressBar())
-        if self.run_folder is not None:
-            callbacks.append(_KeepRun(self.config_text))
-            callbacks.append(StopOnSignal())
-            if config.enable_checkpointing is not False:
-                every = self._get(self.config_init, "run").save_every_n_steps
-                folder = self.run_folder / CHECKPOINTS
-                callbacks.append(BestAndLast(folder, config.limit_val_batches != 0, every))
-        return callbacks
-
-    # ---- after the verbs
-
-    def after_fit(self) -> None:
-        if self.run_folder is None:
-            return
-        if self.datamodule is not None and is_overridden("test_dataloader", self.datamodule, LightningDataModule):
-            checkpoint = best_checkpoint(self.trainer)
-            best = (checkpoint.best_model_path or None) if checkpoint is not None else None
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        _print_summary(self.run_folder)
-
-    def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Predict and write ``predictions.csv`` into the run folder of the checkpoint."""
-        batches = self.trainer.predict(model, datamodule=datamodule, **kwargs)
-        assert batches is not None
-        names = getattr(datamodule, "class_names", ())
-        checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
-        folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
-        _write_predictions(folder / "predictions.csv", [torch.as_tensor(batch) for batch in batches], names)
-
-
-class _LogEveryEpoch(Callback):
-    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
-        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]
-
-
-class _KeepRun(Callback):
-    """Makes checkpoints atomic and keeps the run's configuration and list of layers beside them."""
-
-    def __init__(self, config_text: str) -> None:
-        self.config_text = config_text
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if isinstance(pl_module, DistillModule):
-            write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
-            print(pl_module.coverage.summary())
-
-    @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Settings that a resumed run changes are kept once its state has been restored: they are possible."""
-        write_text(self._folder(trainer) / CONFIG, self.config_text)
-
-    @staticmethod
-    def _folder(trainer: Trainer) -> Path:
-        return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
-
-
-def forget_weights(settings: Any) -> None:
-    """Set to null whatever names a file of weights, in place."""
-    if isinstance(settings, list):
-        for entry in settings:
-            forget_weights(entry)
-    elif isinstance(settings, (Namespace, dict)):
-        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
-            if key in ("weights", "student_weights") and isinstance(value, str):
-                settings[key] = None
-            else:
-                forget_weights(value)
-
-
-def _class_of(config: Any) -> type:
-    module, _, name = config["class_path"].rpartition(".")
-    return getattr(__import__(module, fromlist=[name]), name)
-
-
-def _check_loggers(given: Any) -> None:
-    for logger in given if isinstance(given, list) else [given]:
-        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-        package = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard"}.get(name)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise UsageError(f"trainer.logger={name} needs {package}: pip install 'lqkd[{package}]'")
-
-
-def _move_into(logger: Any, folder: Path) -> None:
-    """Let a logger whose ``save_dir`` is left at "." write into the run folder."""
-    for attribute in ("_save_dir", "_root_dir"):
-        if str(getattr(logger, attribute, "")) == ".":
-            setattr(logger, attribute, str(folder))
-    options = getattr(logger, "_wandb_init", None)
-    if isinstance(options, dict) and str(options.get("dir")) == ".":
-        options["dir"] = str(folder)
-
-
-@rank_zero_only
-def _write_predictions(target: Path, batches: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    probabilities = torch.cat(list(batches))
-    confidence, winner = probabilities.max(dim=1)
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("index", "class", "confidence"))
-        for index, (value, label) in enumerate(zip(confidence.tolist(), winner.tolist(), strict=True)):
-            writer.writerow((index, names[label] if names else label, f"{value:.6f}"))
-    print(f"{len(winner)} predictions written to {target}")
-
-
-@rank_zero_only
-def _print_summary(folder: Path) -> None:
-    """The table that ends a run: accuracies on the test split, sizes, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    table = Table(title=f"{bits}: accuracy on the test split")
-    for column in ("network", "top-1", "size"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
-    rows = [
-        ("teacher", "teacher_accuracy", ""),
-        ("student in float", "student_float_accuracy", float_size),
-        ("student before training", "student_initial_quantized_accuracy", packed_size),
-        ("student" if summary["weight_bits"] else "network", "test_accuracy", packed_size),
-    ]
-    for name, key, shown_size in rows:
-        if summary[key] is not None:
-            table.add_row(name, f"{summary[key]:.2%}", shown_size)
-    console = Console()
-    console.print(table)
-    if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
-        console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
-    if summary["regularizer"]:
-        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True)
-    console.print(f"run folder: {folder}", soft_wrap=True)
-
-
-def _silence_noise() -> None:
-    """Drop messages that are not about the user's run: advertisements, and warnings that lqkd has dealt with."""
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter is intended")
-    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable")  # BestAndLast sees to it
-    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
-    )
-
-
-def _door(given: list[str]) -> Callable[[list[str]], int | None] | None:
-    """What a verb that is none of Lightning's calls; ``predict`` is one of these where it is given images."""
-    if given[:1] == ["predict"]:
-        from lqkd import predict
-
-        return predict.main if predict.is_ours(given[1:]) else None
-    if given and given[0] in _VERBS:
-        main: Callable[[list[str]], int | None] = importlib.import_module(_VERBS[given[0]]).main
-        return main
-    return None
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
-    torch.set_float32_matmul_precision("high")
     _silence_noise()
     try:
         return _run(sys.argv[1:] if args is None else list(args))
@@ -445,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"lqkd: error: {mistake}", file=sys.stderr)
         return 2
-    except (DivergenceError, _FullDiskError) as error:
+    except (DivergenceError, FullDiskError) as error:
         _tell(f"lqkd: error: {error}")
         return 3 if isinstance(error, DivergenceError) else 4
     except Stopped as stop:
@@ -463,35 +62,69 @@ def _run(given: list[str]) -> int:
     problem = unknown(given[0]) if given else "a verb is missing: fit, for instance"
     if problem is not None:
         raise UsageError(f"{problem} (see python -m lqkd --help)")
-    door = _door(given)
-    if door is not None:
-        return door(given[1:]) or 0
-    resumption = None
-    if given[0] == "resume":
-        resumption, given = parse(given[1:])
-        if not given:
-            print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
-            return 0
-    if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given[1:]):
-        raise UsageError(f"{given[0]} needs a configuration: give --config FILE.yaml")
-    LqkdCLI(given, resumption)
+    verb, rest = given[0], given[1:]
+    if verb in _VERBS and (verb != "predict" or arguments.names_images(rest)):
+        read = arguments.read(verb, rest)
+        with _loading():
+            module = importlib.import_module(_VERBS[verb])
+        return module.main(read) or 0
+    if verb == "resume":
+        return _resume(*arguments.resume(rest))
+    _check_described(verb, rest)
+    with _loading():
+        from lqkd.lightning_cli import LqkdCLI
+    LqkdCLI(given)
     return 0
 
 
-@rank_zero_only
+def _resume(folder: Path, settings: list[str]) -> int:
+    with _loading():
+        from lqkd.lightning_cli import LqkdCLI
+        from lqkd.resume import resumed
+    resumption, given = resumed(folder, settings)
+    if given:
+        LqkdCLI(given, resumption)
+    else:
+        print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
+    return 0
+
+
+def _check_described(verb: str, given: Sequence[str]) -> None:
+    """Refuse a command without a configuration, and one whose file is not there."""
+    if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given):
+        raise UsageError(f"{verb} needs a configuration: give --config FILE.yaml")
+    for option, value in zip(given, [*given[1:], ""], strict=True):
+        name, equals, own = option.partition("=")
+        path = Path(own if equals else value)
+        if name in ("--config", "-c") and path.suffix in (".yaml", ".yml") and not path.exists():
+            raise UsageError(f"--config {str(path)!r} does not exist: give a YAML file")
+
+
+def _loading() -> AbstractContextManager[None]:
+    """Tells why nothing happens yet, unless everything is loaded."""
+    return nullcontext() if "lightning" in sys.modules else telling("loading")
+
+
+def _silence_noise() -> None:
+    """Drop messages that are not about the user's run: advertisements, and warnings that lqkd has dealt with."""
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable")  # BestAndLast sees to it
+    warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint need to be provided")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime is found" not in record.getMessage()  # Lightning says whether there is a GPU
+    )
+
+
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class _FullDiskError(Exception):
-    """A disk that is full, or a quota or limit that is used up, while a run wrote to it."""
-
-    def __init__(self, error: OSError, folder: Path) -> None:
-        name = error.filename or error.filename2
-        super().__init__(
-            f"{error.strerror}{f' while writing {name}' if name else ''}: what was saved before is whole; make room, "
-            f"then {how_to_resume(folder)}"
-        )
+    """Print to standard error, in the first process only."""
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _mistake(error: BaseException | None) -> str | None:

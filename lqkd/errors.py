@@ -1,4 +1,4 @@
-"""The exceptions that mean something to the command line: a user's mistake, and a training that came to nothing."""
+"""The exceptions that mean something to the command line: mistakes, and what ends a training before its time."""
 
 
 class UsageError(ValueError):
@@ -15,6 +15,25 @@ class DivergenceError(RuntimeError):
     The message says at which step, what is not finite and which checkpoint is still good. The command line prints it
     without a traceback and exits with status 3.
     """
+
+
+class FullDiskError(Exception):
+    """A disk that is full, or a quota or limit that is used up, while a run wrote to it.
+
+    The message says what is whole and how to go on. The command line prints it and exits with status 4.
+    """
+
+
+class Stopped(SystemExit):
+    """A training that stopped because a signal, ``number``, asked it to; ``message`` says how to go on.
+
+    The exit status is the shell's for that signal: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)
+        self.number = number
+        self.message = message
 
 
 def first_line(error: BaseException) -> str:

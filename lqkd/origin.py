@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lqkd.callbacks.checkpoint import BEST
-from lqkd.run_folder import CHECKPOINTS
+from lqkd.run_folder import BEST, CHECKPOINTS
 
 REPORTS = "*.report.json"
 """What ``export`` leaves beside every file."""

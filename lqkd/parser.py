@@ -63,24 +63,6 @@ class OneLineParser(LightningArgumentParser):
         return "\n".join([*lines, ""])
 
 
-class VerbParser(argparse.ArgumentParser):
-    """The parser of a verb that is none of Lightning's; ``prog`` is ``python -m lqkd VERB``."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        width = max(80, shutil.get_terminal_size((120, 24)).columns)
-        super().__init__(
-            prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=width),
-        )
-
-    def error(self, message: str) -> NoReturn:
-        told = f"{message}{suggestion(message, self)}"
-        print(f"lqkd: error: {told} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str:
     """The innermost complaint of a nested message of jsonargparse, with the path of the setting that it is about."""
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', message) if key != "config"]

@@ -15,12 +15,10 @@ import torch
 
 from lqkd.errors import UsageError, first_line
 from lqkd.origin import outdated
-from lqkd.parser import VerbParser
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
 from lqkd.waiting import waiting
 
-OPTIONS = ("--top-k", "--json")
 BATCH = 32
 """Images that are held in memory at once."""
 
@@ -54,34 +52,17 @@ class Classifier:
         return {"class": name, "index": index, "confidence": confidence}
 
 
-def is_ours(args: Sequence[str]) -> bool:
-    """Whether the arguments of ``predict`` name a run or file; those of LightningCLI are all options."""
-    return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in OPTIONS)
-
-
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = VerbParser(
-        prog="python -m lqkd predict",
-        description="Print the classes of image files. Images are prepared as validation prepares them; those of "
-        "another size are resized. predict --config CONFIG writes the classes of the run's own test split instead.",
-    )
-    parser.add_argument("network", metavar="RUN", help="run folder, or file that export wrote (.onnx or .pt2)")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size")
-    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="classes for each image (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print a JSON list, one entry for each image")
-    return parser.parse_args(args)
-
-
-def main(args: Sequence[str]) -> int:
+def main(given: argparse.Namespace) -> int:
     """Run the command and return its exit status: 0, or 2 when an image could not be read.
 
     An image that cannot be read is told in one line, and the others are predicted.
 
+    Args:
+        given: as :func:`lqkd.arguments.predict` reads it.
+
     Raises:
         UsageError: after a user's mistake about the run or the file.
-        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
-    given = _arguments(args)
     if given.top_k < 1:
         raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
     classifier = load_classifier(given.network)

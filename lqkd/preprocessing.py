@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lqkd.data.decode import decode
+from lqkd.decode import decode
 from lqkd.errors import UsageError
 
 

@@ -14,20 +14,13 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lqkd.callbacks.checkpoint import LAST
+from lqkd.arguments import check_resumable
 from lqkd.callbacks.resume_state import KEY
-from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError, first_line
 from lqkd.files import write_json
-from lqkd.parser import VerbParser
-from lqkd.run_folder import CHECKPOINTS, CONFIG, run_within
+from lqkd.run_folder import CHECKPOINTS, CONFIG, LAST, SUMMARY
 
 STARTS = "starts.json"
-_HELP = (
-    "Go on with a run that was stopped or killed, in its own folder, from checkpoints/last.ckpt, or from the start "
-    "when there is none yet. On the CPU the result is bit for bit that of a run that was never stopped. Further "
-    "arguments are settings as fit takes them, e.g. --trainer.max_epochs 60."
-)
 
 
 @dataclass
@@ -67,10 +60,7 @@ def find(folder: Path) -> Resumption:
         UsageError: when it is no run folder, or its last checkpoint cannot be read or was saved without what exact
             resuming needs.
     """
-    if not (folder / CONFIG).is_file():
-        raise UsageError(
-            f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
-        )
+    check_resumable(folder)
     path = folder / CHECKPOINTS / LAST
     if not path.is_file():
         return Resumption(folder, None)
@@ -83,14 +73,9 @@ def find(folder: Path) -> Resumption:
     return Resumption(folder, state)
 
 
-def parse(given: Sequence[str]) -> tuple[Resumption, list[str]]:
-    """The run that ``resume`` names, and the arguments for ``fit`` that go on with it; none when it is finished."""
-    parser = VerbParser(prog="python -m lqkd resume", description=_HELP)
-    parser.add_argument("run", type=Path, help="a run folder")
-    named, settings = parser.parse_known_args(list(given))
-    if any(setting.partition("=")[0] == "--ckpt_path" for setting in settings):
-        raise UsageError("--ckpt_path is not possible with resume: it goes on from the run's own checkpoints/last.ckpt")
-    resumption = find(named.run)
+def resumed(folder: Path, settings: Sequence[str]) -> tuple[Resumption, list[str]]:
+    """What the run in ``folder`` goes on from, and the arguments for ``fit`` that do so; none when it is finished."""
+    resumption = find(folder)
     if not settings and _is_finished(resumption):
         return resumption, []
     return resumption, ["fit", "--config", str(resumption.folder / CONFIG), *settings]

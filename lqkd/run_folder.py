@@ -8,13 +8,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from lqkd.errors import UsageError
 
 CONFIG = "config.yaml"
 LAYERS = "layers.txt"
+SPLIT = "split.csv"
 CHECKPOINTS = "checkpoints"
+BEST = "best.ckpt"
+LAST = "last.ckpt"
+METRICS = "metrics.csv"
+SUMMARY = "summary.json"
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices."""
@@ -27,15 +30,22 @@ class RunSettings:
     Attributes:
         root: folder of all runs.
         name: name of the experiment.
-        version: name of this run, which must not exist yet; null counts up version_0, version_1, ...
+        version: name of this run, which must not exist yet; a number N is version_N; null counts up version_0,
+            version_1, ...
         save_every_n_steps: optimizer steps from one saving of checkpoints/last.ckpt to the next within an epoch; null
             saves it between epochs only, and when training ends or is stopped by Ctrl-C or SIGTERM.
     """
 
     root: str = "runs"
     name: str = "run"
-    version: str | None = None
+    version: str | int | None = None
     save_every_n_steps: int | None = None
+
+    @property
+    def folder_name(self) -> str | None:
+        """The name of the version's folder; None where it counts up."""
+        number = str(self.version).isdecimal()
+        return None if self.version is None else f"version_{self.version}" if number else str(self.version)
 
 
 def claim(settings: RunSettings) -> Path:
@@ -46,14 +56,16 @@ def claim(settings: RunSettings) -> Path:
             something else than this run's first process have no common name for it.
     """
     for key in ("name", "version"):
-        value = getattr(settings, key)
+        value = settings.name if key == "name" else settings.folder_name
         if value is not None and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
             raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # not by those who only look for a folder
+
     rank = getattr(rank_zero_only, "rank", 0)
     parent = Path(settings.root) / settings.name
     if rank > 0 and _ENVIRONMENT in os.environ:
         return Path(os.environ[_ENVIRONMENT])
-    version = settings.version or _common_version()
+    version = settings.folder_name or _common_version()
     if rank > 0:
         assert version is not None
         return parent / version
@@ -65,7 +77,7 @@ def claim(settings: RunSettings) -> Path:
 def restarted(settings: RunSettings) -> Path | None:
     """The folder of this run where torchrun or SLURM has started it once more and it had begun; otherwise None."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) or int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    version = settings.version or (_common_version() if again else None)
+    version = settings.folder_name or (_common_version() if again else None)
     if not again or version is None:
         return None
     folder = Path(settings.root) / settings.name / version

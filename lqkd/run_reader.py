@@ -15,13 +15,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.callbacks.checkpoint import BEST
-from lqkd.cli import CHECKPOINTS, CONFIG, LqkdCLI, forget_weights
 from lqkd.errors import UsageError, first_line
+from lqkd.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import quantizers
-from lqkd.run_folder import run_within
+from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, run_within
 
 
 class RunReader(LqkdCLI):

@@ -15,7 +15,6 @@ import yaml
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_json, write_text
 from lqkd.modules import DistillModule
-from lqkd.parser import VerbParser
 from lqkd.quantization import (
     Budget,
     Candidate,
@@ -25,7 +24,6 @@ from lqkd.quantization import (
     assign_bits,
     measure_sensitivity,
 )
-from lqkd.quantization.sensitivity import BITS
 from lqkd.run_reader import read_run, take_batches
 from lqkd.waiting import Waiting
 
@@ -36,42 +34,15 @@ CALIBRATION_BATCHES = 8
 """Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = VerbParser(
-        prog="python -m lqkd sensitivity",
-        description="Quantise each layer of a network alone, without training, and rank the layers by what the loss on "
-        "the validation split says. Test data are not used.",
-    )
-    parser.add_argument(
-        "run",
-        help="run folder, whose best checkpoint gives the float weights; or a config file, before any training",
-    )
-    parser.add_argument(
-        "--bits",
-        default=",".join(text.partition("a")[2] for text in BITS),
-        help="bits to try: 4 is short for w4a4 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget",
-        help="also find the best bits under a budget and write them as recipe.yaml: size=120kB, size=12%%, bops=2.5G "
-        "or bops=3%%, where %% is of the float network",
-    )
-    parser.add_argument(
-        "--batches", type=int, default=16, help="validation batches, spread over the split (default: %(default)s)"
-    )
-    parser.add_argument("--output", help="folder for what is written (default: the run folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier ranking wrote there")
-    return parser.parse_args(args)
-
-
-def main(args: Sequence[str]) -> None:
+def main(given: argparse.Namespace) -> None:
     """Run the command.
+
+    Args:
+        given: as :func:`lqkd.arguments.sensitivity` reads it.
 
     Raises:
         UsageError: after a user's mistake.
-        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
-    given = _arguments(args)
     budget = None if given.budget is None else Budget.parse(given.budget)
     bits = [f"w{text}a{text}" if text.isdecimal() else text for text in given.bits.split(",")]
     if given.batches < 1:
@@ -106,8 +77,6 @@ def main(args: Sequence[str]) -> None:
 
 
 def _output(given: argparse.Namespace, names: Sequence[str]) -> Path:
-    if not Path(given.run).exists():
-        raise UsageError(f"{given.run!r} does not exist: give a run folder or a config file")
     if given.output is None and not Path(given.run).is_dir():
         raise UsageError(f"--output is missing: {given.run!r} is not a run folder that could keep the ranking")
     output = Path(given.run if given.output is None else given.output)

@@ -8,9 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from jsonargparse import ArgumentParser
-from jsonargparse._parameter_resolvers import get_signature_parameters
-
 _UNKNOWN = re.compile(
     r"unrecognized arguments: --(?P<argument>[\w.]+)"
     r"|Option '(?P<option>[\w.]+)' is not accepted"
@@ -56,6 +53,9 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _settings(path: str) -> list[str]:
+    from jsonargparse import ArgumentParser
+    from jsonargparse._parameter_resolvers import get_signature_parameters
+
     module, _, name = path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     parser = ArgumentParser(exit_on_error=False)

@@ -66,7 +66,7 @@ class FrozenTeacher(nn.Module):
         if std is not None and not all(value > 0 for value in std):
             raise UsageError(f"teacher std={list(std)} is not possible: standard deviations are greater than 0")
         if weights is not None:
-            load_weights(network, weights)
+            load_weights(network, weights, replace_head=None)
         self.network = network
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)

@@ -1,10 +1,11 @@
-"""A progress bar for what a person waits for outside of a training."""
+"""What a person at a terminal sees of work outside of a training: a progress bar, or a line while it goes on."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 _PATIENCE = 2.0
@@ -57,3 +58,19 @@ def waiting(items: Iterable[T], text: str, total: int) -> Iterator[T]:
         for done, item in enumerate(items):
             bar.update(done, total)
             yield item
+
+
+@contextmanager
+def telling(text: str) -> Iterator[None]:
+    """Say what is being done where its steps cannot be counted, or counting them would disturb it.
+
+    The line is on standard error, on a terminal only, and goes away when the work has ended.
+    """
+    shows = sys.stderr.isatty()
+    if shows:
+        print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shows:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 SERVER = """
 import json, os, resource, sys, traceback
 import sklearn.datasets, torch, torchvision, lightning.pytorch.cli
-import lqkd.cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
+import lqkd.cli, lqkd.lightning_cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
 import lqkd.callbacks.regularizer_pictures as pictures
 pictures.pictures = lambda *history: iter(())  # they would take most of the time
 torch.set_num_threads(1)

@@ -17,9 +17,7 @@ from lqkd.callbacks import resume_state
 from lqkd.callbacks.run_logger import RunLogger
 from lqkd.errors import DivergenceError, UsageError
 from lqkd.files import atomic_path
-
-BEST = "best.ckpt"
-LAST = "last.ckpt"
+from lqkd.run_folder import BEST, LAST
 
 
 class BestAndLast(ModelCheckpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +24,7 @@ from lqkd.callbacks.regularizer_statistics import EpochStatistic, Optimum, Sums,
 from lqkd.callbacks.regularizer_tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer_verdict import Verdict, verdict
 from lqkd.callbacks.run_logger import run_folder_of
-from lqkd.errors import UsageError
+from lqkd.errors import Stopped, UsageError
 from lqkd.regularizers import BoundedRange, Regularizer
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
@@ -33,6 +35,8 @@ FOLDER = "regularizer"
 _BINS = 64
 _PART_OF_TIME = 0.005
 """Part of the time that writing tables may take, and that drawing may take, before training ends."""
+_LAST_SECONDS = 4.0
+"""Seconds within which the drawing of pictures after Ctrl-C may begin; each takes a part of a second."""
 
 
 class RegularizerMonitor(Callback):
@@ -62,7 +66,7 @@ class RegularizerMonitor(Callback):
     ``docs/reading_the_pictures.md`` explains.
 
     Tables and pictures are written as often as that takes no more than half a percent of the time each, tables from the
-    first epoch on, and when training ends; tables also when it fails.
+    first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few seconds.
 
     The first collapse, saturation and divergence are each a warning, and an entry in :attr:`warnings`.
 
@@ -208,6 +212,8 @@ class RegularizerMonitor(Callback):
         folder = run_folder_of(trainer)
         if trainer.is_global_zero and folder is not None:
             self._write_tables(folder)
+            if isinstance(exception, Stopped) and exception.number == signal.SIGINT:  # someone waits, a cluster may not
+                self._draw(trainer, folder, seconds=_LAST_SECONDS)
 
     def _reduced_sums(self, trainer: Trainer, module: LightningModule) -> Sums:
         """The epoch's sums over all processes, on the CPU."""
@@ -267,13 +273,17 @@ class RegularizerMonitor(Callback):
             return self._drawings.due()
         return (trainer.current_epoch + 1) % self.picture_every_n_epochs == 0
 
-    def _draw(self, trainer: Trainer, folder: Path | None) -> None:
+    def _draw(self, trainer: Trainer, folder: Path | None, seconds: float = math.inf) -> None:
+        """Draw all pictures, or those that can be begun within ``seconds``."""
+        until = time.monotonic() + seconds
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
         if folder is None and not loggers:
             return
         from lqkd.callbacks.regularizer_pictures import pictures, pixels, write
 
         for name, figure in pictures(self.history, self.statistics):
+            if time.monotonic() > until:
+                break
             image = pixels(figure)
             if folder is not None:
                 write(folder / FOLDER / f"{name}.png", image)

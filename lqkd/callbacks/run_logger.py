@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
+from lqkd.run_folder import METRICS
 
-METRICS = "metrics.csv"
 _PAUSE = 2.0
 """Seconds at least between two writings of the table ..."""
 _SHARE = 0.01

@@ -24,8 +24,7 @@ from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
-
-SUMMARY = "summary.json"
+from lqkd.run_folder import SUMMARY
 
 
 class RunSummary(Callback):

@@ -17,20 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.resume_state import between_steps
 from lqkd.callbacks.run_logger import run_folder_of
+from lqkd.errors import Stopped
 
 _ASK_EVERY = 10
 """Batches from one agreement between several processes to the next: each makes them wait for each other."""
-
-
-class Stopped(SystemExit):
-    """A training that stopped because a signal asked it to; ``message`` says how to go on.
-
-    The exit status is the shell's for that signal: 130 after Ctrl-C, 143 after SIGTERM.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(128 + number)
-        self.message = message
 
 
 def how_to_resume(folder: Path | None) -> str:

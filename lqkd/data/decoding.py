@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lqkd.data.base import ImageDataModule
-from lqkd.data.encoded import EncodedImages
+from lqkd.data.encoded import EncodedImages, ImageFiles
 from lqkd.data.loader import EpochShuffle, TensorBatches
 from lqkd.data.worker_loader import CroppedImages, WorkerBatches
 from lqkd.errors import UsageError
@@ -73,6 +74,16 @@ class DecodingDataModule(ImageDataModule):
         """All settings that, with epoch and index, decide what a training image looks like; see the parent."""
         crop = {"image_size": self.image_size, "crop_scale": list(self.crop_scale)}
         return {"seed": self.run_seed, **super().augmentation_key(), **crop}
+
+    def test_files(self) -> list[str]:
+        """Names of the test images below ``root``, in their order; none where they are no files; needs ``setup``."""
+        return self._files(self._loaded().test_images)
+
+    def _files(self, images: Tensor | EncodedImages) -> list[str]:
+        root = getattr(self, "root", None)
+        if not isinstance(images, ImageFiles) or root is None:
+            return []
+        return [Path(images.path(index)).relative_to(root).as_posix() for index in range(images.shape[0])]
 
     def _batches(
         self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from functools import partial
 from itertools import chain
@@ -20,6 +21,7 @@ from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
+from lqkd.files import atomic_path
 from lqkd.waiting import waiting
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
@@ -120,6 +122,25 @@ class ImageFolder(DecodingDataModule):
         if first:
             counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
             rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
+
+    def write_split(self, target: Path) -> None:
+        """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
+
+        Columns: ``split`` (``train``, ``val`` or ``test``), ``class`` and ``file``, its name below ``root``.
+        """
+        images = self._loaded()
+        trained = self._files(images.train_images), images.train_labels
+        tested = self._files(images.test_images), images.test_labels
+        with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("split", "class", "file"))
+            for name, (files, labels), indices in (
+                ("train", trained, self.train_indices),
+                ("val", trained, self.val_indices),
+                ("test", tested, torch.arange(len(images.test_labels))),
+            ):
+                for index in indices.tolist():
+                    writer.writerow((name, self.class_names[int(labels[index])], files[index]))
 
     def _hold_out_test(self, paths: list[str], labels: Tensor) -> dict[str, tuple[list[str], Tensor]]:
         size = round(self.test_fraction * len(labels))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, list_class_folders
-from lqkd.data.decode import decode
+from lqkd.decode import decode
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
 

@@ -20,8 +20,8 @@ import torch
 
 from lqkd.data.class_folders import check_same_classes, list_class_folders
 from lqkd.data.counter_rng import STREAM_SHARDING, random_bits
-from lqkd.data.decode import decode
 from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
+from lqkd.decode import decode
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
 from lqkd.waiting import Waiting

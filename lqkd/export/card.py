@@ -91,6 +91,19 @@ def _named(kernels: Kernels, limit: int | None) -> str:
     return ", ".join(names[:limit]) + more if names else "none but the quantization of the input"
 
 
+def _teacher(settings: dict[str, Any] | None) -> str:
+    """A teacher's configuration in a line: its network as it would be called, and its weights."""
+    if settings is None:
+        return "none"
+    given = settings.get("init_args", settings)
+    if "teachers" in given:
+        return f"{len(given['teachers'])} ({given.get('combination')}): {'; '.join(map(_teacher, given['teachers']))}"
+    network = given.get("network") or {}
+    arguments = ", ".join(f"{k}={v}" for k, v in (network.get("init_args") or {}).items() if v is not None)
+    weights = f", weights {given['weights']}" if given.get("weights") else ""
+    return f"`{str(network.get('class_path')).rpartition('.')[2]}({arguments})`{weights}"
+
+
 def print_table(summary: Summary, described: dict[str, Any], parity: Parity) -> None:
     """Print the table."""
     from rich.console import Console
@@ -124,7 +137,8 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
         ]
     if described["format"] == "packed2":
         lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
-    lines += ["## Origin", "", f"teacher: `{described.get('teacher')}`", "", f"data: {described.get('data')}", ""]
+    lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]
+    lines += [f"data: {described.get('data')}", ""]
     if described.get("checkpoint"):
         lines += [f"checkpoint: SHA-256 `{described['checkpoint']}`", ""]
     lines += [f"## Layers: {summary_of_bits(deployed)}", "", "| layer | bits |", "|---|---|"]

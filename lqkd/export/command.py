@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +25,9 @@ from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
 from lqkd.origin import fingerprint, outdated_exports
-from lqkd.parser import VerbParser
 from lqkd.quantization import quantizers, size
 from lqkd.run_reader import RunReader, read_run, take_batches
-from lqkd.waiting import waiting
+from lqkd.waiting import telling, waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -36,48 +35,28 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = VerbParser(
-        prog="python -m lqkd export",
-        description="Export the student of a run from its best checkpoint, verify the file against PyTorch on the test "
-        "split and write a model card beside it.",
-    )
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--format",
-        default="portable",
-        help="portable: 8-bit codes for integer kernels; packed4, packed2: weights stored in 4 or 2 bits; qonnx: for "
-        "FPGA tools; torch: a torch.export program (default: %(default)s)",
-    )
-    parser.add_argument("--output", help="file to write (default: student.onnx in the run folder, or as the format)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    parser.add_argument(
-        "--latency",
-        action="store_true",
-        help="also time the file against float32 ONNX and PyTorch on this CPU, one thread each, which takes seconds",
-    )
-    return parser.parse_args(args)
-
-
-def main(args: Sequence[str]) -> int:
+def main(given: argparse.Namespace) -> int:
     """Run the command and return its exit status: 0, or 1 when the file does not compute what the student computes.
+
+    Args:
+        given: as :func:`lqkd.arguments.export` reads it.
 
     Raises:
         UsageError: after a user's mistake.
-        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
-    given = _arguments(args)
     check_format(given.format)
     if given.latency and given.format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
     output = _output(given)
-    reader, student, checkpoint = read_student(given.run)
-    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
+    with telling("reading the run and calibration images"):
+        reader, student, checkpoint = read_student(given.run)
+        calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
     if not calibration:
         raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
     student = student.cpu().eval()
     images = torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
-    deployed = deploy(student, images, [x.cpu() for x in calibration])
+    with telling("making weights integer and calibrating"):
+        deployed = deploy(student, images, [x.cpu() for x in calibration])
     check_expressible(deployed, given.format)
     about = _about(reader) | {"checkpoint": checkpoint}
     split, test = _test(reader)

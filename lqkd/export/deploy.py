@@ -77,6 +77,12 @@ def deploy(student: nn.Module, example: Tensor, calibration: Iterable[Tensor] = 
             raise UsageError(
                 f"quantizer {name!r} has never been fitted to data: train the student, or call initialize_quantizers"
             )
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Embedding):
+            raise UsageError(
+                f"embedding {name!r} cannot be exported, since a file takes real numbers and no indices: export the "
+                "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
+            )
     folding = fold_batchnorm(student)
     network = _explicit(student, example)
     builder = _Builder(network, example)

@@ -190,7 +190,7 @@ def _judge(parity: Parity, rows: Sequence[LayerDifference], how: str, fraction: 
 def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
     done = []
     for size in BATCHES:
-        batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size].numpy()
+        batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size].numpy()
         try:
             shape = run(batch)["logits"].shape
         except Exception as error:  # runtimes raise many types

@@ -17,6 +17,7 @@ from lqkd.export.latency import Latency, measure
 from lqkd.files import write_json
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.recipe import FLOAT_BITS
+from lqkd.waiting import telling
 
 SUFFIX = ".report.json"
 FLOAT_ONNX = "float32 ONNX"
@@ -82,7 +83,7 @@ def measure_latency(
         image: (1, C, H, W).
     """
     plain = copy.deepcopy(student).eval()
-    with float_mode(plain):
+    with float_mode(plain), telling("timing the file and its network in other forms"):
         contestants: dict[str, onnx.ModelProto | nn.Module] = {
             FLOAT_ONNX: floating.build(deployed).model,
             name: exported,

@@ -18,13 +18,18 @@ COMPILED = "_orig_mod."
 """What :func:`torch.compile` puts into the names of a network that was saved from inside its wrapper."""
 
 
-def load_weights(network: nn.Module, source: str) -> None:
+def load_weights(network: nn.Module, source: str, replace_head: bool | None = False) -> str | None:
     """Load ``source`` into ``network``, every tensor or none.
 
     Args:
         network: the network as it will be used, before quantization.
         source: ``builtin:NAME``, a ``.safetensors`` file, or a file of :func:`torch.save` with a state dict;
             environment variables such as ``$LQKD_DATA`` are replaced.
+        replace_head: whether a last layer for another number of classes is left as it is; None where the network must
+            know its classes already.
+
+    Returns:
+        What was left as it is, in a sentence; None when everything was loaded.
 
     Raises:
         UsageError: when there is no such file, or its tensors are not those of ``network``.
@@ -34,6 +39,15 @@ def load_weights(network: nn.Module, source: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in state if key in own and state[key].shape != own[key].shape]
+    told = None
+    if not missing and not unexpected and (classes := _classes(state, own, shapes)) is not None:
+        layers = " and ".join(sorted({repr(key.rpartition(".")[0]) for key in shapes}))
+        told = f"weights={source!r} are for {classes[0]} classes and the network has {classes[1]}"
+        if not replace_head:
+            raise UsageError(told + _REMEDIES[replace_head].format(layers))
+        told = f"{told}: its last layer {layers} starts anew"
+        state = {key: value for key, value in state.items() if key not in shapes}
+        shapes = []
     for problem, keys in (
         ("they lack", missing),
         ("it has no place for", unexpected),
@@ -46,6 +60,23 @@ def load_weights(network: nn.Module, source: str) -> None:
                 "arguments (depth, width, num_classes) must be those of the run that wrote the file"
             )
     network.load_state_dict(state, strict=False)
+    return told
+
+
+_REMEDIES = {
+    False: ": give the model replace_head: true to start its last layer {} anew",
+    None: ": a teacher must know its classes, so train it first with ClassifierModule, these weights and replace_head: "
+    "true",
+}
+"""What to do about a last layer for other classes."""
+
+
+def _classes(state: dict[str, Tensor], own: dict[str, Tensor], keys: list[str]) -> tuple[int, int] | None:
+    """Numbers of classes in the file and of the network, where ``keys`` differ in nothing else."""
+    if not keys or not all(own[key].ndim and own[key].shape[1:] == state[key].shape[1:] for key in keys):
+        return None
+    numbers = {(len(state[key]), len(own[key])) for key in keys}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def weights_exist(source: str) -> bool:

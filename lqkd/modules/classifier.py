@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lqkd.errors import UsageError
-from lqkd.models import load_weights
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.schedules import Cosine, Schedule
+from lqkd.modules.state import start_from
 from lqkd.modules.steps import total_steps
 
 
@@ -27,6 +27,7 @@ class ClassifierModule(ImageClassifier):
         optimizer: its optimizer.
         schedule: learning rate over the training; null for a cosine to zero.
         label_smoothing: of the cross-entropy, 0 <= e < 1.
+        replace_head: whether weights for another number of classes are accepted: the last layer then starts anew.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -39,13 +40,13 @@ class ClassifierModule(ImageClassifier):
         optimizer: OptimizerCallable = lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
         schedule: Schedule | None = None,
         label_smoothing: float = 0.0,
+        replace_head: bool = False,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
-        if weights is not None:
-            load_weights(network, weights)
+        start_from(network, weights, replace_head)
         self.network = network
         self.optimizer = optimizer
         self.schedule = schedule or Cosine()

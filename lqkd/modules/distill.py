@@ -19,7 +19,6 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
-from lqkd.models import load_weights
 from lqkd.modules.base import example_input
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
@@ -28,7 +27,7 @@ from lqkd.modules.optimizers import regularizer_groups, settings_of, student_gro
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
-from lqkd.modules.state import check_quantizers, check_state, quantizer_names
+from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
@@ -37,6 +36,7 @@ from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
+from lqkd.waiting import telling
 
 
 @dataclass
@@ -98,6 +98,8 @@ class DistillModule(SharedBackward):
         accumulate_grad_batches: batches whose gradients are averaged for one step.
         channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
             by rounding, and a network that views activations as if they were contiguous cannot.
+        replace_head: whether student_weights for another number of classes are accepted: the student's last layer then
+            starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
 
     Raises:
@@ -124,14 +126,14 @@ class DistillModule(SharedBackward):
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         channels_last: bool = False,
+        replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
     ) -> None:
         super().__init__(gradient_clip_val, accumulate_grad_batches)
         save_plain_hyperparameters(self)
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
-        if student_weights is not None:
-            load_weights(student, student_weights)
+        start_from(student, student_weights, replace_head)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
         self.student, self.coverage = quantize_model(student, quantization)
         # Weights decide: the first convolution turns images of any format into theirs.
@@ -309,7 +311,8 @@ class DistillModule(SharedBackward):
     def _fit_quantizers(self) -> None:
         """Fit every quantizer to the first batch."""
         images = self._first_images()
-        with self.trainer.precision_plugin.forward_context():
+        waits = telling("fitting quantizers") if self.trainer.is_global_zero else nullcontext()
+        with waits, self.trainer.precision_plugin.forward_context():
             initialize_quantizers(self.student, images, batch_statistics=True)
 
     def teardown(self, stage: str) -> None:

@@ -34,6 +34,9 @@ def measure(
     The test split selects nothing: its numbers are only reported. A DataModule without one has its validation split
     stand in for it; without a DataModule nothing is measured and all values are None.
 
+    A student without ``student_weights`` whose accuracy before quantization is that of chance has not been trained:
+    there is no ``student_float_accuracy`` of it.
+
     Args:
         module: the module, attached to a Trainer, before its first step.
         known: what a checkpoint brought: the student is not measured again, the teacher always is.
@@ -55,9 +58,10 @@ def measure(
     measured = dict(known)
     name = "test" if has_test else "validation"
     measured["teacher_accuracy"], _ = _of_teacher(module, name, split, of_teacher)
-    if known["student_float_accuracy"] is None:
+    if known["student_initial_quantized_accuracy"] is None:
         with float_mode(module.student):
-            measured["student_float_accuracy"], _ = accuracy(module, module.student, *split)
+            found, _ = accuracy(module, module.student, *split)
+        measured["student_float_accuracy"] = None if _is_chance(module, found) else found
         measured["student_initial_quantized_accuracy"], _ = accuracy(module, module.student, *split)
     return measured
 
@@ -72,6 +76,13 @@ def _of_teacher(
     if name not in known or largest not in known:
         known[name], known[largest] = accuracy(module, module.teacher, loader, limit)
     return known[name], known[largest]
+
+
+def _is_chance(module: DistillModule, found: float | None) -> bool:
+    """Whether a student that was given no weights answers like one that has not been trained."""
+    classes = getattr(module.trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
+    untrained = module.hparams.get("student_weights") is None  # unless its class brings weights of its own
+    return found is not None and untrained and found < lowest_accuracy(len(classes))
 
 
 def evaluated(module: DistillModule, limit: float) -> str:

@@ -1,12 +1,14 @@
-"""Checking that a checkpoint belongs to a module before loading it."""
+"""Where a module's weights come from: files to start from, and checkpoints that must belong to it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.models import load_weights
 from lqkd.quantization import quantizers
 
 
@@ -74,3 +76,14 @@ def check_quantizers(network: nn.Module, saved: Mapping[str, str]) -> None:
 
 def _more(keys: list[str]) -> str:
     return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def start_from(network: nn.Module, weights: str | None, replace_head: bool) -> None:
+    """Load the float weights that a training starts from, where there are any, and tell what starts anew.
+
+    Raises:
+        UsageError: when they are of another network; see :func:`lqkd.models.load_weights`.
+    """
+    told = None if weights is None else load_weights(network, weights, replace_head)
+    if told is not None:
+        rank_zero_info(told)

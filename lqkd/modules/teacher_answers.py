@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.files import write_json
+from lqkd.modules.base import example_input
 from lqkd.modules.references import evaluated
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
 from lqkd.teacher_cache import OpenCache
-from lqkd.teacher_cache.keys import data_key, teacher_key
+from lqkd.teacher_cache.keys import data_key, input_dtype, teacher_key
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule
@@ -94,7 +95,8 @@ def _open_cache(module: DistillModule) -> OpenCache | None:
     data: Any = getattr(trainer, "datamodule", None)
     of_data = data_key(data)
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
-    of_teachers = [teacher_key(*pair, data.image_shape) for pair in zip(module.teachers(), asked, strict=True)]
+    pairs = zip(module.teachers(), asked, strict=True)
+    of_teachers = [teacher_key(*pair, data.image_shape, input_dtype(data)) for pair in pairs]
     key = {
         "teachers": trainer.strategy.broadcast(of_teachers),  # processors of several kinds may round otherwise
         "taps": [] if module.taps is None else list(module.taps[0].paths),
@@ -106,7 +108,9 @@ def _open_cache(module: DistillModule) -> OpenCache | None:
 
     @torch.no_grad()
     def shapes() -> tuple[int, int, list[Any]]:
-        logits, features = module.ask_teacher(torch.zeros(1, *data.image_shape, device=module.device))
+        one = example_input(data, module.device)
+        assert one is not None, "data_key asks for its shape"
+        logits, features = module.ask_teacher(one)
         return len(logits), logits[0].shape[1], [tuple(feature.shape[1:]) for feature in features]
 
     return settings.open(key, data.train_indices, _epochs(module), shapes)

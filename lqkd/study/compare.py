@@ -19,7 +19,7 @@ from lqkd.study.cluster import check_cluster, run_on_cluster
 from lqkd.study.local import run_here
 from lqkd.study.progress import StudyProgress
 from lqkd.study.results import Run, read_runs
-from lqkd.study.settings import STUDY, Study, read_arguments
+from lqkd.study.settings import STUDY, Study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.sweep import check_sweep, search
 from lqkd.study.tables import HEADINGS, cells, write_tables
@@ -27,15 +27,17 @@ from lqkd.study.task import FINISHED, STOPPED, Task, tasks_of
 from lqkd.study.variants import Variants
 
 
-def main(args: Sequence[str]) -> None:
+def main(read: tuple[Study, dict[str, Any], bool]) -> None:
     """Run the command.
+
+    Args:
+        read: as :func:`lqkd.study.settings.read_arguments` reads it.
 
     Raises:
         UsageError: after a user's mistake.
         Stopped: after Ctrl-C or SIGTERM, once the runs have saved themselves.
-        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
-    study, base, retry = read_arguments(args)
+    study, base, retry = read
     check_cluster(study.launcher)
     if study.sweep is not None:
         check_sweep(study.sweep)

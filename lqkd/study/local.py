@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
-from lqkd.callbacks.stopping import Stopped
+from lqkd.errors import Stopped
 from lqkd.study.task import Task
 
 _PRELOADED = "lqkd.study.preload"

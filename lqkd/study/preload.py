@@ -5,8 +5,8 @@ from __future__ import annotations
 import sklearn.datasets  # noqa: F401
 
 import lqkd.callbacks
-import lqkd.cli
 import lqkd.data
+import lqkd.lightning_cli
 import lqkd.losses
 import lqkd.models
 import lqkd.modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import importlib.util
 import sys
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 
 from lqkd.errors import UsageError
 from lqkd.files import write_text
-from lqkd.parser import VerbParser
 from lqkd.run_folder import CONFIG
 from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
@@ -24,6 +24,7 @@ from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
+from lqkd.waiting import telling
 
 HTML = "report.html"
 MARKDOWN = "report.md"
@@ -64,26 +65,23 @@ class Material:
     configs: dict[str, str]
 
 
-def main(args: Sequence[str]) -> None:
+def main(given: argparse.Namespace) -> None:
     """Run the command.
+
+    Args:
+        given: as :func:`lqkd.arguments.report` reads it.
 
     Raises:
         UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.
-        SystemExit: after a mistake about the arguments, told in one line (status 2), and after ``--help``.
     """
-    parser = VerbParser(
-        prog="python -m lqkd report",
-        description="Write report.html, one page that needs no network, report.md, table.csv and runs.csv into the "
-        "folder of a run or a study.",
-    )
-    parser.add_argument("folder", type=Path, help="run folder, or folder of a study, finished or not")
-    folder: Path = parser.parse_args(args).folder
+    folder: Path = given.folder
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
-    material = gather(folder)
-    write_tables(folder, material.runs, material.summaries)
-    write_text(folder / MARKDOWN, as_markdown(material))
-    write_text(folder / HTML, as_html(material))
+    with telling("reading runs and drawing"):
+        material = gather(folder)
+        write_tables(folder, material.runs, material.summaries)
+        write_text(folder / MARKDOWN, as_markdown(material))
+        write_text(folder / HTML, as_html(material))
     for run in material.runs:
         for sentence in run.outdated:
             print(f"lqkd: warning: {sentence}", file=sys.stderr)

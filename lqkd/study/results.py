@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lqkd.callbacks.run_logger import METRICS
-from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.errors import UsageError, first_line
 from lqkd.origin import outdated_exports
+from lqkd.run_folder import METRICS, SUMMARY
 from lqkd.study.task import FINISHED, Task
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from lqkd.arguments import VerbParser
 from lqkd.errors import UsageError, first_line
-from lqkd.parser import VerbParser
 from lqkd.study.overrides import merge, nested
 
 STUDY = "study.yaml"
@@ -104,18 +104,20 @@ def read_arguments(args: Sequence[str]) -> tuple[Study, dict[str, Any], bool]:
         description="Train every variant of a study with every seed and compare them pair by pair. Runs that are "
         "finished are kept, stopped ones go on: start it again after any interruption.",
     )
-    parser.add_argument("--config", required=True, help="study file, e.g. configs/studies/quickstart.yaml")
-    parser.add_argument("--root", help="folder of all studies, in place of the study file's")
-    parser.add_argument("--name", help="name of the study and its folder, likewise")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of the runs, likewise")
+    parser.add_argument(
+        "--config", required=True, help="study file, e.g. configs/studies/quickstart.yaml (must be given)"
+    )
+    parser.add_argument("--root", help="folder of all studies (default: the study file's)")
+    parser.add_argument("--name", help="name of the study and its folder (default: the study file's)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the runs (default: the study file's)")
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
-        metavar="KEY=VALUE",
-        help="settings of all variants, e.g. trainer.max_epochs=5 data.init_args.root=DIR",
+        metavar="K=V",
+        help="settings of all variants, e.g. trainer.max_epochs=5 (default: none)",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed")
+    parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed (default: false)")
     given = parser.parse_args(args)
     described = read_mapping(Path(given.config), "--config")
     described |= {key: value for key in ("root", "name", "seeds") if (value := getattr(given, key)) is not None}

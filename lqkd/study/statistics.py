@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from lqkd.study.results import Run
 
@@ -65,7 +65,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     mean, std = _moments(values)
     if std is None:
         return Difference(1, mean, None, None)
-    half = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(len(values))
     return Difference(len(values), mean, mean - half, mean + half)
 
 

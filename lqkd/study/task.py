@@ -15,9 +15,8 @@ from typing import Any
 
 import yaml
 
-from lqkd.callbacks.run_summary import SUMMARY
 from lqkd.files import atomic_path, write_json
-from lqkd.run_folder import CONFIG
+from lqkd.run_folder import CONFIG, SUMMARY
 from lqkd.study.settings import Study
 
 FINISHED = "finished"

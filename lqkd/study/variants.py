@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 
-from lqkd.cli import LqkdCLI
 from lqkd.errors import UsageError
 from lqkd.files import write_text
+from lqkd.lightning_cli import LqkdCLI
 from lqkd.parser import condense
 from lqkd.resume import differences
 from lqkd.study.overrides import merge, nested

@@ -19,11 +19,14 @@ NEEDED = {
     "fingerprint": "a method that returns a hash of all images and labels",
     "augmentation_key": "a method that returns all settings that decide what a training image looks like in an epoch",
     "train_indices": "a sorted tensor of the indices of all training samples",
-    "image_shape": "(C, H, W)",
+    "image_shape": "that of one input, (C, H, W) of images",
+}
+"""What a DataModule must offer for its teacher's answers to be stored, ..."""
+_OF_IMAGES = {
     "mean": "the channel means that are subtracted",
     "std": "the channel standard deviations that are divided by",
 }
-"""What a DataModule must offer for its teacher's answers to be stored."""
+"""... and where its inputs are no whole numbers, such as the tokens of a text."""
 
 _PROBES = 4  # images that a teacher is told by
 
@@ -31,20 +34,23 @@ _PREPARES = ("preprocess", "on_before_batch_transfer", "transfer_batch_to_device
 """Methods of a DataModule that can change its images on the way to the step."""
 
 
-def teacher_key(teacher: FrozenTeacher, bf16: bool, image_shape: Sequence[int]) -> dict[str, Any]:
+def teacher_key(
+    teacher: FrozenTeacher, bf16: bool, image_shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """All that a teacher's answers to an image depend on.
 
     Args:
         teacher: before it is accelerated.
         bf16: whether bfloat16 is asked for.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of the images, or the shape of an input of another kind.
+        dtype: of an input.
     """
     kind = type(teacher.network)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "network": re.sub(r" at 0x[0-9a-f]+", "", str(teacher.network)),
         "weights": weights_hash(teacher.network),
-        "answers": probe(teacher, image_shape),
+        "answers": probe(teacher, image_shape, dtype),
         "mean": teacher.mean,
         "std": teacher.std,
         "image_size": teacher.image_size,
@@ -52,21 +58,27 @@ def teacher_key(teacher: FrozenTeacher, bf16: bool, image_shape: Sequence[int]) 
     }
 
 
-def probe(teacher: FrozenTeacher, image_shape: Sequence[int]) -> str:
+def probe(teacher: FrozenTeacher, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> str:
     """What the network itself answers to fixed noise, for all that its code and its attributes decide.
 
     A copy answers on the CPU, in float32, on one thread and to one batch, whatever the training does, and each image's
     logits are projected onto one direction that is fixed as well. These few numbers are rounded to 1/256 of the power
     of two above the largest, so that differences of summation (some 1e-6) hardly ever reach a rounding edge; where one
-    does, the teacher is asked again. Global random numbers stay as they are.
+    does, the teacher is asked again. Tokens are drawn from the network's smallest table of embeddings. Global random
+    numbers stay as they are.
 
     Args:
         teacher: before it is accelerated.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W), or the shape of an input of another kind.
+        dtype: of an input.
     """
     copied = copy.deepcopy(teacher).cpu().float()
     noise = torch.Generator().manual_seed(0)
-    images = torch.randn(_PROBES, *image_shape, generator=noise)
+    if dtype.is_floating_point:
+        images = torch.randn(_PROBES, *image_shape, generator=noise).to(dtype)
+    else:
+        tables = [module.num_embeddings for module in copied.modules() if isinstance(module, nn.Embedding)]
+        images = torch.randint(min(tables, default=1), (_PROBES, *image_shape), dtype=dtype, generator=noise)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -103,7 +115,8 @@ def data_key(data: Any) -> dict[str, Any]:
     Raises:
         UsageError: when the DataModule does not tell.
     """
-    lacks = [f"{name} ({what})" for name, what in NEEDED.items() if getattr(data, name, None) is None]
+    needed = NEEDED | (_OF_IMAGES if input_dtype(data).is_floating_point else {})
+    lacks = [f"{name} ({what})" for name, what in needed.items() if getattr(data, name, None) is None]
     if data is None or lacks:
         raise UsageError(
             f"teacher_cache needs a DataModule that tells what its images are: it lacks {'; '.join(lacks)}"
@@ -113,10 +126,15 @@ def data_key(data: Any) -> dict[str, Any]:
         "fingerprint": data.fingerprint(),
         "samples": hashlib.sha256(tensor_bytes(data.train_indices)).hexdigest(),
         "image_shape": tuple(data.image_shape),
-        "mean": tuple(data.mean),
-        "std": tuple(data.std),
+        **{name: tuple(values) for name in _OF_IMAGES if (values := getattr(data, name, None)) is not None},
         "augmentation": data.augmentation_key(),
     }
+
+
+def input_dtype(data: Any) -> torch.dtype:
+    """The dtype of an input of a DataModule; float32 where it does not say."""
+    dtype = getattr(data, "input_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _check_that_the_key_covers(kind: type) -> None:

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 
-from lqkd.cli import _print_summary, main
+from lqkd.cli import main
+from lqkd.lightning_cli import _print_summary
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -167,6 +169,9 @@ def test_predict_writes_a_class_for_every_image(tmp_path: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 359
     assert {row["class"] for row in rows} <= {str(digit) for digit in range(10)}
+    assert [row["index"] for row in rows] == [str(index) for index in range(359)]
+    right = sum(row["class"] == row["label"] for row in rows)
+    assert right / 359 == pytest.approx(summary_of(folder)["test_accuracy"])
 
 
 def test_a_printed_config_reads_back_as_itself(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -266,7 +271,7 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         (["--model.init_args.lamda", "1"], "model: Option 'lamda' is not accepted"),
         (["--model.regularizer.hidden", "abc"], "model.regularizer.hidden: Expected a int. Got value: abc"),
         (["--trainer.max_epochs", "abc"], "trainer.max_epochs: Expected a int; got abc"),
-        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "nowhere.yaml"], "does not exist: give a YAML file"),
         (["--trainer.strategy", "foo"], "the Trainer refuses these settings"),
         (["--trainer.precision", "bf16-true"], "trainer.precision='bf16-true' is not possible: use bf16-mixed"),
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
@@ -405,6 +410,14 @@ def test_without_a_regularizer_the_summary_has_none_and_the_screen_says_so(
     assert summary_of(plain)["regularizer"] is None
     _print_summary(plain)
     assert capsys.readouterr().out.count("no regularizer: every element of the distillation loss has the same") == 1
+
+
+def test_the_table_says_of_a_student_without_weights_that_it_was_not_trained(
+    capsys: pytest.CaptureFixture, plain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(summary_of(plain) | {"student_float_accuracy": None}))
+    _print_summary(tmp_path)
+    assert re.search(r"student in float\W+not trained", capsys.readouterr().out)
 
 
 def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Path) -> None:

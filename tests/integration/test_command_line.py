@@ -83,8 +83,13 @@ def test_help_of_a_class_tells_its_settings_by_their_docstrings(capsys: pytest.C
 
 
 @pytest.mark.parametrize("verb", [verb for verb in ALL if verb not in ("fit", "validate", "test")])
-def test_help_of_every_other_verb_explains_each_of_its_arguments(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_other_verb_explains_each_of_its_arguments(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     text = shown(capsys, verb, *(["RUN"] if verb == "predict" else []), "--help")
+    options = [line for line in text.splitlines() if line.startswith("  --")]
+    assert [line for line in options if not re.search(r"  +\S.*\((default: .+|must be given)\)$", line)] == []
     assert text.startswith(f"usage: python -m lqkd {verb}")
     arguments = re.findall(r"^  (\S.*(?:\n {10,}.*)*)", text.partition("\n\n")[2], flags=re.MULTILINE)
     assert arguments

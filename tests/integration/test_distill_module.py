@@ -260,13 +260,13 @@ def test_a_teacher_with_its_own_normalisation_sees_its_own_inputs() -> None:
 
 def test_references_are_measured_before_the_first_step_without_augmentation(make_trainer: MakeTrainer) -> None:
     data = digits(2)
-    student = network()
-    module = distiller(student=student)
+    student = CifarResNet(8, width=8, in_channels=1)
+    module = distiller(student=student, student_weights="builtin:digits_student")
     trainer = make_trainer(max_steps=1)
     data.setup()
     float_state = {key: value.clone() for key, value in student.state_dict().items() if "quantizer" not in key}
     trainer.fit(module, datamodule=data)
-    plain = network()
+    plain = CifarResNet(8, width=8, in_channels=1)
     plain.load_state_dict(float_state)
     plain.eval()
     right = total = 0
@@ -275,6 +275,18 @@ def test_references_are_measured_before_the_first_step_without_augmentation(make
         right += (plain(images).argmax(1) == batch.labels).sum().item()
         total += len(batch.labels)
     assert module.references["student_float_accuracy"] == pytest.approx(right / total)
+
+
+def test_a_student_that_starts_at_chance_has_no_accuracy_in_float_even_once_resumed(make_trainer: MakeTrainer) -> None:
+    module = distiller()
+    make_trainer(max_steps=1).fit(module, datamodule=digits(2))
+    assert module.references["student_float_accuracy"] is None
+    known = module.references["student_initial_quantized_accuracy"]
+    assert known is not None
+    module.hparams["student_weights"] = "given.safetensors"  # what is measured now would be kept
+    make_trainer(max_steps=1).fit(module, datamodule=digits(2))
+    assert module.references["student_float_accuracy"] is None
+    assert module.references["student_initial_quantized_accuracy"] == known
 
 
 def test_quantizers_are_fitted_before_the_first_step_and_untouched_by_evaluation(make_trainer: MakeTrainer) -> None:

@@ -93,7 +93,10 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert accuracy == pytest.approx(props["lqkd.parity"]["accuracy_exported"], abs=1e-9)
     summary = json.loads((copied / "summary.json").read_text())
     assert props["lqkd.parity"]["accuracy_as_trained"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
-    assert "W2A2 (6 layers)" in (copied / "student.onnx.md").read_text()
+    card = (copied / "student.onnx.md").read_text()
+    assert "W2A2 (6 layers)" in card
+    teacher = "`CifarResNet(depth=14, num_classes=10, width=8, in_channels=1)`, weights builtin:digits_teacher"
+    assert f"\nteacher: {teacher}\n" in card
 
 
 def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

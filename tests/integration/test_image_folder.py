@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ def newest(folder: Path, name: str) -> Path:
     return run
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 @pytest.mark.slow
 def test_thirty_photographs_make_a_teacher_and_a_student_of_four_bits(photographs: Path) -> None:
     classifier = {
@@ -84,8 +91,16 @@ def test_thirty_photographs_make_a_teacher_and_a_student_of_four_bits(photograph
     assert summary["teacher_accuracy"] == 1.0
     assert summary["test_accuracy"] >= 5 / 6
     assert main(["predict", "--config", str(newest(photographs, "student") / "config.yaml")]) == 0
-    predictions = (newest(photographs, "student") / "predictions.csv").read_text(encoding="utf-8").splitlines()
-    assert len(predictions) == 1 + 6
+    split = table(newest(photographs, "student") / "split.csv")
+    assert Counter(row["split"] for row in split) == {"train": 19, "val": 5, "test": 6}
+    assert len({row["file"] for row in split}) == 30
+    assert all(row["file"].startswith(f"{row['class']}/") for row in split)
+    predictions = table(newest(photographs, "student") / "predictions.csv")
+    assert [(row["file"], row["label"]) for row in predictions] == [
+        (row["file"], row["class"]) for row in split if row["split"] == "test"
+    ]
+    right = sum(row["label"] == row["class"] for row in predictions)
+    assert right / 6 == pytest.approx(summary["test_accuracy"])
 
 
 def test_a_damaged_photograph_is_told_in_one_line_before_the_training(

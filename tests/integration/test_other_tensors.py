@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.callbacks import RunLogger, RunSummary
+from lqkd.data import Batch
 from lqkd.errors import UsageError
 from lqkd.losses import Hints
 from lqkd.modules import DistillModule, Tap
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP, SampleWeight
 from lqkd.teacher import FrozenTeacher
+from lqkd.teacher_cache import TeacherCache
 
 CLASSES = 3
 
@@ -79,6 +81,42 @@ def distiller(network: Callable[[int], nn.Module], **arguments: Any) -> DistillM
     defaults: dict[str, Any] = {"regularizer": ElementwiseMLP(hidden=8), "quantization": Recipe(bits="w4a4")}
     teacher = FrozenTeacher(network(8), minimum_accuracy=0.0)
     return DistillModule(teacher, network(4), **(defaults | arguments))
+
+
+class IndexedTokens(Tokens):
+    """Tokens that can be told apart, with all that a cache of the teacher's answers asks for."""
+
+    train_indices = torch.arange(24)
+
+    def fingerprint(self) -> str:
+        return "always the same"
+
+    def augmentation_key(self) -> dict[str, Any]:
+        return {}
+
+    def _loader(self) -> Any:
+        labels = torch.arange(24) % CLASSES
+        torch.manual_seed(3)
+        parts = (x.split(8) for x in (self.inputs(labels), labels, torch.arange(24)))
+        return DataLoader([Batch(*part) for part in zip(*parts, strict=True)], batch_size=None)  # type: ignore[arg-type]
+
+
+def test_a_teachers_answers_to_texts_are_stored_and_replayed(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    cache = TeacherCache(str(tmp_path), dtype="float32")
+    losses, asked = [], []
+    for used in (None, cache, cache):
+        module = distiller(TextNetwork, teacher_cache=used)
+        calls = []
+        module.teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer = make_trainer(max_epochs=2)
+        trainer.fit(module, datamodule=IndexedTokens())
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+        asked.append(len(calls))
+    assert losses[1] == losses[0]
+    assert losses[2] == losses[0]
+    assert asked[2] < asked[1]
 
 
 @pytest.mark.parametrize(("data", "network"), [(Tokens, TextNetwork), (Sounds, sound_network)])

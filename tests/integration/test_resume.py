@@ -175,6 +175,23 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_result(lqkd: Forks, place: 
     assert_same(run, whole)
 
 
+def test_a_second_ctrl_c_ends_the_drawing_of_pictures_at_once(lqkd: Forks, place: Path) -> None:
+    run = place / "run" / "impatient"
+    slow = (
+        "import signal, time\nimport lqkd.callbacks.regularizer_pictures as module\n"
+        "def pictures(*history):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n    yield from ()\n"
+        "module.pictures = pictures\n"
+    )
+    started = time.monotonic()
+    when = after_saving(run, 7)
+    status = lqkd.run(*fit(place, "impatient"), before=slow, meanwhile=lambda pid: send(pid, signal.SIGINT, when))
+    assert status == 130
+    assert time.monotonic() - started < 60
+    assert f"go on with: python -m lqkd resume {run}" in lqkd.log.read_text()
+    assert (run / "regularizer" / "weights.csv").is_file()
+    assert steps_done(run) > 0
+
+
 def test_a_job_whose_time_ends_goes_back_into_the_queue_and_finds_its_folder(
     lqkd: Forks, place: Path, whole: Path
 ) -> None:

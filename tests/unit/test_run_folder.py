@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lqkd.errors import UsageError
-from lqkd.run_folder import RunSettings, lock, remove_partial_files, restarted
+from lqkd.run_folder import RunSettings, claim, lock, remove_partial_files, restarted
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
@@ -22,6 +22,20 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
         lock(tmp_path, patience=0.0)
     os.close(held)
     os.close(lock(tmp_path, patience=0.0))
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [("1", "version_1"), (7, "version_7"), ("mine", "mine"), (None, "version_0")]
+)
+def test_a_number_is_the_version_of_that_number(
+    version: str | int | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LQKD_RUN_FOLDER", "")  # claim sets it for the processes of other devices
+    settings = RunSettings(root=str(tmp_path), version=version)
+    assert claim(settings) == tmp_path / "run" / expected
+    if version is not None:
+        with pytest.raises(UsageError, match=f"run/{expected} exists: choose another run.version"):
+            claim(settings)
 
 
 def test_only_half_written_files_are_removed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lqkd.waiting import waiting
+from lqkd.waiting import telling, waiting
 
 
 class Terminal(io.StringIO):
@@ -44,4 +44,13 @@ def test_there_is_none_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lqkd.waiting._PATIENCE", -1.0)
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
     assert list(waiting("abcd", "checking images", 4)) == list("abcd")
+    with telling("drawing"):
+        pass
     assert file.getvalue() == ""
+
+
+def test_work_without_steps_is_named_while_it_goes_on_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
+    with telling("drawing"):
+        assert terminal.getvalue() == "drawing ..."
+    assert terminal.getvalue() == "drawing ...\r\x1b[K"

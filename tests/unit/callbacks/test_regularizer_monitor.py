@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor, verdict
 from lqkd.callbacks.run_logger import RunLogger
+from lqkd.errors import Stopped
 
 from .dummy import BATCHES, Dummy, Play
 from .wandb_records import wandb_history
@@ -143,6 +146,30 @@ def test_the_run_folder_gets_a_picture_when_training_ends(make_trainer: MakeTrai
     picture = (tmp_path / "regularizer" / "weights.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert picture.endswith(b"IEND\xaeB`\x82")
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_ctrl_c_leaves_pictures_of_what_there_is(
+    number: signal.Signals, expected: bool, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    monitor, trainer = _fit(make_trainer, Dummy(_draws(), _draws()), logger=RunLogger(tmp_path))
+    picture = tmp_path / "regularizer" / "weights.png"
+    picture.unlink()
+    monitor.on_exception(trainer, trainer.lightning_module, Stopped(number, "stopped"))
+    assert picture.is_file() == expected
+
+
+def test_no_picture_is_begun_once_ctrl_c_has_kept_someone_waiting(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor, trainer = _fit(make_trainer, Dummy(_draws(), _draws()), logger=RunLogger(tmp_path))
+    drawn = []
+    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.pixels", lambda figure: drawn.append(figure) or 0)
+    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.write", lambda target, image: time.sleep(0.02))
+    monkeypatch.setattr("lqkd.callbacks.regularizer_monitor._LAST_SECONDS", 0.01)
+    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.pictures", lambda *history: iter([("a", 1), ("b", 2)]))
+    monitor.on_exception(trainer, trainer.lightning_module, Stopped(signal.SIGINT, "stopped"))
+    assert drawn == [1]
 
 
 def test_the_picture_is_drawn_every_n_epochs(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import warnings
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_the_test_images_are_the_same_for_every_seed_and_the_validation_images_a
     first, second = prepared(two_classes, seed=0), prepared(two_classes, seed=1)
     assert paths(first, "test") == paths(second, "test")
     assert paths(first, "val") != paths(second, "val")
+
+
+def test_a_table_tells_of_every_image_what_it_is_for(two_classes: Path, tmp_path: Path) -> None:
+    data = prepared(two_classes, limit_train=10)
+    data.write_split(tmp_path / "split.csv")
+    with open(tmp_path / "split.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for part, expected in (("train", 10), ("val", 5), ("test", 6)):
+        files = {str(two_classes / row["file"]) for row in rows if row["split"] == part}
+        assert files == paths(data, part)
+        assert len(files) == expected
+    assert [row["file"] for row in rows if row["split"] == "test"] == data.test_files()
+    assert all(row["file"].split("/")[0] == row["class"] for row in rows)
 
 
 @pytest.mark.parametrize("held_out", ["val", "test", "valid"])

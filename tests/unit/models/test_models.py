@@ -62,6 +62,30 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
     assert torch.equal(network.conv1.weight, before)
 
 
+def test_weights_for_other_classes_are_refused_by_the_setting_that_accepts_them(tmp_path: Path) -> None:
+    source = CifarResNet(8, num_classes=1000, width=2)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    network = CifarResNet(8, num_classes=2, width=2)
+    head = network.linear.weight.clone()
+    for replace_head, remedy in (
+        (False, "give the model replace_head: true"),
+        (None, "a teacher must know its classes"),
+    ):
+        with pytest.raises(UsageError, match=f"are for 1000 classes and the network has 2: {remedy}"):
+            load_weights(network, str(tmp_path / "w.safetensors"), replace_head)
+    told = load_weights(network, str(tmp_path / "w.safetensors"), replace_head=True)
+    assert told is not None
+    assert told.endswith("are for 1000 classes and the network has 2: its last layer 'linear' starts anew")
+    assert torch.equal(network.conv1.weight, source.conv1.weight)
+    assert torch.equal(network.linear.weight, head)
+
+
+def test_a_new_last_layer_is_no_way_around_another_network(tmp_path: Path) -> None:
+    save_file(CifarResNet(8, num_classes=7, width=4).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="are of another network than CifarResNet"):
+        load_weights(CifarResNet(8, num_classes=2, width=2), str(tmp_path / "w.safetensors"), replace_head=True)
+
+
 def test_missing_and_damaged_weight_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"nonsense")
     for source, message in (

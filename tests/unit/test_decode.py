@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lqkd.data.decode import decode
+from lqkd.decode import decode
 from lqkd.errors import UsageError
 
 

@@ -1,0 +1,58 @@
+"""What a network says of every image of a split, as a table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lqkd.files import atomic_path
+
+COLUMNS = ("index", "file", "label", "class", "confidence")
+
+
+class Predictions(Callback):
+    """Keeps the winning class of each image that ``trainer.predict`` asks about, with its label where that is known.
+
+    Labels and positions are those of the batches (images, labels, indices, ...); positions count up where a batch has
+    none.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int | None, int, float]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        confidence, winner = outputs.max(dim=1)
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        indices = getattr(batch, "indices", None)
+        positions = range(len(self.rows), len(self.rows) + len(winner)) if indices is None else indices.tolist()
+        known = labels.tolist() if isinstance(labels, Tensor) and labels.ndim == 1 else [None] * len(winner)
+        self.rows += zip(positions, known, winner.tolist(), confidence.tolist(), strict=True)
+
+    def write(self, target: Path, names: Sequence[str], files: Sequence[str]) -> None:
+        """Write the table; classes by name and images by file as far as these are known."""
+
+        def name(label: int | None) -> Any:
+            return names[label] if names and label is not None else label
+
+        with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(COLUMNS)
+            for index, label, winner, confidence in self.rows:
+                file = files[index] if files else None
+                writer.writerow((index, file, name(label), name(winner), f"{confidence:.6f}"))
+        right = [label == winner for _, label, winner, _ in self.rows if label is not None]
+        told = f", {sum(right)} of them right" if right else ""
+        print(f"{len(self.rows)} predictions written to {target}{told}")
