@@ -20,14 +20,14 @@ class QuantizeDequantize(Emitter):
 
     def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
         label = self.label(node)
-        low, high = grid.low, grid.high
         if isinstance(grid, SignGrid):
             self.codes[node] = (self._sign(self.floating(source), grid, label), grid)
             return
+        clamps = []
         while source in self.deferred:
             source, least, most = self.deferred[source]
-            low = low if least is None else max(low, min(grid.code(least), high))
-            high = high if most is None else min(high, max(grid.code(most), low))
+            clamps.append((least, most))
+        low, high = grid.limits(clamps)
         flat = source in self.pooled
         x = self.pooled[source] if flat else self.floating(source)
         if source in self.codes:
