@@ -15,6 +15,8 @@ from lqkd.export.integer import IntegerLayer
 class QuantizeDequantize(Emitter):
     """Activations as QuantizeLinear, integer Clip and DequantizeLinear; weights as constants with DequantizeLinear."""
 
+    integer = True
+
     def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
         return self.add("DequantizeLinear", [codes, *self._parameters(grid, label)], f"{label}.float")
 

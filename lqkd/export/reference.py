@@ -63,11 +63,13 @@ class Reference(fx.Interpreter):
     Attributes:
         exact: after a run, whether nothing was computed in floating point whose last bits depend on who computes it,
             such as a convolution without a grid or a sigmoid.
+        step: of the last value that was rounded or summed: of the accumulators of a classifier, (classes,), or a grid.
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.exact = True
+        self.step = torch.ones(())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -118,6 +120,7 @@ class Reference(fx.Interpreter):
             codes, clamps = _added(x, None, grid), ()
         else:
             codes, clamps = x.round(grid), x.clamps
+        self.step = grid.scale
         return Codes(codes.clamp(*grid.limits(clamps)) - grid.zero_point, grid)
 
     def _layer(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | Tensor | None:
@@ -125,21 +128,25 @@ class Reference(fx.Interpreter):
         if not isinstance(layer, IntegerLayer) or not isinstance(x, Codes):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
-        if isinstance(layer, IntegerLinear):
-            if x.values.ndim != 2:
-                return None
-            sums = layer.sums(x.values, x.largest)
-            return Unrounded(lambda grid: _rounded(sums, scale / grid.scale, grid)) if self._is_rounded(node) else sums * scale
-        if not self._is_rounded(node):
+        rounded, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
+        if (linear and x.values.ndim != 2) or not (linear or rounded):
             return None
-        sums, scale = layer.sums(x.values, x.largest), scale.view(-1, *[1] * (x.values.ndim - 2))
-        return Unrounded(lambda grid: _rounded(sums, scale / grid.scale, grid))
+        sums, factor = layer.sums(x.values, x.largest), scale.view(-1, *[1] * (x.values.ndim - 2))
+        if rounded:
+            return Unrounded(lambda grid: _rounded(sums, factor / grid.scale, grid))
+        self.step = scale
+        return sums * scale
 
     def _add(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
         if not self._is_pair(node, operands):
             return None
-        orders = [operands[::-1], operands]  # where two grids read the sum, a kernel for the second takes them reversed
-        return Unrounded(lambda grid: _added(*orders.pop(), grid))
+        orders = [operands[::-1], operands]  # where two grids read the sum, the file has it twice, then reversed
+
+        def rounded(grid: ActivationGrid) -> Tensor:
+            a, b = orders.pop()
+            return _added(a, b, grid)
+
+        return Unrounded(rounded)
 
     def _mul(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
         if not self._is_pair(node, operands):
