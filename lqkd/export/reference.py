@@ -117,7 +117,7 @@ class Reference(fx.Interpreter):
         if isinstance(grid, SignGrid) or isinstance(x, Tensor):
             codes, clamps = grid.codes(_real(x)), ()
         elif isinstance(x, Codes):
-            codes, clamps = _added(x, None, grid), ()
+            codes, clamps = added(x, None, grid), ()
         else:
             codes, clamps = x.round(grid), x.clamps
         self.step = grid.scale
@@ -128,12 +128,12 @@ class Reference(fx.Interpreter):
         if not isinstance(layer, IntegerLayer) or not isinstance(x, Codes):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
-        rounded, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
-        if (linear and x.values.ndim != 2) or not (linear or rounded):
+        has_grid, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
+        if (linear and x.values.ndim != 2) or not (linear or has_grid):
             return None
         sums, factor = layer.sums(x.values, x.largest), scale.view(-1, *[1] * (x.values.ndim - 2))
-        if rounded:
-            return Unrounded(lambda grid: _rounded(sums, factor / grid.scale, grid))
+        if has_grid:
+            return Unrounded(lambda grid: rounded(sums, factor / grid.scale, grid))
         self.step = scale
         return sums * scale
 
@@ -142,21 +142,17 @@ class Reference(fx.Interpreter):
             return None
         orders = [operands[::-1], operands]  # where two grids read the sum, the file has it twice, then reversed
 
-        def rounded(grid: ActivationGrid) -> Tensor:
+        def in_turn(grid: ActivationGrid) -> Tensor:
             a, b = orders.pop()
-            return _added(a, b, grid)
+            return added(a, b, grid)
 
-        return Unrounded(rounded)
+        return Unrounded(in_turn)
 
     def _mul(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
         if not self._is_pair(node, operands):
             return None
         a, b = operands
-
-        def rounded(grid: ActivationGrid) -> Tensor:
-            return (a.values * b.values * (a.grid.scale * b.grid.scale / grid.scale) + grid.zero_point).round()
-
-        return Unrounded(rounded)
+        return Unrounded(lambda grid: multiplied(a, b, grid))
 
     def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
         return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
@@ -167,7 +163,7 @@ class Reference(fx.Interpreter):
         axes = tuple(range(2, x.values.ndim))
         count = x.values[0, 0].numel()
         sums = x.values.sum(axes, keepdim=found.settings["keepdim"], dtype=torch.float64).float()
-        return Unrounded(lambda grid: _rounded(sums, x.grid.scale / (grid.scale * count), grid))
+        return Unrounded(lambda grid: rounded(sums, x.grid.scale / (grid.scale * count), grid))
 
     def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if not isinstance(x, Codes) or not self._is_rounded(node):
@@ -183,7 +179,7 @@ class Reference(fx.Interpreter):
     def _clamp(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if isinstance(x, Codes) and self._is_rounded(node):
             codes = x
-            x = Unrounded(lambda grid: _added(codes, None, grid))
+            x = Unrounded(lambda grid: added(codes, None, grid))
         limits = (found.settings["low"], found.settings["high"])
         return replace(x, clamps=(limits, *x.clamps)) if isinstance(x, Unrounded) else None
 
@@ -218,19 +214,27 @@ def _real(value: Any) -> Any:
     return value.real() if isinstance(value, Codes) else value
 
 
-def _rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
+def rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
+    """Codes of ``sums * factor`` on ``grid``, which its limits still have to clamp."""
     return (sums * factor).round() + grid.zero_point
 
 
-def _added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
-    """``a + b`` on ``grid``: two fused multiplications and additions, of codes with their zero points."""
+def multiplied(a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
+    """Codes of ``a * b`` on ``grid``, which its limits still have to clamp: its zero is added before rounding."""
+    return (a.values * b.values * (a.grid.scale * b.grid.scale / grid.scale) + grid.zero_point).round()
+
+
+def added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
+    """Codes of ``a + b`` likewise: fused multiplications and additions, ``b`` first, of codes with their zeros."""
     ratio_a = a.grid.scale / grid.scale
-    fixed = grid.zero_point - ratio_a * a.grid.zero_point
-    if b is not None:
+    zero_a, zero = a.values.new_tensor(a.grid.zero_point), grid.zero_point
+    if b is None:
+        summand = zero - ratio_a * zero_a
+    else:
         ratio_b = b.grid.scale / grid.scale
-        fixed = grid.zero_point - (ratio_a * a.grid.zero_point + ratio_b * b.grid.zero_point)
-        fixed = _fused(b.values + b.grid.zero_point, ratio_b, fixed)
-    return _fused(a.values + a.grid.zero_point, ratio_a, fixed).round()
+        zeros = _fused(zero_a, ratio_a, ratio_b * b.grid.zero_point)
+        summand = _fused(b.values + b.grid.zero_point, ratio_b, zero - zeros)
+    return _fused(a.values + zero_a, ratio_a, summand).round()
 
 
 def _fused(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
