@@ -2,10 +2,10 @@
 
     python -m benchmarks.onnx_parity --csv FILE [--images N]
 
-ResNet-18 and MobileNetV2 of torchvision and MobileNetV3 small of timm, batch norm and grids fitted to four random images
-and judged on others. Networks with random weights are hard: a code that differs by one step in an early layer changes
-many in the last. PyTorch computes in whole numbers (``lqkd.export.reference``) and, for comparison, with simulated
-quantization in floating point.
+ResNet-18 and MobileNetV2 of torchvision and MobileNetV3 small of timm, batch norm and grids fitted to four random
+images and judged on others. Networks with random weights are hard: a code that differs by one step in an early layer
+changes many in the last. PyTorch computes in whole numbers (``lqkd.export.reference``) and, for comparison, with
+simulated quantization in floating point.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A deployed network in PyTorch as integer kernels compute it: whole numbers are added and rounded once for each grid.
 
 The formulas are those of ONNX Runtime on x86 with AVX2 or later, in the order in which it multiplies the scales; a sum
-of whole numbers is the same in any order. So the numbers are the runtime's to the last bit, where one computes with
-real numbers instead, single codes differ by a step, which deep layers may multiply.
+of whole numbers is the same in any order. So the logits are the runtime's to the last bit. In floating point single
+codes would differ by a step, and deep layers may multiply that.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ class Reference(fx.Interpreter):
         axes = tuple(range(2, x.values.ndim))
         count = x.values[0, 0].numel()
         sums = x.values.sum(axes, keepdim=found.settings["keepdim"], dtype=torch.float64).float()
-        return Unrounded(lambda grid: rounded(sums, x.grid.scale / (grid.scale * count), grid))
+        return Unrounded(lambda grid: rounded(sums, mean_factor(x.grid, grid, count), grid))
 
     def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if not isinstance(x, Codes) or not self._is_rounded(node):
             return None
         means = self._called(node, _real)
-        return Unrounded(lambda grid: (means / grid.scale + grid.zero_point).round())
+        return Unrounded(lambda grid: averaged(means, grid))
 
     def _relu(self, node: fx.Node, found: Operation, x: Any) -> Codes | Unrounded | None:
         if isinstance(x, Codes):
@@ -219,8 +219,18 @@ def rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
     return (sums * factor).round() + grid.zero_point
 
 
+def mean_factor(source: ActivationGrid, grid: ActivationGrid, count: int) -> Tensor:
+    """What turns sums of ``count`` codes of ``source`` into means on ``grid``."""
+    return source.scale / (grid.scale * count)
+
+
+def averaged(means: Tensor, grid: ActivationGrid) -> Tensor:
+    """Codes of ``means``, real numbers, likewise; the zero of the grid is added before rounding."""
+    return (means / grid.scale + grid.zero_point).round()
+
+
 def multiplied(a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
-    """Codes of ``a * b`` on ``grid``, which its limits still have to clamp: its zero is added before rounding."""
+    """Codes of ``a * b`` likewise."""
     return (a.values * b.values * (a.grid.scale * b.grid.scale / grid.scale) + grid.zero_point).round()
 
 
