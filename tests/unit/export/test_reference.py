@@ -136,7 +136,7 @@ def run(kind: str, codes: list[np.ndarray], grids: list[ActivationGrid], **attri
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    ("kind", "formula", "factor"), [("QLinearAdd", reference.added, 1.5), ("QLinearMul", reference.multiplied, 4.0)]
+    ("kind", "formula", "factor"), [("QLinearAdd", reference.added, 1.0), ("QLinearMul", reference.multiplied, 4.0)]
 )
 def test_sums_and_products_of_all_pairs_of_codes_are_the_same(
     kind: str, formula: Any, factor: float, seed: int
@@ -159,13 +159,15 @@ def test_average_pooling_rounds_as_the_runtime_does() -> None:
     assert np.array_equal(ours.numpy(), theirs)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 30])  # with 30 one code tells in which order the scales are divided
 def test_means_of_images_are_the_same(seed: int) -> None:
-    codes = np.random.default_rng(seed).integers(0, 256, (1, 100_000, 3, 3), np.uint8)
-    source, target = grid(2 * seed), grid(2 * seed + 1)
+    noise = np.random.default_rng(seed).integers(0, 256, (1, 20_000, 14, 14), np.uint8)
+    shift = np.linspace(-120, 120, 20_000).reshape(1, -1, 1, 1)
+    codes = np.clip(noise * 0.3 + 100 + shift, 0, 255).astype(np.uint8)
+    source, target = grid(2 * seed), grid(2 * seed + 1, 0.2)
     theirs = run("QLinearGlobalAveragePool", [codes], [source, target])
-    sums = torch.from_numpy(codes).float().sum((2, 3), keepdim=True) - 9 * source.zero_point
-    ours = reference.rounded(sums, reference.mean_factor(source, target, 9), target).clamp(0, 255)
+    sums = torch.from_numpy(codes).float().sum((2, 3), keepdim=True) - 14 * 14 * source.zero_point
+    ours = reference.rounded(sums, reference.mean_factor(source, target, 14 * 14), target).clamp(0, 255)
     assert np.array_equal(ours.numpy(), theirs)
 
 
