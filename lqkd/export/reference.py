@@ -121,7 +121,7 @@ class Reference(fx.Interpreter):
         else:
             codes, clamps = x.round(grid), x.clamps
         self.step = grid.scale
-        return Codes(codes.clamp(*grid.limits(clamps)) - grid.zero_point, grid)
+        return Codes(codes.clamp_(*grid.limits(clamps)).sub_(grid.zero_point), grid)
 
     def _layer(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | Tensor | None:
         layer = found.settings["module"]
@@ -140,6 +140,7 @@ class Reference(fx.Interpreter):
     def _add(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
         if not self._is_pair(node, operands):
             return None
+        self.exact = self.exact and operands[0].values.shape == operands[1].values.shape
         orders = [operands[::-1], operands]  # where two grids read the sum, the file has it twice, then reversed
 
         def in_turn(grid: ActivationGrid) -> Tensor:
@@ -216,7 +217,7 @@ def _real(value: Any) -> Any:
 
 def rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
     """Codes of ``sums * factor`` on ``grid``, which its limits still have to clamp."""
-    return (sums * factor).round() + grid.zero_point
+    return (sums * factor).round_().add_(grid.zero_point)
 
 
 def mean_factor(source: ActivationGrid, grid: ActivationGrid, count: int) -> Tensor:
@@ -226,12 +227,13 @@ def mean_factor(source: ActivationGrid, grid: ActivationGrid, count: int) -> Ten
 
 def averaged(means: Tensor, grid: ActivationGrid) -> Tensor:
     """Codes of ``means``, real numbers, likewise; the zero of the grid is added before rounding."""
-    return (means / grid.scale + grid.zero_point).round()
+    return (means / grid.scale).add_(grid.zero_point).round_()
 
 
 def multiplied(a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
     """Codes of ``a * b`` likewise."""
-    return (a.values * b.values * (a.grid.scale * b.grid.scale / grid.scale) + grid.zero_point).round()
+    factor = a.grid.scale * b.grid.scale / grid.scale
+    return (a.values * b.values).mul_(factor).add_(grid.zero_point).round_()
 
 
 def added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
@@ -244,9 +246,9 @@ def added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
         ratio_b = b.grid.scale / grid.scale
         zeros = _fused(zero_a, ratio_a, ratio_b * b.grid.zero_point)
         summand = _fused(b.values + b.grid.zero_point, ratio_b, zero - zeros)
-    return _fused(a.values + zero_a, ratio_a, summand).round()
+    return _fused(a.values + zero_a, ratio_a, summand).round_()
 
 
 def _fused(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     """``x * factor + summand``, rounded once to float32: in float64 the product of a code and a scale is exact."""
-    return (x.double() * factor.double() + summand.double()).float()
+    return x.double().mul_(factor.double()).add(summand).float()
