@@ -125,7 +125,7 @@ class Reference(fx.Interpreter):
 
     def _layer(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | Tensor | None:
         layer = found.settings["module"]
-        if not isinstance(layer, IntegerLayer) or not isinstance(x, Codes):
+        if not isinstance(layer, IntegerLayer) or layer.levels is not None or not isinstance(x, Codes):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
         has_grid, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
@@ -187,14 +187,14 @@ class Reference(fx.Interpreter):
     def _moved(self, node: fx.Node, found: Operation, x: Any) -> Codes | None:
         if not isinstance(x, Codes):
             return None
-        return Codes(self._called(node, lambda value: value.values if isinstance(value, Codes) else value), x.grid)
+        return Codes(self._called(node, _whole), x.grid)
 
     _maxpool = _reshape = _transpose = _slice = _pad = _moved
 
     def _chunks(self, node: fx.Node, found: Operation, x: Any) -> tuple[Codes, ...] | None:
         if not isinstance(x, Codes):
             return None
-        return tuple(Codes(part, x.grid) for part in self._called(node, lambda value: value.values))
+        return tuple(Codes(part, x.grid) for part in self._called(node, _whole))
 
     def _part(self, node: fx.Node, found: Operation, x: Any) -> Any:
         return x[found.settings["index"]]
@@ -213,6 +213,10 @@ def _real(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_real(part) for part in value)
     return value.real() if isinstance(value, Codes) else value
+
+
+def _whole(value: Any) -> Any:
+    return value.values if isinstance(value, Codes) else value
 
 
 def rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
