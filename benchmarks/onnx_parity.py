@@ -29,7 +29,7 @@ from lqkd.models import build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
 
 NETWORKS = ("torchvision/resnet18", "torchvision/mobilenet_v2", "timm/mobilenetv3_small_100")
-BITS = ("w8a8", "w4a4", "w2a2")
+BITS = ("w8a8", "w4a4")
 CALIBRATION = 4
 CLASSES = 1000
 
@@ -80,7 +80,7 @@ def compare(name: str, bits: str, count: int) -> dict[str, Any]:
     }
     same, difference = _agreeing(deployed.network, images, theirs)
     row |= {"simulated_same_class": same, "simulated_difference_of_logits": round(difference, 4)}
-    return row | {"machine": machine(), "onnxruntime": metadata.version("onnxruntime"), "torch": torch.__version__}
+    return row | {"machine": machine(), "onnxruntime": metadata.version("onnxruntime"), "torch": torch.__version__.partition("+")[0]}
 
 
 def _agreeing(network: Callable[[Tensor], Tensor], images: Tensor, theirs: Tensor) -> tuple[int, float]:
