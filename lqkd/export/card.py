@@ -77,12 +77,25 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
             worst = max(layers, key=lambda row: (row.steps, row.fraction))
             told = f"at most {worst.steps:g} step, {worst.fraction:.4%} of the codes" if worst.steps else "identical"
             result.append((f"{len(layers)} grids, {name}", told))
+    if parity.output_steps is not None:
+        result.append(("end to end", _end_to_end(parity)))
     result.append(("batches", ", ".join(map(str, parity.batches))))
     if summary.kernels is not None:
         integer = ", ".join(f"{count} {kind}" for kind, count in summary.kernels.integer.items())
         result.append(("integer kernels", integer or "none"))
         result.append(("float nodes", _named(summary.kernels, NAMED)))
     return result
+
+
+def _end_to_end(parity: Parity) -> str:
+    """How the file's logits differ from those of integer arithmetic in PyTorch."""
+    if not parity.output_steps:
+        return "the same logits to the last bit"
+    told = f"logits at most {parity.output_steps:.3g} steps of the accumulator apart"
+    if not parity.end_to_end:
+        return told
+    last = parity.end_to_end[-1]
+    return f"{told}, {last.fraction:.4%} of the codes of the last grid"
 
 
 def _named(kernels: Kernels, limit: int | None) -> str:

@@ -1,7 +1,8 @@
 """From a trained student to the network that is deployed: integer weights and biases, a grid wherever kernels need one.
 
-The result is an ordinary module that runs in PyTorch. It is what the exported file is compared with, and what the
-cost of deployment is measured on: how its accuracy differs from that of the student as it was trained.
+The result is an ordinary module that runs in PyTorch, in floating point; :mod:`lqkd.export.reference` runs it in whole
+numbers, as integer kernels do. It is what the exported file is compared with, and what the cost of deployment is
+measured on: how its accuracy differs from that of the student as it was trained.
 """
 
 from __future__ import annotations

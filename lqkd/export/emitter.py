@@ -30,10 +30,12 @@ class Exported:
         model: the ONNX model; input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes) float32.
         grids: name of each grid's node in the deployed network to the tensor that holds its codes, or its real numbers
             where the format has no codes.
+        integer: whether it is made for integer kernels, whose arithmetic :class:`lqkd.export.reference.Reference` has.
     """
 
     model: onnx.ModelProto
     grids: dict[str, str]
+    integer: bool
 
 
 class Emitter(ABC):
@@ -46,6 +48,7 @@ class Emitter(ABC):
     opset = 21
     ir_version = 10
     domains: tuple[str, ...] = ()
+    integer = False
 
     def __init__(self, deployed: Deployed) -> None:
         self.network = deployed.network
@@ -84,7 +87,7 @@ class Emitter(ABC):
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
         if not self.domains:
             onnx.checker.check_model(model, full_check=True)
-        return Exported(model, self._grids())
+        return Exported(model, self._grids(), self.integer)
 
     def _grids(self) -> dict[str, str]:
         return {node.name: self.codes[node][0] for node in self.codes if self._is_grid(node)}

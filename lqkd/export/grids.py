@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,14 @@ class ActivationGrid(nn.Module):
     def code(self, value: float) -> int:
         """The code of ``value``."""
         return int(self.codes(torch.tensor(value, device=self.scale.device)))
+
+    def limits(self, clamps: Iterable[tuple[float | None, float | None]]) -> tuple[int, int]:
+        """The smallest and largest code of values that went through ``clamps`` before, the last of them first."""
+        low, high = self.low, self.high
+        for least, most in clamps:
+            low = low if least is None else max(low, min(self.code(least), high))
+            high = high if most is None else min(high, max(self.code(most), low))
+        return low, high
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of ``x`` as a floating tensor."""

@@ -18,10 +18,14 @@ LARGEST_BIAS = 2**30
 """In steps of the accumulator; beyond, nothing else would fit into 32 bits."""
 
 
+EXACT = 2**24
+"""Whole numbers below it, and their sums below it in any order, are exact in float32."""
+
+
 class IntegerLayer(nn.Module):
     """A convolution or Linear whose weight is ``codes * scale`` and whose bias is ``bias_codes * bias_scale``.
 
-    The products run in floating point here; an integer runtime gets the same numbers from the codes.
+    The products run in floating point in :meth:`forward`, and on codes in :meth:`sums`, as in an integer runtime.
 
     Attributes:
         codes: int8, shape of the weight. Where ``levels`` is set they are positions in it, uint8.
@@ -107,12 +111,35 @@ class IntegerLayer(nn.Module):
             return self.bias
         return self.bias_codes.float() * self.bias_scale
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's operation with a given weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.float_weight(), self.float_bias())
+
+    def sums(self, x: Tensor, largest: int) -> Tensor:
+        """What the 32-bit accumulators of an integer kernel hold in the end, as float32, to which it turns them.
+
+        Args:
+            x: codes of the input minus the code of zero: whole numbers, float32, (B, channels, ...).
+            largest: their largest magnitude on the grid.
+        """
+        codes = self.codes.int()
+        bias = torch.zeros(len(codes)) if self.bias_codes is None else self.bias_codes
+        bound = largest * codes.abs().flatten(1).sum(1)
+        if (bound * self.multiplier + bias.double().abs()).max() < EXACT:
+            return self.product(x, (codes * self.multiplier).float(), bias.float())
+        dtype = torch.float32 if bound.max() < EXACT else torch.float64
+        sums = self.product(x.to(dtype), codes.to(dtype), None).double() * self.multiplier
+        return (sums + bias.double().view(-1, *[1] * (sums.ndim - 2))).float()
+
 
 class IntegerLinear(IntegerLayer):
     """:class:`torch.nn.Linear` with integer weights; input (..., in_features)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.float_weight(), self.float_bias())
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class IntegerConv(IntegerLayer):
@@ -124,8 +151,7 @@ class IntegerConv(IntegerLayer):
     groups: int
     function: Any
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.float_weight(), self.float_bias()
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[no-any-return]
 
 

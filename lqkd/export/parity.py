@@ -1,7 +1,8 @@
-"""Proof that an exported file computes what the student computes: layer by layer, and on whole images."""
+"""Proof that an exported file computes what the student computes: layer by layer, end to end, and on whole images."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import Tensor, fx
+from torch import Tensor
 
 from lqkd.export.deploy import Deployed
+from lqkd.export.differences import EndToEnd, Forced, LayerDifference
 from lqkd.export.emitter import Exported
 from lqkd.export.grids import ActivationGrid
+from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, is_qonnx
 
 BATCHES = (1, 7, 32)
@@ -22,6 +25,10 @@ UNOPTIMISED_FRACTION = 1e-3
 """At most so many codes of a layer may differ by one step without optimisation: sums in another order."""
 OPTIMISED_FRACTION = 1e-2
 """At most so many by one step with it: integer kernels round products of scales."""
+END_TO_END_FRACTION = 1e-2
+"""At most so many codes of the last grid may differ end to end from what integer kernels compute by the formulas."""
+_REPRODUCED = ("x86_64", "AMD64")
+"""Processors whose kernels the reference has: others round additions in fixed point."""
 LOGITS_TOLERANCE = 1e-4
 """Of the largest logit, given the same input of the last layer."""
 DISAGREEMENT = 1e-3
@@ -30,29 +37,17 @@ TEST, VALIDATION, GIVEN = "test", "validation", "given"
 """Where images for the agreement are from: a split of the run's data, or whoever called."""
 
 
-@dataclass(frozen=True)
-class LayerDifference:
-    """How the codes of one grid differ between file and PyTorch when both get the file's own codes before it.
-
-    Attributes:
-        name: the grid's node, named after what it quantises.
-        steps: the largest difference in steps of the grid.
-        fraction: the share of codes that differ.
-        codes: how many were compared.
-    """
-
-    name: str
-    steps: float
-    fraction: float
-    codes: int
-
-
 @dataclass
 class Parity:
     """What was compared.
 
     Attributes:
-        unoptimised, optimised: per grid, in the order of the network; ``optimised`` is empty for QONNX.
+        unoptimised, optimised: per grid, in the order of the network, when both get the file's own codes before it;
+            ``optimised`` is empty for QONNX.
+        end_to_end: per grid, from the images on, between the optimised file and the arithmetic of integer kernels in
+            PyTorch; empty for formats that are not made for integer kernels.
+        output_steps: the largest difference of the logits likewise, in steps of the last layer's accumulators.
+        exact: whether that arithmetic is known to the last bit in all of the network.
         logits: the largest difference of the logits in units of the largest one, likewise per layer.
         batches: numbers of images for which the file ran.
         scales_identical: whether every scale in the file has the very bits of the student's.
@@ -67,6 +62,9 @@ class Parity:
 
     unoptimised: list[LayerDifference] = field(default_factory=list)
     optimised: list[LayerDifference] = field(default_factory=list)
+    end_to_end: list[LayerDifference] = field(default_factory=list)
+    output_steps: float | None = None
+    exact: bool = False
     logits: float = 0.0
     batches: tuple[int, ...] = ()
     scales_identical: bool = False
@@ -92,6 +90,9 @@ class Parity:
             "unoptimised_fraction": max((row.fraction for row in self.unoptimised), default=0.0),
             "optimised_max_steps": max((row.steps for row in self.optimised), default=0.0),
             "optimised_fraction": max((row.fraction for row in self.optimised), default=0.0),
+            "end_to_end_output_steps": self.output_steps,
+            "end_to_end_fraction": self.end_to_end[-1].fraction if self.end_to_end else None,
+            "exact": self.exact,
             "logits": self.logits,
             "batches": list(self.batches),
             "scales_identical": self.scales_identical,
@@ -136,31 +137,28 @@ def check(
         parity.problem = f"logits differ by {parity.logits:.2g} of the largest, after layers that agree"
     whole = Runner(exported.model, optimised=True)
     _check_batches(parity, whole, images)
-    agreement(parity, lambda x: torch.from_numpy(whole(x.numpy())["logits"]), deployed, test, student)
+    if exported.integer:
+        _compare_end_to_end(parity, exported, deployed, images, whole)
+    pytorch = Reference(deployed.network) if exported.integer else deployed.network
+    agreement(parity, lambda x: torch.from_numpy(whole(x.numpy())["logits"]), pytorch, test, student)
     return parity
 
 
-class _Forced(fx.Interpreter):
-    """Runs a network on the codes of the file: each grid is compared, and what comes after gets the file's values."""
-
-    def __init__(self, network: fx.GraphModule, theirs: dict[str, np.ndarray]) -> None:
-        super().__init__(network)
-        self.theirs = theirs
-        self.rows: list[LayerDifference] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        ours = super().run_node(n)
-        if n.name not in self.theirs:
-            return ours
-        grid: Any = self.fetch_attr(str(n.target))
-        values = torch.from_numpy(np.array(self.theirs[n.name]))
-        if not values.is_floating_point():
-            values = (values.float() - grid.zero_point) * grid.scale
-        steps = ((ours - values) / grid.scale).abs()
-        steps = torch.where(steps.isfinite(), steps, torch.inf).round()
-        fraction = float((steps > 0).double().mean())
-        self.rows.append(LayerDifference(str(n.target), float(steps.max()), fraction, steps.numel()))
-        return values
+def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, images: Tensor, whole: Runner) -> None:
+    run = Runner(exported.model, optimised=True, tensors=list(exported.grids.values()))
+    found = run(images.numpy())
+    reference = EndToEnd(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    steps = np.abs(reference(images).numpy() - whole(images.numpy())["logits"]) / float(reference.step.min())
+    parity.output_steps = float(steps.max()) if np.isfinite(steps).all() else float("inf")
+    parity.end_to_end, parity.exact = reference.rows, reference.exact and platform.machine() in _REPRODUCED
+    if not parity.exact or not parity.end_to_end:
+        return
+    last, first = parity.end_to_end[-1], next((row for row in parity.end_to_end if row.fraction > 0), None)
+    if parity.problem is None and first is not None and _too_many(last, END_TO_END_FRACTION):
+        parity.problem = (
+            f"integer kernels do not compute what they should: end to end {last.fraction:.2%} of the codes of "
+            f"{last.name} differ, the first difference arises at {first.name}"
+        )
 
 
 @torch.no_grad()
@@ -169,7 +167,7 @@ def _compare(
 ) -> tuple[list[LayerDifference], float]:
     run = Runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
     found = run(images.numpy())
-    forced = _Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    forced = Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
     ours = forced.run(images).numpy()
     theirs = found["logits"]
     largest = max(float(np.abs(ours).max()), float(np.finfo(np.float32).tiny))
@@ -179,12 +177,15 @@ def _compare(
 
 def _judge(parity: Parity, rows: Sequence[LayerDifference], how: str, fraction: float) -> None:
     for row in rows:
-        too_many = row.fraction * row.codes > max(2.5, fraction * row.codes)  # so that small layers may have two
-        if parity.problem is None and (row.steps > 1 or too_many):
+        if parity.problem is None and (row.steps > 1 or _too_many(row, fraction)):
             parity.problem = (
                 f"the first difference arises at {row.name} ({how}): {row.fraction:.2%} of its codes differ, "
                 f"by up to {row.steps:g} steps, on the same input"
             )
+
+
+def _too_many(row: LayerDifference, fraction: float) -> bool:
+    return row.fraction * row.codes > max(2.5, fraction * row.codes)  # so that small layers may have two
 
 
 def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
@@ -206,16 +207,16 @@ def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
 def agreement(
     parity: Parity,
     run: Callable[[Tensor], Tensor],
-    deployed: Deployed,
+    pytorch: Callable[[Tensor], Tensor],
     test: Iterable[tuple[Tensor, Tensor | None]],
     student: torch.nn.Module | None,
 ) -> None:
-    """Count on how many images PyTorch and ``run``, which returns the file's logits, agree; see :func:`check`."""
+    """Count on how many images ``pytorch`` and ``run``, which return the logits of network and file, agree."""
     right = {"accuracy": 0, "exported_accuracy": 0, "trained_accuracy": 0}
     labelled = 0
     for batch, given in test:
         x = batch.detach().cpu().float()
-        ours = deployed.network(x).argmax(1)
+        ours = pytorch(x).argmax(1)
         theirs = run(x).argmax(1)
         parity.images += len(x)
         parity.disagreements += int((ours != theirs).sum())

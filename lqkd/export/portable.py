@@ -15,19 +15,21 @@ from lqkd.export.integer import IntegerLayer
 class QuantizeDequantize(Emitter):
     """Activations as QuantizeLinear, integer Clip and DequantizeLinear; weights as constants with DequantizeLinear."""
 
+    integer = True
+
     def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
         return self.add("DequantizeLinear", [codes, *self._parameters(grid, label)], f"{label}.float")
 
     def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
         label = self.label(node)
-        low, high = grid.low, grid.high
         if isinstance(grid, SignGrid):
             self.codes[node] = (self._sign(self.floating(source), grid, label), grid)
             return
+        clamps = []
         while source in self.deferred:
             source, least, most = self.deferred[source]
-            low = low if least is None else max(low, min(grid.code(least), high))
-            high = high if most is None else min(high, max(grid.code(most), low))
+            clamps.append((least, most))
+        low, high = grid.limits(clamps)
         flat = source in self.pooled
         x = self.pooled[source] if flat else self.floating(source)
         if source in self.codes:

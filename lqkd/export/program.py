@@ -33,7 +33,7 @@ def check_program(
         parity.problem = f"logits differ by {parity.logits:.2g} of the largest"
     sizes = [size for size in BATCHES if module(images.repeat(size, 1, 1, 1)[:size]).shape[0] == size]
     parity.batches = tuple(sizes)
-    agreement(parity, module, deployed, test, student)
+    agreement(parity, module, deployed.network, test, student)
     return parity
 
 

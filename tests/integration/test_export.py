@@ -72,10 +72,12 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert "100.000% of 359 images" in printed
     assert "359 images of the test split" in printed
     assert "none but the quantization of the input" in printed
+    assert "the same logits to the last bit" in printed
     assert re.search(r"same class deployed as trained.*?\d+\.\d\d% of 359 images", printed)
     session = onnxruntime.InferenceSession(str(copied / "student.onnx"))
     props = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert props["lqkd.parity"]["passed"]
+    assert (props["lqkd.parity"]["end_to_end_output_steps"], props["lqkd.parity"]["end_to_end_fraction"]) == (0, 0)
     assert (props["lqkd.parity"]["images"], props["lqkd.parity"]["split"]) == (359, "test")
     assert props["lqkd.bits"]["conv1"] == "W8A8"
     assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
@@ -252,8 +254,8 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
     parity = check(exported, deployed, test[0][0][:32], test, network)
     assert parity.problem is None
     assert parity.images == 1024
-    assert parity.agreement is not None
-    assert parity.agreement >= 0.999
+    assert parity.disagreements == 0
+    assert parity.output_steps == 0
     found = kernels(exported.model)
     assert found.floats == ()
     assert found.integer["QLinearConv"] == 19

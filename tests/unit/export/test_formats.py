@@ -225,6 +225,7 @@ GATES = {"HardSigmoid", "Mul", "DequantizeLinear", "QuantizeLinear"}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"bits": "w4a4", "residual_bits": 8}, {"bits": "w8a8"}], ids=str)
 @pytest.mark.parametrize(
     ("name", "convolutions", "floats"),
     [
@@ -233,21 +234,26 @@ GATES = {"HardSigmoid", "Mul", "DequantizeLinear", "QuantizeLinear"}
         ("timm/mobilenetv3_small_100", 53, GATES),
     ],
 )
-def test_every_convolution_of_a_known_network_runs_on_integers(name: str, convolutions: int, floats: set[str]) -> None:
+def test_a_known_network_runs_on_integers_and_computes_what_pytorch_does_from_end_to_end(
+    name: str, convolutions: int, floats: set[str], settings: dict[str, Any]
+) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm")
     torch.manual_seed(0)
     network, x = build_model(name, num_classes=10).eval(), torch.randn(2, 3, 224, 224)
     reestimate_batchnorm(network, [x])  # without, nothing but zeros would leave the deep ones
-    network, _ = quantize_model(network, Recipe(bits="w4a4"))
+    network, _ = quantize_model(network, Recipe(**settings))
     initialize_quantizers(network, x)
     deployed = deploy(network.eval(), x, [x])
     with torch.no_grad():
         assert deployed.network(x).abs().max() > 0.05
     exported = BUILDERS["portable"](deployed)
-    parity = check(exported, deployed, x)
+    parity = check(exported, deployed, x, [(torch.randn(4, 3, 224, 224), None)])
     assert parity.problem is None
     assert max(row.steps for row in parity.optimised) <= 1
+    assert parity.output_steps == max(row.steps for row in parity.end_to_end) == 0
+    assert parity.disagreements == 0
+    assert parity.exact
     found = kernels(exported.model)
     assert found.float_products == ()
     assert found.integer["QLinearConv"] == convolutions

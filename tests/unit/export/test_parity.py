@@ -11,7 +11,7 @@ import torch
 from onnx import numpy_helper
 
 from lqkd.errors import UsageError
-from lqkd.export import ParityError, check, deploy, metadata, to_onnx
+from lqkd.export import ParityError, check, deploy, metadata, reference, to_onnx
 from lqkd.export import emitter as emitter_module
 from lqkd.export import parity as parity_module
 from lqkd.export.emitter import Exported
@@ -70,6 +70,40 @@ def test_at_most_one_in_a_hundred_codes_may_be_a_step_off_as_optimised(
     assert passes or "as optimised by the runtime" in str(problem)
 
 
+def test_a_kernel_that_rounds_in_another_way_fails_end_to_end_and_is_named(
+    built: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = check(*built, images(8))
+    assert (right.exact, right.output_steps) == (True, 0.0)
+    assert {row.fraction for row in right.end_to_end} == {0.0}
+    monkeypatch.setattr(
+        reference, "rounded", lambda sums, factor, grid: (sums * factor + 0.5).floor() + grid.zero_point + 1
+    )
+    wrong = check(*built, images(8))
+    assert wrong.output_steps is not None
+    assert wrong.output_steps > 1
+    assert "end to end" in str(wrong.problem)
+    assert "the first difference arises at grids" in str(wrong.problem)
+
+
+def test_elsewhere_than_on_known_processors_the_end_to_end_comparison_is_told_and_not_judged(
+    built: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "rounded", lambda sums, factor, grid: (sums * factor).round() + grid.zero_point + 1)
+    monkeypatch.setattr(parity_module.platform, "machine", lambda: "aarch64")
+    parity = check(*built, images(8))
+    assert parity.problem is None
+    assert not parity.exact
+    assert parity.output_steps is not None
+    assert parity.output_steps > 1
+
+
+def test_a_format_without_integer_kernels_is_not_compared_with_them() -> None:
+    deployed = deploy(quantised(bits="w4a4"), images(2), [images(32)])
+    parity = check(BUILDERS["packed4"](deployed), deployed, images(8))
+    assert (parity.problem, parity.output_steps, parity.end_to_end) == (None, None, [])
+
+
 def test_a_changed_classifier_fails_by_its_logits(built: tuple) -> None:
     exported, deployed = built
     change(exported, "linear.weight_codes", -1)
@@ -102,6 +136,7 @@ def test_from_python_test_batches_are_judged_and_the_file_says_so() -> None:
 def test_from_python_another_first_class_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "__call__", _negated(Runner.__call__))
     monkeypatch.setattr(parity_module, "_compare", lambda *_, **__: ([], 0.0))
+    monkeypatch.setattr(parity_module, "_compare_end_to_end", lambda *_: None)
     with pytest.raises(ParityError, match="the first class differs on 64 of 64 images"):
         to_onnx(quantised(bits="w4a4"), images(8), calibration=[images(32)], test=[images(64)])
 

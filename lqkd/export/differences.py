@@ -1,0 +1,70 @@
+"""How the codes of each grid differ between an exported file and its network in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from lqkd.export.reference import Codes, Reference
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How the codes of one grid differ between file and PyTorch.
+
+    Attributes:
+        name: the grid's node, named after what it quantises.
+        steps: the largest difference in steps of the grid.
+        fraction: the share of codes that differ.
+        codes: how many were compared.
+    """
+
+    name: str
+    steps: float
+    fraction: float
+    codes: int
+
+
+class Forced(fx.Interpreter):
+    """Runs a network on the codes of the file: each grid is compared, and what comes after gets the file's values."""
+
+    def __init__(self, network: fx.GraphModule, theirs: dict[str, np.ndarray]) -> None:
+        super().__init__(network)
+        self.theirs = theirs
+        self.rows: list[LayerDifference] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        ours = super().run_node(n)
+        if n.name not in self.theirs:
+            return ours
+        grid: Any = self.fetch_attr(str(n.target))
+        values = torch.from_numpy(np.array(self.theirs[n.name]))
+        if not values.is_floating_point():
+            values = (values.float() - grid.zero_point) * grid.scale
+        self.rows.append(_difference(n, (ours - values) / grid.scale))
+        return values
+
+
+class EndToEnd(Reference):
+    """The arithmetic of integer kernels, of which each grid is compared with the file's."""
+
+    def __init__(self, network: fx.GraphModule, theirs: dict[str, np.ndarray]) -> None:
+        super().__init__(network)
+        self.theirs = theirs
+        self.rows: list[LayerDifference] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        ours = super().run_node(n)
+        if n.name in self.theirs and isinstance(ours, Codes):
+            codes = torch.from_numpy(np.array(self.theirs[n.name])).float()
+            self.rows.append(_difference(n, ours.values + ours.grid.zero_point - codes))
+        return ours
+
+
+def _difference(node: fx.Node, steps: Tensor) -> LayerDifference:
+    steps = torch.where(steps.isfinite(), steps.abs(), torch.inf).round()
+    return LayerDifference(str(node.target), float(steps.max()), float((steps > 0).double().mean()), steps.numel())

@@ -1,0 +1,258 @@
+"""A deployed network in PyTorch as integer kernels compute it: whole numbers are added and rounded once for each grid.
+
+The formulas are those of ONNX Runtime on x86 with AVX2 or later, in the order in which it multiplies the scales; a sum
+of whole numbers is the same in any order. So the logits are the runtime's to the last bit. In floating point single
+codes would differ by a step, and deep layers may multiply that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
+from lqkd.export.integer import IntegerLayer, IntegerLinear
+from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation
+
+_EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", "chunks", "part", *KEEPS_GRID)
+"""Kinds that round alike everywhere when they compute in floating point."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A value on a grid.
+
+    Attributes:
+        values: its codes minus the code of zero: whole numbers, float32.
+        grid: the grid.
+    """
+
+    values: Tensor
+    grid: ActivationGrid
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude that ``values`` may have."""
+        return max(abs(self.grid.low - self.grid.zero_point), abs(self.grid.high - self.grid.zero_point))
+
+    def real(self) -> Tensor:
+        """The real numbers, float32."""
+        return self.values * self.grid.scale
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """What an integer kernel has before it rounds.
+
+    Attributes:
+        round: from the grid behind the kernel to codes, which its limits still have to clamp.
+        clamps: limits of the real numbers, the last of them first.
+    """
+
+    round: Callable[[ActivationGrid], Tensor]
+    clamps: tuple[tuple[float | None, float | None], ...] = ()
+
+
+class Reference(fx.Interpreter):
+    """Runs a deployed network on images (B, C, H, W) float32 and returns what ONNX Runtime's integer kernels return.
+
+    Attributes:
+        exact: after a run, whether nothing was computed in floating point whose last bits depend on who computes it,
+            such as a convolution without a grid or a sigmoid.
+        step: of the last value that was rounded or summed: of the accumulators of a classifier, (classes,), or a grid.
+    """
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.exact = True
+        self.step = torch.ones(())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """The logits of ``images``."""
+        return cast(Tensor, self.run(images))
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = self._operation(n)
+        kernel = None if found is None else getattr(self, f"_{found.kind}", None)
+        if found is not None and kernel is not None:
+            result = kernel(n, found, *(self.env[x] for x in found.inputs))
+            if result is not None:
+                return result
+        self.exact = self.exact and (found is None or found.kind in _EXACT)
+        return self._called(n, _real)
+
+    def _operation(self, node: fx.Node) -> Operation | None:
+        return operation(node, cast(fx.GraphModule, self.module))
+
+    def _called(self, node: fx.Node, read: Callable[[Any], Any]) -> Any:
+        """Run ``node`` as PyTorch does, on ``read(value)`` of each value that it takes."""
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda x: read(self.env[x]))
+        return getattr(self, node.op)(node.target, *arguments)
+
+    def _is_rounded(self, node: fx.Node, readers: int = 1) -> bool:
+        """Whether grids, and no more than ``readers``, are all that reads ``node``, directly or behind clamps."""
+        users = list(node.users)
+        while len(users) == 1 and self._kind(users[0]) in CLAMPS:
+            users = list(users[0].users)
+        return len(users) <= readers and all(self._kind(user) == "grid" and self._rounds(user) for user in users)
+
+    def _kind(self, node: fx.Node) -> str:
+        found = self._operation(node)
+        return "" if found is None else found.kind
+
+    def _rounds(self, node: fx.Node) -> bool:
+        return not isinstance(self.submodules[str(node.target)], LookupGrid | SignGrid)
+
+    # ---- kernels: each returns None where a runtime computes in floating point
+
+    def _grid(self, node: fx.Node, found: Operation, x: Any) -> Codes | None:
+        grid = found.settings["module"]
+        if isinstance(grid, LookupGrid):
+            return None
+        if isinstance(grid, SignGrid) or isinstance(x, Tensor):
+            codes, clamps = grid.codes(_real(x)), ()
+        elif isinstance(x, Codes):
+            codes, clamps = added(x, None, grid), ()
+        else:
+            codes, clamps = x.round(grid), x.clamps
+        self.step = grid.scale
+        return Codes(codes.clamp_(*grid.limits(clamps)).sub_(grid.zero_point), grid)
+
+    def _layer(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | Tensor | None:
+        layer = found.settings["module"]
+        if not isinstance(layer, IntegerLayer) or layer.levels is not None or not isinstance(x, Codes):
+            return None
+        scale = x.grid.scale * (layer.scale / layer.multiplier)
+        has_grid, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
+        if (linear and x.values.ndim != 2) or not (linear or has_grid):
+            return None
+        sums, factor = layer.sums(x.values, x.largest), scale.view(-1, *[1] * (x.values.ndim - 2))
+        if has_grid:
+            return Unrounded(lambda grid: rounded(sums, factor / grid.scale, grid))
+        self.step = scale
+        return sums * scale
+
+    def _add(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
+        if not self._is_pair(node, operands):
+            return None
+        self.exact = self.exact and operands[0].values.shape == operands[1].values.shape
+        orders = [operands[::-1], operands]  # where two grids read the sum, the file has it twice, then reversed
+
+        def in_turn(grid: ActivationGrid) -> Tensor:
+            a, b = orders.pop()
+            return added(a, b, grid)
+
+        return Unrounded(in_turn)
+
+    def _mul(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
+        if not self._is_pair(node, operands):
+            return None
+        a, b = operands
+        return Unrounded(lambda grid: multiplied(a, b, grid))
+
+    def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
+        return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
+
+    def _globalpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
+        if not isinstance(x, Codes) or not self._is_rounded(node):
+            return None
+        axes = tuple(range(2, x.values.ndim))
+        count = x.values[0, 0].numel()
+        sums = x.values.sum(axes, keepdim=found.settings["keepdim"], dtype=torch.float64).float()
+        return Unrounded(lambda grid: rounded(sums, mean_factor(x.grid, grid, count), grid))
+
+    def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
+        if not isinstance(x, Codes) or not self._is_rounded(node):
+            return None
+        means = self._called(node, _real)
+        return Unrounded(lambda grid: averaged(means, grid))
+
+    def _relu(self, node: fx.Node, found: Operation, x: Any) -> Codes | Unrounded | None:
+        if isinstance(x, Codes):
+            return replace(x, values=x.values.relu())
+        return replace(x, clamps=((0.0, None), *x.clamps)) if isinstance(x, Unrounded) else None
+
+    def _clamp(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
+        if isinstance(x, Codes) and self._is_rounded(node):
+            codes = x
+            x = Unrounded(lambda grid: added(codes, None, grid))
+        limits = (found.settings["low"], found.settings["high"])
+        return replace(x, clamps=(limits, *x.clamps)) if isinstance(x, Unrounded) else None
+
+    def _moved(self, node: fx.Node, found: Operation, x: Any) -> Codes | None:
+        if not isinstance(x, Codes):
+            return None
+        return Codes(self._called(node, _whole), x.grid)
+
+    _maxpool = _reshape = _transpose = _slice = _pad = _moved
+
+    def _chunks(self, node: fx.Node, found: Operation, x: Any) -> tuple[Codes, ...] | None:
+        if not isinstance(x, Codes):
+            return None
+        return tuple(Codes(part, x.grid) for part in self._called(node, _whole))
+
+    def _part(self, node: fx.Node, found: Operation, x: Any) -> Any:
+        return x[found.settings["index"]]
+
+    def _activation(self, node: fx.Node, found: Operation, x: Any) -> Tensor | None:
+        """Hard sigmoid and hard swish as ONNX defines them, with a sixth in float32."""
+        name = found.settings["name"]
+        if name not in ("HardSigmoid", "HardSwish"):
+            return None
+        x = _real(x)
+        gate = (x * torch.tensor(1 / 6) + 0.5).clamp(0, 1)
+        return cast(Tensor, gate if name == "HardSigmoid" else x * gate)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_real(part) for part in value)
+    return value.real() if isinstance(value, Codes) else value
+
+
+def _whole(value: Any) -> Any:
+    return value.values if isinstance(value, Codes) else value
+
+
+def rounded(sums: Tensor, factor: Tensor, grid: ActivationGrid) -> Tensor:
+    """Codes of ``sums * factor`` on ``grid``, which its limits still have to clamp."""
+    return (sums * factor).round_().add_(grid.zero_point)
+
+
+def mean_factor(source: ActivationGrid, grid: ActivationGrid, count: int) -> Tensor:
+    """What turns sums of ``count`` codes of ``source`` into means on ``grid``."""
+    return source.scale / (grid.scale * count)
+
+
+def averaged(means: Tensor, grid: ActivationGrid) -> Tensor:
+    """Codes of ``means``, real numbers, likewise; the zero of the grid is added before rounding."""
+    return (means / grid.scale).add_(grid.zero_point).round_()
+
+
+def multiplied(a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
+    """Codes of ``a * b`` likewise."""
+    factor = a.grid.scale * b.grid.scale / grid.scale
+    return (a.values * b.values).mul_(factor).add_(grid.zero_point).round_()
+
+
+def added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
+    """Codes of ``a + b`` likewise: fused multiplications and additions, ``b`` first, of codes with their zeros."""
+    ratio_a = a.grid.scale / grid.scale
+    zero_a, zero = a.values.new_tensor(a.grid.zero_point), grid.zero_point
+    if b is None:
+        summand = zero - ratio_a * zero_a
+    else:
+        ratio_b = b.grid.scale / grid.scale
+        zeros = _fused(zero_a, ratio_a, ratio_b * b.grid.zero_point)
+        summand = _fused(b.values + b.grid.zero_point, ratio_b, zero - zeros)
+    return _fused(a.values + zero_a, ratio_a, summand).round_()
+
+
+def _fused(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
+    """``x * factor + summand``, rounded once to float32: in float64 the product of a code and a scale is exact."""
+    return x.double().mul_(factor.double()).add(summand).float()
