@@ -23,6 +23,7 @@ from lqkd.callbacks.regularizer_tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer_verdict import Verdict, verdict
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.errors import UsageError
+from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import BoundedRange, Regularizer
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
@@ -195,7 +196,10 @@ class RegularizerMonitor(Callback):
             self._warn_of_collapse()
         if not numbers and not found:
             return
-        pl_module.log_dict(numbers, sync_dist=True)  # the same on all processes; said so that Lightning does not warn
+        if numbers:  # the same on all processes
+            values = torch.tensor([*numbers.values()], device=pl_module.device)
+            show(trainer, dict(zip(numbers, values, strict=True)))
+            send(trainer, numbers)
         if trainer.is_global_zero:
             self._log_histogram(trainer)
             self._write(trainer, last=False)
@@ -282,10 +286,10 @@ class RegularizerMonitor(Callback):
                     import wandb
 
                     media = {f"regularizer/pictures/{name}": wandb.Image(image)}
-                    logger.log_metrics(media, step=_step(trainer))  # type: ignore[arg-type]
+                    logger.log_metrics(media, step=last_batch(trainer))  # type: ignore[arg-type]
                 else:
                     logger.experiment.add_image(
-                        f"regularizer/pictures/{name}", image, global_step=_step(trainer), dataformats="HWC"
+                        f"regularizer/pictures/{name}", image, global_step=last_batch(trainer), dataformats="HWC"
                     )
 
     def _log_histogram(self, trainer: Trainer) -> None:
@@ -302,14 +306,9 @@ class RegularizerMonitor(Callback):
                 import wandb
 
                 histogram = wandb.Histogram(np_histogram=np.histogram(weights.numpy(), bins=_BINS))
-                logger.log_metrics({"regularizer/weights": histogram}, step=_step(trainer))  # type: ignore[dict-item]
+                logger.log_metrics({"regularizer/weights": histogram}, step=last_batch(trainer))  # type: ignore[dict-item]
             else:
-                logger.experiment.add_histogram("regularizer/weights", weights, global_step=_step(trainer))
-
-
-def _step(trainer: Trainer) -> int:
-    """Where Lightning puts this epoch's metrics."""
-    return trainer.fit_loop.epoch_loop.total_batch_idx
+                logger.experiment.add_histogram("regularizer/weights", weights, global_step=last_batch(trainer))
 
 
 def _parts(outputs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
