@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ FOLDER = "regularizer"
 """Folder in the run's folder with tables and pictures."""
 
 _BINS = 64
-_PART_OF_TIME = 0.005
+_PART_OF_TIME = 0.0025
 """Part of the time that writing tables may take, and that drawing may take, before training ends."""
 
 
@@ -62,8 +63,8 @@ class RegularizerMonitor(Callback):
     ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
     ``docs/reading_the_pictures.md`` explains.
 
-    Tables and pictures are written as often as that takes no more than half a percent of the time each, tables from the
-    first epoch on, and when training ends; tables also when it fails.
+    Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
+    from the first epoch on, and when training ends; tables also when it fails.
 
     The first collapse, saturation and divergence are each a warning, and an entry in :attr:`warnings`.
 
@@ -87,6 +88,7 @@ class RegularizerMonitor(Callback):
         self.history: list[EpochWeights] = []
         self.statistics: dict[str, list[EpochStatistic]] = {}
         self.warnings: list[str] = []
+        self._texts: dict[str, list[str]] = {}  # of history and statistics, for checkpoints
         self._warned: list[str] = []  # kinds of verdict
         self._moments = Moments()
         self._sums: Sums = {}
@@ -96,20 +98,27 @@ class RegularizerMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "history": [asdict(epoch) for epoch in self.history],
-            "statistics": {name: [asdict(epoch) for epoch in epochs] for name, epochs in self.statistics.items()},
+            "history": self._as_text("history", self.history),
+            "statistics": {name: self._as_text(name, epochs) for name, epochs in self.statistics.items()},
             "warnings": list(self.warnings),
             "warned": list(self._warned),
             "moments_by_tap": self._moments.by_tap(),  # of an epoch that goes on
             "sums": dict(self._sums),
         }
 
+    def _as_text(self, name: str, epochs: Sequence[EpochWeights | EpochStatistic]) -> list[str]:
+        """Each epoch as JSON, made once: a checkpoint late in a training costs no more than an early one."""
+        texts = self._texts.setdefault(name, [])
+        texts += [json.dumps(vars(epoch)) for epoch in epochs[len(texts) :]]
+        return list(texts)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [EpochWeights(**epoch) for epoch in state_dict["history"]]
+        self.history = [EpochWeights(**json.loads(epoch)) for epoch in state_dict["history"]]
         self.statistics = {
-            name: [EpochStatistic(**epoch) for epoch in epochs]
-            for name, epochs in state_dict.get("statistics", {}).items()
+            name: [EpochStatistic(**json.loads(epoch)) for epoch in epochs]
+            for name, epochs in state_dict["statistics"].items()
         }
+        self._texts = {}
         self.warnings = list(state_dict["warnings"])
         self._warned = list(state_dict["warned"])
         self._moments = Moments(state_dict.get("moments_by_tap", ()))
@@ -147,7 +156,6 @@ class RegularizerMonitor(Callback):
         if batch_idx % self.every_n_steps == 0:
             pl_module.watch_gradients = True  # type: ignore[assignment]
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -163,7 +171,8 @@ class RegularizerMonitor(Callback):
         if parts:
             self._last_weights = [weights for weights, _ in parts]
         if measured:
-            add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
+            with torch.no_grad():
+                add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
 
     def _of_parts(self, module: LightningModule, parts: int) -> list[Any]:
         """The regularizer of each tap; a single one weighs all of them."""
