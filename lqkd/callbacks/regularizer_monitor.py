@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from lqkd.callbacks.regularizer_tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer_verdict import Verdict, verdict
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.errors import Stopped, UsageError
+from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import BoundedRange, Regularizer
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
@@ -33,7 +35,7 @@ FOLDER = "regularizer"
 """Folder in the run's folder with tables and pictures."""
 
 _BINS = 64
-_PART_OF_TIME = 0.005
+_PART_OF_TIME = 0.0025
 """Part of the time that writing tables may take, and that drawing may take, before training ends."""
 _LAST_SECONDS = 4.0
 """Seconds within which the drawing of pictures after Ctrl-C may begin; each takes a part of a second."""
@@ -65,8 +67,9 @@ class RegularizerMonitor(Callback):
     ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
     ``docs/reading_the_pictures.md`` explains.
 
-    Tables and pictures are written as often as that takes no more than half a percent of the time each, tables from the
-    first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few seconds.
+    Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
+    from the first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few
+    seconds.
 
     The first collapse, saturation and divergence are each a warning, and an entry in :attr:`warnings`.
 
@@ -90,6 +93,7 @@ class RegularizerMonitor(Callback):
         self.history: list[EpochWeights] = []
         self.statistics: dict[str, list[EpochStatistic]] = {}
         self.warnings: list[str] = []
+        self._texts: dict[str, list[str]] = {}  # of history and statistics, for checkpoints
         self._warned: list[str] = []  # kinds of verdict
         self._moments = Moments()
         self._sums: Sums = {}
@@ -99,20 +103,27 @@ class RegularizerMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "history": [asdict(epoch) for epoch in self.history],
-            "statistics": {name: [asdict(epoch) for epoch in epochs] for name, epochs in self.statistics.items()},
+            "history": self._as_text("history", self.history),
+            "statistics": {name: self._as_text(name, epochs) for name, epochs in self.statistics.items()},
             "warnings": list(self.warnings),
             "warned": list(self._warned),
             "moments_by_tap": self._moments.by_tap(),  # of an epoch that goes on
             "sums": dict(self._sums),
         }
 
+    def _as_text(self, name: str, epochs: Sequence[EpochWeights | EpochStatistic]) -> list[str]:
+        """Each epoch as JSON, made once: a checkpoint late in a training costs no more than an early one."""
+        texts = self._texts.setdefault(name, [])
+        texts += [json.dumps(vars(epoch)) for epoch in epochs[len(texts) :]]
+        return list(texts)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [EpochWeights(**epoch) for epoch in state_dict["history"]]
+        self.history = [EpochWeights(**json.loads(epoch)) for epoch in state_dict["history"]]
         self.statistics = {
-            name: [EpochStatistic(**epoch) for epoch in epochs]
-            for name, epochs in state_dict.get("statistics", {}).items()
+            name: [EpochStatistic(**json.loads(epoch)) for epoch in epochs]
+            for name, epochs in state_dict["statistics"].items()
         }
+        self._texts = {}
         self.warnings = list(state_dict["warnings"])
         self._warned = list(state_dict["warned"])
         self._moments = Moments(state_dict.get("moments_by_tap", ()))
@@ -150,7 +161,6 @@ class RegularizerMonitor(Callback):
         if batch_idx % self.every_n_steps == 0:
             pl_module.watch_gradients = True  # type: ignore[assignment]
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -166,7 +176,8 @@ class RegularizerMonitor(Callback):
         if parts:
             self._last_weights = [weights for weights, _ in parts]
         if measured:
-            add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
+            with torch.no_grad():
+                add(self._sums, measure(parts, outputs, [_optimum(regularizer) for regularizer in regularizers]))
 
     def _of_parts(self, module: LightningModule, parts: int) -> list[Any]:
         """The regularizer of each tap; a single one weighs all of them."""
@@ -199,7 +210,10 @@ class RegularizerMonitor(Callback):
             self._warn_of_collapse()
         if not numbers and not found:
             return
-        pl_module.log_dict(numbers, sync_dist=True)  # the same on all processes; said so that Lightning does not warn
+        if numbers:  # the same on all processes
+            values = torch.tensor([*numbers.values()], device=pl_module.device)
+            show(trainer, dict(zip(numbers, values, strict=True)))
+            send(trainer, numbers)
         if trainer.is_global_zero:
             self._log_histogram(trainer)
             self._write(trainer, last=False)
@@ -292,10 +306,10 @@ class RegularizerMonitor(Callback):
                     import wandb
 
                     media = {f"regularizer/pictures/{name}": wandb.Image(image)}
-                    logger.log_metrics(media, step=_step(trainer))  # type: ignore[arg-type]
+                    logger.log_metrics(media, step=last_batch(trainer))  # type: ignore[arg-type]
                 else:
                     logger.experiment.add_image(
-                        f"regularizer/pictures/{name}", image, global_step=_step(trainer), dataformats="HWC"
+                        f"regularizer/pictures/{name}", image, global_step=last_batch(trainer), dataformats="HWC"
                     )
 
     def _log_histogram(self, trainer: Trainer) -> None:
@@ -312,14 +326,9 @@ class RegularizerMonitor(Callback):
                 import wandb
 
                 histogram = wandb.Histogram(np_histogram=np.histogram(weights.numpy(), bins=_BINS))
-                logger.log_metrics({"regularizer/weights": histogram}, step=_step(trainer))  # type: ignore[dict-item]
+                logger.log_metrics({"regularizer/weights": histogram}, step=last_batch(trainer))  # type: ignore[dict-item]
             else:
-                logger.experiment.add_histogram("regularizer/weights", weights, global_step=_step(trainer))
-
-
-def _step(trainer: Trainer) -> int:
-    """Where Lightning puts this epoch's metrics."""
-    return trainer.fit_loop.epoch_loop.total_batch_idx
+                logger.experiment.add_histogram("regularizer/weights", weights, global_step=last_batch(trainer))
 
 
 def _parts(outputs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ from lqkd.modules.base import example_input
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimizers import regularizer_groups, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
@@ -180,6 +181,7 @@ class DistillModule(SharedBackward):
         self._followers: list[Any] = []
         self._resumed = False
         self._watch = LossWatch()
+        self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
     # ---- before the first batch
 
@@ -437,7 +439,8 @@ class DistillModule(SharedBackward):
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
         logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
-        self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=len(labels))
+        self._logged = {name: value.detach().clone() for name, value in logged.items()}  # some are parameters
+        show(self.trainer, self._logged)
         outputs: dict[str, Any] = {
             "loss": losses.loss.detach(),
             "labels": labels,
@@ -467,6 +470,10 @@ class DistillModule(SharedBackward):
             for name, loss in wanted.items()
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if is_due(self.trainer):  # after the callbacks, one of which may stop the training here
+            send(self.trainer, self._logged)
 
     def on_train_epoch_end(self) -> None:
         self.balance.on_epoch_end()

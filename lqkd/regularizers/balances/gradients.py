@@ -57,9 +57,8 @@ class GradientBalance(_RatioBalance):
     Each batch costs two more backward passes, from each loss to the layer.
 
     Args:
-        shared: name of the module of the student in whose weights gradients are measured, those of its quantizers left
-            out; null for the last layer with weights that the logits and all tensors that are compared depend on: for
-            features the last one before the shallowest tap, for logits the last of all.
+        shared: name of the module of the student in whose weights gradients are measured; null for the layer that
+            :class:`~lqkd.regularizers.GradNorm` finds.
         ratio: gradient of the distillation loss relative to that of the task loss, > 0.
         momentum: of the running mean, >= 0 and < 1: it looks back on about ``1 / (1 - momentum)`` batches.
         maximum: upper bound of each weight, > ``minimum``: that of a distillation loss that vanishes.

@@ -274,6 +274,15 @@ def test_a_resumed_training_continues_the_table(make_trainer: MakeTrainer, tmp_p
     assert [row["mean"] for row in _table(tmp_path / "resumed")] == [1, 2, 3]
 
 
+def test_a_checkpoint_costs_as_much_late_in_a_training_as_early(make_trainer: MakeTrainer) -> None:
+    monitor, _ = _fit(make_trainer, Dummy(_draws()), max_epochs=2)
+    early = monitor.state_dict()["statistics"]["distribution"]
+    monitor.statistics["distribution"].append(monitor.statistics["distribution"][-1])
+    late = monitor.state_dict()["statistics"]["distribution"]
+    assert len(late) == len(early) + 1 == 3
+    assert all(before is after for before, after in zip(early, late, strict=False))  # nothing was made again
+
+
 def test_a_resumed_training_does_not_warn_again(make_trainer: MakeTrainer) -> None:
     monitor, _ = _fit(make_trainer, Dummy(_constant(0.01)))
     resumed = RegularizerMonitor()

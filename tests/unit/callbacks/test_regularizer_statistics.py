@@ -387,24 +387,39 @@ def test_an_impossible_interval_is_refused(arguments: dict[str, int]) -> None:
         RegularizerMonitor(**arguments)
 
 
-@pytest.mark.parametrize("guard", ["barrier", "bounded_barrier", "entropy"])
-def test_a_measured_batch_waits_for_no_result(guard: str) -> None:
+def _operations(guard: str, batch_idx: int) -> list[str]:
+    """Operations of the monitor in one batch, and of what waits for its moments then."""
+
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.add(func.overloadpacket.__name__)
+            seen.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    seen: set[str] = set()
+    seen: list[str] = []
     module = Dummy(WEIGHTS, DIVERGENCE, regularizer=_regularizer(guard=guard))
     outputs = {"weights": WEIGHTS(0, 0), "divergence": DIVERGENCE(0, 0)} | _more(0, 0)
-    monitor = RegularizerMonitor(every_n_steps=1)
+    monitor = RegularizerMonitor()
     monitor.on_train_start(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), module)
     with Operations():
-        monitor.on_train_batch_start(None, module, None, 0)  # type: ignore[arg-type]
-        monitor.on_train_batch_end(None, module, outputs, None, 0)  # type: ignore[arg-type]
+        monitor.on_train_batch_start(None, module, None, batch_idx)  # type: ignore[arg-type]
+        monitor.on_train_batch_end(None, module, outputs, None, batch_idx)  # type: ignore[arg-type]
+        seen.append("batch")
         monitor.state_dict()  # takes the moments that wait
+    return seen
+
+
+@pytest.mark.parametrize("guard", ["barrier", "bounded_barrier", "entropy"])
+def test_a_measured_batch_waits_for_no_result(guard: str) -> None:
+    seen = set(_operations(guard, batch_idx=0))
     assert {"index_add_", "bucketize", "var_mean"} <= seen
     assert not seen & {"_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero"}
+
+
+def test_only_every_20th_batch_costs_operations() -> None:
+    counted = {i: [name for name in _operations("barrier", i) if name != "detach"] for i in (0, 1, 19, 20)}
+    per_batch = {i: names.index("batch") for i, names in counted.items()}
+    assert per_batch[1] == per_batch[19] == 0
+    assert 50 < per_batch[0] == per_batch[20] < 160
 
 
 # ---- several processes and resuming
