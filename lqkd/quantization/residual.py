@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lqkd.quantization.graph import Survey
 from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
+
+_NAMES = ("output_quantizer", "argument_quantizer")
 
 
 def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
@@ -63,9 +66,35 @@ def join_quantizers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [
         (module, name)
         for module in model.modules()
-        for name in ("output_quantizer", "argument_quantizer")
+        for name in _NAMES
         if isinstance(module._modules.get(name), Quantizer)
     ]
+
+
+def other_places(own: Collection[str], saved: Collection[str]) -> str | None:
+    """Why a state does not fit whose quantizers of results are where an earlier version of lqkd put them.
+
+    Args:
+        own: the names of the tensors of a network.
+        saved: those of a state that is for it.
+
+    Returns:
+        ``None`` when they differ in something else, or in nothing, or either has no such quantizer.
+    """
+    places = [sorted({key.rpartition(".")[0] for key in keys if _is_of_result(key)}) for keys in (own, saved)]
+    here, there = ([name for name in names if name not in others] for names, others in (places, places[::-1]))
+    others = [key for key in {*own} ^ {*saved} if not _is_of_result(key)]
+    if others or not all(places) or not (here or there):
+        return None
+    difference = f"it has none at {here[0]!r}" if here else f"it has one at {there[0]!r}"
+    return (
+        f"it quantises results at other places than this version of lqkd ({difference}): take the version that trained "
+        "it, or train again"
+    )
+
+
+def _is_of_result(key: str) -> bool:
+    return not set(_NAMES).isdisjoint(key.split("."))
 
 
 def _attach(module: nn.Module, port: Port, quantizer: Quantizer) -> None:
