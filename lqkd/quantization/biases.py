@@ -33,9 +33,9 @@ def bias_owners(model: nn.Module, folded: Mapping[str, str]) -> dict[str, str]:
     norms = {layer: norm for norm, layer in folded.items()}
     modules = dict(model.named_modules())
     shared = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
-    owners = {}
+    owners: dict[str, str] = {}
     for name, layer in modules.items():
-        owner = norms.get(name, name)
+        owner: str = norms.get(name, name)
         bias = getattr(modules[owner], "bias", None)
         if _has_integer_bias(layer) and isinstance(bias, Tensor) and shared[id(bias)] == 1:
             owners[name] = owner
@@ -67,7 +67,7 @@ def integer_biases(model: nn.Module, folded: Mapping[str, str]) -> dict[str, Ten
         New values, on the CPU, of the biases of :func:`bias_owners` by the name of the module that has them. Layers
         whose quantizers are not fitted, or whose numbers the export would refuse, are left out.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, owner in bias_owners(model, folded).items():
         layer, module = cast(QuantizedLayer, model.get_submodule(name)), model.get_submodule(owner)
         factor, bias = folded_parameters(layer, module if isinstance(module, _BatchNorm) else None)

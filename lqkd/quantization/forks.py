@@ -85,18 +85,20 @@ class _Search:
     def _read_by(self, user: fx.Node, node: fx.Node) -> set[str]:
         """The grids on which ``user``, or what it moves the value to, reads ``node``."""
         module = self._module(user)
-        ports = [port for port in self.planned.get(node, ()) if port.holds(user)]
-        ports += [port for port in self.planned.get(user, ()) if port.output]
-        if ports:
-            return {str(ports[0])}
-        if isinstance(module, Quantizer) or self._quantizes_output(user):
+        before = next((port for port in self.planned.get(node, ()) if port.holds(user)), None)
+        if before is not None:
+            return {str(before)}
+        if isinstance(module, Quantizer):
             return {str(user.target)}
         if isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)):
             quantizer = getattr(module, "input_quantizer", None)
             return {_FLOAT} if quantizer is None else {f"input of {user.target}"}
-        if moves(user, self.model):
-            return set().union(*(self._read_by(reader, user) for reader in user.users))
-        return set()
+        if not moves(user, self.model):
+            return set()
+        behind = next((port for port in self.planned.get(user, ()) if port.output), None)
+        if behind is not None or self._quantizes_output(user):
+            return {str(behind or user.target)}
+        return set().union(*(self._read_by(reader, user) for reader in user.users))
 
     def _is_pair(self, node: fx.Node) -> bool:
         while clamps(node, self.model):
