@@ -37,7 +37,7 @@ def distance(network: nn.Module) -> float:
     """How far the biases are from those of an integer kernel."""
     found = integer_biases(network, foldable(network).folded)
     assert found
-    return max(float((value - network.get_submodule(name).bias).abs().max()) for name, value in found.items())
+    return max(float((value - network.get_submodule(name).bias.detach()).abs().max()) for name, value in found.items())
 
 
 @pytest.mark.parametrize("order", [1, -1])
