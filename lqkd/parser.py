@@ -43,6 +43,13 @@ class OneLineParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        # The parser of a class within a class gets one setting, already read, as "--SETTING=VALUE": null has become the
+        # word None, which is a text to it.
+        if not self.exit_on_error and isinstance(args, list) and len(args) == 1:
+            args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", args[0])]
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import Recipe, quantize_model
+from lqkd.quantization.residual import other_places
 
 _FILES = {"student.safetensors": "student", "network.safetensors": "network"}
 """What a run leaves, and the key of the network in its metadata."""
@@ -39,8 +40,11 @@ def load_student(path: str | Path) -> nn.Module:
     try:
         network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
+        moved = other_places(network.state_dict(), state)
         raise UsageError(
             f"{str(file)!r} holds weights of another network than it names ({first_line(error)})"
+            if moved is None
+            else f"{str(file)!r} does not fit: {moved}"
         ) from error
     return network.eval()
 

@@ -6,6 +6,7 @@ from lqkd.callbacks.batchnorm import BatchNormReestimation
 from lqkd.callbacks.bit_width import BitWidthScheduler, Stage
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.checkpoint_io import AtomicCheckpointIO
+from lqkd.callbacks.integer_biases import IntegerBiases
 from lqkd.callbacks.oscillation_dampening import OscillationDampening
 from lqkd.callbacks.oscillation_freezing import OscillationFreezing
 from lqkd.callbacks.oscillation_monitor import OscillationMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormReestimation",
     "BestAndLast",
     "BitWidthScheduler",
+    "IntegerBiases",
     "OscillationDampening",
     "OscillationFreezing",
     "OscillationMonitor",

@@ -26,6 +26,7 @@ from lqkd.files import atomic_path
 from lqkd.modules import DistillModule
 from lqkd.origin import fingerprint, outdated_exports
 from lqkd.quantization import quantizers, size
+from lqkd.quantization.residual import other_places
 from lqkd.run_reader import RunReader, read_run, take_batches
 from lqkd.waiting import telling, waiting
 
@@ -148,8 +149,11 @@ def read_student(run: str | Path) -> tuple[RunReader, nn.Module, str]:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
+        moved = other_places(network.state_dict(), state)
         raise UsageError(
             f"checkpoint {str(checkpoint)!r} is of another network than its config ({first_line(error)})"
+            if moved is None
+            else f"checkpoint {str(checkpoint)!r} does not fit: {moved}"
         ) from error
     for key, quantizer in quantizers(network).items():
         if quantizer.bits != wanted[key]:

@@ -216,6 +216,8 @@ class _Builder:
         """Let the readers of a result that keeps its grid read it from an 8-bit grid that one of them has."""
         if self._kind(node) not in KEEPS_GRID or self._kind(node) == "relu" or len(node.users) < 2:
             return
+        if self._on_grid(node):  # an integer kernel wrote it, before it was moved
+            return
         grids = [user for user in node.users if self._kind(user) == "grid"]
         if len(grids) == len(node.users) and any(self._bits(grid) == RESIDUAL_BITS for grid in grids):
             self._read_from(next(grid for grid in grids if self._bits(grid) == RESIDUAL_BITS), node)

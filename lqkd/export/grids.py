@@ -1,24 +1,16 @@
-"""Quantizers as what an integer runtime knows: unsigned 8-bit codes of activations, signed codes of weights."""
+"""Quantizers of activations as what an integer runtime knows: unsigned 8-bit codes, and tables for the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization import Quantizer
-from lqkd.quantization.quantizers import N2UQ, TTQ, TWN, APoT, DoReFa, LSQPlus, ReAct
-from lqkd.quantization.quantizers.apot import magnitudes
-from lqkd.quantization.quantizers.binary import BinaryQuantizer
-from lqkd.quantization.quantizers.uniform import UniformQuantizer
-
-CODES = 256
-"""Number of unsigned 8-bit codes."""
-MIDDLE = 128
-"""The code of zero on a signed grid: every activation is unsigned, as integer additions want operands of one type."""
+from lqkd.quantization.codes import MIDDLE, ActivationCodes, activation_codes, check_finite, step_of
+from lqkd.quantization.quantizers import N2UQ, APoT, ReAct
 
 
 class ActivationGrid(nn.Module):
@@ -54,6 +46,10 @@ class ActivationGrid(nn.Module):
             low = low if least is None else max(low, min(self.code(least), high))
             high = high if most is None else min(high, max(self.code(most), low))
         return low, high
+
+    def as_codes(self) -> ActivationCodes:
+        """The grid's numbers."""
+        return ActivationCodes(self.scale, self.zero_point, self.low, self.high)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of ``x`` as a floating tensor."""
@@ -119,113 +115,17 @@ def activation_grid(quantizer: Quantizer, place: str) -> ActivationGrid | Lookup
     Raises:
         UsageError: when it is not fitted, its scale is zero or not finite, or it is of a family that is not known.
     """
-    _check_fitted(quantizer, place)
-    if quantizer.channels is not None:
-        raise UsageError(f"the input of {place} has a grid per channel: integer layers need one per tensor")
+    codes = activation_codes(quantizer, place)
     if isinstance(quantizer, ReAct):
         assert quantizer.shift is not None
-        _check_finite(quantizer.shift, place, "shift")
+        check_finite(quantizer.shift, place, "shift")
         return SignGrid(quantizer.shift)
-    if isinstance(quantizer, LSQPlus) and quantizer.offset is not None:
-        _check_finite(quantizer.offset, place, "offset")
-        scale, zero = _step(quantizer.step(), place), -int(quantizer.zero_level())
-        return ActivationGrid(scale, zero, 0, quantizer.code_range()[1], quantizer.bits)
-    if isinstance(quantizer, UniformQuantizer):
-        zero = MIDDLE if quantizer.signed else 0
-        low, high = quantizer.code_range()
-        return ActivationGrid(_step(quantizer.step(), place), zero, low + zero, high + zero, quantizer.bits)
-    if isinstance(quantizer, DoReFa):
-        return ActivationGrid(quantizer._activation_step(), 0, *quantizer.code_range(), quantizer.bits)
+    if codes is not None:
+        return ActivationGrid(codes.scale, codes.zero_point, codes.low, codes.high, quantizer.bits)
     if isinstance(quantizer, APoT):
-        clip, midpoints = _step(quantizer.clip(), place), quantizer._tables()[1]
+        clip, midpoints = step_of(quantizer.clip(), place), quantizer._tables()[1]
         return LookupGrid(clip, torch.ones(()), midpoints, quantizer.levels(), quantizer.bits)
     if isinstance(quantizer, N2UQ):
-        scale = _step(quantizer.scale, place)
+        scale = step_of(quantizer.scale, place)
         return LookupGrid(scale, quantizer.scale_in.abs(), quantizer.thresholds(), quantizer.levels(), quantizer.bits)
     raise UsageError(f"quantizer {type(quantizer).__name__} of the input of {place} cannot be exported")
-
-
-@dataclass(frozen=True)
-class WeightCodes:
-    """A weight as integers.
-
-    Attributes:
-        codes: int64, shape of the weight: multiples of ``scale`` or, where there are ``levels``, positions in them.
-        scale: (channels,) or (), float32; ``None`` where the levels are not multiples of one step, or too many.
-        levels: (channels, L) or (L,), float32, where ``scale`` is ``None``.
-        bits: of the quantizer.
-    """
-
-    codes: Tensor
-    scale: Tensor | None
-    levels: Tensor | None
-    bits: int
-
-
-def weight_codes(quantizer: Quantizer, weight: Tensor, place: str) -> WeightCodes:
-    """The codes of ``weight`` on the grid of its quantizer.
-
-    Raises:
-        UsageError: when the quantizer is not fitted or its scale is zero or not finite.
-    """
-    _check_fitted(quantizer, place)
-    if not weight.isfinite().all():
-        raise UsageError(f"the weight of {place} is not finite: the training has failed, choose another checkpoint")
-    codes = quantizer.codes(weight).long()
-    bits, top = quantizer.bits, quantizer.code_range()[1]
-    if isinstance(quantizer, UniformQuantizer):
-        return WeightCodes(codes, _step(quantizer.step(), place), None, bits)
-    if isinstance(quantizer, TWN):
-        return WeightCodes(codes, _step(quantizer.scale, place), None, bits)
-    if isinstance(quantizer, BinaryQuantizer):
-        return WeightCodes(2 * codes - 1, _step(quantizer.scale, place), None, bits)
-    if isinstance(quantizer, DoReFa | N2UQ) and bits < 8:
-        odd = 2 * codes - top  # evenly spaced without a zero: odd multiples of half a distance
-        scale = quantizer.scale if isinstance(quantizer, N2UQ) or bits == 1 else torch.ones_like(quantizer.scale)
-        return WeightCodes(odd, _step(scale / top, place), None, bits)
-    if isinstance(quantizer, APoT):
-        table = _apot_integers(quantizer)
-        if table is not None:
-            return WeightCodes(table[codes], _step(quantizer.clip() / int(table[-1]), place), None, bits)
-    levels = quantizer.levels().detach().float()
-    _check_finite(levels, place, "levels")
-    return WeightCodes(codes - quantizer.code_range()[0], None, levels, bits)
-
-
-def is_exactly_uniform(quantizer: Quantizer) -> bool:
-    """Whether the levels of a weight quantizer are integers times one scale that fit into 8 bits."""
-    if isinstance(quantizer, APoT):
-        return _apot_integers(quantizer) is not None
-    return not isinstance(quantizer, TTQ) and not (isinstance(quantizer, DoReFa | N2UQ) and quantizer.bits == 8)
-
-
-def _apot_integers(quantizer: APoT) -> Tensor | None:
-    """The levels as integers, the largest of which is alpha: sums of powers of two are multiples of the smallest."""
-    half = magnitudes(quantizer.bits - 1) if quantizer.signed else magnitudes(quantizer.bits)
-    for top in range(1, MIDDLE):
-        scaled = [value * top for value in half]
-        if all(abs(value - round(value)) < 1e-9 for value in scaled):
-            positive = [round(value) for value in scaled]
-            return torch.tensor([-value for value in reversed(positive[1:])] + positive)
-    return None
-
-
-def _step(step: Tensor, place: str) -> Tensor:
-    step = step.detach().float()
-    _check_finite(step, place, "scale")
-    if (step <= torch.finfo(torch.float32).tiny).any():
-        channel = "" if step.ndim == 0 else f" in channel {int(step.argmin())}"
-        raise UsageError(f"a scale of {place} is zero{channel}: choose another checkpoint, or train on")
-    return step
-
-
-def _check_finite(value: Tensor, place: str, name: str) -> None:
-    if not value.isfinite().all():
-        raise UsageError(f"a {name} of {place} is not finite: the training has failed, choose another checkpoint")
-
-
-def _check_fitted(quantizer: Quantizer, place: str) -> None:
-    if not quantizer.is_ready:
-        raise UsageError(
-            f"a quantizer of {place} has never been fitted to data: train the student, or call initialize_quantizers"
-        )

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export.grids import ActivationGrid, WeightCodes, weight_codes
+from lqkd.export.grids import ActivationGrid
+from lqkd.quantization.accumulator import layer_integers
+from lqkd.quantization.codes import WeightCodes, weight_codes
 from lqkd.quantization.layers import QuantizedLayer, QuantizedSubclass
 
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-LARGEST_BIAS = 2**30
-"""In steps of the accumulator; beyond, nothing else would fit into 32 bits."""
 
 
 EXACT = 2**24
@@ -56,47 +56,12 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.bits = codes.bits
-        channels = codes.codes.shape[0]
-        factor = torch.ones(channels) if output_scale is None else output_scale.detach().cpu().float()
-        whole = codes.codes.cpu()
-        self.changed = 0
-        self.multiplier = 1
-        if bias is not None and not bias.isfinite().all():
-            raise UsageError(f"the bias of {place} is not finite: the training has failed, choose another checkpoint")
-        if not factor.isfinite().all():
-            raise UsageError(f"batch norm after {place} is not finite: the training has failed")
-        bias = None if bias is None else bias.detach().cpu().float()
-        if codes.scale is None:
-            assert codes.levels is not None
-            levels = codes.levels.cpu().expand(channels, -1) * factor.unsqueeze(1)
-            self._set(whole.to(torch.uint8), torch.ones(channels), levels)
-            self._set_bias(bias, None, None)
-            return
-        scale = codes.scale.cpu().expand(channels) * factor.abs()
-        whole = whole * torch.where(factor < 0, -1, 1).view(-1, *[1] * (whole.ndim - 1))
-        self.changed = int((whole > 127).sum())
-        whole = whole.clamp_max(127)
-        if grid is not None:
-            self.multiplier = _multiplier(whole, grid.high)
-        input_scale = torch.ones(()) if grid is None else grid.scale.cpu()
-        whole, scale = _without_dead_channels(whole, scale, bias, input_scale, self.multiplier)
-        self._set(whole.to(torch.int8), scale, None)
-        self._set_bias(bias, grid, scale)
-
-    def _set(self, codes: Tensor, scale: Tensor, levels: Tensor | None) -> None:
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("levels", levels)
-
-    def _set_bias(self, bias: Tensor | None, grid: ActivationGrid | None, scale: Tensor | None) -> None:
-        self.register_buffer("bias", bias)
-        self.register_buffer("bias_scale", None)
-        self.register_buffer("bias_codes", None)
-        if bias is None or grid is None or scale is None:
-            return
-        self.bias = None
-        self.bias_scale = grid.scale.cpu() * (scale / self.multiplier)
-        self.bias_codes = (bias / self.bias_scale).round().to(torch.int32)
+        held = layer_integers(codes, output_scale, bias, None if grid is None else grid.as_codes(), place)
+        self.multiplier = held.multiplier
+        self.changed = held.changed
+        for name in ("codes", "scale", "levels", "bias_scale", "bias_codes"):
+            self.register_buffer(name, getattr(held, name))
+        self.register_buffer("bias", held.bias if held.bias_codes is None else None)
 
     def float_weight(self) -> Tensor:
         """The weight in floating point."""
@@ -222,41 +187,3 @@ def symmetric_padding(conv: Any, place: str) -> tuple[int, ...]:
     if conv.padding == "same" and any(total % 2 for total in totals):
         raise UsageError(f"{place} pads one side more than the other, which cannot be exported: use an odd kernel size")
     return tuple(total // 2 if conv.padding == "same" else 0 for total in totals)
-
-
-def _multiplier(codes: Tensor, largest_input: int) -> int:
-    """The largest power of two by which ``codes`` may be multiplied.
-
-    They stay signed bytes, two of their products with the largest code of the input fit into 16 bits, in which CPUs
-    without VNNI add them, and the largest sum of a channel leaves as much of 32 bits as a bias may take.
-    """
-    low, high = int(codes.min()), int(codes.max())
-    largest, total = max(-low, high), int(codes.abs().flatten(1).sum(1).max())
-
-    def fits(multiplier: int) -> bool:
-        return (
-            multiplier * low >= -128
-            and multiplier * high <= 127
-            and multiplier * largest * largest_input * 2 < 2**15
-            and multiplier * total * largest_input < 2**31 - LARGEST_BIAS
-        )
-
-    multiplier = 1
-    while largest > 0 and fits(2 * multiplier):
-        multiplier *= 2
-    return multiplier
-
-
-def _without_dead_channels(
-    codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor, multiplier: int
-) -> tuple[Tensor, Tensor]:
-    """Zero the weights of channels whose scale vanishes beside their bias, and give these a scale that bears the bias.
-
-    A batch norm whose factor is (nearly) zero makes such a channel a constant.
-    """
-    amount = torch.zeros_like(scale) if bias is None else bias.abs()
-    step = input_scale * (scale / multiplier)
-    dead = (step < torch.finfo(torch.float32).tiny) | (amount > LARGEST_BIAS * step)
-    usable = torch.where(amount > 0, amount * (multiplier / 2**20) / input_scale, 1.0)
-    shape = (-1, *[1] * (codes.ndim - 1))
-    return torch.where(dead.view(shape), 0, codes), torch.where(dead, usable, scale)

@@ -17,6 +17,7 @@ from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.quantization import Quantizer
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,6 @@ _PAIRS: dict[Any, str] = {
     "mul": "mul",
     "mul_": "mul",
 }
-_RELUS = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, F.dropout, "contiguous", "detach", "clone")
-_RESHAPES = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, nn.Unflatten)
-_RESHAPE_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
 _MAX_POOL = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
 _AVERAGE_POOL = {
     "kernel_size": None,
@@ -176,9 +173,9 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind = "layer"
     elif isinstance(module, _BatchNorm) and module.running_mean is not None:
         kind = "norm"
-    elif type(module) in _IDENTITIES:
+    elif type(module) in IDENTITIES:
         kind = "identity"
-    elif type(module) in _RELUS:
+    elif type(module) in RELUS:
         kind = "relu"
     elif isinstance(module, nn.Hardtanh):
         kind, settings = "clamp", {"low": module.min_val, "high": module.max_val}
@@ -190,7 +187,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind, settings = "avgpool", _pool(module.__dict__.__getitem__)
     elif isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive(node)
-    elif type(module) in _RESHAPES:
+    elif type(module) in RESHAPES:
         kind = "reshape"
     return None if kind is None else Operation(kind, _first(node), settings)
 
@@ -202,9 +199,9 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
     if target in (torch.cat, torch.concat):
         tensors = argument(node, 0, "tensors", ())
         return Operation("cat", tuple(tensors), {"axis": argument(node, 1, "dim", 0)})
-    if target in _RELUS:
+    if target in RELUS:
         return Operation("relu", _first(node))
-    if target in _IDENTITIES or (target == "to" and node.kwargs == {}):
+    if target in IDENTITIES or (target == "to" and node.kwargs == {}):
         return Operation("identity", _first(node))
     if target is F.relu6:
         return Operation("clamp", _first(node), {"low": 0.0, "high": 6.0})
@@ -227,9 +224,9 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
         return _adaptive(node)
     if target in (torch.mean, "mean"):
         return _mean(node)
-    if target in _RESHAPES or target in _RESHAPE_METHODS:
+    if target in RESHAPES or target in RESHAPE_METHODS:
         return Operation("reshape", _first(node))
-    if target in ("permute", "transpose", torch.permute, torch.transpose):
+    if target in TRANSPOSITIONS:
         return Operation("transpose", _first(node), {"order": _order(node)})
     if target is F.pad:
         return _pad(node)

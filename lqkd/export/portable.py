@@ -8,8 +8,9 @@ from torch import Tensor, fx
 
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
-from lqkd.export.grids import CODES, ActivationGrid, SignGrid
+from lqkd.export.grids import ActivationGrid, SignGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.quantization.codes import CODES
 
 
 class QuantizeDequantize(Emitter):

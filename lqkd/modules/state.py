@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.models import load_weights
 from lqkd.quantization import quantizers
+from lqkd.quantization.residual import other_places
 
 
 def check_state(module: nn.Module, state: Mapping[str, Tensor], any_bits: Collection[str] = ()) -> None:
@@ -34,6 +35,9 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor], any_bits: Collec
         if keys
     ]
     if wrong:
+        moved = other_places(own, state)
+        if moved is not None:
+            raise UsageError(f"the checkpoint does not fit: {moved}")
         details = "; ".join(f"{problem} {keys[0]!r}" + _more(keys) for problem, keys in wrong)
         raise UsageError(f"the checkpoint is of another architecture than this configuration's: {details}")
     bits = [

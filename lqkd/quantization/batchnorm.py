@@ -100,6 +100,19 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
     Raises:
         UsageError: when the graph of the network cannot be traced, so that nothing is known about the order of layers.
     """
+    found = foldable(model, untouched)
+    for name, source in found.folded.items():
+        norm, layer = cast(_BatchNorm, model.get_submodule(name)), cast(Any, model.get_submodule(source))
+        _fold(layer, norm)
+        parent, _, child = name.rpartition(".")
+        remainder = _remainder(norm)
+        move_output_quantizer(norm, remainder[-1] if isinstance(remainder, nn.Sequential) else remainder)
+        model.get_submodule(parent)._modules[child] = remainder
+    return found
+
+
+def foldable(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
+    """What :func:`fold_batchnorm` would do, which see; nothing is changed."""
     try:
         graph = trace(model)
     except Exception as error:
@@ -116,18 +129,26 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
         source = _source(nodes, calls)
         layer = modules.get(source) if source is not None else None
         reason = _obstacle(norm, layer, nodes) or _guarded(source, name, untouched)
-        if reason is not None:
+        if reason is None:
+            assert source is not None
+            folded[name] = source
+        else:
             kept[name] = reason
-            continue
-        assert layer is not None
-        assert source is not None
-        _fold(cast(Any, layer), norm)
-        parent, _, child = name.rpartition(".")
-        remainder = _remainder(norm)
-        move_output_quantizer(norm, remainder[-1] if isinstance(remainder, nn.Sequential) else remainder)
-        model.get_submodule(parent)._modules[child] = remainder
-        folded[name] = source
     return Folding(folded, kept)
+
+
+def folded_parameters(layer: Any, norm: _BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    """The factor of the output of ``layer`` and the bias after it, (channels,) each, with ``norm`` folded into it."""
+    if norm is None:
+        return getattr(layer, "output_scale", None), layer.bias
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    factor = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    bias = -mean if layer.bias is None else layer.bias - mean
+    bias = bias * factor if norm.bias is None else bias * factor + norm.bias
+    earlier = getattr(layer, "output_scale", None)
+    return factor if earlier is None else earlier * factor, bias
 
 
 def _source(nodes: list[fx.Node], calls: list[fx.Node]) -> str | None:
@@ -175,16 +196,11 @@ def _remainder(norm: nn.Module) -> nn.Module:
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:
-    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    factor = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight
-    bias = -mean if layer.bias is None else layer.bias - mean
-    bias = bias * factor if norm.bias is None else bias * factor + norm.bias
+    factor, bias = cast(tuple[Tensor, Tensor], folded_parameters(layer, norm))
     # New parameters, since another layer may share the old ones.
     layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
     if isinstance(layer, QuantizedLayer):
-        layer.output_scale = factor if layer.output_scale is None else layer.output_scale * factor
+        layer.output_scale = factor
     else:
         weight = layer.weight * QUANTIZED_LAYERS[type(layer)].broadcast_output(layer, factor)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)

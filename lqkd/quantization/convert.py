@@ -89,8 +89,8 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     first name; layers that share one weight get one weight quantizer. Layers that are quantised already are left as
     they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
     registers its layers. Of what is computed outside of layers, the operands of additions and concatenations are
-    quantised where the recipe gives ``residual_bits`` (see :func:`~lqkd.quantization.residual.quantize_joins`); the
-    report lists the rest.
+    quantised where the recipe gives ``residual_bits``, and so are results that are read on several grids (see
+    :func:`~lqkd.quantization.residual.quantize_joins`); the report lists the rest.
 
     Args:
         model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
@@ -137,7 +137,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     for parent in [*model.modules(), *replacements.values()]:
         _replace_children(parent, replacements)
     model = replacements.get(id(model), model)
-    quantize_joins(model, found.joins, recipe)
+    quantize_joins(model, survey(model), recipe)
     return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
 
 

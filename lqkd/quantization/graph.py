@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.quantization.forks import forks
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
+from lqkd.quantization.moves import moves
+from lqkd.quantization.ports import Calls, Port, is_inside, where
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.trial import PRODUCTS
 
@@ -44,22 +47,6 @@ _PAIRS = ("add", "mul")
 """Operations that are listed only when both operands are tensors."""
 JOINS = ("add", "cat")
 """Operations whose operands can be quantised where they come from."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """A place where a tensor passes that a hook can reach.
-
-    Attributes:
-        module: name of a module that is called once.
-        output: whether the tensor is what the module returns; otherwise it is its first argument.
-    """
-
-    module: str
-    output: bool
-
-    def __str__(self) -> str:
-        return f"{'output' if self.output else 'input'} of {self.module}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +101,8 @@ class Survey:
     Attributes:
         operations: the functional operations, but for joins whose operands are quantised.
         joins: the additions and concatenations, quantised or not.
+        forks: where a hook reaches each value that several grids read and that has none of its own; see
+            :func:`~lqkd.quantization.forks.forks`.
         calls: name of each layer to the number of times it is called in one forward pass.
         bypassed: name of each layer that is never called to the name of the module whose forward reads its weight.
         untraceable: why the network could not be traced, ``None`` when it could. Nothing is known then but the
@@ -122,6 +111,7 @@ class Survey:
 
     operations: tuple[Operation, ...] = ()
     joins: tuple[Join, ...] = ()
+    forks: tuple[Port, ...] = ()
     calls: dict[str, int] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
     untraceable: str | None = None
@@ -132,9 +122,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called: Counter[str] = Counter()
-        self.outputs: dict[fx.Node, list[str]] = {}  # innermost module first
-        self.inputs: dict[fx.Node, list[str]] = {}
+        self.calls = Calls()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = QuantizedLayer | _BatchNorm | Quantizer
@@ -146,11 +134,11 @@ class _Tracer(fx.Tracer):
         result = super().call_module(m, forward, args, kwargs)
         if not isinstance(m, Quantizer):
             name = self.path_of_module(m)
-            self.called[name] += 1
+            self.calls.counts[name] += 1
             if isinstance(result, fx.Proxy):
-                self.outputs.setdefault(result.node, []).append(name)
+                self.calls.outputs.setdefault(result.node, []).append(name)
             if args and isinstance(args[0], fx.Proxy):
-                self.inputs.setdefault(args[0].node, []).append(name)
+                self.calls.inputs.setdefault(args[0].node, []).append(name)
         return result
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -189,68 +177,82 @@ def survey(model: nn.Module) -> Survey:
     numbers = _numbers(graph)
     calls: Counter[str] = Counter()
     read: dict[str, str] = {}
-    joins = []
+    listed: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls[node.target] += 1
         elif node.op == "get_attr":
             owner = node.target.rpartition(".")[0]
             if owner and isinstance(model.get_submodule(owner), (QuantizedLayer, *QUANTIZED_LAYERS)):
-                read.setdefault(owner, _where(node))
+                read.setdefault(owner, where(node))
         kind = _kind(node)
-        if kind is None or node in numbers or (kind in _PAIRS and not _combines(node, numbers)):
-            continue
-        join = _join(kind, node, model, tracer) if kind in JOINS else None
-        if join is not None:
-            joins.append(join)
-        if join is None or not join.is_quantised:
-            operations[kind, _where(node)] += 1
+        if kind is not None and node not in numbers and (kind not in _PAIRS or _combines(node, numbers)):
+            listed[node] = kind
+    joins, forked = _joins(listed, graph, model, tracer.calls)
+    for node, kind in listed.items():
+        if node not in joins or not joins[node].is_quantised:
+            operations[kind, where(node)] += 1
     bypassed = {name: reader for name, reader in read.items() if name not in calls}
-    return Survey(_listed(operations), tuple(joins), dict(calls), bypassed)
+    return Survey(_listed(operations), tuple(joins.values()), forked, dict(calls), bypassed)
 
 
-def _join(kind: str, node: fx.Node, model: nn.Module, tracer: _Tracer) -> Join:
-    operands = node.all_input_nodes
-    where = _where(node)
-    ports = tuple(_port(operand, where, model, tracer) for operand in operands)
-    return Join(kind, where, ports, tuple(_bits(operand, model) for operand in operands))
+def _joins(
+    listed: dict[fx.Node, str], graph: fx.Graph, model: nn.Module, calls: Calls
+) -> tuple[dict[fx.Node, Join], tuple[Port, ...]]:
+    """The joins among the operations, and the forks, where an operand is quantised that has the value of one."""
+    joined = {node: kind for node, kind in listed.items() if kind in JOINS}
+    bits = {x: _bits(x, model) for node in joined for x in node.all_input_nodes}
+    ports = {(node, x): _port(x, where(node), model, calls) for node in joined for x in node.all_input_nodes}
+    planned: dict[fx.Node, list[Port]] = {}
+    for node in joined:
+        if all(ports[node, x] is not None or bits[x] is not None for x in node.all_input_nodes):
+            for x in node.all_input_nodes:
+                port = ports[node, x]
+                if port is not None and bits[x] is None:
+                    planned.setdefault(x, []).append(port)
+    found = forks(graph, model, calls, planned, frozenset(n for n, kind in listed.items() if kind in _PAIRS))
+    joins = {
+        node: Join(
+            kind,
+            where(node),
+            tuple(_of_fork(x, found, model) or ports[node, x] for x in node.all_input_nodes),
+            tuple(bits[x] for x in node.all_input_nodes),
+        )
+        for node, kind in joined.items()
+    }
+    return joins, tuple(dict.fromkeys(found.values()))
 
 
-def _port(node: fx.Node, where: str, model: nn.Module, tracer: _Tracer) -> Port | None:
-    """Where a hook reaches the tensor of ``node`` before it is used in the forward of the module ``where``."""
-    for name in tracer.outputs.get(node, ()):
-        # A further child of nn.Sequential would be called as one of its steps.
-        if tracer.called[name] == 1 and not isinstance(model.get_submodule(name), nn.Sequential):
-            return Port(name, output=True)
-    for name in tracer.inputs.get(node, ()):
-        inside = where == name or where.startswith(f"{name}.")
-        if inside and tracer.called[name] == 1 and not isinstance(model.get_submodule(name), nn.Sequential):
-            return Port(name, output=False)
-    return None
+def _of_fork(node: fx.Node, found: dict[fx.Node, Port], model: nn.Module) -> Port | None:
+    """Where the value is quantised that ``node`` has or moves, if it is that of a fork."""
+    while node not in found and moves(node, model):
+        node = node.all_input_nodes[0]
+    return found.get(node)
+
+
+def _port(node: fx.Node, place: str, model: nn.Module, calls: Calls) -> Port | None:
+    """Where a hook reaches the tensor of ``node`` before it is used in the forward of the module ``place``."""
+    return next((p for p in calls.ports(node, model) if p.output or is_inside(place, p.module)), None)
 
 
 def _bits(node: fx.Node, model: nn.Module) -> int | None:
-    """The bits of the quantizer whose result ``node`` is."""
-    if node.op != "call_module":
-        return None
-    module = model.get_submodule(str(node.target))
-    quantizer = module if isinstance(module, Quantizer) else getattr(module, "output_quantizer", None)
-    return quantizer.bits if isinstance(quantizer, Quantizer) else None
+    """The bits of the quantizer whose result ``node`` is or moves."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        quantizer = module if isinstance(module, Quantizer) else getattr(module, "output_quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            return quantizer.bits
+    return _bits(node.all_input_nodes[0], model) if moves(node, model) else None
 
 
 def _listed(operations: Counter[tuple[str, str]]) -> tuple[Operation, ...]:
-    return tuple(Operation(kind, where, count) for (kind, where), count in operations.items())
+    return tuple(Operation(kind, place, count) for (kind, place), count in operations.items())
 
 
 def _kind(node: fx.Node) -> str | None:
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
-
-
-def _where(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack), ""))
 
 
 def _combines(node: fx.Node, numbers: set[fx.Node]) -> bool:

@@ -56,9 +56,9 @@ class Recipe:
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
-        residual_bits: bits of what meets in additions and concatenations, as residual connections have them; null
-            leaves those in floating point and lists them.
-        residual_quantizer: quantizer of these operands; signed or not is decided from their data.
+        residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
+            results that several layers or additions read; null leaves those in floating point and lists the additions.
+        residual_quantizer: quantizer of these; signed or not is decided from their data.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
     """
 

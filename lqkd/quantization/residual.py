@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.graph import Join, Port
+from lqkd.quantization.graph import Survey
+from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
 
+_NAMES = ("output_quantizer", "argument_quantizer")
 
-def quantize_joins(model: nn.Module, joins: tuple[Join, ...], recipe: Recipe) -> None:
-    """Give every operand of ``joins`` a quantizer of ``recipe.residual_bits`` bits, in place.
+
+def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
+    """Give what meets in joins, and what is read on several grids, a quantizer of ``recipe.residual_bits`` bits.
 
     Integer kernels add and concatenate integers, so that both sides of a residual connection must be on a grid. The
     network is not rewritten: the module that returns the operand gets a quantizer as its child ``output_quantizer``,
@@ -22,23 +26,32 @@ def quantize_joins(model: nn.Module, joins: tuple[Join, ...], recipe: Recipe) ->
     left in floating point, and listed by the coverage report, when one of its operands passes no module that is called
     exactly once: the result of a function, a parameter, the network's own input.
 
+    An integer kernel also writes its result on one grid. Where several grids read a result, it gets a quantizer before
+    all of them, so that training sees what is deployed: a layer with 4-bit inputs beside an 8-bit addition, as behind
+    the first layer of a ResNet, reads the 8-bit values (see :func:`~lqkd.quantization.forks.forks`).
+
+    Args:
+        model: a network with quantised layers, in place.
+        found: what :func:`~lqkd.quantization.graph.survey` says about it.
+        recipe: the number of bits and the quantizer; nothing is done without the first.
+
     Raises:
         UsageError: when the number of bits or the quantizer is not possible.
     """
     if recipe.residual_bits is None:
         return
     check_bits(recipe.residual_bits, "quantization.residual_bits", recipe.residual_bits)
-    for join in joins:
+    wanted = list(found.forks)
+    for join in found.joins:
         ports = [port for port in join.ports if port is not None]
-        if len(ports) < len(join.ports):
-            continue
-        for port, bits in zip(ports, join.bits, strict=True):
-            if bits is None:
-                try:
-                    quantizer = build_quantizer(recipe.residual_quantizer, recipe.residual_bits, batched=True)
-                except UsageError as error:
-                    raise UsageError(f"residual_quantizer for the {port}: {error}") from None
-                _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))
+        if len(ports) == len(join.ports):
+            wanted += [port for port, bits in zip(ports, join.bits, strict=True) if bits is None]
+    for port in dict.fromkeys(wanted):
+        try:
+            quantizer = build_quantizer(recipe.residual_quantizer, recipe.residual_bits, batched=True)
+        except UsageError as error:
+            raise UsageError(f"residual_quantizer for the {port}: {error}") from None
+        _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))
 
 
 def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
@@ -53,9 +66,35 @@ def join_quantizers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [
         (module, name)
         for module in model.modules()
-        for name in ("output_quantizer", "argument_quantizer")
+        for name in _NAMES
         if isinstance(module._modules.get(name), Quantizer)
     ]
+
+
+def other_places(own: Collection[str], saved: Collection[str]) -> str | None:
+    """Why a state does not fit whose quantizers of results are where an earlier version of lqkd put them.
+
+    Args:
+        own: the names of the tensors of a network.
+        saved: those of a state that is for it.
+
+    Returns:
+        ``None`` when they differ in something else, or in nothing, or either has no such quantizer.
+    """
+    places = [sorted({key.rpartition(".")[0] for key in keys if _is_of_result(key)}) for keys in (own, saved)]
+    here, there = ([name for name in names if name not in others] for names, others in (places, places[::-1]))
+    others = [key for key in {*own} ^ {*saved} if not _is_of_result(key)]
+    if others or not all(places) or not (here or there):
+        return None
+    difference = f"it has none at {here[0]!r}" if here else f"it has one at {there[0]!r}"
+    return (
+        f"it quantises results at other places than this version of lqkd ({difference}): take the version that trained "
+        "it, or train again"
+    )
+
+
+def _is_of_result(key: str) -> bool:
+    return not set(_NAMES).isdisjoint(key.split("."))
 
 
 def _attach(module: nn.Module, port: Port, quantizer: Quantizer) -> None:

@@ -57,6 +57,21 @@ def test_the_exit_statuses_of_help_are_those_of_the_page(capsys: pytest.CaptureF
     assert {int(number) for number in re.findall(r"\b(\d+) (?:done|an|a|Ctrl-C|SIGTERM)\b", page)} == set(EXIT_STATUS)
 
 
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("model.init_args.quantization.residual_bits", "residual_bits"),
+        ("model.quantization.first_layer_bits", "first_layer_bits"),
+        ("model.quantization.weight_quantizer", "weight_quantizer"),
+        ("model.teacher.init_args.weights", "weights"),
+    ],
+)
+def test_null_is_no_value_at_any_depth(capsys: pytest.CaptureFixture[str], setting: str, key: str) -> None:
+    given = ("--model.quantization.residual_bits", "8", "--model.quantization.weight_quantizer", "lsq")
+    config = shown(capsys, "fit", "--config", QUICKSTART, *given, f"--{setting}", "null", "--print_config")
+    assert re.search(rf"^ +{key}: null$", config, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("verb", ["fit", "test"])
 def test_help_of_a_training_verb_has_a_line_for_each_option_with_its_default(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
+from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import images, quantised
+from tests.unit.quantization.test_forks import Fire
 
 
 def test_a_plain_chain_needs_no_calibration_and_keeps_its_function() -> None:
@@ -72,6 +77,33 @@ def test_negative_and_zero_factors_of_batch_norm_are_exact() -> None:
     assert isinstance(stem, IntegerLayer)
     assert (stem.scale > 0).all()
     assert not stem.codes[3].any()
+
+
+def fitted(network: nn.Module, size: int) -> tuple[nn.Module, Tensor]:
+    """``network`` at W4A4 with 8 bits for its results, and images that it was fitted to."""
+    torch.manual_seed(0)
+    network, _ = quantize_model(network, Recipe(bits="w4a4", residual_bits=8))
+    given = torch.randn(4, 3, size, size)
+    initialize_quantizers(network, given, batch_statistics=True)
+    return network.eval(), given
+
+
+@pytest.mark.parametrize("network", [lambda: CifarResNet(8, width=4), lambda: Fire(nn.ReLU(), nn.MaxPool2d(2))])
+def test_no_layer_reads_another_grid_than_in_training(network: Callable[[], nn.Module]) -> None:
+    student, given = fitted(network(), 16)
+    deployed = deploy(student, given, [given])
+    assert deployed.rerouted == []
+    assert len(deployed.calibrated) <= 1  # in front of the last pooling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "mobilenetv3_small_100", "googlenet"])
+def test_no_layer_of_a_known_network_reads_another_grid_than_in_training(name: str) -> None:
+    more = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    timm = pytest.importorskip("timm") if name.startswith("mobilenetv3") else None
+    network = torchvision.models.get_model(name, num_classes=10, **more) if timm is None else timm.create_model(name)
+    student, given = fitted(network, 64)
+    assert deploy(student, given, [given]).rerouted == []
 
 
 class Odd(nn.Module):

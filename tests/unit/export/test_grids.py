@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.export.grids import activation_grid, is_exactly_uniform, weight_codes
+from lqkd.export.grids import activation_grid
 from lqkd.quantization import QUANTIZERS, Quantizer
+from lqkd.quantization.codes import is_exactly_uniform, weight_codes
 
 ACTIVATIONS = [
     (name, bits)

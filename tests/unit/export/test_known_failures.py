@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, to_onnx
 from lqkd.export.formats import BUILDERS, check_format
-from lqkd.export.grids import ActivationGrid, WeightCodes
-from lqkd.export.integer import LARGEST_BIAS, IntegerLayer
+from lqkd.export.grids import ActivationGrid
+from lqkd.export.integer import IntegerLayer
 from lqkd.export.runtimes import kernels, session
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization.accumulator import LARGEST_BIAS
+from lqkd.quantization.codes import WeightCodes
 from tests.unit.export.networks import images, quantised
 
 

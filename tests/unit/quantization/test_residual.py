@@ -171,7 +171,7 @@ def test_a_quantised_result_may_be_added_to_in_place() -> None:
     [
         (Recipe(residual_bits=9), "quantization.residual_bits=9 is not possible: bits are 1 to 8"),
         (Recipe(residual_bits=8, residual_quantizer="lsqq"), "quantizer 'lsqq' is unknown"),
-        (Recipe(residual_bits=8, residual_quantizer="irnet"), "residual_quantizer for the output of"),
+        (Recipe(residual_bits=8, residual_quantizer="irnet"), "residual_quantizer for the input of layer1.0"),
     ],
 )
 def test_an_impossible_setting_is_refused_in_one_sentence(recipe: Recipe, message: str) -> None:

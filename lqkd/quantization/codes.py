@@ -1,0 +1,153 @@
+"""Quantizers as whole numbers: unsigned 8-bit codes of activations, signed codes of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.quantization.quantizers import N2UQ, TTQ, TWN, APoT, DoReFa, LSQPlus, Quantizer, ReAct, UniformQuantizer
+from lqkd.quantization.quantizers.apot import magnitudes
+from lqkd.quantization.quantizers.binary import BinaryQuantizer
+
+CODES = 256
+"""Number of unsigned 8-bit codes."""
+MIDDLE = 128
+"""The code of zero on a signed grid: every activation is unsigned, as integer additions want operands of one type."""
+
+
+@dataclass(frozen=True)
+class ActivationCodes:
+    """A uniform grid of activations: ``x_hat = (code - zero_point) * scale``.
+
+    Attributes:
+        scale: positive, 0-dim float32.
+        zero_point: the code of zero, 0 to 255.
+        low, high: smallest and largest code in use, within 0 to 255.
+    """
+
+    scale: Tensor
+    zero_point: int
+    low: int
+    high: int
+
+
+def activation_codes(quantizer: Quantizer, place: str) -> ActivationCodes | None:
+    """The codes of an activation quantizer, ``None`` for one whose levels are not evenly spaced.
+
+    Args:
+        quantizer: fitted, one grid per tensor.
+        place: its layer, for messages.
+
+    Raises:
+        UsageError: when it is not fitted, has a grid per channel, or its scale is zero or not finite.
+    """
+    check_fitted(quantizer, place)
+    if quantizer.channels is not None:
+        raise UsageError(f"the input of {place} has a grid per channel: integer layers need one per tensor")
+    if isinstance(quantizer, ReAct):
+        return ActivationCodes(torch.ones(()), MIDDLE, MIDDLE - 1, MIDDLE + 1)
+    if isinstance(quantizer, LSQPlus) and quantizer.offset is not None:
+        check_finite(quantizer.offset, place, "offset")
+        scale, zero = step_of(quantizer.step(), place), -int(quantizer.zero_level())
+        return ActivationCodes(scale, zero, 0, quantizer.code_range()[1])
+    if isinstance(quantizer, UniformQuantizer):
+        zero = MIDDLE if quantizer.signed else 0
+        low, high = quantizer.code_range()
+        return ActivationCodes(step_of(quantizer.step(), place), zero, low + zero, high + zero)
+    if isinstance(quantizer, DoReFa):
+        return ActivationCodes(quantizer._activation_step(), 0, *quantizer.code_range())
+    return None
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A weight as integers.
+
+    Attributes:
+        codes: int64, shape of the weight: multiples of ``scale`` or, where there are ``levels``, positions in them.
+        scale: (channels,) or (), float32; ``None`` where the levels are not multiples of one step, or too many.
+        levels: (channels, L) or (L,), float32, where ``scale`` is ``None``.
+        bits: of the quantizer.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    levels: Tensor | None
+    bits: int
+
+
+def weight_codes(quantizer: Quantizer, weight: Tensor, place: str) -> WeightCodes:
+    """The codes of ``weight`` on the grid of its quantizer.
+
+    Raises:
+        UsageError: when the quantizer is not fitted or its scale is zero or not finite.
+    """
+    check_fitted(quantizer, place)
+    if not weight.isfinite().all():
+        raise UsageError(f"the weight of {place} is not finite: the training has failed, choose another checkpoint")
+    codes = quantizer.codes(weight).long()
+    bits, top = quantizer.bits, quantizer.code_range()[1]
+    if isinstance(quantizer, UniformQuantizer):
+        return WeightCodes(codes, step_of(quantizer.step(), place), None, bits)
+    if isinstance(quantizer, TWN):
+        return WeightCodes(codes, step_of(quantizer.scale, place), None, bits)
+    if isinstance(quantizer, BinaryQuantizer):
+        return WeightCodes(2 * codes - 1, step_of(quantizer.scale, place), None, bits)
+    if isinstance(quantizer, DoReFa | N2UQ) and bits < 8:
+        odd = 2 * codes - top  # evenly spaced without a zero: odd multiples of half a distance
+        scale = quantizer.scale if isinstance(quantizer, N2UQ) or bits == 1 else torch.ones_like(quantizer.scale)
+        return WeightCodes(odd, step_of(scale / top, place), None, bits)
+    if isinstance(quantizer, APoT):
+        table = _apot_integers(quantizer)
+        if table is not None:
+            return WeightCodes(
+                table.to(codes.device)[codes], step_of(quantizer.clip() / int(table[-1]), place), None, bits
+            )
+    levels = quantizer.levels().detach().float()
+    check_finite(levels, place, "levels")
+    return WeightCodes(codes - quantizer.code_range()[0], None, levels, bits)
+
+
+def is_exactly_uniform(quantizer: Quantizer) -> bool:
+    """Whether the levels of a weight quantizer are integers times one scale that fit into 8 bits."""
+    if isinstance(quantizer, APoT):
+        return _apot_integers(quantizer) is not None
+    return not isinstance(quantizer, TTQ) and not (isinstance(quantizer, DoReFa | N2UQ) and quantizer.bits == 8)
+
+
+def _apot_integers(quantizer: APoT) -> Tensor | None:
+    """The levels as integers, the largest of which is alpha: sums of powers of two are multiples of the smallest."""
+    half = magnitudes(quantizer.bits - 1) if quantizer.signed else magnitudes(quantizer.bits)
+    for top in range(1, MIDDLE):
+        scaled = [value * top for value in half]
+        if all(abs(value - round(value)) < 1e-9 for value in scaled):
+            positive = [round(value) for value in scaled]
+            return torch.tensor([-value for value in reversed(positive[1:])] + positive)
+    return None
+
+
+def step_of(step: Tensor, place: str) -> Tensor:
+    """``step`` as float32; UsageError, which names ``place``, where one is zero or not finite."""
+    step = step.detach().float()
+    check_finite(step, place, "scale")
+    if (step <= torch.finfo(torch.float32).tiny).any():
+        channel = "" if step.ndim == 0 else f" in channel {int(step.argmin())}"
+        raise UsageError(f"a scale of {place} is zero{channel}: choose another checkpoint, or train on")
+    return step
+
+
+def check_finite(value: Tensor, place: str, name: str) -> None:
+    """Raise UsageError unless every element of ``value`` is finite."""
+    if not value.isfinite().all():
+        raise UsageError(f"a {name} of {place} is not finite: the training has failed, choose another checkpoint")
+
+
+def check_fitted(quantizer: Quantizer, place: str) -> None:
+    """Raise UsageError when ``quantizer`` has no grid yet."""
+    if not quantizer.is_ready:
+        raise UsageError(
+            f"a quantizer of {place} has never been fitted to data: train the student, or call initialize_quantizers"
+        )

@@ -1,0 +1,93 @@
+"""Biases that an integer kernel can have: on the grid that the export uses."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lqkd.export import deploy
+from lqkd.export.integer import IntegerLayer
+from lqkd.quantization import Rule, fold_batchnorm
+from lqkd.quantization.batchnorm import foldable
+from lqkd.quantization.biases import bias_owners, integer_biases
+from tests.unit.export.networks import images, quantised
+
+
+def projected(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` with the biases of an integer kernel."""
+    network = copy.deepcopy(network)
+    for name, value in integer_biases(network, foldable(network).folded).items():
+        cast(Tensor, network.get_submodule(name).bias).data.copy_(value)
+    return network
+
+
+def off_grid(network: nn.Module) -> dict[str, float]:
+    """For each layer with an integer bias, how many steps the student's folded bias is from the deployed one."""
+    folded = copy.deepcopy(network)
+    fold_batchnorm(folded)
+    deployed = deploy(network, images(2), [images(32)]).network
+    return {
+        name: float(((folded.get_submodule(name).bias - layer.float_bias()) / layer.bias_scale).detach().abs().max())
+        for name, layer in deployed.named_modules()
+        if isinstance(layer, IntegerLayer) and layer.bias_codes is not None
+    }
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a2", "ternary"])
+@pytest.mark.parametrize("residual_bits", [None, 8])
+def test_the_student_has_the_biases_that_are_deployed(bits: str, residual_bits: int | None) -> None:
+    network = quantised(bits=bits, residual_bits=residual_bits)
+    with torch.no_grad():
+        network.norm1.weight[:2] *= -1  # negative factors, and a channel that is constant
+        network.norm1.weight[2] = 0.0
+    before, after = off_grid(network), off_grid(projected(network))
+    assert before.keys() == {"stem", "conv1", "conv2", "linear"}
+    assert min(before.values()) > 0.1
+    assert max(after.values()) < 0.01
+
+
+def test_a_bias_moves_by_half_a_step_at_most_and_the_second_time_not_at_all() -> None:
+    network = quantised(bits="w2a2")
+    once = projected(network)
+    twice = projected(once)
+    assert max(off_grid(network).values()) <= 0.5 + 1e-3
+    for (name, a), (_, b) in zip(once.named_parameters(), twice.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_nothing_but_biases_moves() -> None:
+    network = quantised(bits="w4a4")
+    after = projected(network).state_dict()
+    moved = {key for key, value in network.state_dict().items() if not torch.equal(value, after[key])}
+    assert moved == {"norm.bias", "norm1.bias", "norm2.bias", "linear.bias"}  # conv1's own goes into its norm's
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("conv1", weight_bits=32),
+        Rule("conv1", activation_bits=32),
+        Rule("conv1", weight_quantizer="ttq"),
+        Rule("conv1", activation_quantizer="n2uq"),
+    ],
+)
+def test_biases_that_stay_in_floating_point_are_left_alone(rule: Rule) -> None:
+    network = quantised(bits="w2a2", rules=[rule])
+    assert bias_owners(network, foldable(network).folded).keys() == {"stem", "conv2", "linear"}
+    assert torch.equal(projected(network).norm1.bias, network.norm1.bias)
+
+
+def test_a_bias_that_two_layers_share_is_left_alone() -> None:
+    network = quantised(bits="w4a4")
+    network.norm2.bias = network.norm1.bias
+    assert bias_owners(network, foldable(network).folded).keys() == {"stem", "linear"}
+
+
+def test_layers_that_were_never_fitted_are_left_out() -> None:
+    network = quantised(bits="w4a4")
+    network.conv1.input_quantizer.forget()
+    assert "norm1" not in integer_biases(network, foldable(network).folded)
