@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +23,20 @@ from lqkd.regularizers import ElementwiseMLP
 from lqkd.teacher import FrozenTeacher
 
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test with the marker ``own_process`` in a new Python process."""
+    name = pyfuncitem.nodeid
+    if pyfuncitem.get_closest_marker("own_process") is None or os.environ.get("LQKD_OWN_PROCESS") == name:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", name]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"LQKD_OWN_PROCESS": name}
+    done = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,7 @@ def test_no_divergence_leaves_the_effective_weight_undefined(make_trainer: MakeT
     assert monitor.summary()["effective"] is None
 
 
+@pytest.mark.own_process
 def test_two_processes_report_the_weights_of_both(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     weights, divergence = _draws(), _draws(0.0, 5.0)
     logger = RunLogger(tmp_path)

@@ -425,6 +425,7 @@ def test_only_every_20th_batch_costs_operations() -> None:
 # ---- several processes and resuming
 
 
+@pytest.mark.own_process
 def test_two_processes_write_the_statistics_of_both(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     module = Dummy(WEIGHTS, DIVERGENCE, more=_more, regularizer=_regularizer(guard="barrier"))
     _fit(make_trainer, tmp_path / "one", module)
