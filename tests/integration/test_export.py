@@ -161,7 +161,7 @@ def test_a_file_that_differs_is_kept_under_another_name_and_the_command_fails(
 
 
 def test_mistakes_are_told_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "is not a run folder" in refused(capsys, str(tmp_path / "nothing"))
+    assert "does not exist: give the folder of a finished training" in refused(capsys, str(tmp_path / "nothing"))
     assert "--format int8 is unknown: use one of portable" in refused(capsys, str(run), "--format", "int8")
     assert "use .onnx" in refused(capsys, str(run), "--output", str(tmp_path / "student.bin"))
     (tmp_path / "file").touch()
