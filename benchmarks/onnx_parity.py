@@ -80,8 +80,11 @@ def compare(name: str, bits: str, count: int) -> dict[str, Any]:
     }
     same, difference = _agreeing(deployed.network, images, theirs)
     row |= {"simulated_same_class": same, "simulated_difference_of_logits": round(difference, 4)}
-    versions = {"onnxruntime": metadata.version("onnxruntime"), "torch": torch.__version__.partition("+")[0]}
-    return row | {"machine": machine()} | versions
+    return row | {
+        "machine": machine(),
+        "onnxruntime": metadata.version("onnxruntime"),
+        "torch": torch.__version__.partition("+")[0],
+    }
 
 
 def _agreeing(network: Callable[[Tensor], Tensor], images: Tensor, theirs: Tensor) -> tuple[int, float]:
