@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
 from lqkd.quantization.accumulator import layer_integers
 from lqkd.quantization.batchnorm import folded_parameters
 from lqkd.quantization.codes import activation_codes, is_exactly_uniform, weight_codes
+from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers import N2UQ, APoT
+from lqkd.quantization.moves import clamps, moves
+from lqkd.quantization.quantizers import N2UQ, APoT, Quantizer, ReAct
+
+_TIE = 4e-6
+"""How near to half way, relative to the value in steps, floating point decides on the side."""
+_MOST_SUMS = 4096
+"""Between two neighbouring levels and the ends of a grid; where more sums fall, none is frequent."""
+_FARTHEST = 8
 
 
 def bias_owners(model: nn.Module, folded: Mapping[str, str]) -> dict[str, str]:
@@ -59,6 +67,10 @@ def integer_biases(model: nn.Module, folded: Mapping[str, str]) -> dict[str, Ten
     arXiv 1712.05877, equation 11). The export rounds biases to that grid. A network with these biases has them before.
     Taking them twice changes nothing but the last bits, which the export's own rounding absorbs.
 
+    A sum in the accumulator that the next grid rounds exactly half way is rounded up here and down there, depending on
+    the order in which floating point has added; a single one that is frequent changes the class of many images. Where
+    the nearest whole number leads to such sums, the nearest of the others that does not is taken.
+
     Args:
         model: a network with quantised layers; it is not changed.
         folded: see :func:`bias_owners`.
@@ -68,6 +80,7 @@ def integer_biases(model: nn.Module, folded: Mapping[str, str]) -> dict[str, Ten
         whose quantizers are not fitted, or whose numbers the export would refuse, are left out.
     """
     found: dict[str, Tensor] = {}
+    readers = _readers(model)
     for name, owner in bias_owners(model, folded).items():
         layer, module = cast(QuantizedLayer, model.get_submodule(name)), model.get_submodule(owner)
         factor, bias = folded_parameters(layer, module if isinstance(module, _BatchNorm) else None)
@@ -81,7 +94,66 @@ def integer_biases(model: nn.Module, folded: Mapping[str, str]) -> dict[str, Ten
             continue
         assert held.bias_codes is not None
         assert held.bias_scale is not None
-        rounded = held.bias_codes.double() * held.bias_scale.double()
+        scale = held.bias_scale.double()
+        rounded = _clear(held.bias_codes.double(), scale, held.multiplier, readers.get(name, [])) * scale
         own = cast(Tensor, module.bias).cpu()
         found[owner] = (own.double() + rounded - bias.cpu().double()).to(own.dtype)
     return found
+
+
+def _clear(codes: Tensor, scale: Tensor, multiplier: int, readers: list[Quantizer]) -> Tensor:
+    """The whole numbers nearest to ``codes``, (channels,), that lead to no sum half way between levels of readers."""
+    chosen, unclear = codes.clone(), torch.ones_like(codes, dtype=torch.bool)
+    for offset in sorted(range(-_FARTHEST, _FARTHEST + 1), key=abs):
+        ties = torch.zeros_like(unclear)
+        for reader in readers:
+            ties |= _ties(codes + offset, scale, multiplier, reader)
+        chosen = torch.where(unclear & ~ties, codes + offset, chosen)
+        unclear = unclear & ties
+        if not unclear.any():
+            break
+    return chosen
+
+
+def _ties(codes: Tensor, scale: Tensor, multiplier: int, reader: Quantizer) -> Tensor:
+    """For each channel whether a sum ``multiplier * k + code`` is half way between two levels of ``reader``."""
+    numbers = activation_codes(reader, "")
+    assert numbers is not None
+    ratio = scale / numbers.scale.double().cpu()  # steps of the reader's grid to a step of the accumulator
+    low, high = numbers.low - numbers.zero_point - 1, numbers.high - numbers.zero_point + 1
+    count = (high - low) / (ratio * multiplier)
+    reach = int(count.clamp_max(_MOST_SUMS).max()) + 1
+    first = ((low / ratio - codes) / multiplier).ceil()
+    sums = (first.unsqueeze(1) + torch.arange(reach)) * multiplier + codes.unsqueeze(1)
+    steps = sums * ratio.unsqueeze(1)
+    inside = (steps > low) & (steps < high)
+    near = (steps - steps.floor() - 0.5).abs() < _TIE * steps.abs().clamp_min(1)
+    return (near & inside).any(1) & (count <= _MOST_SUMS)
+
+
+def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
+    """The fitted quantizers on even levels that round the result of each layer, by its name."""
+    graph = trace(model)
+
+    def behind(node: fx.Node) -> list[Quantizer]:
+        module: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        own = getattr(module, "output_quantizer", None)
+        if own is not None:
+            return [own]
+        return [quantizer for user in node.users for quantizer in reading(user)]
+
+    def reading(node: fx.Node) -> list[Quantizer]:
+        module: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Quantizer):
+            return [module]
+        if isinstance(module, QuantizedLayer):
+            return [] if module.input_quantizer is None else [module.input_quantizer]
+        passes = isinstance(module, _BatchNorm) or clamps(node, model) or moves(node, model)
+        return behind(node) if passes else []
+
+    found = {str(node.target): behind(node) for node in graph.nodes if node.op == "call_module"}
+    return {
+        name: [q for q in quantizers if q.is_ready and q.channels is None and not isinstance(q, APoT | N2UQ | ReAct)]
+        for name, quantizers in found.items()
+        if isinstance(model.get_submodule(name), QuantizedLayer)
+    }

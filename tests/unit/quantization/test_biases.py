@@ -91,3 +91,19 @@ def test_layers_that_were_never_fitted_are_left_out() -> None:
     network = quantised(bits="w4a4")
     network.conv1.input_quantizer.forget()
     assert "norm1" not in integer_biases(network, foldable(network).folded)
+
+
+def test_a_bias_that_leads_to_sums_half_way_between_two_levels_is_avoided() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 5))
+    network = projected(quantised(layers, bits="w4a4", first_layer_bits=None))
+    layer = cast(IntegerLayer, deploy(network, images(2)).network.get_submodule("0"))
+    assert layer.bias_codes is not None
+    assert layer.bias_scale is not None
+    sums = int(layer.bias_codes[0]) + layer.multiplier * torch.arange(-500, 500)
+    frequent = int(sums[sums > 50][0])
+    network[2].input_quantizer.scale.data.copy_(layer.bias_scale[0] * frequent / 2.5)
+    after = projected(network)
+    moved = ((after[0].bias - network[0].bias) / layer.bias_scale).detach()
+    assert 0.9 < float(moved[0].abs()) < 8.1
+    torch.testing.assert_close(moved[0], moved[0].round(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(projected(after)[0].bias, after[0].bias, rtol=1e-6, atol=1e-7)
