@@ -43,7 +43,7 @@ def bias_owners(model: nn.Module, folded: Mapping[str, str]) -> dict[str, str]:
     shared = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     owners: dict[str, str] = {}
     for name, layer in modules.items():
-        owner = norms[name] if name in norms else name
+        owner = norms.get(name, "") or name
         bias = getattr(modules[owner], "bias", None)
         if _has_integer_bias(layer) and isinstance(bias, Tensor) and shared[id(bias)] == 1:
             owners[name] = owner
