@@ -38,12 +38,12 @@ def bias_owners(model: nn.Module, folded: Mapping[str, str]) -> dict[str, str]:
         folded: name of each batch norm that is folded to that of its layer, as
             :func:`~lqkd.quantization.batchnorm.foldable` finds them.
     """
-    norms = {layer: norm for norm, layer in folded.items()}
+    norms: dict[str, str] = {layer: norm for norm, layer in folded.items()}
     modules = dict(model.named_modules())
     shared = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     owners: dict[str, str] = {}
     for name, layer in modules.items():
-        owner = str(norms.get(name, name))
+        owner = norms.get(name, "") or name
         bias = getattr(modules[owner], "bias", None)
         if _has_integer_bias(layer) and isinstance(bias, Tensor) and shared[id(bias)] == 1:
             owners[name] = owner
