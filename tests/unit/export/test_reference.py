@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lqkd.export import check, deploy, reference
 from lqkd.export.formats import BUILDERS
-from lqkd.export.grids import ActivationGrid, WeightCodes
+from lqkd.export.grids import ActivationGrid
 from lqkd.export.integer import EXACT, IntegerLinear
 from lqkd.export.reference import Codes, Reference
 from lqkd.export.runtimes import Runner, kernels
+from lqkd.quantization.codes import WeightCodes
 from tests.unit.export.networks import images, quantised
 from tests.unit.export.test_formats import Activations
 from tests.unit.export.test_known_failures import chain
