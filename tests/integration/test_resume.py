@@ -57,6 +57,7 @@ SMALL: dict[str, Any] = {
         "num_sanity_val_steps": 0,
         "callbacks": [
             {"class_path": "lqkd.callbacks.BatchNormReestimation", "init_args": {"batches": 2}},
+            {"class_path": "lqkd.callbacks.IntegerBiases"},
             {"class_path": "lqkd.callbacks.OscillationMonitor"},
             {"class_path": "lqkd.callbacks.RegularizerMonitor", "init_args": {"every_n_steps": 2}},
             {
