@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from lqkd.models import CifarResNet
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from lqkd.run_folder import lock
 from lqkd.study.settings import read_arguments
 from lqkd.study.variants import Variants
@@ -217,3 +220,18 @@ def test_every_variant_of_a_shipped_study_is_a_configuration(
         variants.write(name, overrides)
     assert f"--config configs/studies/{path.name}" in path.read_text()
     assert os.environ.get("PL_GLOBAL_SEED") == "0"  # the process that starts runs sets no seed
+
+
+QUANTIZERS = yaml.safe_load((CONFIGS / "studies" / "quantizers.yaml").read_text())["variants"]
+
+
+@pytest.mark.parametrize("variant", QUANTIZERS)
+def test_every_variant_of_the_quantizer_study_fits_a_network_whose_images_are_signed(variant: str) -> None:
+    given: dict[str, Any] = {"bits": "w2a2"}
+    for key, value in QUANTIZERS[variant].items():
+        rest = key.removeprefix("model.init_args.quantization").removeprefix(".")
+        given |= {rest: value} if rest else value
+    given["rules"] = [Rule(**rule) for rule in given.get("rules", ())]
+    student, _ = quantize_model(CifarResNet(8, width=4), Recipe(**given))
+    initialize_quantizers(student, torch.randn(8, 3, 16, 16))
+    assert all(quantizer.is_ready for quantizer in quantizers(student).values())
