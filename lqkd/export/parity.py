@@ -188,10 +188,15 @@ def _too_many(row: LayerDifference, fraction: float) -> bool:
     return row.fraction * row.codes > max(2.5, fraction * row.codes)  # so that small layers may have two
 
 
+def batch_of(images: Tensor, size: int) -> Tensor:
+    """``size`` inputs, of any number of axes: ``images`` repeated as often as that takes."""
+    return images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
+
+
 def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
     done = []
     for size in BATCHES:
-        batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size].numpy()
+        batch = batch_of(images, size).numpy()
         try:
             shape = run(batch)["logits"].shape
         except Exception as error:  # runtimes raise many types

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export import to_onnx
+from lqkd.export import deploy, to_onnx, torch_program
+from lqkd.export.program import check_program
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 
 
@@ -47,3 +48,12 @@ def test_the_module_behind_an_embedding_is_exported_and_gives_the_students_logit
     found = session.run(None, {"images": rows.numpy().astype(np.float32)})[0]
     expected = student(tokens).detach().numpy()
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_torch_program_takes_every_batch_of_sequences() -> None:
+    torch.manual_seed(0)
+    student, _ = quantize_model(Text().behind, Recipe(bits="w4a4"))
+    rows = torch.randn(8, 6, 8)
+    initialize_quantizers(student, rows)
+    deployed = deploy(student, rows, [rows])
+    assert check_program(torch_program.build(deployed, rows), deployed, rows).batches == (1, 7, 32)
