@@ -64,12 +64,12 @@ def _run(given: list[str]) -> int:
         raise UsageError(f"{problem} (see python -m lqkd --help)")
     verb, rest = given[0], given[1:]
     if verb in _VERBS and (verb != "predict" or arguments.names_images(rest)):
-        read = arguments.read(verb, rest)
+        read = arguments.of(verb, rest)
         with _loading():
             module = importlib.import_module(_VERBS[verb])
         return module.main(read) or 0
     if verb == "resume":
-        return _resume(*arguments.resume(rest))
+        return _resume(*arguments.of_resume(rest))
     _check_described(verb, rest)
     with _loading():
         from lqkd.lightning_cli import LqkdCLI

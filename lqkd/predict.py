@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lqkd.arguments import Predict
 from lqkd.errors import UsageError, first_line
 from lqkd.origin import outdated
 from lqkd.preprocessing import Preprocessing
@@ -52,20 +52,20 @@ class Classifier:
         return {"class": name, "index": index, "confidence": confidence}
 
 
-def main(given: argparse.Namespace) -> int:
+def main(given: Predict) -> int:
     """Run the command and return its exit status: 0, or 2 when an image could not be read.
 
     An image that cannot be read is told in one line, and the others are predicted.
 
     Args:
-        given: as :func:`lqkd.arguments.predict` reads it.
+        given: its arguments.
 
     Raises:
         UsageError: after a user's mistake about the run or the file.
     """
     if given.top_k < 1:
         raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
-    classifier = load_classifier(given.network)
+    classifier = load_classifier(given.run)
     failed = False
     listed: list[dict[str, Any]] = []
     predicted = _predictions(classifier, given.images, given.top_k)

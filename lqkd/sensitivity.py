@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lqkd.arguments import Sensitivity
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path, write_json, write_text
 from lqkd.modules import DistillModule
@@ -34,11 +34,11 @@ CALIBRATION_BATCHES = 8
 """Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
 
 
-def main(given: argparse.Namespace) -> None:
+def main(given: Sensitivity) -> None:
     """Run the command.
 
     Args:
-        given: as :func:`lqkd.arguments.sensitivity` reads it.
+        given: its arguments.
 
     Raises:
         UsageError: after a user's mistake.
@@ -65,7 +65,7 @@ def main(given: argparse.Namespace) -> None:
         "calibration_samples": sum(len(images) for images in calibration),
         "assignment": None,
     }
-    if budget is not None:
+    if given.budget is not None and budget is not None:
         assigned = assign_bits(report, budget)
         written["assignment"] = _assignment(given.budget, assigned)
         write_text(output / RECIPE, _recipe_text(given.budget, assigned, report))
@@ -76,7 +76,7 @@ def main(given: argparse.Namespace) -> None:
     print(f"written to {output}: {names}")
 
 
-def _output(given: argparse.Namespace, names: Sequence[str]) -> Path:
+def _output(given: Sensitivity, names: Sequence[str]) -> Path:
     if given.output is None and not Path(given.run).is_dir():
         raise UsageError(f"--output is missing: {given.run!r} is not a run folder that could keep the ranking")
     output = Path(given.run if given.output is None else given.output)

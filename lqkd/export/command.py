@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lqkd.arguments import Export
 from lqkd.errors import UsageError, first_line
 from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
@@ -36,11 +36,11 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-def main(given: argparse.Namespace) -> int:
+def main(given: Export) -> int:
     """Run the command and return its exit status: 0, or 1 when the file does not compute what the student computes.
 
     Args:
-        given: as :func:`lqkd.arguments.export` reads it.
+        given: its arguments.
 
     Raises:
         UsageError: after a user's mistake.
@@ -102,7 +102,7 @@ def rejected(output: Path) -> Path:
     return output.with_name(f"{output.stem}.rejected{output.suffix}")
 
 
-def _output(given: argparse.Namespace) -> Path:
+def _output(given: Export) -> Path:
     run = Path(given.run)
     if not run.is_dir():
         raise UsageError(f"{given.run!r} is not a run folder: export takes the folder of a finished training")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import importlib.util
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lqkd.arguments import Report
 from lqkd.errors import UsageError
 from lqkd.files import write_text
 from lqkd.run_folder import CONFIG
@@ -65,11 +65,11 @@ class Material:
     configs: dict[str, str]
 
 
-def main(given: argparse.Namespace) -> None:
+def main(given: Report) -> None:
     """Run the command.
 
     Args:
-        given: as :func:`lqkd.arguments.report` reads it.
+        given: its arguments.
 
     Raises:
         UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from lqkd.arguments import VerbParser
+from lqkd.arguments import Compare
 from lqkd.errors import UsageError, first_line
 from lqkd.study.overrides import merge, nested
+from lqkd.verb_parser import read
 
 STUDY = "study.yaml"
 """The study file as it is kept in the study's folder."""
@@ -99,31 +100,13 @@ def read_arguments(args: Sequence[str]) -> tuple[Study, dict[str, Any], bool]:
         UsageError: when a setting is not possible.
         SystemExit: after ``--help``, or with status 2 after one line where the arguments are not those of ``compare``.
     """
-    parser = VerbParser(
-        prog="python -m lqkd compare",
-        description="Train every variant of a study with every seed and compare them pair by pair. Runs that are "
-        "finished are kept, stopped ones go on: start it again after any interruption.",
-    )
-    parser.add_argument(
-        "--config", required=True, help="study file, e.g. configs/studies/quickstart.yaml (must be given)"
-    )
-    parser.add_argument("--root", help="folder of all studies (default: the study file's)")
-    parser.add_argument("--name", help="name of the study and its folder (default: the study file's)")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the runs (default: the study file's)")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="K=V",
-        help="settings of all variants, e.g. trainer.max_epochs=5 (default: none)",
-    )
-    parser.add_argument("--retry-failed", action="store_true", help="train runs again that failed (default: false)")
-    given = parser.parse_args(args)
-    described = read_mapping(Path(given.config), "--config")
-    described |= {key: value for key in ("root", "name", "seeds") if (value := getattr(given, key)) is not None}
+    given = read("compare", Compare, args)
+    described = read_mapping(given.config, "--config")
+    own = {"root": given.root, "name": given.name, "seeds": None if given.seeds is None else list(given.seeds)}
+    described |= {key: value for key, value in own.items() if value is not None}
     study = _study(described)
     settings = merge(nested(study.settings), nested(dict(_setting(text) for text in given.set)))
-    beside = Path(given.config).parent
+    beside = given.config.parent
     base = merge(nested(read_mapping(beside / study.base, "base")), settings)
     if study.teacher_cache is not None:
         cache = {"folder": str(study.folder / "teacher_cache")} | study.teacher_cache

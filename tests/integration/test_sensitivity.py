@@ -154,7 +154,7 @@ def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: run"),
+        ([], "the following arguments are required: RUN"),
         (["nowhere"], "'nowhere' does not exist: give a run folder or a config file"),
         ([QUICKSTART], "--output is missing"),
         (["RUN", "--bits", "4,x"], "bits='x' are not possible for a ranking"),
