@@ -11,13 +11,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from lqkd import arguments
 from lqkd.errors import DivergenceError, FullDiskError, Stopped, UsageError
 from lqkd.overview import overview, unknown
-from lqkd.waiting import telling
+from lqkd.waiting import Stages
 
 _VERBS = {
     "sensitivity": "lqkd.sensitivity",
@@ -27,6 +27,9 @@ _VERBS = {
     "predict": "lqkd.predict",
 }
 """Modules of the verbs that are none of Lightning's; ``predict`` is one of these where it is given images."""
+_LIGHTNING = "lqkd.lightning_cli"
+_SLOW = ("torch", "torchvision", "torchmetrics", "lightning.pytorch")
+"""What takes seconds to load, in the order in which it can be loaded."""
 _DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
 """Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -65,25 +68,19 @@ def _run(given: list[str]) -> int:
     verb, rest = given[0], given[1:]
     if verb in _VERBS and (verb != "predict" or arguments.names_images(rest)):
         read = arguments.of(verb, rest)
-        with _loading():
-            module = importlib.import_module(_VERBS[verb])
-        return module.main(read) or 0
+        return _load(_VERBS[verb]).main(read) or 0
     if verb == "resume":
         return _resume(*arguments.of_resume(rest))
     _check_described(verb, rest)
-    with _loading():
-        from lqkd.lightning_cli import LqkdCLI
-    LqkdCLI(given)
+    _load(_LIGHTNING).LqkdCLI(given)
     return 0
 
 
 def _resume(folder: Path, settings: list[str]) -> int:
-    with _loading():
-        from lqkd.lightning_cli import LqkdCLI
-        from lqkd.resume import resumed
-    resumption, given = resumed(folder, settings)
+    lightning = _load(_LIGHTNING)
+    resumption, given = _load("lqkd.resume").resumed(folder, settings)
     if given:
-        LqkdCLI(given, resumption)
+        lightning.LqkdCLI(given, resumption)
     else:
         print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
     return 0
@@ -100,9 +97,14 @@ def _check_described(verb: str, given: Sequence[str]) -> None:
             raise UsageError(f"--config {str(path)!r} does not exist: give a YAML file")
 
 
-def _loading() -> AbstractContextManager[None]:
-    """Tells why nothing happens yet, unless everything is loaded."""
-    return nullcontext() if "lightning" in sys.modules else telling("loading")
+def _load(name: str) -> Any:
+    """A module, and before it those that take seconds, with a bar unless they are there."""
+    if "lightning" not in sys.modules:
+        with Stages(len(_SLOW) + 1) as stage:
+            for slow in (*_SLOW, name):
+                stage("loading")
+                importlib.import_module(slow)
+    return importlib.import_module(name)
 
 
 def _silence_noise() -> None:

@@ -21,6 +21,7 @@ from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import quantizers
 from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, run_within
+from lqkd.waiting import waiting
 
 
 class RunReader(LqkdCLI):
@@ -154,12 +155,16 @@ class _Batches(ImageClassifier):
 
     def on_validation_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.calibration = [self._on_device(batch)[0] for batch in islice(data.train_dataloader(), self.train_batches)]
+        training = islice(data.train_dataloader(), self.train_batches)
+        self.calibration = [
+            self._on_device(batch)[0] for batch in waiting(training, "reading training images", self.train_batches)
+        ]
         loader = data.val_dataloader()
+        total = _length(loader)
         self.validation = [
             self._on_device(batch)
-            for index, batch in zip(range(_length(loader)), loader, strict=False)
-            if _is_chosen(index, self.validation_batches, _length(loader))
+            for index, batch in enumerate(waiting(islice(loader, total), "reading validation images", total))
+            if _is_chosen(index, self.validation_batches, total)
         ]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

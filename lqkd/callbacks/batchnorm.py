@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.callbacks.progress import below_the_bar
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.stages import in_stage
@@ -52,7 +53,8 @@ class BatchNormReestimation(Callback):
         loader = trainer.train_dataloader
         assert loader is not None, "the fit loop has set up the data"
         with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
-            batches = islice(loader, self.batches)
+            total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
+            batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
             reestimate_batchnorm(network, (trainer.strategy.batch_to_device(b, dataloader_idx=0)[0] for b in batches))
         for norm in (m for m in network.modules() if isinstance(m, _BatchNorm)):
             for statistic in (norm.running_mean, norm.running_var):

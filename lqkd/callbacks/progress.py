@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 _TRAINING = ("train/task", "train/distill")
 _READS_PER_SECOND = 5
+T = TypeVar("T")
 
 
 class ProgressBar(RichProgressBar):
@@ -87,6 +89,29 @@ class ProgressBar(RichProgressBar):
             parts.append(f"val acc {float(self._accuracy):.3f}")
         parts.append(f"({time.monotonic() - self._started:.1f} s)")
         return "  ".join(parts)
+
+
+def below_the_bar(trainer: Trainer, items: Iterable[T], text: str, total: int) -> Iterator[T]:
+    """The items, with a bar of their own while that of the training stands still.
+
+    Args:
+        trainer: of the training.
+        items: what is dealt with between two batches.
+        text: what is being done.
+        total: number of items.
+    """
+    progress = getattr(trainer.progress_bar_callback, "progress", None)
+    if progress is None:
+        yield from items
+        return
+    bar = progress.add_task(text, total=total)
+    try:
+        for done, item in enumerate(items):
+            progress.update(bar, completed=done)
+            progress.refresh()
+            yield item
+    finally:
+        progress.update(bar, visible=False)
 
 
 def _training_names(metrics: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lqkd.callbacks.progress import below_the_bar
 from lqkd.errors import UsageError
 
 KEY = "resume"
@@ -128,7 +129,7 @@ def fast_forward(trainer: Trainer, batches: int) -> None:
     )
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
-    for _ in range(batches):
+    for _ in below_the_bar(trainer, range(batches), "leaving out batches", batches):
         next(fetcher)
     fetcher.fetched = 0  # the loop adds what it knows to be done
 

@@ -28,7 +28,7 @@ from lqkd.origin import fingerprint, outdated_exports
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.run_reader import RunReader, read_run, take_batches
-from lqkd.waiting import telling, waiting
+from lqkd.waiting import Stages, Waiting, waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -49,26 +49,28 @@ def main(given: Export) -> int:
     if given.latency and given.format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
     output = _output(given)
-    with telling("reading the run and calibration images"):
+    with Stages(5) as stage:
+        stage("reading the run")
         reader, student, checkpoint = read_student(given.run)
-        calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
-    if not calibration:
-        raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
-    student = student.cpu().eval()
-    images = torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
-    with telling("making weights integer and calibrating"):
-        deployed = deploy(student, images, [x.cpu() for x in calibration])
-    check_expressible(deployed, given.format)
-    about = _about(reader) | {"checkpoint": checkpoint}
-    split, test = _test(reader)
-    if given.format == TORCH:
-        program = torch_program.build(deployed, images)
-        parity = check_program(program, deployed, images, test, student)
-        found = None
-    else:
-        exported = BUILDERS[given.format](deployed)
-        parity = check(exported, deployed, images, test, student)
-        found = None if is_qonnx(exported.model) else kernels(exported.model)
+        stage("reading calibration images")
+        calibration, images = _images(reader)
+        stage("making weights integer and calibrating")
+        with Waiting("fitting grids") as bar:
+            deployed = deploy(student.cpu().eval(), images, calibration, bar.update)
+        check_expressible(deployed, given.format)
+        about = _about(reader) | {"checkpoint": checkpoint}
+        split, test = _test(reader)
+        stage("building the file's network")
+        if given.format == TORCH:
+            program = torch_program.build(deployed, images)
+            stage("comparing it with PyTorch")
+            parity = check_program(program, deployed, images, test, student)
+            found = None
+        else:
+            exported = BUILDERS[given.format](deployed)
+            stage("comparing it with PyTorch")
+            parity = check(exported, deployed, images, test, student)
+            found = None if is_qonnx(exported.model) else kernels(exported.model)
     parity.split = split
     described = metadata.describe(given.format, deployed, parity, about)
     if given.format != TORCH:
@@ -162,6 +164,14 @@ def read_student(run: str | Path) -> tuple[RunReader, nn.Module, str]:
                 f"checkpoint and {wanted[key]} in the config; train to the end of the schedule"
             )
     return reader, network, fingerprint(checkpoint)
+
+
+def _images(reader: RunReader) -> tuple[list[Tensor], Tensor]:
+    """Training batches for grids that training left out, and the images that are compared layer by layer."""
+    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
+    if not calibration:
+        raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
+    return [x.cpu() for x in calibration], torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
 
 
 def _about(reader: RunReader) -> dict[str, Any]:

@@ -8,7 +8,7 @@ measured on: how its accuracy differs from that of the student as it was trained
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,12 @@ class Deployed:
         return sum(module.changed for module in self.network.modules() if isinstance(module, IntegerLayer))
 
 
-def deploy(student: nn.Module, example: Tensor, calibration: Iterable[Tensor] = ()) -> Deployed:
+def deploy(
+    student: nn.Module,
+    example: Tensor,
+    calibration: Iterable[Tensor] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Deployed:
     """Build the deployed form of a quantised network; the network itself is left alone.
 
     Batch norms are folded and input and residual quantizers become nodes of the graph. An integer kernel writes its
@@ -66,6 +71,7 @@ def deploy(student: nn.Module, example: Tensor, calibration: Iterable[Tensor] = 
         student: fitted, on any device; a copy on the CPU is used.
         example: one input (B, C, H, W) with B of at least 2.
         calibration: training inputs (B, C, H, W), as the student sees them; needed where grids are missing.
+        progress: called with the number of missing grids that are fitted and that of all.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, a quantizer was not fitted,
@@ -89,7 +95,7 @@ def deploy(student: nn.Module, example: Tensor, calibration: Iterable[Tensor] = 
     builder = _Builder(network, example)
     builder.place_grids()
     if builder.fresh:
-        _calibrate(network, builder.fresh, list(calibration))
+        _calibrate(network, builder.fresh, list(calibration), progress)
     _make_integer(network)
     _shapes(network, example)
     return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
@@ -295,14 +301,19 @@ class _Builder:
                 self.rerouted.append(str(user.meta.get("lqkd_place", user.name)))
 
 
-def _calibrate(network: fx.GraphModule, fresh: dict[str, str], calibration: list[Tensor]) -> None:
+def _calibrate(
+    network: fx.GraphModule,
+    fresh: dict[str, str],
+    calibration: list[Tensor],
+    progress: Callable[[int, int], None] | None,
+) -> None:
     images = [batch.detach().cpu() for batch in calibration if len(batch)]
     if not images:
         raise UsageError(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
             "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
         )
-    initialize_quantizers(network, torch.cat(images))
+    initialize_quantizers(network, torch.cat(images), progress=progress)
     for target, where in fresh.items():
         quantizer: Any = network.get_submodule(target)
         if not quantizer.is_ready:  # only zeros arrive: any grid holds them

@@ -63,6 +63,7 @@ def measure(
     *,
     threads: int = 1,
     rounds: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Latency:
     """Time networks in alternation, each round in another order.
 
@@ -71,6 +72,7 @@ def measure(
         image: (B, C, H, W) float32 input of all.
         threads: of each.
         rounds: how many; ``None`` for as many as take three seconds, from 10 to 200.
+        progress: called before each round with the number of rounds that are done and that of all.
     """
     with _torch_threads(threads):
         runs = {name: _run(model, image, threads) for name, model in models.items()}
@@ -79,6 +81,8 @@ def measure(
         times: dict[str, list[float]] = {name: [] for name in runs}
         names = list(runs)
         for turn in range(rounds):
+            if progress is not None:
+                progress(turn, rounds)
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 times[name].append(_seconds(runs[name]))

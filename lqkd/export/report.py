@@ -17,7 +17,7 @@ from lqkd.export.latency import Latency, measure
 from lqkd.files import write_json
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.recipe import FLOAT_BITS
-from lqkd.waiting import telling
+from lqkd.waiting import Waiting
 
 SUFFIX = ".report.json"
 FLOAT_ONNX = "float32 ONNX"
@@ -83,14 +83,14 @@ def measure_latency(
         image: (1, C, H, W).
     """
     plain = copy.deepcopy(student).eval()
-    with float_mode(plain), telling("timing the file and its network in other forms"):
+    with float_mode(plain), Waiting("timing the file and its network in other forms") as bar:
         contestants: dict[str, onnx.ModelProto | nn.Module] = {
             FLOAT_ONNX: floating.build(deployed).model,
             name: exported,
             "float32 PyTorch": plain,
             "PyTorch with simulated quantization": copy.deepcopy(student).eval(),
         }
-        return measure(contestants, image.numpy())
+        return measure(contestants, image.numpy(), progress=bar.update)
 
 
 def print_report(report: dict[str, Any]) -> None:

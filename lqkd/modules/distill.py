@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +37,7 @@ from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
-from lqkd.waiting import telling
+from lqkd.waiting import Waiting
 
 
 @dataclass
@@ -314,9 +313,9 @@ class DistillModule(SharedBackward):
     def _fit_quantizers(self) -> None:
         """Fit every quantizer to the first batch."""
         images = self._first_images()
-        waits = telling("fitting quantizers") if self.trainer.is_global_zero else nullcontext()
-        with waits, self.trainer.precision_plugin.forward_context():
-            initialize_quantizers(self.student, images, batch_statistics=True)
+        with Waiting("fitting quantizers") as bar, self.trainer.precision_plugin.forward_context():
+            progress = bar.update if self.trainer.is_global_zero else None
+            initialize_quantizers(self.student, images, batch_statistics=True, progress=progress)
 
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,12 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
-def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: bool = False) -> None:
+def initialize_quantizers(
+    model: nn.Module,
+    *inputs: Tensor,
+    batch_statistics: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Fit every quantizer that has not been fitted yet, by one forward pass over ``inputs``.
 
     Dropout and everything else run in eval mode and keep their state. Layers are fitted in the order of the pass,
@@ -36,6 +41,7 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
         batch_statistics: whether batch norm normalises with the statistics of this batch, as training will, instead
             of its running ones, as inference does. The running ones are not changed. Some quantizers (IR-Net, APoT)
             put out weights on another scale than the float weights, of which running statistics know nothing.
+        progress: called with the number of quantizers that are fitted and that of all.
 
     Raises:
         UsageError: when the pass does not reach a quantizer at all, whose layer would silently train in floating
@@ -44,7 +50,7 @@ def initialize_quantizers(model: nn.Module, *inputs: Tensor, batch_statistics: b
     fresh = {name: q for name, q in quantizers(model).items() if not bool(q.initialized)}
     if not fresh:
         return
-    with evaluating(model), _without_compiler(model), _calls_of(fresh.values()) as reached:
+    with evaluating(model), _without_compiler(model), _calls_of(fresh.values(), progress) as reached:
         for quantizer in fresh.values():
             quantizer.train()
         statistics = _batch_statistics(model) if batch_statistics else nullcontext()
@@ -67,10 +73,16 @@ def _without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _calls_of(modules: Iterable[nn.Module]) -> Iterator[set[int]]:
+def _calls_of(modules: Collection[nn.Module], progress: Callable[[int, int], None] | None) -> Iterator[set[int]]:
     """Collect the identities of those of ``modules`` that are called inside the block."""
     called: set[int] = set()
-    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in modules]
+
+    def note(module: nn.Module, _: Any) -> None:
+        if progress is not None:
+            progress(len(called), len(modules))
+        called.add(id(module))
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
     try:
         yield called
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
-from lqkd.waiting import telling
+from lqkd.waiting import waiting
 
 HTML = "report.html"
 MARKDOWN = "report.md"
@@ -77,11 +77,10 @@ def main(given: Report) -> None:
     folder: Path = given.folder
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
-    with telling("reading runs and drawing"):
-        material = gather(folder)
-        write_tables(folder, material.runs, material.summaries)
-        write_text(folder / MARKDOWN, as_markdown(material))
-        write_text(folder / HTML, as_html(material))
+    material = gather(folder)
+    write_tables(folder, material.runs, material.summaries)
+    write_text(folder / MARKDOWN, as_markdown(material))
+    write_text(folder / HTML, as_html(material))
     for run in material.runs:
         for sentence in run.outdated:
             print(f"lqkd: warning: {sentence}", file=sys.stderr)
@@ -98,7 +97,7 @@ def gather(folder: Path) -> Material:
         study = read_study(folder / STUDY)
         names = [*study.variants, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
         tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
-        runs = read_runs(tasks)
+        runs = read_runs(waiting(tasks, "reading runs", len(tasks)))
         configs = {STUDY: (folder / STUDY).read_text(encoding="utf-8")}
         for name in names:
             config = folder / "variants" / f"{name}.yaml"
@@ -193,12 +192,20 @@ def as_html(material: Material) -> str:
 
 
 def _plots(material: Material) -> list[Picture]:
-    drawn: list[tuple[Figure | None, str, str]] = []
+    return [
+        Picture(_uri(plots.svg(figure).encode(), "image/svg+xml"), alt, caption)
+        for figure, alt, caption in waiting(_figures(material), "drawing", 6 if material.baseline is None else 8)
+        if figure is not None
+    ]
+
+
+def _figures(material: Material) -> Iterator[tuple[Figure | None, str, str]]:
+    """Figure, alternative text and caption; a figure is None where nothing is known."""
     if material.baseline is not None:
         for measure, words in (("val_best", "best validation accuracy"), ("test", "test accuracy")):
             figure = plots.differences(material.summaries, measure, material.baseline)
             caption = f"Paired difference of the {words} to {material.baseline}: mean over seeds and 95 % interval."
-            drawn.append((figure, f"{caption} The numbers are in the table of accuracies.", caption))
+            yield figure, f"{caption} The numbers are in the table of accuracies.", caption
     for metric, words in (
         ("val/acc", "accuracy on the validation split"),
         ("train/loss", "training loss"),
@@ -207,17 +214,12 @@ def _plots(material: Material) -> list[Picture]:
     ):
         caption = f"Learning curves: {words}; mean over seeds, and the range of the seeds."
         last = _last_values(material.runs, metric)
-        drawn.append((plots.curves(material.runs, metric, words), f"{caption} Last epoch: {last}.", caption))
+        yield plots.curves(material.runs, metric, words), f"{caption} Last epoch: {last}.", caption
     for cost, words in ((_kilobytes, "packed size, kB"), (_latency, "latency, ms")):
         points = _pareto_points(material, cost)
         caption = f"Best validation accuracy against {words}; the line joins what nothing else beats in both."
         told = "; ".join(f"{name}: {x:.1f}, {y:.2f} %" for name, (x, y) in points.items())
-        drawn.append((plots.pareto(points, words, "best validation accuracy, %"), f"{caption} {told}.", caption))
-    return [
-        Picture(_uri(plots.svg(figure).encode(), "image/svg+xml"), alt, caption)
-        for figure, alt, caption in drawn
-        if figure is not None
-    ]
+        yield plots.pareto(points, words, "best validation accuracy, %"), f"{caption} {told}.", caption
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lqkd.waiting import telling, waiting
+from lqkd.waiting import Stages, waiting
 
 
 class Terminal(io.StringIO):
@@ -25,11 +25,13 @@ def look_at(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = look_at(monkeypatch)
-    clock = iter([0.0, 0.1, 1.9, 2.1, 2.2])
-    monkeypatch.setattr("lqkd.waiting.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    now = 0.0
+    monkeypatch.setattr("lqkd.waiting.time", SimpleNamespace(monotonic=lambda: now))
     seen = []
-    for item in waiting("abcd", "checking images", 4):
-        seen.append((item, "checking images" in terminal.getvalue()))
+    items = waiting("abcd", "checking images", 4)
+    for now in (0.0, 1.9, 2.1, 2.2):  # noqa: B007
+        seen.append((next(items), "checking images" in terminal.getvalue()))
+    items.close()
     assert seen == [("a", False), ("b", False), ("c", True), ("d", True)]
     assert "-:--:--" in terminal.getvalue() or "0:0" in terminal.getvalue()
 
@@ -41,16 +43,47 @@ def test_quick_work_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_none_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lqkd.waiting._PATIENCE", -1.0)
+    monkeypatch.setattr("lqkd.waiting.Waiting._patience", -1.0)
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
     assert list(waiting("abcd", "checking images", 4)) == list("abcd")
-    with telling("drawing"):
-        pass
+    with Stages(1) as stage:
+        stage("drawing")
     assert file.getvalue() == ""
 
 
-def test_work_without_steps_is_named_while_it_goes_on_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_named_from_the_beginning_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = look_at(monkeypatch)
-    with telling("drawing"):
-        assert terminal.getvalue() == "drawing ..."
-    assert terminal.getvalue() == "drawing ...\r\x1b[K"
+    with Stages(2) as stage:
+        stage("reading")
+        assert "reading" in terminal.getvalue()
+        assert "0/2" in terminal.getvalue()
+        monkeypatch.setattr("lqkd.waiting._BETWEEN", -1.0)
+        stage("drawing")
+        assert "drawing" in terminal.getvalue()
+        assert "1/2" in terminal.getvalue()
+    assert "\x1b[2K" in terminal.getvalue().rpartition("drawing")[2]  # the line is taken away
+
+
+def test_work_within_work_has_a_bar_below_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
+    monkeypatch.setattr("lqkd.waiting._BETWEEN", -1.0)
+    monkeypatch.setattr("lqkd.waiting.Waiting._patience", -1.0)
+    with Stages(1) as stage:
+        stage("comparing")
+        for image in waiting("abc", "images", 3):
+            last = terminal.getvalue().rpartition("comparing")[2]
+            assert "images" in last
+            assert f"{'abc'.index(image)}/3" in last
+        drawn = len(terminal.getvalue())
+        stage("comparing more")
+        assert "images" not in terminal.getvalue()[drawn:]
+
+
+def test_what_is_printed_meanwhile_goes_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
+    monkeypatch.setattr("lqkd.waiting.Waiting._patience", -1.0)
+    monkeypatch.setattr("sys.stdout", file := io.StringIO())
+    for item in waiting("ab", "reading images", 2):
+        print(item)
+    assert file.getvalue() == "a\nb\n"
+    assert "reading images" in terminal.getvalue()

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lqkd.callbacks.progress import ProgressBar
+from lqkd.callbacks.progress import ProgressBar, below_the_bar
 
 from .dummy import BATCHES, Dummy
 
@@ -67,33 +67,71 @@ def test_other_processes_than_the_first_print_nothing(
     assert not _lines(capsys.readouterr().out)
 
 
+@pytest.fixture
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], str]:
+    """Calls something whose standard output is a terminal, and returns what that has got, without its control codes."""
+
+    def shown(call: Callable[[], object]) -> str:
+        master, slave = os.openpty()
+        received: list[bytes] = []
+
+        def listen() -> None:
+            try:
+                while chunk := os.read(master, 4096):
+                    received.append(chunk)
+            except OSError:  # the other end is closed
+                pass
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        with monkeypatch.context() as patch, os.fdopen(slave, "w") as terminal:
+            patch.setenv("COLUMNS", "200")
+            patch.setenv("TERM", "xterm")
+            patch.setattr(sys, "stdout", terminal)
+            call()
+        listener.join()
+        os.close(master)
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(received).decode())
+
+    return shown
+
+
 def test_a_terminal_gets_the_bar_with_the_metrics(
-    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., Trainer], on_a_terminal: Callable[[Callable[[], object]], str]
 ) -> None:
-    master, slave = os.openpty()
-    received: list[bytes] = []
-
-    def listen() -> None:
-        try:
-            while chunk := os.read(master, 4096):
-                received.append(chunk)
-        except OSError:  # the other end is closed
-            pass
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
+    def train() -> None:
         make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
-        monkeypatch.undo()
-    listener.join()
-    os.close(master)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(received).decode())
+
+    shown = on_a_terminal(train)
     assert "━" in shown
     assert re.search(r"train/task: 3\.000 train/distill: 0\.500 val/acc: 0\.750", shown)
     assert not _lines(shown)
+
+
+def test_work_between_batches_has_a_bar_below_that_of_the_training(
+    make_trainer: Callable[..., Trainer], on_a_terminal: Callable[[Callable[[], object]], str]
+) -> None:
+    class Works(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            done.extend(below_the_bar(trainer, iter("abc"), "looking for letters", 3))
+
+    done: list[str] = []
+    arguments = {"max_epochs": 2, "enable_progress_bar": True, "logger": False}
+    shown = on_a_terminal(
+        lambda: make_trainer(callbacks=[ProgressBar(), Works()], **arguments).fit(Dummy())  # type: ignore[arg-type]
+    )
+    assert done == [*"abcabc"]
+    rows = re.findall(r"looking for letters\W+(\d)/3", shown)
+    assert [number for number in "012" if number in rows] == ["0", "1", "2"]
+    assert "looking for letters" not in shown.rpartition("Epoch 1/1")[2]
+
+
+def test_work_between_batches_has_no_bar_without_a_terminal(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(callbacks=[ProgressBar()], enable_progress_bar=True, logger=False)
+    assert list(below_the_bar(trainer, "abc", "looking for letters", 3)) == [*"abc"]
+    assert "looking" not in "".join(capsys.readouterr())
 
 
 def test_metrics_are_not_read_from_the_device_in_every_batch(make_trainer: Callable[..., Trainer]) -> None:

@@ -48,6 +48,14 @@ def test_additions_that_training_left_in_float_need_calibration_data() -> None:
     assert any("norm1" in place or "conv1" in place for place in deployed.calibrated)
 
 
+def test_fitting_grids_tells_how_many_are_done() -> None:
+    told: list[tuple[int, int]] = []
+    deployed = deploy(quantised(bits="w4a4"), images(2), [images(32)], lambda *counts: told.append(counts))
+    total = len(deployed.calibrated)
+    assert told == [(done, total) for done in range(total)]
+    assert total > 1
+
+
 @pytest.mark.parametrize("calibration", [[], [images(0)], [torch.full((4, 3, 8, 8), float("nan"))]])
 def test_calibration_without_usable_data_is_told_in_one_sentence(calibration: list[Tensor]) -> None:
     with pytest.raises(UsageError, match=r"calibration data|not finite|finite") as caught:

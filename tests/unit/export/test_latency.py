@@ -64,7 +64,14 @@ def test_contestants_take_turns_and_ratios_are_to_the_first() -> None:
                 x = x + 1
             return x
 
-    found = measure({"fast": Noted("fast"), "slow": Noted("slow")}, IMAGES[:1].numpy(), rounds=4)
+    told: list[tuple[int, int]] = []
+    found = measure(
+        {"fast": Noted("fast"), "slow": Noted("slow")},
+        IMAGES[:1].numpy(),
+        rounds=4,
+        progress=lambda *counts: told.append(counts),
+    )
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert order[-8:] == ["fast", "slow", "slow", "fast"] * 2
     assert found.ratios["fast"] == 1.0
     assert found.ratios["slow"] > 2
