@@ -6,6 +6,7 @@ the whole. They are drawn by who does the work, and by no thread beside it that 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -72,7 +73,7 @@ class Waiting:
 
     def update(self, done: int, total: int) -> None:
         """So much is done."""
-        if self._bar is None and sys.stderr.isatty() and time.monotonic() - self._started > self._patience:
+        if self._bar is None and _is_looked_at() and time.monotonic() - self._started > self._patience:
             self._bar = _display.add(self.text, total)
         if self._bar is not None:
             _display.update(self._bar, self.text, done)
@@ -107,6 +108,11 @@ def waiting(items: Iterable[T], text: str, total: int) -> Iterator[T]:
         for done, item in enumerate(items):
             bar.update(done, total)
             yield item
+
+
+def _is_looked_at() -> bool:
+    """Whether a person sees standard error, and this is not one of several processes that share it but the first."""
+    return sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _progress() -> Any:

@@ -20,6 +20,7 @@ def look_at(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     return terminal
 
 
@@ -49,6 +50,14 @@ def test_there_is_none_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> No
     with Stages(1) as stage:
         stage("drawing")
     assert file.getvalue() == ""
+
+
+def test_of_several_processes_only_the_first_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with Stages(1) as stage:
+        stage("loading")
+    assert terminal.getvalue() == ""
 
 
 def test_stages_are_named_from_the_beginning_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
