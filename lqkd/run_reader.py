@@ -197,6 +197,9 @@ def take_batches(reader: RunReader, train: int, validation: int) -> tuple[list[T
     """
     batches = _Batches(reader.model.product(), train, validation)
     with _silence():
-        reader.trainer.validate(batches, datamodule=reader.datamodule, verbose=False)
+        try:
+            reader.trainer.validate(batches, datamodule=reader.datamodule, verbose=False)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C, which would end the command without a word
+            raise (stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop) from None
     batches.network.to(batches.calibration[0].device)
     return batches.calibration, batches.validation
