@@ -35,7 +35,8 @@ class Export:
 @dataclass(frozen=True)
 class Predict:
     """Print the classes of image files. Images are prepared as validation prepares them; those of another size are
-    resized. predict --config CONFIG writes the classes of the run's own test split instead."""
+    resized. predict --config CONFIG is another verb, which writes the classes of the run's own test split: see
+    predict --config CONFIG --help."""
 
     run: str
     """run folder, or file that export wrote (.onnx or .pt2)"""
@@ -130,8 +131,9 @@ def of(verb: str, args: Sequence[str]) -> Any:
 
 
 def names_images(args: Sequence[str]) -> bool:
-    """Whether the arguments of ``predict`` name a run or file; those of LightningCLI are all options."""
-    return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in ("--top-k", "--json"))
+    """Whether the arguments of ``predict`` name a run or file, or ask how; those of LightningCLI are all options."""
+    options = ("--top-k", "--json", "--help", "-h")
+    return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in options)
 
 
 def of_resume(args: Sequence[str]) -> tuple[Path, list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ _VERBS = {
 }
 """Modules of the verbs that are none of Lightning's; ``predict`` is one of these where it is given images."""
 _LIGHTNING = "lqkd.lightning_cli"
-_SLOW = ("torch", "torchvision", "torchmetrics", "lightning.pytorch")
-"""What takes seconds to load, in the order in which it can be loaded."""
+_SLOW = ("numpy", "torch", "torchvision", "torchmetrics", "lightning.pytorch")
+"""What takes seconds to load, in the order in which it can be loaded; PyTorch loading NumPy would swallow Ctrl-C."""
 _DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
 """Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -40,7 +41,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     _silence_noise()
     try:
-        return _run(sys.argv[1:] if args is None else list(args))
+        status = _run(sys.argv[1:] if args is None else list(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 141  # as of what SIGPIPE ends
     except (ValueError, OSError) as error:
         mistake = _mistake(error)
         if mistake is None:
@@ -89,7 +96,8 @@ def _resume(folder: Path, settings: list[str]) -> int:
 def _check_described(verb: str, given: Sequence[str]) -> None:
     """Refuse a command without a configuration, and one whose file is not there."""
     if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given):
-        raise UsageError(f"{verb} needs a configuration: give --config FILE.yaml")
+        other = ", or name a run and images without an option before them" if verb == "predict" else ""
+        raise UsageError(f"{verb} needs a configuration: give --config FILE.yaml{other}")
     for option, value in zip(given, [*given[1:], ""], strict=True):
         name, equals, own = option.partition("=")
         path = Path(own if equals else value)
@@ -120,6 +128,16 @@ def _silence_noise() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()  # Lightning says whether there is a GPU
     )
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads standard output any more, as behind ``| head``; then what is left of it is dropped."""
+    try:
+        print(flush=True)
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def _tell(text: str) -> None:

@@ -29,6 +29,7 @@ EXIT_STATUS = {
     3: "a training that diverged",
     4: "a full disk",
     130: "Ctrl-C; what was trained is saved, and the command that goes on is printed",
+    141: "a reader of the output that has gone, such as head",
     143: "SIGTERM, likewise",
 }
 

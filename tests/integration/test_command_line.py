@@ -7,6 +7,8 @@ import pty
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image
 
 from lqkd.cli import main
+from lqkd.data import Digits
 from lqkd.overview import EXIT_STATUS, VERBS
 from tests.forked import Forks, forks
 
@@ -102,7 +105,7 @@ def test_help_of_every_other_verb_explains_each_of_its_arguments(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    text = shown(capsys, verb, *(["RUN"] if verb == "predict" else []), "--help")
+    text = shown(capsys, verb, "--help")
     options = [line for line in text.splitlines() if line.startswith("  --")]
     assert [line for line in options if not re.search(r"  +\S.*\((default: .+|must be given)\)$", line)] == []
     assert text.startswith(f"usage: python -m lqkd {verb}")
@@ -246,6 +249,52 @@ def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -
     assert status == 130
     assert "lqkd: interrupted; no file is half-written" in lqkd.log.read_text()
     assert "Traceback" not in lqkd.log.read_text()
+
+
+@pytest.mark.parametrize("verb", ["sensitivity", "export"])
+def test_ctrl_c_while_images_are_read_is_one_line(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]) == 0
+
+    def interrupted(data: Digits) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Digits, "val_dataloader", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main([verb, str(tmp_path / "quickstart" / "a")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
+    assert "lqkd: interrupted; no file is half-written" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from lqkd.cli import main
+sys.exit(main(["sensitivity", {QUICKSTART!r}, "--output", {str(tmp_path)!r}]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (130, 1)
+
+
+# ---- what reads the output
+
+
+def test_a_reader_of_the_output_that_has_gone_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as output:
+        command = [sys.executable, "-m", "lqkd", "--help"]
+        ended = subprocess.run(command, check=False, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 # ---- the run folder

@@ -8,8 +8,7 @@ import sys
 HEAVY = ("torch", "lightning", "numpy", "jsonargparse", "onnx", "matplotlib", "rich")
 TOLD_AT_ONCE = [
     (["--help"], 0),
-    *(([verb, "--help"], 0) for verb in ("export", "report", "sensitivity", "compare", "resume")),
-    (["predict", "RUN", "--help"], 0),
+    *(([verb, "--help"], 0) for verb in ("export", "predict", "report", "sensitivity", "compare", "resume")),
     (["exprot", "runs"], 2),
     (["export", "runs", "--laten"], 2),
     (["fit"], 2),
