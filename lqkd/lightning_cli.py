@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,15 @@ class LqkdCLI(LightningCLI):
         _print_summary(self.run_folder)
 
     def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Predict and write ``predictions.csv`` into the run folder of the checkpoint."""
+        """Predict and write ``predictions.csv`` into the run folder of the checkpoint.
+
+        Raises:
+            UsageError: when the data have no test split.
+        """
+        if not is_overridden("predict_dataloader", datamodule, LightningDataModule):
+            if not is_overridden("test_dataloader", datamodule, LightningDataModule):
+                raise UsageError("data has no test split to predict: give the DataModule a test_dataloader")
+            datamodule.predict_dataloader = lambda: _test_batches(datamodule)  # type: ignore[method-assign]
         predictions = Predictions()
         self.trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
         self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
@@ -337,6 +346,12 @@ class _KeepRun(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
+
+
+def _test_batches(datamodule: LightningDataModule) -> Iterator[Any]:
+    """No DataLoader, which Lightning would build anew for predictions, out of arguments that it may not know."""
+    datamodule.setup("test")
+    return iter(datamodule.test_dataloader())
 
 
 def forget_weights(settings: Any) -> None:

@@ -67,6 +67,14 @@ def test_an_example_trains(example: str, outside: Path) -> None:
     assert (run / "student.safetensors").is_file()
 
 
+def test_data_without_predictions_of_their_own_predict_their_test_split(outside: Path) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.callbacks=[]"]
+    assert main([*QUICKSTART, "--config", "my_data.yaml", "--run.version", "a", *short]) == 0
+    run = Path("runs", "quickstart", "a")
+    assert main(["predict", "--config", str(run / CONFIG)]) == 0
+    assert len((run / "predictions.csv").read_text().splitlines()) == 1 + 397
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [["-m", "lqkd"], ["-c", "import sys; sys.path.pop(0); " + SCRIPT]])
 def test_the_file_beside_the_config_is_found_by_both_commands(outside: Path, program: list[str]) -> None:
