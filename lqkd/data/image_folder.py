@@ -179,7 +179,8 @@ class ImageFolder(DecodingDataModule):
         if not self.root.is_dir():
             raise UsageError(
                 f"root={self.root} does not exist{_looked_for(self.root)}: give a folder with one folder of images per"
-                " class, for a run that was moved as --data.init_args.root FOLDER."
+                " class, for a run that was moved as --data.init_args.root FOLDER; export and sensitivity take it from"
+                " the run's config.yaml."
             )
         if not has_folders(self.root / "train"):
             return {"all": list_class_folders(self.root)}
