@@ -23,8 +23,9 @@ from lqkd.run_folder import BEST, LAST
 class BestAndLast(ModelCheckpoint):
     """Keeps ``best.ckpt``, saved after an epoch's validation, and ``last.ckpt``, from which a training resumes exactly.
 
-    Best is the highest ``val/acc``. Of equally good epochs the later one is kept: a small validation split has many
-    ties, and the later network has trained longer, at a lower learning rate.
+    Best is the highest ``val/acc``, or the end of a training that ends before its first validation. Of equally good
+    epochs the later one is kept: a small validation split has many ties, and the later network has trained longer, at a
+    lower learning rate.
 
     Last is saved when everything of the batches before has been counted and logged: before the first batch of every
     epoch but the first, before every ``every_n_steps``-th step, and when training ends. On the CPU a training that goes
@@ -121,6 +122,9 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         self._finished = True
         self.save_resumable(trainer)
+        if not self.best_model_path:  # trainer.max_steps ended it before the first validation
+            self.best_model_path = str(Path(str(self.dirpath)) / BEST)
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     # ---- best
 

@@ -24,8 +24,8 @@ _ASK_EVERY = 10
 
 
 def how_to_resume(folder: Path | None) -> str:
-    """The command that goes on with the run in ``folder``."""
-    return f"go on with: python -m lqkd resume {folder}" if folder is not None else "it has no run folder to resume"
+    """The command that goes on with the run in ``folder``, None for what has none, such as a test."""
+    return f"go on with: python -m lqkd resume {folder}" if folder is not None else "the same command starts again"
 
 
 class StopOnSignal(Callback):

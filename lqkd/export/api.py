@@ -16,6 +16,7 @@ from lqkd.export.deploy import deploy
 from lqkd.export.formats import BUILDERS, check_expressible
 from lqkd.export.parity import check
 from lqkd.files import atomic_path
+from lqkd.quantization import quantizers
 
 
 class ParityError(RuntimeError):
@@ -55,6 +56,8 @@ def to_onnx(
     """
     if format not in BUILDERS:
         raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    if not quantizers(model):
+        raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
     deployed = deploy(model, example, calibration)
     check_expressible(deployed, format)
     exported = BUILDERS[format](deployed)

@@ -21,6 +21,7 @@ from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import IntegerLayer, integer_layer
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.quantization import Quantizer, fold_batchnorm, initialize_quantizers, quantizers
+from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
@@ -75,30 +76,66 @@ def deploy(
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, a quantizer was not fitted,
-            a scale is zero or not finite, or grids are missing and there is no calibration data.
+            a scale is zero or not finite, the network does not take the example or calibration data, or grids are
+            missing and there is no calibration data.
     """
     student = copy.deepcopy(student).cpu().eval()
     example = example.detach().cpu()
+    if isinstance(calibration, Tensor):
+        raise UsageError("calibration is a tensor: give a list of batches, for instance [images]")
+    batches = [batch.detach().cpu() for batch in calibration if len(batch)]
     for name, quantizer in quantizers(student).items():
         if not quantizer.is_ready:
             raise UsageError(
                 f"quantizer {name!r} has never been fitted to data: train the student, or call initialize_quantizers"
             )
+    builder, folding = _place_grids(student, example)
+    network = builder.network
+    if builder.fresh:
+        _calibrate(network, builder.fresh, batches, progress)
+    _make_integer(network)
+    _shapes(network, example)
+    return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
+
+
+def check_deployable(student: nn.Module, example: Tensor) -> None:
+    """Refuse a quantised network that :func:`deploy` would refuse when it is trained, whatever its quantizers know.
+
+    Args:
+        student: any quantised network; a copy on the CPU is looked at.
+        example: (B, C, H, W), as for :func:`deploy`.
+
+    Raises:
+        UsageError: when the network cannot be traced, or something in it cannot be exported.
+    """
+    _place_grids(copy.deepcopy(student).cpu().eval(), example.detach().cpu())
+
+
+def _place_grids(student: nn.Module, example: Tensor) -> tuple[_Builder, Folding]:
     for name, module in student.named_modules():
         if isinstance(module, nn.Embedding):
             raise UsageError(
                 f"embedding {name!r} cannot be exported, since a file takes real numbers and no indices: export the "
                 "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
             )
+    _check_takes(student, example, "an example")
     folding = fold_batchnorm(student)
-    network = _explicit(student, example)
-    builder = _Builder(network, example)
+    builder = _Builder(_explicit(student, example), example)
     builder.place_grids()
-    if builder.fresh:
-        _calibrate(network, builder.fresh, list(calibration), progress)
-    _make_integer(network)
-    _shapes(network, example)
-    return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
+    return builder, folding
+
+
+def _check_takes(network: nn.Module, inputs: Tensor, what: str) -> None:
+    if not len(inputs):
+        raise UsageError(f"{what} of shape {tuple(inputs.shape)} is empty: give at least two inputs")
+    try:
+        with torch.no_grad():
+            network(inputs)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"the network cannot take {what} of shape {tuple(inputs.shape)} and type {inputs.dtype} "
+            f"({first_line(error)})"
+        ) from error
 
 
 def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -307,19 +344,20 @@ def _calibrate(
     calibration: list[Tensor],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    images = [batch.detach().cpu() for batch in calibration if len(batch)]
-    if not images:
+    if not calibration:
         raise UsageError(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
             "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
         )
-    initialize_quantizers(network, torch.cat(images), progress=progress)
+    _check_takes(network, calibration[0][:1], "calibration data")
+    images = torch.cat(calibration)
+    initialize_quantizers(network, images, progress=progress)
     for target, where in fresh.items():
         quantizer: Any = network.get_submodule(target)
         if not quantizer.is_ready:  # only zeros arrive: any grid holds them
             quantizer.signed = False
             quantizer._ready = True
-            if not torch.cat(images).isfinite().all():
+            if not images.isfinite().all():
                 raise UsageError(f"calibration data for {where} are not finite")
 
 

@@ -13,6 +13,7 @@ from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.optimizers import optimizer_of
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
 from lqkd.modules.steps import total_steps
@@ -58,7 +59,7 @@ class ClassifierModule(ImageClassifier):
         return self.network
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.network.parameters())
+        optimizer = optimizer_of(self.optimizer, "optimizer", self.network.parameters())
         steps = total_steps(self.trainer, self.trainer.accumulate_grad_batches)
         return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, steps)}
 

@@ -24,7 +24,7 @@ from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
-from lqkd.modules.optimizers import regularizer_groups, settings_of, student_groups
+from lqkd.modules.optimizers import optimizer_of, regularizer_groups, settings_of, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
@@ -260,9 +260,15 @@ class DistillModule(SharedBackward):
         self.optimizer_settings.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
-        for make, schedule, groups in (
-            (self.student_optimizer, self.student_schedule, student_groups(self.student, self.distillation.losses)),
+        for setting, make, schedule, groups in (
             (
+                "student_optimizer",
+                self.student_optimizer,
+                self.student_schedule,
+                student_groups(self.student, self.distillation.losses),
+            ),
+            (
+                "regularizer_optimizer",
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
                 regularizer_groups(self.distillation.regularizers, self.balance, self.combination),
@@ -270,7 +276,7 @@ class DistillModule(SharedBackward):
         ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
-            optimizer = make(groups)
+            optimizer = optimizer_of(make, setting, groups)
             factors = {"balance": self.balance.learning_rate_factor}
             if self.regularizer is not None:
                 factors["regularizer"] = self.regularizer.learning_rate_factor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
 from lqkd.regularizers import Balance
 
@@ -41,6 +42,18 @@ def regularizer_groups(
         _group("balance", balance.parameters(), weight_decay=0.0),
         _group("teachers", () if combination is None else combination.parameters(), weight_decay=0.0),
     )
+
+
+def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any) -> Optimizer:
+    """What ``make`` makes of parameters or groups of them; ``setting`` is what a mistake calls it.
+
+    Raises:
+        UsageError: when the optimizer refuses one of its arguments.
+    """
+    try:
+        return make(parameters)
+    except ValueError as error:
+        raise UsageError(f"{setting} is not possible: {first_line(error)}") from error
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:

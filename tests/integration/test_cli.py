@@ -20,6 +20,7 @@ import wandb
 import yaml
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
+from torch import nn
 
 from lqkd.cli import main
 from lqkd.lightning_cli import _print_summary
@@ -277,6 +278,8 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
         (["--run.name", "/tmp/elsewhere"], "run.name='/tmp/elsewhere' is not possible"),
         (["--model.teacher.minimum_accuracy", "1.01"], "less than teacher.minimum_accuracy=1.01"),
+        (["--model.student_optimizer.lr", "-1"], "student_optimizer is not possible: Invalid learning rate: -1.0"),
+        (["--model.regularizer_optimizer.lr", "-1"], "regularizer_optimizer is not possible: Invalid learning rate"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_batch(
@@ -383,7 +386,7 @@ def test_an_existing_version_is_not_overwritten(capsys: pytest.CaptureFixture, t
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_mistake_leaves_no_run_folder(capsys: pytest.CaptureFixture, tmp_path: Path, late: bool) -> None:
-    arguments = ["--model.teacher.minimum_accuracy", "1.01"] if late else ["--model.quantization.bits", "w9a4"]
+    arguments = ["--model.student_optimizer.lr", "-1"] if late else ["--model.quantization.bits", "w9a4"]
     mistake(capsys, *arguments, tmp_path=tmp_path)
     assert not list(tmp_path.glob("runs/*/*"))
 
@@ -426,6 +429,28 @@ def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Pa
 
 
 # ---- resuming, of which tests/integration/test_resume.py has more
+
+
+class Normed(nn.Module):
+    """A network that trains at few bits and has no counterpart in integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(64, 16), nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x.flatten(1))).relu())
+
+
+@pytest.mark.parametrize("exportable", [True, False])
+def test_what_export_will_refuse_is_told_before_the_training(tmp_path: Path, exportable: bool) -> None:
+    student = ["--model.init_args.student", f"{__name__}.Normed", "--model.init_args.student_weights", "null"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, "--trainer.limit_train_batches", "1", *([] if exportable else student))
+    told = [str(warning.message) for warning in caught if "export will refuse" in str(warning.message)]
+    cause = "operator LayerNorm in norm cannot be exported: replace it in the network"
+    assert told == ([] if exportable else [f"export will refuse this student: {cause}"])
 
 
 def test_a_finished_run_says_so_and_is_left_alone(capsys: pytest.CaptureFixture, run: Path) -> None:

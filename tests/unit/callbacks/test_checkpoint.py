@@ -55,6 +55,18 @@ def test_an_epoch_without_validation_is_never_the_best(make_trainer: MakeTrainer
     assert train(make_trainer, tmp_path, [0.1, 0.9, 0.5], check_val_every_n_epoch=2) == 1
 
 
+def test_a_training_that_ends_before_any_validation_has_a_best_checkpoint(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(callbacks=[BestAndLast(tmp_path)], enable_checkpointing=True, max_steps=1)
+    trainer.fit(Scripted([0.1]), DataLoader(torch.zeros(3)), DataLoader(torch.zeros(1)))
+    assert trainer.global_step == 1
+    assert trainer.checkpoint_callback is not None
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "best.ckpt")
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 1
+    assert train(make_trainer, tmp_path, [0.0, 0.9], resume=tmp_path / "last.ckpt") == 1  # whatever was best before
+
+
 def test_a_resumed_run_takes_the_best_checkpoint_along(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     train(make_trainer, tmp_path / "a", [0.1, 0.9])
     assert train(make_trainer, tmp_path / "b", [0.1, 0.9, 0.5], resume=tmp_path / "a" / "last.ckpt") == 1

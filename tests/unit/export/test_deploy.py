@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export import check, deploy
+from lqkd.export import check, deploy, to_onnx
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
 from lqkd.models import CifarResNet
@@ -46,6 +46,31 @@ def test_additions_that_training_left_in_float_need_calibration_data() -> None:
         deploy(quantised(bits="w4a4"), images(2))
     deployed = deploy(quantised(bits="w4a4"), images(2), [images(32)])
     assert any("norm1" in place or "conv1" in place for place in deployed.calibrated)
+
+
+@pytest.mark.parametrize(
+    ("example", "calibration", "told"),
+    [
+        (torch.zeros(2, 1, 8, 8), [images(4)], "cannot take an example of shape (2, 1, 8, 8) and type torch.float32"),
+        (images(2).double(), [images(4)], "cannot take an example of shape (2, 3, 8, 8) and type torch.float64"),
+        (images(0), [images(4)], "an example of shape (0, 3, 8, 8) is empty"),
+        (images(2), images(4), "calibration is a tensor: give a list of batches"),
+        (images(2), [torch.zeros(4, 1, 8, 8)], "cannot take calibration data of shape (1, 1, 8, 8)"),
+    ],
+)
+def test_data_that_the_network_does_not_take_are_told_in_one_sentence(
+    example: Tensor, calibration: list[Tensor], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        deploy(quantised(bits="w4a4"), example, calibration)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_network_in_floating_point_is_refused() -> None:
+    with pytest.raises(UsageError, match="is in floating point: quantise it with"):
+        to_onnx(CifarResNet(8, width=4), images(2))
 
 
 def test_fitting_grids_tells_how_many_are_done() -> None:
