@@ -260,7 +260,7 @@ class RegularizerMonitor(Callback):
 
     def _warn_of_collapse(self) -> None:
         judged = verdict(self.history)
-        if judged.kind in ("collapsed", "saturated", "diverged") and judged.kind not in self._warned:
+        if judged.kind in ("collapsed", "dominant", "saturated", "diverged") and judged.kind not in self._warned:
             self._warned.append(judged.kind)
             self.warnings.append(judged.sentence)
             rank_zero_warn(judged.sentence)

@@ -18,6 +18,12 @@ OF_OPTIMUM = 0.1
 SHARE = 0.01
 """Share of the student's gradient below which turned down weights are a collapse whatever the guard wants."""
 
+CONCENTRATED = 5.0
+"""Effective over mean weight above which the weights are where teacher and student differ most."""
+
+ALL = 0.95
+"""Share of the student's gradient above which concentrated weights leave nothing to the task."""
+
 _REGULARIZER = "model.init_args.regularizer.init_args"
 _BALANCE = "model.init_args.balance.init_args"
 _LEARNING_RATE = "model.init_args.regularizer_optimizer.init_args.lr"
@@ -28,7 +34,7 @@ _STUDENT_LEARNING_RATE = "model.init_args.student_optimizer.init_args.lr"
 class Verdict:
     """What became of the weights, and a sentence that gives the number and, where one is needed, a remedy."""
 
-    kind: Literal["healthy", "collapsed", "saturated", "uniform", "diverged"]
+    kind: Literal["healthy", "collapsed", "dominant", "saturated", "uniform", "diverged"]
     sentence: str
 
 
@@ -45,6 +51,14 @@ def verdict(history: Sequence[EpochWeights]) -> Verdict:
     reason = _collapse(last)
     if reason is not None:
         return Verdict("collapsed", reason)
+    if last.effective > CONCENTRATED * last.mean and last.share is not None and last.share > ALL:
+        return Verdict(
+            "dominant",
+            f"The divergence counts {last.effective:.3g} times in epoch {number}, since the regularizer's weights "
+            f"(mean {last.mean:.3g}) are where teacher and student differ most, and has {last.share:.0%} of the student's "
+            f"gradient, which leaves next to nothing to the task: lower {_BALANCE}.distill, or take a regularizer with "
+            "fewer weights, e.g. one for a sample or a class.",
+        )
     if last.at_maximum is not None and last.at_maximum > 0.9:
         return Verdict(
             "saturated",

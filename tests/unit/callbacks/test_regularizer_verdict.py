@@ -21,6 +21,9 @@ FAR = {"mean": 0.033, "spread": 0.02, "effective": 0.031}
 EASY = {"mean": 1.0, "spread": 6.0, "effective": 0.02, "contribution": 0.1}
 """All weight where teacher and student agree."""
 
+HARD = {"mean": 1.0, "spread": 5.0, "effective": 9.0, "contribution": 9.0, "optimum": 29.0}
+"""Weight where teacher and student differ most."""
+
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("healthy", {}, "3"),
     ("healthy", {"share": 0.4}, "40%"),
@@ -41,6 +44,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("healthy", {**EASY, "optimum": 0.12}, "0.02"),
     ("collapsed", {**EASY, "optimum": 1.1}, "0.02"),
     ("healthy", {"effective": float("nan")}, "3"),
+    # weights that are large where all is at stake
+    ("dominant", {**HARD, "share": 0.96}, "9"),
+    ("healthy", {**HARD, "share": 0.94}, "94%"),
+    ("healthy", {**HARD, "share": None}, "1"),
+    ("healthy", {**HARD, "effective": 4.9, "share": 0.99}, "99%"),
     # weights that are all the same
     ("saturated", {"at_maximum": 0.91}, "91%"),
     ("healthy", {"at_maximum": 0.9}, "3"),
