@@ -56,8 +56,8 @@ def verdict(history: Sequence[EpochWeights]) -> Verdict:
             "dominant",
             f"The divergence counts {last.effective:.3g} times in epoch {number}, since the regularizer's weights "
             f"(mean {last.mean:.3g}) are where teacher and student differ most, and has {last.share:.0%} of the "
-            f"student's gradient, which leaves next to nothing to the task: lower {_BALANCE}.distill, or take a regularizer with "
-            "fewer weights, e.g. one for a sample or a class.",
+            f"student's gradient, which leaves next to nothing to the task: lower {_BALANCE}.distill, or take a "
+            "regularizer with fewer weights, e.g. one for a sample or a class.",
         )
     if last.at_maximum is not None and last.at_maximum > 0.9:
         return Verdict(
