@@ -31,6 +31,8 @@ _VERBS = {
 _LIGHTNING = "lqkd.lightning_cli"
 _SLOW = ("numpy", "torch", "torchvision", "torchmetrics", "lightning.pytorch")
 """What takes seconds to load, in the order in which it can be loaded; PyTorch loading NumPy would swallow Ctrl-C."""
+_SLOW_OF = {"lqkd.study.report": (), "lqkd.predict": ("numpy", "torch")}
+"""Of these, what a module needs that does not need all."""
 _DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
 """Beginnings of arguments without one of which nothing says what to do."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -107,11 +109,12 @@ def _check_described(verb: str, given: Sequence[str]) -> None:
 
 def _load(name: str) -> Any:
     """A module, and before it those that take seconds, with a bar unless they are there."""
-    if "lightning" not in sys.modules:
-        with Stages(len(_SLOW) + 1) as stage:
-            for slow in (*_SLOW, name):
+    slow = [module for module in _SLOW_OF.get(name, _SLOW) if module not in sys.modules]
+    if slow:
+        with Stages(len(slow) + 1) as stage:
+            for module in (*slow, name):
                 stage("loading")
-                importlib.import_module(slow)
+                importlib.import_module(module)
     return importlib.import_module(name)
 
 

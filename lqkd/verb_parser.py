@@ -15,7 +15,6 @@ from docstring_parser import parse_from_object
 from lqkd.suggest import suggestion
 
 T = TypeVar("T")
-_SHOWN = {False: "false", (): "none"}
 
 
 def argument(default: Any, *, metavar: str | None = None, shown: str | None = None) -> Any:
@@ -68,7 +67,8 @@ class VerbParser(argparse.ArgumentParser):
         if each.default is MISSING:
             settings["required"], default = True, "must be given"
         else:
-            shown = each.metadata["shown"] or _SHOWN.get(each.default, str(each.default))
+            own = "false" if each.default is False else "none" if each.default == () else str(each.default)
+            shown = each.metadata["shown"] or own
             settings["default"], default = each.default, f"default: {shown}"
         name, told = f"--{each.name.replace('_', '-')}", f"{text} ({default})".replace("%", "%%")
         self.add_argument(name, dest=each.name, help=told, **settings)

@@ -32,7 +32,8 @@ for arguments, expected in {TOLD_AT_ONCE!r}:
 
 
 def loaded_by(module: str) -> set[str]:
-    code = f"import sys, {module}; print(*sys.modules)"
+    """By the command line, before it calls the module's ``main``."""
+    code = f"import sys; from lqkd.cli import _load; _load({module!r}); print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
 
 
