@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -29,9 +29,10 @@ from lqkd.callbacks.stopping import StopOnSignal, how_to_resume
 from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
 from lqkd.files import write_text
+from lqkd.forecast import ForetellExport
 from lqkd.models.weights import weights_exist
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier, example_input
+from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.parser import OneLineParser
@@ -270,7 +271,7 @@ class LqkdCLI(LightningCLI):
         callbacks: list[Callback] = [RunSummary()]
         if isinstance(self.model, DistillModule):
             callbacks.insert(0, RegularizerMonitor())
-            callbacks.append(_ForetellExport())
+            callbacks.append(ForetellExport())
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
@@ -347,22 +348,6 @@ class _KeepRun(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
-
-
-class _ForetellExport(Callback):
-    """Tells before a training what ``export`` would refuse after it."""
-
-    @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        image = example_input(getattr(trainer, "datamodule", None), pl_module.device)
-        if image is None or any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
-            return
-        from lqkd.export.deploy import check_deployable
-
-        try:
-            check_deployable(pl_module.product(), torch.cat([image, image]))
-        except Exception as error:  # of any type: what is foretold must not end the training
-            rank_zero_warn(f"export will refuse this student: {first_line(error)}")
 
 
 def _test_batches(datamodule: LightningDataModule) -> Iterator[Any]:

@@ -14,21 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-from lqkd.errors import UsageError, first_line
+from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import IntegerLayer, integer_layer
-from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
-from lqkd.quantization import Quantizer, fold_batchnorm, initialize_quantizers, quantizers
-from lqkd.quantization.batchnorm import Folding
-from lqkd.quantization.graph import trace
+from lqkd.export.operations import KEEPS_GRID, operation
+from lqkd.export.placement import check_takes, place_grids, propagate_shapes, recompile
+from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
-
-RESIDUAL_BITS = 8
-TWICE = ("add", "mul")
-"""Kinds that are cheap enough to be computed once for each of two grids."""
 
 
 @dataclass
@@ -89,12 +82,12 @@ def deploy(
             raise UsageError(
                 f"quantizer {name!r} has never been fitted to data: train the student, or call initialize_quantizers"
             )
-    builder, folding = _place_grids(student, example)
+    builder, folding = place_grids(student, example)
     network = builder.network
     if builder.fresh:
         _calibrate(network, builder.fresh, batches, progress)
     _make_integer(network)
-    _shapes(network, example)
+    propagate_shapes(network, example)
     return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
 
 
@@ -108,234 +101,7 @@ def check_deployable(student: nn.Module, example: Tensor) -> None:
     Raises:
         UsageError: when the network cannot be traced, or something in it cannot be exported.
     """
-    _place_grids(copy.deepcopy(student).cpu().eval(), example.detach().cpu())
-
-
-def _place_grids(student: nn.Module, example: Tensor) -> tuple[_Builder, Folding]:
-    for name, module in student.named_modules():
-        if isinstance(module, nn.Embedding):
-            raise UsageError(
-                f"embedding {name!r} cannot be exported, since a file takes real numbers and no indices: export the "
-                "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
-            )
-    _check_takes(student, example, "an example")
-    folding = fold_batchnorm(student)
-    builder = _Builder(_explicit(student, example), example)
-    builder.place_grids()
-    return builder, folding
-
-
-def _check_takes(network: nn.Module, inputs: Tensor, what: str) -> None:
-    if not len(inputs):
-        raise UsageError(f"{what} of shape {tuple(inputs.shape)} is empty: give at least two inputs")
-    try:
-        with torch.no_grad():
-            network(inputs)
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"the network cannot take {what} of shape {tuple(inputs.shape)} and type {inputs.dtype} "
-            f"({first_line(error)})"
-        ) from error
-
-
-def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
-    graph = trace(student)
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise UsageError("the network has several inputs: export takes networks with one")
-    network = fx.GraphModule(student, graph)
-    for node in list(graph.nodes):
-        if node.op != "call_module":
-            continue
-        module: Any = network.get_submodule(node.target)
-        _expose(network, node, module, "argument_quantizer", before=True)
-        if isinstance(module, QuantizedLayer):
-            _expose(network, node, module, "input_quantizer", before=True)
-        _expose(network, node, module, "output_quantizer", before=False)
-    for module in network.modules():  # of the quantizers, which are nodes now
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if isinstance(module, QuantizedLayer):
-            module.input_quantizer = None
-    _recompile(network)
-    _shapes(network, example)
-    for node in list(graph.nodes):
-        found = operation(node, network)
-        if found is not None and found.kind == "identity":
-            node.replace_all_uses_with(found.inputs[0])
-            graph.erase_node(node)
-    _recompile(network)
-    return network
-
-
-def _expose(network: fx.GraphModule, node: fx.Node, module: Any, name: str, before: bool) -> None:
-    quantizer = module._modules.get(name)
-    if not isinstance(quantizer, Quantizer):
-        return
-    target = f"grids.{str(node.target).replace('.', '_')}.{name}"
-    network.add_submodule(target, quantizer)
-    if before:
-        with network.graph.inserting_before(node):
-            new = network.graph.call_module(target, (node.args[0],))
-        node.args = (new, *node.args[1:])
-    else:
-        with network.graph.inserting_after(node):
-            new = network.graph.call_module(target, (node,))
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    new.meta["lqkd_place"] = str(node.target)
-
-
-def _recompile(network: fx.GraphModule) -> None:
-    network.graph.lint()
-    network.recompile()
-
-
-def _shapes(network: fx.GraphModule, example: Tensor) -> None:
-    try:
-        with torch.no_grad():
-            ShapeProp(network).propagate(example)
-    except RuntimeError as error:
-        raise UsageError(
-            f"the network cannot take an example of shape {tuple(example.shape)} ({first_line(error)})"
-        ) from error
-    for node in network.graph.nodes:  # shapes of several results are kept by ShapeProp as a tuple of metas
-        if isinstance(node.meta.get("tensor_meta"), tuple) and not hasattr(node.meta["tensor_meta"], "shape"):
-            node.meta["tensors"] = True
-
-
-class _Builder:
-    """Places grids in the graph of a network whose quantizers are nodes."""
-
-    def __init__(self, network: fx.GraphModule, example: Tensor) -> None:
-        self.network = network
-        self.graph = network.graph
-        self.example = example
-        self.fresh: dict[str, str] = {}
-        self.rerouted: list[str] = []
-
-    def place_grids(self) -> None:
-        self._hoist()
-        for node in list(self.graph.nodes):
-            if node.op != "output" and self._is_integer(node):
-                self._settle(node)
-        self._hoist()
-        _recompile(self.network)
-        _shapes(self.network, self.example)
-
-    def _kind(self, node: fx.Node) -> str:
-        found = self._operation(node)
-        return "" if found is None else found.kind
-
-    def _operation(self, node: fx.Node) -> Operation | None:
-        if "tensor_meta" not in node.meta and node.op == "call_module":
-            return Operation("grid", tuple(node.all_input_nodes), {"module": self._module(node)})
-        return operation(node, self.network)
-
-    def _module(self, node: fx.Node) -> nn.Module:
-        return self.network.get_submodule(str(node.target))
-
-    def _hoist(self) -> None:
-        """Move grids before operations that keep a grid, so that these run on codes. The values do not change."""
-        moved = True
-        while moved:
-            moved = False
-            for node in list(self.graph.nodes):
-                if self._kind(node) != "grid" or not self._is_uniform(node):
-                    continue
-                above = node.args[0]
-                assert isinstance(above, fx.Node)
-                self._share(above)
-                if self._kind(above) in KEEPS_GRID and self._kind(above) != "relu" and list(above.users) == [node]:
-                    source = above.args[0]
-                    assert isinstance(source, fx.Node)
-                    node.replace_all_uses_with(above)
-                    node.args = (source,)
-                    above.replace_input_with(source, node)
-                    above.prepend(node)
-                    node.meta.update({k: v for k, v in source.meta.items() if k == "tensor_meta"})
-                    moved = True
-
-    def _share(self, node: fx.Node) -> None:
-        """Let the readers of a result that keeps its grid read it from an 8-bit grid that one of them has."""
-        if self._kind(node) not in KEEPS_GRID or self._kind(node) == "relu" or len(node.users) < 2:
-            return
-        if self._on_grid(node):  # an integer kernel wrote it, before it was moved
-            return
-        grids = [user for user in node.users if self._kind(user) == "grid"]
-        if len(grids) == len(node.users) and any(self._bits(grid) == RESIDUAL_BITS for grid in grids):
-            self._read_from(next(grid for grid in grids if self._bits(grid) == RESIDUAL_BITS), node)
-
-    def _is_uniform(self, node: fx.Node) -> bool:
-        return isinstance(self._module(node), UniformQuantizer | LSQPlus)
-
-    def _bits(self, node: fx.Node) -> int:
-        module = self._module(node)
-        return module.bits if isinstance(module, UniformQuantizer) else 0
-
-    def _on_grid(self, node: fx.Node) -> bool:
-        kind = self._kind(node)
-        if kind == "grid":
-            return isinstance(self._module(node), Quantizer)
-        if kind in (*KEEPS_GRID, "part", "chunks"):
-            found = self._operation(node)
-            assert found is not None
-            return self._on_grid(found.inputs[0])
-        return False
-
-    def _is_integer(self, node: fx.Node) -> bool:
-        """Whether an integer kernel, or one between two grids, computes ``node``."""
-        found = self._operation(node)
-        if found is None or not found.inputs or found.kind in ("grid", "output", *KEEPS_GRID, "part", "chunks"):
-            return False
-        if found.kind == "layer":
-            module = self._module(node)
-            if not isinstance(module, QuantizedLayer) or module.weight_quantizer is None:
-                return False
-        return all(self._on_grid(x) for x in found.inputs)
-
-    def _settle(self, node: fx.Node) -> None:
-        """Give the result of ``node`` one grid, or two where it is cheap enough to be computed twice."""
-        end = node
-        while len(end.users) == 1 and self._kind(next(iter(end.users))) in CLAMPS:
-            end = next(iter(end.users))
-        users = [user for user in end.users if user.op != "output"]
-        others = [user for user in users if self._kind(user) != "grid"]
-        grids = [user for user in users if self._kind(user) == "grid"]
-        if any(self._feeds_float(user) for user in others):
-            return
-        if others:
-            grids.append(self._insert(end, others))
-        if len(grids) <= 1 or (len(grids) == 2 and self._kind(node) in TWICE):
-            return
-        base = max(grids, key=self._bits)
-        if self._bits(base) < RESIDUAL_BITS:
-            base = self._insert(end, [])
-        self._read_from(base, end)
-
-    def _feeds_float(self, node: fx.Node) -> bool:
-        """Whether ``node`` is a layer whose input training left in floating point, or what reaches one unchanged."""
-        kind = self._kind(node)
-        return kind == "layer" or (kind in KEEPS_GRID and any(self._feeds_float(user) for user in node.users))
-
-    def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
-        where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"
-        target = f"grids.calibrated.{end.name}"
-        self.network.add_submodule(target, Mse(RESIDUAL_BITS, batched=True).eval())
-        self.fresh[target] = where
-        with self.graph.inserting_after(end):
-            new = self.graph.call_module(target, (end,))
-        new.meta["tensor_meta"] = end.meta["tensor_meta"]
-        new.meta["lqkd_place"] = where
-        for user in users:
-            user.replace_input_with(end, new)
-        return new
-
-    def _read_from(self, base: fx.Node, end: fx.Node) -> None:
-        end.append(base)
-        for user in list(end.users):
-            if user is not base and user.op != "output":
-                user.replace_input_with(end, base)
-                self.rerouted.append(str(user.meta.get("lqkd_place", user.name)))
+    place_grids(copy.deepcopy(student).cpu().eval(), example.detach().cpu())
 
 
 def _calibrate(
@@ -349,7 +115,7 @@ def _calibrate(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
             "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
         )
-    _check_takes(network, calibration[0][:1], "calibration data")
+    check_takes(network, calibration[0][:1], "calibration data")
     images = torch.cat(calibration)
     initialize_quantizers(network, images, progress=progress)
     for target, where in fresh.items():
@@ -382,7 +148,7 @@ def _make_integer(network: fx.GraphModule) -> None:
                 done[id(module)] = _float_layer(module) if layer is None else layer
             _exchange(network, str(node.target), done[id(module)])
     network.delete_all_unused_submodules()
-    _recompile(network)
+    recompile(network)
 
 
 def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | None:
