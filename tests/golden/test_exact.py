@@ -1,0 +1,51 @@
+"""A change of structure leaves every loss and every tensor of short runs as they were, to the last bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lqkd import losses, regularizers
+from lqkd.losses.ensembles import COMBINATIONS
+from tests.forked import Forks, forks
+from tests.golden.exact import KEPT, LOSSES, RUNS, machine, trained
+
+RECORDED = json.loads(KEPT.read_text(encoding="utf-8"))
+TOLERANCE = 1e-3
+"""Relative, of losses on a machine that has no record: it may sum in another order, and a few codes round otherwise."""
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("golden") / "log.txt") as process:
+        yield process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_and_final_tensors_are_the_recorded_ones(name: str, tmp_path: Path, process: Forks) -> None:
+    found = trained(name, tmp_path, process)
+    if machine() in RECORDED:
+        assert found == RECORDED[machine()][name]
+        return
+    recorded = next(iter(RECORDED.values()))[name]["losses"]
+    for key in LOSSES:
+        expected = [float(value) for value in recorded[key]]
+        assert [float(value) for value in found["losses"][key]] == pytest.approx(expected, rel=TOLERANCE), key
+
+
+def test_every_regularizer_balance_and_loss_on_features_is_in_a_recorded_run() -> None:
+    text = KEPT.with_suffix(".yaml").read_text(encoding="utf-8")
+    kinds = (regularizers.Regularizer, regularizers.Balance, losses.DistillationLoss)
+    for package in (regularizers, losses):
+        for name in package.__all__:
+            offered = getattr(package, name)
+            if isinstance(offered, type) and issubclass(offered, kinds) and offered not in kinds:
+                assert f"{package.__name__}.{name}" in text or name == "FixedBalance", name  # the quickstart's balance
+    for combination in COMBINATIONS:
+        assert f"ensemble: {combination}" in text
+    for recorded in RECORDED.values():
+        assert set(recorded) == set(RUNS)
