@@ -130,8 +130,13 @@ class Quantizer(nn.Module, ABC):
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
         self.signed = signed
-        if not (self._fit_mse(x) if self.wants_mse else self._fit(x)):
-            self.signed = decided
+        fitted = False
+        try:
+            fitted = self._fit_mse(x) if self.wants_mse else self._fit(x)
+        finally:
+            if not fitted:
+                self.signed = decided
+        if not fitted:
             return
         self._ready = True
         self.wants_mse = False
