@@ -10,12 +10,14 @@ from typing import cast
 from torch import nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.trial import refusal
+from lqkd.quantization.wrappers import wrapper
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,16 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     Raises:
         UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
             settings for it, nothing is there to quantise, rules leave everything in floating point, or a part of the
-            network was compiled by :func:`torch.compile`, which would put ``_orig_mod`` into every name.
+            network is a wrapper such as that of :func:`torch.compile`, ``DataParallel`` or ``AveragedModel``, which
+            would put its own name into every name.
     """
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
+        around = wrapper(module)
+        if around is not None:
+            then = "call its compile() method" if around == "torch.compile" else "wrap it"
             raise UsageError(
-                f"{f'the part {name!r}' if name else 'the network'} was made by torch.compile and cannot be quantised: "
-                "give the network itself and call its compile() method afterwards, which keeps the names of its layers"
+                f"{f'the part {name!r}' if name else 'the network'} was made by {around} and cannot be quantised: give "
+                f"the network itself and {then} afterwards, which keeps the names of its layers"
             )
     found = survey(model)
     layers = _quantizable(model, found)
@@ -208,20 +213,28 @@ def _refusals(model: nn.Module, found: Survey) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, tuple(QUANTIZED_LAYERS)) or isinstance(module, QuantizedLayer):
             continue
-        reason = None
-        if type(module) not in QUANTIZED_LAYERS:
-            reason = refusal(cast(nn.Module, module))
-        elif isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-            reason = "an embedding with max_norm or sparse gradients changes its table in place"
-        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
-            reason = "attention whose key or value has another width than its query"
-        elif name in found.bypassed:
-            reason = f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
+        reason = _reason(name, cast(nn.Module, module), found)
         if reason is not None:
             refused.setdefault(name, reason)
             if isinstance(module, nn.MultiheadAttention):
                 refused[f"{name}.out_proj".lstrip(".")] = "part of attention that is not quantised"
     return refused
+
+
+def _reason(name: str, layer: nn.Module, found: Survey) -> str | None:
+    """Why a layer of a known class, or of a subclass of one, cannot be quantised."""
+    changed = computed(layer)
+    if changed is not None:
+        return changed
+    if type(layer) not in QUANTIZED_LAYERS:
+        return refusal(layer)
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+        return "an embedding with max_norm or sparse gradients changes its table in place"
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
+        return "attention whose key or value has another width than its query"
+    if name in found.bypassed:
+        return f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
+    return None
 
 
 def _check_tied(layers: dict[str, nn.Module], settings: dict[str, LayerSettings]) -> None:
