@@ -58,7 +58,7 @@ def initialize_quantizers(
     fresh = {name: q for name, q in quantizers(model).items() if not bool(q.initialized)}
     if not fresh:
         return
-    with evaluating(model), _without_compiler(model), _calls_of(fresh.values(), progress) as reached:
+    with evaluating(model), without_compiler(model), _calls_of(fresh.values(), progress) as reached:
         for quantizer in fresh.values():
             quantizer.train()
         statistics = _batch_statistics(model) if batch_statistics else nullcontext()
@@ -109,7 +109,7 @@ def _fit_without_values(model: nn.Module) -> None:
                     quantizer.initialize(torch.cat([*levels, *(-values for values in levels)]))
 
 
-def _without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
+def without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
     """Run parts of ``model`` that were compiled eagerly: fitting happens once and is done before it is compiled."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
+from lqkd.quantization.cost import size
 from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
@@ -19,10 +20,25 @@ from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.trial import refusal
 from lqkd.quantization.wrappers import wrapper
 
+_NAMED = 3
+"""So many layers of a kind are named where all of them stay in floating point."""
+_CHOSEN = "floating point: the recipe says so"
+
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One row of a :class:`CoverageReport`: what happened to a layer with parameters, and why."""
+    """One row of a :class:`CoverageReport`: what happened to a layer with parameters, and why.
+
+    Attributes:
+        name: of the layer in its network.
+        kind: its class.
+        weight_bits, activation_bits: 32 for floating point.
+        parameters: their number.
+        note: what quantises it, or why nothing does.
+        passed_over: whether it has weights (parameters over two axes or more) that the recipe did not leave in floating
+            point and that are there nevertheless.
+        operations: its share of the multiply-accumulates of a forward pass; ``None`` where they were not counted.
+    """
 
     name: str
     kind: str
@@ -30,6 +46,8 @@ class LayerCoverage:
     activation_bits: int
     parameters: int
     note: str
+    passed_over: bool = False
+    operations: float | None = field(default=None, compare=False)
 
     @property
     def is_float(self) -> bool:
@@ -48,6 +66,7 @@ class CoverageReport:
         untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
+        parameters: of the whole network, each once.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -55,6 +74,7 @@ class CoverageReport:
     joins: tuple[Join, ...] = ()
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
+    parameters: int = 0
 
     def summary(self) -> str:
         """One line: how many layers are quantised, with how many bits, and how many are not."""
@@ -67,6 +87,30 @@ class CoverageReport:
         )
         return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
 
+    def with_operations(self, shares: Mapping[str, float]) -> CoverageReport:
+        """The same with each layer's share of the operations, as :func:`lqkd.quantization.operation_shares` counts."""
+        layers = tuple(replace(layer, operations=shares.get(layer.name)) for layer in self.layers)
+        return replace(self, layers=layers)
+
+    def passed_over(self) -> list[str]:
+        """A sentence on the layers of each kind that stay in floating point although the recipe has bits for them."""
+        groups: dict[tuple[str, str], list[LayerCoverage]] = defaultdict(list)
+        for layer in self.layers:
+            if layer.passed_over:
+                groups[layer.kind, layer.note].append(layer)
+        return [self._sentence(*group, layers) for group, layers in groups.items()]
+
+    def _sentence(self, kind: str, note: str, layers: list[LayerCoverage]) -> str:
+        names = ", ".join(layer.name or "the network" for layer in layers[:_NAMED])
+        names += f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+        parameters = sum(layer.parameters for layer in layers) / max(self.parameters, 1)
+        counted = [layer.operations for layer in layers if layer.operations is not None]
+        if not counted:
+            return f"{kind} {names} with {parameters:.1%} of the parameters in {note}"
+        return (
+            f"{kind} {names} with {parameters:.1%} of the parameters and {sum(counted):.1%} of the operations in {note}"
+        )
+
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "kind", "W", "A", "parameters", "note")]
         for layer in self.layers:
@@ -74,6 +118,7 @@ class CoverageReport:
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
         lines += [f"quantised: {join}" for join in self.joins]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
@@ -182,13 +227,16 @@ def coverage(model: nn.Module) -> CoverageReport:
     for name, module in model.named_modules():
         if not module._parameters or isinstance(module, Quantizer):
             continue
-        row = _describe(name, module, refusals.get(name))
+        # What a parametrised layer computes its weight from is in modules of their own.
+        row = _describe(name, module, refusals.get(name.partition(".parametrizations.")[0]))
         more = [f"also {', '.join(names[id(module)][1:])}"] if len(names[id(module)]) > 1 else []
         if found.calls.get(name, 1) > 1:
             more.append(f"called {found.calls[name]} times")
         rows.append(replace(row, note="; ".join([row.note, *more])))
+    if all(row.is_float for row in rows):  # a network that is to stay as it is
+        rows = [replace(row, passed_over=False) for row in rows]
     joins = tuple(join for join in found.joins if join.is_quantised)
-    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable)
+    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable, parameters=size(model).parameters)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -278,7 +326,7 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
             for what, q in (("weight", weight), ("input", activation))
             if q is not None
         ]
-        notes = notes or ["floating point: the recipe says so"]
+        notes = notes or [_CHOSEN]
         if isinstance(module, nn.MultiheadAttention):
             notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
@@ -286,10 +334,16 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
     if refused is not None:
         note = f"floating point: {refused}"
     elif isinstance(module, tuple(QUANTIZED_LAYERS)):
-        note = "floating point: the recipe says so"
+        note = _CHOSEN
     else:
         note = "floating point: no quantised layer of this kind"
-    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note)
+    passed_over = note != _CHOSEN and any(_is_weight(p) for p in module._parameters.values() if p is not None)
+    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note, passed_over)
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    """Whether it extends over two axes or more; a layer scale of shape (C, 1, 1) does not."""
+    return parameter.is_floating_point() and sum(side > 1 for side in parameter.shape) > 1
 
 
 def _quantized_layer(
