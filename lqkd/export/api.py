@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import metadata
-from lqkd.export.deploy import deploy
+from lqkd.export.deploy import deploy, deployable_copy
 from lqkd.export.formats import BUILDERS, check_expressible
 from lqkd.export.parity import check
 from lqkd.files import atomic_path
@@ -36,7 +35,8 @@ def to_onnx(
     """Export a quantised network to ONNX, and prove that the model computes the same.
 
     Args:
-        model: trained or calibrated, in any mode; it is left alone.
+        model: trained or calibrated, in any mode and precision, also in a wrapper such as that of ``torch.compile`` or
+            ``DataParallel``; it is left alone. The file computes in float32.
         example: (B, C, H, W) real inputs, B of at least 2, as the network sees them, for the comparison.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
         format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``.
@@ -61,7 +61,7 @@ def to_onnx(
     deployed = deploy(model, example, calibration)
     check_expressible(deployed, format)
     exported = BUILDERS[format](deployed)
-    student = None if test is None else copy.deepcopy(model).cpu().eval()
+    student = None if test is None else deployable_copy(model)
     parity = check(exported, deployed, example, _pairs(test or ()), student)
     if test is not None and not parity.images:
         raise UsageError("test has no images: give a list or DataLoader of batches, not an iterator that was used up")

@@ -7,7 +7,6 @@ measured on: how its accuracy differs from that of the student as it was trained
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,9 @@ from lqkd.export.integer import IntegerLayer, integer_layer
 from lqkd.export.operations import KEEPS_GRID, operation
 from lqkd.export.placement import check_takes, place_grids, propagate_shapes, recompile
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
+from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.wrappers import unwrapped
 
 
 @dataclass
@@ -62,7 +63,8 @@ def deploy(
     one. Biases are rounded to the grid of the accumulator.
 
     Args:
-        student: fitted, on any device; a copy on the CPU is used.
+        student: fitted, on any device and in any precision, also in a wrapper such as ``DataParallel``; a copy on the
+            CPU and in float32 is used.
         example: one input (B, C, H, W) with B of at least 2.
         calibration: training inputs (B, C, H, W), as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
@@ -72,15 +74,16 @@ def deploy(
             a scale is zero or not finite, the network does not take the example or calibration data, or grids are
             missing and there is no calibration data.
     """
-    student = copy.deepcopy(student).cpu().eval()
-    example = example.detach().cpu()
+    student = deployable_copy(student)
+    example = _as_float32(example)
     if isinstance(calibration, Tensor):
         raise UsageError("calibration is a tensor: give a list of batches, for instance [images]")
-    batches = [batch.detach().cpu() for batch in calibration if len(batch)]
+    batches = [_as_float32(batch) for batch in calibration if len(batch)]
     for name, quantizer in quantizers(student).items():
         if not quantizer.is_ready:
             raise UsageError(
-                f"quantizer {name!r} has never been fitted to data: train the student, or call initialize_quantizers"
+                f"quantizer {name!r} has no grid, since it has seen no data or nothing but zeros: train the student, "
+                "or call initialize_quantizers"
             )
     builder, folding = place_grids(student, example)
     network = builder.network
@@ -101,7 +104,17 @@ def check_deployable(student: nn.Module, example: Tensor) -> None:
     Raises:
         UsageError: when the network cannot be traced, or something in it cannot be exported.
     """
-    place_grids(copy.deepcopy(student).cpu().eval(), example.detach().cpu())
+    place_grids(deployable_copy(student), _as_float32(example))
+
+
+def deployable_copy(student: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode and float32, which files compute in, without what is wrapped around it."""
+    return copy_of(unwrapped(student)).cpu().float().eval()
+
+
+def _as_float32(inputs: Tensor) -> Tensor:
+    inputs = inputs.detach().cpu()
+    return inputs.float() if inputs.is_floating_point() else inputs
 
 
 def _calibrate(

@@ -129,12 +129,8 @@ def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str
         place: its name, for messages.
 
     Raises:
-        UsageError: when the layer is of another kind, pads with something else than zeros, or its numbers are unusable.
+        UsageError: when the layer pads with something else than zeros, or its numbers are unusable.
     """
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        raise UsageError(
-            f"operator {type(layer).__name__} in {place} cannot be exported: of quantised layers Conv and Linear can"
-        )
     if layer.weight_quantizer is None:
         return None
     if isinstance(layer, QuantizedSubclass) and not _is_plain(layer):
@@ -142,6 +138,7 @@ def integer_layer(layer: QuantizedLayer, grid: ActivationGrid | None, place: str
             f"operator {layer.float_class.__name__} in {place} cannot be exported: it computes something else than "
             f"the layer that it is derived from"
         )
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d), "others are no operation of a file"
     codes = weight_codes(layer.weight_quantizer, layer.weight, place)
     arguments = (codes, layer.output_scale, layer.bias, grid, place)
     if isinstance(layer, nn.Linear):

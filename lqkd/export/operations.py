@@ -40,6 +40,8 @@ KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "identi
 CLAMPS = ("relu", "clamp")
 """Kinds that a grid behind them can do as limits on its codes."""
 
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""The layers that files have, quantised or not; a float one must be of this very class."""
 _ACTIVATIONS: dict[Any, str] = {
     nn.Hardswish: "HardSwish",
     F.hardswish: "HardSwish",
@@ -164,12 +166,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
     settings: dict[str, Any] = {"module": module}
     if isinstance(module, (Quantizer, ActivationGrid, LookupGrid)):
         kind = "grid"
-    elif isinstance(module, (QuantizedLayer, IntegerLayer)) or type(module) in (
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.Linear,
-    ):
+    elif _is_layer(module):
         kind = "layer"
     elif isinstance(module, _BatchNorm) and module.running_mean is not None:
         kind = "norm"
@@ -190,6 +187,11 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
     elif type(module) in RESHAPES:
         kind = "reshape"
     return None if kind is None else Operation(kind, _first(node), settings)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    known = type(module) in LAYERS or (isinstance(module, QuantizedLayer) and isinstance(module, LAYERS))
+    return known or isinstance(module, IntegerLayer)
 
 
 def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912

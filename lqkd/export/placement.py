@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
+from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
@@ -32,6 +34,8 @@ def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Fol
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
     """
     for name, module in student.named_modules():
+        if parametrize.is_parametrized(module):
+            raise UsageError(f"layer {name!r} cannot be exported yet: {computed(module)} is called")
         if isinstance(module, nn.Embedding):
             raise UsageError(
                 f"embedding {name!r} cannot be exported, since a file takes real numbers and no indices: export the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lqkd.export.deploy import Deployed
 from lqkd.export.latency import Latency, measure
 from lqkd.files import write_json
 from lqkd.quantization import float_mode, layer_costs
+from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
 from lqkd.waiting import Waiting
 
@@ -82,13 +82,13 @@ def measure_latency(
         student: as it was trained; timed in float32 and with its quantizers, which PyTorch only simulates.
         image: (1, C, H, W).
     """
-    plain = copy.deepcopy(student).eval()
+    plain = copy_of(student).eval()
     with float_mode(plain), Waiting("timing the file and its network in other forms") as bar:
         contestants: dict[str, onnx.ModelProto | nn.Module] = {
             FLOAT_ONNX: floating.build(deployed).model,
             name: exported,
             "float32 PyTorch": plain,
-            "PyTorch with simulated quantization": copy.deepcopy(student).eval(),
+            "PyTorch with simulated quantization": copy_of(student).eval(),
         }
         return measure(contestants, image.numpy(), progress=bar.update)
 

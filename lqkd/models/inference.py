@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization.batchnorm import fold_batchnorm
+from lqkd.quantization.computed import copy_of
 
 TOLERANCE = 1e-3
 """Largest difference of a float32 copy's outputs from the network's, relative to the largest output."""
@@ -46,21 +46,21 @@ def inference_copy(
 
 
 def _rearranged(network: nn.Module, images: Tensor, untouched: Collection[str]) -> tuple[nn.Module, str | None]:
-    made = copy.deepcopy(network).eval()
+    made = copy_of(network).eval()
     try:
         if any(isinstance(module, _BatchNorm) for module in made.modules()):
             fold_batchnorm(made, untouched)
     except UsageError:
-        made = copy.deepcopy(network).eval()  # a graph that cannot be traced; channels_last needs none
+        made = copy_of(network).eval()  # a graph that cannot be traced; channels_last needs none
     made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected = network(images)
     try:
         found = made(images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images)
     except RuntimeError as error:
-        return copy.deepcopy(network).eval(), first_line(error)
+        return copy_of(network).eval(), first_line(error)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE:
-        return copy.deepcopy(network).eval(), f"its outputs would differ by {difference:.2g} of the largest"
+        return copy_of(network).eval(), f"its outputs would differ by {difference:.2g} of the largest"
     return made, None
 
 

@@ -31,7 +31,7 @@ from lqkd.modules.shared_backward import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
+from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
 from lqkd.regularizers.balances.places import AtWeights
@@ -219,6 +219,15 @@ class DistillModule(SharedBackward):
         if image is not None:
             self._connect(image)
             self._settle_balance(image)
+        if stage == "fit":
+            self._tell_passed_over(image)
+
+    def _tell_passed_over(self, image: Tensor | None) -> None:
+        """Name the layers with weights that stay in floating point although the recipe has bits for them."""
+        if image is not None and self.coverage.passed_over():
+            self.coverage = self.coverage.with_operations(operation_shares(self.student, image))
+        for sentence in self.coverage.passed_over():
+            rank_zero_info(f"not quantised: {sentence}")
 
     @torch.no_grad()
     def _connect(self, image: Tensor) -> None:

@@ -6,7 +6,7 @@ from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batc
 from lqkd.quantization.budget import Budget
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
 from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
-from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, size
+from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, operation_shares, size
 from lqkd.quantization.graph import Operation
 from lqkd.quantization.layers import (
     QuantConv1d,
@@ -60,6 +60,7 @@ __all__ = [
     "initialize_quantizers",
     "layer_costs",
     "measure_sensitivity",
+    "operation_shares",
     "quantize_model",
     "quantizers",
     "reestimate_batchnorm",

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lqkd.errors import UsageError, first_line
+from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
@@ -176,8 +177,9 @@ def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -
         return f"called {len(nodes)} times"
     if not isinstance(layer, _ConvNd):
         return "no convolution of its own before it"
-    if not isinstance(layer, QuantizedLayer) and type(layer) not in QUANTIZED_LAYERS:
-        return f"follows a {type(layer).__name__}, whose forward may differ"
+    changed = computed(layer)
+    if not isinstance(layer, QuantizedLayer) and (changed or type(layer) not in QUANTIZED_LAYERS):
+        return f"follows a {type(layer).__name__}, {changed or 'whose forward may differ'}"
     plain = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     if not plain and not _is_activated(norm):
         return f"a {type(norm).__name__}, whose forward may differ"

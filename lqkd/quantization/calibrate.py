@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
+from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.quantizers import Quantizer
@@ -32,8 +34,13 @@ def initialize_quantizers(
 
     Dropout and everything else run in eval mode and keep their state. Layers are fitted in the order of the pass,
     each on what the quantised layers before it produce. Under ``torch.distributed`` all ranks call this together, each
-    with its own inputs, and end with the same parameters. A quantizer that sees zeros only stays as it is and is fitted
-    to the first training batch that says more.
+    with its own inputs, and end with the same parameters.
+
+    What is still zero everywhere gets the grid that its values will need, not one that fits the first of them, which
+    are as small as a step of the optimizer and would hold it there: a weight that of PyTorch's own initialisation, and
+    an operand of an addition or concatenation (a branch that ends in a batch norm or a layer scale of zeros) that of
+    the other operand, with both signs. Other quantizers that see zeros only stay as they are and are fitted to the
+    first training batch that says more.
 
     Args:
         model: a network with quantised layers.
@@ -45,17 +52,18 @@ def initialize_quantizers(
 
     Raises:
         UsageError: when the pass does not reach a quantizer at all, whose layer would silently train in floating
-            point: the network reads the layer's weight instead of calling it, or does not use the layer.
+            point: the network reads the layer's weight instead of calling it, or does not use the layer; and when a
+            quantizer has no grid for the data that it sees.
     """
     fresh = {name: q for name, q in quantizers(model).items() if not bool(q.initialized)}
     if not fresh:
         return
-    with evaluating(model), _without_compiler(model), _calls_of(fresh.values(), progress) as reached:
+    with evaluating(model), without_compiler(model), _calls_of(fresh.values(), progress) as reached:
         for quantizer in fresh.values():
             quantizer.train()
         statistics = _batch_statistics(model) if batch_statistics else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), statistics:  # the first of them enables gradients
-            model(*inputs)
+            _run(model, inputs, fresh, reached)
     bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
     if bypassed:
         more = f" (and {len(bypassed) - 1} more)" if len(bypassed) > 1 else ""
@@ -64,23 +72,59 @@ def initialize_quantizers(
             "weight is read by another module, or it is not used): add a rule with "
             f"match={bypassed[0]!r}, weight_bits=32 and activation_bits=32"
         )
+    if not all(quantizer.is_ready for quantizer in fresh.values()):
+        with torch.inference_mode(False):
+            _fit_without_values(model)
 
 
-def _without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], fresh: dict[str, Quantizer], reached: dict[int, None]) -> None:
+    """Call ``model``, and name the quantizer that has no grid for what it sees."""
+    try:
+        model(*inputs)
+    except UsageError as error:
+        last = next(reversed(reached), None)
+        at_work = [name for name, quantizer in fresh.items() if id(quantizer) == last and not quantizer.is_ready]
+        if not at_work:
+            raise
+        raise UsageError(f"{at_work[0]}: {error}") from None
+
+
+@torch.no_grad()
+def _fit_without_values(model: nn.Module) -> None:
+    """Fit the quantizers that have seen zeros only, where it is known what they will see."""
+    for layer in (module for module in model.modules() if isinstance(module, QuantizedLayer)):
+        quantizer = layer.weight_quantizer
+        if quantizer is not None and not quantizer.is_ready and not layer.weight.any():
+            bound = math.sqrt((quantizer.channels or len(layer.weight)) / layer.weight.numel())  # 1 / sqrt(fan in)
+            drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
+            quantizer.initialize(drawn.to(layer.weight.device))
+    if all(cast(Quantizer, owner._modules[name]).is_ready for owner, name in join_quantizers(model)):
+        return
+    for join in survey(model).joins:
+        operands = [cast(Quantizer, model.get_submodule(name)) for name in join.quantizers if name is not None]
+        levels = [quantizer.levels().flatten() for quantizer in operands if quantizer.is_ready]
+        for quantizer in operands if levels else ():
+            if not quantizer.is_ready:
+                with suppress(UsageError):  # a family without negative values: its own data will decide
+                    quantizer.initialize(torch.cat([*levels, *(-values for values in levels)]))
+
+
+def without_compiler(model: nn.Module) -> AbstractContextManager[Any]:
     """Run parts of ``model`` that were compiled eagerly: fitting happens once and is done before it is compiled."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager
-def _calls_of(modules: Collection[nn.Module], progress: Callable[[int, int], None] | None) -> Iterator[set[int]]:
-    """Collect the identities of those of ``modules`` that are called inside the block."""
-    called: set[int] = set()
+def _calls_of(modules: Collection[nn.Module], progress: Callable[[int, int], None] | None) -> Iterator[dict[int, None]]:
+    """Collect the identities of those of ``modules`` that are called inside the block, in the order of the calls."""
+    called: dict[int, None] = {}
 
     def note(module: nn.Module, _: Any) -> None:
         if progress is not None:
             progress(len(called), len(modules))
-        called.add(id(module))
+        called.pop(id(module), None)
+        called[id(module)] = None
 
     handles = [module.register_forward_pre_hook(note) for module in modules]
     try:

@@ -149,5 +149,6 @@ def check_fitted(quantizer: Quantizer, place: str) -> None:
     """Raise UsageError when ``quantizer`` has no grid yet."""
     if not quantizer.is_ready:
         raise UsageError(
-            f"a quantizer of {place} has never been fitted to data: train the student, or call initialize_quantizers"
+            f"a quantizer of {place} has no grid, since it has seen no data or nothing but zeros: train the student, "
+            "or call initialize_quantizers"
         )

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 from torch import nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.computed import computed
+from lqkd.quantization.cost import size
 from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.trial import refusal
+from lqkd.quantization.wrappers import wrapper
+
+_NAMED = 3
+"""So many layers of a kind are named where all of them stay in floating point."""
+_CHOSEN = "floating point: the recipe says so"
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One row of a :class:`CoverageReport`: what happened to a layer with parameters, and why."""
+    """One row of a :class:`CoverageReport`: what happened to a layer with parameters, and why.
+
+    Attributes:
+        name: of the layer in its network.
+        kind: its class.
+        weight_bits, activation_bits: 32 for floating point.
+        parameters: their number.
+        note: what quantises it, or why nothing does.
+        passed_over: whether it has weights (parameters over two axes or more) that the recipe did not leave in floating
+            point and that are there nevertheless.
+        operations: its share of the multiply-accumulates of a forward pass; ``None`` where they were not counted.
+    """
 
     name: str
     kind: str
@@ -28,6 +46,8 @@ class LayerCoverage:
     activation_bits: int
     parameters: int
     note: str
+    passed_over: bool = False
+    operations: float | None = field(default=None, compare=False)
 
     @property
     def is_float(self) -> bool:
@@ -46,6 +66,7 @@ class CoverageReport:
         untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
+        parameters: of the whole network, each once.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -53,6 +74,7 @@ class CoverageReport:
     joins: tuple[Join, ...] = ()
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
+    parameters: int = 0
 
     def summary(self) -> str:
         """One line: how many layers are quantised, with how many bits, and how many are not."""
@@ -65,6 +87,30 @@ class CoverageReport:
         )
         return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
 
+    def with_operations(self, shares: Mapping[str, float]) -> CoverageReport:
+        """The same with each layer's share of the operations, as :func:`lqkd.quantization.operation_shares` counts."""
+        layers = tuple(replace(layer, operations=shares.get(layer.name)) for layer in self.layers)
+        return replace(self, layers=layers)
+
+    def passed_over(self) -> list[str]:
+        """A sentence on the layers of each kind that stay in floating point although the recipe has bits for them."""
+        groups: dict[tuple[str, str], list[LayerCoverage]] = defaultdict(list)
+        for layer in self.layers:
+            if layer.passed_over:
+                groups[layer.kind, layer.note].append(layer)
+        return [self._sentence(*group, layers) for group, layers in groups.items()]
+
+    def _sentence(self, kind: str, note: str, layers: list[LayerCoverage]) -> str:
+        names = ", ".join(layer.name or "the network" for layer in layers[:_NAMED])
+        names += f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+        parameters = sum(layer.parameters for layer in layers) / max(self.parameters, 1)
+        counted = [layer.operations for layer in layers if layer.operations is not None]
+        if not counted:
+            return f"{kind} {names} with {parameters:.1%} of the parameters in {note}"
+        return (
+            f"{kind} {names} with {parameters:.1%} of the parameters and {sum(counted):.1%} of the operations in {note}"
+        )
+
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "kind", "W", "A", "parameters", "note")]
         for layer in self.layers:
@@ -72,6 +118,7 @@ class CoverageReport:
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
         lines += [f"quantised: {join}" for join in self.joins]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
@@ -104,13 +151,16 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     Raises:
         UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
             settings for it, nothing is there to quantise, rules leave everything in floating point, or a part of the
-            network was compiled by :func:`torch.compile`, which would put ``_orig_mod`` into every name.
+            network is a wrapper such as that of :func:`torch.compile`, ``DataParallel`` or ``AveragedModel``, which
+            would put its own name into every name.
     """
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
+        around = wrapper(module)
+        if around is not None:
+            then = "call its compile() method" if around == "torch.compile" else "wrap it"
             raise UsageError(
-                f"{f'the part {name!r}' if name else 'the network'} was made by torch.compile and cannot be quantised: "
-                "give the network itself and call its compile() method afterwards, which keeps the names of its layers"
+                f"{f'the part {name!r}' if name else 'the network'} was made by {around} and cannot be quantised: give "
+                f"the network itself and {then} afterwards, which keeps the names of its layers"
             )
     found = survey(model)
     layers = _quantizable(model, found)
@@ -177,13 +227,16 @@ def coverage(model: nn.Module) -> CoverageReport:
     for name, module in model.named_modules():
         if not module._parameters or isinstance(module, Quantizer):
             continue
-        row = _describe(name, module, refusals.get(name))
+        # What a parametrised layer computes its weight from is in modules of their own.
+        row = _describe(name, module, refusals.get(name.partition(".parametrizations.")[0]))
         more = [f"also {', '.join(names[id(module)][1:])}"] if len(names[id(module)]) > 1 else []
         if found.calls.get(name, 1) > 1:
             more.append(f"called {found.calls[name]} times")
         rows.append(replace(row, note="; ".join([row.note, *more])))
+    if all(row.is_float for row in rows):  # a network that is to stay as it is
+        rows = [replace(row, passed_over=False) for row in rows]
     joins = tuple(join for join in found.joins if join.is_quantised)
-    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable)
+    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable, parameters=size(model).parameters)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -208,20 +261,28 @@ def _refusals(model: nn.Module, found: Survey) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, tuple(QUANTIZED_LAYERS)) or isinstance(module, QuantizedLayer):
             continue
-        reason = None
-        if type(module) not in QUANTIZED_LAYERS:
-            reason = refusal(cast(nn.Module, module))
-        elif isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-            reason = "an embedding with max_norm or sparse gradients changes its table in place"
-        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
-            reason = "attention whose key or value has another width than its query"
-        elif name in found.bypassed:
-            reason = f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
+        reason = _reason(name, cast(nn.Module, module), found)
         if reason is not None:
             refused.setdefault(name, reason)
             if isinstance(module, nn.MultiheadAttention):
                 refused[f"{name}.out_proj".lstrip(".")] = "part of attention that is not quantised"
     return refused
+
+
+def _reason(name: str, layer: nn.Module, found: Survey) -> str | None:
+    """Why a layer of a known class, or of a subclass of one, cannot be quantised."""
+    changed = computed(layer)
+    if changed is not None:
+        return changed
+    if type(layer) not in QUANTIZED_LAYERS:
+        return refusal(layer)
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+        return "an embedding with max_norm or sparse gradients changes its table in place"
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
+        return "attention whose key or value has another width than its query"
+    if name in found.bypassed:
+        return f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
+    return None
 
 
 def _check_tied(layers: dict[str, nn.Module], settings: dict[str, LayerSettings]) -> None:
@@ -265,7 +326,7 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
             for what, q in (("weight", weight), ("input", activation))
             if q is not None
         ]
-        notes = notes or ["floating point: the recipe says so"]
+        notes = notes or [_CHOSEN]
         if isinstance(module, nn.MultiheadAttention):
             notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
@@ -273,10 +334,16 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
     if refused is not None:
         note = f"floating point: {refused}"
     elif isinstance(module, tuple(QUANTIZED_LAYERS)):
-        note = "floating point: the recipe says so"
+        note = _CHOSEN
     else:
         note = "floating point: no quantised layer of this kind"
-    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note)
+    passed_over = note != _CHOSEN and any(_is_weight(p) for p in module._parameters.values() if p is not None)
+    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note, passed_over)
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    """Whether it extends over two axes or more; a layer scale of shape (C, 1, 1) does not."""
+    return parameter.is_floating_point() and sum(side > 1 for side in parameter.shape) > 1
 
 
 def _quantized_layer(

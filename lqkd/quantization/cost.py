@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
 
+from lqkd.quantization.calibrate import float_mode, without_compiler
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.ports import is_inside
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS
 
@@ -108,6 +111,31 @@ def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
         for hook in hooks:
             hook.remove()
     return [_layer_cost(names[module], module, multiplications) for module, multiplications in found.items()]
+
+
+def operation_shares(model: nn.Module, *inputs: Tensor) -> dict[str, float]:
+    """The share of every module in the multiply-accumulates of a forward pass, by its name, without its children's.
+
+    Unlike :func:`layer_costs` this sees modules of any class, and the products that functions compute between them.
+    Modules whose operations PyTorch does not count, such as a fused LSTM, are left out.
+
+    Args:
+        model: any network; it runs in floating point.
+        *inputs: one sample with its batch axis, or more.
+    """
+    counter = FlopCounterMode(display=False)
+    # With gradients there is no fused attention, which is not counted.
+    with evaluating(model), float_mode(model), without_compiler(model), torch.enable_grad(), counter:
+        model(*inputs)
+    names = {f"{type(model).__name__}.{name}".rstrip("."): name for name, _ in model.named_modules()}
+    counts = {names[key]: sum(found.values()) for key, found in counter.get_flop_counts().items() if key in names}
+    own = dict(counts)
+    for name, count in counts.items():
+        above = [other for other in counts if name != other and (other == "" or is_inside(name, other))]
+        if above:
+            own[max(above, key=len)] -= count
+    total = max(sum(own.values()), 1)
+    return {name: count / total for name, count in own.items()}
 
 
 def _layer_cost(name: str, module: nn.Module, multiplications: int) -> LayerCost:

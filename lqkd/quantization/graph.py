@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.quantization.computed import copy_of
 from lqkd.quantization.forks import forks
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
 from lqkd.quantization.ports import Calls, Port, is_inside, where
 from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.residual import hook_up
 from lqkd.quantization.trial import PRODUCTS
 
 _FUNCTIONS: dict[Any, str] = {
@@ -58,12 +59,14 @@ class Join:
         where: name of the module in whose forward it is computed; empty for the network itself.
         ports: for each operand a place that a hook can reach, ``None`` where there is none.
         bits: for each operand the bits of the quantizer that it comes from, ``None`` where there is none.
+        quantizers: for each operand the name of that quantizer, likewise.
     """
 
     kind: str
     where: str
     ports: tuple[Port | None, ...]
     bits: tuple[int | None, ...]
+    quantizers: tuple[str | None, ...]
 
     @property
     def is_quantised(self) -> bool:
@@ -144,7 +147,9 @@ class _Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
         tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
-        return super().trace(copy.deepcopy(root, memo=dict(tensors)).eval(), concrete_args)
+        copied = copy_of(root, tensors).eval()
+        hook_up(copied.modules())
+        return super().trace(copied, concrete_args)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -201,7 +206,8 @@ def _joins(
 ) -> tuple[dict[fx.Node, Join], tuple[Port, ...]]:
     """The joins among the operations, and the forks, where an operand is quantised that has the value of one."""
     joined = {node: kind for node, kind in listed.items() if kind in JOINS}
-    bits = {x: _bits(x, model) for node in joined for x in node.all_input_nodes}
+    names = {x: _quantizer(x, model) for node in joined for x in node.all_input_nodes}
+    bits = {x: None if name is None else cast(Quantizer, model.get_submodule(name)).bits for x, name in names.items()}
     ports = {(node, x): _port(x, where(node), model, calls) for node in joined for x in node.all_input_nodes}
     planned: dict[fx.Node, list[Port]] = {}
     for node in joined:
@@ -217,6 +223,7 @@ def _joins(
             where(node),
             tuple(_of_fork(x, found, model) or ports[node, x] for x in node.all_input_nodes),
             tuple(bits[x] for x in node.all_input_nodes),
+            tuple(names[x] for x in node.all_input_nodes),
         )
         for node, kind in joined.items()
     }
@@ -235,14 +242,15 @@ def _port(node: fx.Node, place: str, model: nn.Module, calls: Calls) -> Port | N
     return next((p for p in calls.ports(node, model) if p.output or is_inside(place, p.module)), None)
 
 
-def _bits(node: fx.Node, model: nn.Module) -> int | None:
-    """The bits of the quantizer whose result ``node`` is or moves."""
+def _quantizer(node: fx.Node, model: nn.Module) -> str | None:
+    """The name of the quantizer whose result ``node`` is or moves."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        quantizer = module if isinstance(module, Quantizer) else getattr(module, "output_quantizer", None)
-        if isinstance(quantizer, Quantizer):
-            return quantizer.bits
-    return _bits(node.all_input_nodes[0], model) if moves(node, model) else None
+        if isinstance(module, Quantizer):
+            return str(node.target)
+        if isinstance(module._modules.get("output_quantizer"), Quantizer):
+            return f"{node.target}.output_quantizer"
+    return _quantizer(node.all_input_nodes[0], model) if moves(node, model) else None
 
 
 def _listed(operations: Counter[tuple[str, str]]) -> tuple[Operation, ...]:

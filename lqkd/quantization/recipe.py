@@ -161,7 +161,7 @@ def build_quantizer(spec: str | dict[str, Any], bits: int, **arguments: Any) -> 
     if reserved:
         raise UsageError(f"argument {', '.join(reserved)} of quantizer {kind.__name__} cannot be set: layers set it")
     try:
-        return kind(bits, **arguments, **more)
+        return kind(bits, **arguments, **more).float()  # whatever the default dtype is, as within bf16-true
     except TypeError as error:
         raise UsageError(f"quantizer {kind.__name__} does not take {more!r}: {error}") from None
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.graph import Survey
 from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
+
+if TYPE_CHECKING:
+    from lqkd.quantization.graph import Survey
 
 _NAMES = ("output_quantizer", "argument_quantizer")
 
@@ -25,6 +27,10 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
     or the one that takes it as its first argument a child ``argument_quantizer``, and a hook that applies it. A join is
     left in floating point, and listed by the coverage report, when one of its operands passes no module that is called
     exactly once: the result of a function, a parameter, the network's own input.
+
+    Whatever exchanges a module afterwards and keeps its children, as
+    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, drops its hooks: the network puts them back before each
+    of its forward passes.
 
     An integer kernel also writes its result on one grid. Where several grids read a result, it gets a quantizer before
     all of them, so that training sees what is deployed: a layer with 4-bit inputs beside an 8-bit addition, as behind
@@ -52,6 +58,8 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
         except UsageError as error:
             raise UsageError(f"residual_quantizer for the {port}: {error}") from None
         _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))
+    if wanted:
+        _watch(model, dict.fromkeys(port.module for port in wanted))
 
 
 def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
@@ -97,16 +105,31 @@ def _is_of_result(key: str) -> bool:
     return not set(_NAMES).isdisjoint(key.split("."))
 
 
+def hook_up(modules: Iterable[nn.Module]) -> None:
+    """Let every module that has a quantizer for its output or its argument apply it."""
+    for module in modules:
+        if "output_quantizer" in module._modules and _quantize_output not in module._forward_hooks.values():
+            module.register_forward_hook(_quantize_output)
+        if "argument_quantizer" in module._modules and _quantize_argument not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_quantize_argument)
+
+
 def _attach(module: nn.Module, port: Port, quantizer: Quantizer) -> None:
     name = "output_quantizer" if port.output else "argument_quantizer"
     if name in module._modules:  # an operand of several joins
         return
     quantizer.train(module.training)
     module.register_module(name, quantizer)
-    if port.output:
-        module.register_forward_hook(_quantize_output)
-    else:
-        module.register_forward_pre_hook(_quantize_argument)
+    hook_up([module])
+
+
+def _watch(model: nn.Module, names: Collection[str]) -> None:
+    """Let ``model`` see before each forward pass that the modules called ``names``, or others in their place, apply
+    their quantizers."""
+    parents = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    model.__dict__["_with_quantizers"] = [*model.__dict__.get("_with_quantizers", ()), *parents]
+    if _hook_up_again not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_hook_up_again)
 
 
 # Functions of the module, not closures: copies and pickles of the network keep them.
@@ -118,6 +141,11 @@ def _quantize_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor)
 def _quantize_argument(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     quantizer = module._modules["argument_quantizer"]
     return inputs if quantizer is None else (quantizer(inputs[0]), *inputs[1:])
+
+
+def _hook_up_again(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    children = (parent._modules.get(name) for parent, name in model.__dict__["_with_quantizers"])
+    hook_up(child for child in children if child is not None)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.quantization.budget import Budget
 from lqkd.quantization.calibrate import initialize_quantizers
+from lqkd.quantization.computed import copy_of
 from lqkd.quantization.convert import layer_kind, layer_quantizers, quantizable_layers, quantize_model
 from lqkd.quantization.cost import bit_operations, size
 from lqkd.quantization.layers import QuantizedLayer
@@ -143,7 +143,7 @@ def measure_sensitivity(
             raise UsageError(f"sensitivity needs at least one entry in {what}: it is empty")
     if len(set(wanted)) < len(wanted):
         raise UsageError(f"bits={list(bits)!r} name the same bits twice: name each once")
-    network, _ = quantize_model(copy.deepcopy(model), recipe)
+    network, _ = quantize_model(copy_of(model), recipe)
     for owner, name in join_quantizers(network):  # additions stay in float: layers are what is ranked
         owner._modules[name] = None
     network.eval()

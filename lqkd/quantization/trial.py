@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+
+from lqkd.quantization.computed import copy_of
 
 PRODUCTS = (
     F.linear,
@@ -51,7 +52,7 @@ def refusal(layer: nn.Module) -> str | None:
         return "a subclass whose weight is computed from other parameters"
     operands = _Operands()
     try:
-        trial = copy.deepcopy(layer).eval()
+        trial = copy_of(layer).eval()
         x = _example(trial)
         with operands:
             cast(Any, type(trial)).forward(trial, x)

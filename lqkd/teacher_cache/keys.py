@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import re
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.computed import copy_of
 from lqkd.teacher import FrozenTeacher
 
 NEEDED = {
@@ -72,7 +72,7 @@ def probe(teacher: FrozenTeacher, image_shape: Sequence[int], dtype: torch.dtype
         image_shape: (C, H, W), or the shape of an input of another kind.
         dtype: of an input.
     """
-    copied = copy.deepcopy(teacher).cpu().float()
+    copied = copy_of(teacher).cpu().float()
     noise = torch.Generator().manual_seed(0)
     if dtype.is_floating_point:
         images = torch.randn(_PROBES, *image_shape, generator=noise).to(dtype)

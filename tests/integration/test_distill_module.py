@@ -529,3 +529,29 @@ def test_hyperparameters_hold_no_network(make_trainer: MakeTrainer, tmp_path: Pa
 @pytest.mark.parametrize(("classes", "lowest"), [(0, 0.0), (2, 0.6), (10, 0.15), (1000, 0.0015)])
 def test_a_teacher_must_be_better_than_chance_and_of_two_classes_by_ten_points(classes: int, lowest: float) -> None:
     assert lowest_accuracy(classes) == pytest.approx(lowest)
+
+
+class Foreign(torch.nn.Module):
+    """A network whose classifier is of a class that lqkd does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU())
+        self.weight = torch.nn.Parameter(torch.randn(32, 10) * 0.1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images) @ self.weight
+
+
+def test_a_layer_that_stays_in_float_is_named_once_at_the_start_with_its_shares(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = distiller(student=Foreign(), quantization=Recipe(bits="w4a4", last_layer_bits=None))
+    with caplog.at_level("INFO"):
+        make_trainer(max_epochs=2, limit_val_batches=1).fit(module, datamodule=digits(2))
+    told = [text for text in caplog.messages if text.startswith("not quantised: ")]
+    share, operations = 320 / (320 + 64 * 32 + 32), 320 / (320 + 64 * 32)
+    assert told == [
+        f"not quantised: Foreign the network with {share:.1%} of the parameters and {operations:.1%} of the "
+        "operations in floating point: no quantised layer of this kind"
+    ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lqkd.errors import UsageError
 from lqkd.modules.trainer_checks import check_trainer_settings
@@ -81,3 +82,50 @@ def test_eight_bit_codes_of_half_precision_data_are_those_of_the_same_data_in_fl
             codes = quantizer.codes(half)
         assert torch.equal(codes, quantizer.codes(half.float()))
         assert quantizer(half).dtype == dtype
+
+
+class Plain(LightningModule):
+    """A quantised network in somebody's own module, which a precision plugin of Lightning converts."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self.model(batch[0].to(self.dtype)).float(), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
+def test_a_precision_plugin_leaves_grids_in_float32(make_trainer: MakeTrainer, recipe: Recipe, precision: str) -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as such a plugin does around the making of a network
+    try:
+        model, _ = quantize_model(network(), recipe)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    trainer = make_trainer(precision=precision, max_steps=3, max_epochs=-1)
+    trainer.fit(Plain(model), datamodule=digits(4))
+    assert model.conv1.weight.dtype != torch.float32
+    for quantizer in quantizers(model).values():
+        assert quantizer.initialized
+        held = [value for value in quantizer.state_dict().values() if value.is_floating_point()]
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in held)
+
+
+def test_a_network_computes_in_half_precision_what_it_computed_before() -> None:
+    model, _ = quantize_model(network(), Recipe(bits="w4a4"))
+    with torch.no_grad():
+        for layer in (model.layer1[0].conv1, model.layer2[0].conv1):
+            layer.weight.mul_(1e-6)  # whose batch norm makes up for it
+    x = torch.randn(20, 1, 8, 8)
+    initialize_quantizers(model, x, batch_statistics=True)
+    steps = {name: quantizer.scale.clone() for name, quantizer in quantizers(model).items()}
+    model.eval().bfloat16()
+    assert all(torch.equal(quantizer.scale, steps[name]) for name, quantizer in quantizers(model).items())
+    weight = model.layer1[0].conv1.quantized_weight()
+    assert weight.dtype == torch.bfloat16
+    assert weight.count_nonzero() > weight.numel() / 2
+    assert model(x.bfloat16()).isfinite().all()

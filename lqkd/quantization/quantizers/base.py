@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class Quantizer(nn.Module, ABC):
     * ``progress`` is the part of the training that is done, 0 to 1, in a family whose estimator follows it; training
       sets it before each step. It is no part of the state: the step says it. ``None`` for all other families.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
+    * Parameters and buffers stay in float32 when the network goes to half precision, by whatever call: a step may be
+      below what float16 can hold, and bfloat16 would move every level. Float64 and devices are followed.
 
     Args:
         bits: 1 to 8.
@@ -127,8 +130,13 @@ class Quantizer(nn.Module, ABC):
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
         self.signed = signed
-        if not (self._fit_mse(x) if self.wants_mse else self._fit(x)):
-            self.signed = decided
+        fitted = False
+        try:
+            fitted = self._fit_mse(x) if self.wants_mse else self._fit(x)
+        finally:
+            if not fitted:
+                self.signed = decided
+        if not fitted:
             return
         self._ready = True
         self.wants_mse = False
@@ -179,6 +187,18 @@ class Quantizer(nn.Module, ABC):
             bits, signed = (int(value) for value in state_dict[prefix + "format"])
             self.bits, self.signed = bits, None if signed < 0 else bool(signed)
             self._ready = bool(state_dict[prefix + "initialized"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """What ``half()``, ``to(dtype)`` and precision plugins go through: see the class docstring."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.dtype.itemsize >= torch.float32.itemsize:
+                return moved
+            return tensor.to(moved.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+        super()._apply(at_least_float32, recurse)
+        return self
 
     def _broadcast(self, parameter: Tensor, ndim: int) -> Tensor:
         """View a (channels,) parameter so that it broadcasts over a tensor of ``ndim`` dimensions."""

@@ -77,7 +77,7 @@ class DoReFa(StatisticQuantizer):
         if self.batched:
             return codes * self._broadcast(self._activation_step(), codes.ndim)
         top = self.code_range()[1]
-        values = (2 * codes - top) / top
+        values = (2 * codes - top).to(self.scale.dtype) / top
         return values * self._broadcast(self.scale, codes.ndim) if self.bits == 1 else values
 
     def levels(self) -> Tensor:
@@ -86,7 +86,7 @@ class DoReFa(StatisticQuantizer):
             return codes * self._activation_step().unsqueeze(-1)
         top = self.code_range()[1]
         scale = self.scale if self.bits == 1 else torch.ones_like(self.scale)
-        return (2 * codes - top) / top * scale.unsqueeze(-1)
+        return (2 * codes - top).to(scale.dtype) / top * scale.unsqueeze(-1)
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.batched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, to_onnx
+from lqkd.export.deploy import check_deployable
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
 from lqkd.models import CifarResNet
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
-from tests.unit.export.networks import images, quantised
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
+from tests.unit.export.networks import Small, images, quantised
 from tests.unit.quantization.test_forks import Fire
 
 
@@ -52,7 +54,7 @@ def test_additions_that_training_left_in_float_need_calibration_data() -> None:
     ("example", "calibration", "told"),
     [
         (torch.zeros(2, 1, 8, 8), [images(4)], "cannot take an example of shape (2, 1, 8, 8) and type torch.float32"),
-        (images(2).double(), [images(4)], "cannot take an example of shape (2, 3, 8, 8) and type torch.float64"),
+        (images(2).long(), [images(4)], "cannot take an example of shape (2, 3, 8, 8) and type torch.int64"),
         (images(0), [images(4)], "an example of shape (0, 3, 8, 8) is empty"),
         (images(2), images(4), "calibration is a tensor: give a list of batches"),
         (images(2), [torch.zeros(4, 1, 8, 8)], "cannot take calibration data of shape (1, 1, 8, 8)"),
@@ -177,5 +179,72 @@ def test_an_unsupported_layer_is_named_with_its_place() -> None:
 
 def test_a_student_that_was_never_fitted_is_refused() -> None:
     network, _ = quantize_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), Recipe(bits="w4a4"))
-    with pytest.raises(UsageError, match="has never been fitted to data"):
+    with pytest.raises(UsageError, match="has no grid, since it has seen no data or nothing but zeros"):
         deploy(network, images(2))
+
+
+class Around(nn.Module):
+    """Calls ``block`` between two layers, and takes the first of what it returns."""
+
+    def __init__(self, block: nn.Module, arguments: int = 1) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(8, 8), block, nn.Linear(8, 4)
+        self.arguments = arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.block(*[self.first(x.flatten(2))] * self.arguments)
+        return self.last(found if isinstance(self.block, nn.TransformerEncoderLayer) else found[0])
+
+
+BLOCKS = {
+    "QuantMultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
+    "MultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
+    "LSTM": Around(nn.LSTM(8, 8, batch_first=True)),
+    "GRU": Around(nn.GRU(8, 8, batch_first=True)),
+    "TransformerEncoderLayer": Around(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("operator", BLOCKS)
+def test_a_block_with_several_results_is_named_with_its_place(operator: str) -> None:
+    in_float = [Rule("block*", weight_bits=32, activation_bits=32)]
+    rules = in_float if operator in ("MultiheadAttention", "TransformerEncoderLayer") else []
+    network, _ = quantize_model(copy.deepcopy(BLOCKS[operator]), Recipe(bits="w4a4", rules=rules))
+    x = torch.randn(4, 5, 8)
+    initialize_quantizers(network, x)
+    with pytest.raises(UsageError, match=rf"^operator {operator} in block cannot be exported: replace it"):
+        deploy(network, x, [x])
+    with pytest.raises(UsageError, match=rf"^operator {operator} in block cannot be exported: replace it"):
+        check_deployable(network, x)
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "double": lambda network: network.double(),
+    "half": lambda network: network.half(),
+    "torch.compile": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_network_in_a_wrapper_or_another_precision_is_exported_as_it_computes_in_float32(how: str) -> None:
+    network = quantised(bits="w4a4", residual_bits=8)
+    expected = deploy(network, images(2), [images(8)]).network(images(8))
+    wrapped = WRAPPED[how](copy.deepcopy(network))
+    example = images(8).to(next(wrapped.parameters()).dtype)
+    found = deploy(wrapped, example, [example]).network(images(8))
+    if how == "half":
+        assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    else:
+        assert torch.equal(found, expected)
+    assert next(wrapped.parameters()).dtype == example.dtype
+    assert to_onnx(wrapped, images(8), calibration=[example], test=[example]).graph.node
+
+
+@pytest.mark.parametrize("how", ["DataParallel", "AveragedModel"])
+def test_a_network_in_a_wrapper_is_not_quantised(how: str) -> None:
+    with pytest.raises(UsageError, match=f"the network was made by {how} and cannot be quantised: give the network"):
+        quantize_model(WRAPPED[how](Small()), Recipe())
+    with pytest.raises(UsageError, match=f"the part '1' was made by {how}"):
+        quantize_model(nn.Sequential(nn.Identity(), WRAPPED[how](Small())), Recipe())

@@ -81,5 +81,5 @@ def test_a_scale_that_is_zero_or_nan_is_refused_in_one_sentence(value: float, me
 
 
 def test_a_quantizer_that_was_never_fitted_is_refused() -> None:
-    with pytest.raises(UsageError, match="a quantizer of conv has never been fitted"):
+    with pytest.raises(UsageError, match="a quantizer of conv has no grid, since it has seen no data"):
         activation_grid(QUANTIZERS["lsq"](4, batched=True), "conv")

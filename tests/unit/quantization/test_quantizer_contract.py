@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -407,3 +407,51 @@ def test_lsq_plus_represents_zero_whatever_its_offset() -> None:
         quantizer.offset.data.fill_(offset)
         assert 0.0 in quantizer.levels().tolist()
         assert quantizer(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+LOWER: dict[str, Callable[[Quantizer], Quantizer]] = {
+    "half": lambda q: q.half(),
+    "bfloat16": lambda q: q.bfloat16(),
+    "to": lambda q: q.to("cpu", torch.float16),
+    "type": lambda q: q.type(torch.bfloat16),
+    "double and half": lambda q: q.double().half(),
+}
+
+
+@one_width
+@pytest.mark.parametrize("lower", LOWER)
+def test_a_grid_stays_in_float32_when_the_network_goes_to_half_precision(case: Case, lower: str) -> None:
+    x = case.data(2) * (1.0 if case.name == "dorefa" else 1e-7)  # whose steps float16 does not hold
+    quantizer = case.build()
+    quantizer(x)
+    quantizer.eval()
+    before, expected = copy.deepcopy(quantizer.state_dict()), quantizer(x)
+    LOWER[lower](quantizer)
+    assert all(value.dtype == before[key].dtype for key, value in quantizer.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+    assert same_bits(quantizer(x), expected)
+
+
+@one_width
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_of_half_precision_data_are_those_of_the_same_data_in_float32(case: Case, dtype: torch.dtype) -> None:
+    quantizer = fitted(case).eval().to(dtype)
+    x = case.data(1).to(dtype)
+    assert torch.equal(quantizer.codes(x), quantizer.codes(x.float()))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.role == "signed" and c.bits > 2], ids=str)
+def test_negative_activations_keep_their_sign(case: Case) -> None:
+    quantizer, x = fitted(case), case.data()
+    assert (quantizer(x)[x < -1.5] < 0).all()
+    assert (quantizer(x)[x > 1.5] > 0).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 3), (8, 2)])
+def test_changing_the_bits_of_signed_n2uq_keeps_zero_and_the_largest_value(before: int, after: int) -> None:
+    quantizer = fitted(Case("n2uq", "signed", before))
+    top, clips = quantizer.levels()[-1].clone(), quantizer.thresholds()[-1] + quantizer._lengths()[-1] / 2
+    quantizer.set_bits(after)
+    torch.testing.assert_close(quantizer.levels()[-1], top)
+    torch.testing.assert_close(quantizer.thresholds()[-1] + quantizer._lengths()[-1] / 2, clips)
+    assert quantizer(torch.zeros(3)).eq(0).all()

@@ -7,7 +7,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
@@ -177,3 +180,101 @@ def test_a_quantised_result_may_be_added_to_in_place() -> None:
 def test_an_impossible_setting_is_refused_in_one_sentence(recipe: Recipe, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         quantize_model(CifarResNet(8, width=4), recipe)
+
+
+# --- modules that are exchanged ---------------------------------------------------------------------------------------
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+CHANGES = {
+    "synchronised": synchronised,
+    "synchronised and copied": lambda model: copy.deepcopy(synchronised(model)),
+    "copied and synchronised": lambda model: synchronised(copy.deepcopy(model)),
+    "synchronised and pickled": lambda model: pickle.loads(pickle.dumps(synchronised(model))),
+    "synchronised and compiled": lambda model: torch.compile(synchronised(model), backend="eager"),
+    "inside of another network": lambda model: synchronised(nn.Sequential(nn.Identity(), model)),
+}
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("compiled")) for name in CHANGES]
+)
+def test_a_batch_norm_that_is_exchanged_for_a_synchronised_one_still_quantises_its_output(change: str) -> None:
+    model, _ = resnet()
+    expected = model(images())
+    changed = CHANGES[change](model)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in changed.modules())
+    assert torch.equal(changed(images()), expected)
+
+
+def test_a_synchronised_network_is_fitted_and_folded_like_the_original() -> None:
+    torch.manual_seed(0)
+    model, _ = quantize_model(CifarResNet(8, width=4), RECIPE)
+    model = synchronised(model)
+    initialize_quantizers(model, images())
+    expected, _ = resnet()
+    for network in (model.eval(), expected):
+        fold_batchnorm(network)
+    assert torch.equal(model(images()), expected(images()))
+
+
+# --- branches that start at zero --------------------------------------------------------------------------------------
+
+
+def convnext() -> nn.Module:
+    return ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], layer_scale=0.0, num_classes=10)
+
+
+ZERO_BRANCHES = {
+    "resnet18": lambda: torchvision.models.resnet18(zero_init_residual=True, num_classes=10),
+    "convnext": convnext,
+}
+
+
+@pytest.mark.parametrize("name", ZERO_BRANCHES)
+def test_a_branch_of_zeros_gets_a_grid_as_wide_as_that_of_what_it_is_added_to(name: str) -> None:
+    torch.manual_seed(0)
+    model, report = quantize_model(ZERO_BRANCHES[name](), Recipe(bits="w4a4", residual_bits=8))
+    x = torch.randn(4, 3, 32, 32)
+    initialize_quantizers(model, x, batch_statistics=True)
+    assert all(quantizer.is_ready for quantizer in quantizers(model).values())
+    for join in coverage(model).joins:
+        first, second = (model.get_submodule(str(path)).levels().abs().max() for path in join.quantizers)
+        assert 0.5 < first / second < 2
+    assert report.joins
+
+
+def test_a_branch_of_zeros_that_grows_is_not_clipped() -> None:
+    torch.manual_seed(0)
+    model, _ = quantize_model(ZERO_BRANCHES["resnet18"](), Recipe(bits="w4a4", residual_bits=8))
+    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    initialize_quantizers(model, x, batch_statistics=True)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
+    seen: list[Tensor] = []
+    branch = model.get_submodule("layer1.0.bn2.output_quantizer")
+    branch.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0] - output).abs().max()))
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    assert all(error <= branch.step() * 0.51 for error in seen)
+
+
+def test_a_weight_of_zeros_gets_the_grid_of_a_fresh_layer() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    nn.init.zeros_(model[2].weight)
+    model, _ = quantize_model(model, RECIPE)
+    initialize_quantizers(model, torch.randn(16, 64))
+    quantizer = model[2].weight_quantizer
+    assert quantizer.is_ready
+    assert quantizer.levels().amax(1).sub(32**-0.5).abs().max() < 0.25 * 32**-0.5
+    assert not model[2].quantized_weight().any()
+
+
+def test_a_quantizer_that_has_no_grid_for_its_data_is_named() -> None:
+    model, _ = quantize_model(CifarResNet(8, width=4), Recipe(first_layer_bits=None, activation_quantizer="pact"))
+    with pytest.raises(UsageError, match=r"^conv1\.input_quantizer: quantizer pact is for values that are never neg"):
+        initialize_quantizers(model, images())
