@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+
 from lqkd.errors import UsageError
 
+_INSTEAD: dict[type[Callback], str] = {
+    LearningRateFinder: "set the learning rates of model.student_optimizer and model.regularizer_optimizer",
+    BatchSizeFinder: "set the batch size of the data",
+    GradientAccumulationScheduler: "use model.accumulate_grad_batches",
+}
+"""Callbacks of Lightning that run or change the training as only one automatic optimizer allows."""
 
-def check_trainer_settings(precision: object, gradient_clip_val: object, accumulate_grad_batches: object) -> None:
+
+def check_trainer_settings(trainer: Trainer, players: int) -> None:
     """Refuse settings of the Trainer that DistillModule has to take over or cannot honour.
+
+    Args:
+        trainer: before it does anything.
+        players: how many optimizers there will be.
 
     Raises:
         UsageError: naming the setting and what to use instead.
     """
+    precision = trainer.precision
     if str(precision).startswith(("16", "transformer-engine-float16")):
         raise UsageError(
             f"trainer.precision={precision!r} is not possible with two optimizers, whose gradient scaler would be "
@@ -18,13 +39,34 @@ def check_trainer_settings(precision: object, gradient_clip_val: object, accumul
         )
     if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
         raise UsageError(f"trainer.precision={precision!r} is not possible: use bf16-mixed or 32-true")
-    if gradient_clip_val is not None:
+    if trainer.gradient_clip_val is not None:
         raise UsageError(
-            f"trainer.gradient_clip_val={gradient_clip_val!r} has no effect with two optimizers: "
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val!r} has no effect with two optimizers: "
             "use model.gradient_clip_val"
         )
-    if accumulate_grad_batches not in (None, 1):
+    if trainer.gradient_clip_algorithm is not None:
         raise UsageError(
-            f"trainer.accumulate_grad_batches={accumulate_grad_batches!r} has no effect with two optimizers: "
+            f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm.value!r} has no effect with two "
+            "optimizers: use model.gradient_clip_val, which bounds the norm"
+        )
+    if trainer.accumulate_grad_batches not in (None, 1):
+        raise UsageError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
         )
+    _check_callbacks(trainer.callbacks, players)  # type: ignore[attr-defined]
+
+
+def _check_callbacks(callbacks: list[Callback], players: int) -> None:
+    for callback in callbacks:
+        name = type(callback).__name__
+        for kind, instead in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UsageError(
+                    f"callback {name} is not possible with DistillModule, which steps its optimizers itself: {instead}"
+                )
+        if isinstance(callback, StochasticWeightAveraging) and players > 1:
+            raise UsageError(
+                f"callback {name} is not possible with a regularizer or a balance that learn, since it takes one "
+                "optimizer only: remove it, or fix both"
+            )
