@@ -43,9 +43,7 @@ def samples_of(batch: Any, network: nn.Module) -> Samples:
     images = parts[0]
     if not isinstance(images, Tensor) or images.ndim == 0 or len(images) == 0:
         found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise UsageError(
-            f"a batch of the data begins with {found}: a tensor of images of shape (B, ...) are needed, B >= 1"
-        )
+        raise UsageError(f"a batch of the data begins with {found}: images in a tensor (B, ...) are needed, B >= 1")
     if images.dtype == torch.float64:
         images = images.to(next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32))
     labels = _labels(parts[1], len(images)) if len(parts) > 1 else _none(images)

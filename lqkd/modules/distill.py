@@ -33,7 +33,7 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
-from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.modules.trainer_checks import check_callbacks, check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
@@ -195,7 +195,8 @@ class DistillModule(SharedBackward):
 
     def configure_callbacks(self) -> list[Any]:
         """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
-        check_trainer_settings(self.trainer, players=1 + self._learns())
+        check_trainer_settings(self.trainer)
+        check_callbacks(self.trainer.callbacks, players=1 + self._learns())  # type: ignore[attr-defined]
         return []
 
     def _learns(self) -> bool:

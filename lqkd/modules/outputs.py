@@ -72,6 +72,8 @@ def try_training(network: nn.Module, name: str, images: Tensor) -> None:
     Raises:
         UsageError: when it returns something else than in eval mode, or its batch norm has too few values.
     """
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        return  # which would be compiled once more for this
     with isolate_rng(), float_mode(network), evaluating(network), enough_samples(name, len(images)):
         network.train()
         buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}  # which batch norm updates

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -88,7 +88,7 @@ def _count(loader: Any, limit: float) -> int:
 def warn(module: DistillModule, sentence: str) -> None:
     """Say ``sentence`` once, and keep it for the summary."""
     module.warnings.append(sentence)
-    rank_zerowarn(sentence)
+    rank_zero_warn(sentence)
 
 
 def _of_teacher(

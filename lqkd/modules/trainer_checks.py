@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from collections.abc import Iterable
+from typing import Any
+
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -21,17 +23,16 @@ _INSTEAD: dict[type[Callback], str] = {
 """Callbacks of Lightning that run or change the training as only one automatic optimizer allows."""
 
 
-def check_trainer_settings(trainer: Trainer, players: int) -> None:
+def check_trainer_settings(settings: Any) -> None:
     """Refuse settings of the Trainer that DistillModule has to take over or cannot honour.
 
     Args:
-        trainer: before it does anything.
-        players: how many optimizers there will be.
+        settings: the Trainer, or what it will be made of, with attributes of the same names.
 
     Raises:
         UsageError: naming the setting and what to use instead.
     """
-    precision = trainer.precision
+    precision = settings.precision
     if str(precision).startswith(("16", "transformer-engine-float16")):
         raise UsageError(
             f"trainer.precision={precision!r} is not possible with two optimizers, whose gradient scaler would be "
@@ -39,25 +40,34 @@ def check_trainer_settings(trainer: Trainer, players: int) -> None:
         )
     if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
         raise UsageError(f"trainer.precision={precision!r} is not possible: use bf16-mixed or 32-true")
-    if trainer.gradient_clip_val is not None:
+    if settings.gradient_clip_val is not None:
         raise UsageError(
-            f"trainer.gradient_clip_val={trainer.gradient_clip_val!r} has no effect with two optimizers: "
+            f"trainer.gradient_clip_val={settings.gradient_clip_val!r} has no effect with two optimizers: "
             "use model.gradient_clip_val"
         )
-    if trainer.gradient_clip_algorithm is not None:
+    algorithm = settings.gradient_clip_algorithm
+    if algorithm is not None:
         raise UsageError(
-            f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm.value!r} has no effect with two "
+            f"trainer.gradient_clip_algorithm={getattr(algorithm, 'value', algorithm)!r} has no effect with two "
             "optimizers: use model.gradient_clip_val, which bounds the norm"
         )
-    if trainer.accumulate_grad_batches not in (None, 1):
+    if settings.accumulate_grad_batches not in (None, 1):
         raise UsageError(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches!r} has no effect with two optimizers: "
+            f"trainer.accumulate_grad_batches={settings.accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
         )
-    _check_callbacks(trainer.callbacks, players)  # type: ignore[attr-defined]
 
 
-def _check_callbacks(callbacks: list[Callback], players: int) -> None:
+def check_callbacks(callbacks: Iterable[Callback], players: int) -> None:
+    """Refuse callbacks of Lightning that cannot work with DistillModule.
+
+    Args:
+        callbacks: those of the Trainer.
+        players: how many optimizers there will be.
+
+    Raises:
+        UsageError: naming the callback and what to do instead.
+    """
     for callback in callbacks:
         name = type(callback).__name__
         for kind, instead in _INSTEAD.items():
