@@ -57,9 +57,9 @@ def measure(
         warn(module, f"{UNCHECKED}, and no accuracy before the training was measured: there is no DataModule")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
-    validation = (_loader(data, "val_dataloader"), trainer.limit_val_batches)
+    validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
     _check_teacher(module, *_of_teacher(module, "validation", validation, of_teacher), _count(*validation))
-    test = _loader(data, "test_dataloader")
+    test = loader_of(data, "test_dataloader")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
@@ -73,7 +73,7 @@ def measure(
     return measured
 
 
-def _loader(data: Any, hook: str) -> Any:
+def loader_of(data: Any, hook: str) -> Any:
     """What ``hook`` of a DataModule gives; None where the class has none of its own."""
     return getattr(data, hook)() if is_overridden(hook, data, LightningDataModule) else None
 
