@@ -123,7 +123,7 @@ class LqkdCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         _check_loggers(trainer.logger)
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
-            check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+            check_trainer_settings(trainer)
         self.config_text = self._config_text()
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self._do_without_files_of_weights(self._get(self.config, "model"))

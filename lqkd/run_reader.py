@@ -161,17 +161,19 @@ class _Batches(ImageClassifier):
         ]
         loader = data.val_dataloader()
         total = _length(loader)
-        self.validation = [
+        chosen = [
             self._on_device(batch)
             for index, batch in enumerate(waiting(islice(loader, total), "reading validation images", total))
             if _is_chosen(index, self.validation_batches, total)
         ]
+        labelled = [(images[labels >= 0], labels[labels >= 0]) for images, labels in chosen]
+        self.validation = [(images, labels) for images, labels in labelled if len(labels)]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all has been taken when validation started."""
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        images, labels = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
+        images, labels, _ = self.samples(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
         return images, labels
 
 

@@ -55,7 +55,8 @@ class BatchNormReestimation(Callback):
         with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
-            reestimate_batchnorm(network, (trainer.strategy.batch_to_device(b, dataloader_idx=0)[0] for b in batches))
+            on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
+            reestimate_batchnorm(network, (pl_module.samples(batch).images for batch in on_device))
         for norm in (m for m in network.modules() if isinstance(m, _BatchNorm)):
             for statistic in (norm.running_mean, norm.running_var):
                 if statistic is not None:

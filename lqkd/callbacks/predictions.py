@@ -38,7 +38,9 @@ class Predictions(Callback):
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         indices = getattr(batch, "indices", None)
         positions = range(len(self.rows), len(self.rows) + len(winner)) if indices is None else indices.tolist()
-        known = labels.tolist() if isinstance(labels, Tensor) and labels.ndim == 1 else [None] * len(winner)
+        known: list[int | None] = [None] * len(winner)
+        if isinstance(labels, Tensor) and labels.numel() == len(winner):  # a negative number says that there is none
+            known = [label if label >= 0 else None for label in labels.flatten().tolist()]
         self.rows += zip(positions, known, winner.tolist(), confidence.tolist(), strict=True)
 
     def write(self, target: Path, names: Sequence[str], files: Sequence[str]) -> None:

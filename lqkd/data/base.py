@@ -34,11 +34,11 @@ class ImageSet(NamedTuple):
     train_images: Tensor | EncodedImages
     """(N, C, H, W) uint8."""
     train_labels: Tensor
-    """(N,) int64."""
+    """(N,) int64; negative where an image has no label, which then takes part in distillation alone."""
     test_images: Tensor | EncodedImages
     """(M, C, H, W) uint8."""
     test_labels: Tensor
-    """(M,) int64."""
+    """(M,) int64; negative where an image has no label."""
     class_names: tuple[str, ...]
     """The name of label 0, 1, ..."""
 
@@ -184,6 +184,10 @@ class ImageDataModule(LightningDataModule):
             raise UsageError(
                 f"{' and '.join(mixing)} above 0 need the training images in memory, from which each image's partner"
                 f" is chosen: {type(self).__name__} decodes them batch by batch."
+            )
+        if self.augmentation.mixes and bool((images.train_labels < 0).any()):
+            raise UsageError(
+                "mixup and cutmix need the labels of all training images: some have none (a negative number)"
             )
         self.image_shape = (channels, height, width)
         self._split(images.train_labels)

@@ -16,7 +16,7 @@ def stratified_split(indices: Tensor, labels: Tensor, size: int, *, seed: int, s
 
     Args:
         indices: (N,) int64 stable sample ids.
-        labels: (N,) int64 class of each.
+        labels: (N,) int64 class of each; negative where a sample has none.
         size: how many to choose, 0 <= size <= N.
         seed: which subset.
         stream: what the subset is for, one of the ``STREAM_*`` constants of :mod:`lqkd.data.counter_rng`.
@@ -26,6 +26,7 @@ def stratified_split(indices: Tensor, labels: Tensor, size: int, *, seed: int, s
     """
     assert len(indices) == len(labels)
     assert 0 <= size <= len(indices)
+    labels = labels - labels.min().clamp(max=0)  # samples without a label, which is negative, are a class too
     counts = torch.bincount(labels)
     quota = counts * size // len(labels)
     remainder = counts * size % len(labels)

@@ -207,5 +207,5 @@ def _test(reader: RunReader) -> tuple[str, Iterator[tuple[Tensor, Tensor]]]:
 
 def _labelled(reader: RunReader, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in waiting(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
-        images, labels = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
+        images, labels, _ = reader.model.samples(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
         yield images.cpu(), labels.cpu()

@@ -231,7 +231,7 @@ def agreement(
             parity.trained_disagreements += int((trained != ours).sum())
             predicted["trained_accuracy"] = trained
         if given is not None:
-            labelled += len(x)
+            labelled += int((given >= 0).sum())  # of a sample without a label nobody is right
             for key, classes in predicted.items():
                 right[key] += int((classes == given.cpu()).sum())
     if labelled:

@@ -59,7 +59,7 @@ class DistillationLoss(nn.Module, ABC):
 
         Args:
             teacher, student: what it :attr:`compares`; no gradient flows into the teacher's.
-            labels: (B,) int64; None when there are none.
+            labels: (B,) int64, negative where a sample has none; None when there are none at all.
         """
 
     def pair(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,9 @@ class DKD(DistillationLoss):
     ``q_T log(q_T / q_S) - q_T + q_S`` of NCKD, each times its weight and ``tau**2``. With two classes NCKD is 0.
     The warm-up of the published recipe is a schedule of the loss' weight, not part of the loss.
 
+    A sample without a label (negative) has no true class: all of its classes are others, and what is left is the plain
+    Kullback-Leibler divergence times beta.
+
     Args:
         temperature: tau > 0.
         alpha: weight of the target class, >= 0; 1 in the paper.
@@ -44,7 +47,7 @@ class DKD(DistillationLoss):
             raise UsageError("labels=None is not possible with DKD, which tells the true class from the others")
         if student.shape[-1] < 2:
             raise UsageError(f"logits with {student.shape[-1]} class are not possible with DKD: it needs two or more")
-        target = torch.zeros_like(student, dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)  # (B, C)
+        target = labels.unsqueeze(1) == torch.arange(student.shape[1], device=student.device)  # (B, C)
         binary_teacher, others_teacher = self._decoupled(teacher, target)
         binary_student, others_student = self._decoupled(student, target)
         tckd = divergence_of(binary_teacher, binary_student).sum(dim=1, keepdim=True)  # (B, 1)

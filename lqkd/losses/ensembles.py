@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lqkd.losses.task import mean_of_labelled
+
 
 class Combination(nn.Module, ABC):
     """``forward(teachers, labels)`` for logits (K, B, C) of K teachers: what the student is compared with.
 
-    Returns a list of logits (B, C), of which each is compared by itself, and a 0-dim objective of the combination's own
-    parameters, None when there are none. Teachers that disagree in scale are combined as predictions: combined logits
-    are log-probabilities.
+    Labels are (B,) int64, negative where a sample has none. Returns a list of logits (B, C), of which each is compared
+    by itself, and a 0-dim objective of the combination's own parameters, None when there are none. Teachers that
+    disagree in scale are combined as predictions: combined logits are log-probabilities.
 
     Args:
         teachers: how many.
@@ -43,7 +45,7 @@ class LearnedMixture(Combination):
     """A mixture of predictions with one learned share per teacher, ``softmax(v)``.
 
     v minimises the cross-entropy of the mixture with the labels (stacking; Breiman 1996), and not the distillation
-    loss, which would choose the teacher that is easiest to imitate.
+    loss, which would choose the teacher that is easiest to imitate. Samples without a label teach it nothing.
     """
 
     def __init__(self, teachers: int) -> None:
@@ -53,19 +55,21 @@ class LearnedMixture(Combination):
     def forward(self, teachers: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
         predictions = teachers.detach().float().softmax(-1)
         mixture = _log((self.scores.softmax(0).view(-1, 1, 1) * predictions).sum(0))
-        return [mixture.detach()], F.nll_loss(mixture, labels)
+        loss = mean_of_labelled(lambda known: F.nll_loss(mixture, known), labels, mixture.shape[1])
+        return [mixture.detach()], loss
 
 
 class ConfidentTeachers(Combination):
     """Shares per sample by how right each teacher is: ``(1 - softmax_k(CE_k)) / (K - 1)``.
 
     Confidence-aware multi-teacher distillation (Zhang et al., arXiv 2201.00007): CE_k is the cross-entropy of teacher k
-    with the label.
+    with the label. For a sample without one all have the same share.
     """
 
     def forward(self, teachers: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
         log_predictions = teachers.float().log_softmax(-1)  # (K, B, C)
-        wrong = -log_predictions.gather(2, labels.expand(self.count, -1).unsqueeze(2)).squeeze(2)  # (K, B)
+        known = labels.clamp_min(0).expand(self.count, -1).unsqueeze(2)
+        wrong = -log_predictions.gather(2, known).squeeze(2).masked_fill(labels < 0, 0.0)  # (K, B)
         shares = (1 - wrong.softmax(0)) / (self.count - 1)
         return [_log((shares.unsqueeze(2) * log_predictions.exp()).sum(0))], None
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lqkd.errors import UsageError, first_line
+from lqkd.errors import UsageError
+from lqkd.losses.task import task_losses
+from lqkd.modules.batches import Samples, check_range, samples_of
+from lqkd.modules.outputs import logits_of, try_network
 from lqkd.modules.state import check_state
-from lqkd.quantization.modes import evaluating
 
 
 def example_input(data: Any, device: torch.device) -> Tensor | None:
@@ -32,8 +33,8 @@ class ImageClassifier(LightningModule):
 
     Images stand for whatever the networks take: sequences (B, channels, L) and tokens (B, L) are classified as well.
 
-    Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy, exact over
-    all ranks.
+    Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy of the samples
+    that have a label (>= 0), exact over all ranks; NaN, with a warning, where no sample has one.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class ImageClassifier(LightningModule):
         """Refuse networks that do not fit the data, before the first batch.
 
         Raises:
-            UsageError: when a network cannot take the images, or numbers of classes differ.
+            UsageError: when a network cannot take the images or returns no logits, or numbers of classes differ.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         image = example_input(data, self.device)
@@ -62,17 +63,7 @@ class ImageClassifier(LightningModule):
             return
         counts = {"data": len(data.class_names)} if hasattr(data, "class_names") else {}
         for name, network in self.networks():
-            with torch.no_grad(), evaluating(network):
-                try:
-                    logits = network(image)
-                except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-                    shape = "x".join(map(str, image.shape[1:]))
-                    raise UsageError(
-                        f"the {name} cannot take images of {shape} from the data ({first_line(error)})"
-                    ) from error
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                raise UsageError(f"the {name} returns a {type(logits).__name__}: logits of shape (B, C) are needed")
-            counts[name] = logits.shape[1]
+            counts[name] = try_network(network, name, image).shape[1]
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise UsageError(f"numbers of classes differ ({listed}): they must agree")
@@ -80,6 +71,10 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, channels, H, W)."""
         return self.product()(images)
+
+    def samples(self, batch: Any) -> Samples:
+        """The images and labels of a batch on the device; see :func:`~lqkd.modules.batches.samples_of`."""
+        return samples_of(batch, self.product())
 
     def on_train_start(self) -> None:
         """Tell the global batch, for which the learning rate is meant: lqkd never changes one for the other."""
@@ -101,6 +96,17 @@ class ImageClassifier(LightningModule):
         self.test_loss.reset()
         self.test_accuracy.reset()
 
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._tell_unlabelled("validation", self.val_accuracy)
+
+    def on_test_epoch_end(self) -> None:
+        self._tell_unlabelled("test", self.test_accuracy)
+
+    def _tell_unlabelled(self, split: str, accuracy: MeanMetric) -> None:
+        if accuracy.update_called and accuracy.compute().isnan():  # a mean over nothing
+            rank_zero_warn(f"no sample of the {split} split has a label: its loss and accuracy are not measured (nan)")
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
 
@@ -108,15 +114,18 @@ class ImageClassifier(LightningModule):
         self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
 
     def _evaluate(self, batch: Any, split: str, loss: MeanMetric, accuracy: MeanMetric) -> None:
-        images, labels = batch[0], batch[1]
-        logits = self(images)
-        loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
-        accuracy.update((logits.argmax(dim=1) == labels).float())
+        images, labels, _ = self.samples(batch)
+        logits = logits_of(self(images), "network", len(images))
+        check_range(labels, logits.shape[1])
+        losses, labelled = task_losses(logits.float(), labels)
+        loss.update(losses, labelled)
+        accuracy.update((logits.argmax(dim=1) == labels).float(), labelled)
         self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy}, on_step=False, on_epoch=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (B, C)."""
-        return self(batch[0]).float().softmax(dim=-1)
+        images = self.samples(batch).images
+        return logits_of(self(images), "network", len(images)).float().softmax(dim=-1)
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a state that does not belong to this module; see :func:`lqkd.modules.state.check_state`."""

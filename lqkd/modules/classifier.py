@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from lqkd.errors import UsageError
+from lqkd.losses.task import task_loss
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.batches import Samples, check_range
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
+from lqkd.modules.outputs import enough_samples, logits_of
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
 from lqkd.modules.steps import total_steps
@@ -53,7 +55,8 @@ class ClassifierModule(ImageClassifier):
         self.schedule = schedule or Cosine()
         self.label_smoothing = label_smoothing
         self._watch = LossWatch()
-        self._batch: tuple[Tensor, Tensor] | None = None  # loss and images of a step between forward and backward
+        # Loss, logits and the images with their labels of a step between forward and backward.
+        self._batch: tuple[Tensor, Tensor, Samples] | None = None
 
     def product(self) -> nn.Module:
         return self.network
@@ -64,18 +67,19 @@ class ClassifierModule(ImageClassifier):
         return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, steps)}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batch[0], batch[1]
-        targets = getattr(batch, "targets", None)  # class probabilities of mixed images
-        loss = F.cross_entropy(
-            self(images).float(), labels if targets is None else targets, label_smoothing=self.label_smoothing
-        )
+        samples = self.samples(batch)
+        with enough_samples("network", len(samples.images)):
+            output = self(samples.images)
+        logits = logits_of(output, "network", len(samples.images), training=True).float()
+        loss = task_loss(logits, samples.labels, samples.targets, self.label_smoothing)
         self._watch.ask(loss)
-        self._batch = (loss.detach(), images)
-        self.log("train/loss", loss, batch_size=len(labels))
+        self._batch = (loss.detach(), logits.detach(), samples)
+        self.log("train/loss", loss, batch_size=len(samples.labels))
         return loss
 
     def on_after_backward(self) -> None:
         if self._batch is not None and not self._watch.finite():
-            loss, images = self._batch
-            diverged(self, {"the loss": loss}, self.network, images)
+            loss, logits, samples = self._batch
+            check_range(samples.labels, logits.shape[1])
+            diverged(self, {"the loss": loss}, self.network, samples.images)
         self._batch = None

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -19,18 +18,22 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
+from lqkd.losses.task import task_loss
 from lqkd.modules.base import example_input
+from lqkd.modules.batches import Samples, check_range
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
+from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import optimizer_of, regularizer_groups, settings_of, student_groups
-from lqkd.modules.references import REFERENCES, measure
+from lqkd.modules.outputs import enough_samples, leaves_one, logits_of, try_network, try_training
+from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
-from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.modules.trainer_checks import check_callbacks, check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
@@ -47,7 +50,7 @@ class Losses:
     loss: Tensor
     """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
     task: Tensor
-    """0-dim cross-entropy."""
+    """0-dim cross-entropy of the samples that have a label."""
     distill: Tensor
     """0-dim modulated distillation loss."""
     parts: list[Part]
@@ -192,9 +195,13 @@ class DistillModule(SharedBackward):
 
     def configure_callbacks(self) -> list[Any]:
         """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
-        trainer = self.trainer
-        check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        check_trainer_settings(self.trainer)
+        check_callbacks(self.trainer.callbacks, players=1 + self._learns())  # type: ignore[attr-defined]
         return []
+
+    def _learns(self) -> bool:
+        """Whether there is anything to learn beside the student, which then has an optimizer of its own."""
+        return bool(regularizer_groups(self.distillation.regularizers, self.balance, self.combination))
 
     def product(self) -> nn.Module:
         return self.student
@@ -214,6 +221,8 @@ class DistillModule(SharedBackward):
         self.teacher.convert_from(getattr(data, "mean", None), getattr(data, "std", None))
         if data is not None and hasattr(data, "class_names"):
             self.teacher.check_classes(data.class_names)
+        elif any(teacher.class_names is not None for teacher in self.teachers()):
+            rank_zero_warn("teacher class_names were not compared with the data's: there is no DataModule with any")
         super().setup(stage)
         image = example_input(data, self.device)
         if image is not None:
@@ -267,6 +276,7 @@ class DistillModule(SharedBackward):
         self._connect_unseen()
         steps = self.count_steps()
         self.optimizer_settings.clear()
+        self.optimizer_names.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
         for setting, make, schedule, groups in (
@@ -286,6 +296,7 @@ class DistillModule(SharedBackward):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
             optimizer = optimizer_of(make, setting, groups)
+            check_optimizer(optimizer, setting, groups)
             factors = {"balance": self.balance.learning_rate_factor}
             if self.regularizer is not None:
                 factors["regularizer"] = self.regularizer.learning_rate_factor
@@ -294,6 +305,7 @@ class DistillModule(SharedBackward):
             optimizers.append(optimizer)
             schedulers.append(schedule.configure(optimizer, steps))
             self.optimizer_settings.append(settings_of(optimizer))
+            self.optimizer_names.append(setting)
         return optimizers, schedulers
 
     def _tell_progress(self) -> None:
@@ -308,26 +320,45 @@ class DistillModule(SharedBackward):
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
-        if isinstance(self.balance.place, AtWeights) and not self.balance.place.settled:  # no DataModule told a shape
-            self._settle_balance(self._first_images()[:1])
-        if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
-            self._fit_quantizers()
+        self.warnings = []
+        unsettled = isinstance(self.balance.place, AtWeights) and not self.balance.place.settled  # no shape was told
+        if unsettled or not self._resumed:
+            images = self._check_first(self._first_samples())
+            if unsettled:
+                self._settle_balance(images[:1])
+            if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
+                self._fit_quantizers(images)
         self.opened_cache, of_teacher = prepare_teacher(self)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()
 
-    def _first_images(self) -> Tensor:
+    def _first_samples(self) -> Samples:
         """Those of the first batch."""
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
             batch = next(iter(loader))
-        return cast(Tensor, self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)[0])
+        return self.samples(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
-    def _fit_quantizers(self) -> None:
+    def _check_first(self, samples: Samples) -> Tensor:
+        """The images of the first batch, once the networks take them, the student in training too, and know its labels.
+
+        Raises:
+            UsageError: when they do not.
+        """
+        few = samples.images[:2].clone()  # a network may work in place
+        with self.trainer.precision_plugin.forward_context():
+            for name, network in self.networks():
+                check_range(samples.labels, try_network(network, name, few).shape[1])
+            alone = leaves_one(self.trainer.train_dataloader, self.trainer.num_training_batches)
+            try_training(self.student, "student", few[:1] if alone else few)
+        if samples.targets is None and not (samples.labels >= 0).any():
+            warn(self, "the first batch has no labels: samples without a label take part in distillation alone")
+        return samples.images
+
+    def _fit_quantizers(self, images: Tensor) -> None:
         """Fit every quantizer to the first batch."""
-        images = self._first_images()
         with Waiting("fitting quantizers") as bar, self.trainer.precision_plugin.forward_context():
             progress = bar.update if self.trainer.is_global_zero else None
             initialize_quantizers(self.student, images, batch_statistics=True, progress=progress)
@@ -359,11 +390,12 @@ class DistillModule(SharedBackward):
     def ask_teacher(self, images: Tensor) -> Answers:
         """Logits (B, C) of every teacher, and what the taps see of it."""
         if isinstance(self.teacher, TeacherEnsemble):
-            return [logits.float() for logits in self.teacher.answers(images)], []
+            answers = self.teacher.answers(images)
+            return [logits_of(logits, f"teacher {i}", len(images)).float() for i, logits in enumerate(answers, 1)], []
         if self.taps is None:
-            return [self.teacher(images).float()], []
+            return [logits_of(self.teacher(images), "teacher", len(images)).float()], []
         with self.taps[0].recording(self.teacher.running(images)) as features:
-            logits = self.teacher(images).float()
+            logits = logits_of(self.teacher(images), "teacher", len(images)).float()
         return [logits], [feature.float().contiguous() for feature in features]
 
     def _outputs(
@@ -381,11 +413,14 @@ class DistillModule(SharedBackward):
 
     def _student_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits of the student, and what the taps see of it."""
-        if self.taps is None:
-            return self.student(images).float(), []
-        with self.taps[1].recording() as features:
-            logits = self.student(images).float()
-        return logits, features
+        features: list[Tensor] = []
+        with enough_samples("student", len(images)):
+            if self.taps is None:
+                output = self.student(images)
+            else:
+                with self.taps[1].recording() as features:
+                    output = self.student(images)
+        return logits_of(output, "student", len(images), self.student.training).float(), features
 
     def losses(
         self, images: Tensor, labels: Tensor, targets: Tensor | None = None, indices: Tensor | None = None
@@ -394,7 +429,8 @@ class DistillModule(SharedBackward):
 
         Args:
             images: (B, channels, H, W) float.
-            labels: (B,) int64, for whatever needs to know one class of a sample.
+            labels: (B,) int64, for whatever needs to know one class of a sample; negative where a sample has none,
+                which then takes part in distillation alone.
             targets: (B, C) float class probabilities, for the task loss; None means that ``labels`` say all.
             indices: (B,) int64, the samples to look up in a training with a cache of the teacher's answers; None asks
                 the teacher.
@@ -405,7 +441,7 @@ class DistillModule(SharedBackward):
                 f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
                 "they must agree"
             )
-        task = F.cross_entropy(student, labels if targets is None else targets, label_smoothing=self.label_smoothing)
+        task = task_loss(student, labels, targets, self.label_smoothing)
         combined: Tensor | None = None
         if self.combination is not None:
             teachers, combined = self.combination(torch.stack(teachers), labels)
@@ -433,20 +469,27 @@ class DistillModule(SharedBackward):
         if not isinstance(player, LookAhead):
             return
         if player.exact:
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, targets)
+
+            def task_of(logits: Tensor, part: slice) -> Tensor:
+                own = None if targets is None else targets[part]
+                return task_loss(logits, labels[part], own, self.label_smoothing)
+
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, task_of)
         else:
             (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
-            self.distillation.look_ahead(parts, teachers, student, labels, gradient * len(labels))
+            samples = len(labels) if targets is not None else (labels >= 0).sum()
+            self.distillation.look_ahead(parts, teachers, student, labels, gradient * samples)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        images, labels = batch[0], batch[1]
+        images, labels, targets = self.samples(batch)
         self._tell_progress()
         indices = None if self.opened_cache is None else indices_of(batch)
-        losses = self.losses(images, labels, getattr(batch, "targets", None), indices)
+        losses = self.losses(images, labels, targets, indices)
         self._watch.ask(losses.loss)
         gradients = self._gradients(losses) if self.watch_gradients else None
         last_of_group = self.backward_of_batch(losses.loss, len(labels), batch_idx)
         if not self._watch.finite():
+            check_range(labels, losses.student.shape[1])
             parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
             diverged(self, {"the loss": losses.loss, **parts}, self.student, images)
         if last_of_group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -143,7 +143,7 @@ class Distillation(nn.Module):
         Args:
             teachers: logits (B, C) of each teacher that is compared by itself.
             student: logits (B, C).
-            labels: (B,) int64, or None.
+            labels: (B,) int64, negative where a sample has none; or None.
             features: what the taps saw, of the teacher and of the student; empty for logits.
         """
         parts = []
@@ -181,14 +181,13 @@ class Distillation(nn.Module):
         teachers: list[Tensor],
         images: Tensor,
         labels: Tensor,
-        targets: Tensor | None = None,
+        task: Callable[[Tensor, slice], Tensor],
     ) -> None:
         """Set every part's alignment from the task loss after a step of distillation in the parameters.
 
-        With a held out half, each half of the batch is looked at from the other. The task's ``targets``, (B, C) class
-        probabilities, are ``labels`` where they are None.
+        With a held out half, each half of the batch is looked at from the other. ``task`` is the task loss, 0-dim, of
+        the logits (B', C) of a part of the batch.
         """
-        truth = labels if targets is None else targets
         middle = len(labels) // 2
         for module, regularizer, part, teacher in zip(self.losses, self.regularizers, parts, teachers, strict=True):
             player = cast(LookAhead, cast(Regularizer, regularizer).player)
@@ -204,12 +203,15 @@ class Distillation(nn.Module):
                 ) -> Tensor:
                     return cast(Tensor, loss.reduce(w * loss(t[here], logits, labels[here])))
 
+                def task_there(logits: Tensor, there: slice = there) -> Tensor:
+                    return task(logits, there)
+
                 aligned[here] = one_step_alignment(
                     network,
                     distill,
                     weights[here],
                     images[here],
-                    (images[there], truth[there]),
+                    (images[there], task_there),
                     player.step_size,
                 )
             part.alignment = aligned

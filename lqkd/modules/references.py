@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
+from lqkd.modules.batches import check_range
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_quantized_accuracy")
 """Keys of what :func:`measure` returns."""
 
+UNCHECKED = "the teacher was not checked"
+
 
 def measure(
     module: DistillModule, known: dict[str, float | None], of_teacher: dict[str, float | None]
@@ -32,7 +35,8 @@ def measure(
     """Check the teacher on the validation split, then measure teacher and student on the test split.
 
     The test split selects nothing: its numbers are only reported. A DataModule without one has its validation split
-    stand in for it; without a DataModule nothing is measured and all values are None.
+    stand in for it; without a DataModule nothing is measured and all values are None. What is not done is told in one
+    line, which ``module.warnings`` keeps. Samples without a label (negative) are left out.
 
     A student without ``student_weights`` whose accuracy before quantization is that of chance has not been trained:
     there is no ``student_float_accuracy`` of it.
@@ -44,17 +48,20 @@ def measure(
             is measured is added.
 
     Raises:
-        UsageError: when the teacher is below its ``minimum_accuracy`` on the validation split.
+        UsageError: when the teacher is below its ``minimum_accuracy`` on the validation split, or no sample of that
+            has a label.
     """
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
     if data is None:
+        warn(module, f"{UNCHECKED}, and no accuracy before the training was measured: there is no DataModule")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
-    validation = (data.val_dataloader(), trainer.limit_val_batches)
-    _check_teacher(module, *_of_teacher(module, "validation", validation, of_teacher))
-    has_test = is_overridden("test_dataloader", data, LightningDataModule)
-    split = (data.test_dataloader(), trainer.limit_test_batches) if has_test else validation
+    validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
+    _check_teacher(module, *_of_teacher(module, "validation", validation, of_teacher), _count(*validation))
+    test = loader_of(data, "test_dataloader")
+    has_test = test is not None
+    split = (test, trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
     name = "test" if has_test else "validation"
     measured["teacher_accuracy"], _ = _of_teacher(module, name, split, of_teacher)
@@ -64,6 +71,24 @@ def measure(
         measured["student_float_accuracy"] = None if _is_chance(module, found) else found
         measured["student_initial_quantized_accuracy"], _ = accuracy(module, module.student, *split)
     return measured
+
+
+def loader_of(data: Any, hook: str) -> Any:
+    """What ``hook`` of a DataModule gives; None where the class has none of its own."""
+    return getattr(data, hook)() if is_overridden(hook, data, LightningDataModule) else None
+
+
+def _count(loader: Any, limit: float) -> int:
+    """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float)."""
+    if loader is None:
+        return 0
+    return limit if isinstance(limit, int) else int(len(loader) * limit)
+
+
+def warn(module: DistillModule, sentence: str) -> None:
+    """Say ``sentence`` once, and keep it for the summary."""
+    module.warnings.append(sentence)
+    rank_zero_warn(sentence)
 
 
 def _of_teacher(
@@ -98,9 +123,16 @@ def evaluated(module: DistillModule, limit: float) -> str:
     return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
-def _check_teacher(module: DistillModule, measured: float | None, largest_class: float | None) -> None:
-    module.warnings = []
-    if measured is None or largest_class is None or getattr(module.trainer, "fast_dev_run", False):
+def _check_teacher(module: DistillModule, measured: float | None, largest_class: float | None, batches: int) -> None:
+    if getattr(module.trainer, "fast_dev_run", False):
+        return
+    if measured is None or largest_class is None:
+        if batches > 0:
+            raise UsageError(
+                "no sample of the validation split has a label, so that nothing can be measured on it: give labels, or "
+                "train without validation (trainer.limit_val_batches=0)"
+            )
+        warn(module, f"{UNCHECKED}: there is no validation data")
         return
     classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     minimum = module.teacher.minimum_accuracy
@@ -111,11 +143,11 @@ def _check_teacher(module: DistillModule, measured: float | None, largest_class:
             f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
         )
     if minimum is None and measured <= largest_class:  # of few images, or of uneven classes
-        module.warnings.append(
+        warn(
+            module,
             f"the teacher is right on {measured:.1%} of the validation images, no more than always naming the largest "
-            f"class is ({largest_class:.1%}): check its weights, normalisation (mean, std) and class order"
+            f"class is ({largest_class:.1%}): check its weights, normalisation (mean, std) and class order",
         )
-        rank_zero_warn(module.warnings[-1])
 
 
 def lowest_accuracy(classes: int) -> float:
@@ -136,9 +168,10 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
         module: the module, attached to a Trainer.
         network: from images to logits.
         loader: yields batches (images, labels, ...).
-        limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice.
+        limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice, and so does a
+            split without a labelled sample.
     """
-    batches = limit if isinstance(limit, int) else int(len(loader) * limit)
+    batches = _count(loader, limit)
     if batches == 0:
         return None, None
     trainer = module.trainer
@@ -149,13 +182,15 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
         if trainer.is_global_zero:
             taken = waiting(taken, "measuring before the first step", batches)  # type: ignore[assignment]
         for batch in taken:
-            images, labels = trainer.strategy.batch_to_device(batch, dataloader_idx=0)[:2]
+            images, labels, _ = module.samples(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
             logits = network(images)
-            metric.update((logits.argmax(dim=1) == labels).float())
-            counts = torch.zeros(logits.shape[1], device=module.device).index_add_(
-                0, labels, torch.ones_like(labels, dtype=torch.float32)
-            )
+            check_range(labels, logits.shape[1])
+            labelled = (labels >= 0).float()
+            metric.update((logits.argmax(dim=1) == labels).float(), labelled)
+            counts = torch.zeros(logits.shape[1], device=module.device).index_add_(0, labels.clamp_min(0), labelled)
             of_classes = counts if of_classes is None else of_classes + counts
     of_classes = trainer.strategy.reduce(of_classes, reduce_op="sum")
     assert of_classes is not None, "there was a batch"
+    if not of_classes.any():
+        return None, None
     return float(metric.compute()), float(of_classes.max() / of_classes.sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.optimizer_checks import GradientsAreThere
 from lqkd.modules.optimizers import restore_settings
 from lqkd.modules.steps import total_steps
 
@@ -40,6 +41,8 @@ class SharedBackward(ImageClassifier):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.optimizer_settings: list[list[dict[str, Any]]] = []
         """Of each optimizer's groups, as configured."""
+        self.optimizer_names: list[str] = []
+        """What a mistake calls each optimizer."""
         self._total_steps: int | None = None
         self._accumulated_samples = 0
 
@@ -70,22 +73,28 @@ class SharedBackward(ImageClassifier):
         return last_of_group
 
     def step_optimizers(self) -> None:
-        """Step every optimizer and its schedule with the gradient of a group of batches."""
+        """Step every optimizer and its schedule with the gradient of a group of batches.
+
+        Raises:
+            UsageError: when an optimizer's step asks for gradients a second time.
+        """
         accumulates = self.accumulate_grad_batches > 1
         # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
         summed = torch.tensor(float(self._accumulated_samples), device=self.device)
         samples_per_rank = self.trainer.strategy.reduce(summed, reduce_op="mean") if accumulates else summed
         counted = self._optimizers(use_pl_optimizer=True)[0]
         plain = self._optimizers(use_pl_optimizer=False)
-        for optimizer in plain:
+        closures = []
+        for name, optimizer in zip(self.optimizer_names, plain, strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if accumulates:
                 torch._foreach_div_([p.grad for p in parameters], samples_per_rank)
             if self.gradient_clip_val is not None:
                 nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
-        counted.step()  # Lightning counts this one: global_step is the number of student steps
-        for optimizer in plain[1:]:
-            optimizer.step()
+            closures.append(GradientsAreThere(name, optimizer, parameters))
+        counted.step(closures[0])  # Lightning counts this one: global_step is the number of student steps
+        for optimizer, closure in zip(plain[1:], closures[1:], strict=True):
+            optimizer.step(closure)
         for optimizer in plain:
             optimizer.zero_grad(set_to_none=True)
         self._accumulated_samples = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lqkd.modules.references import accuracy
+from lqkd.modules.references import accuracy, loader_of
 from lqkd.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ def _bf16(module: DistillModule, teacher: FrozenTeacher, untouched: Collection[s
         return wanted
     data: Any = getattr(module.trainer, "datamodule", None)
     limit = module.trainer.limit_val_batches
-    if data is None or getattr(module.trainer, "fast_dev_run", False) or limit == 0:
+    loader = None if data is None else loader_of(data, "val_dataloader")
+    if loader is None or getattr(module.trainer, "fast_dev_run", False) or limit == 0:
         rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
         return False
     teacher.accelerate(bf16=False, untouched=untouched)
-    before, _ = accuracy(module, teacher, data.val_dataloader(), limit)
+    before, _ = accuracy(module, teacher, loader, limit)
     teacher.accelerate(bf16=True, untouched=untouched)
     after, _ = accuracy(module, teacher, data.val_dataloader(), limit)
-    if before is None or after is None:
+    if before is None or after is None:  # no sample has a label, which measure() refuses
         return False
     moved = abs(after - before)
     if moved < LARGEST_LOSS:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+
 from lqkd.errors import UsageError
 
+_INSTEAD: dict[type[Callback], str] = {
+    LearningRateFinder: "set the learning rates of model.student_optimizer and model.regularizer_optimizer",
+    BatchSizeFinder: "set the batch size of the data",
+    GradientAccumulationScheduler: "use model.accumulate_grad_batches",
+}
+"""Callbacks of Lightning that run or change the training as only one automatic optimizer allows."""
 
-def check_trainer_settings(precision: object, gradient_clip_val: object, accumulate_grad_batches: object) -> None:
+
+def check_trainer_settings(settings: Any) -> None:
     """Refuse settings of the Trainer that DistillModule has to take over or cannot honour.
+
+    Args:
+        settings: the Trainer, or what it will be made of, with attributes of the same names.
 
     Raises:
         UsageError: naming the setting and what to use instead.
     """
+    precision = settings.precision
     if str(precision).startswith(("16", "transformer-engine-float16")):
         raise UsageError(
             f"trainer.precision={precision!r} is not possible with two optimizers, whose gradient scaler would be "
@@ -18,13 +40,43 @@ def check_trainer_settings(precision: object, gradient_clip_val: object, accumul
         )
     if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
         raise UsageError(f"trainer.precision={precision!r} is not possible: use bf16-mixed or 32-true")
-    if gradient_clip_val is not None:
+    if settings.gradient_clip_val is not None:
         raise UsageError(
-            f"trainer.gradient_clip_val={gradient_clip_val!r} has no effect with two optimizers: "
+            f"trainer.gradient_clip_val={settings.gradient_clip_val!r} has no effect with two optimizers: "
             "use model.gradient_clip_val"
         )
-    if accumulate_grad_batches not in (None, 1):
+    algorithm = settings.gradient_clip_algorithm
+    if algorithm is not None:
         raise UsageError(
-            f"trainer.accumulate_grad_batches={accumulate_grad_batches!r} has no effect with two optimizers: "
+            f"trainer.gradient_clip_algorithm={getattr(algorithm, 'value', algorithm)!r} has no effect with two "
+            "optimizers: use model.gradient_clip_val, which bounds the norm"
+        )
+    if settings.accumulate_grad_batches not in (None, 1):
+        raise UsageError(
+            f"trainer.accumulate_grad_batches={settings.accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
         )
+
+
+def check_callbacks(callbacks: Iterable[Callback], players: int) -> None:
+    """Refuse callbacks of Lightning that cannot work with DistillModule.
+
+    Args:
+        callbacks: those of the Trainer.
+        players: how many optimizers there will be.
+
+    Raises:
+        UsageError: naming the callback and what to do instead.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        for kind, instead in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UsageError(
+                    f"callback {name} is not possible with DistillModule, which steps its optimizers itself: {instead}"
+                )
+        if isinstance(callback, StochasticWeightAveraging) and players > 1:
+            raise UsageError(
+                f"callback {name} is not possible with a regularizer or a balance that learn, since it takes one "
+                "optimizer only: remove it, or fix both"
+            )

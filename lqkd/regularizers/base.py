@@ -84,7 +84,7 @@ class Regularizer(nn.Module, ABC):
         Args:
             teacher, student: what the map compares, or logits where it :attr:`sees_logits`; any floating dtype; no
                 gradient flows into them.
-            labels: (B,) int64, None when there are none.
+            labels: (B,) int64, negative where a sample has none; None when there are none at all.
         """
         with torch.autocast(teacher.device.type, enabled=False):
             weights = self.response(teacher.detach().float(), student.detach().float(), labels).square()

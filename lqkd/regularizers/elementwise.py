@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.errors import UsageError
@@ -22,7 +21,7 @@ class ElementwiseMLP(Regularizer):
 
     Args:
         hidden: width of the hidden layer.
-        label: whether it also sees if the element belongs to the true class.
+        label: whether it also sees if the element belongs to the true class; of a sample without a label none does.
         guard, player, max_weight: see :class:`Regularizer`.
 
     Raises:
@@ -48,5 +47,6 @@ class ElementwiseMLP(Regularizer):
         if self.label:
             if labels is None:
                 raise UsageError("label=true of ElementwiseMLP needs labels: this run has none")
-            features.append(F.one_hot(labels, teacher.shape[1]).to(teacher.dtype))
+            true_class = labels.unsqueeze(1) == torch.arange(teacher.shape[1], device=teacher.device)
+            features.append(true_class.to(teacher.dtype))
         return self.network(torch.stack(features, dim=-1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,7 +14,7 @@ def one_step_alignment(
     distill: Callable[[Tensor, Tensor], Tensor],
     weights: Tensor,
     images: Tensor,
-    held_out: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Callable[[Tensor], Tensor]],
     step_size: float,
 ) -> Tensor:
     """``-N / step_size * d L_task(theta') / d w``, ``theta' = theta - step_size * d L_distill(theta, w) / d theta``.
@@ -28,7 +27,7 @@ def one_step_alignment(
         distill: the distillation loss, 0-dim, of logits (B, C) and weights.
         weights: in the shape of the divergence map, N elements.
         images: (B, C, H, W), on which the step is taken.
-        held_out: images and labels, (B,) classes or (B, C) probabilities, on which the task loss is measured.
+        held_out: images on which the task loss is measured, and that loss, 0-dim, of their logits (B, C).
         step_size: of the step.
 
     Returns:
@@ -44,7 +43,7 @@ def one_step_alignment(
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
         logits = functional_call(network, (moved, _buffers(network)), (held_out[0],)).float()
-        (slope,) = torch.autograd.grad(F.cross_entropy(logits, held_out[1]), weights)
+        (slope,) = torch.autograd.grad(held_out[1](logits), weights)
     return -slope * (weights.numel() / step_size)
 
 

@@ -67,6 +67,16 @@ def test_two_processes_train_like_one_with_the_same_global_batch(results: dict[s
 
 
 @pytest.mark.slow
+def test_a_process_without_labels_takes_part_in_distillation(tmp_path: Path) -> None:
+    """Its task loss is 0 and in the graph, for which DDP waits, also where a balance looks at gradients in weights."""
+    first, second = run_workers(tmp_path, 2, batch_size=16, unlabelled_rank=1, shared="3")
+    assert len(first["steps"]) == 6
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    assert first["steps"][-1].isfinite().all()
+    assert not torch.equal(first["steps"][-1], first["steps"][0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("player", ["cooperative", "adversarial", "look_ahead"])
 def test_every_player_trains_two_processes_like_one(tmp_path: Path, player: str) -> None:
     """Weights of mean one, over both processes, after six steps; to the tolerance of the test above."""

@@ -15,11 +15,23 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
-from lqkd.data import Augmentation
+from lqkd.data import Augmentation, Batch, Digits
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP, GradNorm
 from lqkd.teacher_cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
+
+
+class UnlabelledRank(Digits):
+    """Digits, of which process ``rank`` knows no label in training."""
+
+    rank = -1
+
+    def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
+        batch = super().preprocess(batch, train=train, epoch=epoch)
+        assert self.trainer is not None
+        hidden = train and self.trainer.global_rank == self.rank
+        return batch._replace(labels=torch.full_like(batch.labels, -1)) if hidden else batch
 
 
 class Watch(Callback):
@@ -47,6 +59,7 @@ def main(
     guard: str = "barrier",
     cache: str | None = None,
     shared: str | None = None,
+    unlabelled_rank: int | None = None,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -62,6 +75,9 @@ def main(
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     )
     data = digits(1, batch_size)
+    if unlabelled_rank is not None:
+        data = UnlabelledRank(batch_size=batch_size, eval_batch_size=256)
+        data.rank = unlabelled_rank
     data.limit_train = samples
     data.augmentation = Augmentation()
     data.validation_fraction = 0.0994  # 143 images, an odd number

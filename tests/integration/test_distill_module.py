@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -396,6 +404,11 @@ def test_a_network_for_other_images_is_refused(make_trainer: MakeTrainer) -> Non
         ({"precision": "16-mixed"}, r"precision='16-mixed' is not possible .* use bf16-mixed"),
         ({"gradient_clip_val": 1.0}, r"gradient_clip_val=1.0 has no effect .* use model.gradient_clip_val"),
         ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2 has no effect .* use model.accumulate"),
+        ({"gradient_clip_algorithm": "value"}, r"gradient_clip_algorithm='value' has no effect .* bounds the norm"),
+        ({"callbacks": [LearningRateFinder()]}, r"LearningRateFinder is not possible .* set the learning rates"),
+        ({"callbacks": [BatchSizeFinder()]}, r"BatchSizeFinder is not possible .* set the batch size"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, r"is not possible .* use model.accumulate_grad_batch"),
+        ({"callbacks": [StochasticWeightAveraging(0.1)]}, r"StochasticWeightAveraging .* one optimizer only"),
     ],
 )
 def test_trainer_settings_that_two_optimizers_cannot_honour_are_refused(
@@ -406,6 +419,11 @@ def test_trainer_settings_that_two_optimizers_cannot_honour_are_refused(
         monkeypatch.setattr(type(trainer), "precision", property(lambda self: arguments["precision"]))
     with pytest.raises(UsageError, match=message):
         trainer.fit(distiller(), datamodule=digits(2))
+
+
+def test_the_tuner_is_refused_before_it_runs(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UsageError, match="LearningRateFinder is not possible with DistillModule"):
+        Tuner(make_trainer()).lr_find(distiller(), datamodule=digits(2))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 
 from lqkd.cli import main
 from lqkd.data import Digits
+from lqkd.data.base import ImageSet
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -125,6 +126,19 @@ def test_test_data_have_no_part_in_it(run: Path, tmp_path: Path, monkeypatch: py
 def test_batches_are_counted_and_spread_over_the_split(run: Path, tmp_path: Path) -> None:
     assert rank(run, tmp_path / "one", "--bits", "4", "--batches", "1")["validation_samples"] == 48
     assert rank(run, tmp_path / "all", "--bits", "4", "--batches", "99")["validation_samples"] == 144
+
+
+def test_images_without_a_label_are_left_out(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Digits.load
+
+    def partly_labelled(data: Digits) -> ImageSet:
+        images = load(data)
+        return images._replace(train_labels=torch.where(images.train_labels == 3, -1, images.train_labels))
+
+    monkeypatch.setattr(Digits, "load", partly_labelled)
+    found = rank(run, tmp_path, "--bits", "4")
+    assert 120 < found["validation_samples"] < 144
+    assert found["float"]["accuracy"] < 1
 
 
 def test_a_budget_out_of_reach_is_one_line_that_says_the_smallest_before_anything_is_measured(

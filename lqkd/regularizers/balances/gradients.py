@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.regularizers.balances.base import Balance
-from lqkd.regularizers.balances.norms import LossGradients
+from lqkd.regularizers.balances.norms import SMALLEST_NORM, LossGradients
 from lqkd.regularizers.balances.places import AtLogits, AtWeights
 
 
@@ -34,8 +34,10 @@ class _RatioBalance(Balance):
 
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
         if gradients is not None:
-            self.log_norms.lerp_(gradients.norms.log(), 1 - self.momentum)
-            self.steps.add_(1)
+            counts = gradients.norms[0] > SMALLEST_NORM  # a batch without labels has no task, and says nothing of both
+            updated = self.log_norms.lerp(gradients.norms.log(), 1 - self.momentum)
+            self.log_norms.copy_(torch.where(counts, updated, self.log_norms))
+            self.steps.add_(counts)
         seen = 1 - self.momentum ** self.steps.clamp_min(1)
         task, distill = (self.log_norms / seen).unbind()
         return self._weights(task - distill), None

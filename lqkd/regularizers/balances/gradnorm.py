@@ -14,6 +14,8 @@ from lqkd.regularizers.balances.norms import LossGradients
 from lqkd.regularizers.balances.places import AtLogits, AtWeights
 from lqkd.regularizers.reduction import mean_over_processes
 
+_SMALLEST_LOSS = 1e-12
+
 
 class _NormBalance(Balance):
     """Weights ``w = 2 softmax(v)``, with v trained on the mismatch of gradient norms only.
@@ -53,8 +55,9 @@ class _NormBalance(Balance):
         weights = 2 * self.v.softmax(0)
         if gradients is None:
             return weights.detach(), None
-        values = mean_over_processes(losses).clamp(1e-12, 1e12)
-        self.initial.copy_(torch.where(self.steps == 0, values, self.initial))
+        values = mean_over_processes(losses).clamp(_SMALLEST_LOSS, 1e12)
+        # A batch without labels has no task loss, and none of the first batch's is known then.
+        self.initial.copy_(torch.where((self.steps == 0) | (self.initial <= _SMALLEST_LOSS), values, self.initial))
         self.steps.add_(1)
         norms = weights * gradients.norms
         rates = values / self.initial

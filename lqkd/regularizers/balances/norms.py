@@ -11,7 +11,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.regularizers.reduction import mean_over_processes
 
-_SMALLEST_NORM, _LARGEST_NORM = 1e-15, 1e15  # whose squares float32 can add up
+SMALLEST_NORM, _LARGEST_NORM = 1e-15, 1e15  # whose squares float32 can add up
 
 
 class LossGradients(NamedTuple):
@@ -108,5 +108,5 @@ def _products(task: Tensor, distill: Tensor) -> Tensor:
 
 
 def _compared(products: Tensor) -> LossGradients:
-    norms = products[:2].sqrt().clamp(_SMALLEST_NORM, _LARGEST_NORM)
+    norms = products[:2].sqrt().clamp(SMALLEST_NORM, _LARGEST_NORM)
     return LossGradients(norms, (products[2] / norms[0] / norms[1]).clamp(-1, 1))

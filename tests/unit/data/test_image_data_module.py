@@ -225,3 +225,23 @@ def test_overfitting_repeats_the_same_batches(tmp_path: Path) -> None:
     first, second = ([b.indices.tolist() for e, b in module.trained if e == epoch] for epoch in (0, 1))
     assert len(first) == 2
     assert first == second
+
+
+class PartlyLabelled(Squares):
+    def load(self) -> ImageSet:
+        images = super().load()
+        labels = images.train_labels.clone()
+        labels[::2] = -1
+        return images._replace(train_labels=labels)
+
+
+def test_images_without_a_label_are_split_and_trained_on() -> None:
+    data = PartlyLabelled(batch_size=10, validation_fraction=0.2, seed=0)
+    data.setup()
+    labels = torch.cat([batch.labels for batch in data.train_dataloader()])
+    assert (labels < 0).sum() == 40
+
+
+def test_images_without_a_label_cannot_be_mixed() -> None:
+    with pytest.raises(UsageError, match="mixup and cutmix need the labels of all training images"):
+        PartlyLabelled(batch_size=10, seed=0, mixup=0.2).setup()

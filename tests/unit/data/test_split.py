@@ -27,3 +27,9 @@ def test_the_seed_decides_the_subset() -> None:
     first, again, other = (stratified_split(IDS, LABELS, 20, seed=seed, stream=1)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_samples_without_a_label_are_split_in_proportion_too() -> None:
+    labels = torch.where(LABELS == 2, -1, LABELS)
+    chosen, _ = stratified_split(IDS, labels, 50, seed=0, stream=1)
+    assert int((labels[chosen // 10] < 0).sum()) in (8, 9)  # of 17

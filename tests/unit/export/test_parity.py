@@ -16,6 +16,7 @@ from lqkd.export import emitter as emitter_module
 from lqkd.export import parity as parity_module
 from lqkd.export.emitter import Exported
 from lqkd.export.formats import BUILDERS
+from lqkd.export.parity import Parity, agreement
 from lqkd.export.runtimes import Runner
 from tests.unit.export.networks import images, quantised
 
@@ -158,3 +159,11 @@ def test_from_python_a_failed_comparison_raises_and_writes_nothing(
     monkeypatch.setattr(emitter_module.Emitter, "_write_relu", wrong)
     with pytest.raises(ParityError, match="the first difference arises at"):
         to_onnx(quantised(bits="w4a4"), images(8), f"{tmp_path}/x.onnx", calibration=[images(32)])
+
+
+def test_images_without_a_label_are_compared_and_not_counted_as_wrong() -> None:
+    parity = Parity(scales_identical=True)
+    answer = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    test = [(torch.zeros(4, 1), torch.tensor([0, -1, 1, -100]))]
+    agreement(parity, lambda x: answer, lambda x: answer, test, None)
+    assert (parity.images, parity.accuracy, parity.exported_accuracy) == (4, 0.5, 0.5)

@@ -98,3 +98,12 @@ def test_impossible_arguments_of_dkd_are_refused(arguments: dict[str, float]) ->
 def test_dkd_without_any_weight_is_refused() -> None:
     with pytest.raises(UsageError, match="alpha and beta cannot all be 0"):
         DKD(alpha=0.0, beta=0.0)
+
+
+def test_a_sample_without_a_label_is_compared_by_plain_kl() -> None:
+    teacher, student, labels = batch()
+    labels[:3] = torch.tensor([-1, -100, -1])
+    found = DKD(temperature=2.0, alpha=1.0, beta=3.0)(teacher, student, labels)
+    plain = 3.0 * HintonKL(temperature=2.0)(teacher, student)
+    torch.testing.assert_close(found[:3], plain[:3])
+    torch.testing.assert_close(found[3:], DKD(temperature=2.0, alpha=1.0, beta=3.0)(teacher, student, labels.abs())[3:])

@@ -62,3 +62,21 @@ def test_extreme_logits_stay_finite(name: str) -> None:
     logits, labels = answers()
     for combined in COMBINATIONS[name](3)(1e4 * logits, labels)[0]:
         assert combined.isfinite().all()
+
+
+def test_samples_without_a_label_teach_the_learned_shares_nothing() -> None:
+    logits, labels = answers()
+    labels[::2] = -1
+    objective = LearnedMixture(3)(logits, labels)[1]
+    assert objective is not None
+    expected = LearnedMixture(3)(logits[:, 1::2], labels[1::2])[1]
+    torch.testing.assert_close(objective, expected)
+    nothing = LearnedMixture(3)(logits, torch.full_like(labels, -1))[1]
+    assert nothing is not None
+    assert nothing.item() == 0.0
+
+
+def test_without_a_label_every_teacher_is_as_confident() -> None:
+    logits, labels = answers()
+    (combined,), _ = ConfidentTeachers(3)(logits, torch.full_like(labels, -1))
+    torch.testing.assert_close(combined.exp(), logits.softmax(-1).mean(0))

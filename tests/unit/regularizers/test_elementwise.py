@@ -86,3 +86,16 @@ def test_with_the_barrier_the_weights_reach_one_over_the_divergence() -> None:
 def test_impossible_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ElementwiseMLP(**arguments)
+
+
+def test_of_a_sample_without_a_label_no_element_is_of_the_true_class() -> None:
+    torch.manual_seed(0)
+    regularizer = ElementwiseMLP(hidden=4, label=True)
+    for parameter in regularizer.parameters():
+        torch.nn.init.normal_(parameter)
+    teacher, student = torch.randn(2, 3), torch.randn(2, 3)
+    found = regularizer(teacher, student, torch.tensor([-1, 2]))
+    other = regularizer(teacher, student, torch.tensor([0, 2]))
+    assert torch.equal(found[1], other[1])
+    assert torch.equal(found[0, 1:], other[0, 1:])
+    assert not torch.equal(found[0, 0], other[0, 0])

@@ -206,3 +206,21 @@ def test_gradnorm_weights_stay_within_their_bounds_and_v_does_not_run_away() -> 
         optimizer.step()
     assert weights["distill"].item() == pytest.approx(0.2)
     assert balance.v.abs().max().item() < math.log(1.8 / 0.2)
+
+
+@pytest.mark.parametrize("balance", [OutputGradientBalance(momentum=0.5), LearnableRatioBalance(momentum=0.5)])
+def test_a_batch_without_labels_leaves_the_ratio_as_it_was(balance: Balance) -> None:
+    features, teacher, labels = batch()
+    output = (features @ torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    _, before = balance(losses_of(output, teacher, labels), output)
+    _, after = balance({**losses_of(output, teacher, labels), "task": 0.0 * output.sum()}, output)
+    assert torch.equal(before["distill"], after["distill"])
+
+
+def test_gradnorm_measures_the_first_task_loss_in_the_first_batch_with_labels() -> None:
+    features, teacher, labels = batch()
+    output = (features @ torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    balance, losses = OutputGradNorm(), losses_of(output, teacher, labels)
+    balance({**losses, "task": 0.0 * output.sum()}, output)
+    balance(losses, output)
+    torch.testing.assert_close(balance.initial, torch.stack([*losses.values()]).detach())
