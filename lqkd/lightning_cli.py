@@ -30,7 +30,7 @@ from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
 from lqkd.files import write_text
 from lqkd.forecast import ForetellExport
-from lqkd.models.weights import weights_exist
+from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
