@@ -30,6 +30,7 @@ from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
 from lqkd.files import write_text
 from lqkd.forecast import ForetellExport
+from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
@@ -170,6 +171,8 @@ class LqkdCLI(LightningCLI):
             ) from error
         if saved is None:
             raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
+        if verb != "fit" and (told := not_finite(checkpoint["state_dict"], ())) is not None:
+            raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {told}")
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)

@@ -261,6 +261,18 @@ def test_a_student_that_diverged_is_an_error_and_no_prediction(
         assert said in err
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_checkpoint_that_diverged_is_not_measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, verb: str
+) -> None:
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved["state_dict"]["student.layer1.0.conv1.weight"][0, 0] = torch.nan
+    torch.save(saved, tmp_path / "nan.ckpt")
+    capsys.readouterr()
+    assert main([verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(tmp_path / "nan.ckpt")]) == 2
+    assert "is of a training that diverged: 'student.layer1.0.conv1.weight' is not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("student.onnx", "ONNX Runtime runs it"), ("checkpoints/best.ckpt", "the folder of its run")]
 )
