@@ -423,5 +423,5 @@ def _print_summary(folder: Path) -> None:
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
         console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
     if summary["regularizer"]:
-        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True)
-    console.print(f"run folder: {folder}", soft_wrap=True)
+        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True, markup=False)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)

@@ -18,6 +18,7 @@ from lqkd.models.finite import not_finite
 from lqkd.origin import outdated
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
+from lqkd.utils.escaping import terminal
 from lqkd.utils.schema import EXPORTED_FILE, check
 from lqkd.waiting import waiting
 
@@ -101,14 +102,15 @@ def main(given: Predict) -> int:
     for path, entry in waiting(predicted, "reading images", len(given.images)):
         if isinstance(entry, UsageError):
             failed = True
-            print(f"lqkd: error: {entry}", file=sys.stderr)
+            print(f"lqkd: error: {terminal(entry)}", file=sys.stderr)
             listed.append({"image": path, "error": str(entry)})
         else:
             listed.append({"image": path, "predictions": entry})
             if not given.json:
-                print(f"{path}: " + ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry))
+                classes = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry)
+                print(terminal(f"{path}: {classes}"))
     if given.json:
-        print(json.dumps(listed, indent=2))
+        print(json.dumps(listed, indent=2, allow_nan=False))
     return 2 if failed else 0
 
 
@@ -146,7 +148,7 @@ def load_classifier(path: str | Path) -> Classifier:
     logits, described = (_onnx if file.suffix == ".onnx" else _program)(file)
     old = outdated(file, described)
     if old is not None:
-        print(f"lqkd: warning: {old}", file=sys.stderr)
+        print(f"lqkd: warning: {terminal(old)}", file=sys.stderr)
     return _classifier(logits, described.get("preprocessing") or {}, described, file)
 
 

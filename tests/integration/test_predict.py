@@ -242,6 +242,19 @@ def test_what_a_file_says_of_itself_and_cannot_be_is_one_line(
     assert said in line
 
 
+def test_the_name_of_a_class_does_nothing_to_the_terminal_and_stays_whole_in_json(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    names = [f"\x1b]0;owned\x07 {i}" for i in range(10)]
+    file = str(rewritten(run, tmp_path / "s.safetensors", class_names=names))
+    assert told(capsys, file, images[0])[0]["predictions"][0]["class"] in names
+    assert main(["predict", file, images[0]]) == 0
+    assert main(["predict", file, "\x1b[2Jnone.png"]) == 2
+    out, err = capsys.readouterr()
+    assert r": \x1b]0;owned\x07 " in out
+    assert err == "lqkd: error: \\x1b[2Jnone.png does not exist: give image files\n"
+
+
 def test_a_student_that_diverged_is_an_error_and_no_prediction(
     run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
