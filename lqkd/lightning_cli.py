@@ -165,14 +165,15 @@ class LqkdCLI(LightningCLI):
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
+            diverged = not_finite(checkpoint["state_dict"], ()) if saved is not None and verb != "fit" else None
         except Exception as error:  # a damaged or foreign file raises many types
             raise UsageError(
                 f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
             ) from error
         if saved is None:
             raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
-        if verb != "fit" and (told := not_finite(checkpoint["state_dict"], ())) is not None:
-            raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {told}")
+        if diverged is not None:
+            raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {diverged}")
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)

@@ -170,7 +170,6 @@ def test_a_shard_of_another_set_gives_no_wrong_label(shards: Path) -> None:
         ("size", lambda sizes: sizes * 0 + 2**62),
         ("size", lambda sizes: sizes.astype(float)),
         ("offset", lambda offsets: -offsets),
-        ("label", lambda labels: labels[None]),
         ("shard_bytes", lambda sizes: -sizes),
         ("class_names", lambda names: np.arange(len(names))),
     ],
