@@ -11,13 +11,15 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-names, prepare = about["lqkd.class_names"], about["lqkd.preprocessing"]
+about = session.get_modelmeta().custom_metadata_map
+names, prepare = (json.loads(about.get(f"lqkd.{key}", "null")) for key in ("class_names", "preprocessing"))
+if not prepare:  # of lqkd.export.to_onnx, which knows of it only what its argument about says
+    sys.exit(f"{sys.argv[1]} does not say how images are prepared: to_onnx(..., about={{'preprocessing': ...}}) does")
 height, width = prepare["size"]
 mean, std = (np.array(prepare[key], np.float32)[:, None, None] for key in ("mean", "std"))
 for path in sys.argv[2:]:
     image = ImageOps.exif_transpose(Image.open(path)).convert("L" if prepare["channels"] == 1 else "RGB")
-    if prepare["resize_size"] is None:  # trained on images of exactly this size
+    if prepare.get("resize_size") is None:  # trained on images of exactly this size
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     else:
         sides = [int(prepare["resize_size"] * side / min(image.size)) for side in image.size]
@@ -25,5 +27,7 @@ for path in sys.argv[2:]:
         image = image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / np.float32(255)
     logits = session.run(None, {"images": ((pixels - mean) / std)[None]})[0][0].astype(np.float64)
+    if not np.isfinite(logits).all():
+        sys.exit(f"{sys.argv[1]} answers with logits that are not finite: its training diverged, or it is damaged")
     odds = np.exp(logits - logits.max())
-    print(f"{path}: {names[odds.argmax()]} {odds.max() / odds.sum():.1%}")
+    print(f"{path}: {names[odds.argmax()] if names else odds.argmax()} {odds.max() / odds.sum():.1%}")

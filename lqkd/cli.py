@@ -18,6 +18,7 @@ from typing import Any
 from lqkd import arguments
 from lqkd.errors import DivergenceError, FullDiskError, Stopped, UsageError
 from lqkd.overview import overview, unknown
+from lqkd.utils.escaping import terminal
 from lqkd.waiting import Stages
 
 _VERBS = {
@@ -54,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
         mistake = _mistake(error)
         if mistake is None:
             raise
-        print(f"lqkd: error: {mistake}", file=sys.stderr)
+        print(f"lqkd: error: {terminal(mistake)}", file=sys.stderr)
         return 2
     except (DivergenceError, FullDiskError) as error:
         _tell(f"lqkd: error: {error}")
@@ -91,7 +92,7 @@ def _resume(folder: Path, settings: list[str]) -> int:
     if given:
         lightning.LqkdCLI(given, resumption)
     else:
-        print(f"{resumption.folder} is finished: to train longer give e.g. --trainer.max_epochs")
+        print(f"{terminal(resumption.folder)} is finished: to train longer give e.g. --trainer.max_epochs")
     return 0
 
 
@@ -147,7 +148,7 @@ def _tell(text: str) -> None:
     """Print to standard error, in the first process only."""
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0):
-        print(text, file=sys.stderr, flush=True)
+        print(terminal(text), file=sys.stderr, flush=True)
 
 
 def _mistake(error: BaseException | None) -> str | None:

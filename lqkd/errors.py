@@ -1,5 +1,8 @@
 """The exceptions that mean something to the command line: mistakes, and what ends a training before its time."""
 
+import pickle
+import re
+
 
 class UsageError(ValueError):
     """A setting, file or checkpoint that lqkd cannot accept.
@@ -37,5 +40,12 @@ class Stopped(SystemExit):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, to be quoted within a sentence of ours."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".:")
+    """The first line of a library's error, to be quoted within a sentence of ours, without colours of a terminal.
+
+    PyTorch's about a file that holds more than tensors is three pages of advice: what is there is said instead.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    held = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and held is not None:
+        return f"it holds {held[1]}, code that is not run for a file's sake: save the state dict alone"
+    return next(iter(text.splitlines()), type(error).__name__).rstrip(".:")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lqkd.errors import UsageError
+
 
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
@@ -34,6 +36,32 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is a file of ``folder``, whose other files may be a stranger's.
+
+    A page that is made of a folder, and given away, must hold nothing else of its reader's disk.
+
+    Raises:
+        UsageError: when it is a link, or lies below one, that leads out of ``folder``.
+    """
+    if not path.is_file():
+        return False
+    check_inside(path, folder)
+    return True
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a ``path`` in ``folder`` that is a link, or lies below one, out of it.
+
+    Raises:
+        UsageError: then.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{str(path)!r} is a link that leads out of {str(folder)!r}: only files in the folder are read"
+        )
 
 
 def write_text(target: str | Path, text: str) -> None:

@@ -30,7 +30,8 @@ from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
 from lqkd.files import write_text
 from lqkd.forecast import ForetellExport
-from lqkd.models.weights import weights_exist
+from lqkd.models.finite import not_finite
+from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
@@ -164,12 +165,15 @@ class LqkdCLI(LightningCLI):
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
+            diverged = not_finite(checkpoint["state_dict"], ()) if saved is not None and verb != "fit" else None
         except Exception as error:  # a damaged or foreign file raises many types
             raise UsageError(
                 f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
             ) from error
         if saved is None:
             raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
+        if diverged is not None:
+            raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {diverged}")
         current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)
@@ -420,5 +424,5 @@ def _print_summary(folder: Path) -> None:
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
         console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
     if summary["regularizer"]:
-        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True)
-    console.print(f"run folder: {folder}", soft_wrap=True)
+        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True, markup=False)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)

@@ -8,12 +8,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lqkd.suggest import suggestion
+from lqkd.utils.escaping import terminal
+from lqkd.utils.yaml_text import check_yaml
 
 _NAMES = 44
 """Columns for the name of an option."""
@@ -50,11 +53,15 @@ class OneLineParser(LightningArgumentParser):
             args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", args[0])]
         return super().parse_args(args, *rest, **kwargs)
 
+    def parse_string(self, content: str, path: Any = "", *rest: Any, **kwargs: Any) -> Any:
+        check_yaml(content, str(Path(path).resolve()) if path else "the configuration")  # its folder is the current one
+        return super().parse_string(content, path, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
         verb = self.verb or (self.prog.split()[-1] if " " in self.prog else "VERB")
-        print(f"lqkd: error: {condense(message, self)} (see python -m lqkd {verb} --help)", file=sys.stderr)
+        print(f"lqkd: error: {terminal(condense(message, self))} (see python -m lqkd {verb} --help)", file=sys.stderr)
         sys.exit(2)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:

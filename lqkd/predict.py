@@ -14,9 +14,12 @@ import torch
 
 from lqkd.arguments import Predict
 from lqkd.errors import UsageError, first_line
+from lqkd.models.finite import not_finite
 from lqkd.origin import outdated
 from lqkd.preprocessing import Preprocessing
 from lqkd.student import describe_student, load_student
+from lqkd.utils.escaping import terminal
+from lqkd.utils.schema import EXPORTED_FILE, check
 from lqkd.waiting import waiting
 
 BATCH = 32
@@ -31,21 +34,48 @@ class Classifier:
         logits: (B, C, H, W) float32 to (B, classes).
         preprocessing: of image files.
         class_names: in the order of the logits; empty when they have none.
+        source: the file that it is from, for messages.
     """
 
     logits: Callable[[np.ndarray], np.ndarray]
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    source: str
 
     def predict(self, images: np.ndarray, top_k: int) -> list[list[dict[str, Any]]]:
-        """The ``top_k`` classes of each image, the most probable first, with their probability by softmax."""
-        logits = self.logits(images).astype(np.float64)
+        """The ``top_k`` classes of each image, the most probable first, with their probability by softmax.
+
+        Raises:
+            UsageError: when the network does not take such images, or its logits are not those of the classes, or not
+                finite.
+        """
+        logits = self._checked_logits(images)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return [
             [self._entry(int(i), float(row[i])) for i in best] for row, best in zip(probabilities, order, strict=True)
         ]
+
+    def _checked_logits(self, images: np.ndarray) -> np.ndarray:
+        try:
+            logits = self.logits(images).astype(np.float64)
+        except Exception as error:  # PyTorch and the runtimes raise many types
+            shape = "x".join(map(str, images.shape[1:]))
+            raise UsageError(
+                f"the network of {self.source!r} does not take the images of {shape} that the file says it takes "
+                f"({first_line(error)})"
+            ) from error
+        classes = len(self.class_names) or logits.shape[-1]
+        if logits.shape != (len(images), classes):
+            wanted = f"{classes} class names" if self.class_names else "logits (B, classes)"
+            raise UsageError(f"{self.source!r} contradicts itself: {wanted}, and outputs of shape {logits.shape}")
+        if not np.isfinite(logits).all():
+            raise UsageError(
+                f"the network of {self.source!r} answers with logits that are not finite: its training diverged, or "
+                "the file is damaged"
+            )
+        return logits
 
     def _entry(self, index: int, confidence: float) -> dict[str, Any]:
         name = self.class_names[index] if self.class_names else str(index)
@@ -72,14 +102,15 @@ def main(given: Predict) -> int:
     for path, entry in waiting(predicted, "reading images", len(given.images)):
         if isinstance(entry, UsageError):
             failed = True
-            print(f"lqkd: error: {entry}", file=sys.stderr)
+            print(f"lqkd: error: {terminal(entry)}", file=sys.stderr)
             listed.append({"image": path, "error": str(entry)})
         else:
             listed.append({"image": path, "predictions": entry})
             if not given.json:
-                print(f"{path}: " + ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry))
+                classes = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry)
+                print(terminal(f"{path}: {classes}"))
     if given.json:
-        print(json.dumps(listed, indent=2))
+        print(json.dumps(listed, indent=2, allow_nan=False))
     return 2 if failed else 0
 
 
@@ -117,12 +148,13 @@ def load_classifier(path: str | Path) -> Classifier:
     logits, described = (_onnx if file.suffix == ".onnx" else _program)(file)
     old = outdated(file, described)
     if old is not None:
-        print(f"lqkd: warning: {old}", file=sys.stderr)
+        print(f"lqkd: warning: {terminal(old)}", file=sys.stderr)
     return _classifier(logits, described.get("preprocessing") or {}, described, file)
 
 
 def _classifier(logits: Any, preprocessing: dict[str, Any], described: dict[str, Any], file: Path) -> Classifier:
-    return Classifier(logits, Preprocessing.of(preprocessing, str(file)), tuple(described.get("class_names") or ()))
+    names = tuple(str(name) for name in described.get("class_names") or ())
+    return Classifier(logits, Preprocessing.of(preprocessing, str(file)), names, str(file))
 
 
 def _in_torch(network: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -150,6 +182,11 @@ def _onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
         raise UsageError(
             f"{str(file)!r} was not written by lqkd export: it does not say how images are prepared for it"
         )
+    check(described, EXPORTED_FILE, str(file))
+    for tensor in model.graph.initializer:  # integer kernels make ordinary numbers out of a step that is none
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise UsageError(f"{str(file)!r} is damaged: {tensor.name!r} is not finite")
     runner = Runner(model, optimised=True)
     return lambda images: runner(images)[OUTPUT], described
 
@@ -161,4 +198,7 @@ def _program(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, 
         program, described = load_program(file)
     except Exception as error:  # a damaged file raises many types
         raise UsageError(f"{str(file)!r} is not a program of lqkd export ({first_line(error)})") from error
+    check(described, EXPORTED_FILE, str(file))
+    if (told := not_finite(program.state_dict, ())) is not None:
+        raise UsageError(f"{str(file)!r} is damaged: {told}")
     return _in_torch(program.module()), described

@@ -11,6 +11,7 @@ import numpy as np
 
 from lqkd.decode import decode
 from lqkd.errors import UsageError
+from lqkd.utils.schema import PREPROCESSING, check
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Preprocessing:
         """From what a file says about itself: ``channels``, ``size``, ``mean``, ``std`` and perhaps ``resize_size``.
 
         Raises:
-            UsageError: when something is missing or cannot be done with an image file.
+            UsageError: when something is missing, is not possible, or cannot be done with an image file.
         """
+        check(described, PREPROCESSING, source)
         channels, size, mean, std = (described.get(key) for key in ("channels", "size", "mean", "std"))
         if channels not in (1, 3) or len(size or ()) != 2 or not len(mean or ()) == len(std or ()) == channels:
             raise UsageError(
                 f"{source!r} does not say how images are prepared for it (channels={channels}, size={size}, "
-                f"mean={mean}, std={std}): predict needs 1 or 3 channels, and the mean and std of each"
+                f"mean={mean}, std={std}): predict needs 1 or 3 channels, and the mean and std of each, which the "
+                "argument about of lqkd.export.to_onnx takes as preprocessing"
             )
         height, width = size  # type: ignore[misc]
         return cls(channels, (height, width), tuple(mean), tuple(std), described.get("resize_size"))  # type: ignore[arg-type]

@@ -117,7 +117,8 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
         )
     reader = RunReader(config, trained=True)
     try:
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+        held = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+        state = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
     except Exception as error:  # a damaged file raises many types
         raise UsageError(f"{str(checkpoint)!r} is not a checkpoint that can be read ({first_line(error)})") from error
     name = "student" if isinstance(reader.model, DistillModule) else "network"

@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from lqkd.errors import UsageError, first_line
+from lqkd.models.bounds import no_larger_than
+from lqkd.models.finite import not_finite
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.residual import other_places
+from lqkd.utils.schema import NETWORK_FILE, check
 
 _FILES = {"student.safetensors": "student", "network.safetensors": "network"}
 """What a run leaves, and the key of the network in its metadata."""
+_OTHERS = {
+    ".onnx": "ONNX Runtime runs it, as python -m lqkd predict {} IMAGE does",
+    ".pt2": "torch.export.load loads it, and python -m lqkd predict {} IMAGE asks it",
+    ".ckpt": "give the folder of its run, whose student.safetensors has the best weights",
+}
+"""What takes other files that lqkd writes, by their ending."""
 
 
 def load_student(path: str | Path) -> nn.Module:
@@ -28,15 +38,18 @@ def load_student(path: str | Path) -> nn.Module:
         path: a run folder, or its ``student.safetensors``; ``network.safetensors`` of a float training likewise.
 
     Raises:
-        UsageError: when there is no such file, or it is damaged, or does not say what network it belongs to.
+        UsageError: when there is no such file, it is damaged, does not say what network it belongs to, names one that
+            is far larger than its tensors, or holds numbers that are not finite.
     """
     file = student_file(path)
     described = describe_student(file)
-    network, recipe = _build(described, file)
+    state = load_file(file)
+    with no_larger_than({key: value.shape for key, value in state.items()}):
+        network, recipe = _build(described, file)
     if recipe is not None:
         network, _ = quantize_model(network, recipe)
-    with safe_open(file, "pt") as stream:
-        state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    if (told := not_finite(state, dict(network.named_parameters()))) is not None:
+        raise UsageError(f"{str(file)!r} is of a training that diverged: {told}")
     try:
         network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
@@ -57,6 +70,8 @@ def student_file(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix in _OTHERS:
+            raise UsageError(f"{str(path)!r} is not a student for PyTorch alone: {_OTHERS[path.suffix].format(path)}")
         return path
     found = next((path / name for name in _FILES if (path / name).is_file()), None)
     if found is None:
@@ -75,14 +90,16 @@ def describe_student(path: str | Path) -> dict[str, Any]:
     """What the file says about itself: ``class_names``, ``mean``, ``std``, ``image_shape`` (C, H, W), settings.
 
     Raises:
-        UsageError: when there is no such file or it is damaged.
+        UsageError: when there is no such file, it is damaged, or it says what cannot be.
     """
     file = student_file(path)
     try:
         with safe_open(file, "pt") as stream:
-            return {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}
+            said = {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}
     except Exception as error:  # a damaged file raises many types
         raise UsageError(f"{str(file)!r} is not a student that can be read ({first_line(error)})") from error
+    check(said, NETWORK_FILE, str(file))
+    return said
 
 
 def _build(described: dict[str, Any], file: Path) -> tuple[nn.Module, Recipe | None]:

@@ -65,8 +65,8 @@ class FrozenTeacher(nn.Module):
             raise UsageError("teacher mean and std belong together: give both, or neither for the student's")
         if std is not None and not all(value > 0 for value in std):
             raise UsageError(f"teacher std={list(std)} is not possible: standard deviations are greater than 0")
-        if weights is not None:
-            load_weights(network, weights, replace_head=None)
+        if weights is not None and (told := load_weights(network, weights, replace_head=None)) is not None:
+            rank_zero_info(told)
         self.network = network
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lqkd.files import atomic_path
+from lqkd.utils.escaping import csv_cell
 
 COLUMNS = ("index", "file", "label", "class", "confidence")
 
@@ -44,7 +45,7 @@ class Predictions(Callback):
         self.rows += zip(positions, known, winner.tolist(), confidence.tolist(), strict=True)
 
     def write(self, target: Path, names: Sequence[str], files: Sequence[str]) -> None:
-        """Write the table; classes by name and images by file as far as these are known."""
+        """Write the table; classes by name and images by file as far as these are known, escaped for CSV."""
 
         def name(label: int | None) -> Any:
             return names[label] if names and label is not None else label
@@ -54,7 +55,8 @@ class Predictions(Callback):
             writer.writerow(COLUMNS)
             for index, label, winner, confidence in self.rows:
                 file = files[index] if files else None
-                writer.writerow((index, file, name(label), name(winner), f"{confidence:.6f}"))
+                row = (index, file, name(label), name(winner), f"{confidence:.6f}")
+                writer.writerow(map(csv_cell, row))
         right = [label == winner for _, label, winner, _ in self.rows if label is not None]
         told = f", {sum(right)} of them right" if right else ""
         print(f"{len(self.rows)} predictions written to {target}{told}")

@@ -22,6 +22,7 @@ from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
+from lqkd.utils.escaping import csv_cell, terminal
 from lqkd.waiting import waiting
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
@@ -126,7 +127,8 @@ class ImageFolder(DecodingDataModule):
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
 
-        Columns: ``split`` (``train``, ``val`` or ``test``), ``class`` and ``file``, its name below ``root``.
+        Columns: ``split`` (``train``, ``val`` or ``test``), ``class`` and ``file``, its name below ``root``; names are
+        escaped as :func:`lqkd.utils.escaping.csv_cell` says.
         """
         images = self._loaded()
         trained = self._files(images.train_images), images.train_labels
@@ -140,7 +142,7 @@ class ImageFolder(DecodingDataModule):
                 ("test", tested, torch.arange(len(images.test_labels))),
             ):
                 for index in indices.tolist():
-                    writer.writerow((name, self.class_names[int(labels[index])], files[index]))
+                    writer.writerow(map(csv_cell, (name, self.class_names[int(labels[index])], files[index])))
 
     def _hold_out_test(self, paths: list[str], labels: Tensor) -> dict[str, tuple[list[str], Tensor]]:
         size = round(self.test_fraction * len(labels))
@@ -199,7 +201,7 @@ class ImageFolder(DecodingDataModule):
                 " itself, so that images are held out for testing."
             )
         if given:
-            rank_zero_warn(f"left out {', '.join(given)} of root={self.root}: read are {', '.join(folders)}")
+            rank_zero_warn(f"left out {terminal(', '.join(given))} of root={self.root}: read are {', '.join(folders)}")
         parts = {name: list_class_folders(folder) for name, folder in folders.items()}
         for name, classes in parts.items():
             check_same_classes(folders["train"], list(parts["train"]), folders[name], list(classes))

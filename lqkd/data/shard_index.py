@@ -55,20 +55,38 @@ def parse_index(content: bytes, name: str) -> ShardIndex:
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            # It is written without compression: what says to be more than the file would fill all memory.
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > len(content):
+                raise ValueError("it unpacks to more than its size")
             index = ShardIndex(**{field: arrays[field] for field in ShardIndex._fields})
     except Exception as error:  # a damaged archive raises almost anything
         raise UsageError(f"{name} is damaged or no index of shards ({first_line(error)}): make it again.") from error
+    if not (_is_typed(index) and _is_consistent(index)):
+        raise UsageError(f"{name} contradicts itself: make it again with python -m lqkd.data.shards.")
+    return index
+
+
+def _is_typed(index: ShardIndex) -> bool:
+    """Whether every array is a row of whole numbers, or of texts."""
+    return all(
+        array.ndim == 1 and array.dtype.kind == ("U" if field.endswith("_names") else "i")
+        for field, array in index._asdict().items()
+    )
+
+
+def _is_consistent(index: ShardIndex) -> bool:
     samples, shards = len(index.label), len(index.shard_names)
-    whole = samples == len(index.shard) == len(index.offset) == len(index.size) and shards == len(index.shard_bytes)
-    if not (
-        whole
+    return bool(
+        samples == len(index.shard) == len(index.offset) == len(index.size)
+        and shards == len(index.shard_bytes)
         and samples > 0
         and 0 <= index.label.min() <= index.label.max() < len(index.class_names)
         and 0 <= index.shard.min() <= index.shard.max() < shards
+        and min(index.offset.min(), index.shard_bytes.min()) >= 0
+        and index.size.min() >= 0
+        and (index.size <= index.shard_bytes[index.shard] - index.offset).all()
         and all(re.fullmatch(r"[\w-]+\.tar", str(shard)) for shard in index.shard_names)
-    ):
-        raise UsageError(f"{name} contradicts itself: make it again with python -m lqkd.data.shards.")
-    return index
+    )
 
 
 def import_webdataset() -> Any:

@@ -24,6 +24,7 @@ from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, w
 from lqkd.decode import decode
 from lqkd.errors import UsageError
 from lqkd.files import atomic_path
+from lqkd.utils.escaping import terminal
 from lqkd.waiting import Waiting
 
 _AT_ONCE = 256  # images in memory
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         make_shards(given.source, given.dest, given.shard_mb * 10**6)
     except UsageError as error:
-        print(f"lqkd: error: {error}", file=sys.stderr)
+        print(f"lqkd: error: {terminal(error)}", file=sys.stderr)
         return 2
     return 0
 

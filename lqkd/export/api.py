@@ -45,7 +45,8 @@ def to_onnx(
             must agree in the first class of all but one in a thousand images (or one image). The file's metadata say
             on how many they do and, where there are labels, the accuracies. Without it only layers, logits and batch
             sizes are compared.
-        about: what the file shall also say about itself, JSON values.
+        about: what the file shall also say about itself, JSON values; with ``class_names`` and ``preprocessing``
+            (``channels``, ``size``, ``mean``, ``std``, ``resize_size``) it can be asked about image files.
 
     Returns:
         The model. Input ``images`` (batch, C, H, W), output ``logits`` (batch, classes), float32.

@@ -12,6 +12,7 @@ from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
 from lqkd.files import write_text
+from lqkd.utils.escaping import code, markdown, terminal
 
 NAMED = 8
 """Float nodes that the table names; the card names all."""
@@ -113,29 +114,35 @@ def _teacher(settings: dict[str, Any] | None) -> str:
         return f"{len(given['teachers'])} ({given.get('combination')}): {'; '.join(map(_teacher, given['teachers']))}"
     network = given.get("network") or {}
     arguments = ", ".join(f"{k}={v}" for k, v in (network.get("init_args") or {}).items() if v is not None)
-    weights = f", weights {given['weights']}" if given.get("weights") else ""
-    return f"`{str(network.get('class_path')).rpartition('.')[2]}({arguments})`{weights}"
+    weights = f", weights {markdown(given['weights'])}" if given.get("weights") else ""
+    return code(f"{str(network.get('class_path')).rpartition('.')[2]}({arguments})") + weights
 
 
 def print_table(summary: Summary, described: dict[str, Any], parity: Parity) -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"export to {summary.path.name}", show_header=False)
+    table = Table(title=Text(f"export to {terminal(summary.path.name)}"), show_header=False)
     for name, value in rows(summary, described, parity):
-        table.add_row(name, value)
+        table.add_row(name, Text(terminal(value)))
     console = Console()
     console.print(table)
-    console.print(f"written to {summary.path}", soft_wrap=True)
+    console.print(terminal(f"written to {summary.path}"), soft_wrap=True, markup=False)
 
 
 def write_card(summary: Summary, described: dict[str, Any], parity: Parity, deployed: Deployed) -> Path:
     """Write the model card beside the file, complete or not at all, and return its path."""
-    lines = [f"# {summary.path.name}", "", f"A low-bit network exported by lqkd {described['version']}.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows(summary, described, parity)), ""]
+    lines = [f"# {markdown(summary.path.name)}", "", f"A low-bit network exported by lqkd {described['version']}.", ""]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {markdown(value)} |" for name, value in rows(summary, described, parity)),
+        "",
+    ]
     if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
-        lines += [f"Nodes in floating point: {_named(summary.kernels, None)}.", ""]
+        lines += [f"Nodes in floating point: {markdown(_named(summary.kernels, None))}.", ""]
     preprocessing = described.get("preprocessing") or {}
     if preprocessing:
         lines += [
@@ -145,23 +152,23 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
             f"{preprocessing['scale']}; mean {preprocessing['mean']}, std {preprocessing['std']}.",
             "",
             "`logits`: (batch, classes) float32; "
-            f"classes: {', '.join(map(str, described['class_names'])) or 'unnamed'}.",
+            f"classes: {markdown(', '.join(map(str, described['class_names']))) or 'unnamed'}.",
             "",
         ]
     if described["format"] == "packed2":
         lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
     lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]
-    lines += [f"data: {described.get('data')}", ""]
+    lines += [f"data: {markdown(described.get('data'))}", ""]
     if described.get("checkpoint"):
         lines += [f"checkpoint: SHA-256 `{described['checkpoint']}`", ""]
     lines += [f"## Layers: {summary_of_bits(deployed)}", "", "| layer | bits |", "|---|---|"]
-    lines += [f"| {name} | {bits} |" for name, bits in layer_bits(deployed).items()]
+    lines += [f"| {markdown(name)} | {bits} |" for name, bits in layer_bits(deployed).items()]
     for title, key in (
         ("Grids fitted at export, which training did not have", "calibrated"),
         ("Inputs that read a value from the 8-bit grid of another", "rerouted"),
     ):
         if described[key]:
-            lines += ["", f"## {title}", "", *(f"- {place}" for place in described[key])]
+            lines += ["", f"## {title}", "", *(f"- {markdown(place)}" for place in described[key])]
     path = card_path(summary.path)
     write_text(path, "\n".join(lines) + "\n")
     return path

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import os
-from importlib import resources
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Mapping
+from itertools import accumulate
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError, first_line
-
-BUILTIN = "builtin:"
-"""Prefix of weights that come with the package, e.g. ``builtin:digits_teacher``."""
-COMPILED = "_orig_mod."
-"""What :func:`torch.compile` puts into the names of a network that was saved from inside its wrapper."""
+from lqkd.errors import UsageError
+from lqkd.models.finite import not_finite
+from lqkd.models.weight_files import read_weights
 
 
 def load_weights(network: nn.Module, source: str, replace_head: bool | None = False) -> str | None:
     """Load ``source`` into ``network``, every tensor or none.
 
+    The file may be a checkpoint that holds a state dict among other things, and all names may begin with what a
+    wrapper puts before them, such as ``module.`` or ``model.``. Numbers of another floating dtype are converted.
+
     Args:
         network: the network as it will be used, before quantization.
-        source: ``builtin:NAME``, a ``.safetensors`` file, or a file of :func:`torch.save` with a state dict;
-            environment variables such as ``$LQKD_DATA`` are replaced.
+        source: ``builtin:NAME``, a ``.safetensors`` file, a file of :func:`torch.save` with a state dict, or the
+            ``.index.json`` of several; environment variables such as ``$LQKD_DATA`` are replaced.
         replace_head: whether a last layer for another number of classes is left as it is; None where the network must
             know its classes already.
 
     Returns:
-        What was left as it is, in a sentence; None when everything was loaded.
+        What was unwrapped and what was left as it is, in a sentence; None when everything was loaded as it was.
 
     Raises:
-        UsageError: when there is no such file, or its tensors are not those of ``network``.
+        UsageError: when there is no such file, its tensors are not those of ``network``, or one is not finite.
     """
-    state = _read(source)
+    held, told = read_weights(source)
     own = network.state_dict()
+    state, unwrapped = _named_as(own, held, source)
+    told += unwrapped
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in state if key in own and state[key].shape != own[key].shape]
-    told = None
     if not missing and not unexpected and (classes := _classes(state, own, shapes)) is not None:
         layers = " and ".join(sorted({repr(key.rpartition(".")[0]) for key in shapes}))
-        told = f"weights={source!r} are for {classes[0]} classes and the network has {classes[1]}"
+        differ = f"are for {classes[0]} classes and the network has {classes[1]}"
         if not replace_head:
-            raise UsageError(told + _REMEDIES[replace_head].format(layers))
-        told = f"{told}: its last layer {layers} starts anew"
+            raise UsageError(f"weights={source!r} {differ}{_REMEDIES[replace_head].format(layers)}")
+        told.append(f"{differ}: its last layer {layers} starts anew")
         state = {key: value for key, value in state.items() if key not in shapes}
         shapes = []
     for problem, keys in (
@@ -59,8 +58,9 @@ def load_weights(network: nn.Module, source: str, replace_head: bool | None = Fa
                 f"weights={source!r} are of another network than {kind}: {problem} {keys[0]!r}{more}; its "
                 "arguments (depth, width, num_classes) must be those of the run that wrote the file"
             )
+    _check_numbers(state, network, source)
     network.load_state_dict(state, strict=False)
-    return told
+    return f"weights={source!r} {', '.join(told)}" if told else None
 
 
 _REMEDIES = {
@@ -79,40 +79,51 @@ def _classes(state: dict[str, Tensor], own: dict[str, Tensor], keys: list[str]) 
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def weights_exist(source: str) -> bool:
-    """Whether ``source``, as :func:`load_weights` takes it, is there to be read."""
-    if source.startswith(BUILTIN):
-        return source.removeprefix(BUILTIN) in builtin_weights()
-    return Path(os.path.expandvars(source)).expanduser().is_file()
+def _named_as(own: Collection[str], held: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """``held`` without what stands before the names of the network, and a clause that says so.
 
+    That is a prefix that all names have, or below which the whole network lies while other tensors lie beside it.
 
-def builtin_weights() -> list[str]:
-    """Names of the weights that come with the package."""
-    folder = resources.files("lqkd") / "weights"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
-
-
-def _read(source: str) -> dict[str, Tensor]:
-    if source.startswith(BUILTIN):
-        name = source.removeprefix(BUILTIN)
-        if name not in builtin_weights():
-            raise UsageError(f"weights={source!r} do not exist: built in are {', '.join(builtin_weights())}")
-        with resources.as_file(resources.files("lqkd") / "weights" / f"{name}.safetensors") as path:
-            return load_file(path)
-    path = Path(os.path.expandvars(source)).expanduser()
-    if "$" in str(path):
-        raise UsageError(f"weights={source!r} name an environment variable that is not set: set it, or give a path")
-    if not path.is_file():
-        raise UsageError(f"weights={source!r} do not exist: give a .safetensors or .pt file, or {BUILTIN}NAME")
-    try:
-        if path.suffix == ".safetensors":
-            return {key.replace(COMPILED, ""): value for key, value in load_file(path).items()}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the libraries raise many types for a damaged file
+    Raises:
+        UsageError: when the whole network is there more than once, or it is a quantised one.
+    """
+    quantizers = [key for key in held if key not in own and any(part in key for part in _OF_QUANTIZERS)]
+    if quantizers:
         raise UsageError(
-            f"weights={source!r} cannot be read as {path.suffix or 'torch'} file ({first_line(error)})"
-        ) from error
-    if not isinstance(state, dict):
-        raise UsageError(f"weights={source!r} hold a {type(state).__name__}: a state dict is needed")
-    tensors = {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
-    return {key.replace(COMPILED, ""): value for key, value in tensors.items()}
+            f"weights={source!r} are those of a quantised student (see {quantizers[0]!r}), and a training starts from "
+            "weights in floating point: fit --ckpt_path goes on from a checkpoint, predict and export take its run, "
+            "and lqkd.load_student a run or its student.safetensors"
+        )
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}
+    counts = Counter(prefix for key in held for prefix in _prefixes(key) if key.removeprefix(prefix) in needed)
+    whole = [prefix for prefix, count in counts.items() if count == len(needed)]
+    if "" in whole or needed & held.keys():
+        return dict(held), []
+    common = [prefix for prefix in counts if all(key.startswith(prefix) for key in held)]
+    if len(whole) > 1:
+        names = " and ".join(map(repr, sorted(whole)))
+        raise UsageError(f"weights={source!r} hold this network more than once, as {names}: save one of them alone")
+    if not (chosen := whole or sorted(common, key=lambda prefix: -counts[prefix])[:1]):
+        return dict(held), []
+    prefix = chosen[0]
+    below = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
+    others = len(held) - len(below)
+    beside = f" and {others} tensors beside it" if others else ""
+    return below, [f"are read without {prefix!r} before their names{beside}"]
+
+
+_OF_QUANTIZERS = ("weight_quantizer.", "input_quantizer.", "output_quantizer.", "argument_quantizer.")
+
+
+def _prefixes(key: str) -> list[str]:
+    """``""``, ``a.`` and ``a.b.`` of ``a.b.c``."""
+    return ["", *accumulate(f"{part}." for part in key.split(".")[:-1])]
+
+
+def _check_numbers(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:
+    for key, value in network.state_dict().items():
+        if value.is_floating_point() and key in state and not state[key].is_floating_point():
+            kind = str(state[key].dtype).removeprefix("torch.")
+            raise UsageError(f"weights={source!r} hold {kind} numbers for {key!r}: floating point is needed")
+    if (told := not_finite(state, dict(network.named_parameters()))) is not None:
+        raise UsageError(f"weights={source!r} are of a training that diverged: {told}")

@@ -5,7 +5,8 @@ the input and the parameters for the backward pass. Large tensors run through ``
 function, the reduction of the parameters' gradients included, into one pass over memory; small ones, and everything
 where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eagerly and give the same values bit for
 bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
-8-bit grid stays exact under bfloat16.
+8-bit grid stays exact under bfloat16. ``torch.jit.trace`` records the functions themselves, for inference: their
+straight-through gradients are not recorded.
 
 The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
 (channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float
@@ -65,6 +66,10 @@ class Kernel:
         """
         if all(parameter.numel() == 1 for parameter in parameters):
             channel_axis = None
+        if torch.jit.is_tracing():  # a recorded graph knows neither the function nor the memory it sees
+            shape = [-1 if axis == channel_axis else 1 for axis in range(x.ndim)] if channel_axis is not None else []
+            operands = _operands(x, parameters, constants, tables, shape)
+            return self.forward(x, *operands)
         return _Quantize.apply(self, tuple(constants), tuple(tables), channel_axis, x, *parameters)
 
 
@@ -104,12 +109,18 @@ class _Quantize(torch.autograd.Function):
 
 
 def _operands(
-    x: Tensor, parameters: Sequence[Tensor], constants: Sequence[float], tables: Sequence[Tensor]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    constants: Sequence[float],
+    tables: Sequence[Tensor],
+    shape: Sequence[int] | None = None,
 ) -> list[Tensor]:
+    """What a kernel's functions take after ``x``; parameters of ``shape``, by default for a flat ``x``."""
     dtype = compute_dtype(x)
     # Under a trace tensors are stand-ins, which must not outlive it.
     constant = _constant if _is_real(x) else _constant.__wrapped__
-    shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
+    if shape is None:
+        shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [
         *(parameter.detach().to(dtype).view(shape) for parameter in parameters),
         *(constant(float(value), position, dtype, x.device) for position, value in enumerate(constants)),

@@ -25,6 +25,7 @@ from lqkd.study.sweep import check_sweep, search
 from lqkd.study.tables import HEADINGS, cells, write_tables
 from lqkd.study.task import FINISHED, STOPPED, Task, tasks_of
 from lqkd.study.variants import Variants
+from lqkd.utils.escaping import terminal
 
 
 def main(read: tuple[Study, dict[str, Any], bool]) -> None:
@@ -83,8 +84,10 @@ def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping
     console.print(table)
     for result in results:
         if not result.finished:
-            console.print(f"{result.variant} seed {result.seed} {result.status}: {result.message}", soft_wrap=True)
-    console.print(f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page", soft_wrap=True)
+            told = terminal(f"{result.variant} seed {result.seed} {result.status}: {result.message}")
+            console.print(told, soft_wrap=True, markup=False)
+    page = f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page"
+    console.print(page, soft_wrap=True, markup=False)
 
 
 class Runner:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.errors import UsageError
+from lqkd.files import is_own_file
 from lqkd.origin import REPORTS
 from lqkd.study.results import Run, read_json
 from lqkd.study.tables import NONE
+from lqkd.utils.schema import EXPORT_REPORT
 
 HEADINGS = (
     *("variant", "seed", "file", "kB", "weights packed, kB", "in float, kB", "million MACs", "million bit operations"),
@@ -78,7 +80,9 @@ def read_exports(folder: Path) -> list[ExportedFile]:
     """
     found = []
     for path in sorted(folder.glob(REPORTS)):
-        report = read_json(path)
+        if not is_own_file(path, folder):
+            continue
+        report = read_json(path, EXPORT_REPORT)
         try:
             latency = report["latency"] or {}
             found.append(
@@ -96,7 +100,7 @@ def read_exports(folder: Path) -> list[ExportedFile]:
                     layers=tuple(_layer_cells(layer) for layer in report["layers"]),
                 )
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"{str(path)!r} is damaged: it is not what export writes") from error
     return found
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lqkd.files import is_own_file
 from lqkd.run_folder import LAYERS
 
 
@@ -39,10 +40,10 @@ class Layer:
 def read_layers(folder: Path) -> tuple[list[Layer], list[str]]:
     """The layers of the run in ``folder``, and lines about what else is not quantised; both empty without a list."""
     path = folder / LAYERS
-    if not path.is_file():
+    if not is_own_file(path, folder):
         return [], []
     layers, others = [], []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         cells = re.split(r" {2,}", line.strip(), maxsplit=5)
         if len(cells) >= 5 and cells[4].replace(",", "").isdecimal():
             name, kind, weight, activation, parameters, *note = cells

@@ -42,7 +42,7 @@ def curves(runs: Sequence[Run], metric: str, label: str) -> Figure | None:
         color, style = _color(number), _STYLES[number // 10 % len(_STYLES)]
         means = [sum(values[epoch]) / len(values[epoch]) for epoch in epochs]
         marker = "o" if len(epochs) == 1 else None
-        axes.plot(epochs, means, style, color=color, label=name, marker=marker)
+        axes.plot(epochs, means, style, color=color, label=_plain(name), marker=marker)
         axes.fill_between(
             epochs, [min(values[e]) for e in epochs], [max(values[e]) for e in epochs], color=color, alpha=0.15, lw=0
         )
@@ -67,9 +67,9 @@ def differences(summaries: Mapping[str, Mapping[str, Summary]], measure: str, ba
             axes.plot([100 * d.low, 100 * d.high], [row, row], "-", color=_color(0))
         axes.plot([100 * d.mean], [row], "o", color=_color(0))
     axes.axvline(0, color="black", lw=1)
-    axes.set_yticks(range(len(points)), [name for name, _ in points])
+    axes.set_yticks(range(len(points)), [_plain(name) for name, _ in points])
     axes.set_ylim(len(points) - 0.5, -0.5)
-    axes.set_xlabel(f"difference to {baseline}, percentage points")
+    axes.set_xlabel(f"difference to {_plain(baseline)}, percentage points")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -81,7 +81,7 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str, accuracy: str) 
     figure = Figure(figsize=(7, 4 + 0.06 * len(points)), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(points.items()):
-        axes.plot([x], [y], _MARKERS[number % len(_MARKERS)], color=_color(number), label=name)
+        axes.plot([x], [y], _MARKERS[number % len(_MARKERS)], color=_color(number), label=_plain(name))
     front = [
         (x, y)
         for x, y in sorted(set(points.values()))
@@ -100,6 +100,11 @@ def _by_epoch(runs: Sequence[Run], metric: str) -> dict[int, list[float]]:
         for epoch, value in run.curves.get(metric, ()):
             values.setdefault(epoch, []).append(value)
     return values
+
+
+def _plain(name: str) -> str:
+    """A name in which a dollar sign begins no formula."""
+    return name.replace("$", r"\$")
 
 
 def _color(number: int) -> tuple[float, float, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lqkd.arguments import Report
 from lqkd.errors import UsageError
-from lqkd.files import write_text
+from lqkd.files import check_inside, is_own_file, write_text
 from lqkd.run_folder import CONFIG
 from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
@@ -24,6 +26,7 @@ from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
 from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
 from lqkd.study.task import Task
+from lqkd.utils import escaping
 from lqkd.waiting import waiting
 
 HTML = "report.html"
@@ -56,6 +59,7 @@ class Table:
 class Material:
     """All that the page tells."""
 
+    folder: Path
     name: str
     kind: str
     runs: list[Run]
@@ -83,7 +87,7 @@ def main(given: Report) -> None:
     write_text(folder / HTML, as_html(material))
     for run in material.runs:
         for sentence in run.outdated:
-            print(f"lqkd: warning: {sentence}", file=sys.stderr)
+            print(f"lqkd: warning: {escaping.terminal(sentence)}", file=sys.stderr)
     print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
 
 
@@ -91,29 +95,35 @@ def gather(folder: Path) -> Material:
     """Read a run or a study.
 
     Raises:
-        UsageError: when ``folder`` is neither, or its configuration or summary is damaged.
+        UsageError: when ``folder`` is neither, one of its files is damaged, or a link in it leads elsewhere.
     """
-    if (folder / STUDY).is_file():
+    if is_own_file(folder / STUDY, folder):
         study = read_study(folder / STUDY)
         names = [*study.variants, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
         tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
+        for task in tasks:
+            check_inside(task.folder, folder)
         runs = read_runs(waiting(tasks, "reading runs", len(tasks)))
-        configs = {STUDY: (folder / STUDY).read_text(encoding="utf-8")}
+        configs = {STUDY: _text(folder / STUDY)}
         for name in names:
             config = folder / "variants" / f"{name}.yaml"
-            configs[name] = config.read_text(encoding="utf-8") if config.is_file() else ""
+            configs[name] = _text(config) if is_own_file(config, folder) else ""
         return Material(
-            study.name, "study", runs, summarize(runs, study.compared_with), study.compared_with, tasks, configs
+            folder, study.name, "study", runs, summarize(runs, study.compared_with), study.compared_with, tasks, configs
         )
-    if (folder / CONFIG).is_file():
+    if is_own_file(folder / CONFIG, folder):
         name = "/".join(folder.resolve().parts[-2:])
         settings = read_mapping(folder / CONFIG, "the run's configuration")
-        text = (folder / CONFIG).read_text(encoding="utf-8")
+        text = _text(folder / CONFIG)
         run = read(folder, name, settings.get("seed_everything"))
         if run.test is None:
             run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
-        return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
+        return Material(folder, name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
     raise UsageError(f"{str(folder)!r} is neither a run folder (with {CONFIG}) nor that of a study (with {STUDY})")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 # ---- Markdown
@@ -121,13 +131,16 @@ def gather(folder: Path) -> Material:
 
 def as_markdown(material: Material) -> str:
     """The tables of the report as Markdown."""
-    parts = [f"# {material.name}\n", f"{NOTE}\n", markdown(HEADINGS, _accuracy_rows(material))]
+    parts = [f"# {escaping.markdown(material.name)}\n", f"{NOTE}\n", markdown(HEADINGS, _accuracy_rows(material))]
     parts += ["## Runs\n", markdown(_RUN_HEADINGS, [_run_row(run) for run in material.runs])]
     failed = [run for run in material.runs if not run.finished]
     if failed:
         parts.append("## Not finished\n")
-        parts.append("".join(f"- {run.variant} seed {run.seed} {run.status}: {run.message}\n" for run in failed))
-    parts += ["## Versions and machines\n", "".join(f"- {line}\n" for line in _origins(material.runs))]
+        parts.append("".join(f"- {escaping.markdown(_told(run))}\n" for run in failed))
+    parts += [
+        "## Versions and machines\n",
+        "".join(f"- {escaping.markdown(line)}\n" for line in _origins(material.runs)),
+    ]
     return "\n".join(parts)
 
 
@@ -255,19 +268,35 @@ def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     """The pictures of each variant's first run that has any."""
     found: dict[str, list[Picture]] = {}
     for run in runs:
-        files = sorted((run.folder / "regularizer").glob("*.png"))
+        pictures = sorted((run.folder / "regularizer").glob("*.png"))
+        files = [path for path in pictures if is_own_file(path, run.folder)]
         if run.variant in found or not files:
             continue
         told = (run.summary.get("regularizer") or {}).get("sentence") or ""
         found[run.variant] = [
             Picture(
-                _uri(path.read_bytes(), "image/png"),
+                _uri(_png(path), "image/png"),
                 f"{path.stem} of {run.variant}, seed {run.seed}. {told}",
                 f"{path.stem}, seed {run.seed}",
             )
             for path in files
         ]
     return found
+
+
+def _png(path: Path) -> bytes:
+    """The content of a picture.
+
+    Raises:
+        UsageError: when it is something else, which does not belong on a page.
+    """
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            picture.verify()
+    except Exception as error:  # Pillow raises many types for a damaged file
+        raise UsageError(f"{str(path)!r} is no picture in the format PNG: remove it") from error
+    return content
 
 
 def _layer_tables(runs: Sequence[Run]) -> list[tuple[Table, list[str]]]:
@@ -304,9 +333,14 @@ def _failures(material: Material) -> list[tuple[str, str]]:
         if run.finished:
             continue
         log = logs.get((run.variant, run.seed or 0))
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.is_file() else []
-        told.append((f"{run.variant} seed {run.seed} {run.status}: {run.message}", "\n".join(lines[-_LOG_LINES:])))
+        is_there = log is not None and is_own_file(log, material.folder)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and is_there else []
+        told.append((_told(run), "\n".join(lines[-_LOG_LINES:])))
     return told
+
+
+def _told(run: Run) -> str:
+    return f"{run.variant} seed {run.seed} {run.status}: {run.message}"
 
 
 def _warnings(runs: Sequence[Run]) -> list[str]:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.errors import UsageError, first_line
+from lqkd.files import is_own_file
 from lqkd.origin import outdated_exports
 from lqkd.run_folder import METRICS, SUMMARY
 from lqkd.study.task import FINISHED, Task
+from lqkd.utils.schema import SUMMARY as SCHEMA
+from lqkd.utils.schema import Table, check
 
 
 @dataclass
@@ -70,7 +73,7 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
     """Read one run folder, whatever is there of it.
 
     Raises:
-        UsageError: when its summary is damaged.
+        UsageError: when its summary or its table of metrics is damaged, or a link that leads elsewhere.
     """
     summary, curves = folder / SUMMARY, folder / METRICS
     return Run(
@@ -79,28 +82,34 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
         status,
         message,
         folder,
-        read_json(summary) if summary.is_file() else {},
-        _curves(curves) if curves.is_file() else {},
+        read_json(summary, SCHEMA) if is_own_file(summary, folder) else {},
+        _curves(curves) if is_own_file(curves, folder) else {},
         tuple(outdated_exports(folder).values()),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, table: Table) -> dict[str, Any]:
+    """The object in a JSON file, whose values are of the kinds that ``table`` wants.
 
     Raises:
         UsageError: when the file is damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{str(path)!r} is damaged, it is no JSON file: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{str(path)!r} is damaged: a JSON object is needed")
-    return value
+    check(value, table, str(path))
+    return dict(value)
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    try:
+        return _means(path)
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UsageError(f"{str(path)!r} is damaged: it is not what a training writes") from error
+
+
+def _means(path: Path) -> dict[str, list[tuple[int, float]]]:
     sums: dict[str, dict[int, tuple[float, int]]] = {}
     with open(path, newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):

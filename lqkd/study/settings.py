@@ -13,6 +13,7 @@ import yaml
 from lqkd.arguments import Compare
 from lqkd.errors import UsageError, first_line
 from lqkd.study.overrides import merge, nested
+from lqkd.utils.yaml_text import load_yaml
 from lqkd.verb_parser import read
 
 STUDY = "study.yaml"
@@ -132,7 +133,7 @@ def read_mapping(path: Path, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{key}={str(path)!r} does not exist: give a YAML file")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{key}={str(path)!r} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):

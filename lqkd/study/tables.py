@@ -10,6 +10,7 @@ from typing import Any
 from lqkd.files import atomic_path
 from lqkd.study.results import Run
 from lqkd.study.statistics import Summary
+from lqkd.utils import escaping
 
 TABLE = "table.csv"
 RUNS = "runs.csv"
@@ -47,7 +48,7 @@ def _write(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: escaping.csv_cell(value) for key, value in row.items()} for row in rows)
 
 
 NONE = "n/a"
@@ -82,7 +83,7 @@ def difference(summary: Summary) -> str:
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (headings, *rows)]
+    escaped = [[escaping.markdown(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(len(row[column]) for row in escaped) for column in range(len(headings))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in escaped]
     lines.insert(1, " | ".join("-" * width for width in widths))

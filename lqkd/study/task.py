@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from lqkd.files import atomic_path, write_json
+from lqkd.errors import UsageError
+from lqkd.files import atomic_path, is_own_file, write_json
 from lqkd.run_folder import CONFIG, SUMMARY
 from lqkd.study.settings import Study
 
@@ -68,12 +69,19 @@ class Task:
 
     def ended(self) -> tuple[str, str]:
         """How the run ended and, where it failed, why: a status and a sentence."""
-        if not self.outcome.is_file():
+        if not is_own_file(self.outcome, self.study):
             return STOPPED, "not finished: start compare again to go on with it"
-        outcome = json.loads(self.outcome.read_text(encoding="utf-8"))
+        outcome = self._outcome()
         if outcome["status"] == FINISHED and not (self.folder / SUMMARY).is_file():
             return STOPPED, "its run folder is gone: start compare again to train it anew"
         return outcome["status"], outcome["message"]
+
+    def _outcome(self) -> dict[str, str]:
+        try:
+            outcome = json.loads(self.outcome.read_text(encoding="utf-8"))
+            return {key: str(outcome[key]) for key in ("status", "message")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{str(self.outcome)!r} is damaged: it is not what compare writes") from error
 
     def __call__(self) -> None:
         """Train, or go on training, and write how it ended."""

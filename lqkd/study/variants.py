@@ -15,6 +15,7 @@ from lqkd.lightning_cli import LqkdCLI
 from lqkd.parser import condense
 from lqkd.resume import differences
 from lqkd.study.overrides import merge, nested
+from lqkd.utils.yaml_text import load_yaml
 
 _OWN = ("seed_everything", "ckpt_path", "run.root", "run.name", "run.version")
 """Settings that a study chooses for each of its runs."""
@@ -75,7 +76,7 @@ class Variants:
             del config["run"]
         target = self.folder / "variants" / f"{name}.yaml"
         if target.is_file():
-            kept = yaml.safe_load(target.read_text(encoding="utf-8"))
+            kept = load_yaml(target.read_text(encoding="utf-8"), str(target))
             line = next((line for _, line in differences(kept, config, "")), None)
             if line is None:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import lqkd
 from lqkd.cli import main
 from lqkd.data import Digits
 from lqkd.errors import UsageError
+from lqkd.export import to_onnx
 from lqkd.student import describe_student
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +177,123 @@ def test_a_student_file_that_cannot_be_loaded_is_told_why(run: Path, tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+def rewritten(run: Path, target: Path, **changes: Any) -> Path:
+    """The student of ``run`` as ``target``, .safetensors or .onnx, which says other things about itself."""
+    if target.suffix == ".onnx":
+        model = onnx.load(run / "student.onnx")
+        for entry in model.metadata_props:
+            if (name := entry.key.removeprefix("lqkd.")) in changes:
+                entry.value = json.dumps(changes[name])
+        onnx.save(model, target)
+    else:
+        described = {key: json.dumps(value) for key, value in (describe_student(run) | changes).items()}
+        save_file(load_file(run / "student.safetensors"), target, described)
+    return target
+
+
+NETWORK = {"class_path": "lqkd.models.CifarResNet"}
+SHAPE = {"num_classes": 10, "in_channels": 1}
+IMAGES = {"channels": 1, "size": [8, 8], "mean": [0.5], "std": [0.5], "resize_size": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("s.safetensors", {"class_names": 5}, "class_names=5 where it must be a list of texts"),
+        ("s.safetensors", {"class_names": ["one"]}, "contradicts itself: 1 class names"),
+        ("s.safetensors", {"mean": "x"}, "mean='x' where it must be a list of finite numbers"),
+        ("s.safetensors", {"mean": [float("nan")]}, "mean=[nan] where it must be a list of finite numbers"),
+        ("s.safetensors", {"std": [0.0]}, "std=[0.0] where it must be a list of numbers above 0"),
+        ("s.safetensors", {"image_shape": [3, -1, 4]}, "image_shape=[3, -1, 4] where it must be"),
+        ("s.safetensors", {"image_shape": [1, 10**9, 8]}, "size=[1000000000, 8] where it must be"),
+        ("s.safetensors", {"resize_size": 10**9}, "resize_size=1000000000 where it must be"),
+        ("s.safetensors", {"student": 7}, "student=7 where it must be"),
+        (
+            "s.safetensors",
+            {"student": NETWORK | {"init_args": SHAPE | {"depth": 60_000_008}}},
+            "far larger than the 92",
+        ),
+        (
+            "s.safetensors",
+            {"student": NETWORK | {"init_args": SHAPE | {"depth": 8, "width": 20_000}}},
+            "far larger than",
+        ),
+        ("s.onnx", {"class_names": 5}, "class_names=5 where it must be a list of texts"),
+        ("s.onnx", {"preprocessing": 7}, "preprocessing must be a mapping, not 7"),
+        ("s.onnx", {"preprocessing": IMAGES | {"mean": "x"}}, "preprocessing.mean='x' where it must be"),
+        (
+            "s.onnx",
+            {"preprocessing": IMAGES | {"size": [10**6, 8]}},
+            "preprocessing.size=[1000000, 8] where it must be",
+        ),
+        ("s.onnx", {"preprocessing": IMAGES | {"size": [9, 9]}}, "does not take the images of 1x9x9"),
+        ("s.onnx", {"checkpoint": 7}, "checkpoint=7 where it must be a text"),
+    ],
+)
+def test_what_a_file_says_of_itself_and_cannot_be_is_one_line(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, name: str, changes: Any, said: str
+) -> None:
+    file = rewritten(run, tmp_path / name, **changes)
+    capsys.readouterr()
+    assert main(["predict", str(file), images[0]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lqkd: error: ")
+    assert str(file) in line
+    assert said in line
+
+
+def test_the_name_of_a_class_does_nothing_to_the_terminal_and_stays_whole_in_json(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    names = [f"\x1b]0;owned\x07 {i}" for i in range(10)]
+    file = str(rewritten(run, tmp_path / "s.safetensors", class_names=names))
+    assert told(capsys, file, images[0])[0]["predictions"][0]["class"] in names
+    assert main(["predict", file, images[0]]) == 0
+    assert main(["predict", file, "\x1b[2Jnone.png"]) == 2
+    out, err = capsys.readouterr()
+    assert r": \x1b]0;owned\x07 " in out
+    assert err == "lqkd: error: \\x1b[2Jnone.png does not exist: give image files\n"
+
+
+def test_a_student_that_diverged_is_an_error_and_no_prediction(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tensors = load_file(run / "student.safetensors")
+    tensors["linear.bias"][3] = torch.nan
+    described = {key: json.dumps(value) for key, value in describe_student(run).items()}
+    save_file(tensors, tmp_path / "nan.safetensors", described)
+    model = onnx.load(run / "student.onnx")
+    scale = next(entry for entry in model.graph.initializer if entry.name.endswith("scale"))
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32("nan"), scale.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    capsys.readouterr()
+    for name, said in (("nan.safetensors", "'linear.bias' is not finite"), ("nan.onnx", "scale' is not finite")):
+        assert main(["predict", str(tmp_path / name), images[0], "--json"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert said in err
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_checkpoint_that_diverged_is_not_measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, verb: str
+) -> None:
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved["state_dict"]["student.layer1.0.conv1.weight"][0, 0] = torch.nan
+    torch.save(saved, tmp_path / "nan.ckpt")
+    capsys.readouterr()
+    assert main([verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(tmp_path / "nan.ckpt")]) == 2
+    assert "is of a training that diverged: 'student.layer1.0.conv1.weight' is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("student.onnx", "ONNX Runtime runs it"), ("checkpoints/best.ckpt", "the folder of its run")]
+)
+def test_what_loads_another_file_of_a_run_is_told(run: Path, name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        lqkd.load_student(run / name)
+
+
 def test_export_reports_what_the_file_costs(run: Path) -> None:
     report = json.loads((run / "student.onnx.report.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
@@ -210,6 +329,22 @@ def test_the_example_without_lqkd_says_what_predict_says(
     capsys.readouterr()
     assert main(["predict", str(run / "student.onnx"), *images, large]) == 0
     assert example(sys.executable, run, [*images, large]) == capsys.readouterr().out.splitlines()
+
+
+def test_the_example_says_what_a_file_of_to_onnx_lacks_and_does_without_class_names(
+    run: Path, images: list[str], tmp_path: Path
+) -> None:
+    data = torch.randn(8, 1, 8, 8)
+    script = [sys.executable, str(ROOT / "docs" / "run_onnx.py"), str(tmp_path / "s.onnx"), images[0]]
+    to_onnx(lqkd.load_student(run), data, tmp_path / "s.onnx", calibration=[data])
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "s.onnx does not say how images are prepared: to_onnx(..., about=" in done.stderr
+    assert "Traceback" not in done.stderr
+    about = {"preprocessing": IMAGES}
+    to_onnx(lqkd.load_student(run), data, tmp_path / "s.onnx", calibration=[data], about=about)
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r".*0\.png: \d \d+\.\d%\n", done.stdout)
 
 
 @pytest.mark.slow

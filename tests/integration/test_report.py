@@ -19,6 +19,7 @@ from PIL import Image
 from lqkd.cli import main
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 LAYERS = """layer   kind         W      A      parameters  note
 conv1   Conv2d       8      8      72          weight LSQ per channel, input LSQ per tensor
 conv2   Conv2d       2      2      1,152       weight LSQ per channel, input LSQ per tensor
@@ -198,6 +199,16 @@ def test_a_study_below_a_file_is_one_line(study: Path, capsys: pytest.CaptureFix
         ("student.onnx.report.json", "{"),
         ("student.onnx.report.json", "{}"),
         ("student.onnx.report.json", '{"latency": 3}'),
+        ("summary.json", '{"packed_bytes": "many"}'),
+        ("summary.json", '{"val_accuracy": NaN}'),
+        ("summary.json", '{"test_accuracy": [1]}'),
+        ("summary.json", '{"warnings": 5}'),
+        ("summary.json", "[" * 100_000),
+        ("metrics.csv", "epoch,step,val/acc\nnone,1,2\n"),
+        ("metrics.csv", "epoch,step,val/acc\n0,1,0.5,6,7\n"),
+        ("metrics.csv", "step\n1\n"),
+        ("config.yaml", ALIASES),
+        ("regularizer/weights.png", "root:x:0:0"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_line(
@@ -210,6 +221,73 @@ def test_a_damaged_file_of_a_run_is_one_line(
     assert error.startswith("lqkd: error: ")
     assert str(run / name) in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("regularizer/secret.png", None),
+        ("config.yaml", "password: secret"),
+        ("summary.json", '{"machine": "secret"}'),
+        ("metrics.csv", "secret\n"),
+        ("layers.txt", "secret\n"),
+        ("student.onnx.report.json", '{"file": "secret"}'),
+    ],
+)
+def test_a_link_out_of_a_run_folder_is_refused(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None
+) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    if content is None:
+        Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    else:
+        (tmp_path / "outside.png").write_text(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "outside.png")
+    assert main(["report", str(run)]) == 2
+    told = f"{str(run / name)!r} is a link that leads out of {str(run)!r}: only files in the folder are read"
+    assert capsys.readouterr().err == f"lqkd: error: {told}\n"
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["runs/kl/seed_0", "logs", "outcomes", "variants/kl.yaml"])
+def test_a_link_out_of_a_study_is_refused(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (study / name).rename(tmp_path / "outside")
+    (study / name).symlink_to(tmp_path / "outside")
+    assert main(["report", str(study)]) == 2
+    assert "is a link that leads out of" in capsys.readouterr().err
+
+
+def test_a_link_within_the_folder_and_one_to_it_are_followed(study: Path, tmp_path: Path) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    (run / "regularizer" / "again.png").symlink_to("weights.png")
+    (tmp_path / "link").symlink_to(run)
+    assert main(["report", str(tmp_path / "link")]) == 0
+    assert "again of " in (run / "report.html").read_text()
+
+
+def test_markdown_and_tables_show_what_a_run_says_as_text(study: Path) -> None:
+    run = study / "runs" / "kl" / "seed_0"
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"machine": "<script>alert(1)</script> [x](http://a)", "weight_bits": "=1+1"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    outcome = study / "outcomes" / "broken" / "seed_0.json"
+    outcome.write_text(json.dumps({"status": "failed", "message": "=cmd\x1b[2J<b>\n# new"}))
+    assert main(["report", str(study)]) == 0
+    text = (study / "report.md").read_text()
+    assert "<" not in text
+    assert "\x1b" not in text
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; [x\](http://a)" in text
+    runs = {(row["variant"], row["seed"]): row for row in rows(study / "runs.csv")}
+    assert runs["kl", "0"]["weight_bits"] == "'=1+1"
+    assert runs["broken", "0"]["message"] == r"'=cmd\x1b[2J<b>\n# new"
+
+
+def test_a_folder_whose_name_looks_like_a_formula_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "a$b$" / "$^$", 0.9, 10)
+    assert main(["report", str(tmp_path / "a$b$" / "$^$")]) == 0
 
 
 # ---- in a browser

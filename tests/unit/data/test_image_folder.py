@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from lqkd.callbacks.predictions import Predictions
 from lqkd.data import Batch, ImageFolder
 from lqkd.data.encoded import ImageFiles
 from lqkd.errors import UsageError
@@ -77,6 +78,23 @@ def test_a_table_tells_of_every_image_what_it_is_for(two_classes: Path, tmp_path
         assert len(files) == expected
     assert [row["file"] for row in rows if row["split"] == "test"] == data.test_files()
     assert all(row["file"].split("/")[0] == row["class"] for row in rows)
+
+
+def test_a_class_called_like_a_formula_or_a_terminal_code_is_neither_in_the_table(tmp_path: Path) -> None:
+    formula, code = '=HYPERLINK("http:x","y")', "\x1b[2Jcat"
+    write_classes(tmp_path / "images", {formula: 15, code: 15})
+    data = prepared(tmp_path / "images")
+    data.write_split(tmp_path / "split.csv")
+    with open(tmp_path / "split.csv", newline="", encoding="utf-8") as stream:
+        names = {row["class"] for row in csv.DictReader(stream)}
+    assert names == {f"'{formula}", r"\x1b[2Jcat"}
+    predictions = Predictions()
+    predictions.rows = [(0, 0, 1, 0.5)]
+    predictions.write(tmp_path / "predictions.csv", data.class_names, data.test_files())
+    with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream)
+    assert {row["label"], row["class"]} == names
+    assert row["file"][0] in "'\\"
 
 
 @pytest.mark.parametrize("held_out", ["val", "test", "valid"])

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +161,35 @@ def test_a_shard_of_another_set_gives_no_wrong_label(shards: Path) -> None:
     assert refusal(shards) == (
         f"{path}, image 000000003 is not where the index says: the shard is of another set, or damaged."
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("size", lambda sizes: sizes * 0 - 1),
+        ("size", lambda sizes: sizes * 0 + 2**62),
+        ("size", lambda sizes: sizes.astype(float)),
+        ("offset", lambda offsets: -offsets),
+        ("shard_bytes", lambda sizes: -sizes),
+        ("class_names", lambda names: np.arange(len(names))),
+    ],
+)
+def test_an_index_with_values_that_cannot_be_is_refused(
+    shards: Path, field: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    index = shards / "train" / "index.npz"
+    with np.load(index) as arrays:
+        held = dict(arrays)
+    np.savez(index, **held | {field: change(held[field])})
+    assert refusal(shards).startswith(f"{index} contradicts itself: make it again")
+
+
+def test_an_index_that_unpacks_to_more_than_its_size_is_refused(shards: Path) -> None:
+    index = shards / "train" / "index.npz"
+    with np.load(index) as arrays:
+        held = dict(arrays)
+    np.savez_compressed(index, **held | {"label": np.zeros(10**7, np.int64)})
+    assert "damaged or no index of shards (it unpacks to more than its size)" in refusal(shards)
 
 
 def test_a_damaged_index_is_named(shards: Path) -> None:

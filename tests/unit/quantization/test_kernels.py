@@ -157,3 +157,23 @@ def test_an_export_leaves_later_passes_with_real_numbers() -> None:
         torch.export.export(model, (x,), strict=False)
     assert type(model(x)) is Tensor
     assert torch.equal(model(x), model(x))
+
+
+FAMILIES = [("w4a4", None, None), ("w1a1", None, None), ("ternary", None, None), ("w2a4", "ttq", "pact")]
+FAMILIES += [("w3a3", name, name) for name in ("apot", "dorefa", "lsq_ewgs", "lsq_plus", "minmax", "n2uq")]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("bits", "weights", "inputs"), FAMILIES)
+def test_a_network_that_torch_jit_has_traced_gives_the_same_bits(
+    bits: str, weights: str | None, inputs: str | None
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    recipe = Recipe(
+        bits, weight_quantizer=weights, activation_quantizer=inputs, first_layer_bits=32, last_layer_bits=None
+    )
+    quantised, _ = quantize_model(network, recipe)
+    initialize_quantizers(quantised, torch.randn(4, 3, 8, 8))
+    traced = torch.jit.trace(quantised.eval(), torch.randn(2, 3, 8, 8))
+    others = torch.randn(7, 3, 9, 8).to(memory_format=torch.channels_last)
+    assert torch.equal(traced(others), quantised(others))
