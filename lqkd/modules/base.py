@@ -1,4 +1,4 @@
-"""What the training of every image classifier here has in common: its evaluation."""
+"""What the training of every image classifier here has in common: its evaluation, and schedules that resume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError, first_line
+from lqkd.modules.beginning import Beginning, steps_taken
+from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.state import check_state
+from lqkd.modules.steps import total_epochs, total_steps
 from lqkd.quantization.modes import evaluating
 
 
@@ -41,6 +45,8 @@ class ImageClassifier(LightningModule):
         # Not by self.log's own mean: it rounds the mean number of images of a rank down to a whole number.
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
+        self._beginnings: list[Beginning] = []  # of every optimizer
+        self._resumed = False  # from a checkpoint
 
     def product(self) -> nn.Module:
         """The network that training makes."""
@@ -81,13 +87,46 @@ class ImageClassifier(LightningModule):
         """Logits (B, C) of images (B, channels, H, W)."""
         return self.product()(images)
 
+    def accumulated_batches(self) -> int:
+        """Batches whose gradients make one step."""
+        return self.trainer.accumulate_grad_batches
+
+    def start_schedule(self, optimizer: Optimizer, schedule: Schedule, setting: str) -> dict[str, Any]:
+        """Lightning's scheduler configuration of an optimizer, whose settings are kept for a resumed training.
+
+        Raises:
+            UsageError: when the schedule of ``setting`` ends before the training.
+        """
+        steps = total_steps(self.trainer, self.accumulated_batches())
+        made = schedule.configure(optimizer, steps)
+        beginning = Beginning.of(optimizer, made["scheduler"])
+        if isinstance(schedule, TorchSchedule):
+            by_step = schedule.interval == "step"
+            length = steps if by_step else total_epochs(self.trainer, self.accumulated_batches())
+            if length is not None:
+                beginning.check_lasts(optimizer, made["scheduler"], length, schedule.interval, setting)
+        self._beginnings.append(beginning)
+        return made
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = True
+
     def on_train_start(self) -> None:
+        if (
+            self._resumed and self._beginnings
+        ):  # the checkpoint's optimizers have brought the settings of an earlier run
+            parts = zip(self._beginnings, self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True)
+            for beginning, optimizer, config in parts:
+                beginning.advance(optimizer, config.scheduler, steps_taken(config.scheduler))
+        self._tell_global_batch()
+
+    def _tell_global_batch(self) -> None:
         """Tell the global batch, for which the learning rate is meant: lqkd never changes one for the other."""
         size, processes = (
             getattr(getattr(self.trainer, "datamodule", None), "batch_size", None),
             self.trainer.world_size,
         )
-        accumulated = getattr(self, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+        accumulated = self.accumulated_batches()
         if size is not None and processes * accumulated > 1:
             parts = [f"{processes} processes", f"{size} images"] + [f"{accumulated} batches"] * (accumulated > 1)
             rank_zero_info(f"global batch {processes * size * accumulated} = {' x '.join(parts)}")

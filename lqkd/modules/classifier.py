@@ -16,7 +16,6 @@ from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
-from lqkd.modules.steps import total_steps
 
 
 class ClassifierModule(ImageClassifier):
@@ -60,8 +59,8 @@ class ClassifierModule(ImageClassifier):
 
     def configure_optimizers(self) -> Any:
         optimizer = optimizer_of(self.optimizer, "optimizer", self.network.parameters())
-        steps = total_steps(self.trainer, self.trainer.accumulate_grad_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, steps)}
+        self._beginnings.clear()
+        return {"optimizer": optimizer, "lr_scheduler": self.start_schedule(optimizer, self.schedule, "schedule")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch[0], batch[1]

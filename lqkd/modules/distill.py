@@ -24,7 +24,7 @@ from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
-from lqkd.modules.optimizers import optimizer_of, regularizer_groups, settings_of, student_groups
+from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.references import REFERENCES, measure
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
@@ -179,7 +179,6 @@ class DistillModule(SharedBackward):
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self._followers: list[Any] = []
-        self._resumed = False
         self._watch = LossWatch()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
@@ -256,19 +255,19 @@ class DistillModule(SharedBackward):
 
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
-        steps = self.count_steps()
-        self.optimizer_settings.clear()
+        self.count_steps()
+        self._beginnings.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
-        for setting, make, schedule, groups in (
+        for player, make, schedule, groups in (
             (
-                "student_optimizer",
+                "student",
                 self.student_optimizer,
                 self.student_schedule,
                 student_groups(self.student, self.distillation.losses),
             ),
             (
-                "regularizer_optimizer",
+                "regularizer",
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
                 regularizer_groups(self.distillation.regularizers, self.balance, self.combination),
@@ -276,15 +275,14 @@ class DistillModule(SharedBackward):
         ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
-            optimizer = optimizer_of(make, setting, groups)
+            optimizer = optimizer_of(make, f"{player}_optimizer", groups)
             factors = {"balance": self.balance.learning_rate_factor}
             if self.regularizer is not None:
                 factors["regularizer"] = self.regularizer.learning_rate_factor
             for group in optimizer.param_groups:
                 group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
-            schedulers.append(schedule.configure(optimizer, steps))
-            self.optimizer_settings.append(settings_of(optimizer))
+            schedulers.append(self.start_schedule(optimizer, schedule, f"{player}_schedule"))
         return optimizers, schedulers
 
     def _tell_progress(self) -> None:
@@ -339,8 +337,6 @@ class DistillModule(SharedBackward):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._resumed:
-            self.restore_optimizer_settings()
         self.student.train()  # a network that was handed over in eval mode would keep it
         self.distillation.train()
         self.balance.train()
@@ -503,10 +499,10 @@ class DistillModule(SharedBackward):
         checkpoint["fit_by_mse"] = [name for name, q in quantizers(self.student).items() if q.wants_mse]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:
             self.distillation.connect(*checkpoint["distillation_shapes"])
-        self._resumed = True
