@@ -45,11 +45,8 @@ class BatchNormReestimation(Finisher):
         super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, ImageClassifier):
             raise UsageError(f"BatchNormReestimation needs a module of lqkd: {type(pl_module).__name__} is none")
-        if stage == "fit" and trainer.val_check_interval != 1.0:
-            raise UsageError(
-                f"trainer.val_check_interval={trainer.val_check_interval} is not possible with BatchNormReestimation, "
-                "which reads training batches before a validation: use 1.0"
-            )
+        if stage == "fit":
+            refuse_validation_within_epochs(trainer, type(self).__name__)
 
     def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
         network = module.product()
@@ -65,3 +62,16 @@ class BatchNormReestimation(Finisher):
                     mean = trainer.strategy.reduce(statistic, reduce_op="mean")
                     assert isinstance(mean, Tensor)
                     statistic.copy_(mean)
+
+
+def refuse_validation_within_epochs(trainer: Trainer, callback: str) -> None:
+    """Refuse settings with which ``callback`` would have to read training batches while an epoch is being read.
+
+    Raises:
+        UsageError: when validation runs within epochs.
+    """
+    if trainer.val_check_interval != 1.0:
+        raise UsageError(
+            f"trainer.val_check_interval={trainer.val_check_interval} is not possible with {callback}, which reads "
+            "training batches before a validation: use 1.0"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_epochs, total_steps
+from lqkd.modules.trainer_checks import check_averages
 from lqkd.quantization.modes import evaluating
 
 
@@ -31,6 +33,12 @@ def example_input(data: Any, device: torch.device) -> Tensor | None:
     return None if shape is None else torch.zeros(1, *shape, dtype=getattr(data, "input_dtype", None), device=device)
 
 
+TRAINED = "trained_weights"
+"""Where a checkpoint keeps the state of the network that is trained, when its average is in ``state_dict``."""
+AVERAGED = "averaged_weights"
+"""Where callbacks find the state of the average when training goes on from such a checkpoint."""
+
+
 class ImageClassifier(LightningModule):
     """Validates, tests and predicts with the network that :meth:`product` names, on batches (images, labels, ...).
 
@@ -38,23 +46,48 @@ class ImageClassifier(LightningModule):
 
     Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy, exact over
     all ranks.
+
+    Attributes:
+        averaged: the average of the trained network's weights while a callback keeps one; None for none. It is held
+            outside the module tree, and takes the network's place in evaluations and, under its names, in checkpoints.
     """
+
+    averaged: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
         # Not by self.log's own mean: it rounds the mean number of images of a rank down to a whole number.
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
+        self.__dict__["averaged"] = None
         self._beginnings: list[Beginning] = []  # of every optimizer
         self._resumed = False  # from a checkpoint
 
-    def product(self) -> nn.Module:
-        """The network that training makes."""
+    def trained(self) -> nn.Module:
+        """The network that training changes."""
         raise NotImplementedError
+
+    def product(self) -> nn.Module:
+        """The network that training makes, which is evaluated and kept: the trained one, or the average of it."""
+        return self.trained() if self.averaged is None else self.averaged
+
+    def keep_average(self, network: nn.Module | None) -> None:
+        """Let a network like the trained one take its place as the product; None for the trained one itself."""
+        self.__dict__["averaged"] = network  # past nn.Module's registration
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and network of all that must take the data's images and tell its classes apart."""
         yield "network", self.product()
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse impossible Trainer settings here: it is the first hook, before callbacks and Lightning's own checks.
+
+        Raises:
+            UsageError: when a callback of the training averages weights in a way that cannot be right.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_averages(self.trainer.callbacks)  # type: ignore[attr-defined]
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.
@@ -108,8 +141,26 @@ class ImageClassifier(LightningModule):
         self._beginnings.append(beginning)
         return made
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the product under the names of the trained network, whose own state goes beside it."""
+        if self.averaged is None:
+            return
+        state, prefix = checkpoint["state_dict"], self._prefix()
+        average = {prefix + key: value for key, value in self.averaged.state_dict().items()}
+        checkpoint[TRAINED] = {key: state[key] for key in average}
+        checkpoint["state_dict"] = {**state, **average}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the trained network's own state where a training goes on, and with the product elsewhere."""
         self._resumed = True
+        if TRAINED in checkpoint and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            state, prefix = checkpoint["state_dict"], self._prefix()
+            checkpoint[AVERAGED] = {key.removeprefix(prefix): state[key] for key in checkpoint[TRAINED]}
+            checkpoint["state_dict"] = {**state, **checkpoint[TRAINED]}
+
+    def _prefix(self) -> str:
+        """What names in the trained network begin with in this module."""
+        return next(f"{name}." for name, module in self.named_modules() if module is self.trained())
 
     def on_train_start(self) -> None:
         if (

@@ -54,7 +54,7 @@ class ClassifierModule(ImageClassifier):
         self._watch = LossWatch()
         self._batch: tuple[Tensor, Tensor] | None = None  # loss and images of a step between forward and backward
 
-    def product(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         return self.network
 
     def configure_optimizers(self) -> Any:
@@ -66,7 +66,7 @@ class ClassifierModule(ImageClassifier):
         images, labels = batch[0], batch[1]
         targets = getattr(batch, "targets", None)  # class probabilities of mixed images
         loss = F.cross_entropy(
-            self(images).float(), labels if targets is None else targets, label_smoothing=self.label_smoothing
+            self.network(images).float(), labels if targets is None else targets, label_smoothing=self.label_smoothing
         )
         self._watch.ask(loss)
         self._batch = (loss.detach(), images)

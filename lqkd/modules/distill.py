@@ -190,12 +190,11 @@ class DistillModule(SharedBackward):
         return cast(Regularizer, self.distillation.regularizers[0]) if self.distillation.regularizers else None
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
         trainer = self.trainer
         check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
-        return []
+        return super().configure_callbacks()
 
-    def product(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         return self.student
 
     def teachers(self) -> list[FrozenTeacher]:
@@ -492,6 +491,7 @@ class DistillModule(SharedBackward):
         check_state(self, state_dict, any_bits={f"student.{name}" for name in self.scheduled_layers})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)

@@ -1,6 +1,11 @@
-"""Trainer settings that cannot mean what they say under manual optimization with two optimizers."""
+"""Trainer settings that cannot mean what they say, under manual optimization with two optimizers or at all."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from lqkd.errors import UsageError
 
@@ -28,3 +33,21 @@ def check_trainer_settings(precision: object, gradient_clip_val: object, accumul
             f"trainer.accumulate_grad_batches={accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
         )
+
+
+def check_averages(callbacks: Iterable[Callback]) -> None:
+    """Refuse Lightning's averages of weights.
+
+    They average the integers and flags among the buffers, leave statistics of batch norm that belong to other weights,
+    give a test after the training the weights that were trained instead of the average that is in the file, and the
+    stochastic one takes over one optimizer's schedule and trains one more epoch.
+
+    Raises:
+        UsageError: naming the callback and what to use instead.
+    """
+    for callback in callbacks:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise UsageError(
+                f"trainer.callbacks={type(callback).__name__} is not possible: what it saves is not what was measured, "
+                "with quantizers and batch norm that do not fit its weights; use lqkd.callbacks.WeightEMA"
+            )
