@@ -151,7 +151,7 @@ class _Batches(ImageClassifier):
         self.calibration: list[Tensor] = []
         self.validation: list[tuple[Tensor, Tensor]] = []
 
-    def product(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         return self.network
 
     def on_validation_start(self) -> None:

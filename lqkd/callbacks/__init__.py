@@ -14,6 +14,7 @@ from lqkd.callbacks.progress import ProgressBar
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
 from lqkd.callbacks.run_logger import RunLogger, run_folder_of
 from lqkd.callbacks.run_summary import RunSummary
+from lqkd.callbacks.weight_ema import WeightEMA
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -29,5 +30,6 @@ __all__ = [
     "RunLogger",
     "RunSummary",
     "Stage",
+    "WeightEMA",
     "run_folder_of",
 ]

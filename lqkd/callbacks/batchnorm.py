@@ -1,15 +1,16 @@
-"""Fresh batch norm statistics before each validation of a low-bit student."""
+"""Fresh batch norm statistics for the low-bit student that is validated and saved."""
 
 from __future__ import annotations
 
 from itertools import islice
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.callbacks.finishing import Finisher
 from lqkd.callbacks.progress import below_the_bar
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
@@ -17,12 +18,14 @@ from lqkd.modules.stages import in_stage
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 
 
-class BatchNormReestimation(Callback):
+class BatchNormReestimation(Finisher):
     """Replaces the running statistics by their average over training batches at the end of each epoch.
 
     At few bits weights flip between grid points from step to step, and the exponential averages of training describe a
-    network that is no longer there (Nagel et al., arXiv 2203.11086, section 4.1). The validation that follows, and the
-    checkpoint saved after it, have the new statistics.
+    network that is no longer there (Nagel et al., arXiv 2203.11086, section 4.1). The validation of the epoch, where
+    there is one, and every file saved at its end or at that of the training have the new statistics; so does an epoch
+    that ``trainer.max_steps`` cuts short. A ``last.ckpt`` saved within an epoch has those of the training, from which
+    it resumes.
 
     Args:
         batches: number of training batches, augmented as in training; at most an epoch's.
@@ -31,25 +34,22 @@ class BatchNormReestimation(Callback):
         UsageError: when batches is less than 1, at construction, or validation runs within an epoch.
     """
 
+    turn = 1
+
     def __init__(self, batches: int = 50) -> None:
         if batches < 1:
             raise UsageError(f"batches={batches} is not possible: batch norm is re-estimated from at least one batch")
         self.batches = batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, ImageClassifier):
             raise UsageError(f"BatchNormReestimation needs a module of lqkd: {type(pl_module).__name__} is none")
-        if stage == "fit" and trainer.val_check_interval != 1.0:
-            raise UsageError(
-                f"trainer.val_check_interval={trainer.val_check_interval} is not possible with BatchNormReestimation, "
-                "which reads training batches before a validation: use 1.0"
-            )
+        if stage == "fit":
+            refuse_validation_within_epochs(trainer, type(self).__name__)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        assert isinstance(pl_module, ImageClassifier)
-        network = pl_module.product()
+    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+        network = module.product()
         loader = trainer.train_dataloader
         assert loader is not None, "the fit loop has set up the data"
         with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
@@ -63,3 +63,16 @@ class BatchNormReestimation(Callback):
                     mean = trainer.strategy.reduce(statistic, reduce_op="mean")
                     assert isinstance(mean, Tensor)
                     statistic.copy_(mean)
+
+
+def refuse_validation_within_epochs(trainer: Trainer, callback: str) -> None:
+    """Refuse settings with which ``callback`` would have to read training batches while an epoch is being read.
+
+    Raises:
+        UsageError: when validation runs within epochs.
+    """
+    if trainer.val_check_interval != 1.0:
+        raise UsageError(
+            f"trainer.val_check_interval={trainer.val_check_interval} is not possible with {callback}, which reads "
+            "training batches before a validation: use 1.0"
+        )

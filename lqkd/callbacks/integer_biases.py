@@ -1,20 +1,21 @@
-"""Biases of integer kernels in the student, before each validation."""
+"""Biases of integer kernels in the student that is validated and saved."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lqkd.callbacks.finishing import Finisher
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners, integer_biases
 
 
-class IntegerBiases(Callback):
-    """Moves every bias to the nearest one that an integer kernel can have, before each validation and at the end.
+class IntegerBiases(Finisher):
+    """Moves every bias to the nearest one that an integer kernel can have, before each validation and epoch's end.
 
     The export folds batch norm into the layers and rounds their biases to the grid of the accumulator, the product of
     the scales of input and weight. At few bits that grid is coarse enough to change the class of some images. With
@@ -29,11 +30,13 @@ class IntegerBiases(Callback):
         UsageError: before the first batch, when the graph of the network cannot be traced or no layer has such a bias.
     """
 
+    turn = 2
+
     def __init__(self) -> None:
         self._folded: dict[str, str] = {}
-        self._step: int | None = None  # of the last projection: nothing has moved since, as long as it is the present
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if not isinstance(pl_module, ImageClassifier):
@@ -47,24 +50,9 @@ class IntegerBiases(Callback):
                 "IntegerBiases has nothing to do: no layer has a bias, or a batch norm behind it, and both weight and "
                 "input on even levels; leave it out, or use such quantizers (lsq)"
             )
-        self._step = None
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # batch norm was re-estimated one hook before
-            self._project(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._project(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._project(trainer, pl_module)
 
     @torch.no_grad()
-    def _project(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        assert isinstance(module, ImageClassifier)
+    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
         network = module.product()
         # Statistics of batch norm may differ between processes; the first one's are saved.
         values: dict[str, Any] = trainer.strategy.broadcast(integer_biases(network, self._folded))

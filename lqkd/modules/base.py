@@ -1,4 +1,4 @@
-"""What the training of every image classifier here has in common: its evaluation."""
+"""What the training of every image classifier here has in common: its evaluation, and schedules that resume."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
 from lqkd.losses.task import task_losses
 from lqkd.modules.batches import Samples, check_range, samples_of
+from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.outputs import logits_of, try_network
+from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.state import check_state
+from lqkd.modules.steps import total_epochs, total_steps
+from lqkd.modules.trainer_checks import check_averages
 
 
 def example_input(data: Any, device: torch.device) -> Tensor | None:
@@ -28,6 +34,12 @@ def example_input(data: Any, device: torch.device) -> Tensor | None:
     return None if shape is None else torch.zeros(1, *shape, dtype=getattr(data, "input_dtype", None), device=device)
 
 
+TRAINED = "trained_weights"
+"""Where a checkpoint keeps the state of the network that is trained, when its average is in ``state_dict``."""
+AVERAGED = "averaged_weights"
+"""Where callbacks find the state of the average when training goes on from such a checkpoint."""
+
+
 class ImageClassifier(LightningModule):
     """Validates, tests and predicts with the network that :meth:`product` names, on batches (images, labels, ...).
 
@@ -35,21 +47,48 @@ class ImageClassifier(LightningModule):
 
     Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy of the samples
     that have a label (>= 0), exact over all ranks; NaN, with a warning, where no sample has one.
+
+    Attributes:
+        averaged: the average of the trained network's weights while a callback keeps one; None for none. It is held
+            outside the module tree, and takes the network's place in evaluations and, under its names, in checkpoints.
     """
+
+    averaged: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
         # Not by self.log's own mean: it rounds the mean number of images of a rank down to a whole number.
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
+        self.__dict__["averaged"] = None
+        self._beginnings: list[Beginning] = []  # of every optimizer
+        self._resumed = False  # from a checkpoint
+
+    def trained(self) -> nn.Module:
+        """The network that training changes."""
+        raise NotImplementedError
 
     def product(self) -> nn.Module:
-        """The network that training makes."""
-        raise NotImplementedError
+        """The network that training makes, which is evaluated and kept: the trained one, or the average of it."""
+        return self.trained() if self.averaged is None else self.averaged
+
+    def keep_average(self, network: nn.Module | None) -> None:
+        """Let a network like the trained one take its place as the product; None for the trained one itself."""
+        self.__dict__["averaged"] = network  # past nn.Module's registration
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and network of all that must take the data's images and tell its classes apart."""
         yield "network", self.product()
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse impossible Trainer settings here: it is the first hook, before callbacks and Lightning's own checks.
+
+        Raises:
+            UsageError: when a callback of the training averages weights in a way that cannot be right.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_averages(self.trainer.callbacks)  # type: ignore[attr-defined]
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.
@@ -76,13 +115,64 @@ class ImageClassifier(LightningModule):
         """The images and labels of a batch on the device; see :func:`~lqkd.modules.batches.samples_of`."""
         return samples_of(batch, self.product())
 
+    def accumulated_batches(self) -> int:
+        """Batches whose gradients make one step."""
+        return self.trainer.accumulate_grad_batches
+
+    def start_schedule(self, optimizer: Optimizer, schedule: Schedule, setting: str) -> dict[str, Any]:
+        """Lightning's scheduler configuration of an optimizer, whose settings are kept for a resumed training.
+
+        Raises:
+            UsageError: when the schedule of ``setting`` ends before the training.
+        """
+        steps = total_steps(self.trainer, self.accumulated_batches())
+        made = schedule.configure(optimizer, steps)
+        beginning = Beginning.of(optimizer, made["scheduler"])
+        if isinstance(schedule, TorchSchedule):
+            by_step = schedule.interval == "step"
+            length = steps if by_step else total_epochs(self.trainer, self.accumulated_batches())
+            if length is not None:
+                beginning.check_lasts(optimizer, made["scheduler"], length, schedule.interval, setting)
+        self._beginnings.append(beginning)
+        return made
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the product under the names of the trained network, whose own state goes beside it."""
+        if self.averaged is None:
+            return
+        state, prefix = checkpoint["state_dict"], self._prefix()
+        average = {prefix + key: value for key, value in self.averaged.state_dict().items()}
+        checkpoint[TRAINED] = {key: state[key] for key in average}
+        checkpoint["state_dict"] = {**state, **average}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the trained network's own state where a training goes on, and with the product elsewhere."""
+        self._resumed = True
+        if TRAINED in checkpoint and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            state, prefix = checkpoint["state_dict"], self._prefix()
+            checkpoint[AVERAGED] = {key.removeprefix(prefix): state[key] for key in checkpoint[TRAINED]}
+            checkpoint["state_dict"] = {**state, **checkpoint[TRAINED]}
+
+    def _prefix(self) -> str:
+        """What names in the trained network begin with in this module."""
+        return next(f"{name}." for name, module in self.named_modules() if module is self.trained())
+
     def on_train_start(self) -> None:
+        if (
+            self._resumed and self._beginnings
+        ):  # the checkpoint's optimizers have brought the settings of an earlier run
+            parts = zip(self._beginnings, self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True)
+            for beginning, optimizer, config in parts:
+                beginning.advance(optimizer, config.scheduler, steps_taken(config.scheduler))
+        self._tell_global_batch()
+
+    def _tell_global_batch(self) -> None:
         """Tell the global batch, for which the learning rate is meant: lqkd never changes one for the other."""
         size, processes = (
             getattr(getattr(self.trainer, "datamodule", None), "batch_size", None),
             self.trainer.world_size,
         )
-        accumulated = getattr(self, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
+        accumulated = self.accumulated_batches()
         if size is not None and processes * accumulated > 1:
             parts = [f"{processes} processes", f"{size} images"] + [f"{accumulated} batches"] * (accumulated > 1)
             rank_zero_info(f"global batch {processes * size * accumulated} = {' x '.join(parts)}")

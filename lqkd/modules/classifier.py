@@ -18,7 +18,6 @@ from lqkd.modules.optimizers import optimizer_of
 from lqkd.modules.outputs import enough_samples, logits_of
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
-from lqkd.modules.steps import total_steps
 
 
 class ClassifierModule(ImageClassifier):
@@ -58,18 +57,18 @@ class ClassifierModule(ImageClassifier):
         # Loss, logits and the images with their labels of a step between forward and backward.
         self._batch: tuple[Tensor, Tensor, Samples] | None = None
 
-    def product(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         return self.network
 
     def configure_optimizers(self) -> Any:
         optimizer = optimizer_of(self.optimizer, "optimizer", self.network.parameters())
-        steps = total_steps(self.trainer, self.trainer.accumulate_grad_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule.configure(optimizer, steps)}
+        self._beginnings.clear()
+        return {"optimizer": optimizer, "lr_scheduler": self.start_schedule(optimizer, self.schedule, "schedule")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         samples = self.samples(batch)
         with enough_samples("network", len(samples.images)):
-            output = self(samples.images)
+            output = self.network(samples.images)
         logits = logits_of(output, "network", len(samples.images), training=True).float()
         loss = task_loss(logits, samples.labels, samples.targets, self.label_smoothing)
         self._watch.ask(loss)

@@ -26,7 +26,7 @@ from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimizer_checks import check_optimizer
-from lqkd.modules.optimizers import optimizer_of, regularizer_groups, settings_of, student_groups
+from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.outputs import enough_samples, leaves_one, logits_of, try_network, try_training
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
@@ -182,7 +182,6 @@ class DistillModule(SharedBackward):
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self._followers: list[Any] = []
-        self._resumed = False
         self._watch = LossWatch()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
@@ -196,14 +195,10 @@ class DistillModule(SharedBackward):
     def configure_callbacks(self) -> list[Any]:
         """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
         check_trainer_settings(self.trainer)
-        check_callbacks(self.trainer.callbacks, players=1 + self._learns())  # type: ignore[attr-defined]
-        return []
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        return super().configure_callbacks()
 
-    def _learns(self) -> bool:
-        """Whether there is anything to learn beside the student, which then has an optimizer of its own."""
-        return bool(regularizer_groups(self.distillation.regularizers, self.balance, self.combination))
-
-    def product(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         return self.student
 
     def teachers(self) -> list[FrozenTeacher]:
@@ -274,20 +269,20 @@ class DistillModule(SharedBackward):
 
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
-        steps = self.count_steps()
-        self.optimizer_settings.clear()
+        self.count_steps()
+        self._beginnings.clear()
         self.optimizer_names.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
-        for setting, make, schedule, groups in (
+        for player, make, schedule, groups in (
             (
-                "student_optimizer",
+                "student",
                 self.student_optimizer,
                 self.student_schedule,
                 student_groups(self.student, self.distillation.losses),
             ),
             (
-                "regularizer_optimizer",
+                "regularizer",
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
                 regularizer_groups(self.distillation.regularizers, self.balance, self.combination),
@@ -295,6 +290,7 @@ class DistillModule(SharedBackward):
         ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
                 continue
+            setting = f"{player}_optimizer"
             optimizer = optimizer_of(make, setting, groups)
             check_optimizer(optimizer, setting, groups)
             factors = {"balance": self.balance.learning_rate_factor}
@@ -303,8 +299,7 @@ class DistillModule(SharedBackward):
             for group in optimizer.param_groups:
                 group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
-            schedulers.append(schedule.configure(optimizer, steps))
-            self.optimizer_settings.append(settings_of(optimizer))
+            schedulers.append(self.start_schedule(optimizer, schedule, f"{player}_schedule"))
             self.optimizer_names.append(setting)
         return optimizers, schedulers
 
@@ -379,8 +374,6 @@ class DistillModule(SharedBackward):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._resumed:
-            self.restore_optimizer_settings()
         self.student.train()  # a network that was handed over in eval mode would keep it
         self.distillation.train()
         self.balance.train()
@@ -548,6 +541,7 @@ class DistillModule(SharedBackward):
         check_state(self, state_dict, any_bits={f"student.{name}" for name in self.scheduled_layers})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
@@ -555,10 +549,10 @@ class DistillModule(SharedBackward):
         checkpoint["fit_by_mse"] = [name for name, q in quantizers(self.student).items() if q.wants_mse]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:
             self.distillation.connect(*checkpoint["distillation_shapes"])
-        self._resumed = True

@@ -1,4 +1,4 @@
-"""The optimizers of the two players: parameter groups, and settings that outlive a checkpoint."""
+"""The optimizers of the two players: parameter groups, and settings that a checkpoint decides."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
 from lqkd.regularizers import Balance
 
-SETTINGS_IN_CHECKPOINT = {
-    f"model.{player}_{what}.{key}"
-    for player in ("student", "regularizer")
-    for what, keys in (("optimizer", ("class_path",)), ("schedule", ("class_path", "init_args.scheduler.class_path")))
-    for key in keys
+_PLAYERS = ("student_", "regularizer_", "")
+_OF_SCHEDULE = ("class_path", "init_args.scheduler.class_path", "init_args.interval")
+SETTINGS_IN_CHECKPOINT = {f"model.{player}optimizer.class_path" for player in _PLAYERS} | {
+    f"model.{player}schedule.{key}" for player in _PLAYERS for key in _OF_SCHEDULE
 }
 """Settings whose state a checkpoint carries, and which a resumed run can therefore not change."""
 
@@ -54,31 +52,6 @@ def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any
         return make(parameters)
     except ValueError as error:
         raise UsageError(f"{setting} is not possible: {first_line(error)}") from error
-
-
-def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The settings of every group, without its parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def restore_settings(optimizer: Optimizer, scheduler: Any, settings: list[dict[str, Any]]) -> None:
-    """Give an optimizer that was restored from a checkpoint the ``settings`` of the configuration again.
-
-    A checkpoint carries the settings of the run that wrote it, which would silently win over the configuration. The
-    learning rate keeps the place in its schedule that the checkpoint says: where that is a function of the step, it
-    becomes what a run with this configuration would have there, e.g. when the training is now longer.
-    """
-    for index, (group, wanted) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
-        base, configured = group.get("initial_lr"), wanted.get("initial_lr")
-        if base and configured and base != configured and hasattr(scheduler, "base_lrs"):
-            group["lr"] *= configured / base
-            group["initial_lr"] = configured
-            scheduler.base_lrs[index] = configured
-            scheduler._last_lr[index] = group["lr"]
-        if isinstance(scheduler, LambdaLR):
-            group["lr"] = scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch)
-            scheduler._last_lr[index] = group["lr"]
-        group.update({key: value for key, value in wanted.items() if key not in ("lr", "initial_lr")})
 
 
 def _group(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> dict[str, Any]:

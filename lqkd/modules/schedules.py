@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 
 
 class Schedule(ABC):
@@ -69,14 +69,23 @@ class TorchSchedule(Schedule):
     Args:
         scheduler: the scheduler's class and arguments, without the optimizer.
         interval: whether it steps after each optimizer step or after each epoch.
+
+    Raises:
+        UsageError: when interval is neither; before the first batch, when the scheduler refuses one of its arguments,
+            or ends before the training does.
     """
 
     def __init__(self, scheduler: LRSchedulerCallable, interval: Literal["step", "epoch"] = "epoch") -> None:
+        if interval not in ("step", "epoch"):
+            raise UsageError(f"interval={interval!r} is not possible: a schedule steps each step or epoch")
         self.scheduler = scheduler
         self.interval = interval
 
     def configure(self, optimizer: Optimizer, total_steps: int | None) -> dict[str, Any]:
-        scheduler = self.scheduler(optimizer)
+        try:
+            scheduler = self.scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"scheduler is not possible: {first_line(error)}") from error
         if isinstance(scheduler, ReduceLROnPlateau):
             raise UsageError("scheduler=ReduceLROnPlateau is not possible here: use one that follows steps or epochs")
         return {"scheduler": scheduler, "interval": self.interval}

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizer_checks import GradientsAreThere
-from lqkd.modules.optimizers import restore_settings
 from lqkd.modules.steps import total_steps
 
 
 class SharedBackward(ImageClassifier):
     """What manual optimization must do itself when several optimizers share one backward pass.
 
-    Accumulation, clipping, the steps of all optimizers and of their schedules, how much of the training is done, and
-    the settings of optimizers that a resumed run was given anew. Lightning counts the first optimizer's steps alone.
+    Accumulation, clipping, the steps of all optimizers and of their schedules, and how much of the training is done.
+    Lightning counts the first optimizer's steps alone.
 
     Args:
         gradient_clip_val: largest gradient norm of each optimizer's parameters; None for no clipping.
@@ -39,12 +38,13 @@ class SharedBackward(ImageClassifier):
         self.automatic_optimization = False
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.optimizer_settings: list[list[dict[str, Any]]] = []
-        """Of each optimizer's groups, as configured."""
         self.optimizer_names: list[str] = []
         """What a mistake calls each optimizer."""
         self._total_steps: int | None = None
         self._accumulated_samples = 0
+
+    def accumulated_batches(self) -> int:
+        return self.accumulate_grad_batches
 
     def count_steps(self) -> int | None:
         """Steps of the whole training, None when it has no end; :meth:`progress` tells parts of it from then on."""
@@ -99,16 +99,6 @@ class SharedBackward(ImageClassifier):
             optimizer.zero_grad(set_to_none=True)
         self._accumulated_samples = 0
         self.step_schedules("step")
-
-    def restore_optimizer_settings(self) -> None:
-        """Give optimizers that a checkpoint has restored the configuration's settings again."""
-        for optimizer, config, settings in zip(
-            self._optimizers(use_pl_optimizer=False),
-            self.trainer.lr_scheduler_configs,
-            self.optimizer_settings,
-            strict=True,
-        ):
-            restore_settings(optimizer, config.scheduler, settings)
 
     def _optimizers(self, use_pl_optimizer: bool) -> list[Any]:
         optimizers = self.optimizers(use_pl_optimizer=use_pl_optimizer)

@@ -1,4 +1,4 @@
-"""Trainer settings that cannot mean what they say under manual optimization with two optimizers."""
+"""Trainer settings that cannot mean what they say, under manual optimization with two optimizers or at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from lqkd.errors import UsageError
@@ -58,12 +59,8 @@ def check_trainer_settings(settings: Any) -> None:
         )
 
 
-def check_callbacks(callbacks: Iterable[Callback], players: int) -> None:
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks of Lightning that cannot work with DistillModule.
-
-    Args:
-        callbacks: those of the Trainer.
-        players: how many optimizers there will be.
 
     Raises:
         UsageError: naming the callback and what to do instead.
@@ -75,8 +72,21 @@ def check_callbacks(callbacks: Iterable[Callback], players: int) -> None:
                 raise UsageError(
                     f"callback {name} is not possible with DistillModule, which steps its optimizers itself: {instead}"
                 )
-        if isinstance(callback, StochasticWeightAveraging) and players > 1:
+
+
+def check_averages(callbacks: Iterable[Callback]) -> None:
+    """Refuse Lightning's averages of weights.
+
+    They average the integers and flags among the buffers, leave statistics of batch norm that belong to other weights,
+    give a test after the training the weights that were trained instead of the average that is in the file, and the
+    stochastic one takes over one optimizer's schedule and trains one more epoch.
+
+    Raises:
+        UsageError: naming the callback and what to use instead.
+    """
+    for callback in callbacks:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise UsageError(
-                f"callback {name} is not possible with a regularizer or a balance that learn, since it takes one "
-                "optimizer only: remove it, or fix both"
+                f"trainer.callbacks={type(callback).__name__} is not possible: what it saves is not what was measured, "
+                "with quantizers and batch norm that do not fit its weights; use lqkd.callbacks.WeightEMA"
             )

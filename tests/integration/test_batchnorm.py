@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lqkd.callbacks import BatchNormReestimation
+from lqkd.callbacks import BatchNormReestimation, BestAndLast
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
+from lqkd.quantization.batchnorm import reestimate_batchnorm
 from tests.conftest import digits, distiller
 
 MakeTrainer = Callable[..., Trainer]
@@ -38,6 +42,33 @@ def test_statistics_are_the_average_over_training_batches(make_trainer: MakeTrai
     hook.remove()
     expected = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
     torch.testing.assert_close(module.student.bn1.running_mean, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epoch"),
+    [
+        ({"max_epochs": 2, "limit_val_batches": 0}, 1),
+        ({"max_epochs": 2, "check_val_every_n_epoch": 5}, 1),
+        ({"max_steps": 2}, 0),  # within the first epoch
+    ],
+)
+def test_what_is_saved_without_a_validation_has_them_too(
+    make_trainer: MakeTrainer, tmp_path: Path, settings: dict[str, Any], epoch: int
+) -> None:
+    keeper = BestAndLast(tmp_path, validates=settings.get("limit_val_batches") != 0)
+    trainer = make_trainer(callbacks=[BatchNormReestimation(2), keeper], enable_checkpointing=True, **settings)
+    trainer.fit(distiller(), datamodule=digits(4))
+    data = digits(4)
+    data.setup()
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    batches = [data.preprocess(batch, train=True, epoch=epoch).images for batch in islice(loader, 2)]
+    for name in ("best", "last"):
+        module = distiller()
+        module.load_state_dict(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"])
+        saved = module.student.bn1.running_mean.clone()
+        reestimate_batchnorm(module.student, batches)
+        torch.testing.assert_close(saved, module.student.bn1.running_mean)
 
 
 def test_training_itself_is_not_changed(make_trainer: MakeTrainer) -> None:
