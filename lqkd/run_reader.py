@@ -10,12 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError, first_line
+from lqkd.callbacks.checkpoint_io import read_checkpoint
+from lqkd.errors import UsageError
 from lqkd.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
@@ -116,10 +116,7 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
             "starts from"
         )
     reader = RunReader(config, trained=True)
-    try:
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
-    except Exception as error:  # a damaged file raises many types
-        raise UsageError(f"{str(checkpoint)!r} is not a checkpoint that can be read ({first_line(error)})") from error
+    state = read_checkpoint(checkpoint)["state_dict"]
     name = "student" if isinstance(reader.model, DistillModule) else "network"
     load_float_weights(reader.model.product(), {k.removeprefix(f"{name}."): v for k, v in state.items()}, checkpoint)
     return reader, checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lqkd.files import atomic_path, write_json
+from lqkd.files import write_json, write_safetensors
 from lqkd.run_folder import CONFIG, SUMMARY
 from lqkd.study.settings import Study
 
@@ -133,8 +133,6 @@ class Task:
         """A file with the weights that the seed gives a student without weights, the same for all variants."""
         import hashlib
 
-        from safetensors.torch import save
-
         model = yaml.safe_load(self.config.read_text(encoding="utf-8"))["model"].get("init_args", {})
         student = model.get("student")
         if student is None or model.get("student_weights") is not None:
@@ -143,9 +141,7 @@ class Task:
         name = f"seed_{self.seed}_{hashlib.sha256(described.encode()).hexdigest()[:8]}.safetensors"
         target = self.study / "initial_weights" / name
         if not target.is_file():
-            state = {key: value.clone().contiguous() for key, value in _build(student, self.seed).state_dict().items()}
-            with atomic_path(target) as temporary:
-                temporary.write_bytes(save(state))
+            write_safetensors(target, _build(student, self.seed).state_dict())
         return target
 
 
