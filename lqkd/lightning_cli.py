@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -89,6 +90,7 @@ class LqkdCLI(LightningCLI):
     """
 
     run_folder: Path | None = None
+    locked: int | None = None
 
     def __init__(
         self,
@@ -115,6 +117,9 @@ class LqkdCLI(LightningCLI):
             if not getattr(stop, "message", ""):  # before the verb began: the same command starts again
                 self._release()
             raise
+        finally:
+            if self.locked is not None:
+                os.close(self.locked)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
@@ -232,7 +237,7 @@ class LqkdCLI(LightningCLI):
         else:
             folder = self.resumption.folder
         if getattr(rank_zero_only, "rank", 0) == 0:
-            self._lock = lock(folder)
+            self.locked = lock(folder)
             remove_partial_files(folder)
         self.run_folder = folder
         for logger in loggers:

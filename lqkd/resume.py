@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from lqkd.callbacks.checkpoint_io import read_checkpoint
 from lqkd.callbacks.resume_state import KEY, LIMITS
 from lqkd.errors import UsageError
 from lqkd.files import write_json
-from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, SUMMARY, has_ended
+from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, NETWORKS, SUMMARY, has_ended, resume_command
 
 STARTS = "starts.json"
 _LIMITS = ("max_epochs", "max_steps", "max_time")
@@ -61,10 +62,12 @@ class Resumption:
         if self.limits not in (None, limits(trainer)):  # a training that was to go on longer has not come to its end
             return None
         more = _more(trainer, {"max_epochs": self.state["epoch"], "max_steps": self.state["steps"]})
-        return f"{self.folder} is finished: to train longer give e.g. python -m lqkd resume {self.folder} {more}"
+        return f"{self.folder} is finished: to train longer give e.g. {resume_command(self.folder)} {more}"
 
     def _is_summarised(self, steps: int) -> bool:
-        """Whether the summary is of the run after ``steps`` and complete."""
+        """Whether the summary is of the run after ``steps`` and complete, and the network beside it."""
+        if not any((self.folder / name).is_file() for name in NETWORKS):
+            return False
         try:
             summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # a damaged one is written anew
@@ -91,14 +94,18 @@ def find(folder: Path) -> Resumption:
     path = folder / CHECKPOINTS / LAST
     if not path.is_file():
         return Resumption(folder, None)
-    new = f"python -m lqkd fit --config {folder / CONFIG} --run.version NEW --ckpt_path"
+    new = f"python -m lqkd fit --config {shlex.quote(str(folder / CONFIG))} --run.version NEW --ckpt_path"
     try:
         checkpoint = read_checkpoint(path)
     except UsageError as error:
-        raise UsageError(f"{error}: start a new run from another, e.g. {new} {path.with_name(BEST)}") from error
+        raise UsageError(
+            f"{error}: start a new run from another, e.g. {new} {shlex.quote(str(path.with_name(BEST)))}"
+        ) from error
     state = checkpoint.get(KEY)
     if state is None:
-        raise UsageError(f"{str(path)!r} cannot be resumed exactly: start a new run from it with {new} {path}")
+        raise UsageError(
+            f"{str(path)!r} cannot be resumed exactly: start a new run from it with {new} {shlex.quote(str(path))}"
+        )
     return Resumption(folder, state, checkpoint.get(LIMITS))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import time
 import uuid
@@ -25,6 +26,8 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
+NETWORKS = ("student.safetensors", "network.safetensors")
+"""The trained network alone, of a distillation and of a float training."""
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices."""
@@ -104,6 +107,11 @@ def run_within(folder: Path) -> str:
     return f": did you mean {configs[-1].parent}?" if configs else ""
 
 
+def resume_command(folder: Path) -> str:
+    """What a person types to go on with the run in ``folder``."""
+    return f"python -m lqkd resume {shlex.quote(str(folder))}"
+
+
 def has_ended(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has come to its end, with its test where it has one."""
     ended = summary.get("finished")  # which summaries of earlier versions do not tell
@@ -111,7 +119,7 @@ def has_ended(summary: Mapping[str, Any]) -> bool:
 
 
 def lock(folder: Path, patience: float = 10.0) -> int:
-    """Keep other processes from training into ``folder`` until this one ends, in whatever way.
+    """Keep others from training into ``folder`` until what this returns is closed, or this process ends in any way.
 
     Args:
         folder: a run folder.
@@ -183,7 +191,7 @@ def _make(parent: Path, version: str | None, config: str) -> Path:
         )
     raise UsageError(
         f"run folder {folder} exists: choose another run.version or run.name, or go on with it: "
-        f"python -m lqkd resume {folder}"
+        f"{resume_command(folder)}"
     )
 
 

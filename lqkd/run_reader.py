@@ -20,7 +20,7 @@ from lqkd.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import quantizers
-from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, run_within
+from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
 from lqkd.waiting import waiting
 
 
@@ -112,8 +112,8 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
         raise UsageError(f"{str(run)!r} is neither a run folder (with {CONFIG}) nor a config file{run_within(path)}")
     if not checkpoint.is_file():
         raise UsageError(
-            f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}: give {str(config)!r} to take the weights that it "
-            "starts from"
+            f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}, which its first validation leaves: go on with "
+            f"{resume_command(path)}, or rank layers by the weights that it starts from: sensitivity {config}"
         )
     reader = RunReader(config, trained=True)
     state = read_checkpoint(checkpoint)["state_dict"]

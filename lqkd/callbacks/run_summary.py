@@ -22,7 +22,7 @@ from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
-from lqkd.run_folder import SUMMARY
+from lqkd.run_folder import NETWORKS, SUMMARY
 
 
 class RunSummary(Callback):
@@ -58,7 +58,7 @@ class RunSummary(Callback):
     def _forget_end(self, trainer: Trainer) -> None:
         """Remove what tells of a training that had ended: it will be of another state."""
         folder = run_folder_of(trainer)
-        for name in (SUMMARY, *(f"{name}.safetensors" for name in ("student", "network"))):
+        for name in (SUMMARY, *NETWORKS):
             if folder is not None:
                 (folder / name).unlink(missing_ok=True)
 

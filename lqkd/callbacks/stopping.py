@@ -19,6 +19,7 @@ from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.resume_state import between_steps
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.errors import Stopped
+from lqkd.run_folder import resume_command
 
 _ASK_EVERY = 10
 """Batches from one agreement between several processes to the next: each makes them wait for each other."""
@@ -28,7 +29,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 def how_to_resume(folder: Path | None) -> str:
     """The command that goes on with the run in ``folder``, None for what has none, such as a test."""
-    return f"go on with: python -m lqkd resume {folder}" if folder is not None else "the same command starts again"
+    return f"go on with: {resume_command(folder)}" if folder is not None else "the same command starts again"
 
 
 def lost_a_process(error: RuntimeError) -> bool:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lqkd.arguments import Report
 from lqkd.errors import UsageError
 from lqkd.files import write_text
-from lqkd.run_folder import CONFIG, has_ended
+from lqkd.run_folder import CONFIG, has_ended, resume_command
 from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
 from lqkd.study.layers import read_layers
@@ -111,7 +111,7 @@ def gather(folder: Path) -> Material:
         text = (folder / CONFIG).read_text(encoding="utf-8")
         run = read(folder, name, settings.get("seed_everything"))
         if not has_ended(run.summary):
-            run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
+            run.status, run.message = "stopped", f"not finished: {resume_command(folder)} goes on with it"
         return Material(name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
     raise UsageError(f"{str(folder)!r} is neither a run folder (with {CONFIG}) nor that of a study (with {STUDY})")
 

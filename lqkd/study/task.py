@@ -23,6 +23,7 @@ FINISHED = "finished"
 FAILED = "failed"
 DIVERGED = "diverged"
 STOPPED = "stopped"
+_NOT_FINISHED = "not finished: start compare again to go on with it"
 _STATUS = {0: FINISHED, 1: FAILED, 2: FAILED, 3: DIVERGED}
 """By exit status; with any other a run was stopped, or could not write, and goes on the next time."""
 
@@ -69,9 +70,11 @@ class Task:
     def ended(self) -> tuple[str, str]:
         """How the run ended and, where it failed, why: a status and a sentence."""
         if not self.outcome.is_file():
-            return STOPPED, "not finished: start compare again to go on with it"
+            return STOPPED, _NOT_FINISHED
         outcome = json.loads(self.outcome.read_text(encoding="utf-8"))
         if outcome["status"] == FINISHED and not (self.folder / SUMMARY).is_file():
+            if (self.folder / CONFIG).is_file():  # someone made it longer, by hand
+                return STOPPED, _NOT_FINISHED
             return STOPPED, "its run folder is gone: start compare again to train it anew"
         return outcome["status"], outcome["message"]
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import nn
 
+from lqkd.callbacks import BestAndLast
 from lqkd.cli import main
 from lqkd.lightning_cli import _print_summary
 
@@ -516,6 +518,76 @@ def test_a_resumption_that_is_refused_leaves_the_settings_as_they_were(
     assert message in errors[0]
     assert (copy / "config.yaml").read_bytes() == before
     assert main(["resume", str(copy)]) == 0
+
+
+def test_a_finished_run_takes_no_settings_that_ask_for_no_more_training(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert main(["resume", str(copy), "--model.gradient_clip_val", "1.0"]) == 2
+    assert "settings have no effect unless they ask for more training" in capsys.readouterr().err
+    assert (copy / "summary.json").read_bytes() == (run / "summary.json").read_bytes()
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "a file")
+
+
+def test_a_finished_run_that_is_made_longer_and_interrupted_goes_on(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the commands that it is told: by the finished run, and by the disk that is full in the first epoch."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert main(["resume", str(copy)]) == 0
+    longer = shlex.split(capsys.readouterr().out.rpartition("e.g. python -m lqkd ")[2])
+    with monkeypatch.context() as patched:
+        patched.setattr(BestAndLast, "check_monitor_top_k", full_disk)
+        assert main(longer) == 4
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert not {"summary.json", "student.safetensors"} & {path.name for path in copy.iterdir()}
+    assert main(shlex.split(told.rpartition("go on with: python -m lqkd ")[2])) == 0
+    assert [summary_of(copy)[key] for key in ("epochs", "finished")] == [4, True]
+
+
+def test_a_setting_that_is_not_kept_yet_is_given_once_more(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk before the configuration is replaced: going on without the setting would do something else."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    monkeypatch.setattr("lqkd.lightning_cli._KeepRun._describe", full_disk)
+    assert main(["resume", str(copy), "--trainer.max_epochs", "3"]) == 4
+    assert capsys.readouterr().err.endswith("make room, then the same command starts again\n")
+
+
+def test_a_checkpoint_that_cannot_be_resumed_starts_the_new_run_that_it_is_told(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    checkpoint = torch.load(copy / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["resume"]
+    torch.save(checkpoint, copy / "checkpoints" / "last.ckpt")
+    assert main(["resume", str(copy)]) == 2
+    told = capsys.readouterr().err.rpartition("start a new run from it with python -m lqkd ")[2]
+    assert main([*shlex.split(told), "--trainer.max_epochs", "3"]) == 0
+    assert summary_of(run.parent / "NEW")["epochs"] == 3
+    shutil.rmtree(run.parent / "NEW")
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_summary_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lqkd.callbacks.run_summary._balance", lambda trainer: {"task": float("nan"), "distill": 1.0})
+    summary = summary_of(fit(tmp_path, "--trainer.limit_train_batches", "1"))
+    assert summary["balance"] == {"task": None, "distill": 1.0}
+    assert summary["warnings"][-1] == "null stands for numbers that are not finite: balance.task"
+
+
+def test_a_run_that_was_not_tested_is_finished_all_the_same(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    folder = fit(tmp_path, "--trainer.limit_test_batches", "0", "--trainer.limit_train_batches", "1")
+    assert summary_of(folder)["test_accuracy"] is None
+    capsys.readouterr()
+    assert main(["resume", str(folder)]) == 0
+    assert f"{folder} is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
