@@ -145,11 +145,12 @@ class LqkdCLI(LightningCLI):
         if self.subcommand != "fit":
             forget_weights(model)  # the teacher's, too, who is not asked
             return
+        settings = model.get("init_args", {})
         for key in ("student_weights", "weights"):
-            source = model.init_args.get(key)
+            source = settings.get(key)
             if isinstance(source, str) and not weights_exist(source):
                 rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
-                model.init_args[key] = None
+                settings[key] = None
 
     def _config_text(self) -> str:
         """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
@@ -175,7 +176,7 @@ class LqkdCLI(LightningCLI):
             raise UsageError(f"ckpt_path={str(path)!r} does not exist: give a .ckpt file of a run folder")
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
+            saved = dict(checkpoint.get("hyper_parameters", {})) if "pytorch-lightning_version" in checkpoint else None
         except Exception as error:  # a damaged or foreign file raises many types
             raise UsageError(
                 f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
@@ -320,7 +321,8 @@ class LqkdCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.finish(self.trainer)
-        _print_summary(self.run_folder)
+        if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
+            _print_summary(self.run_folder)
 
     def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Predict and write ``predictions.csv`` into the run folder of the checkpoint.

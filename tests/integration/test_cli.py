@@ -19,6 +19,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import nn
@@ -616,6 +617,35 @@ def test_a_checkpoint_plugin_of_the_user_stays(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tests.integration.test_cli.Mine", Mine, raising=False)
     fit(tmp_path, "--trainer.plugins", "tests.integration.test_cli.Mine")
     assert set(saved) == {"best.ckpt", "last.ckpt"}
+
+
+class Foreign(LightningModule):
+    """A module of a user that is none of lqkd and has no settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", 0.5, batch_size=1)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_that_is_not_lqkds_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.integration.test_cli.Foreign", Foreign, raising=False)
+    where = ["--run.root", str(tmp_path), "--run.version", "a"]
+    model = ["--model", "tests.integration.test_cli.Foreign", "--data", "lqkd.data.Digits"]
+    assert main(["fit", *model, "--trainer.max_epochs", "1", *where]) == 0
+    assert main(["resume", str(tmp_path / "run" / "a"), "--trainer.max_epochs", "2"]) == 0
+    last = torch.load(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
 
 
 # ---- the package
