@@ -9,15 +9,20 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lqkd import arguments
-from lqkd.errors import DivergenceError, FullDiskError, Stopped, UsageError
+from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError
 from lqkd.overview import overview, unknown
+from lqkd.run_folder import CONFIG
 from lqkd.utils.escaping import terminal
 from lqkd.waiting import Stages
 
@@ -36,6 +41,10 @@ _SLOW_OF = {"lqkd.study.report": (), "lqkd.predict": ("numpy", "torch")}
 """Of these, what a module needs that does not need all."""
 _DESCRIBE = ("--config", "-c", "--model", "--help", "-h", "--print_config")
 """Beginnings of arguments without one of which nothing says what to do."""
+_ENDS = {DivergenceError: 3, FullDiskError: 4, LostProcessError: 5}
+"""Exit status after what ends a training before its time."""
+_AGAIN = "; no file is half-written, and the same command starts again"
+"""What there is to say of work that was stopped and left nothing to go on with."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
 
@@ -44,7 +53,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     _silence_noise()
     try:
-        status = _run(sys.argv[1:] if args is None else list(args))
+        with _stopping_at_sigterm():
+            status = _run(sys.argv[1:] if args is None else list(args))
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -57,15 +67,42 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"lqkd: error: {terminal(mistake)}", file=sys.stderr)
         return 2
-    except (DivergenceError, FullDiskError) as error:
-        _tell(f"lqkd: error: {error}")
-        return 3 if isinstance(error, DivergenceError) else 4
+    except tuple(_ENDS) as error:
+        _tell(f"lqkd: error: {error}", everywhere=isinstance(error, LostProcessError))
+        return _ENDS[type(error)]
     except Stopped as stop:
-        _tell(f"lqkd: {stop.message}")
+        _tell(f"lqkd: {stop.message or f'stopped by {signal.Signals(stop.number).name}{_AGAIN}'}")
         return int(stop.code or 0)
     except KeyboardInterrupt:  # outside of a training
-        _tell("lqkd: interrupted; no file is half-written, and the same command starts again")
+        _tell(f"lqkd: interrupted{_AGAIN}")
         return 130
+
+
+@contextmanager
+def _stopping_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what goes on as Ctrl-C does, unless who called has other plans for it.
+
+    A training has a handler of its own, which saves first: :class:`lqkd.callbacks.stopping.StopOnSignal`.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker that was forked dies as any process
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)  # launchers often send it twice; it is being done
+        raise Stopped(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(given: list[str]) -> int:
@@ -88,11 +125,12 @@ def _run(given: list[str]) -> int:
 
 def _resume(folder: Path, settings: list[str]) -> int:
     lightning = _load(_LIGHTNING)
-    resumption, given = _load("lqkd.resume").resumed(folder, settings)
-    if given:
-        lightning.LqkdCLI(given, resumption)
+    resumption = _load("lqkd.resume").find(folder)
+    finished = None if settings else resumption.finished()
+    if finished is None:
+        lightning.LqkdCLI(["fit", "--config", str(folder / CONFIG), *settings], resumption)
     else:
-        print(f"{terminal(resumption.folder)} is finished: to train longer give e.g. --trainer.max_epochs")
+        print(terminal(finished))
     return 0
 
 
@@ -144,10 +182,10 @@ def _reader_has_gone() -> bool:
         return True
 
 
-def _tell(text: str) -> None:
-    """Print to standard error, in the first process only."""
+def _tell(text: str, everywhere: bool = False) -> None:
+    """Print to standard error, in the first process only unless that may be the one that is lost."""
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
-    if getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0):
+    if everywhere or getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0):
         print(terminal(text), file=sys.stderr, flush=True)
 
 

@@ -27,13 +27,21 @@ class FullDiskError(Exception):
     """
 
 
-class Stopped(SystemExit):
-    """A training that stopped because a signal, ``number``, asked it to; ``message`` says how to go on.
+class LostProcessError(Exception):
+    """A training of several processes, one of which has ended without a word to the others.
 
-    The exit status is the shell's for that signal: 130 after Ctrl-C, 143 after SIGTERM.
+    The message says how to go on. The command line prints it in every process that is left and exits with status 5.
     """
 
-    def __init__(self, number: int, message: str) -> None:
+
+class Stopped(SystemExit):
+    """What stopped because a signal, ``number``, asked it to; ``message`` says how to go on.
+
+    Without a message nothing was done that would have to be gone on with. The exit status is the shell's for that
+    signal: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
         super().__init__(128 + number)
         self.number = number
         self.message = message

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from lqkd.errors import UsageError
 
@@ -73,3 +77,45 @@ def write_text(target: str | Path, text: str) -> None:
 def write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` to ``target`` atomically as indented JSON; NaN and infinities are refused by :mod:`json`."""
     write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any, lost: list[str] | None = None, name: str = "") -> Any:
+    """A copy of dicts, lists and values with None for every number that is NaN or infinite, which JSON does not know.
+
+    Args:
+        value: what is to be written.
+        lost: gets the names of those numbers, such as ``balance.task``.
+        name: of ``value`` itself.
+    """
+    if isinstance(value, dict):
+        return {key: finite(entry, lost, f"{name}.{key}".lstrip(".")) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry, lost, f"{name}.{index}") for index, entry in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        if lost is not None:
+            lost.append(name)
+        return None
+    return value
+
+
+def write_safetensors(
+    target: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write ``tensors`` and texts about them to ``target`` atomically.
+
+    The bytes depend on nothing but these, so that a checksum can prove two files equal: the library orders the texts
+    at random, anew in every process, where here they are sorted.
+    """
+    from safetensors.torch import save
+
+    # Cloned, since a shared layer has several names and the file format wants a tensor for each.
+    data = save({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8:start])
+    texts = header.pop("__metadata__", None)
+    if texts is not None:
+        header = {"__metadata__": dict(sorted(texts.items())), **header}
+    described = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    described += b" " * (-len(described) % 8)  # the tensors that follow are aligned
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(len(described).to_bytes(8, "little") + described + data[start:])

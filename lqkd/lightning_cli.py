@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -24,10 +25,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.predictions import Predictions
+from lqkd.callbacks.resume_state import LIMITS
 from lqkd.callbacks.run_summary import best_checkpoint
-from lqkd.callbacks.stopping import StopOnSignal, how_to_resume
+from lqkd.callbacks.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.data import DecodingDataModule, ImageFolder
-from lqkd.errors import FullDiskError, Stopped, UsageError, first_line
+from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.files import write_text
 from lqkd.forecast import ForetellExport
 from lqkd.models.finite import not_finite
@@ -37,7 +39,7 @@ from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.parser import OneLineParser
-from lqkd.resume import STARTS, Resumption, check_place, differences, find, record_start
+from lqkd.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
 from lqkd.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -89,6 +91,7 @@ class LqkdCLI(LightningCLI):
     """
 
     run_folder: Path | None = None
+    locked: int | None = None
 
     def __init__(
         self,
@@ -98,17 +101,26 @@ class LqkdCLI(LightningCLI):
         parser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.resumption = resumption
+        self.by_request = resumption is not None
         torch.set_float32_matmul_precision("high")
-        super().__init__(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            seed_everything_default=seed,
-            parser_class=OneLineParser,
-            parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
-            args=args,
-        )
+        try:
+            super().__init__(
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=seed,
+                parser_class=OneLineParser,
+                parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
+                args=args,
+            )
+        except (KeyboardInterrupt, Stopped) as stop:
+            if not getattr(stop, "message", ""):  # before the verb began: the same command starts again
+                self._release()
+            raise
+        finally:
+            if self.locked is not None:
+                os.close(self.locked)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
@@ -134,11 +146,12 @@ class LqkdCLI(LightningCLI):
         if self.subcommand != "fit":
             forget_weights(model)  # the teacher's, too, who is not asked
             return
+        settings = model.get("init_args", {})
         for key in ("student_weights", "weights"):
-            source = model.init_args.get(key)
+            source = settings.get(key)
             if isinstance(source, str) and not weights_exist(source):
                 rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
-                model.init_args[key] = None
+                settings[key] = None
 
     def _config_text(self) -> str:
         """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
@@ -164,7 +177,7 @@ class LqkdCLI(LightningCLI):
             raise UsageError(f"ckpt_path={str(path)!r} does not exist: give a .ckpt file of a run folder")
         try:
             checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            saved = dict(checkpoint["hyper_parameters"]) if "pytorch-lightning_version" in checkpoint else None
+            saved = dict(checkpoint.get("hyper_parameters", {})) if "pytorch-lightning_version" in checkpoint else None
             diverged = not_finite(checkpoint["state_dict"], ()) if saved is not None and verb != "fit" else None
         except Exception as error:  # a damaged or foreign file raises many types
             raise UsageError(
@@ -224,18 +237,17 @@ class LqkdCLI(LightningCLI):
 
     def _open_run_folder(self, loggers: list[Any]) -> list[Any]:
         """Claim a new folder, or take that of the run to resume; all loggers, those given writing into it."""
-        new = self.resumption is None
-        folder = claim(self._get(self.config_init, "run")) if self.resumption is None else self.resumption.folder
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        if first:
-            self._lock = lock(folder)
+        if self.resumption is None:
+            folder = claim(self._get(self.config_init, "run"), self.config_text)
+        else:
+            folder = self.resumption.folder
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self.locked = lock(folder)
             remove_partial_files(folder)
         self.run_folder = folder
         for logger in loggers:
             _move_into(logger, folder)
         record_start(folder, self.resumption, self.config_text, loggers)
-        if first and new:
-            write_text(folder / CONFIG, self.config_text)
         return [RunLogger(folder, rows=None if self.resumption is None else self.resumption.rows), *loggers]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -251,18 +263,30 @@ class LqkdCLI(LightningCLI):
                 name = error.filename or error.filename2
                 place = f" while writing {name}" if name else ""
                 raise FullDiskError(
-                    f"{error.strerror}{place}: what was saved before is whole; make room, then "
-                    f"{how_to_resume(self.run_folder)}"
+                    f"{error.strerror}{place}: what was saved before is whole; make room, then {self._how_to_go_on()}"
                 ) from error
             raise
+        except RuntimeError as error:
+            if isinstance(error, DivergenceError) or not lost_a_process(error):
+                raise
+            raise LostProcessError(
+                f"another process of this training has ended ({first_line(error)}): what it printed says why; "
+                f"{self._how_to_go_on()}"
+            ) from error
         except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training
-            raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from interrupt
+            raise Stopped(signal.SIGINT, f"interrupted; {self._how_to_go_on()}") from interrupt
         except SystemExit as stop:
-            if isinstance(stop, SIGTERMException):
-                raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {how_to_resume(self.run_folder)}") from stop
+            if isinstance(stop, SIGTERMException) or (isinstance(stop, Stopped) and not stop.message):
+                raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {self._how_to_go_on()}") from stop
             if isinstance(stop.__context__, KeyboardInterrupt):
-                raise Stopped(signal.SIGINT, f"interrupted; {how_to_resume(self.run_folder)}") from stop
+                raise Stopped(signal.SIGINT, f"interrupted; {self._how_to_go_on()}") from stop
             raise
+
+    def _how_to_go_on(self) -> str:
+        """The command that goes on: the same once more while the settings that it gave are not in the run's folder."""
+        config = None if self.run_folder is None else self.run_folder / CONFIG
+        kept = config is not None and config.is_file() and config.read_text(encoding="utf-8") == self.config_text
+        return how_to_resume(self.run_folder if kept else None)
 
     def _release(self) -> None:
         """Remove a run folder in which nothing has happened yet."""
@@ -279,7 +303,9 @@ class LqkdCLI(LightningCLI):
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
-            callbacks.append(_KeepRun(self.config_text))
+            trainer = yaml.safe_load(self.config_text)["trainer"]
+            finished = self.resumption.finished(trainer) if self.resumption is not None and self.by_request else None
+            callbacks.append(_KeepRun(self.config_text, limits(trainer), finished))
             callbacks.append(StopOnSignal())
             if config.enable_checkpointing is not False:
                 every = self._get(self.config_init, "run").save_every_n_steps
@@ -296,7 +322,11 @@ class LqkdCLI(LightningCLI):
             checkpoint = best_checkpoint(self.trainer)
             best = (checkpoint.best_model_path or None) if checkpoint is not None else None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        _print_summary(self.run_folder)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunSummary):
+                callback.finish(self.trainer)
+        if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
+            _print_summary(self.run_folder)
 
     def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Predict and write ``predictions.csv`` into the run folder of the checkpoint.
@@ -326,17 +356,36 @@ class _LogEveryEpoch(Callback):
 
 
 class _KeepRun(Callback):
-    """Makes checkpoints atomic and keeps the run's configuration, list of layers and split of images beside them."""
+    """Makes checkpoints atomic and keeps the run's configuration, list of layers and split of images beside them.
 
-    def __init__(self, config_text: str) -> None:
+    Args:
+        config_text: the configuration.
+        asked: :func:`lqkd.resume.limits` of it, which every checkpoint keeps.
+        finished: a sentence when it asks for nothing that is not done.
+
+    Raises:
+        UsageError: before anything is trained, when all is done: settings would have no effect.
+    """
+
+    def __init__(self, config_text: str, asked: dict[str, Any], finished: str | None) -> None:
         self.config_text = config_text
+        self.asked = asked
+        self.finished = finished
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[LIMITS] = self.asked
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
-    @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.finished is not None:
+            raise UsageError(f"settings have no effect unless they ask for more training: {self.finished}")
+        self._describe(trainer, pl_module)
+
+    @rank_zero_only
+    def _describe(self, trainer: Trainer, pl_module: Any) -> None:
         if isinstance(pl_module, DistillModule):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
             print(pl_module.coverage.summary())

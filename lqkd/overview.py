@@ -28,6 +28,7 @@ EXIT_STATUS = {
     2: "a mistake in the arguments or settings, told in one line before the first batch",
     3: "a training that diverged",
     4: "a full disk",
+    5: "a process that was lost to a training of several",
     130: "Ctrl-C; what was trained is saved, and the command that goes on is printed",
     141: "a reader of the output that has gone, such as head",
     143: "SIGTERM, likewise",

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lqkd.arguments import check_resumable
-from lqkd.callbacks.resume_state import KEY
-from lqkd.errors import UsageError, first_line
+from lqkd.callbacks.checkpoint_io import read_checkpoint
+from lqkd.callbacks.resume_state import KEY, LIMITS
+from lqkd.errors import UsageError
 from lqkd.files import write_json
-from lqkd.run_folder import CHECKPOINTS, CONFIG, LAST, SUMMARY
+from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, LAST, NETWORKS, SUMMARY, has_ended, resume_command
 
 STARTS = "starts.json"
+_LIMITS = ("max_epochs", "max_steps", "max_time")
+"""Settings of the trainer that say how much training is asked for."""
 
 
 @dataclass
@@ -30,10 +33,12 @@ class Resumption:
     Attributes:
         folder: its folder.
         state: what :mod:`lqkd.callbacks.resume_state` has put into its last checkpoint; None when there is none.
+        limits: what :func:`limits` of the configuration were when that was saved; None when it does not tell.
     """
 
     folder: Path
     state: dict[str, Any] | None
+    limits: dict[str, Any] | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -43,6 +48,31 @@ class Resumption:
     def rows(self) -> int:
         """Rows of the table of metrics to keep."""
         return 0 if self.state is None else int(self.state["rows"])
+
+    def finished(self, trainer: Mapping[str, Any] | None = None) -> str | None:
+        """A sentence when all is done: the training that a trainer's settings ask for, and the test after it.
+
+        Args:
+            trainer: the settings; None for those that the run has.
+        """
+        if self.state is None or not self.state["finished"] or not self._is_summarised(self.state["steps"]):
+            return None
+        if trainer is None:
+            trainer = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))["trainer"]
+        if self.limits not in (None, limits(trainer)):  # a training that was to go on longer has not come to its end
+            return None
+        more = _more(trainer, {"max_epochs": self.state["epoch"], "max_steps": self.state["steps"]})
+        return f"{self.folder} is finished: to train longer give e.g. {resume_command(self.folder)} {more}"
+
+    def _is_summarised(self, steps: int) -> bool:
+        """Whether the summary is of the run after ``steps`` and complete, and the network beside it."""
+        if not any((self.folder / name).is_file() for name in NETWORKS):
+            return False
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a damaged one is written anew
+            return False
+        return isinstance(summary, dict) and has_ended(summary) and summary.get("steps", steps) == steps
 
     def __str__(self) -> str:
         if self.state is None:
@@ -64,21 +94,33 @@ def find(folder: Path) -> Resumption:
     path = folder / CHECKPOINTS / LAST
     if not path.is_file():
         return Resumption(folder, None)
+    new = f"python -m lqkd fit --config {shlex.quote(str(folder / CONFIG))} --run.version NEW --ckpt_path"
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get(KEY)
-    except Exception as error:  # a damaged file raises many types
-        raise UsageError(f"{str(path)!r} is not a checkpoint that can be read ({first_line(error)})") from error
+        checkpoint = read_checkpoint(path)
+    except UsageError as error:
+        raise UsageError(
+            f"{error}: start a new run from another, e.g. {new} {shlex.quote(str(path.with_name(BEST)))}"
+        ) from error
+    state = checkpoint.get(KEY)
     if state is None:
-        raise UsageError(f"{str(path)!r} cannot be resumed exactly: start a new run from it with fit --ckpt_path")
-    return Resumption(folder, state)
+        raise UsageError(
+            f"{str(path)!r} cannot be resumed exactly: start a new run from it with {new} {shlex.quote(str(path))}"
+        )
+    return Resumption(folder, state, checkpoint.get(LIMITS))
 
 
-def resumed(folder: Path, settings: Sequence[str]) -> tuple[Resumption, list[str]]:
-    """What the run in ``folder`` goes on from, and the arguments for ``fit`` that do so; none when it is finished."""
-    resumption = find(folder)
-    if not settings and _is_finished(resumption):
-        return resumption, []
-    return resumption, ["fit", "--config", str(resumption.folder / CONFIG), *settings]
+def limits(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of a trainer, those that say how much training is asked for."""
+    return {key: trainer.get(key) for key in _LIMITS}
+
+
+def _more(trainer: Mapping[str, Any], done: Mapping[str, int]) -> str:
+    """Settings with which a training that has ended as those of ``trainer`` say would go on."""
+    limit = {key: trainer.get(key) or 0 for key in done}
+    reached = [key for key in done if 0 < limit[key] <= done[key]]
+    if not reached and trainer.get("max_time") is not None:
+        return "--trainer.max_time DD:HH:MM:SS"
+    return " ".join(f"--trainer.{key} {2 * max(limit[key], done[key])}" for key in reached or ["max_epochs"])
 
 
 def check_place(folder: Path, run: Any) -> None:
@@ -91,14 +133,6 @@ def check_place(folder: Path, run: Any) -> None:
     for key in ("root", "name", "version"):
         if run[key] != before[key]:
             raise UsageError(f"run.{key}={run[key]!r} is not possible with resume: the run goes on in its own folder")
-
-
-def _is_finished(resumption: Resumption) -> bool:
-    """Whether training and the test after it have ended."""
-    summary = resumption.folder / SUMMARY
-    if resumption.state is None or not resumption.state["finished"] or not summary.is_file():
-        return False
-    return json.loads(summary.read_text(encoding="utf-8"))["test_accuracy"] is not None
 
 
 @rank_zero_only

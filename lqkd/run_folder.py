@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shlex
+import shutil
 import time
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from lqkd.errors import UsageError
+from lqkd.files import write_text
 
 CONFIG = "config.yaml"
 LAYERS = "layers.txt"
@@ -18,6 +26,8 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
+NETWORKS = ("student.safetensors", "network.safetensors")
+"""The trained network alone, of a distillation and of a float training."""
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices."""
@@ -48,11 +58,18 @@ class RunSettings:
         return None if self.version is None else f"version_{self.version}" if number else str(self.version)
 
 
-def claim(settings: RunSettings) -> Path:
+def claim(settings: RunSettings, config: str) -> Path:
     """Make the folder of a new run and return it; the same folder on every process of the run.
 
+    It appears with the run's configuration in it, so that a run that is killed at any moment can be resumed. An empty
+    folder that is there already is taken.
+
+    Args:
+        settings: where it is to be.
+        config: text of the configuration.
+
     Raises:
-        UsageError: when the folder cannot be written or exists already, or when processes that were started by
+        UsageError: when the folder cannot be written or holds files already, or when processes that were started by
             something else than this run's first process have no common name for it.
     """
     for key in ("name", "version"):
@@ -69,7 +86,7 @@ def claim(settings: RunSettings) -> Path:
     if rank > 0:
         assert version is not None
         return parent / version
-    folder = _make(parent, version)
+    folder = _make(parent, version, config)
     os.environ[_ENVIRONMENT] = str(folder.resolve())
     return folder
 
@@ -86,12 +103,23 @@ def restarted(settings: RunSettings) -> Path | None:
 
 def run_within(folder: Path) -> str:
     """``: did you mean ...?`` with the newest run in ``folder``, which is none itself; nothing when it holds none."""
-    configs = sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(folder.glob(f"[!.]*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
     return f": did you mean {configs[-1].parent}?" if configs else ""
 
 
+def resume_command(folder: Path) -> str:
+    """What a person types to go on with the run in ``folder``."""
+    return f"python -m lqkd resume {shlex.quote(str(folder))}"
+
+
+def has_ended(summary: Mapping[str, Any]) -> bool:
+    """Whether a run with this summary has come to its end, with its test where it has one."""
+    ended = summary.get("finished")  # which summaries of earlier versions do not tell
+    return summary.get("test_accuracy") is not None if ended is None else bool(ended)
+
+
 def lock(folder: Path, patience: float = 10.0) -> int:
-    """Keep other processes from training into ``folder`` until this one ends, in whatever way.
+    """Keep others from training into ``folder`` until what this returns is closed, or this process ends in any way.
 
     Args:
         folder: a run folder.
@@ -140,26 +168,39 @@ def _common_version() -> str | None:
     return None
 
 
-def _make(parent: Path, version: str | None) -> Path:
+def _make(parent: Path, version: str | None, config: str) -> Path:
+    numbers = count(len(list(parent.glob("version_*"))))
+    beside = parent / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
-        if version is not None:
-            (parent / version).mkdir(parents=True)
-            return parent / version
-        parent.mkdir(parents=True, exist_ok=True)
-        number = len(list(parent.glob("version_*")))
-        while True:
-            folder = parent / f"version_{number}"
-            try:
-                folder.mkdir()  # fails when another run was faster, which makes the claim exclusive
-                return folder
-            except FileExistsError:
-                number += 1
-    except FileExistsError:
-        raise UsageError(
-            f"run folder {parent / (version or '')} exists: choose another run.version or run.name, or go on with it: "
-            f"python -m lqkd resume {parent / (version or '')}"
-        ) from None
+        write_text(beside / CONFIG, config)
+        for name in (f"version_{number}" for number in numbers) if version is None else (version,):
+            (parent / name).parent.mkdir(parents=True, exist_ok=True)
+            if _renamed(beside, parent / name):
+                return parent / name
     except OSError as error:
         raise UsageError(
             f"run folder {parent} cannot be written ({error.strerror}): choose another run.root"
         ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    folder = parent / str(version)
+    if not (folder / CONFIG).is_file():
+        raise UsageError(
+            f"run folder {folder} is there and has no {CONFIG}, so that no run goes on in it: choose another "
+            "run.version or run.name, or move it away"
+        )
+    raise UsageError(
+        f"run folder {folder} exists: choose another run.version or run.name, or go on with it: "
+        f"{resume_command(folder)}"
+    )
+
+
+def _renamed(source: Path, target: Path) -> bool:
+    """Whether the folder ``target`` was free or empty and is ``source`` now: one of several processes can do that."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # the last is a file of that name
+            return False
+        raise
+    return True

@@ -10,17 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError, first_line
+from lqkd.callbacks.checkpoint_io import read_checkpoint
+from lqkd.errors import UsageError
 from lqkd.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import quantizers
-from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, run_within
+from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
 from lqkd.waiting import waiting
 
 
@@ -112,15 +112,12 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
         raise UsageError(f"{str(run)!r} is neither a run folder (with {CONFIG}) nor a config file{run_within(path)}")
     if not checkpoint.is_file():
         raise UsageError(
-            f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}: give {str(config)!r} to take the weights that it "
-            "starts from"
+            f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}, which its first validation leaves: go on with "
+            f"{resume_command(path)}, or rank layers by the weights that it starts from: sensitivity {config}"
         )
     reader = RunReader(config, trained=True)
-    try:
-        held = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
-        state = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
-    except Exception as error:  # a damaged file raises many types
-        raise UsageError(f"{str(checkpoint)!r} is not a checkpoint that can be read ({first_line(error)})") from error
+    held = read_checkpoint(checkpoint)["state_dict"]
+    state = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
     name = "student" if isinstance(reader.model, DistillModule) else "network"
     load_float_weights(reader.model.product(), {k.removeprefix(f"{name}."): v for k, v in state.items()}, checkpoint)
     return reader, checkpoint

@@ -75,10 +75,10 @@ def student_file(path: str | Path) -> Path:
         return path
     found = next((path / name for name in _FILES if (path / name).is_file()), None)
     if found is None:
-        from lqkd.run_folder import CONFIG, run_within  # which needs Lightning
+        from lqkd.run_folder import CONFIG, resume_command, run_within
 
         if (path / CONFIG).is_file():
-            raise UsageError(f"the run {str(path)!r} has not ended: finish it first with python -m lqkd resume {path}")
+            raise UsageError(f"the run {str(path)!r} has not ended: finish it first with {resume_command(path)}")
         exists = "has no student.safetensors, which a finished training leaves" if path.is_dir() else "does not exist"
         raise UsageError(
             f"{str(path)!r} {exists}: give the folder of a finished run, or its student.safetensors{run_within(path)}"

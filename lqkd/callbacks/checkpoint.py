@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lqkd.callbacks import resume_state
-from lqkd.callbacks.run_logger import RunLogger
+from lqkd.callbacks.checkpoint_io import read_checkpoint
+from lqkd.callbacks.run_logger import RunLogger, flush_table
 from lqkd.errors import DivergenceError, UsageError
 from lqkd.files import atomic_path
 from lqkd.run_folder import BEST, LAST
@@ -57,6 +58,8 @@ class BestAndLast(ModelCheckpoint):
         self._saving_last = False
         self._finished = False
         self._resumed: dict[str, Any] | None = None
+        self._from_step = 0
+        self._from_elsewhere = False
 
     # ---- last
 
@@ -74,9 +77,7 @@ class BestAndLast(ModelCheckpoint):
                 f"training diverged before step {trainer.global_step}: {name} is no longer finite, though the loss was;"
                 f" last good checkpoint: {self.last_model_path or 'none yet'}"
             )
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.flush()  # first, so that the table is never behind the checkpoint
+        flush_table(trainer)  # first, so that the table is never behind the checkpoint
         previous, self.last_model_path = self.last_model_path, str(Path(str(self.dirpath)) / LAST)
         self._saving_last = True
         try:
@@ -99,6 +100,8 @@ class BestAndLast(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._resumed = resume_state.claim_own(trainer, checkpoint)
+        self._from_step = checkpoint["global_step"]
+        self._from_elsewhere = Path(str(trainer.ckpt_path)).resolve().parent != Path(str(self.dirpath)).resolve()
         if trainer.state.fn == TrainerFn.FITTING:
             resume_state.check_goes_on(trainer, checkpoint)
 
@@ -153,24 +156,31 @@ class BestAndLast(ModelCheckpoint):
         return super().state_dict() | {"validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best checkpoint of the run that is resumed, of which this run's folder gets a copy."""
-        self._validated = state_dict.get("validated", False)
-        previous, target = Path(state_dict["best_model_path"]), Path(str(self.dirpath)) / BEST
-        score = state_dict["best_model_score"]
-        if score is None:
-            super().load_state_dict(state_dict)
-        elif target.is_file() or previous == target:  # resumed in its own folder, wherever that has been moved to
-            self._take(target, score)
-        elif not previous.is_file():
-            rank_zero_warn(f"the best checkpoint so far, {previous}, is gone: the best of this run counts from here on")
-        else:
-            _copy(previous, target)
-            self._take(target, score)
+        """Go on with the best checkpoint of the run that is resumed, of which this run's folder gets a copy.
 
-    def _take(self, best: Path, score: Tensor) -> None:
-        self.best_model_path = self.kth_best_model_path = str(best)
-        self.best_model_score = self.kth_value = score
-        self.best_k_models = {str(best): score}
+        Its score is that which it holds itself: it may be of a process that was killed after it had saved this file
+        and before it saved the one that is resumed.
+        """
+        self._validated = state_dict.get("validated", False)
+        target = Path(str(self.dirpath)) / BEST
+        best = target if target.is_file() else Path(state_dict["best_model_path"])
+        if not state_dict["best_model_path"]:  # none yet, or none that would be comparable
+            return
+        if not best.is_file():
+            rank_zero_warn(f"the best checkpoint so far, {best}, is gone: the best of this run counts from here on")
+            return
+        saved = read_checkpoint(best)
+        if self._from_elsewhere and saved["global_step"] > self._from_step:
+            rank_zero_warn(f"the best checkpoint so far, {best}, is of later: the best of this run counts from here on")
+            return
+        if best != target:
+            _copy(best, target)
+        self.best_model_path = str(target)
+        score = saved["callbacks"].get(self.state_key, {}).get("best_model_score")
+        if score is not None:
+            self.best_model_score = self.kth_value = score
+            self.kth_best_model_path = str(target)
+            self.best_k_models = {str(target): score}
 
 
 @rank_zero_only

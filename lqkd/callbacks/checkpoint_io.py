@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lqkd.errors import UsageError, first_line
 from lqkd.files import atomic_path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint; tensors are read once they are used.
+
+    Raises:
+        UsageError: when the file is damaged or none of a training.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        checkpoint["state_dict"], checkpoint["global_step"]
+    except Exception as error:  # a damaged file raises many types
+        raise UsageError(f"{str(path)!r} is not a checkpoint that can be read ({first_line(error)})") from error
+    return dict(checkpoint)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -19,6 +19,8 @@ KEY = "resume"
 """Where a checkpoint keeps it."""
 SPLIT = "split"
 """Where a checkpoint keeps :func:`split`."""
+LIMITS = "limits"
+"""Where a checkpoint of a run keeps how much training its settings asked for when it was saved."""
 
 
 def collect(trainer: Trainer, checkpoint: dict[str, Any], *, rows: int, finished: bool) -> None:

@@ -27,6 +27,13 @@ def run_folder_of(trainer: Trainer) -> Path | None:
     return next((logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
+def flush_table(trainer: Trainer) -> None:
+    """Write what is new in the tables of the trainer's run folders."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.flush()
+
+
 class RunLogger(Logger):
     """Keeps all metrics of a run in ``metrics.csv`` of its folder, which is whole at any moment.
 

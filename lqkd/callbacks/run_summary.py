@@ -7,31 +7,30 @@ import os
 import platform
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save
 from torch import Tensor
 
 from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
-from lqkd.callbacks.run_logger import run_folder_of
-from lqkd.files import atomic_path, write_json
+from lqkd.callbacks.run_logger import flush_table, run_folder_of
+from lqkd.files import finite, write_json, write_safetensors
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
-from lqkd.run_folder import SUMMARY
+from lqkd.run_folder import NETWORKS, SUMMARY
 
 
 class RunSummary(Callback):
     """Writes ``summary.json`` and ``student.safetensors`` (``network.safetensors`` in float training).
 
     Both describe the checkpoint with the best validation accuracy. The summary is written when training ends and
-    completed when a test has run. Values that are not known are null.
+    completed when a test has run; ``finished`` says whether anything is still to come. Both are removed when a training
+    goes on that had ended. Values that are not known or not finite are null; a warning names the latter.
     """
 
     def __init__(self) -> None:
@@ -41,6 +40,7 @@ class RunSummary(Callback):
         self._balance: dict[str, float] = {}
         self._started: float | None = None  # within an epoch
         self._validation_started = 0.0
+        self._validated_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._started is None else time.perf_counter() - self._started
@@ -52,6 +52,15 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = _now(pl_module)  # a training that is resumed within an epoch does not start it again
+        self._forget_end(trainer)
+
+    @rank_zero_only
+    def _forget_end(self, trainer: Trainer) -> None:
+        """Remove what tells of a training that had ended: it will be of another state."""
+        folder = run_folder_of(trainer)
+        for name in (SUMMARY, *NETWORKS):
+            if folder is not None:
+                (folder / name).unlink(missing_ok=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = _now(pl_module)
@@ -62,6 +71,8 @@ class RunSummary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._started is not None:
             self._started += _now(pl_module) - self._validation_started  # validation is no training time
+        if not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._started is not None
@@ -85,11 +96,18 @@ class RunSummary(Callback):
             return
         accuracy = trainer.callback_metrics.get("test/acc")
         self.values["test_accuracy"] = None if accuracy is None else float(accuracy)
-        self._write(trainer)
+        self.finish(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Nothing follows any more: neither training nor a test."""
+        if self.values and not self.values["finished"]:
+            self.values["finished"] = True
+            flush_table(trainer)  # first, so that a run that says it is finished has all its metrics
+            self._write(trainer)
 
     def _collect(self, trainer: Trainer, module: ImageClassifier) -> dict[str, Any]:
         network = module.product()
-        best = _best_score(trainer)
+        best = self._best_score(trainer)
         measured = size(network)
         data = getattr(trainer, "datamodule", None)
         example = example_input(data, module.device)
@@ -118,6 +136,7 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,
             "balance": self._balance if distills else None,
+            "finished": False,
             "warnings": [text for source in (module, *callbacks) for text in getattr(source, "warnings", [])],
         }
         return values
@@ -125,8 +144,13 @@ class RunSummary(Callback):
     @rank_zero_only
     def _write(self, trainer: Trainer) -> None:
         folder = run_folder_of(trainer)
-        if folder is not None:
-            write_json(folder / SUMMARY, self.values)
+        if folder is None:
+            return
+        lost: list[str] = []
+        values = finite(self.values, lost)
+        if lost:
+            values["warnings"].append(f"null stands for numbers that are not finite: {', '.join(lost)}")
+        write_json(folder / SUMMARY, values)
 
     @rank_zero_only
     def _write_network(self, trainer: Trainer, module: ImageClassifier) -> None:
@@ -135,8 +159,6 @@ class RunSummary(Callback):
             return
         name = "student" if isinstance(module, DistillModule) else "network"
         state = _best_state(trainer, name) or module.product().state_dict()
-        # Cloned, since a shared layer has several names and the file format wants a tensor for each.
-        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
         data = getattr(trainer, "datamodule", None)
         described: dict[str, Any] = {
             "lqkd": metadata.version("lqkd"),
@@ -149,8 +171,16 @@ class RunSummary(Callback):
             name: module.hparams.get(name),
             "quantization": module.hparams.get("quantization"),
         }
-        with atomic_path(Path(folder) / f"{name}.safetensors") as temporary:
-            temporary.write_bytes(save(tensors, {key: json.dumps(value) for key, value in described.items()}))
+        texts = {key: json.dumps(value) for key, value in finite(described).items()}
+        write_safetensors(folder / f"{name}.safetensors", state, texts)
+
+    def _best_score(self, trainer: Trainer) -> float | None:
+        """Of the checkpoint that is the best; without one, of the weights that training ended with."""
+        checkpoint = best_checkpoint(trainer)
+        score = None if checkpoint is None else checkpoint.best_model_score
+        if score is None and self._validated_step == trainer.global_step:
+            score = trainer.callback_metrics.get("val/acc")
+        return None if score is None else float(score)
 
 
 def _now(module: LightningModule) -> float:
@@ -163,14 +193,6 @@ def _now(module: LightningModule) -> float:
 def best_checkpoint(trainer: Trainer) -> BestAndLast | None:
     """The callback that keeps the run's best checkpoint, whatever other checkpoints a user keeps."""
     return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
-
-
-def _best_score(trainer: Trainer) -> float | None:
-    checkpoint = best_checkpoint(trainer)
-    score = None if checkpoint is None else checkpoint.best_model_score
-    if score is None:
-        score = trainer.callback_metrics.get("val/acc")
-    return None if score is None else float(score)
 
 
 def _best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -18,14 +19,24 @@ from lqkd.callbacks.checkpoint import BestAndLast
 from lqkd.callbacks.resume_state import between_steps
 from lqkd.callbacks.run_logger import run_folder_of
 from lqkd.errors import Stopped
+from lqkd.run_folder import resume_command
 
 _ASK_EVERY = 10
 """Batches from one agreement between several processes to the next: each makes them wait for each other."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recvValue failed")
+"""What gloo and the store of a process group say when another process is no longer there."""
 
 
 def how_to_resume(folder: Path | None) -> str:
     """The command that goes on with the run in ``folder``, None for what has none, such as a test."""
-    return f"go on with: python -m lqkd resume {folder}" if folder is not None else "the same command starts again"
+    return f"go on with: {resume_command(folder)}" if folder is not None else "the same command starts again"
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether ``error`` is that of a collective operation in which another process no longer takes part."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in _LOST)
 
 
 class StopOnSignal(Callback):
@@ -67,15 +78,15 @@ class StopOnSignal(Callback):
         if trainer.global_step > 0:  # before the first step there is nothing to keep: a resumed run starts anew
             for keeper in keepers:
                 keeper.save_resumable(trainer)
+        saved = "" if keepers else ", but nothing is saved since trainer.enable_checkpointing is false"
+        raise self._stopped(trainer, f"before step {trainer.global_step}{saved}")
+
+    def _stopped(self, trainer: Trainer, when: str) -> Stopped:
         number = self._signal if self._signal is not None else int(signal.SIGTERM)
         if number == self._requeue:
             _requeue()
         name = signal.Signals(number).name
-        saved = "" if keepers else ", but nothing is saved since trainer.enable_checkpointing is false"
-        raise Stopped(
-            number,
-            f"stopped by {name} before step {trainer.global_step}{saved}; {how_to_resume(run_folder_of(trainer))}",
-        )
+        return Stopped(number, f"stopped by {name} {when}; {how_to_resume(run_folder_of(trainer))}")
 
     def _agreed(self, trainer: Trainer, batch_idx: int) -> bool:
         if trainer.world_size == 1:
@@ -84,8 +95,11 @@ class StopOnSignal(Callback):
             return False
         return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has put the handlers back; a signal that came while the last checkpoint was saved counts now."""
+        self._previous = {}
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            raise self._stopped(trainer, "after the last step")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()

@@ -17,7 +17,7 @@ from PIL import Image
 from lqkd.arguments import Report
 from lqkd.errors import UsageError
 from lqkd.files import check_inside, is_own_file, write_text
-from lqkd.run_folder import CONFIG
+from lqkd.run_folder import CONFIG, has_ended, resume_command
 from lqkd.study import exports, plots
 from lqkd.study.exports import read_exports
 from lqkd.study.layers import read_layers
@@ -116,8 +116,8 @@ def gather(folder: Path) -> Material:
         settings = read_mapping(folder / CONFIG, "the run's configuration")
         text = _text(folder / CONFIG)
         run = read(folder, name, settings.get("seed_everything"))
-        if run.test is None:
-            run.status, run.message = "stopped", f"not finished: python -m lqkd resume {folder} goes on with it"
+        if not has_ended(run.summary):
+            run.status, run.message = "stopped", f"not finished: {resume_command(folder)} goes on with it"
         return Material(folder, name, "run", [run], summarize([run], None), None, [], {CONFIG: text})
     raise UsageError(f"{str(folder)!r} is neither a run folder (with {CONFIG}) nor that of a study (with {STUDY})")
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lqkd.errors import UsageError
-from lqkd.files import atomic_path, is_own_file, write_json
+from lqkd.files import is_own_file, write_json, write_safetensors
 from lqkd.run_folder import CONFIG, SUMMARY
 from lqkd.study.settings import Study
 
@@ -24,6 +24,7 @@ FINISHED = "finished"
 FAILED = "failed"
 DIVERGED = "diverged"
 STOPPED = "stopped"
+_NOT_FINISHED = "not finished: start compare again to go on with it"
 _STATUS = {0: FINISHED, 1: FAILED, 2: FAILED, 3: DIVERGED}
 """By exit status; with any other a run was stopped, or could not write, and goes on the next time."""
 
@@ -70,9 +71,11 @@ class Task:
     def ended(self) -> tuple[str, str]:
         """How the run ended and, where it failed, why: a status and a sentence."""
         if not is_own_file(self.outcome, self.study):
-            return STOPPED, "not finished: start compare again to go on with it"
+            return STOPPED, _NOT_FINISHED
         outcome = self._outcome()
         if outcome["status"] == FINISHED and not (self.folder / SUMMARY).is_file():
+            if (self.folder / CONFIG).is_file():  # someone made it longer, by hand
+                return STOPPED, _NOT_FINISHED
             return STOPPED, "its run folder is gone: start compare again to train it anew"
         return outcome["status"], outcome["message"]
 
@@ -141,8 +144,6 @@ class Task:
         """A file with the weights that the seed gives a student without weights, the same for all variants."""
         import hashlib
 
-        from safetensors.torch import save
-
         model = yaml.safe_load(self.config.read_text(encoding="utf-8"))["model"].get("init_args", {})
         student = model.get("student")
         if student is None or model.get("student_weights") is not None:
@@ -151,9 +152,7 @@ class Task:
         name = f"seed_{self.seed}_{hashlib.sha256(described.encode()).hexdigest()[:8]}.safetensors"
         target = self.study / "initial_weights" / name
         if not target.is_file():
-            state = {key: value.clone().contiguous() for key, value in _build(student, self.seed).state_dict().items()}
-            with atomic_path(target) as temporary:
-                temporary.write_bytes(save(state))
+            write_safetensors(target, _build(student, self.seed).state_dict())
         return target
 
 

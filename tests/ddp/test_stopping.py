@@ -75,3 +75,21 @@ def test_a_loss_that_is_nan_on_one_process_stops_both_in_that_step(lqkd: Forks, 
     assert steps_done(place / "run" / "nan") == 3
     saved = torch.load(place / "run" / "nan" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in saved.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_is_told_by_the_other_in_one_sentence(lqkd: Forks, place: Path, lost: int) -> None:
+    run = place / "run" / f"lost{lost}"
+    seen = after_saving(run, 2)
+    statuses = lqkd.run_ranks(
+        *fit(place, run.name), environments=ranks(), meanwhile=lambda pids: send(pids[lost], signal.SIGKILL, seen)
+    )
+    assert statuses == [-signal.SIGKILL, 5] if lost == 0 else [5, -signal.SIGKILL]
+    log = lqkd.log if lost else lqkd.log.with_name(f"{lqkd.log.name}.1")
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("lqkd: ")]
+    assert error.startswith("lqkd: error: another process of this training has ended (")
+    assert error.endswith(f"go on with: python -m lqkd resume {run}")
+    assert "Traceback" not in log.read_text()
+    if lost:
+        assert lqkd.run_ranks("resume", str(run), environments=ranks()) == [0, 0], lqkd.log.read_text()

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pytest
 import torch
 import wandb
 import yaml
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import nn
 
+from lqkd.callbacks import BestAndLast
 from lqkd.cli import main
 from lqkd.lightning_cli import _print_summary
 
@@ -518,6 +521,76 @@ def test_a_resumption_that_is_refused_leaves_the_settings_as_they_were(
     assert main(["resume", str(copy)]) == 0
 
 
+def test_a_finished_run_takes_no_settings_that_ask_for_no_more_training(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert main(["resume", str(copy), "--model.gradient_clip_val", "1.0"]) == 2
+    assert "settings have no effect unless they ask for more training" in capsys.readouterr().err
+    assert (copy / "summary.json").read_bytes() == (run / "summary.json").read_bytes()
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "a file")
+
+
+def test_a_finished_run_that_is_made_longer_and_interrupted_goes_on(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the commands that it is told: by the finished run, and by the disk that is full in the first epoch."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert main(["resume", str(copy)]) == 0
+    longer = shlex.split(capsys.readouterr().out.rpartition("e.g. python -m lqkd ")[2])
+    with monkeypatch.context() as patched:
+        patched.setattr(BestAndLast, "check_monitor_top_k", full_disk)
+        assert main(longer) == 4
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert not {"summary.json", "student.safetensors"} & {path.name for path in copy.iterdir()}
+    assert main(shlex.split(told.rpartition("go on with: python -m lqkd ")[2])) == 0
+    assert [summary_of(copy)[key] for key in ("epochs", "finished")] == [4, True]
+
+
+def test_a_setting_that_is_not_kept_yet_is_given_once_more(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk before the configuration is replaced: going on without the setting would do something else."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    monkeypatch.setattr("lqkd.lightning_cli._KeepRun._describe", full_disk)
+    assert main(["resume", str(copy), "--trainer.max_epochs", "3"]) == 4
+    assert capsys.readouterr().err.endswith("make room, then the same command starts again\n")
+
+
+def test_a_checkpoint_that_cannot_be_resumed_starts_the_new_run_that_it_is_told(
+    capsys: pytest.CaptureFixture, tmp_path: Path, run: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    checkpoint = torch.load(copy / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["resume"]
+    torch.save(checkpoint, copy / "checkpoints" / "last.ckpt")
+    assert main(["resume", str(copy)]) == 2
+    told = capsys.readouterr().err.rpartition("start a new run from it with python -m lqkd ")[2]
+    assert main([*shlex.split(told), "--trainer.max_epochs", "3"]) == 0
+    assert summary_of(run.parent / "NEW")["epochs"] == 3
+    shutil.rmtree(run.parent / "NEW")
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_summary_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lqkd.callbacks.run_summary._balance", lambda trainer: {"task": float("nan"), "distill": 1.0})
+    summary = summary_of(fit(tmp_path, "--trainer.limit_train_batches", "1"))
+    assert summary["balance"] == {"task": None, "distill": 1.0}
+    assert summary["warnings"][-1] == "null stands for numbers that are not finite: balance.task"
+
+
+def test_a_run_that_was_not_tested_is_finished_all_the_same(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    folder = fit(tmp_path, "--trainer.limit_test_batches", "0", "--trainer.limit_train_batches", "1")
+    assert summary_of(folder)["test_accuracy"] is None
+    capsys.readouterr()
+    assert main(["resume", str(folder)]) == 0
+    assert f"{folder} is finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_a_new_run_from_a_checkpoint_keeps_its_split(
     capsys: pytest.CaptureFixture, tmp_path: Path, run: Path, name: str
@@ -544,6 +617,35 @@ def test_a_checkpoint_plugin_of_the_user_stays(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tests.integration.test_cli.Mine", Mine, raising=False)
     fit(tmp_path, "--trainer.plugins", "tests.integration.test_cli.Mine")
     assert set(saved) == {"best.ckpt", "last.ckpt"}
+
+
+class Foreign(LightningModule):
+    """A module of a user that is none of lqkd and has no settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", 0.5, batch_size=1)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_that_is_not_lqkds_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.integration.test_cli.Foreign", Foreign, raising=False)
+    where = ["--run.root", str(tmp_path), "--run.version", "a"]
+    model = ["--model", "tests.integration.test_cli.Foreign", "--data", "lqkd.data.Digits"]
+    assert main(["fit", *model, "--trainer.max_epochs", "1", *where]) == 0
+    assert main(["resume", str(tmp_path / "run" / "a"), "--trainer.max_epochs", "2"]) == 0
+    last = torch.load(tmp_path / "run" / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
 
 
 # ---- the package

@@ -269,20 +269,54 @@ def test_ctrl_c_while_images_are_read_is_one_line(
     assert "lqkd: interrupted; no file is half-written" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_libraries_are_loaded_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_libraries_are_loaded_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
     code = f"""
-import sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy.linalg":
             sys.meta_path.remove(self)
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), {int(number)})
 sys.meta_path.insert(0, Interrupt())
 from lqkd.cli import main
 sys.exit(main(["sensitivity", {QUICKSTART!r}, "--output", {str(tmp_path)!r}]))
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert (ended.returncode, len(ended.stderr.splitlines())) == (130, 1)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (128 + number, 1)
+    assert ended.stderr.endswith("; no file is half-written, and the same command starts again\n")
+
+
+PLACES = {
+    "before the run begins": "lqkd.lightning_cli.record_start",
+    "while teacher and student are measured": "lqkd.modules.distill.measure",
+    "while pictures are drawn": "lqkd.callbacks.regularizer_pictures.pictures",
+    "while the run is tested": "lqkd.data.Digits.test_dataloader",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_outside_of_the_steps_is_told_with_what_goes_on(
+    lqkd: Forks, place: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """And what it advises works."""
+    module, _, name = PLACES[place].rpartition(".")
+    before = (
+        "import signal, pkgutil\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"setattr(pkgutil.resolve_name({module!r}), {name!r}, lambda *_, **__: os.kill(os.getpid(), {int(number)}))\n"
+    )
+    command = ["fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]
+    run = tmp_path / "quickstart" / "a"
+    assert lqkd.run(*command, before=before) == 128 + number, lqkd.log.read_text()
+    (told,) = [line for line in lqkd.log.read_text().splitlines() if line.startswith("lqkd: ")]
+    again = place == "before the run begins"
+    assert told.endswith("and the same command starts again" if again else f"; go on with: python -m lqkd resume {run}")
+    assert lqkd.run(*(command if again else ["resume", str(run)])) == 0, lqkd.log.read_text()
+    assert lqkd.run("resume", str(run)) == 0
+    assert f"{run} is finished" in lqkd.log.read_text()
 
 
 # ---- what reads the output

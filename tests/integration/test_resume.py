@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,20 @@ def replace(*names):
         os.kill(os.getpid(), signal.SIGKILL)
     real(*names)
 os.replace = replace
+"""
+
+DIES_BEFORE_A_WRITE = """
+import pathlib, signal
+left = [{}]
+def counted(real, leftover):
+    def write(name, *rest, **options):
+        if "/regularizer/" not in str(name) and not (leftover and str(name).endswith(".tmp")):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(name, *rest, **options)
+    return write
+os.replace, pathlib.Path.unlink = counted(os.replace, False), counted(pathlib.Path.unlink, True)
 """
 
 DIES_WITHIN_A_RECORD = """
@@ -320,3 +335,26 @@ def test_a_run_killed_while_it_writes_its_teacher_cache_ends_like_one_that_never
     never_writes = DIES_WITHIN_A_RECORD.format(1)
     assert lqkd.run(*cached("replayed", "cache"), before=never_writes) == 0, lqkd.log.read_text()
     assert_same(place / "run" / "replayed", whole)
+
+
+def test_an_extension_killed_before_any_of_its_writes_ends_like_one_that_never_was(lqkd: Forks, place: Path) -> None:
+    """Files of the end before it are gone once it has begun, and what is asked for is what is done."""
+    short = ("--data.init_args.limit_train", "32", "--run.save_every_n_steps", "null")
+    assert lqkd.run(*fit(place, "ended", *short, "--trainer.max_epochs", "1")) == 0, lqkd.log.read_text()
+    ended, whole, run = (place / "run" / name for name in ("ended", "extended", "cut short"))
+    shutil.copytree(ended, whole)
+    longer = ("--trainer.max_epochs", "2")
+    assert resume(lqkd, whole, *longer) == 0, lqkd.log.read_text()
+    for write in range(1, 100):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(ended, run)
+        status = resume(lqkd, run, *longer, before=DIES_BEFORE_A_WRITE.format(write))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, lqkd.log.read_text()
+        begun = "max_epochs: 2" in (run / "config.yaml").read_text()
+        if begun and (run / "summary.json").exists():
+            assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+        assert resume(lqkd, run, *(() if begun else longer)) == 0, lqkd.log.read_text()
+        assert_same(run, whole)
+    assert write > 12

@@ -10,6 +10,8 @@ import pytest
 from lqkd.errors import UsageError
 from lqkd.run_folder import RunSettings, claim, lock, remove_partial_files, restarted
 
+CONFIG = "model: mine"
+
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     child = os.fork()
@@ -32,10 +34,40 @@ def test_a_number_is_the_version_of_that_number(
 ) -> None:
     monkeypatch.setenv("LQKD_RUN_FOLDER", "")  # claim sets it for the processes of other devices
     settings = RunSettings(root=str(tmp_path), version=version)
-    assert claim(settings) == tmp_path / "run" / expected
+    assert claim(settings, CONFIG) == tmp_path / "run" / expected
     if version is not None:
         with pytest.raises(UsageError, match=f"run/{expected} exists: choose another run.version"):
-            claim(settings)
+            claim(settings, CONFIG)
+
+
+def test_a_folder_appears_with_the_configuration_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed at any moment can be resumed."""
+    monkeypatch.setenv("LQKD_RUN_FOLDER", "")
+    seen: list[bool] = []
+    real = Path.rename
+
+    def rename(source: Path, target: Path) -> Path:
+        seen.append(target.exists())
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    folder = claim(RunSettings(root=str(tmp_path), version="mine"), CONFIG)
+    assert seen == [False]
+    assert (folder / "config.yaml").read_text() == CONFIG
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_taken_and_one_with_other_files_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LQKD_RUN_FOLDER", "")
+    for name in ("empty", "full"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "full" / "notes.txt").touch()
+    assert (claim(RunSettings(root=str(tmp_path), version="empty"), CONFIG) / "config.yaml").is_file()
+    with pytest.raises(UsageError, match=r"full is there and has no config.yaml.*: choose another .* or move it away"):
+        claim(RunSettings(root=str(tmp_path), version="full"), CONFIG)
+    assert [path.name for path in (tmp_path / "run" / "full").iterdir()] == ["notes.txt"]
 
 
 def test_only_half_written_files_are_removed(tmp_path: Path) -> None:
