@@ -58,18 +58,19 @@ class Beginning:
         Raises:
             UsageError: when it ends before.
         """
-        name, training = type(scheduler).__name__, f"{steps} {interval}s of the training"
+        name = type(scheduler).__name__
         try:
             self.advance(optimizer, scheduler, steps)
         except Exception as error:  # a scheduler of the user's own may raise any type
             raise UsageError(
-                f"{setting} is not possible: {name} ends before the {training} ({first_line(error)}): "
-                "let its arguments say at least as many"
+                f"{setting} is not possible: {name} ends before the {steps} {interval}s of the training are done "
+                f"({first_line(error)}): let its arguments say at least as many"
             ) from error
         self.advance(optimizer, scheduler, 0)
         if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max < steps:
             rank_zero_warn(
-                f"{setting}: the learning rate of {name} climbs again after T_max={scheduler.T_max} of the {training}"
+                f"{setting}: the learning rate of {name} climbs again after T_max={scheduler.T_max} of the {steps} "
+                f"{interval}s of the training"
             )
 
 
