@@ -162,6 +162,16 @@ def check_resumable(folder: Path) -> None:
         )
 
 
+def check_seed(setting: str, seed: int) -> None:
+    """Refuse what NumPy takes for no seed.
+
+    Raises:
+        UsageError: then.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{setting}={seed} is not possible: a seed is a whole number from 0 to {2**32 - 1}")
+
+
 def _check_exists(given: str | Path, wanted: str) -> None:
     if not Path(given).exists():
         raise UsageError(f"{str(given)!r} does not exist: give {wanted}")

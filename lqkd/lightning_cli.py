@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lqkd.arguments import check_seed
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.predictions import Predictions
 from lqkd.callbacks.run_summary import best_checkpoint
@@ -33,9 +34,10 @@ from lqkd.forecast import ForetellExport
 from lqkd.models.weights import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
-from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.parser import OneLineParser
+from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
+from lqkd.parser import OneLineParser, of_constructor
 from lqkd.resume import STARTS, Resumption, check_place, differences, find, record_start
 from lqkd.run_folder import (
     BEST,
@@ -116,12 +118,17 @@ class LqkdCLI(LightningCLI):
         if isinstance(parser, OneLineParser):
             parser.verb = args[0]  # whose help an error points to
         super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and seed is not None:
+            check_seed("seed_everything", seed)
 
     # ---- before anything is built
 
     def before_instantiate_classes(self) -> None:
         trainer = self._get(self.config, "trainer")
         _check_loggers(trainer.logger)
+        if self.subcommand == "fit":
+            check_trainer_numbers(trainer)
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         self.config_text = self._config_text()
@@ -197,9 +204,19 @@ class LqkdCLI(LightningCLI):
 
     # ---- building
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            told = of_constructor(error)
+            if told is None:
+                raise
+            raise UsageError(told) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
         config = self._get(self.config_init, "trainer")
+        check_devices(config)
         given = config.logger if isinstance(config.logger, list) else [config.logger]
         loggers = [logger for logger in given if logger is not None and not isinstance(logger, bool)]
         callbacks = list(config.callbacks or [])
@@ -214,7 +231,7 @@ class LqkdCLI(LightningCLI):
             return super().instantiate_trainer(
                 **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
             )
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             self._release()
             raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
 
@@ -242,6 +259,9 @@ class LqkdCLI(LightningCLI):
         except UsageError:
             self._release()
             raise
+        except MisconfigurationException as error:  # which some of its settings and callbacks raise here only
+            self._release()
+            raise UsageError(f"Lightning refuses these settings: {first_line(error)}") from error
         except OSError as error:
             if error.errno in _FULL_DISK and self.run_folder is not None:
                 name = error.filename or error.filename2

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError, first_line
 from lqkd.modules.state import check_state
+from lqkd.modules.trainer_checks import check_trainer_numbers
 from lqkd.quantization.modes import evaluating
 
 
@@ -49,6 +51,16 @@ class ImageClassifier(LightningModule):
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and network of all that must take the data's images and tell its classes apart."""
         yield "network", self.product()
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse impossible settings of the Trainer here: it is the first hook, before Lightning's less clear checks.
+
+        Raises:
+            UsageError: when a setting is not possible.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer_numbers(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.

@@ -191,10 +191,10 @@ class DistillModule(SharedBackward):
         return cast(Regularizer, self.distillation.regularizers[0]) if self.distillation.regularizers else None
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
+        """Also refuse settings of the Trainer that two optimizers cannot follow."""
         trainer = self.trainer
         check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
-        return []
+        return super().configure_callbacks()
 
     def product(self) -> nn.Module:
         return self.student

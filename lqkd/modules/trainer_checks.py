@@ -1,8 +1,40 @@
-"""Trainer settings that cannot mean what they say under manual optimization with two optimizers."""
+"""Trainer settings that cannot mean what they say: numbers out of range, and what two optimizers cannot follow."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from lqkd.errors import UsageError
+
+_LEAST = {
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+    "num_sanity_val_steps": -1,
+}
+"""Settings of the Trainer that Lightning takes unseen, and the least number that means something; null is always
+accepted."""
+
+
+def check_trainer_numbers(settings: Any) -> None:
+    """Refuse numbers that Lightning ignores, or fails at in the middle of a training.
+
+    Args:
+        settings: a Trainer, or the settings for one, which have the same names.
+
+    Raises:
+        UsageError: naming the setting and what is accepted.
+    """
+    for name, least in _LEAST.items():
+        value = getattr(settings, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"trainer.{name}={value!r} is not possible: it must be at least {least}, or null")
+    if settings.val_check_interval == 0:
+        raise UsageError("trainer.val_check_interval=0 is not possible: it must be above 0, or null")
+    if settings.limit_train_batches == 0:
+        raise UsageError("trainer.limit_train_batches=0 leaves nothing to train on: it must be above 0, or null")
 
 
 def check_trainer_settings(precision: object, gradient_clip_val: object, accumulate_grad_batches: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,14 @@ def test_a_number_is_the_version_of_that_number(
     if version is not None:
         with pytest.raises(UsageError, match=f"run/{expected} exists: choose another run.version"):
             claim(settings)
+
+
+@pytest.mark.parametrize(("key", "value"), [("root", "a\0b"), ("name", "\0"), ("version", "1\0"), ("version", -1)])
+def test_what_is_no_name_of_a_folder_is_refused_before_anything_is_made(key: str, value: Any, tmp_path: Path) -> None:
+    settings = RunSettings(**{"root": str(tmp_path / "runs"), key: value})
+    with pytest.raises(UsageError, match=f"run.{key}=.* is not possible"):
+        claim(settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_half_written_files_are_removed(tmp_path: Path) -> None:
