@@ -298,8 +298,7 @@ def pretrained(name: str) -> nn.Module:
         (["--trainer.devices", "99999", "--trainer.accelerator", "cpu"], "trainer.devices='99999' is not possible"),
         (["--run.version", "-1"], "run.version=-1 is not possible: a number must be at least 0"),
         (
-            ["--model.student", "torch.nn.Linear", "--model.student.in_features", "-5", "--model.student.out_features"]
-            + ["3", "--model.student_weights", "null"],
+            ["--model.student={class_path: torch.nn.Linear, init_args: {in_features: -5, out_features: 3}}"],
             "torch.nn.modules.linear.Linear cannot be made with in_features=-5, out_features=3 (RuntimeError: ",
         ),
         (

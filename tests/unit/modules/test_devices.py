@@ -58,13 +58,13 @@ def test_every_way_to_name_gpus_that_are_there_is_accepted(devices: Any) -> None
 @pytest.mark.usefixtures("no_gpus")
 @pytest.mark.parametrize("name", ["gpu", "cuda"])
 def test_a_gpu_is_not_asked_for_where_there_is_none(name: str) -> None:
-    with pytest.raises(UsageError, match=f"trainer.accelerator={name} is not possible: PyTorch finds no GPU"):
+    with pytest.raises(UsageError, match=rf"trainer\.accelerator={name} is not possible: PyTorch finds no GPU"):
         check_devices(trainer(accelerator=name))
 
 
 def test_sync_batchnorm_is_refused_for_processes_on_the_cpu_and_harmless_for_one() -> None:
     check_devices(trainer(sync_batchnorm=True))
-    with pytest.raises(UsageError, match="trainer.sync_batchnorm=true is not possible with 2 processes"):
+    with pytest.raises(UsageError, match=r"trainer\.sync_batchnorm=true is not possible with 2 processes"):
         check_devices(trainer(sync_batchnorm=True, devices=2))
 
 
