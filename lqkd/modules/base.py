@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError, first_line
+from lqkd.modules.callback_checks import check_callbacks, check_monitors
 from lqkd.modules.state import check_state
 from lqkd.modules.trainer_checks import check_trainer_numbers
 from lqkd.quantization.modes import evaluating
@@ -56,18 +57,26 @@ class ImageClassifier(LightningModule):
         """Refuse impossible settings of the Trainer here: it is the first hook, before Lightning's less clear checks.
 
         Raises:
-            UsageError: when a setting is not possible.
+            UsageError: when a setting or a callback is not possible.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer_numbers(self.trainer)
+            check_callbacks(self.trainer, self)
         return []
+
+    def metric_names(self) -> set[str]:
+        """Names of what this module logs in a training, which a callback may go by; callbacks log more."""
+        return {"train/loss", "val/loss", "val/acc"}
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.
 
         Raises:
-            UsageError: when a network cannot take the images, or numbers of classes differ.
+            UsageError: when a network cannot take the images, numbers of classes differ, or a callback waits for a
+                metric that nothing logs.
         """
+        if stage == "fit":
+            check_monitors(self.trainer, self, self.metric_names())
         data: Any = getattr(self.trainer, "datamodule", None)
         image = example_input(data, self.device)
         if image is None:

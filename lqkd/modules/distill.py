@@ -34,6 +34,7 @@ from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
+from lqkd.regularizers.balances.base import LOSSES
 from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
@@ -195,6 +196,10 @@ class DistillModule(SharedBackward):
         trainer = self.trainer
         check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         return super().configure_callbacks()
+
+    def metric_names(self) -> set[str]:
+        names = {"train/task", "train/distill", *(f"train/{name}" for name in self.penalties)}
+        return super().metric_names() | names | {f"balance/{name}" for name in (*LOSSES, *self.balance.learned())}
 
     def product(self) -> nn.Module:
         return self.student
