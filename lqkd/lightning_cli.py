@@ -37,6 +37,7 @@ from lqkd.modules.base import ImageClassifier
 from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
+from lqkd.origin import foreign_code, remember_code
 from lqkd.parser import OneLineParser, of_constructor
 from lqkd.resume import STARTS, Resumption, check_place, differences, find, record_start
 from lqkd.run_folder import (
@@ -55,7 +56,8 @@ from lqkd.run_folder import (
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
-    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config."
+    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config. --allow-code runs the classes that the "
+    "run folder of somebody else names."
 )
 _ABOUT = {
     "fit": {
@@ -132,8 +134,18 @@ class LqkdCLI(LightningCLI):
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer.precision, trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         self.config_text = self._config_text()
+        if self.subcommand == "fit":
+            self._remember_code()
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self._do_without_files_of_weights(self._get(self.config, "model"))
+
+    def _remember_code(self) -> None:
+        """Note what this run names, but for what a folder named before that it goes on in."""
+        settings: Any = yaml.safe_load(self.config_text)
+        if self.resumption is not None:
+            kept = yaml.safe_load((self.resumption.folder / CONFIG).read_text(encoding="utf-8"))
+            settings = sorted(foreign_code(settings) - foreign_code(kept))
+        remember_code(settings)
 
     def _do_without_files_of_weights(self, model: Any) -> None:
         """The checkpoint has the weights: a run may have been moved away from the files that it started from."""

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lqkd.errors import UsageError, first_line
+from lqkd.origin import check_code
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.residual import other_places
 
@@ -17,21 +18,25 @@ _FILES = {"student.safetensors": "student", "network.safetensors": "network"}
 """What a run leaves, and the key of the network in its metadata."""
 
 
-def load_student(path: str | Path) -> nn.Module:
+def load_student(path: str | Path, allow_code: bool = False) -> nn.Module:
     """The trained network of a run, in eval mode and on the CPU, ready to be called.
 
     It takes images (B, C, H, W) float32, normalised with the mean and std that :func:`describe_student` tells, and
-    returns logits (B, classes). The file names the class of the network, which is imported and built: load files that
-    you trust.
+    returns logits (B, classes). The file names the class of the network, which is imported and built.
 
     Args:
         path: a run folder, or its ``student.safetensors``; ``network.safetensors`` of a float training likewise.
+        allow_code: whether classes outside of lqkd, torch, lightning, torchvision and timm are imported that no
+            training of this user has named: for files that you trust.
 
     Raises:
-        UsageError: when there is no such file, or it is damaged, or does not say what network it belongs to.
+        UsageError: when there is no such file, it is damaged, does not say what network it belongs to, or names code
+            that is not allowed.
     """
     file = student_file(path)
     described = describe_student(file)
+    named = {key: described.get(key) for key in (*_FILES.values(), "quantization")}
+    check_code(named, file, allow_code, "give --allow-code, or load_student(..., allow_code=True)")
     network, recipe = _build(described, file)
     if recipe is not None:
         network, _ = quantize_model(network, recipe)
