@@ -56,8 +56,8 @@ from lqkd.run_folder import (
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
-    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config. --allow-code runs the classes that the "
-    "run folder of somebody else names."
+    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config. --allow-code runs what the run "
+    "folder of somebody else names."
 )
 _ABOUT = {
     "fit": {
