@@ -30,6 +30,8 @@ class Export:
     """replace a file that exists"""
     latency: bool = argument(False)
     """also time it against float32 ONNX and PyTorch on this CPU, for some seconds"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Predict:
     """classes for each image"""
     json: bool = argument(False)
     """print a JSON list, one entry for each image"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Sensitivity:
     """folder for what is written"""
     overwrite: bool = argument(False)
     """replace an earlier ranking"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class Resume:
 
     run: Path
     """a run folder"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
 
 
 def of(verb: str, args: Sequence[str]) -> Any:
@@ -132,12 +140,12 @@ def of(verb: str, args: Sequence[str]) -> Any:
 
 def names_images(args: Sequence[str]) -> bool:
     """Whether the arguments of ``predict`` name a run or file, or ask how; those of LightningCLI are all options."""
-    options = ("--top-k", "--json", "--help", "-h")
+    options = ("--top-k", "--json", "--allow-code", "--help", "-h")
     return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in options)
 
 
-def of_resume(args: Sequence[str]) -> tuple[Path, list[str]]:
-    """The run's folder, and the settings for ``fit``.
+def of_resume(args: Sequence[str]) -> tuple[Resume, list[str]]:
+    """The verb's own arguments, and the settings for ``fit``.
 
     Raises:
         UsageError: when the folder is no run's, or a setting is not possible.
@@ -147,7 +155,7 @@ def of_resume(args: Sequence[str]) -> tuple[Path, list[str]]:
     if any(setting.partition("=")[0] == "--ckpt_path" for setting in settings):
         raise UsageError("--ckpt_path is not possible with resume: it goes on from the run's own checkpoints/last.ckpt")
     check_resumable(given.run)
-    return given.run, settings
+    return given, settings
 
 
 def check_resumable(folder: Path) -> None:
@@ -160,6 +168,16 @@ def check_resumable(folder: Path) -> None:
         raise UsageError(
             f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
         )
+
+
+def check_seed(setting: str, seed: int) -> None:
+    """Refuse what NumPy takes for no seed.
+
+    Raises:
+        UsageError: then.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{setting}={seed} is not possible: a seed is a whole number from 0 to {2**32 - 1}")
 
 
 def _check_exists(given: str | Path, wanted: str) -> None:

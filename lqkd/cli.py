@@ -45,6 +45,8 @@ _ENDS = {DivergenceError: 3, FullDiskError: 4, LostProcessError: 5}
 """Exit status after what ends a training before its time."""
 _AGAIN = "; no file is half-written, and the same command starts again"
 """What there is to say of work that was stopped and left nothing to go on with."""
+_ALLOW = "--allow-code"
+"""Of Lightning's verbs, which take settings only."""
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 """A file or folder that may not be read or written, or that lies below a file."""
 
@@ -118,32 +120,42 @@ def _run(given: list[str]) -> int:
         return _load(_VERBS[verb]).main(read) or 0
     if verb == "resume":
         return _resume(*arguments.of_resume(rest))
-    _check_described(verb, rest)
-    _load(_LIGHTNING).LqkdCLI(given)
+    allowed, rest = _ALLOW in rest, [text for text in rest if text != _ALLOW]
+    configs = _check_described(verb, rest)
+    lightning = _load(_LIGHTNING)
+    for config in configs:
+        _load("lqkd.origin").check_config_code(config, allowed)
+    lightning.LqkdCLI([verb, *rest])
     return 0
 
 
-def _resume(folder: Path, settings: list[str]) -> int:
+def _resume(read: arguments.Resume, settings: list[str]) -> int:
     lightning = _load(_LIGHTNING)
-    resumption = _load("lqkd.resume").find(folder)
+    resumption = _load("lqkd.resume").find(read.run)
+    _load("lqkd.origin").check_run_code(read.run, read.allow_code)
     finished = None if settings else resumption.finished()
     if finished is None:
-        lightning.LqkdCLI(["fit", "--config", str(folder / CONFIG), *settings], resumption)
+        lightning.LqkdCLI(["fit", "--config", str(read.run / CONFIG), *settings], resumption)
     else:
         print(terminal(finished))
     return 0
 
 
-def _check_described(verb: str, given: Sequence[str]) -> None:
-    """Refuse a command without a configuration, and one whose file is not there."""
+def _check_described(verb: str, given: Sequence[str]) -> list[Path]:
+    """Refuse a command without a configuration, and one whose file is not there; the files."""
     if not any(text.startswith(_DESCRIBE) or ".help" in text for text in given):
         other = ", or name a run and images without an option before them" if verb == "predict" else ""
         raise UsageError(f"{verb} needs a configuration: give --config FILE.yaml{other}")
+    paths = []
     for option, value in zip(given, [*given[1:], ""], strict=True):
         name, equals, own = option.partition("=")
         path = Path(own if equals else value)
-        if name in ("--config", "-c") and path.suffix in (".yaml", ".yml") and not path.exists():
+        if name not in ("--config", "-c"):
+            continue
+        if path.suffix in (".yaml", ".yml") and not path.exists():
             raise UsageError(f"--config {str(path)!r} does not exist: give a YAML file")
+        paths.append(path)
+    return paths
 
 
 def _load(name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import COMBINATIONS
-from lqkd.teacher import FrozenTeacher
+from lqkd.teacher import FrozenTeacher, check_minimum_accuracy
 
 
 class TeacherEnsemble(nn.Module):
@@ -26,7 +26,7 @@ class TeacherEnsemble(nn.Module):
             teacher.
 
     Raises:
-        UsageError: when there are fewer than two teachers, or the combination is unknown.
+        UsageError: when there are fewer than two teachers, the combination is unknown, or the accuracy out of range.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class TeacherEnsemble(nn.Module):
             raise UsageError(f"an ensemble of {len(teachers)} is not possible: give at least two teachers")
         if combination not in COMBINATIONS:
             raise UsageError(f"combination={combination!r} is unknown: use {', '.join(COMBINATIONS)}")
+        check_minimum_accuracy(minimum_accuracy)
         self.teachers = nn.ModuleList(teachers)
         self.combination = combination
         self.minimum_accuracy = minimum_accuracy

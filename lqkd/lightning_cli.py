@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lqkd.arguments import check_seed
 from lqkd.callbacks import AtomicCheckpointIO, BestAndLast, ProgressBar, RegularizerMonitor, RunLogger, RunSummary
 from lqkd.callbacks.predictions import Predictions
 from lqkd.callbacks.resume_state import LIMITS
@@ -36,9 +37,11 @@ from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
+from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
-from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.parser import OneLineParser
+from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
+from lqkd.origin import foreign_code, remember_code
+from lqkd.parser import OneLineParser, of_constructor
 from lqkd.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
 from lqkd.run_folder import (
     BEST,
@@ -56,7 +59,8 @@ from lqkd.run_folder import (
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
-    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config."
+    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config. --allow-code runs what the run "
+    "folder of somebody else names."
 )
 _ABOUT = {
     "fit": {
@@ -129,17 +133,32 @@ class LqkdCLI(LightningCLI):
         if isinstance(parser, OneLineParser):
             parser.verb = args[0]  # whose help an error points to
         super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and seed is not None:
+            check_seed("seed_everything", seed)
 
     # ---- before anything is built
 
     def before_instantiate_classes(self) -> None:
         trainer = self._get(self.config, "trainer")
         _check_loggers(trainer.logger)
+        if self.subcommand == "fit":
+            check_trainer_numbers(trainer)
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer)
         self.config_text = self._config_text()
+        if self.subcommand == "fit":
+            self._remember_code()
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self._do_without_files_of_weights(self._get(self.config, "model"))
+
+    def _remember_code(self) -> None:
+        """Note what this run names, but for what a folder named before that it goes on in."""
+        settings: Any = yaml.safe_load(self.config_text)
+        if self.resumption is not None:
+            kept = yaml.safe_load((self.resumption.folder / CONFIG).read_text(encoding="utf-8"))
+            settings = sorted(foreign_code(settings) - foreign_code(kept))
+        remember_code(settings)
 
     def _do_without_files_of_weights(self, model: Any) -> None:
         """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
@@ -214,9 +233,19 @@ class LqkdCLI(LightningCLI):
 
     # ---- building
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            told = of_constructor(error)
+            if told is None:
+                raise
+            raise UsageError(told) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.subcommand is not None
         config = self._get(self.config_init, "trainer")
+        check_devices(config)
         given = config.logger if isinstance(config.logger, list) else [config.logger]
         loggers = [logger for logger in given if logger is not None and not isinstance(logger, bool)]
         callbacks = list(config.callbacks or [])
@@ -231,7 +260,7 @@ class LqkdCLI(LightningCLI):
             return super().instantiate_trainer(
                 **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
             )
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             self._release()
             raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
 
@@ -258,6 +287,9 @@ class LqkdCLI(LightningCLI):
         except UsageError:
             self._release()
             raise
+        except MisconfigurationException as error:  # which some of its settings and callbacks raise here only
+            self._release()
+            raise UsageError(f"Lightning refuses these settings: {first_line(error)}") from error
         except OSError as error:
             if error.errno in _FULL_DISK and self.run_folder is not None:
                 name = error.filename or error.filename2

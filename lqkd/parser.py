@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from enum import Enum
+from inspect import Parameter
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lqkd.errors import UsageError, first_line
 from lqkd.suggest import suggestion
 from lqkd.utils.escaping import terminal
 from lqkd.utils.yaml_text import check_yaml
@@ -32,6 +39,20 @@ _TEXTS = {
     "trainer.default_root_dir": "Not used: see run.root.",
 }
 """Where the docstring that jsonargparse finds says too little."""
+
+
+_OF_SETTINGS = (
+    ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError, OSError, MisconfigurationException
+)  # fmt: skip
+"""What constructors raise about their arguments."""
+_NO_NETWORK = (
+    ": if it wants to download weights, leave those out and give a file with them, .safetensors or one of torch.save, "
+    "as student_weights, the teacher's weights or ClassifierModule's weights"
+)
+
+
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
+"""So that a default that is an Enum, as Lightning's Timer has one, can be kept in a configuration."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -98,6 +119,35 @@ def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str
     given = re.findall(r"Given value: (?!NestedArg|Namespace)(.+)", message)
     value = f"; got {given[-1]}" if given and "Got value" not in cause and not near else ""
     return f"{'.'.join(keys)}: {cause}{near}{value}" if keys else f"{cause}{near}{value}"
+
+
+def of_constructor(error: BaseException) -> str | None:
+    """Whose constructor, called by jsonargparse, raised ``error``, with its settings and the error itself in one line.
+
+    None for a :class:`UsageError`, which says all that itself, and for what is no matter of settings, such as a
+    misspelt name in the constructor's own code.
+    """
+    made = _calls(error)
+    while not made and error.__cause__ is not None:  # jsonargparse wraps it once for each level of the configuration
+        error = error.__cause__
+        made = _calls(error)
+    if not made or isinstance(error, UsageError) or not isinstance(error, _OF_SETTINGS):
+        return None
+    kind, settings = made[-1]["class_type"], made[-1].get("kwargs", {})
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    given = {
+        k: v.name if isinstance(v, Enum) else v for k, v in settings.items() if v != defaults.get(k, Parameter.empty)
+    }
+    shown = ", ".join(f"{k}={v!r}" for k, v in given.items() if isinstance(v, str | int | float | tuple | list))
+    told = f"{kind.__module__}.{kind.__qualname__} cannot be made with {shown or 'its defaults'}"
+    remote = isinstance(error, OSError) and error.errno is None
+    advice = _NO_NETWORK if remote else ""
+    return f"{told} ({type(error).__name__}: {first_line(error)}){advice}"
+
+
+def _calls(error: BaseException) -> list[dict[str, Any]]:
+    """The local names of jsonargparse's and Lightning's calls of constructors that ``error`` came through."""
+    return [frame.f_locals for frame, _ in walk_tb(error.__traceback__) if "class_type" in frame.f_locals]
 
 
 def _groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:

@@ -95,7 +95,7 @@ def main(given: Predict) -> int:
     """
     if given.top_k < 1:
         raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
-    classifier = load_classifier(given.run)
+    classifier = load_classifier(given.run, given.allow_code)
     failed = False
     listed: list[dict[str, Any]] = []
     predicted = _predictions(classifier, given.images, given.top_k)
@@ -131,15 +131,20 @@ def _predictions(
             yield path, image if isinstance(image, UsageError) else next(predicted)
 
 
-def load_classifier(path: str | Path) -> Classifier:
+def load_classifier(path: str | Path, allow_code: bool = False) -> Classifier:
     """The network of a run folder, of ``student.safetensors`` or of a file that ``export`` wrote.
 
+    Args:
+        path: of the folder or file.
+        allow_code: as for :func:`lqkd.student.load_student`.
+
     Raises:
-        UsageError: when there is no such file, it is damaged, or does not say how images are prepared.
+        UsageError: when there is no such file, it is damaged, does not say how images are prepared, or names code that
+            is not allowed.
     """
     file = Path(path)
     if file.suffix not in (".onnx", ".pt2"):
-        network, described = load_student(file), describe_student(file)
+        network, described = load_student(file, allow_code), describe_student(file)
         shape = described.get("image_shape") or [None]
         preprocessing = {**described, "channels": shape[0], "size": shape[1:]}
         return _classifier(_in_torch(network), preprocessing, described, file)

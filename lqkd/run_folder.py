@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import time
@@ -72,10 +73,7 @@ def claim(settings: RunSettings, config: str) -> Path:
         UsageError: when the folder cannot be written or holds files already, or when processes that were started by
             something else than this run's first process have no common name for it.
     """
-    for key in ("name", "version"):
-        value = settings.name if key == "name" else settings.folder_name
-        if value is not None and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
-            raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
+    _check_names(settings)
     from lightning.fabric.utilities.rank_zero import rank_zero_only  # not by those who only look for a folder
 
     rank = getattr(rank_zero_only, "rank", 0)
@@ -89,6 +87,20 @@ def claim(settings: RunSettings, config: str) -> Path:
     folder = _make(parent, version, config)
     os.environ[_ENVIRONMENT] = str(folder.resolve())
     return folder
+
+
+def _check_names(settings: RunSettings) -> None:
+    for key, value in (("root", settings.root), ("name", settings.name), ("version", settings.folder_name)):
+        if value is None:
+            continue
+        if "\0" in value:
+            raise UsageError(f"run.{key}={value!r} is not possible: a path holds no NUL")
+        if key != "root" and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
+            raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
+    if re.fullmatch(r"-\d+", str(settings.version)):
+        raise UsageError(
+            f"run.version={settings.version} is not possible: a number must be at least 0, or null to count"
+        )
 
 
 def restarted(settings: RunSettings) -> Path | None:

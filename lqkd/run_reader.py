@@ -19,6 +19,7 @@ from lqkd.errors import UsageError
 from lqkd.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
+from lqkd.origin import check_config_code, check_run_code
 from lqkd.quantization import quantizers
 from lqkd.run_folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
 from lqkd.waiting import waiting
@@ -92,20 +93,23 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
+def read_run(run: str | Path, allow_code: bool = False) -> tuple[RunReader, Path | None]:
     """Build a run from its folder, with the float weights of its best checkpoint, or from a config alone.
 
     Args:
         run: a run folder, or a config file: then the networks have the weights that a training would start from.
+        allow_code: whether code is imported that this user has never named in a training.
 
     Returns:
         The run and its checkpoint, None for a config.
 
     Raises:
-        UsageError: when there is no such folder or file, or the checkpoint is missing, damaged or of another network.
+        UsageError: when there is no such folder or file, the checkpoint is missing, damaged or of another network, or
+            the configuration names code that is not allowed.
     """
     path = Path(run)
     if path.is_file():
+        check_config_code(path, allow_code)
         return RunReader(path), None
     config, checkpoint = path / CONFIG, path / CHECKPOINTS / BEST
     if not config.is_file():
@@ -115,6 +119,7 @@ def read_run(run: str | Path) -> tuple[RunReader, Path | None]:
             f"run folder {str(run)!r} has no {CHECKPOINTS}/{BEST}, which its first validation leaves: go on with "
             f"{resume_command(path)}, or rank layers by the weights that it starts from: sensitivity {config}"
         )
+    check_run_code(path, allow_code)
     reader = RunReader(config, trained=True)
     held = read_checkpoint(checkpoint)["state_dict"]
     state = {str(key): value for key, value in held.items() if isinstance(value, Tensor)}

@@ -48,7 +48,7 @@ def main(given: Sensitivity) -> None:
     if given.batches < 1:
         raise UsageError(f"--batches {given.batches} is not possible: it must be at least 1")
     output = _output(given, [JSON, TABLE, *([RECIPE] if budget is not None else [])])
-    reader, checkpoint = read_run(given.run)
+    reader, checkpoint = read_run(given.run, given.allow_code)
     recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, given.batches)
     with Waiting("quantising each layer alone") as bar:

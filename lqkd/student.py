@@ -13,6 +13,7 @@ from torch import nn
 from lqkd.errors import UsageError, first_line
 from lqkd.models.bounds import no_larger_than
 from lqkd.models.finite import not_finite
+from lqkd.origin import check_code
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.residual import other_places
 from lqkd.utils.schema import NETWORK_FILE, check
@@ -27,22 +28,25 @@ _OTHERS = {
 """What takes other files that lqkd writes, by their ending."""
 
 
-def load_student(path: str | Path) -> nn.Module:
+def load_student(path: str | Path, allow_code: bool = False) -> nn.Module:
     """The trained network of a run, in eval mode and on the CPU, ready to be called.
 
     It takes images (B, C, H, W) float32, normalised with the mean and std that :func:`describe_student` tells, and
-    returns logits (B, classes). The file names the class of the network, which is imported and built: load files that
-    you trust.
+    returns logits (B, classes). The file names the class of the network, which is imported and built.
 
     Args:
         path: a run folder, or its ``student.safetensors``; ``network.safetensors`` of a float training likewise.
+        allow_code: whether classes outside of lqkd, torch, lightning, torchvision and timm are imported that no
+            training of this user has named: for files that you trust.
 
     Raises:
         UsageError: when there is no such file, it is damaged, does not say what network it belongs to, names one that
-            is far larger than its tensors, or holds numbers that are not finite.
+            is far larger than its tensors or code that is not allowed, or holds numbers that are not finite.
     """
     file = student_file(path)
     described = describe_student(file)
+    named = {key: described.get(key) for key in (*_FILES.values(), "quantization")}
+    check_code(named, file, allow_code, "give --allow-code, or load_student(..., allow_code=True)")
     state = load_file(file)
     with no_larger_than({key: value.shape for key, value in state.items()}):
         network, recipe = _build(described, file)

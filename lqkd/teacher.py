@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -63,8 +64,11 @@ class FrozenTeacher(nn.Module):
             raise UsageError(f"teacher image_size={image_size!r} is not possible: it must be at least 1 pixel, or null")
         if (mean is None) != (std is None):
             raise UsageError("teacher mean and std belong together: give both, or neither for the student's")
-        if std is not None and not all(value > 0 for value in std):
+        if mean is not None and not all(map(math.isfinite, mean)):
+            raise UsageError(f"teacher mean={list(mean)} is not possible: means are finite")
+        if std is not None and not all(0 < value < math.inf for value in std):
             raise UsageError(f"teacher std={list(std)} is not possible: standard deviations are greater than 0")
+        check_minimum_accuracy(minimum_accuracy)
         if weights is not None and (told := load_weights(network, weights, replace_head=None)) is not None:
             rank_zero_info(told)
         self.network = network
@@ -185,3 +189,13 @@ class FrozenTeacher(nn.Module):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return images
+
+
+def check_minimum_accuracy(value: float | None) -> None:
+    """Refuse what is no accuracy.
+
+    Raises:
+        UsageError: then.
+    """
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"teacher minimum_accuracy={value!r} is not possible: it must be from 0 to 1, or null")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teacher import FrozenTeacher
+
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
 

@@ -92,6 +92,12 @@ class BitWidthScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, DistillModule):
             raise UsageError(f"BitWidthScheduler needs a DistillModule: {type(pl_module).__name__} has no bits")
+        waiting = next((each for each in self.stages if each.patience is not None), None)
+        if stage == "fit" and waiting is not None and not trainer.enable_validation:
+            raise UsageError(
+                f"stage {waiting.bits!r} has patience={waiting.patience}, but there is no validation to wait for: use "
+                "until_epoch or until_step"
+            )
         if self._target:
             return
         self._target = self._layers(pl_module)

@@ -9,8 +9,11 @@ from torch import Tensor
 from lqkd.data.augment import normalize, random_crop, random_flip
 from lqkd.data.augment_erase import random_erasing
 from lqkd.data.augment_mix import mix
-from lqkd.data.augment_rand import LARGEST_MAGNITUDE, rand_augment
+from lqkd.data.augment_rand import LARGEST_MAGNITUDE, OPERATIONS, rand_augment
 from lqkd.errors import UsageError
+
+_LARGEST_ALPHA = 1000
+"""Of Beta(alpha, alpha): beyond it all shares are one half."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Augmentation:
     Args:
         crop_padding: pixels of black added on every side before a random crop of the original size; 0 means no crop.
         horizontal_flip: whether half of the images are mirrored.
-        rand_augment: operations of RandAugment per image; 0 means none.
+        rand_augment: operations of RandAugment per image, at most as many as there are; 0 means none.
         rand_augment_magnitude: their strength, 0 ... 30; None means 9.
         random_erasing: probability that a rectangle of an image is blanked.
         mixup: alpha of mixup's Beta(alpha, alpha) distribution; 0 means no mixup.
@@ -44,12 +47,13 @@ class Augmentation:
     mix_probability: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("crop_padding", "rand_augment", "mixup", "cutmix"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise UsageError(f"{name}={value} is not accepted: it must be at least 0.")
+        if self.crop_padding < 0:
+            raise UsageError(f"crop_padding={self.crop_padding} is not accepted: it must be at least 0.")
         for name, largest in (
+            ("rand_augment", len(OPERATIONS)),
             ("rand_augment_magnitude", LARGEST_MAGNITUDE),
+            ("mixup", _LARGEST_ALPHA),
+            ("cutmix", _LARGEST_ALPHA),
             ("random_erasing", 1),
             ("mix_probability", 1),
         ):
@@ -72,12 +76,17 @@ class Augmentation:
         """Whether images are mixed with others."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def check_channels(self, channels: int) -> None:
+    def check_images(self, channels: int, height: int, width: int) -> None:
         """Refuse images that the operations do not take.
 
         Raises:
-            UsageError: for RandAugment on images that are neither grey nor RGB.
+            UsageError: for RandAugment on images that are neither grey nor RGB, and for a crop that can miss an image.
         """
+        if self.crop_padding >= min(height, width):
+            raise UsageError(
+                f"crop_padding={self.crop_padding} is not accepted for images of {height}x{width}: it must be less"
+                f" than {min(height, width)}, or a crop could hold nothing but padding."
+            )
         if self.rand_augment and channels not in {1, 3}:
             raise UsageError(
                 f"rand_augment={self.rand_augment} is not accepted for images of {channels} channels: it needs 1 or 3."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -162,6 +163,8 @@ class ImageDataModule(LightningDataModule):
             values, channels = getattr(self, name), len(self.default_mean)
             if len(values) != channels:
                 raise UsageError(f"{name}={list(values)} is not accepted: it must have {channels} number(s).")
+            if not all(map(math.isfinite, values)):
+                raise UsageError(f"{name}={list(values)} is not accepted: every number must be finite.")
         if not all(value > 0 for value in self.std):
             raise UsageError(f"std={list(self.std)} is not accepted: every number must be above 0.")
 
@@ -178,7 +181,7 @@ class ImageDataModule(LightningDataModule):
         self.class_names = images.class_names
         self.num_classes = len(images.class_names)
         channels, height, width = images.train_images.shape[1:]
-        self.augmentation.check_channels(channels)
+        self.augmentation.check_images(channels, height, width)
         if self.augmentation.mixes and not isinstance(images.train_images, Tensor):
             mixing = [name for name in ("mixup", "cutmix") if getattr(self.augmentation, name)]
             raise UsageError(

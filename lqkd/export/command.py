@@ -51,7 +51,7 @@ def main(given: Export) -> int:
     output = _output(given)
     with Stages(5) as stage:
         stage("reading the run")
-        reader, student, checkpoint = read_student(given.run)
+        reader, student, checkpoint = read_student(given.run, given.allow_code)
         stage("reading calibration images")
         calibration, images = _images(reader)
         stage("making weights integer and calibrating")
@@ -131,14 +131,14 @@ def _output(given: Export) -> Path:
     return output
 
 
-def read_student(run: str | Path) -> tuple[RunReader, nn.Module, str]:
+def read_student(run: str | Path, allow_code: bool = False) -> tuple[RunReader, nn.Module, str]:
     """The run of a folder, its network with all of its best checkpoint, and the fingerprint of that.
 
     Raises:
         UsageError: when the folder, its config or checkpoint is missing or damaged, the network is in floating point,
-            or its bits are not those of the config yet.
+            its bits are not those of the config yet, or the config names code that is not allowed.
     """
-    reader, checkpoint = read_run(run)
+    reader, checkpoint = read_run(run, allow_code)
     if checkpoint is None:
         raise UsageError(f"{str(run)!r} is a config: give a run folder with a checkpoint")
     network = reader.model.product()

@@ -53,13 +53,16 @@ class CifarResNet(nn.Module):
         in_channels: channels of the images.
 
     Raises:
-        UsageError: when depth is not 6n + 2 with n >= 1.
+        UsageError: when depth is not 6n + 2 with n >= 1, or another number is less than 1.
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise UsageError(f"depth={depth} is not possible for CifarResNet: it must be 6n + 2, such as 8, 20 or 56")
+        for name, value in (("num_classes", num_classes), ("width", width), ("in_channels", in_channels)):
+            if value < 1:
+                raise UsageError(f"{name}={value} is not possible for CifarResNet: it must be at least 1")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

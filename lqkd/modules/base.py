@@ -17,11 +17,12 @@ from lqkd.errors import UsageError
 from lqkd.losses.task import task_losses
 from lqkd.modules.batches import Samples, check_range, samples_of
 from lqkd.modules.beginning import Beginning, steps_taken
+from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
 from lqkd.modules.outputs import logits_of, try_network
 from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_epochs, total_steps
-from lqkd.modules.trainer_checks import check_averages
+from lqkd.modules.trainer_checks import check_trainer_numbers
 
 
 def example_input(data: Any, device: torch.device) -> Tensor | None:
@@ -81,21 +82,30 @@ class ImageClassifier(LightningModule):
         yield "network", self.product()
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse impossible Trainer settings here: it is the first hook, before callbacks and Lightning's own checks.
+        """Refuse impossible settings of the Trainer here: it is the first hook, before Lightning's checks.
 
         Raises:
-            UsageError: when a callback of the training averages weights in a way that cannot be right.
+            UsageError: when a setting or a callback is not possible.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer_numbers(self.trainer)
             check_averages(self.trainer.callbacks)  # type: ignore[attr-defined]
+            check_callbacks(self.trainer, self)
         return []
+
+    def metric_names(self) -> set[str]:
+        """Names of what this module logs in a training, which a callback may go by; callbacks log more."""
+        return {"train/loss", "val/loss", "val/acc"}
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.
 
         Raises:
-            UsageError: when a network cannot take the images or returns no logits, or numbers of classes differ.
+            UsageError: when a network cannot take the images or returns no logits, numbers of classes differ, or a
+                callback waits for a metric that nothing logs.
         """
+        if stage == "fit":
+            check_monitors(self.trainer, self, self.metric_names())
         data: Any = getattr(self.trainer, "datamodule", None)
         image = example_input(data, self.device)
         if image is None:

@@ -33,10 +33,11 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.shared_backward import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
-from lqkd.modules.trainer_checks import check_callbacks, check_trainer_settings
+from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
+from lqkd.regularizers.balances.base import LOSSES
 from lqkd.regularizers.balances.places import AtWeights
 from lqkd.teacher import FrozenTeacher
 from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
@@ -193,10 +194,13 @@ class DistillModule(SharedBackward):
         return cast(Regularizer, self.distillation.regularizers[0]) if self.distillation.regularizers else None
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse impossible Trainer settings here: it is the first hook, before Lightning's own, less clear, check."""
+        """Also refuse settings of the Trainer that two optimizers cannot follow."""
         check_trainer_settings(self.trainer)
-        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         return super().configure_callbacks()
+
+    def metric_names(self) -> set[str]:
+        names = {"train/task", "train/distill", *(f"train/{name}" for name in self.penalties)}
+        return super().metric_names() | names | {f"balance/{name}" for name in (*LOSSES, *self.balance.learned())}
 
     def trained(self) -> nn.Module:
         return self.student

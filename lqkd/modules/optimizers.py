@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,12 +47,18 @@ def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any
     """What ``make`` makes of parameters or groups of them; ``setting`` is what a mistake calls it.
 
     Raises:
-        UsageError: when the optimizer refuses one of its arguments.
+        UsageError: when the optimizer refuses one of its arguments, or a number of them is NaN or infinite, which no
+            optimizer of PyTorch's notices.
     """
     try:
-        return make(parameters)
+        optimizer = make(parameters)
     except ValueError as error:
         raise UsageError(f"{setting} is not possible: {first_line(error)}") from error
+    for name, value in optimizer.defaults.items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise UsageError(f"{setting}: {name}={value!r} is not possible: it must be finite")
+    return optimizer
 
 
 def _group(name: str, parameters: Iterable[nn.Parameter], **settings: Any) -> dict[str, Any]:

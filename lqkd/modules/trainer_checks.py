@@ -1,27 +1,40 @@
-"""Trainer settings that cannot mean what they say, under manual optimization with two optimizers or at all."""
+"""Trainer settings that cannot mean what they say: numbers out of range, and what two optimizers cannot follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import Any
-
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 
 from lqkd.errors import UsageError
 
-_INSTEAD: dict[type[Callback], str] = {
-    LearningRateFinder: "set the learning rates of model.student_optimizer and model.regularizer_optimizer",
-    BatchSizeFinder: "set the batch size of the data",
-    GradientAccumulationScheduler: "use model.accumulate_grad_batches",
+_LEAST = {
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+    "num_sanity_val_steps": -1,
 }
-"""Callbacks of Lightning that run or change the training as only one automatic optimizer allows."""
+"""Settings of the Trainer that Lightning takes unseen, and the least number that means something; null is always
+accepted."""
+
+
+def check_trainer_numbers(settings: Any) -> None:
+    """Refuse numbers that Lightning ignores, or fails at in the middle of a training.
+
+    Args:
+        settings: a Trainer, or the settings for one, which have the same names.
+
+    Raises:
+        UsageError: naming the setting and what is accepted.
+    """
+    for name, least in _LEAST.items():
+        value = getattr(settings, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"trainer.{name}={value!r} is not possible: it must be at least {least}, or null")
+    if settings.val_check_interval == 0:
+        raise UsageError("trainer.val_check_interval=0 is not possible: it must be above 0, or null")
+    if settings.limit_train_batches == 0:
+        raise UsageError("trainer.limit_train_batches=0 leaves nothing to train on: it must be above 0, or null")
 
 
 def check_trainer_settings(settings: Any) -> None:
@@ -57,36 +70,3 @@ def check_trainer_settings(settings: Any) -> None:
             f"trainer.accumulate_grad_batches={settings.accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
         )
-
-
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks of Lightning that cannot work with DistillModule.
-
-    Raises:
-        UsageError: naming the callback and what to do instead.
-    """
-    for callback in callbacks:
-        name = type(callback).__name__
-        for kind, instead in _INSTEAD.items():
-            if isinstance(callback, kind):
-                raise UsageError(
-                    f"callback {name} is not possible with DistillModule, which steps its optimizers itself: {instead}"
-                )
-
-
-def check_averages(callbacks: Iterable[Callback]) -> None:
-    """Refuse Lightning's averages of weights.
-
-    They average the integers and flags among the buffers, leave statistics of batch norm that belong to other weights,
-    give a test after the training the weights that were trained instead of the average that is in the file, and the
-    stochastic one takes over one optimizer's schedule and trains one more epoch.
-
-    Raises:
-        UsageError: naming the callback and what to use instead.
-    """
-    for callback in callbacks:
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            raise UsageError(
-                f"trainer.callbacks={type(callback).__name__} is not possible: what it saves is not what was measured, "
-                "with quantizers and batch norm that do not fit its weights; use lqkd.callbacks.WeightEMA"
-            )

@@ -78,14 +78,19 @@ def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping
     table = Table(title=f"{study.name}: accuracy in %{compared}")
     for column, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if column == 0 else "right")
-    for name, measures in summaries.items():
-        table.add_row(*cells(name, measures, baseline))
+    for row in cells(results, summaries, baseline):
+        table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for result in results:
         if not result.finished:
-            told = terminal(f"{result.variant} seed {result.seed} {result.status}: {result.message}")
-            console.print(told, soft_wrap=True, markup=False)
+            told = f"{result.variant} seed {result.seed} {result.status}: {result.message}"
+        elif result.verdict is not None:
+            sentence = result.summary["regularizer"].get("sentence")
+            told = f"{result.variant} seed {result.seed} {result.verdict}: {sentence}"
+        else:
+            continue
+        console.print(terminal(told), soft_wrap=True, markup=False)
     page = f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page"
     console.print(page, soft_wrap=True, markup=False)
 

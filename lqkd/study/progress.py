@@ -36,6 +36,7 @@ class StudyProgress:
         if status == FINISHED:
             told = f"val best {run.best:.2%}" if run.best is not None else FINISHED
             told += "" if run.last is None else f", last {run.last:.2%}"
+            told += "" if run.verdict is None else f"; regularizer {run.verdict}"
         self._print(f"[{self.total - self.left}/{self.total}] {task}: {told}{self._time_left()}")
 
     def waiting(self, tasks: Sequence[Task]) -> None:

@@ -24,7 +24,7 @@ from lqkd.study.layers import read_layers
 from lqkd.study.results import Run, read, read_runs
 from lqkd.study.settings import STUDY, read_mapping, read_study
 from lqkd.study.statistics import Summary, summarize
-from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, markdown, write_tables
+from lqkd.study.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, endings, markdown, write_tables
 from lqkd.study.task import Task
 from lqkd.utils import escaping
 from lqkd.waiting import waiting
@@ -131,21 +131,17 @@ def _text(path: Path) -> str:
 
 def as_markdown(material: Material) -> str:
     """The tables of the report as Markdown."""
-    parts = [f"# {escaping.markdown(material.name)}\n", f"{NOTE}\n", markdown(HEADINGS, _accuracy_rows(material))]
+    rows = cells(material.runs, material.summaries, material.baseline)
+    parts = [f"# {escaping.markdown(material.name)}\n", f"{NOTE}\n", markdown(HEADINGS, rows)]
     parts += ["## Runs\n", markdown(_RUN_HEADINGS, [_run_row(run) for run in material.runs])]
     failed = [run for run in material.runs if not run.finished]
     if failed:
         parts.append("## Not finished\n")
         parts.append("".join(f"- {escaping.markdown(_told(run))}\n" for run in failed))
-    parts += [
-        "## Versions and machines\n",
-        "".join(f"- {escaping.markdown(line)}\n" for line in _origins(material.runs)),
-    ]
+    for heading, lines in (("Warnings", _warnings(material.runs)), ("Versions and machines", _origins(material.runs))):
+        if lines:
+            parts += [f"## {heading}\n", "".join(f"- {escaping.markdown(line)}\n" for line in lines)]
     return "\n".join(parts)
-
-
-def _accuracy_rows(material: Material) -> list[list[str]]:
-    return [cells(name, measures, material.baseline) for name, measures in material.summaries.items()]
 
 
 def _run_row(run: Run) -> list[str]:
@@ -154,7 +150,7 @@ def _run_row(run: Run) -> list[str]:
 
     summary = run.summary
     size = summary.get("packed_bytes")
-    shown = [run.variant, str(run.seed), run.status, percent(run.best), percent(run.last), percent(run.test)]
+    shown = [run.variant, str(run.seed), run.ending, percent(run.best), percent(run.last), percent(run.test)]
     shown += [str(summary.get(key) or NONE) for key in ("weight_bits", "activation_bits")]
     return [*shown, NONE if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", NONE))]
 
@@ -180,13 +176,14 @@ def as_html(material: Material) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lqkd.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    finished = sum(run.finished for run in material.runs)
     return environment.get_template(_TEMPLATE).render(
         name=material.name,
         kind=material.kind,
         note=NOTE,
-        counts=f"{finished} of {len(material.runs)} runs finished",
-        accuracy=Table("Accuracy of each variant, in %", HEADINGS, _accuracy_rows(material)),
+        counts=_counts(material.runs),
+        accuracy=Table(
+            "Accuracy of each variant, in %", HEADINGS, cells(material.runs, material.summaries, material.baseline)
+        ),
         runs=Table("Every run, accuracies in %", _RUN_HEADINGS, [_run_row(run) for run in material.runs]),
         plots=_plots(material),
         regularizers=_regularizer_pictures(material.runs),
@@ -202,6 +199,12 @@ def as_html(material: Material) -> str:
         configs=material.configs,
         origins=_origins(material.runs),
     )
+
+
+def _counts(runs: Sequence[Run]) -> str:
+    told = endings(runs)
+    plain = f"{sum(run.finished for run in runs)} of {len(runs)} runs finished"
+    return plain if told == f"{len(runs)} finished" else f"{plain} ({told})"
 
 
 def _plots(material: Material) -> list[Picture]:

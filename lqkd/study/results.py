@@ -18,6 +18,9 @@ from lqkd.study.task import FINISHED, Task
 from lqkd.utils.schema import SUMMARY as SCHEMA
 from lqkd.utils.schema import Table, check
 
+SPOILED = ("collapsed", "dominant", "saturated", "diverged")
+"""Verdicts on a regularizer of which a training warns."""
+
 
 @dataclass
 class Run:
@@ -46,6 +49,17 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.status == FINISHED
+
+    @property
+    def verdict(self) -> str | None:
+        """What became of the regularizer, where that was no good: ``collapsed``, for instance."""
+        found = (self.summary.get("regularizer") or {}).get("verdict")
+        return found if found in SPOILED else None
+
+    @property
+    def ending(self) -> str:
+        """The status, and the verdict on the regularizer where that was no good."""
+        return self.status if self.verdict is None else f"{self.status}, regularizer {self.verdict}"
 
     @property
     def best(self) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lqkd.arguments import Compare
+from lqkd.arguments import Compare, check_seed
 from lqkd.errors import UsageError, first_line
 from lqkd.study.overrides import merge, nested
 from lqkd.utils.yaml_text import load_yaml
@@ -199,15 +199,23 @@ def _check(study: Study) -> None:
             raise UsageError(f"variants.{name}={overrides!r} is not possible: a mapping of settings is needed")
     if any(type(seed) is not int for seed in study.seeds):
         raise UsageError(f"seeds={study.seeds} is not possible: give whole numbers")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or min(study.seeds) < 0:
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise UsageError(f"seeds={study.seeds} is not possible: give different whole numbers >= 0")
-    if "base" in study.variants and study.sweep is not None:
-        raise UsageError("variants: the name base is that of the sweep's own configuration")
+    for seed in study.seeds:
+        check_seed("seeds", seed)
     if study.baseline is not None and study.baseline not in study.variants:
         raise UsageError(f"baseline={study.baseline!r} is no variant: use one of {', '.join(study.variants)}")
     if study.launcher.parallel < 1:
         raise UsageError(f"launcher.parallel={study.launcher.parallel} is not possible: it must be at least 1")
-    if study.sweep is not None and study.sweep.trials < 1:
-        raise UsageError(f"sweep.trials={study.sweep.trials} is not possible: it must be at least 1")
-    if study.sweep is not None and any(name.startswith("trial_") for name in study.variants):
+    if study.sweep is not None:
+        _check_sweep(study.sweep, list(study.variants))
+
+
+def _check_sweep(sweep: Sweep, variants: Sequence[str]) -> None:
+    if "base" in variants:
+        raise UsageError("variants: the name base is that of the sweep's own configuration")
+    if sweep.trials < 1:
+        raise UsageError(f"sweep.trials={sweep.trials} is not possible: it must be at least 1")
+    check_seed("sweep.sampler_seed", sweep.sampler_seed)
+    if any(name.startswith("trial_") for name in variants):
         raise UsageError("variants: names that begin with trial_ are those of the sweep")

@@ -62,7 +62,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     values = [a - b for a, b in zip(first, second, strict=True)]
     if not values:
         return Difference(0, None, None, None)
-    mean, std = _moments(values)
+    mean, std = moments(values)
     if std is None:
         return Difference(1, mean, None, None)
     half = float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(len(values))
@@ -87,12 +87,13 @@ def summarize(runs: Sequence[Run], baseline: str | None) -> dict[str, dict[str, 
             if baseline is not None and variant != baseline:
                 seeds = [seed for seed in by_seed if seed in values[baseline]]
                 difference = paired_difference([by_seed[s] for s in seeds], [values[baseline][s] for s in seeds])
-            mean, std = _moments(list(by_seed.values())) if by_seed else (None, None)
+            mean, std = moments(list(by_seed.values())) if by_seed else (None, None)
             result[variant][measure] = Summary(len(by_seed), mean, std, difference)
     return result
 
 
-def _moments(values: Sequence[float]) -> tuple[float, float | None]:
+def moments(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of at least one value, and the standard deviation with n - 1 in the denominator, None of a single one."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None

@@ -132,7 +132,7 @@ class Task:
 
     def _arguments(self) -> list[str]:
         if (self.folder / CONFIG).is_file():
-            return ["resume", str(self.folder)]
+            return ["resume", str(self.folder), "--allow-code"]  # the study's own, maybe from another machine
         shutil.rmtree(self.folder, ignore_errors=True)  # claimed by a process that was killed before it began
         arguments = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         arguments += ["--run.root", str(self.study / "runs"), "--run.name", self.variant]

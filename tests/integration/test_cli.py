@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -252,6 +253,11 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
     return line
 
 
+def pretrained(name: str) -> nn.Module:
+    """A library's function for a network with weights, on a machine without a network."""
+    raise URLError("no network")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,7 +286,33 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> s
         (["--trainer.precision", "bf16-true"], "trainer.precision='bf16-true' is not possible: use bf16-mixed"),
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
         (["--run.name", "/tmp/elsewhere"], "run.name='/tmp/elsewhere' is not possible"),
-        (["--model.teacher.minimum_accuracy", "1.01"], "less than teacher.minimum_accuracy=1.01"),
+        (
+            ["--model.teacher.minimum_accuracy", "1", "--model.teacher.weights", "null"],
+            "less than teacher.minimum_accuracy=1",
+        ),
+        (["--seed_everything", "-1"], "seed_everything=-1 is not possible: a seed is a whole number from 0 to"),
+        (["--seed_everything", "4294967296"], "seed_everything=4294967296 is not possible"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch=0 is not possible"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval=0 is not possible"),
+        (["--trainer.log_every_n_steps", "-1"], "trainer.log_every_n_steps=-1 is not possible"),
+        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves nothing to train on"),
+        (["--trainer.limit_train_batches", "0.001"], "Lightning refuses these settings: You requested to check 0.001"),
+        (["--trainer.accelerator", "tpu"], "the Trainer refuses these settings"),
+        (["--trainer.devices", "99999", "--trainer.accelerator", "cpu"], "trainer.devices='99999' is not possible"),
+        (["--run.version", "-1"], "run.version=-1 is not possible: a number must be at least 0"),
+        (
+            ["--model.student={class_path: torch.nn.Linear, init_args: {in_features: -5, out_features: 3}}"],
+            "torch.nn.modules.linear.Linear cannot be made with in_features=-5, out_features=3 (RuntimeError: ",
+        ),
+        (
+            ["--model.student", "tests.integration.test_cli.pretrained", "--model.student.name", "big"],
+            "tests.integration.test_cli.pretrained cannot be made with name='big' (URLError: <urlopen error no "
+            "network>): if it wants to download weights, leave those out and give a file with them, .safetensors",
+        ),
+        (
+            ["--trainer.callbacks+", "lightning.pytorch.callbacks.Timer", "--trainer.callbacks.duration", "soon"],
+            "lightning.pytorch.callbacks.timer.Timer cannot be made with duration='soon' (Misconfiguration",
+        ),
         (["--model.student_optimizer.lr", "-1"], "student_optimizer is not possible: Invalid learning rate: -1.0"),
         (["--model.regularizer_optimizer.lr", "-1"], "regularizer_optimizer is not possible: Invalid learning rate"),
     ],

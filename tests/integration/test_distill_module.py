@@ -422,7 +422,7 @@ def test_trainer_settings_that_two_optimizers_cannot_honour_are_refused(
 
 
 def test_the_tuner_is_refused_before_it_runs(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(UsageError, match="LearningRateFinder is not possible with DistillModule"):
+    with pytest.raises(UsageError, match="LearningRateFinder is not possible with two optimizers"):
         Tuner(make_trainer()).lr_find(distiller(), datamodule=digits(2))
 
 

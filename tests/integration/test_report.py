@@ -28,7 +28,7 @@ not quantised: functional add at layer1.0
 """
 
 
-def write_run(folder: Path, accuracy: float, size: int) -> None:
+def write_run(folder: Path, accuracy: float, size: int, verdict: str = "healthy") -> None:
     """What a run of two epochs leaves that a report reads."""
     (folder / "regularizer").mkdir(parents=True)
     summary: dict[str, Any] = {
@@ -41,7 +41,9 @@ def write_run(folder: Path, accuracy: float, size: int) -> None:
         "activation_bits": "2 (8 in 1 layers)",
         "packed_bytes": size,
         "train_seconds": 3.2,
-        "regularizer": {"sentence": "The regularizer's weights differ."},
+        "teacher_accuracy": 0.97,
+        "student_float_accuracy": 0.96,
+        "regularizer": {"verdict": verdict, "sentence": "The regularizer's weights differ."},
         "warnings": ["a warning <b>to keep</b>"],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -98,9 +100,45 @@ def test_the_tables_of_a_study_hold_every_variant_and_every_run(study: Path) -> 
 def test_markdown_has_the_accuracies_the_failures_and_the_versions(study: Path) -> None:
     main(["report", str(study)])
     text = (study / "report.md").read_text()
-    assert re.search(r"\| kl +\| 2 +\| 93.50 ± 0.71 \| \+3.00 \[\+3.00, \+3.00\]", text)
+    assert re.search(r"\| kl +\| 93.50 ± 0.71 \| \+3.00 \[\+3.00, \+3.00\].* \| 2 finished +\|\n", text)
     assert "- broken seed 0 failed: weights='x' do not exist" in text
     assert "- 4 runs: x86_64, cpu, 1 threads; python 3.11, torch 2.9" in text
+
+
+def test_tables_and_pages_say_in_words_how_the_runs_of_each_variant_ended(study: Path) -> None:
+    shutil.rmtree(study / "runs" / "kl" / "seed_1")
+    write_run(study / "runs" / "kl" / "seed_1", 0.94, 10_000, verdict="collapsed")
+    (study / "outcomes" / "task_only" / "seed_1.json").unlink()
+    assert main(["report", str(study)]) == 0
+    page, text = ((study / name).read_text() for name in ("report.html", "report.md"))
+    for words in ("1 finished; 1 stopped", "2 finished, 1 with a collapsed regularizer", "2 failed"):
+        assert f"<td>{words}</td>" in page
+        assert words in text
+    assert "3 of 6 runs finished (3 finished, 1 with a collapsed regularizer; 1 stopped; 2 failed)" in page
+    assert "<td>finished, regularizer collapsed</td>" in page
+    table = {row["variant"]: row for row in rows(study / "table.csv")}
+    keys = ("runs_finished", "runs_stopped", "runs_failed", "runs_diverged", "regularizer_collapsed")
+    assert [[table[name][key] for key in keys] for name in ("task_only", "kl", "broken")] == [
+        ["1", "1", "0", "0", "0"], ["2", "0", "0", "0", "1"], ["0", "0", "2", "0", "0"]
+    ]  # fmt: skip
+    assert [row["verdict"] for row in rows(study / "runs.csv")] == ["", "", "", "collapsed", "", ""]
+
+
+def test_the_teacher_and_the_student_in_float_have_rows_below_the_variants(study: Path) -> None:
+    main(["report", str(study)])
+    text, table = (study / "report.md").read_text(), {row["variant"]: row for row in rows(study / "table.csv")}
+    assert re.search(r"\| the teacher +\| n/a .*\| 97.00 ± 0.00 \| n/a", text)
+    assert re.search(r"\| the student in float +\| n/a .*\| 96.00 ± 0.00 \| n/a", text)
+    assert float(table["the teacher"]["test_mean"]) == pytest.approx(0.97)
+    assert "the student in float" in (study / "report.html").read_text()
+
+
+def test_two_teachers_of_a_study_have_a_row_each_with_the_variants_they_taught(study: Path) -> None:
+    summary = study / "runs" / "kl" / "seed_0" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"teacher_accuracy": 0.99}))
+    main(["report", str(study)])
+    table = {row["variant"]: row for row in rows(study / "table.csv")}
+    assert {"the teacher of kl", "the teacher of task_only", "the student in float"} <= table.keys()
 
 
 def test_the_page_needs_nothing_else_and_shows_what_a_run_says_as_text(study: Path) -> None:

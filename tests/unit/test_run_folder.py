@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,14 @@ def test_an_empty_folder_is_taken_and_one_with_other_files_left_alone(
     with pytest.raises(UsageError, match=r"full is there and has no config.yaml.*: choose another .* or move it away"):
         claim(RunSettings(root=str(tmp_path), version="full"), CONFIG)
     assert [path.name for path in (tmp_path / "run" / "full").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("root", "a\0b"), ("name", "\0"), ("version", "1\0"), ("version", -1)])
+def test_what_is_no_name_of_a_folder_is_refused_before_anything_is_made(key: str, value: Any, tmp_path: Path) -> None:
+    settings = RunSettings(**{"root": str(tmp_path / "runs"), key: value})
+    with pytest.raises(UsageError, match=f"run.{key}=.* is not possible"):
+        claim(settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_half_written_files_are_removed(tmp_path: Path) -> None:
