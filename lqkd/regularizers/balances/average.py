@@ -15,7 +15,7 @@ from lqkd.regularizers.reduction import mean_over_processes
 
 
 class DynamicWeightAverage(Balance):
-    """DWA: ``w = 2 softmax(r / temperature)`` with ``r_i = L_i(t - 1) / L_i(t - 2)`` of the means of past epochs.
+    """DWA: ``w = n softmax(r / temperature)`` of n losses, ``r_i = L_i(t - 1) / L_i(t - 2)`` of means of past epochs.
 
     The loss that falls more slowly gets the larger weight. Liu et al., "End-to-End Multi-Task Learning with Attention"
     (arXiv 1803.10704). Weights are 1 until two epochs are done. Training calls :meth:`on_epoch_end`.
@@ -38,10 +38,13 @@ class DynamicWeightAverage(Balance):
         if not (math.isfinite(temperature) and temperature > 0):
             raise UsageError(f"balance temperature={temperature!r} is not possible: it must be a positive number")
         self.temperature = float(temperature)
-        self.register_buffer("sums", torch.zeros(2))  # of this epoch's losses
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("means", torch.ones(2, 2))  # of the epochs t - 1 and t - 2
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+        self._make(len(self.names))
+
+    def _make(self, count: int) -> None:
+        self.register_buffer("sums", torch.zeros(count))  # of this epoch's losses
+        self.register_buffer("means", torch.ones(2, count))  # of the epochs t - 1 and t - 2
 
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         if self.training:
@@ -50,7 +53,7 @@ class DynamicWeightAverage(Balance):
             self.batches.add_(1)
         last, before = self.means
         falls = (last.clamp_min(1e-12) / before.clamp_min(1e-12)).clamp(max=1e6)
-        weights = 2 * (falls / self.temperature).softmax(0)
+        weights = len(losses) * (falls / self.temperature).softmax(0)
         return torch.where(self.epochs < 2, torch.ones_like(weights), weights), None
 
     def on_epoch_end(self) -> None:

@@ -1,9 +1,10 @@
-"""What a balance is: two weights, the bounds they keep, and a beginning in which the teacher leads."""
+"""What a balance is: a weight for every loss, the bounds they keep, and a beginning in which the teachers lead."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -13,20 +14,25 @@ from lqkd.errors import UsageError
 from lqkd.regularizers.balances.norms import LossGradients
 from lqkd.regularizers.balances.places import AtLogits, AtWeights
 
-LOSSES = ("task", "distill")
-"""The losses that are balanced, in the order of every vector of two in a balance."""
+TASK = "task"
+"""The name of the first loss of every balance."""
+LOSSES = (TASK, "distill")
+"""The losses that are balanced where nothing else is said: the order of every vector in a balance."""
 
 
 class Balance(nn.Module, ABC):
-    """``L = w_task * L_task + w_distill * L_distill``, with weights that each balance chooses in its own way.
+    """``L = sum_i w_i L_i`` over the task's loss and K distillation losses, with weights that each balance chooses.
+
+    Every vector has one entry a loss, in the order of :attr:`names`, the task's first: ``task`` and ``distill`` until
+    :meth:`connect` says otherwise.
 
     What a balance wants passes two steps that are the same for all of them:
 
-    - *The teacher leads.* With ``teacher_share``, distillation first has this share of the sum of both weights,
+    - *The teacher leads.* With ``teacher_share``, distillation first has this share of the sum of all weights,
       whatever the balance wants; from ``hold`` to ``release`` the share moves in a straight line to what it wants.
-      The sum of both weights stays the balance's. A balance that learns does so from the beginning. Weights that
-      follow ``1 / loss`` would otherwise turn the teacher down while the student is far from it, which is when it is
-      needed most.
+      The sum of all weights and the ratios between those of distillation stay the balance's. A balance that learns
+      does so from the beginning. Weights that follow ``1 / loss`` would otherwise turn the teacher down while the
+      student is far from it, which is when it is needed most.
     - *Bounds.* Each weight is kept within ``minimum`` and ``maximum``, which have the last word.
 
     The student sees the weights as constants. What a balance learns it learns from a term of its own, whose graph
@@ -35,7 +41,7 @@ class Balance(nn.Module, ABC):
     Args:
         minimum: lower bound of each weight, >= 0.
         maximum: upper bound of each weight, > ``minimum``; infinity (``.inf`` in YAML) for none.
-        teacher_share: share of distillation in the sum of both weights at first, 0 to 1; None for what the balance
+        teacher_share: share of distillation in the sum of all weights at first, 0 to 1; None for what the balance
             wants throughout.
         hold: part of the training until which the share is fixed, 0 to 1.
         release: part of the training from which on the balance is free, ``hold`` to 1.
@@ -43,7 +49,8 @@ class Balance(nn.Module, ABC):
     Attributes:
         progress: the part of the training that is done, 0 to 1, for a balance that depends on it, to be set before
             each step; None for others.
-        place: where it measures the gradients of both losses; None for a balance that does not.
+        place: where it measures the gradients of the losses; None for a balance that does not.
+        names: of the losses, the task's first.
 
     Raises:
         UsageError: when bounds, share or parts are out of range.
@@ -78,6 +85,25 @@ class Balance(nn.Module, ABC):
         self.hold, self.release = float(hold), float(release)
         self.progress: float | None = None if teacher_share is None else 0.0
         self.place: AtLogits | AtWeights | None = None
+        self.names: tuple[str, ...] = LOSSES
+
+    def connect(self, names: Sequence[str]) -> None:
+        """Make what has one entry a loss, before there is an optimizer.
+
+        Args:
+            names: of the losses: ``task``, then every distillation loss.
+
+        Raises:
+            UsageError: when a setting of the balance names another loss.
+        """
+        assert names[0] == TASK and len(names) == len(set(names)) > 1, names  # noqa: PT018
+        changed = len(names) != len(self.names)
+        self.names = tuple(names)
+        if changed:
+            self._make(len(names))
+
+    def _make(self, count: int) -> None:
+        """Register the parameters and buffers that have one entry for each of ``count`` losses."""
 
     @property
     def needs_output(self) -> bool:
@@ -86,18 +112,18 @@ class Balance(nn.Module, ABC):
 
     @abstractmethod
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
-        """What this balance wants: the weights (2,), detached, and the term that it learns from, 0-dim, if it learns.
+        """What this balance wants: the weights (L,), detached, and the term that it learns from, 0-dim, if it learns.
 
         Args:
-            losses: (2,) in the order of :data:`LOSSES`, of this process, detached.
-            gradients: of both losses at its :attr:`place`, of all processes; only in training and where it has one.
+            losses: (L,) in the order of :attr:`names`, of this process, detached.
+            gradients: of all losses at its :attr:`place`, of all processes; only in training and where it has one.
         """
 
     def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, 0-dim, and the weight of each loss in the student's gradient, 0-dim and detached.
 
         Args:
-            losses: ``{"task": ..., "distill": ...}``, 0-dim each.
+            losses: by :attr:`names`, 0-dim each.
             output: the student's logits (B, C) with their graph, for a balance that :attr:`needs_output`.
 
         Raises:
@@ -105,7 +131,7 @@ class Balance(nn.Module, ABC):
         """
         if self.needs_output and output is None:
             raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
-        losses = {name: losses[name] for name in LOSSES}
+        losses = {name: losses[name] for name in self.names}
         gradients = None
         if self.place is not None and self.training and torch.is_grad_enabled():
             gradients = self.place.measure(losses, output)
@@ -115,7 +141,7 @@ class Balance(nn.Module, ABC):
         total = (weights * values).sum()
         if term is not None:
             total = total + term
-        return total, dict(zip(LOSSES, weights.unbind(), strict=True))
+        return total, dict(zip(self.names, weights.unbind(), strict=True))
 
     def learned(self) -> dict[str, Tensor]:
         """What it has learned that the weights do not say, by name, 0-dim and detached, to be logged."""
@@ -125,7 +151,7 @@ class Balance(nn.Module, ABC):
         """Called after every epoch of training, on all processes."""
 
     def _led(self, wanted: Tensor) -> Tensor:
-        """The weights (2,) with the share of distillation that this moment of the training asks for."""
+        """The weights (L,) with the share of distillation that this moment of the training asks for."""
         if self.teacher_share is None:
             return wanted
         assert self.progress is not None
@@ -133,8 +159,11 @@ class Balance(nn.Module, ABC):
             return wanted
         total = wanted.sum()
         free = max(0.0, self.progress - self.hold) / max(self.release - self.hold, 1e-12)
-        distill = (1 - free) * self.teacher_share * total + free * wanted[1]
-        return torch.stack([total - distill, distill])
+        terms = wanted[1:]
+        own = terms.sum()
+        distill = (1 - free) * self.teacher_share * total + free * own
+        shares = torch.where(own > 0, terms / own, torch.full_like(terms, 1 / len(terms)))
+        return torch.cat([(total - distill).unsqueeze(0), distill * shares])
 
     def _bounded(self, weights: Tensor) -> Tensor:
         if self.minimum == 0 and self.maximum == math.inf:  # what is wanted is never negative

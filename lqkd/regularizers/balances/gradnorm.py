@@ -18,15 +18,16 @@ _SMALLEST_LOSS = 1e-12
 
 
 class _NormBalance(Balance):
-    """Weights ``w = 2 softmax(v)``, with v trained on the mismatch of gradient norms only.
+    """Weights ``w = L softmax(v)`` of L losses, with v trained on the mismatch of gradient norms only.
 
     ``L_grad = sum_i |G_i - mean(G) * r_i**alpha|`` (eq. 2) with ``G_i`` the norm of the gradient of ``w_i L_i`` and
     ``r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0))``, the target ``mean(G) * r_i**alpha`` (eq. 1) held: the loss that has
     fallen less is given the larger gradient. Chen et al., "GradNorm" (arXiv 1711.02257), whose weights are renormalised
-    to a sum of 2 after each step (algorithm 1), which the softmax does here. ``L_i(0)`` is the loss of the first batch.
+    to a sum of L after each step (algorithm 1), which the softmax does here. ``L_i(0)`` is the loss of the first batch.
     """
 
     learning_rate_factor = 10.0
+    v: nn.Parameter
     initial: Tensor
     steps: Tensor
 
@@ -43,16 +44,19 @@ class _NormBalance(Balance):
                 "0 < minimum < 1 < maximum is needed"
             )
         self.alpha = float(alpha)
-        self.v = nn.Parameter(torch.zeros(2))
-        smallest = max(minimum, 2 - maximum)
-        self._range = 0.5 * math.log((2 - smallest) / smallest)
-        self.register_buffer("initial", torch.ones(2))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._make(len(self.names))
+
+    def _make(self, count: int) -> None:
+        self.v = nn.Parameter(torch.zeros(count))
+        smallest = max(self.minimum, 2 - self.maximum) if count == 2 else self.minimum
+        self._range = 0.5 * math.log((count - smallest) / smallest)
+        self.register_buffer("initial", torch.ones(count))
 
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
-        # Only the difference of both counts. Kept where the weights are within their bounds, it cannot run away.
+        # Only differences count. Kept where the weights are within their bounds, they cannot run away.
         self.v.data.sub_(self.v.data.mean()).clamp_(-self._range, self._range)
-        weights = 2 * self.v.softmax(0)
+        weights = len(losses) * self.v.softmax(0)
         if gradients is None:
             return weights.detach(), None
         values = mean_over_processes(losses).clamp(_SMALLEST_LOSS, 1e12)
@@ -66,19 +70,19 @@ class _NormBalance(Balance):
 
 
 class GradNorm(_NormBalance):
-    """GradNorm: weights of sum 2, trained so that the loss that has fallen less gets the larger gradient.
+    """GradNorm: weights of mean 1, trained so that the loss that has fallen less gets the larger gradient.
 
     ``L_grad = sum_i |G_i - mean(G) * r_i**alpha|``, minimised over the weights alone, with ``G_i`` the norm of the
-    gradient of ``w_i L_i`` in the weights of a layer that both losses reach
+    gradient of ``w_i L_i`` in the weights of a layer that all losses reach
     (:func:`~lqkd.regularizers.balances.norms.weight_gradients`) and ``r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0))``,
     the target ``mean(G) * r_i**alpha`` held. Chen et al., "GradNorm" (arXiv 1711.02257), eq. 1, 2 and algorithm 1.
-    ``w = 2 softmax(v)`` keeps the sum. ``L_i(0)`` is the loss of the first batch.
+    ``w = L softmax(v)`` keeps the sum, L for L losses. ``L_i(0)`` is the loss of the first batch.
 
-    Every weight is at most 2: where distillation needs a weight of 100 beside the task's 1, as losses that average over
-    the elements of features do, the task's falls to 0.02 and the student's step with it, by the sum. There a higher
-    learning rate is needed, or :class:`GradientBalance`.
+    Of two losses every weight is at most 2: where distillation needs a weight of 100 beside the task's 1, as losses
+    that average over the elements of features do, the task's falls to 0.02 and the student's step with it, by the sum.
+    There a higher learning rate is needed, or :class:`GradientBalance`.
 
-    Each batch costs two more backward passes, from each loss to the layer.
+    Each batch costs a backward pass more for each loss, from it to the layer.
 
     Args:
         shared: name of the module of the student in whose weights gradients are measured, those of its quantizers left
@@ -86,11 +90,11 @@ class GradNorm(_NormBalance):
             features the last one before the shallowest tap, for logits the last of all.
         alpha: how strongly the target follows the training rates, >= 0.
         minimum: lower bound of each weight, > 0 and < 1.
-        maximum: upper bound of each weight, > 1; the sum of both is 2.
+        maximum: upper bound of each weight, > 1; the mean of all is 1.
         **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
 
     Raises:
-        UsageError: when alpha is negative, the bounds do not enclose 1, or both losses do not reach the module.
+        UsageError: when alpha is negative, the bounds do not enclose 1, or not every loss reaches the module.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class OutputGradNorm(_NormBalance):
     Args:
         alpha: how strongly the target follows the training rates, >= 0.
         minimum: lower bound of each weight, > 0 and < 1.
-        maximum: upper bound of each weight, > 1; the sum of both is 2.
+        maximum: upper bound of each weight, > 1; the mean of all is 1.
         **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
 
     Raises:

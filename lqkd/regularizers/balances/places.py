@@ -1,4 +1,4 @@
-"""Where a balance measures the gradients of both losses: at the student's logits, or in the weights of a layer."""
+"""Where a balance measures the gradients of the losses: at the student's logits, or in the weights of a layer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AtWeights:
 
     def __init__(self, layer: str | None) -> None:
         self.layer = layer
-        self.settled = False  # whether both losses are known to reach it
+        self.settled = False  # whether all losses are known to reach it
         self._student: nn.Module | None = None
 
     def bind(self, student: nn.Module) -> None:
@@ -125,7 +125,8 @@ class AtWeights:
         task = gradients_or_none(logits.sum(), weights)
         distill = [gradients_or_none(tensor.sum(), weights) for tensor in compared]
         if not any(t is not None and any_of(ds) for t, *ds in zip(task, *distill, strict=True)):
-            raise not_shared(self.layer, task=any_of(task), distill=any(any_of(found) for found in distill))
+            reaches = {"task": any_of(task), "distill": any(any_of(found) for found in distill)}
+            raise not_shared(self.layer, reaches)
 
 
 def _last(weights: dict[str, Tensor], logits: Tensor, compared: Sequence[Tensor]) -> str:

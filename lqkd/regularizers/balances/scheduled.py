@@ -15,7 +15,7 @@ from lqkd.regularizers.balances.norms import LossGradients
 
 
 class ScheduledBalance(Balance):
-    """``L = task * L_task + lambda(t) * L_distill`` with lambda going from ``start`` to ``end``.
+    """``L = task * L_task + lambda(t) * L_distill`` with lambda, of every distillation loss, from ``start`` to ``end``.
 
     Before ``begin`` it is ``start``, after ``finish`` it is ``end``; between, it follows a straight line or half a
     cosine. The default is a linear warm-up over the first tenth of the training.
@@ -62,8 +62,12 @@ class ScheduledBalance(Balance):
             raise UsageError(f"balance shape={shape!r} is unknown: use linear or cosine")
         self.begin, self.finish, self.shape = float(begin), float(finish), shape
         self.progress = 0.0
-        self.register_buffer("first", torch.tensor([float(task), float(start)]), persistent=False)
-        self.register_buffer("last", torch.tensor([float(task), float(end)]), persistent=False)
+        self.task, self.start, self.end = float(task), float(start), float(end)
+        self._make(len(self.names))
+
+    def _make(self, count: int) -> None:
+        for name, value in (("first", self.start), ("last", self.end)):
+            self.register_buffer(name, torch.tensor([self.task, *[value] * (count - 1)]), persistent=False)
 
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
         assert self.progress is not None

@@ -1,4 +1,4 @@
-"""Two trainable scalars: weights that follow the size of the losses."""
+"""A trainable scalar for each loss: weights that follow the size of the losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGEST_WEIGHTED_LOSS = 10.0  # that a scalar learns from
 
 
 class _ScalarBalance(Balance):
-    """Minimises ``sum_i w_i L_i + penalty(s_i)`` over two scalars s, the losses held, with ``log w_i`` linear in s_i.
+    """Minimises ``sum_i w_i L_i + penalty(s_i)`` over a scalar s_i for each loss, held, with ``log w_i`` linear in s_i.
 
     Before each use the scalars are moved back to where the weights are within their bounds, as projected gradient
     descent does. Bounds on the weights alone would let a scalar run away beyond them, and it would take as long to
@@ -30,7 +30,8 @@ class _ScalarBalance(Balance):
     processes.
     """
 
-    learning_rate_factor = 10.0  # two scalars on a log scale: Adam moves each by about one learning rate a step
+    learning_rate_factor = 10.0  # scalars on a log scale: Adam moves each by about one learning rate a step
+    scalars: nn.Parameter
     slope: ClassVar[float]
     """Change of log w with s."""
     at_zero: ClassVar[float]
@@ -43,9 +44,12 @@ class _ScalarBalance(Balance):
                 f"balance minimum={minimum!r}, maximum={maximum!r} is not possible for {type(self).__name__}, whose "
                 "scalars are on a log scale: 0 < minimum < maximum < inf is needed"
             )
-        self.scalars = nn.Parameter(torch.zeros(2))
+        self._make(len(self.names))
         ends = [(math.log(bound) - self.at_zero) / self.slope for bound in (minimum, maximum)]
         self._range = min(ends), max(ends)
+
+    def _make(self, count: int) -> None:
+        self.scalars = nn.Parameter(torch.zeros(count))
 
     @abstractmethod
     def penalty(self, scalars: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ class UncertaintyBalance(_ScalarBalance):
     """Uncertainty weighting: ``L = sum_i L_i / (2 sigma_i**2) + log sigma_i``, learned as ``s_i = log sigma_i**2``.
 
     Kendall et al., "Multi-Task Learning Using Uncertainty to Weigh Losses" (arXiv 1705.07115), in the form for
-    regression; with s it is ``L_i exp(-s_i) / 2 + s_i / 2``. Both scalars start at 0, weights 1/2. For a constant loss
+    regression; with s it is ``L_i exp(-s_i) / 2 + s_i / 2``. All scalars start at 0, weights 1/2. For a constant loss
     the weight becomes ``1 / (2 L)``. The term ``s / 2`` may be negative, and the total loss with it.
 
     Args:
@@ -86,7 +90,7 @@ class UncertaintyBalance(_ScalarBalance):
 class ImpartialBalance(_ScalarBalance):
     """IMTL-L: ``L = sum_i exp(s_i) L_i - s_i``, which makes every weighted loss equal to 1.
 
-    Liu et al., "Towards Impartial Multi-task Learning" (ICLR 2021), the balance of losses. Both scalars start at 0,
+    Liu et al., "Towards Impartial Multi-task Learning" (ICLR 2021), the balance of losses. All scalars start at 0,
     weights 1. For a constant loss the weight becomes ``1 / L``. The term ``-s`` may be negative, and the total loss
     with it.
 
@@ -107,12 +111,12 @@ class ImpartialBalance(_ScalarBalance):
 
 
 class BoundedUncertaintyBalance(_ScalarBalance):
-    """Two trainable scalars: ``L = sum_i L_i / (2 c_i**2) + log(1 + c_i**2)``, our reading of GoR.
+    """Trainable scalars: ``L = sum_i L_i / (2 c_i**2) + log(1 + c_i**2)``, for two losses our reading of GoR.
 
     The form is that of Liebel & Koerner, "Auxiliary Tasks in Multi-task Learning" (arXiv 1805.06334, eq. 4), a
     variant of uncertainty weighting (Kendall et al., arXiv 1705.07115) whose second term cannot become negative. The
     published description of GoR (arXiv 2509.20854) has two trainable scalars between task and distillation loss but
-    its formula was not available, so this is not claimed to be it. Learned as ``s = log c``; both c start at 1,
+    its formula was not available, so this is not claimed to be it. Learned as ``s = log c``; every c starts at 1,
     weights 1/2. For a constant loss ``c**2`` becomes ``(L + sqrt(L**2 + 8 L)) / 4``.
 
     Args:
