@@ -16,6 +16,7 @@ from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.quantizers.statistic import StatisticQuantizer
 from lqkd.quantization.residual import join_quantizers
 
 
@@ -94,7 +95,9 @@ def _fit_without_values(model: nn.Module) -> None:
     """Fit the quantizers that have seen zeros only, where it is known what they will see."""
     for layer in (module for module in model.modules() if isinstance(module, QuantizedLayer)):
         quantizer = layer.weight_quantizer
-        if quantizer is not None and not quantizer.is_ready and not layer.weight.any():
+        if quantizer is None or quantizer.is_ready or isinstance(quantizer, StatisticQuantizer):
+            continue  # a scale that is measured anew in every step needs no first one
+        if not layer.weight.any():
             bound = math.sqrt((quantizer.channels or len(layer.weight)) / layer.weight.numel())  # 1 / sqrt(fan in)
             drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
             quantizer.initialize(drawn.to(layer.weight.device))

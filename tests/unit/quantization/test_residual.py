@@ -274,6 +274,13 @@ def test_a_weight_of_zeros_gets_the_grid_of_a_fresh_layer() -> None:
     assert not model[2].quantized_weight().any()
 
 
+def test_a_weight_of_zeros_whose_scale_is_measured_in_every_step_waits_for_its_values() -> None:
+    model, _ = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), Recipe("ternary", last_layer_bits=2))
+    nn.init.zeros_(model[1].weight)
+    initialize_quantizers(model, torch.randn(16, 8))
+    assert not model[1].weight_quantizer.is_ready
+
+
 def test_a_quantizer_that_has_no_grid_for_its_data_is_named() -> None:
     model, _ = quantize_model(CifarResNet(8, width=4), Recipe(first_layer_bits=None, activation_quantizer="pact"))
     with pytest.raises(UsageError, match=r"^conv1\.input_quantizer: quantizer pact is for values that are never neg"):
