@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.models import CifarResNet
-from lqkd.models.inference import computes_bf16
+from lqkd.teachers.inference import computes_bf16
 from lqkd.modules import DistillModule
 from lqkd.modules.optimizers import regularizer_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP, Regularizer
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache import TeacherCache
+from lqkd.balances import (BoundedUncertaintyBalance)
+from lqkd.regularizers import (ElementwiseMLP, Regularizer)
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import TeacherCache
 
 TARGETS = {"lqkd, live teacher": 0.85, "lqkd, cached teacher": 0.62}
 """Largest ratio to the naive step."""

@@ -34,7 +34,7 @@ from torchvision import transforms as peer
 
 from lqkd.data import ImageDataModule, ImageFolder
 from lqkd.data.base import ImageSet
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 WORKERS = 2

@@ -19,7 +19,7 @@ import torchvision
 
 from lqkd.export import deploy, floating, portable
 from lqkd.export.latency import Latency, measure, slowest_nodes
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 
 TARGET = 0.6

@@ -24,7 +24,7 @@ from lqkd.export import check, deploy, portable
 from lqkd.export.latency import machine
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, kernels
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.models import build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
 

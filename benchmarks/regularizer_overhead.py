@@ -23,8 +23,9 @@ from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.modules.optimizers import regularizer_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.regularizers import ElementwiseMLP, FixedBalance, LearnableTable, LookAhead, Regularizer, SampleWeight
-from lqkd.teacher import FrozenTeacher
+from lqkd.balances import (FixedBalance)
+from lqkd.regularizers import (ElementwiseMLP, LearnableTable, LookAhead, Regularizer, SampleWeight)
+from lqkd.teachers import FrozenTeacher
 
 CONTESTANTS: dict[str, Callable[[], Regularizer | None]] = {
     "none": lambda: None,

@@ -25,26 +25,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lqkd.data import CIFAR10, Digits
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.losses import HintonKL, LogitResidual
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, reestimate_batchnorm
-from lqkd.regularizers import (
-    Adversarial,
-    BoundedUncertaintyBalance,
-    ElementwiseMLP,
-    Entropy,
-    FixedBalance,
-    ImpartialBalance,
-    LearnableRatioBalance,
-    LearnableTable,
-    LookAhead,
-    OutputGradientBalance,
-    SampleWeight,
-    UncertaintyBalance,
-)
-from lqkd.teacher import FrozenTeacher
+from lqkd.balances import (BoundedUncertaintyBalance, FixedBalance, ImpartialBalance, LearnableRatioBalance, OutputGradientBalance, UncertaintyBalance)
+from lqkd.regularizers import (Adversarial, ElementwiseMLP, Entropy, LearnableTable, LookAhead, SampleWeight)
+from lqkd.teachers import FrozenTeacher
 
 Arguments = Callable[[], dict[str, Any]]
 

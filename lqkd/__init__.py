@@ -13,19 +13,19 @@ if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
     from lqkd.quantization import Recipe as Recipe
     from lqkd.quantization import Rule as Rule
     from lqkd.quantization import quantize_model as quantize_model
-    from lqkd.student import load_student as load_student
-    from lqkd.teacher import FrozenTeacher as FrozenTeacher
+    from lqkd.runs.student import load_student as load_student
+    from lqkd.teachers import FrozenTeacher as FrozenTeacher
 
 __version__ = metadata.version("lqkd")
 
 _PUBLIC = {
     "ClassifierModule": "lqkd.modules",
     "DistillModule": "lqkd.modules",
-    "FrozenTeacher": "lqkd.teacher",
+    "FrozenTeacher": "lqkd.teachers",
     "Recipe": "lqkd.quantization",
     "Rule": "lqkd.quantization",
     "UsageError": "lqkd.errors",
-    "load_student": "lqkd.student",
+    "load_student": "lqkd.runs.student",
     "quantize_model": "lqkd.quantization",
 }
 """Public names and where they live; imported when first used, so that ``import lqkd`` is quick."""

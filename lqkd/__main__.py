@@ -2,7 +2,7 @@
 
 import sys
 
-from lqkd import cli
+from lqkd.cli import main as cli
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
-from lqkd.teacher import FrozenTeacher
+from lqkd.teachers import FrozenTeacher
 
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 

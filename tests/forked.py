@@ -15,8 +15,8 @@ from pathlib import Path
 SERVER = """
 import json, os, resource, sys, traceback
 import sklearn.datasets, torch, torchvision, lightning.pytorch.cli
-import lqkd.cli, lqkd.lightning_cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
-import lqkd.callbacks.regularizer_pictures as pictures
+import lqkd.cli, lqkd.runs.lightning_cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
+import lqkd.callbacks.regularizer.pictures as pictures
 pictures.pictures = lambda *history: iter(())  # they would take most of the time
 torch.set_num_threads(1)
 print("ready", flush=True)

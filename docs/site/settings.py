@@ -14,7 +14,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters  # what L
 
 KINDS: list[tuple[str, str, str, str]] = [
     ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
-    ("Teachers: `model.init_args.teacher`", "lqkd.teacher lqkd.ensemble", "FrozenTeacher TeacherEnsemble", ""),
+    ("Teachers: `model.init_args.teacher`", "lqkd.teachers lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
     ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", "lqkd.models"),
     ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
     ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),
@@ -32,11 +32,11 @@ PLAIN = {
     "Rules: `quantization.rules`": "lqkd.quantization.recipe.Rule",
     "Taps: `taps`": "lqkd.modules.Tap",
     "Stages of a schedule of bits: `stages`": "lqkd.callbacks.Stage",
-    "The teacher's stored answers: `teacher_cache`": "lqkd.teacher_cache.cache.TeacherCache",
-    "The run folder: `run`": "lqkd.run_folder.RunSettings",
-    "A study: the file of `compare`": "lqkd.study.settings.Study",
-    "Where a study runs: `launcher`": "lqkd.study.settings.Launcher",
-    "A sweep: `sweep`": "lqkd.study.settings.Sweep",
+    "The teacher's stored answers: `teacher_cache`": "lqkd.teachers.cache.cache.TeacherCache",
+    "The run folder: `run`": "lqkd.runs.folder.RunSettings",
+    "A study: the file of `compare`": "lqkd.studies.settings.Study",
+    "Where a study runs: `launcher`": "lqkd.studies.settings.Launcher",
+    "A sweep: `sweep`": "lqkd.studies.settings.Sweep",
 }
 """Heading and class of what is written without ``class_path``."""
 _INTERNAL = {"AtomicCheckpointIO", "BestAndLast", "RunLogger", "UniformQuantizer", "DecodingDataModule"}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lqkd.callbacks.checkpoint import BestAndLast
+from lqkd.runs.checkpoint import BestAndLast
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, Quantizer

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.oscillation import MOST_BITS, refusal, weight_layers
+from lqkd.quantization.analysis.oscillation import MOST_BITS, refusal, weight_layers
 
 
 def distill_module(callback: str, module: LightningModule) -> DistillModule:

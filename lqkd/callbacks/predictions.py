@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.utils.escaping import csv_cell
 
 COLUMNS = ("index", "file", "label", "class", "confidence")

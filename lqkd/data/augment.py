@@ -1,6 +1,6 @@
 """Augmentation of whole uint8 batches on whatever device they are, replayable sample by sample.
 
-What happens to a sample depends on (seed, epoch, sample id) alone; see :mod:`lqkd.data.counter_rng`.
+What happens to a sample depends on (seed, epoch, sample id) alone; see :mod:`lqkd.utils.counter_rng`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lqkd.data.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, uniform
+from lqkd.utils.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, uniform
 
 
 def crop_offsets(padding: int, *, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:

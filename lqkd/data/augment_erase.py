@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lqkd.data.counter_rng import (
+from lqkd.utils.counter_rng import (
     STREAM_ERASE,
     STREAM_ERASE_AREA,
     STREAM_ERASE_RATIO,

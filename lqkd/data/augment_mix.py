@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lqkd.data.augment_erase import box_mask
-from lqkd.data.counter_rng import (
+from lqkd.utils.counter_rng import (
     STREAM_CUTMIX_X,
     STREAM_CUTMIX_Y,
     STREAM_MIX,

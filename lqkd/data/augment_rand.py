@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqkd.data.augment_geometry import GEOMETRIC, inverse_matrix, transform
-from lqkd.data.counter_rng import STREAM_OPERATION, STREAM_OPERATION_SIGN, integers, uniform
+from lqkd.utils.counter_rng import STREAM_OPERATION, STREAM_OPERATION_SIGN, integers, uniform
 
 OPERATIONS = (
     "Identity",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lqkd.data.base import ImageDataModule, ImageSet
-from lqkd.data.counter_rng import STREAM_TEST
+from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.data.split import stratified_split
 
 _TEST_IMAGES = 359  # a fifth of 1,797

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lqkd.decode import decode
+from lqkd.data.decode import decode
 
 
 class EncodedImages(ABC):

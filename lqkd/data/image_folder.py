@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
-from lqkd.data.counter_rng import STREAM_TEST
+from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.utils.escaping import csv_cell, terminal
-from lqkd.waiting import waiting
+from lqkd.utils.progress import waiting
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from lqkd.data.counter_rng import STREAM_ORDER, random_bits
+from lqkd.utils.counter_rng import STREAM_ORDER, random_bits
 from lqkd.errors import UsageError
 
 

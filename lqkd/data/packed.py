@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, list_class_folders
-from lqkd.decode import decode
+from lqkd.data.decode import decode
 from lqkd.errors import UsageError
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 
 _FORMAT = "2"  # part of the fingerprint: raise it when what is packed changes
 

@@ -1,7 +1,7 @@
 """Random resized crop, replayable sample by sample.
 
 The distribution is that of torchvision's ``RandomResizedCrop`` (Szegedy et al., "Going deeper with convolutions",
-2015); the numbers come from :mod:`lqkd.data.counter_rng`, so that the window of a sample depends on (seed, epoch,
+2015); the numbers come from :mod:`lqkd.utils.counter_rng`, so that the window of a sample depends on (seed, epoch,
 sample id) alone.
 """
 
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lqkd.data.counter_rng import STREAM_RESIZED_CROP, uniform
+from lqkd.utils.counter_rng import STREAM_RESIZED_CROP, uniform
 
 ATTEMPTS = 10
 """How often a window that does not fit into the image is drawn again, as in torchvision."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lqkd.errors import UsageError, first_line
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 
 PARTS = ("train", "val")
 """The folders of a set of shards."""

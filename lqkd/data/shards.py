@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from lqkd.data.class_folders import check_same_classes, list_class_folders
-from lqkd.data.counter_rng import STREAM_SHARDING, random_bits
+from lqkd.utils.counter_rng import STREAM_SHARDING, random_bits
 from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
-from lqkd.decode import decode
+from lqkd.data.decode import decode
 from lqkd.errors import UsageError
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.utils.escaping import terminal
-from lqkd.waiting import Waiting
+from lqkd.utils.progress import Waiting
 
 _AT_ONCE = 256  # images in memory
 

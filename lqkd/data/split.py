@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lqkd.data.counter_rng import random_bits
+from lqkd.utils.counter_rng import random_bits
 
 
 def stratified_split(indices: Tensor, labels: Tensor, size: int, *, seed: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def stratified_split(indices: Tensor, labels: Tensor, size: int, *, seed: int, s
         labels: (N,) int64 class of each; negative where a sample has none.
         size: how many to choose, 0 <= size <= N.
         seed: which subset.
-        stream: what the subset is for, one of the ``STREAM_*`` constants of :mod:`lqkd.data.counter_rng`.
+        stream: what the subset is for, one of the ``STREAM_*`` constants of :mod:`lqkd.utils.counter_rng`.
 
     Returns:
         The chosen ids and the others, two sorted int64 tensors.

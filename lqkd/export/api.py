@@ -14,7 +14,7 @@ from lqkd.export import metadata
 from lqkd.export.deploy import deploy, deployable_copy
 from lqkd.export.formats import BUILDERS, check_expressible
 from lqkd.export.parity import check
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.quantization import quantizers
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.arguments import Export
+from lqkd.cli.arguments import Export
 from lqkd.errors import UsageError, first_line
 from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
@@ -22,13 +22,13 @@ from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, ch
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
-from lqkd.files import atomic_path
+from lqkd.utils.files import atomic_path
 from lqkd.modules import DistillModule
-from lqkd.origin import fingerprint, outdated_exports
+from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
-from lqkd.run_reader import RunReader, read_run, take_batches
-from lqkd.waiting import Stages, Waiting, waiting
+from lqkd.runs.reader import RunReader, read_run, take_batches
+from lqkd.utils.progress import Stages, Waiting, waiting
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""

@@ -13,11 +13,11 @@ from lqkd.export import floating
 from lqkd.export.card import Summary
 from lqkd.export.deploy import Deployed
 from lqkd.export.latency import Latency, measure
-from lqkd.files import write_json
+from lqkd.utils.files import write_json
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
-from lqkd.waiting import Waiting
+from lqkd.utils.progress import Waiting
 
 SUFFIX = ".report.json"
 FLOAT_ONNX = "float32 ONNX"

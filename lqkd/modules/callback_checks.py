@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lqkd.errors import UsageError
-from lqkd.suggest import nearest
+from lqkd.utils.suggest import nearest
 
 _INSTEAD: dict[type[Callback], str] = {
     LearningRateFinder: "set the learning rates of model.student_optimizer and model.regularizer_optimizer",

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lqkd.ensemble import TeacherEnsemble
+from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
@@ -30,18 +30,19 @@ from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_gr
 from lqkd.modules.outputs import enough_samples, leaves_one, logits_of, try_network, try_training
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
-from lqkd.modules.shared_backward import SharedBackward
+from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.teacher_answers import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
-from lqkd.regularizers import Balance, FixedBalance, LookAhead, Regularizer
-from lqkd.regularizers.balances.base import LOSSES
-from lqkd.regularizers.balances.places import AtWeights
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache import Answers, OpenCache, TeacherCache
-from lqkd.waiting import Waiting
+from lqkd.balances import (Balance, FixedBalance)
+from lqkd.regularizers import (LookAhead, Regularizer)
+from lqkd.balances.base import LOSSES
+from lqkd.balances.places import AtWeights
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import Answers, OpenCache, TeacherCache
+from lqkd.utils.progress import Waiting
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
-from lqkd.regularizers import Balance
+from lqkd.balances import (Balance)
 
 _PLAYERS = ("student_", "regularizer_", "")
 _OF_SCHEDULE = ("class_path", "init_args.scheduler.class_path", "init_args.interval")

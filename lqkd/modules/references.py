@@ -18,7 +18,7 @@ from lqkd.modules.batches import check_range
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
-from lqkd.waiting import waiting
+from lqkd.utils.progress import waiting
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule

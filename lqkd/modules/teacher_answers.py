@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.files import write_json
+from lqkd.utils.files import write_json
 from lqkd.modules.base import example_input
 from lqkd.modules.references import evaluated
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
-from lqkd.teacher_cache import OpenCache
-from lqkd.teacher_cache.keys import data_key, input_dtype, teacher_key
+from lqkd.teachers.cache import OpenCache
+from lqkd.teachers.cache.keys import data_key, input_dtype, teacher_key
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule

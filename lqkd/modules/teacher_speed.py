@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lqkd.modules.references import accuracy, loader_of
-from lqkd.teacher import FrozenTeacher
+from lqkd.teachers import FrozenTeacher
 
 if TYPE_CHECKING:
     from lqkd.modules.distill import DistillModule

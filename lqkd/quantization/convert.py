@@ -11,7 +11,7 @@ from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
-from lqkd.quantization.cost import size
+from lqkd.quantization.analysis.cost import size
 from lqkd.quantization.graph import Join, Operation, Survey, survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.quantization.computed import copy_of
-from lqkd.quantization.forks import forks
+from lqkd.quantization.shared_activations import forks
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
 from lqkd.quantization.ports import Calls, Port, is_inside, where
@@ -105,7 +105,7 @@ class Survey:
         operations: the functional operations, but for joins whose operands are quantised.
         joins: the additions and concatenations, quantised or not.
         forks: where a hook reaches each value that several grids read and that has none of its own; see
-            :func:`~lqkd.quantization.forks.forks`.
+            :func:`~lqkd.quantization.shared_activations.forks`.
         calls: name of each layer to the number of times it is called in one forward pass.
         bypassed: name of each layer that is never called to the name of the module whose forward reads its weight.
         untraceable: why the network could not be traced, ``None`` when it could. Nothing is known then but the

@@ -34,7 +34,7 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
 
     An integer kernel also writes its result on one grid. Where several grids read a result, it gets a quantizer before
     all of them, so that training sees what is deployed: a layer with 4-bit inputs beside an 8-bit addition, as behind
-    the first layer of a ResNet, reads the 8-bit values (see :func:`~lqkd.quantization.forks.forks`).
+    the first layer of a ResNet, reads the 8-bit values (see :func:`~lqkd.quantization.shared_activations.forks`).
 
     Args:
         model: a network with quantised layers, in place.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lqkd.regularizers.balances import (
+from lqkd.balances import (
     Balance,
     BoundedUncertaintyBalance,
     DynamicWeightAverage,

@@ -12,7 +12,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.base import MapKind
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
-from lqkd.regularizers.perceptron import check_hidden, start_at_one
+from lqkd.regularizers.mlp import check_hidden, start_at_one
 from lqkd.regularizers.players import Player
 
 

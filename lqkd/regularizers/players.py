@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.regularizers.reduction import mean_over_batch
+from lqkd.utils.reduction import mean_over_batch
 
 
 class Player(nn.Module, ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
-from lqkd.regularizers.perceptron import Perceptron
+from lqkd.regularizers.mlp import Perceptron
 from lqkd.regularizers.players import Player
 
 

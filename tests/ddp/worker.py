@@ -17,8 +17,9 @@ from torch import nn
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.data import Augmentation, Batch, Digits
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import BoundedUncertaintyBalance, ElementwiseMLP, GradNorm
-from lqkd.teacher_cache import TeacherCache
+from lqkd.balances import (BoundedUncertaintyBalance, GradNorm)
+from lqkd.regularizers import (ElementwiseMLP)
+from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
 
 

@@ -43,7 +43,7 @@ def settings(name: str, folder: Path) -> dict[str, Any]:
         second["network"]["init_args"]["depth"] = 8
         second["weights"] = "builtin:digits_student"
         arguments = {"combination": of_run["ensemble"], "teachers": [model["teacher"]["init_args"], second]}
-        model["teacher"] = {"class_path": "lqkd.ensemble.TeacherEnsemble", "init_args": arguments}
+        model["teacher"] = {"class_path": "lqkd.teachers.TeacherEnsemble", "init_args": arguments}
     if of_run.get("cached"):
         model["teacher_cache"] = {"folder": str(folder / "cache")}
     config["data"]["init_args"] = {"limit_train": IMAGES, **of_run.get("data", {})}

@@ -17,8 +17,9 @@ from lqkd.errors import UsageError
 from lqkd.losses import DKD, HintonKL
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.quantization import Recipe, Rule
-from lqkd.regularizers import ElementwiseMLP, FixedBalance, LookAhead
-from lqkd.teacher import FrozenTeacher
+from lqkd.balances import (FixedBalance)
+from lqkd.regularizers import (ElementwiseMLP, LookAhead)
+from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, distiller, network
 
 MakeTrainer = Callable[..., Trainer]

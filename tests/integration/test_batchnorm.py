@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lqkd.callbacks import BatchNormReestimation, BestAndLast
+from lqkd.runs import (BestAndLast)
+from lqkd.callbacks import (BatchNormReestimation)
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lqkd.callbacks import BestAndLast, BitWidthScheduler, Stage
+from lqkd.runs import (BestAndLast)
+from lqkd.callbacks import (BitWidthScheduler, Stage)
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule

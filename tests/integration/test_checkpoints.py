@@ -17,7 +17,7 @@ from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP
-from lqkd.teacher import FrozenTeacher
+from lqkd.teachers import FrozenTeacher
 from tests.conftest import digits, distiller, network
 
 MakeTrainer = Callable[..., Trainer]

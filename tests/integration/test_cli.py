@@ -25,9 +25,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import nn
 
-from lqkd.callbacks import BestAndLast
+from lqkd.runs import (BestAndLast)
 from lqkd.cli import main
-from lqkd.lightning_cli import _print_summary
+from lqkd.runs.lightning_cli import _print_summary
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -364,7 +364,7 @@ LOSSES, REGULARIZERS = "lqkd.losses", "lqkd.regularizers"
         (
             {
                 "teacher": {
-                    "class_path": "lqkd.ensemble.TeacherEnsemble",
+                    "class_path": "lqkd.teachers.TeacherEnsemble",
                     "init_args": {
                         "teachers": [
                             {"network": {"class_path": "lqkd.models.CifarResNet", "init_args": arguments}}
@@ -587,7 +587,7 @@ def test_a_setting_that_is_not_kept_yet_is_given_once_more(
 ) -> None:
     """A full disk before the configuration is replaced: going on without the setting would do something else."""
     copy = shutil.copytree(run, tmp_path / "copy")
-    monkeypatch.setattr("lqkd.lightning_cli._KeepRun._describe", full_disk)
+    monkeypatch.setattr("lqkd.runs.lightning_cli._KeepRun._describe", full_disk)
     assert main(["resume", str(copy), "--trainer.max_epochs", "3"]) == 4
     assert capsys.readouterr().err.endswith("make room, then the same command starts again\n")
 
@@ -609,7 +609,7 @@ def test_a_checkpoint_that_cannot_be_resumed_starts_the_new_run_that_it_is_told(
 def test_a_number_that_is_not_finite_is_null_in_the_summary_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lqkd.callbacks.run_summary._balance", lambda trainer: {"task": float("nan"), "distill": 1.0})
+    monkeypatch.setattr("lqkd.runs.summary._balance", lambda trainer: {"task": float("nan"), "distill": 1.0})
     summary = summary_of(fit(tmp_path, "--trainer.limit_train_batches", "1"))
     assert summary["balance"] == {"task": None, "distill": 1.0}
     assert summary["warnings"][-1] == "null stands for numbers that are not finite: balance.task"

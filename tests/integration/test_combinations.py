@@ -21,8 +21,9 @@ from lqkd.losses import DistillationLoss, QuantizedFeatures
 from lqkd.modules import DistillModule, Tap
 from lqkd.modules.optimizers import regularizer_groups, student_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.regularizers import GUARDS, PLAYERS, Balance, Regularizer
-from lqkd.teacher import FrozenTeacher
+from lqkd.balances import (Balance)
+from lqkd.regularizers import (GUARDS, PLAYERS, Regularizer)
+from lqkd.teachers import FrozenTeacher
 
 
 def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:

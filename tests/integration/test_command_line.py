@@ -19,7 +19,7 @@ from PIL import Image
 
 from lqkd.cli import main
 from lqkd.data import Digits
-from lqkd.overview import EXIT_STATUS, VERBS
+from lqkd.cli.overview import EXIT_STATUS, VERBS
 from tests.forked import Forks, forks
 
 ROOT = Path(__file__).parents[2]
@@ -289,9 +289,9 @@ sys.exit(main(["sensitivity", {QUICKSTART!r}, "--output", {str(tmp_path)!r}]))
 
 
 PLACES = {
-    "before the run begins": "lqkd.lightning_cli.record_start",
+    "before the run begins": "lqkd.runs.lightning_cli.record_start",
     "while teacher and student are measured": "lqkd.modules.distill.measure",
-    "while pictures are drawn": "lqkd.callbacks.regularizer_pictures.pictures",
+    "while pictures are drawn": "lqkd.callbacks.regularizer.pictures.pictures",
     "while the run is tested": "lqkd.data.Digits.test_dataloader",
 }
 

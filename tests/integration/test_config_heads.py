@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lqkd.cli import main
-from lqkd.overview import unknown
-from lqkd.study.settings import read_arguments
+from lqkd.cli.overview import unknown
+from lqkd.studies.settings import read_arguments
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

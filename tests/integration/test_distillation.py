@@ -13,27 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lqkd.ensemble import TeacherEnsemble
+from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, Standardized
 from lqkd.losses.taps import Taps
 from lqkd.modules import DistillModule, Tap
-from lqkd.regularizers import (
-    Adversarial,
-    Balance,
-    ConvModulator,
-    ElementwiseMLP,
-    FixedBalance,
-    GradientBalance,
-    GradNorm,
-    LearnableTable,
-    LookAhead,
-    OutputGradientBalance,
-    Regularizer,
-    SampleWeight,
-)
-from lqkd.regularizers.balances.places import AtWeights
-from lqkd.teacher import FrozenTeacher
+from lqkd.balances import (Balance, FixedBalance, GradientBalance, GradNorm, OutputGradientBalance)
+from lqkd.regularizers import (Adversarial, ConvModulator, ElementwiseMLP, LearnableTable, LookAhead, Regularizer, SampleWeight)
+from lqkd.balances.places import AtWeights
+from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

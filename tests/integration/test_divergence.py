@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lqkd.callbacks import BestAndLast
+from lqkd.runs import (BestAndLast)
 from lqkd.errors import DivergenceError
 from lqkd.models import CifarResNet
 from lqkd.modules import ClassifierModule

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lqkd.models import CifarResNet
-from lqkd.study.settings import read_arguments
+from lqkd.studies.settings import read_arguments
 from tests.documentation import COMMANDS, LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, files, read_blocks
 from tests.forked import Forks, forks
 

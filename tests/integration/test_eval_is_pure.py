@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, quantizers
-from lqkd.teacher import FrozenTeacher
+from lqkd.teachers import FrozenTeacher
 from tests.conftest import digits, distiller, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

@@ -82,10 +82,10 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert props["lqkd.bits"]["conv1"] == "W8A8"
     assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
     assert props["lqkd.class_names"] == [str(i) for i in range(10)]
-    assert "digits_teacher" in json.dumps(props["lqkd.teacher"])
+    assert "digits_teacher" in json.dumps(props["lqkd.teachers"])
     data = Digits()
     data.setup()
-    how = props["lqkd.preprocessing"]
+    how = props["lqkd.data.preprocessing"]
     batches = list(data.test_dataloader())
     pixels = torch.cat([batch.images for batch in batches]).numpy().astype(np.float32) / 255
     labels = torch.cat([batch.labels for batch in batches]).numpy()

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lqkd.cli import main
-from lqkd.run_folder import CONFIG
+from lqkd.runs.folder import CONFIG
 from tests.documentation import blocks
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ import lqkd
 from lqkd.cli import main
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
-from lqkd.origin import foreign_code
-from lqkd.student import describe_student
+from lqkd.runs.provenance import foreign_code
+from lqkd.runs.student import describe_student
 
 ROOT = Path(__file__).parents[2]
 OWN = "tests.integration.test_foreign_code.Own"
@@ -113,7 +113,7 @@ def test_a_file_of_a_student_that_names_only_what_everybody_has_is_loaded(run: P
         ({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, set()),
         ({"class_path": "lightning.pytorch.callbacks.Timer", "name": "torchvision/resnet18"}, set()),
         ({"class_path": "torch.os.system"}, {"torch.os.system"}),
-        ([{"class_path": "lqkd.files.json.loads"}], {"lqkd.files.json.loads"}),
+        ([{"class_path": "lqkd.utils.files.json.loads"}], {"lqkd.utils.files.json.loads"}),
         ({"weight_quantizer": {"name": "json.JSONDecoder"}}, {"json.JSONDecoder"}),
         ({"a": {"b": ["builtins.exec", "__main__.f"]}}, {"builtins.exec", "__main__.f"}),
         ({"taps": ["layer1.conv"], "root": "../data.v2", "weights": "best.pt", "match": "*.conv1"}, set()),

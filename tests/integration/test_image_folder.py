@@ -75,7 +75,7 @@ def test_thirty_photographs_make_a_teacher_and_a_student_of_four_bits(photograph
         "class_path": "lqkd.modules.DistillModule",
         "init_args": {
             "teacher": {
-                "class_path": "lqkd.teacher.FrozenTeacher",
+                "class_path": "lqkd.teachers.FrozenTeacher",
                 "init_args": {"network": network(8), "weights": str(weights), "class_names": ["jour", "nuit étoilée"]},
             },
             "student": network(8),

@@ -14,7 +14,7 @@ from lqkd.data import Digits
 from lqkd.losses import DKD
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.regularizers import ElementwiseMLP, LookAhead
-from lqkd.teacher import FrozenTeacher
+from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, distiller, network
 
 MakeTrainer = Callable[..., Trainer]

@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from torch.optim import LBFGS, SGD
 
 from lqkd.errors import UsageError
-from lqkd.regularizers import BoundedUncertaintyBalance, LearnableTable
+from lqkd.balances import (BoundedUncertaintyBalance)
+from lqkd.regularizers import (LearnableTable)
 from tests.conftest import Recorder, digits, distiller, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

@@ -13,15 +13,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lqkd.callbacks import RunLogger, RunSummary
+from lqkd.runs import (RunLogger, RunSummary)
 from lqkd.data import Batch
 from lqkd.errors import UsageError
 from lqkd.losses import Hints
 from lqkd.modules import DistillModule, Tap
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP, SampleWeight
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache import TeacherCache
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import TeacherCache
 
 CLASSES = 3
 

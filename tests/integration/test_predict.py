@@ -24,7 +24,7 @@ from lqkd.cli import main
 from lqkd.data import Digits
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
-from lqkd.student import describe_student
+from lqkd.runs.student import describe_student
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
@@ -152,7 +152,7 @@ def test_loading_a_student_imports_no_lightning_and_lqkd_alone_no_torch(run: Pat
         "import sys, lqkd\n"
         "assert 'torch' not in sys.modules\n"
         f"lqkd.load_student({str(run)!r})\n"
-        "assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.modules', 'lqkd.lightning_cli'))]\n"
+        "assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.modules', 'lqkd.runs.lightning_cli'))]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -83,7 +83,7 @@ SMALL: dict[str, Any] = {
     },
     "model": {
         "init_args": {
-            "balance": {"class_path": "lqkd.regularizers.RandomBalance"},  # draws random numbers in every step
+            "balance": {"class_path": "lqkd.balances.RandomBalance"},  # draws random numbers in every step
         }
     },
     "data": {"init_args": {"batch_size": 16, "limit_train": 96, "crop_padding": 1}},
@@ -194,7 +194,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_same_result(lqkd: Forks, place: 
 def test_a_second_ctrl_c_ends_the_drawing_of_pictures_at_once(lqkd: Forks, place: Path) -> None:
     run = place / "run" / "impatient"
     slow = (
-        "import signal, time\nimport lqkd.callbacks.regularizer_pictures as module\n"
+        "import signal, time\nimport lqkd.callbacks.regularizer.pictures as module\n"
         "def pictures(*history):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n    yield from ()\n"
         "module.pictures = pictures\n"
     )

@@ -228,7 +228,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left_once_it_takes_a_while(
 ) -> None:
     parent, child = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("lqkd.waiting.Waiting._patience", patience)
+    monkeypatch.setattr("lqkd.utils.progress.Waiting._patience", patience)
     with monkeypatch.context() as context, os.fdopen(child, "w") as terminal:
         context.setattr(sys, "stderr", terminal)
         rank(run, tmp_path, "--bits", "4")

@@ -16,9 +16,9 @@ import yaml
 
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
-from lqkd.run_folder import lock
-from lqkd.study.settings import read_arguments
-from lqkd.study.variants import Variants
+from lqkd.runs.folder import lock
+from lqkd.studies.settings import read_arguments
+from lqkd.studies.variants import Variants
 from tests.forked import Forks, forks, send
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
             "model.init_args.regularizer": {"class_path": "lqkd.regularizers.LearnableTable"},
             # To build more teachers before the student takes more random numbers.
             "model.init_args.teacher": {
-                "class_path": "lqkd.ensemble.TeacherEnsemble",
+                "class_path": "lqkd.teachers.TeacherEnsemble",
                 "init_args": {"teachers": [TEACHER, TEACHER]},
             },
         },

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from lqkd.cli import main
 from lqkd.data import Batch, Digits
-from lqkd.ensemble import TeacherEnsemble
+from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.losses import AttentionTransfer
 from lqkd.modules import Tap
 from lqkd.regularizers import ElementwiseMLP
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache import TeacherCache
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import TeacherCache
 from tests.conftest import Recorder, digits, distiller, network
 
 MakeTrainer = Callable[..., Trainer]
@@ -167,7 +167,7 @@ def test_what_is_known_of_a_teacher_is_not_used_for_another_evaluation(
     other: dict[str, int],
     precision: str,
 ) -> None:
-    monkeypatch.setattr("lqkd.teacher.computes_bf16", lambda device: True)
+    monkeypatch.setattr("lqkd.teachers.computes_bf16", lambda device: True)
     cache = TeacherCache(str(tmp_path / "cache"))
 
     def run(settings: dict[str, int]) -> int:

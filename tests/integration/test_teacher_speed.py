@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.losses import AttentionTransfer
 from lqkd.losses.taps import Taps
-from lqkd.models.inference import computes_bf16
+from lqkd.teachers.inference import computes_bf16
 from lqkd.modules import Tap
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache.keys import weights_hash
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache.keys import weights_hash
 from tests.conftest import Recorder, digits, distiller, network
 
 MakeTrainer = Callable[..., Trainer]
@@ -132,7 +132,7 @@ def test_a_move_to_another_dtype_makes_another_copy() -> None:
 def test_bfloat16_is_left_where_it_costs_accuracy(
     make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lqkd.teacher.computes_bf16", lambda device: True)
+    monkeypatch.setattr("lqkd.teachers.computes_bf16", lambda device: True)
     seen: dict[type, set[torch.dtype]] = {}
     for model in (network(14), Precise()):
         dtypes = seen.setdefault(type(model), set())

@@ -15,16 +15,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lqkd.callbacks import (
-    BatchNormReestimation,
-    BestAndLast,
-    BitWidthScheduler,
-    IntegerBiases,
-    RunLogger,
-    RunSummary,
-    Stage,
-    WeightEMA,
-)
+from lqkd.runs import (BestAndLast, RunLogger, RunSummary)
+from lqkd.callbacks import (BatchNormReestimation, BitWidthScheduler, IntegerBiases, Stage, WeightEMA)
 from lqkd.errors import UsageError
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.quantization import Recipe, quantizers

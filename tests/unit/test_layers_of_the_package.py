@@ -51,6 +51,6 @@ def test_every_module_imports_without_the_optional_packages() -> None:
 
 
 def test_export_needs_no_lightning_but_for_its_command() -> None:
-    above = ("lightning", "lqkd.lightning_cli")
+    above = ("lightning", "lqkd.runs.lightning_cli")
     code = f"import sys, lqkd.export; assert not [m for m in sys.modules if m.startswith({above})]"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,12 +23,12 @@ import lqkd.regularizers
 import lqkd.regularizers.guards
 import lqkd.regularizers.players
 from lqkd.data.augmentation import Augmentation
-from lqkd.ensemble import TeacherEnsemble
+from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules.optimizers import optimizer_of
-from lqkd.teacher import FrozenTeacher
-from lqkd.teacher_cache import TeacherCache
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import TeacherCache
 
 ROOMS = (
     lqkd.callbacks, lqkd.data, lqkd.losses, lqkd.modules, lqkd.regularizers,

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lqkd.errors import UsageError
-from lqkd.resume import find
+from lqkd.runs.resume import find
 
 ASKED = {"max_epochs": 3, "max_steps": -1, "max_time": None}
 

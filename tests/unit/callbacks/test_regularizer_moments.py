@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqkd.callbacks.regularizer_moments import Moments
+from lqkd.callbacks.regularizer.moments import Moments
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:

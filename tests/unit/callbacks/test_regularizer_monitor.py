@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lqkd.callbacks.regularizer_monitor import RegularizerMonitor, verdict
-from lqkd.callbacks.run_logger import RunLogger
+from lqkd.callbacks.regularizer.monitor import RegularizerMonitor, verdict
+from lqkd.runs.logger import RunLogger
 from lqkd.errors import Stopped
 
 from .dummy import BATCHES, Dummy, Play
@@ -165,10 +165,10 @@ def test_no_picture_is_begun_once_ctrl_c_has_kept_someone_waiting(
 ) -> None:
     monitor, trainer = _fit(make_trainer, Dummy(_draws(), _draws()), logger=RunLogger(tmp_path))
     drawn = []
-    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.pixels", lambda figure: drawn.append(figure) or 0)
-    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.write", lambda target, image: time.sleep(0.02))
-    monkeypatch.setattr("lqkd.callbacks.regularizer_monitor._LAST_SECONDS", 0.01)
-    monkeypatch.setattr("lqkd.callbacks.regularizer_pictures.pictures", lambda *history: iter([("a", 1), ("b", 2)]))
+    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pixels", lambda figure: drawn.append(figure) or 0)
+    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.write", lambda target, image: time.sleep(0.02))
+    monkeypatch.setattr("lqkd.callbacks.regularizer.monitor._LAST_SECONDS", 0.01)
+    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pictures", lambda *history: iter([("a", 1), ("b", 2)]))
     monitor.on_exception(trainer, trainer.lightning_module, Stopped(signal.SIGINT, "stopped"))
     assert drawn == [1]
 

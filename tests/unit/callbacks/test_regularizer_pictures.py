@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lqkd.callbacks.pace import Pace
-from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
-from lqkd.callbacks.regularizer_pictures import pictures, pixels
-from lqkd.callbacks.regularizer_statistics import WEIGHT_EDGES, EpochStatistic
-from lqkd.callbacks.run_logger import RunLogger
+from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.callbacks.regularizer.pictures import pictures, pixels
+from lqkd.callbacks.regularizer.statistics import WEIGHT_EDGES, EpochStatistic
+from lqkd.runs.logger import RunLogger
 from lqkd.regularizers import LearnableTable
 
 from .dummy import Dummy

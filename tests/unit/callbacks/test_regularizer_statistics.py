@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lqkd.callbacks.regularizer_monitor import RegularizerMonitor
-from lqkd.callbacks.run_logger import RunLogger
+from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.runs.logger import RunLogger
 from lqkd.errors import UsageError
 from lqkd.regularizers import Adversarial, Entropy, LearnableTable, LookAhead, Regularizer
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lqkd.callbacks.regularizer_moments import EpochWeights
-from lqkd.callbacks.regularizer_verdict import verdict
+from lqkd.callbacks.regularizer.moments import EpochWeights
+from lqkd.callbacks.regularizer.verdict import verdict
 
 HEALTHY = EpochWeights(
     0, mean=3.0, spread=1.0, minimum=0.5, maximum=9.0, effective=2.0, at_maximum=0.0, contribution=1.0, optimum=1.0

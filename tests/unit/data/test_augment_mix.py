@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from lqkd.data.augment_mix import choose_partners, cut_boxes, mix, shares
-from lqkd.data.counter_rng import STREAM_CUTMIX_X, STREAM_CUTMIX_Y, integers
+from lqkd.utils.counter_rng import STREAM_CUTMIX_X, STREAM_CUTMIX_Y, integers
 
 IDS = torch.arange(3000)
 

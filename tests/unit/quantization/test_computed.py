@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
-from lqkd.models.inference import inference_copy
+from lqkd.teachers.inference import inference_copy
 from lqkd.quantization import Recipe, coverage, initialize_quantizers, measure_sensitivity, quantize_model
 from lqkd.quantization.computed import copy_of
 

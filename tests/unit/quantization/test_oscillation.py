@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lqkd.quantization import LSQ, QuantLinear
-from lqkd.quantization.oscillation import Freezing, Oscillation, dampening_loss, refusal
+from lqkd.quantization.analysis.oscillation import Freezing, Oscillation, dampening_loss, refusal
 from lqkd.quantization.quantizers import QUANTIZERS
 
 

@@ -1,0 +1,66 @@
+"""Constant weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.balances.base import Balance
+from lqkd.balances.norms import LossGradients
+
+
+class FixedBalance(Balance):
+    """``L = task * L_task + distill * L_distill`` with constants; ``distill`` is the lambda of the method.
+
+    Args:
+        task: weight of the task loss, >= 0.
+        distill: weight of every distillation loss that ``terms`` does not name, >= 0.
+        terms: weights of distillation losses by name, >= 0; null for ``distill`` throughout.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+
+    Raises:
+        UsageError: when a weight is negative or not finite, or all are zero; by :meth:`connect` when there is no loss
+            of a name.
+    """
+
+    constants: Tensor
+
+    def __init__(
+        self, task: float = 1.0, distill: float = 1.0, terms: Mapping[str, float] | None = None, **limits: Any
+    ) -> None:
+        super().__init__(**limits)
+        self.task, self.distill, self.terms = float(task), float(distill), dict(terms or {})
+        check_weights(task=task, distill=distill, **{f"terms.{name}": value for name, value in self.terms.items()})
+        if task == distill == sum(self.terms.values()) == 0:
+            raise UsageError("balance task=0 and distill=0 leave nothing to train on: one must be greater than 0")
+        self._fill()
+
+    def connect(self, names: Sequence[str]) -> None:
+        super().connect(names)
+        unknown = [name for name in self.terms if name not in names[1:]]
+        if unknown:
+            raise UsageError(
+                f"balance terms.{unknown[0]} is the weight of no distillation loss: there are {', '.join(names[1:])}"
+            )
+        self._fill()
+        if not self.constants.any():
+            raise UsageError(f"balance weights of {', '.join(names)} are all 0: one must be greater than 0")
+
+    def _fill(self) -> None:
+        weights = [self.task, *(self.terms.get(name, self.distill) for name in self.names[1:])]
+        self.register_buffer("constants", torch.tensor(weights), persistent=False)
+
+    def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, None]:
+        return self.constants, None
+
+
+def check_weights(**weights: float) -> None:
+    """Raise :class:`UsageError` when a weight is negative or not finite."""
+    for name, value in weights.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"balance {name}={value!r} is not possible: a weight is a finite number >= 0")

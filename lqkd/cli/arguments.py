@@ -1,0 +1,185 @@
+"""The arguments of the verbs that are none of Lightning's.
+
+They are read before PyTorch is loaded, so that help and mistakes are told at once; help is made of the docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lqkd.errors import UsageError
+from lqkd.runs.folder import CONFIG, run_within
+from lqkd.cli.verb_parser import argument, read, read_known
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export the student of a run from its best checkpoint, verify the file against PyTorch on the test split and write
+    a model card beside it."""
+
+    run: str
+    """run folder"""
+    format: str = argument("portable")
+    """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs) or torch"""
+    output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
+    """file to write"""
+    overwrite: bool = argument(False)
+    """replace a file that exists"""
+    latency: bool = argument(False)
+    """also time it against float32 ONNX and PyTorch on this CPU, for some seconds"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the classes of image files. Images are prepared as validation prepares them; those of another size are
+    resized. predict --config CONFIG is another verb, which writes the classes of the run's own test split: see
+    predict --config CONFIG --help."""
+
+    run: str
+    """run folder, or file that export wrote (.onnx or .pt2)"""
+    images: tuple[str, ...]
+    """image files of any size"""
+    top_k: int = argument(1, metavar="K")
+    """classes for each image"""
+    json: bool = argument(False)
+    """print a JSON list, one entry for each image"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Quantise each layer of a network alone, without training, and rank the layers by what the loss on the validation
+    split says. Test data are not used."""
+
+    run: str
+    """run folder, whose best checkpoint gives the float weights; or a config, before any training"""
+    bits: str = argument("8,4,2")
+    """bits to try: 4 is short for w4a4"""
+    budget: str | None = argument(None, shown="none")
+    """also find bits under size=120kB, size=12%, bops=2.5G or bops=3% (of float)"""
+    batches: int = argument(16, metavar="N")
+    """validation batches, spread over the split"""
+    output: str | None = argument(None, metavar="FOLDER", shown="the run folder")
+    """folder for what is written"""
+    overwrite: bool = argument(False)
+    """replace an earlier ranking"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html, one page that needs no network, report.md, table.csv and runs.csv into the folder of a run or
+    a study."""
+
+    folder: Path
+    """run folder, or folder of a study, finished or not"""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train every variant of a study with every seed and compare them pair by pair. Runs that are finished are kept,
+    stopped ones go on: start it again after any interruption."""
+
+    config: Path = field(kw_only=True)
+    """study file, e.g. configs/studies/quickstart.yaml"""
+    root: str | None = argument(None, shown="the study file's")
+    """folder of all studies"""
+    name: str | None = argument(None, shown="the study file's")
+    """name of the study and its folder"""
+    seeds: tuple[int, ...] | None = argument(None, metavar="N", shown="the study file's")
+    """of the runs"""
+    set: tuple[str, ...] = argument((), metavar="K=V")
+    """settings of all variants, e.g. trainer.max_epochs=5"""
+    retry_failed: bool = argument(False)
+    """train runs again that failed"""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped or killed, in its own folder, from checkpoints/last.ckpt, or from the start
+    when there is none yet. On the CPU the result is bit for bit that of a run that was never stopped. Further arguments
+    are settings as fit takes them, e.g. --trainer.max_epochs 60."""
+
+    run: Path
+    """a run folder"""
+    allow_code: bool = argument(False)
+    """run the classes that the folder of somebody else names"""
+
+
+def of(verb: str, args: Sequence[str]) -> Any:
+    """The arguments of ``verb`` as its ``main`` takes them.
+
+    Raises:
+        UsageError: after a user's mistake.
+        SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
+    """
+    if verb == "compare":
+        from lqkd.studies.settings import read_arguments
+
+        return read_arguments(args)
+    if verb == "report":
+        report = read(verb, Report, args)
+        _check_exists(report.folder, "the folder of a run or a study")
+        return report
+    kind, wanted = {
+        "export": (Export, "the folder of a finished training"),
+        "predict": (Predict, "a run folder, or a file that export wrote"),
+        "sensitivity": (Sensitivity, "a run folder or a config file"),
+    }[verb]
+    given: Any = read(verb, kind, args)
+    _check_exists(given.run, wanted)
+    return given
+
+
+def names_images(args: Sequence[str]) -> bool:
+    """Whether the arguments of ``predict`` name a run or file, or ask how; those of LightningCLI are all options."""
+    options = ("--top-k", "--json", "--allow-code", "--help", "-h")
+    return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in options)
+
+
+def of_resume(args: Sequence[str]) -> tuple[Resume, list[str]]:
+    """The verb's own arguments, and the settings for ``fit``.
+
+    Raises:
+        UsageError: when the folder is no run's, or a setting is not possible.
+        SystemExit: as for :func:`of`.
+    """
+    given, settings = read_known("resume", Resume, args)
+    if any(setting.partition("=")[0] == "--ckpt_path" for setting in settings):
+        raise UsageError("--ckpt_path is not possible with resume: it goes on from the run's own checkpoints/last.ckpt")
+    check_resumable(given.run)
+    return given, settings
+
+
+def check_resumable(folder: Path) -> None:
+    """Refuse what is no run folder.
+
+    Raises:
+        UsageError: then.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UsageError(
+            f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
+        )
+
+
+def check_seed(setting: str, seed: int) -> None:
+    """Refuse what NumPy takes for no seed.
+
+    Raises:
+        UsageError: then.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{setting}={seed} is not possible: a seed is a whole number from 0 to {2**32 - 1}")
+
+
+def _check_exists(given: str | Path, wanted: str) -> None:
+    if not Path(given).exists():
+        raise UsageError(f"{str(given)!r} does not exist: give {wanted}")

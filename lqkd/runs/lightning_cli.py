@@ -1,0 +1,510 @@
+"""Lightning's verbs ``fit``, ``validate``, ``test`` and ``predict``, in run folders."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lqkd.cli.arguments import check_seed
+from lqkd.runs import (AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary)
+from lqkd.callbacks import (ProgressBar, RegularizerMonitor)
+from lqkd.callbacks.predictions import Predictions
+from lqkd.runs.resume_state import LIMITS
+from lqkd.runs.summary import best_checkpoint
+from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
+from lqkd.data import DecodingDataModule, ImageFolder
+from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
+from lqkd.utils.files import write_text
+from lqkd.export.check import ForetellExport
+from lqkd.models.finite import not_finite
+from lqkd.models.weight_files import weights_exist
+from lqkd.modules import DistillModule
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.devices import check_devices
+from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
+from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
+from lqkd.runs.provenance import foreign_code, remember_code
+from lqkd.runs.parser import OneLineParser, of_constructor
+from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
+from lqkd.runs.folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LAYERS,
+    SPLIT,
+    SUMMARY,
+    RunSettings,
+    claim,
+    lock,
+    remove_partial_files,
+    restarted,
+)
+
+_MORE = (
+    "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
+    "lqkd.data.Digits; all values of a config: fit --config CONFIG --print_config. --allow-code runs what the run "
+    "folder of somebody else names."
+)
+_ABOUT = {
+    "fit": {
+        "description": "Train as a config says, in a new run folder, and test the best checkpoint.",
+        "epilog": _MORE,
+    },
+    "validate": {
+        "description": "Measure the best checkpoint beside a config on its validation split.",
+        "epilog": _MORE,
+    },
+    "test": {"description": "Measure the best checkpoint beside a config on its test split.", "epilog": _MORE},
+    "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
+}
+"""What the help of Lightning's verbs says."""
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class LqkdCLI(LightningCLI):
+    """LightningCLI with a folder for every run.
+
+    ``fit`` claims a new run folder, keeps its config, checkpoints, metrics and summary there and ends with a test of
+    the checkpoint that was best on the validation split. The other verbs read a run folder and never write to it,
+    but for ``predict``, which adds ``predictions.csv``. Settings from the command line and the config win over those
+    in a checkpoint.
+
+    Args:
+        args: the verb and what follows it.
+        resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
+            started once more finds it itself.
+        seed: the default of ``seed_everything``; False seeds nothing.
+        parser_kwargs: arguments of the parser; what each verb's help says by default.
+    """
+
+    run_folder: Path | None = None
+    locked: int | None = None
+
+    def __init__(
+        self,
+        args: list[str],
+        resumption: Resumption | None = None,
+        seed: int | bool = 0,
+        parser_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.resumption = resumption
+        self.by_request = resumption is not None
+        torch.set_float32_matmul_precision("high")
+        try:
+            super().__init__(
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=seed,
+                parser_class=OneLineParser,
+                parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
+                args=args,
+            )
+        except (KeyboardInterrupt, Stopped) as stop:
+            if not getattr(stop, "message", ""):  # before the verb began: the same command starts again
+                self._release()
+            raise
+        finally:
+            if self.locked is not None:
+                os.close(self.locked)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(parser, OneLineParser):
+            parser.verb = args[0]  # whose help an error points to
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and seed is not None:
+            check_seed("seed_everything", seed)
+
+    # ---- before anything is built
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self._get(self.config, "trainer")
+        _check_loggers(trainer.logger)
+        if self.subcommand == "fit":
+            check_trainer_numbers(trainer)
+        if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
+            check_trainer_settings(trainer)
+        self.config_text = self._config_text()
+        if self.subcommand == "fit":
+            self._remember_code()
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            self._do_without_files_of_weights(self._get(self.config, "model"))
+
+    def _remember_code(self) -> None:
+        """Note what this run names, but for what a folder named before that it goes on in."""
+        settings: Any = yaml.safe_load(self.config_text)
+        if self.resumption is not None:
+            kept = yaml.safe_load((self.resumption.folder / CONFIG).read_text(encoding="utf-8"))
+            settings = sorted(foreign_code(settings) - foreign_code(kept))
+        remember_code(settings)
+
+    def _do_without_files_of_weights(self, model: Any) -> None:
+        """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
+        if self.subcommand != "fit":
+            forget_weights(model)  # the teacher's, too, who is not asked
+            return
+        settings = model.get("init_args", {})
+        for key in ("student_weights", "weights"):
+            source = settings.get(key)
+            if isinstance(source, str) and not weights_exist(source):
+                rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
+                settings[key] = None
+
+    def _config_text(self) -> str:
+        """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""
+        config = self.config[self.subcommand].clone()
+        config.pop("config", None)
+        config["ckpt_path"] = None
+        return self._parser(self.subcommand).dump(config, skip_none=False)
+
+    def _parse_ckpt_path(self) -> None:
+        """Choose the checkpoint; unlike Lightning's, never take settings from it, only say where they differ."""
+        if not self.config.get("subcommand"):
+            return
+        verb = self.config.subcommand
+        config = self.config[verb]
+        if verb == "fit":
+            self._find_resumption(config)
+        if config.get("ckpt_path") is None and verb != "fit":
+            config["ckpt_path"] = self._best_beside_config(config)
+        path = config.get("ckpt_path")
+        if path is None:
+            return
+        if not Path(path).is_file():
+            raise UsageError(f"ckpt_path={str(path)!r} does not exist: give a .ckpt file of a run folder")
+        try:
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+            saved = dict(checkpoint.get("hyper_parameters", {})) if "pytorch-lightning_version" in checkpoint else None
+            diverged = not_finite(checkpoint["state_dict"], ()) if saved is not None and verb != "fit" else None
+        except Exception as error:  # a damaged or foreign file raises many types
+            raise UsageError(
+                f"ckpt_path={str(path)!r} is not a checkpoint that can be read ({first_line(error)})"
+            ) from error
+        if saved is None:
+            raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
+        if diverged is not None:
+            raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {diverged}")
+        current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
+        current = {"_class_path": current["class_path"], **current.get("init_args", {})}
+        saved.pop("_instantiator", None)
+        for key, line in differences(saved, current):
+            if verb == "fit" and key in SETTINGS_IN_CHECKPOINT:
+                raise UsageError(f"{line}: the checkpoint holds its state, so a resumed run must keep it")
+            rank_zero_info(f"differs from the checkpoint: {line}")
+
+    def _find_resumption(self, config: Any) -> None:
+        if self.resumption is None and (folder := restarted(RunSettings(**config["run"].as_dict()))) is not None:
+            self.resumption = find(folder)
+        if self.resumption is not None:
+            check_place(self.resumption.folder, config["run"])
+            if self.resumption.checkpoint is not None:
+                config["ckpt_path"] = str(self.resumption.checkpoint)
+            rank_zero_info(str(self.resumption))
+
+    def _best_beside_config(self, config: Any) -> str | None:
+        for source in config.get("config") or ():
+            best = Path(str(source)).resolve().parent / CHECKPOINTS / BEST
+            if best.is_file():
+                rank_zero_info(f"using the best checkpoint of the run: {best}")
+                return str(best)
+        raise UsageError("ckpt_path is missing: give one, or a --config that lies in a run folder with checkpoints")
+
+    # ---- building
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            told = of_constructor(error)
+            if told is None:
+                raise
+            raise UsageError(told) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.subcommand is not None
+        config = self._get(self.config_init, "trainer")
+        check_devices(config)
+        given = config.logger if isinstance(config.logger, list) else [config.logger]
+        loggers = [logger for logger in given if logger is not None and not isinstance(logger, bool)]
+        callbacks = list(config.callbacks or [])
+        writes = self.subcommand == "fit" and not config.fast_dev_run
+        if writes:
+            loggers = self._open_run_folder(loggers)
+        if config.log_every_n_steps is None:
+            callbacks.append(_LogEveryEpoch())
+            warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
+        callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
+        try:
+            return super().instantiate_trainer(
+                **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
+            )
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+            self._release()
+            raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
+
+    def _open_run_folder(self, loggers: list[Any]) -> list[Any]:
+        """Claim a new folder, or take that of the run to resume; all loggers, those given writing into it."""
+        if self.resumption is None:
+            folder = claim(self._get(self.config_init, "run"), self.config_text)
+        else:
+            folder = self.resumption.folder
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self.locked = lock(folder)
+            remove_partial_files(folder)
+        self.run_folder = folder
+        for logger in loggers:
+            _move_into(logger, folder)
+        record_start(folder, self.resumption, self.config_text, loggers)
+        return [RunLogger(folder, rows=None if self.resumption is None else self.resumption.rows), *loggers]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "predict" and self.trainer.world_size > 1:
+            raise UsageError(f"trainer.devices={self.trainer.world_size} is not possible for predict: use one device")
+        try:
+            super()._run_subcommand(subcommand)
+        except UsageError:
+            self._release()
+            raise
+        except MisconfigurationException as error:  # which some of its settings and callbacks raise here only
+            self._release()
+            raise UsageError(f"Lightning refuses these settings: {first_line(error)}") from error
+        except OSError as error:
+            if error.errno in _FULL_DISK and self.run_folder is not None:
+                name = error.filename or error.filename2
+                place = f" while writing {name}" if name else ""
+                raise FullDiskError(
+                    f"{error.strerror}{place}: what was saved before is whole; make room, then {self._how_to_go_on()}"
+                ) from error
+            raise
+        except RuntimeError as error:
+            if isinstance(error, DivergenceError) or not lost_a_process(error):
+                raise
+            raise LostProcessError(
+                f"another process of this training has ended ({first_line(error)}): what it printed says why; "
+                f"{self._how_to_go_on()}"
+            ) from error
+        except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training
+            raise Stopped(signal.SIGINT, f"interrupted; {self._how_to_go_on()}") from interrupt
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException) or (isinstance(stop, Stopped) and not stop.message):
+                raise Stopped(signal.SIGTERM, f"stopped by SIGTERM; {self._how_to_go_on()}") from stop
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise Stopped(signal.SIGINT, f"interrupted; {self._how_to_go_on()}") from stop
+            raise
+
+    def _how_to_go_on(self) -> str:
+        """The command that goes on: the same once more while the settings that it gave are not in the run's folder."""
+        config = None if self.run_folder is None else self.run_folder / CONFIG
+        kept = config is not None and config.is_file() and config.read_text(encoding="utf-8") == self.config_text
+        return how_to_resume(self.run_folder if kept else None)
+
+    def _release(self) -> None:
+        """Remove a run folder in which nothing has happened yet."""
+        if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
+            return
+        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, SPLIT, STARTS}:
+            shutil.rmtree(self.run_folder)
+
+    def _default_callbacks(self, config: Any) -> list[Callback]:
+        callbacks: list[Callback] = [RunSummary()]
+        if isinstance(self.model, DistillModule):
+            callbacks.insert(0, RegularizerMonitor())
+            callbacks.append(ForetellExport())
+        if config.enable_progress_bar is not False:
+            callbacks.append(ProgressBar())
+        if self.run_folder is not None:
+            trainer = yaml.safe_load(self.config_text)["trainer"]
+            finished = self.resumption.finished(trainer) if self.resumption is not None and self.by_request else None
+            callbacks.append(_KeepRun(self.config_text, limits(trainer), finished))
+            callbacks.append(StopOnSignal())
+            if config.enable_checkpointing is not False:
+                every = self._get(self.config_init, "run").save_every_n_steps
+                folder = self.run_folder / CHECKPOINTS
+                callbacks.append(BestAndLast(folder, config.limit_val_batches != 0, every))
+        return callbacks
+
+    # ---- after the verbs
+
+    def after_fit(self) -> None:
+        if self.run_folder is None:
+            return
+        if self.datamodule is not None and is_overridden("test_dataloader", self.datamodule, LightningDataModule):
+            checkpoint = best_checkpoint(self.trainer)
+            best = (checkpoint.best_model_path or None) if checkpoint is not None else None
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunSummary):
+                callback.finish(self.trainer)
+        if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
+            _print_summary(self.run_folder)
+
+    def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """Predict and write ``predictions.csv`` into the run folder of the checkpoint.
+
+        Raises:
+            UsageError: when the data have no test split.
+        """
+        if not is_overridden("predict_dataloader", datamodule, LightningDataModule):
+            if not is_overridden("test_dataloader", datamodule, LightningDataModule):
+                raise UsageError("data has no test split to predict: give the DataModule a test_dataloader")
+            datamodule.predict_dataloader = lambda: _test_batches(datamodule)  # type: ignore[method-assign]
+        predictions = Predictions()
+        self.trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+        self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
+        checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
+        folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
+        files = datamodule.test_files() if isinstance(datamodule, DecodingDataModule) else ()
+        predictions.write(folder / "predictions.csv", getattr(datamodule, "class_names", ()), files)
+
+
+class _LogEveryEpoch(Callback):
+    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]
+
+
+class _KeepRun(Callback):
+    """Makes checkpoints atomic and keeps the run's configuration, list of layers and split of images beside them.
+
+    Args:
+        config_text: the configuration.
+        asked: :func:`lqkd.runs.resume.limits` of it, which every checkpoint keeps.
+        finished: a sentence when it asks for nothing that is not done.
+
+    Raises:
+        UsageError: before anything is trained, when all is done: settings would have no effect.
+    """
+
+    def __init__(self, config_text: str, asked: dict[str, Any], finished: str | None) -> None:
+        self.config_text = config_text
+        self.asked = asked
+        self.finished = finished
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[LIMITS] = self.asked
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.finished is not None:
+            raise UsageError(f"settings have no effect unless they ask for more training: {self.finished}")
+        self._describe(trainer, pl_module)
+
+    @rank_zero_only
+    def _describe(self, trainer: Trainer, pl_module: Any) -> None:
+        if isinstance(pl_module, DistillModule):
+            write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
+            print(pl_module.coverage.summary())
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ImageFolder):
+            data.write_split(self._folder(trainer) / SPLIT)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Settings that a resumed run changes are kept once its state has been restored: they are possible."""
+        write_text(self._folder(trainer) / CONFIG, self.config_text)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
+
+
+def _test_batches(datamodule: LightningDataModule) -> Iterator[Any]:
+    """No DataLoader, which Lightning would build anew for predictions, out of arguments that it may not know."""
+    datamodule.setup("test")
+    return iter(datamodule.test_dataloader())
+
+
+def forget_weights(settings: Any) -> None:
+    """Set to null whatever names a file of weights, in place."""
+    if isinstance(settings, list):
+        for entry in settings:
+            forget_weights(entry)
+    elif isinstance(settings, (Namespace, dict)):
+        for key, value in list(vars(settings).items() if isinstance(settings, Namespace) else settings.items()):
+            if key in ("weights", "student_weights") and isinstance(value, str):
+                settings[key] = None
+            else:
+                forget_weights(value)
+
+
+def _class_of(config: Any) -> type:
+    module, _, name = config["class_path"].rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _check_loggers(given: Any) -> None:
+    for logger in given if isinstance(given, list) else [given]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        package = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard"}.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UsageError(f"trainer.logger={name} needs {package}: pip install 'lqkd[{package}]'")
+
+
+def _move_into(logger: Any, folder: Path) -> None:
+    """Let a logger whose ``save_dir`` is left at "." write into the run folder."""
+    for attribute in ("_save_dir", "_root_dir"):
+        if str(getattr(logger, attribute, "")) == ".":
+            setattr(logger, attribute, str(folder))
+    options = getattr(logger, "_wandb_init", None)
+    if isinstance(options, dict) and str(options.get("dir")) == ".":
+        options["dir"] = str(folder)
+
+
+@rank_zero_only
+def _print_summary(folder: Path) -> None:
+    """The table that ends a run: accuracies on the test split, sizes, and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
+    table = Table(title=f"{bits}: accuracy on the test split")
+    for column in ("network", "top-1", "size"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
+    rows = [
+        ("teacher", "teacher_accuracy", ""),
+        ("student in float", "student_float_accuracy", float_size),
+        ("student before training", "student_initial_quantized_accuracy", packed_size),
+        ("student" if summary["weight_bits"] else "network", "test_accuracy", packed_size),
+    ]
+    for name, key, shown_size in rows:
+        if summary[key] is not None:
+            table.add_row(name, f"{summary[key]:.2%}", shown_size)
+        elif key == "student_float_accuracy" and summary["student_initial_quantized_accuracy"] is not None:
+            table.add_row(name, "not trained", shown_size)
+    console = Console()
+    console.print(table)
+    if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
+        console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
+    if summary["regularizer"]:
+        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True, markup=False)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)

@@ -1,0 +1,237 @@
+"""``summary.json`` and the network itself: what a run leaves behind for people and for later tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lqkd.runs.checkpoint import BestAndLast
+from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.runs.logger import flush_table, run_folder_of
+from lqkd.utils.files import finite, write_json, write_safetensors
+from lqkd.modules import DistillModule
+from lqkd.modules.base import ImageClassifier, example_input
+from lqkd.modules.references import REFERENCES
+from lqkd.quantization import bit_operations, quantizers, size
+from lqkd.runs.folder import NETWORKS, SUMMARY
+
+
+class RunSummary(Callback):
+    """Writes ``summary.json`` and ``student.safetensors`` (``network.safetensors`` in float training).
+
+    Both describe the checkpoint with the best validation accuracy. The summary is written when training ends and
+    completed when a test has run; ``finished`` says whether anything is still to come. Both are removed when a training
+    goes on that had ended. Values that are not known or not finite are null; a warning names the latter.
+    """
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.images = 0
+        self.values: dict[str, Any] = {}
+        self._balance: dict[str, float] = {}
+        self._started: float | None = None  # within an epoch
+        self._validation_started = 0.0
+        self._validated_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return {"train_seconds": self.train_seconds + running, "images": self.images, "balance": self._balance}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
+        self._balance = state_dict.get("balance", {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = _now(pl_module)  # a training that is resumed within an epoch does not start it again
+        self._forget_end(trainer)
+
+    @rank_zero_only
+    def _forget_end(self, trainer: Trainer) -> None:
+        """Remove what tells of a training that had ended: it will be of another state."""
+        folder = run_folder_of(trainer)
+        for name in (SUMMARY, *NETWORKS):
+            if folder is not None:
+                (folder / name).unlink(missing_ok=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = _now(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_started = _now(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._started is not None:
+            self._started += _now(pl_module) - self._validation_started  # validation is no training time
+        if not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._started is not None
+        self.train_seconds += _now(pl_module) - self._started
+        self._started = None
+        self._balance = _balance(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images += len(batch if isinstance(batch, Tensor) else batch[0]) * trainer.world_size
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, ImageClassifier):
+            self.values = self._collect(trainer, pl_module)
+            self._write(trainer)
+            self._write_network(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.values:  # a test alone describes no run
+            return
+        accuracy = trainer.callback_metrics.get("test/acc")
+        self.values["test_accuracy"] = None if accuracy is None else float(accuracy)
+        self.finish(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Nothing follows any more: neither training nor a test."""
+        if self.values and not self.values["finished"]:
+            self.values["finished"] = True
+            flush_table(trainer)  # first, so that a run that says it is finished has all its metrics
+            self._write(trainer)
+
+    def _collect(self, trainer: Trainer, module: ImageClassifier) -> dict[str, Any]:
+        network = module.product()
+        best = self._best_score(trainer)
+        measured = size(network)
+        data = getattr(trainer, "datamodule", None)
+        example = example_input(data, module.device)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
+        distills = isinstance(module, DistillModule)
+        values: dict[str, Any] = {
+            "seed": _seed(),
+            "versions": _versions(),
+            "machine": f"{platform.machine()}, {module.device.type}, {torch.get_num_threads()} threads",
+        }
+        values |= module.references if isinstance(module, DistillModule) else dict.fromkeys(REFERENCES)
+        weight_bits, activation_bits = _bits(network)
+        values |= {
+            "val_accuracy": best,
+            "test_accuracy": None,
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "parameters": measured.parameters,
+            "packed_bytes": measured.packed_bytes,
+            "float_bytes": measured.float_bytes,
+            "bit_operations": None if example is None else bit_operations(network, example),
+            "images_per_second": round(self.images / self.train_seconds, 1) if self.train_seconds else None,
+            "train_seconds": round(self.train_seconds, 2),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "regularizer": monitor.summary() if monitor is not None and distills else None,
+            "balance": self._balance if distills else None,
+            "finished": False,
+            "warnings": [text for source in (module, *callbacks) for text in getattr(source, "warnings", [])],
+        }
+        return values
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer) -> None:
+        folder = run_folder_of(trainer)
+        if folder is None:
+            return
+        lost: list[str] = []
+        values = finite(self.values, lost)
+        if lost:
+            values["warnings"].append(f"null stands for numbers that are not finite: {', '.join(lost)}")
+        write_json(folder / SUMMARY, values)
+
+    @rank_zero_only
+    def _write_network(self, trainer: Trainer, module: ImageClassifier) -> None:
+        folder = run_folder_of(trainer)
+        if folder is None:
+            return
+        name = "student" if isinstance(module, DistillModule) else "network"
+        state = _best_state(trainer, name) or module.product().state_dict()
+        data = getattr(trainer, "datamodule", None)
+        described: dict[str, Any] = {
+            "lqkd": metadata.version("lqkd"),
+            "val_accuracy": self.values["val_accuracy"],
+            "class_names": list(getattr(data, "class_names", ())),
+            "mean": list(getattr(data, "mean", ())),
+            "std": list(getattr(data, "std", ())),
+            "image_shape": list(getattr(data, "image_shape", ())),
+            "resize_size": getattr(data, "resize_size", None),
+            name: module.hparams.get(name),
+            "quantization": module.hparams.get("quantization"),
+        }
+        texts = {key: json.dumps(value) for key, value in finite(described).items()}
+        write_safetensors(folder / f"{name}.safetensors", state, texts)
+
+    def _best_score(self, trainer: Trainer) -> float | None:
+        """Of the checkpoint that is the best; without one, of the weights that training ended with."""
+        checkpoint = best_checkpoint(trainer)
+        score = None if checkpoint is None else checkpoint.best_model_score
+        if score is None and self._validated_step == trainer.global_step:
+            score = trainer.callback_metrics.get("val/acc")
+        return None if score is None else float(score)
+
+
+def _now(module: LightningModule) -> float:
+    """Seconds on a steady clock, once the device has done all that it was given."""
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return time.perf_counter()
+
+
+def best_checkpoint(trainer: Trainer) -> BestAndLast | None:
+    """The callback that keeps the run's best checkpoint, whatever other checkpoints a user keeps."""
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+
+
+def _best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
+    checkpoint = best_checkpoint(trainer)
+    if checkpoint is None or not checkpoint.best_model_path:
+        return None
+    state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
+    """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...); None in floating point."""
+    found: dict[str, list[int]] = {"weight": [], "input": []}
+    for name, quantizer in quantizers(network).items():
+        kind = name.rpartition(".")[2].removesuffix("_quantizer")
+        if kind in found:  # and not the operand of an addition
+            found[kind].append(quantizer.bits)
+
+    def describe(bits: list[int]) -> str | None:
+        if not bits:
+            return None
+        common = max(sorted(set(bits)), key=bits.count)
+        others = [f"{b} in {bits.count(b)}" for b in sorted(set(bits)) if b != common]
+        return str(common) + (f" ({', '.join(others)} layers)" if others else "")
+
+    return describe(found["weight"]), describe(found["input"])
+
+
+def _balance(trainer: Trainer) -> dict[str, float]:
+    prefix = "balance/"
+    metrics = trainer.callback_metrics
+    return {key.removeprefix(prefix): float(value) for key, value in metrics.items() if key.startswith(prefix)}
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lqkd", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}

@@ -1,0 +1,133 @@
+"""``python -m lqkd compare``: variants of a training, each with every seed, compared pair by pair."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lqkd.utils.files import write_text
+from lqkd.runs.folder import lock, remove_partial_files
+from lqkd.studies.cluster import check_cluster, run_on_cluster
+from lqkd.studies.local import run_here
+from lqkd.studies.bars import StudyProgress
+from lqkd.studies.results import Run, read_runs
+from lqkd.studies.settings import STUDY, Study
+from lqkd.studies.statistics import Summary, summarize
+from lqkd.studies.sweep import check_sweep, search
+from lqkd.studies.tables import HEADINGS, cells, write_tables
+from lqkd.studies.job import FINISHED, STOPPED, Task, tasks_of
+from lqkd.studies.variants import Variants
+from lqkd.utils.escaping import terminal
+
+
+def main(read: tuple[Study, dict[str, Any], bool]) -> None:
+    """Run the command.
+
+    Args:
+        read: as :func:`lqkd.studies.settings.read_arguments` reads it.
+
+    Raises:
+        UsageError: after a user's mistake.
+        Stopped: after Ctrl-C or SIGTERM, once the runs have saved themselves.
+    """
+    study, base, retry = read
+    check_cluster(study.launcher)
+    if study.sweep is not None:
+        check_sweep(study.sweep)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    held = lock(study.folder)
+    try:
+        _compare(study, base, retry)
+    finally:
+        os.close(held)
+
+
+def _compare(study: Study, base: dict[str, Any], retry: bool) -> None:
+    remove_partial_files(study.folder)
+    variants = Variants(study.folder, base)
+    for name, overrides in study.variants.items():
+        variants.write(name, overrides)
+    if study.sweep is not None:
+        variants.write("base", {})
+    write_text(study.folder / STUDY, _described(study))
+    tasks = [task for seed in study.seeds for task in tasks_of(study, list(study.variants), seed)]
+    trials = study.sweep.trials if study.sweep is not None else 0
+    run = Runner(study, len(tasks) + trials * len(study.seeds), retry)
+    run(tasks)
+    names = list(study.variants)
+    if study.sweep is not None:
+        names += search(study, variants, run)
+    ordered = [task for name in names for task in (Task(study.folder, name, seed) for seed in study.seeds)]
+    results = read_runs(ordered)
+    summaries = summarize(results, study.compared_with)
+    write_tables(study.folder, results, summaries)
+    _print(study, results, summaries)
+
+
+def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    baseline = study.compared_with
+    compared = "" if baseline is None else f" (difference to {baseline}: paired by seed, 95 % interval)"
+    table = Table(title=f"{study.name}: accuracy in %{compared}")
+    for column, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if column == 0 else "right")
+    for row in cells(results, summaries, baseline):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for result in results:
+        if not result.finished:
+            told = f"{result.variant} seed {result.seed} {result.status}: {result.message}"
+        elif result.verdict is not None:
+            sentence = result.summary["regularizer"].get("sentence")
+            told = f"{result.variant} seed {result.seed} {result.verdict}: {sentence}"
+        else:
+            continue
+        console.print(terminal(told), soft_wrap=True, markup=False)
+    page = f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page"
+    console.print(page, soft_wrap=True, markup=False)
+
+
+class Runner:
+    """Runs those tasks that have not ended yet, here or on a cluster.
+
+    Args:
+        study: the study.
+        total: number of its runs.
+        retry: whether to train runs again that failed.
+    """
+
+    def __init__(self, study: Study, total: int, retry: bool) -> None:
+        self.study, self.retry = study, retry
+        self.progress = StudyProgress(total, total, study.launcher.parallel)
+
+    def __call__(self, tasks: Sequence[Task]) -> None:
+        """Run what is left of ``tasks``."""
+        left = []
+        for task in tasks:
+            status, _ = task.ended()
+            if status not in (FINISHED, STOPPED) and self.retry:
+                task.outcome.unlink()
+                shutil.rmtree(task.folder, ignore_errors=True)
+                status = STOPPED
+            if status == STOPPED:
+                left.append(task)
+        self.progress.left -= len(tasks) - len(left)
+        if len(left) < len(tasks):
+            print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already", flush=True)
+        launcher = self.study.launcher
+        if launcher.submitit is None:
+            run_here(left, launcher.parallel, self.progress.ended, self.progress.waiting)
+        elif left:
+            run_on_cluster(self.study.folder, left, launcher, self.progress.ended, self.progress.waiting)
+
+
+def _described(study: Study) -> str:
+    return yaml.safe_dump(asdict(study), sort_keys=False)

@@ -1,0 +1,138 @@
+"""What the runs of a study have come to, read from their folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lqkd.errors import UsageError, first_line
+from lqkd.utils.files import is_own_file
+from lqkd.runs.provenance import outdated_exports
+from lqkd.runs.folder import METRICS, SUMMARY
+from lqkd.studies.job import FINISHED, Task
+from lqkd.utils.schema import SUMMARY as SCHEMA
+from lqkd.utils.schema import Table, check
+
+SPOILED = ("collapsed", "dominant", "saturated", "diverged")
+"""Verdicts on a regularizer of which a training warns."""
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        variant: its variant.
+        seed: its seed.
+        status: ``finished``, ``failed``, ``diverged`` or ``stopped``.
+        message: why it has not finished.
+        folder: its run folder.
+        summary: what ``summary.json`` says; empty without one.
+        curves: mean of every metric in every epoch, as (epoch, value), epochs counted from 1.
+        outdated: a sentence for every exported file that is of an earlier student than the best checkpoint.
+    """
+
+    variant: str
+    seed: int | None
+    status: str
+    message: str
+    folder: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    outdated: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @property
+    def verdict(self) -> str | None:
+        """What became of the regularizer, where that was no good: ``collapsed``, for instance."""
+        found = (self.summary.get("regularizer") or {}).get("verdict")
+        return found if found in SPOILED else None
+
+    @property
+    def ending(self) -> str:
+        """The status, and the verdict on the regularizer where that was no good."""
+        return self.status if self.verdict is None else f"{self.status}, regularizer {self.verdict}"
+
+    @property
+    def best(self) -> float | None:
+        """Best accuracy on the validation split, by which the checkpoint is chosen."""
+        return self.summary.get("val_accuracy")
+
+    @property
+    def last(self) -> float | None:
+        """Accuracy on the validation split after the last epoch."""
+        values = self.curves.get("val/acc")
+        return values[-1][1] if values else None
+
+    @property
+    def test(self) -> float | None:
+        """Accuracy on the test split of the checkpoint that was best on the validation split."""
+        return self.summary.get("test_accuracy")
+
+
+def read_runs(tasks: Iterable[Task]) -> list[Run]:
+    """Read the runs of a study, in order."""
+    return [read(task.folder, task.variant, task.seed, *task.ended()) for task in tasks]
+
+
+def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, message: str = "") -> Run:
+    """Read one run folder, whatever is there of it.
+
+    Raises:
+        UsageError: when its summary or its table of metrics is damaged, or a link that leads elsewhere.
+    """
+    summary, curves = folder / SUMMARY, folder / METRICS
+    return Run(
+        variant,
+        seed,
+        status,
+        message,
+        folder,
+        read_json(summary, SCHEMA) if is_own_file(summary, folder) else {},
+        _curves(curves) if is_own_file(curves, folder) else {},
+        tuple(outdated_exports(folder).values()),
+    )
+
+
+def read_json(path: Path, table: Table) -> dict[str, Any]:
+    """The object in a JSON file, whose values are of the kinds that ``table`` wants.
+
+    Raises:
+        UsageError: when the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{str(path)!r} is damaged, it is no JSON file: {first_line(error)}") from error
+    check(value, table, str(path))
+    return dict(value)
+
+
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    try:
+        return _means(path)
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UsageError(f"{str(path)!r} is damaged: it is not what a training writes") from error
+
+
+def _means(path: Path) -> dict[str, list[tuple[int, float]]]:
+    sums: dict[str, dict[int, tuple[float, int]]] = {}
+    with open(path, newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if not row["epoch"]:
+                continue
+            epoch = int(row["epoch"]) + 1
+            for name, text in row.items():
+                if name in ("epoch", "step") or not text or not math.isfinite(value := float(text)):
+                    continue
+                total, count = sums.setdefault(name, {}).get(epoch, (0.0, 0))
+                sums[name][epoch] = (total + value, count + 1)
+    return {name: [(e, total / count) for e, (total, count) in sorted(by.items())] for name, by in sums.items()}

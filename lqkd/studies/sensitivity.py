@@ -1,0 +1,158 @@
+"""``python -m lqkd sensitivity``: which layers suffer most from few bits, and the best bits under a budget."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lqkd.cli.arguments import Sensitivity
+from lqkd.errors import UsageError
+from lqkd.utils.files import atomic_path, write_json, write_text
+from lqkd.modules import DistillModule
+from lqkd.quantization import (
+    Budget,
+    Candidate,
+    MixedPrecision,
+    Recipe,
+    SensitivityReport,
+    assign_bits,
+    measure_sensitivity,
+)
+from lqkd.runs.reader import read_run, take_batches
+from lqkd.utils.progress import Waiting
+
+JSON = "sensitivity.json"
+TABLE = "sensitivity.csv"
+RECIPE = "recipe.yaml"
+CALIBRATION_BATCHES = 8
+"""Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
+
+
+def main(given: Sensitivity) -> None:
+    """Run the command.
+
+    Args:
+        given: its arguments.
+
+    Raises:
+        UsageError: after a user's mistake.
+    """
+    budget = None if given.budget is None else Budget.parse(given.budget)
+    bits = [f"w{text}a{text}" if text.isdecimal() else text for text in given.bits.split(",")]
+    if given.batches < 1:
+        raise UsageError(f"--batches {given.batches} is not possible: it must be at least 1")
+    output = _output(given, [JSON, TABLE, *([RECIPE] if budget is not None else [])])
+    reader, checkpoint = read_run(given.run, given.allow_code)
+    recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
+    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, given.batches)
+    with Waiting("quantising each layer alone") as bar:
+        report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, bits, bar.update, budget)
+    source = "the weights that a training starts from" if checkpoint is None else str(checkpoint)
+    print(f"float weights: {source}")
+    print(
+        f"float network: loss {report.loss:.4f}, accuracy {report.accuracy:.2%} on {report.samples} validation images"
+    )
+    print(report)
+    written: dict[str, Any] = _described(report) | {
+        "run": str(given.run),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "calibration_samples": sum(len(images) for images in calibration),
+        "assignment": None,
+    }
+    if given.budget is not None and budget is not None:
+        assigned = assign_bits(report, budget)
+        written["assignment"] = _assignment(given.budget, assigned)
+        write_text(output / RECIPE, _recipe_text(given.budget, assigned, report))
+        _print_assignment(given.budget, assigned, report)
+    write_json(output / JSON, written)
+    _write_table(output / TABLE, report, written["assignment"])
+    names = f"{JSON} and {TABLE}" if written["assignment"] is None else f"{JSON}, {TABLE} and {RECIPE}"
+    print(f"written to {output}: {names}")
+
+
+def _output(given: Sensitivity, names: Sequence[str]) -> Path:
+    if given.output is None and not Path(given.run).is_dir():
+        raise UsageError(f"--output is missing: {given.run!r} is not a run folder that could keep the ranking")
+    output = Path(given.run if given.output is None else given.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {str(output)!r} is not a folder")
+    there = [name for name in names if (output / name).exists()]
+    if there and not given.overwrite:
+        raise UsageError(f"{str(output / there[0])!r} exists: give --overwrite, or another --output")
+    return output
+
+
+def _described(report: SensitivityReport) -> dict[str, Any]:
+    return {
+        "lqkd": metadata.version("lqkd"),
+        "bits": list(report.bits),
+        "validation_samples": report.samples,
+        "float": {
+            "loss": report.loss,
+            "accuracy": report.accuracy,
+            "packed_bytes": report.packed_bytes,
+            "bit_operations": report.bit_operations,
+        },
+        "layers": [[asdict(candidate) for candidate in group] for group in report.ranked()],
+        "quantization": asdict(report.recipe),
+    }
+
+
+def _assignment(budget: str, assigned: MixedPrecision) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "limit": assigned.limit,
+        "packed_bytes": assigned.packed_bytes,
+        "bit_operations": assigned.bit_operations,
+        "summed_loss_increase": assigned.loss_increase,
+        "bits": {name: f"W{weight}A{activation}" for name, weight, activation in _by_layer(assigned.chosen)},
+    }
+
+
+def _by_layer(candidates: Sequence[Candidate]) -> list[tuple[str, int, int]]:
+    return [row for c in candidates for row in zip(c.layers, c.weight_bits, c.activation_bits, strict=True)]
+
+
+def _sizes(assigned: MixedPrecision, report: SensitivityReport) -> str:
+    return (
+        f"{assigned.packed_bytes / 1000:.1f} kB ({assigned.packed_bytes / report.packed_bytes:.2%} of float), "
+        f"{assigned.bit_operations:.4g} bit operations ({assigned.bit_operations / report.bit_operations:.2%} of float)"
+    )
+
+
+def _recipe_text(budget: str, assigned: MixedPrecision, report: SensitivityReport) -> str:
+    recipe = asdict(assigned.recipe)
+    recipe["rules"] = [{k: v for k, v in rule.items() if v is not None} for rule in recipe["rules"]]
+    described = yaml.safe_dump({"model": {"init_args": {"quantization": recipe}}}, sort_keys=False)
+    return (
+        f"# Bits of every layer for the budget {budget}: {_sizes(assigned, report)}\n"
+        f"# python -m lqkd fit --config CONFIG --config {RECIPE}\n{described}"
+    )
+
+
+def _print_assignment(budget: str, assigned: MixedPrecision, report: SensitivityReport) -> None:
+    print(
+        f"\nbits for {budget}: {_sizes(assigned, report)}; increases of the loss sum to {assigned.loss_increase:+.4f}"
+    )
+    rows = _by_layer(assigned.chosen)
+    width = max(len(name) for name, _, _ in rows)
+    for name, weight, activation in rows:
+        print(f"{name.ljust(width)}  W{weight}A{activation}")
+
+
+def _write_table(target: Path, report: SensitivityReport, assignment: dict[str, Any] | None) -> None:
+    columns = ("loss_increase", "kl", "accuracy_change", "packed_bytes", "bit_operations")
+    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("rank", "layer", "weight_bits", "activation_bits", *columns, "chosen"))
+        for rank, group in enumerate(report.ranked(), start=1):
+            for c in group:
+                for name, weight, activation in _by_layer([c]):
+                    chosen = "" if assignment is None else int(assignment["bits"][name] == f"W{weight}A{activation}")
+                    writer.writerow((rank, name, weight, activation, *(getattr(c, key) for key in columns), chosen))

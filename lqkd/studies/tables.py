@@ -1,0 +1,156 @@
+"""The tables of a study as CSV and Markdown. They hold no times, so that they are the same however a study was run."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lqkd.utils.files import atomic_path
+from lqkd.studies.results import SPOILED, Run
+from lqkd.studies.statistics import Summary, moments
+from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
+from lqkd.utils import escaping
+
+TABLE = "table.csv"
+RUNS = "runs.csv"
+NOTE = (
+    "Accuracies in %, mean and standard deviation over seeds. Differences to the baseline are paired by seed, with a "
+    "95 % t interval. Validation accuracy: best epoch, and last epoch. The test accuracy is that of the checkpoint "
+    "that was best on the validation split; nothing was selected on test data. The teacher and the student in float "
+    "were measured before the training."
+)
+_REFERENCES = {"the teacher": "teacher_accuracy", "the student in float": "student_float_accuracy"}
+"""Rows below the variants, by what summary.json calls their accuracy on the test split; no variant has such a name."""
+_FROM_SUMMARY = ("weight_bits", "activation_bits", "packed_bytes", "float_bytes", "bit_operations", "epochs", "steps")
+
+
+def write_tables(folder: Path, runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    """Write ``table.csv``, a row a variant and reference, and ``runs.csv``, a row a run, to ``folder``, atomically."""
+    rows = [_variant_row(name, measures) | _endings(of_variant(runs, name)) for name, measures in summaries.items()]
+    rows += [{"variant": name} | _measured("test", summary) for name, summary in references(runs).items()]
+    _write(folder / TABLE, rows)
+    _write(folder / RUNS, [_run_row(run) for run in runs])
+
+
+def _variant_row(name: str, measures: Mapping[str, Summary]) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": name}
+    for measure, summary in measures.items():
+        row |= _measured(measure, summary)
+        d = summary.difference
+        for key in ("pairs", "mean", "low", "high"):
+            row[f"{measure}_difference_{key}"] = None if d is None else getattr(d, key)
+    return row
+
+
+def _measured(measure: str, summary: Summary) -> dict[str, Any]:
+    return {f"{measure}_seeds": summary.count, f"{measure}_mean": summary.mean, f"{measure}_std": summary.std}
+
+
+def _endings(runs: Sequence[Run]) -> dict[str, int]:
+    """Number of runs by status, and of those whose regularizer came to nothing."""
+    statuses, verdicts = Counter(run.status for run in runs), Counter(run.verdict for run in runs if run.finished)
+    named = {f"runs_{name}": statuses[name] for name in (FINISHED, STOPPED, FAILED, DIVERGED)}
+    return named | {f"regularizer_{name}": verdicts[name] for name in SPOILED}
+
+
+def of_variant(runs: Sequence[Run], name: str) -> list[Run]:
+    """The runs of one variant."""
+    return [run for run in runs if run.variant == name]
+
+
+def endings(runs: Sequence[Run]) -> str:
+    """How runs ended, in words: ``3 finished, 1 with a collapsed regularizer; 1 failed``."""
+    told = []
+    for status, count in Counter(run.status for run in runs).items():
+        verdicts = Counter(run.verdict for run in runs if run.status == status and run.verdict is not None)
+        told.append(
+            ", ".join([f"{count} {status}", *(f"{n} with a {verdict} regularizer" for verdict, n in verdicts.items())])
+        )
+    return "; ".join(told)
+
+
+def references(runs: Sequence[Run]) -> dict[str, Summary]:
+    """Test accuracy over the runs of what they are held against: the teacher, and the student before quantization.
+
+    One row where all variants agree; otherwise one for those variants that do, which are named.
+    """
+    found: dict[str, Summary] = {}
+    for title, key in _REFERENCES.items():
+        groups: list[tuple[dict[int | None, float], list[str]]] = []  # accuracy by seed, and the variants
+        for variant in dict.fromkeys(run.variant for run in runs):
+            measured = {run.seed: run.summary.get(key) for run in of_variant(runs, variant)}
+            known = {seed: value for seed, value in measured.items() if value is not None}
+            if not known:
+                continue
+            for shared, names in groups:
+                if all(shared.get(seed, value) == value for seed, value in known.items()):
+                    shared.update(known)
+                    names.append(variant)
+                    break
+            else:
+                groups.append((known, [variant]))
+        for shared, names in groups:
+            name = title if len(groups) == 1 else f"{title} of {', '.join(names)}"
+            found[name] = Summary(len(shared), *moments([*shared.values()]), None)
+    return found
+
+
+def _run_row(run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": run.variant, "seed": run.seed, "status": run.status, "message": run.message}
+    row["verdict"] = run.verdict
+    row |= {"val_best": run.best, "val_last": run.last, "test": run.test}
+    return row | {key: run.summary.get(key) for key in _FROM_SUMMARY}
+
+
+def _write(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: escaping.csv_cell(value) for key, value in row.items()} for row in rows)
+
+
+NONE = "n/a"
+HEADINGS = (
+    "variant", "val best", "difference", "val last", "difference", "test", "difference", "runs"
+)  # fmt: skip
+
+
+def cells(runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]], baseline: str | None) -> list[list[str]]:
+    """The texts under :data:`HEADINGS`: a row for each variant, then those that all are held against."""
+    rows = []
+    for name, measures in summaries.items():
+        row = [name]
+        for summary in measures.values():
+            row += [accuracy(summary), "baseline" if name == baseline else difference(summary)]
+        rows.append([*row, endings(of_variant(runs, name))])
+    for name, summary in references(runs).items():
+        rows.append([name, NONE, NONE, NONE, NONE, accuracy(summary), NONE, NONE])
+    return rows
+
+
+def accuracy(summary: Summary) -> str:
+    """For example ``91.24 ± 0.31``."""
+    if summary.mean is None:
+        return NONE
+    return f"{100 * summary.mean:.2f}" + ("" if summary.std is None else f" ± {100 * summary.std:.2f}")
+
+
+def difference(summary: Summary) -> str:
+    """For example ``+0.41 [+0.12, +0.70]``."""
+    d = summary.difference
+    if d is None or d.mean is None:
+        return NONE
+    interval = "" if d.low is None or d.high is None else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
+    return f"{100 * d.mean:+.2f}{interval}"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up."""
+    escaped = [[escaping.markdown(cell) for cell in row] for row in (headings, *rows)]
+    widths = [max(len(row[column]) for row in escaped) for column in range(len(headings))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in escaped]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"

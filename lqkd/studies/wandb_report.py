@@ -1,0 +1,81 @@
+"""A W&B report of a project's runs: what the regularizers learned, beside the losses and the bits.
+
+``python -m lqkd.studies.wandb_report ENTITY/PROJECT`` saves it as a draft of that project and prints its address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lqkd.callbacks.dashboard import SECTIONS
+from lqkd.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2 import Report
+
+STEP = "trainer/global_step"
+"""Lightning's name in W&B of what every metric is drawn over."""
+PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance")
+
+
+def report(entity: str, project: str) -> Report:
+    """The report, not saved: a section of charts for each of the dashboard's, and one with the pictures.
+
+    Args:
+        entity: user or team of W&B.
+        project: its project, whose runs are drawn; any subset of them can be chosen in the report itself.
+
+    Raises:
+        UsageError: when wandb-workspaces is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError as error:
+        raise UsageError("a W&B report needs wandb-workspaces: pip install 'lqkd[wandb]'") from error
+
+    def grid(panels: list[Any]) -> wr.PanelGrid:
+        for number, panel in enumerate(panels):
+            panel.layout = wr.Layout(x=12 * (number % 2), y=8 * (number // 2), w=12, h=8)
+        return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
+
+    blocks: list[Any] = [wr.TableOfContents()]
+    for section, charts in SECTIONS.items():
+        lines = [wr.LinePlot(title=c.title, x=STEP, y=list(c.keys), log_y=c.logarithmic or None) for c in charts]
+        blocks += [wr.H2(text=section), grid(lines)]
+    media = [wr.MediaBrowser(title=name, media_keys=[f"regularizer/pictures/{name}"]) for name in PICTURES]
+    blocks += [wr.H2(text="Pictures"), grid(media)]
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title="What the regularizer learned",
+        description="Charts are explained in lqkd's docs/dashboards.md, pictures in docs/reading_the_pictures.md.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 after a user's mistake, told in one line."""
+    parser = argparse.ArgumentParser(prog="python -m lqkd.studies.wandb_report", description=__doc__.splitlines()[0])
+    parser.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and project, of W&B")
+    entity, slash, project = parser.parse_args(arguments).project.partition("/")
+    if not (entity and slash and project):
+        parser.error("name user or team and project: ENTITY/PROJECT")
+    try:
+        made = report(entity, project)
+        made.save(draft=True)
+    except UsageError as error:
+        print(f"lqkd: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # wandb-workspaces raises many types, and Exception itself for want of a login
+        print(f"lqkd: error: W&B does not take the report: {first_line(error)}", file=sys.stderr)
+        return 2
+    print(made.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

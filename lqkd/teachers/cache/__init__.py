@@ -1,0 +1,8 @@
+"""Teacher answers that are stored once and replayed by later epochs, runs and methods."""
+
+from __future__ import annotations
+
+from lqkd.teachers.cache.cache import OpenCache, TeacherCache
+from lqkd.teachers.cache.codec import Answers
+
+__all__ = ["Answers", "OpenCache", "TeacherCache"]
