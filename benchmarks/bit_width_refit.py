@@ -26,13 +26,13 @@ from lightning.pytorch.trainer.states import RunningStage
 
 from lqkd.callbacks import BitWidthScheduler, Stage
 from lqkd.data import Digits
-from lqkd.utils.files import atomic_path
 from lqkd.models import CifarResNet
 from lqkd.modules import Cosine, DistillModule
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import Recipe, reestimate_batchnorm
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
+from lqkd.utils.files import atomic_path
 
 RULES = ("clip", "mse", "data")
 

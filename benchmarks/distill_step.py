@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lqkd.balances import BoundedUncertaintyBalance
 from lqkd.models import CifarResNet
-from lqkd.teachers.inference import computes_bf16
 from lqkd.modules import DistillModule
 from lqkd.modules.optimizers import regularizer_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.balances import (BoundedUncertaintyBalance)
-from lqkd.regularizers import (ElementwiseMLP, Regularizer)
+from lqkd.regularizers import ElementwiseMLP, Regularizer
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
+from lqkd.teachers.inference import computes_bf16
 
 TARGETS = {"lqkd, live teacher": 0.85, "lqkd, cached teacher": 0.62}
 """Largest ratio to the naive step."""

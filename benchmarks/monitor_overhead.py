@@ -25,13 +25,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from lqkd.runs import (RunLogger)
-from lqkd.callbacks import (RegularizerMonitor)
+from lqkd.callbacks import RegularizerMonitor
 from lqkd.data import Digits
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
+from lqkd.runs import RunLogger
 from lqkd.teachers import FrozenTeacher
 
 STEPS = 20

@@ -19,8 +19,8 @@ import torchvision
 
 from lqkd.export import deploy, floating, portable
 from lqkd.export.latency import Latency, measure, slowest_nodes
-from lqkd.utils.files import atomic_path
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.utils.files import atomic_path
 
 TARGET = 0.6
 FLOAT, PORTABLE = "float32", "portable"

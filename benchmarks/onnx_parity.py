@@ -24,9 +24,9 @@ from lqkd.export import check, deploy, portable
 from lqkd.export.latency import machine
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, kernels
-from lqkd.utils.files import atomic_path
 from lqkd.models import build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
+from lqkd.utils.files import atomic_path
 
 NETWORKS = ("torchvision/resnet18", "torchvision/mobilenet_v2", "timm/mobilenetv3_small_100")
 BITS = ("w8a8", "w4a4")

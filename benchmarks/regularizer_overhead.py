@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from lqkd.balances import FixedBalance
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.modules.optimizers import regularizer_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.balances import (FixedBalance)
-from lqkd.regularizers import (ElementwiseMLP, LearnableTable, LookAhead, Regularizer, SampleWeight)
+from lqkd.regularizers import ElementwiseMLP, LearnableTable, LookAhead, Regularizer, SampleWeight
 from lqkd.teachers import FrozenTeacher
 
 CONTESTANTS: dict[str, Callable[[], Regularizer | None]] = {

@@ -24,15 +24,22 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lqkd.balances import (
+    BoundedUncertaintyBalance,
+    FixedBalance,
+    ImpartialBalance,
+    LearnableRatioBalance,
+    OutputGradientBalance,
+    UncertaintyBalance,
+)
 from lqkd.data import CIFAR10, Digits
-from lqkd.utils.files import atomic_path
 from lqkd.losses import HintonKL, LogitResidual
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, reestimate_batchnorm
-from lqkd.balances import (BoundedUncertaintyBalance, FixedBalance, ImpartialBalance, LearnableRatioBalance, OutputGradientBalance, UncertaintyBalance)
-from lqkd.regularizers import (Adversarial, ElementwiseMLP, Entropy, LearnableTable, LookAhead, SampleWeight)
+from lqkd.regularizers import Adversarial, ElementwiseMLP, Entropy, LearnableTable, LookAhead, SampleWeight
 from lqkd.teachers import FrozenTeacher
+from lqkd.utils.files import atomic_path
 
 Arguments = Callable[[], dict[str, Any]]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lqkd.utils import renames
+from lqkd.utils.lazy import offers
 
 if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
     from lqkd.errors import UsageError as UsageError
@@ -13,7 +15,7 @@ if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
     from lqkd.quantization import Recipe as Recipe
     from lqkd.quantization import Rule as Rule
     from lqkd.quantization import quantize_model as quantize_model
-    from lqkd.runs.student import load_student as load_student
+    from lqkd.runs import load_student as load_student
     from lqkd.teachers import FrozenTeacher as FrozenTeacher
 
 __version__ = metadata.version("lqkd")
@@ -25,19 +27,12 @@ _PUBLIC = {
     "Recipe": "lqkd.quantization",
     "Rule": "lqkd.quantization",
     "UsageError": "lqkd.errors",
-    "load_student": "lqkd.runs.student",
+    "load_student": "lqkd.runs",
     "quantize_model": "lqkd.quantization",
 }
 """Public names and where they live; imported when first used, so that ``import lqkd`` is quick."""
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__getattr__, __dir__ = offers(__name__, _PUBLIC)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'lqkd' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+renames.install()

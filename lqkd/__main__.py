@@ -2,14 +2,14 @@
 
 import sys
 
-from lqkd.cli import main as cli
+from lqkd.cli import main as run
 
 
 def main() -> int:
     """Run the command line; classes of one's own are found in the current folder, as ``python -m`` finds them."""
     if not getattr(sys.flags, "safe_path", False) and "" not in sys.path:
         sys.path.insert(0, "")
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

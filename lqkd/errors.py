@@ -27,6 +27,13 @@ class FullDiskError(Exception):
     """
 
 
+class ParityError(RuntimeError):
+    """An exported model that does not compute what the student computes; the message says where it begins.
+
+    The command line prints it and exits with status 1.
+    """
+
+
 class LostProcessError(Exception):
     """A training of several processes, one of which has ended without a word to the others.
 

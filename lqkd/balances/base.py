@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import LossGradients
-from lqkd.balances.places import AtLogits, AtWeights
+from lqkd.errors import UsageError
 
 TASK = "task"
 """The name of the first loss of every balance."""
@@ -49,7 +49,7 @@ class Balance(nn.Module, ABC):
     Attributes:
         progress: the part of the training that is done, 0 to 1, for a balance that depends on it, to be set before
             each step; None for others.
-        place: where it measures the gradients of the losses; None for a balance that does not.
+        equalized_at: where it measures the gradients of the losses; None for a balance that does not.
         names: of the losses, the task's first.
 
     Raises:
@@ -84,7 +84,7 @@ class Balance(nn.Module, ABC):
         self.teacher_share = teacher_share
         self.hold, self.release = float(hold), float(release)
         self.progress: float | None = None if teacher_share is None else 0.0
-        self.place: AtLogits | AtWeights | None = None
+        self.equalized_at: AtLogits | AtWeights | None = None
         self.names: tuple[str, ...] = LOSSES
 
     def connect(self, names: Sequence[str]) -> None:
@@ -108,7 +108,7 @@ class Balance(nn.Module, ABC):
     @property
     def needs_output(self) -> bool:
         """Whether it measures gradients at the student's logits."""
-        return isinstance(self.place, AtLogits)
+        return isinstance(self.equalized_at, AtLogits)
 
     @abstractmethod
     def propose(self, losses: Tensor, gradients: LossGradients | None) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +116,7 @@ class Balance(nn.Module, ABC):
 
         Args:
             losses: (L,) in the order of :attr:`names`, of this process, detached.
-            gradients: of all losses at its :attr:`place`, of all processes; only in training and where it has one.
+            gradients: of all losses where it measures them, of all processes; only in training and where it does.
         """
 
     def forward(self, losses: dict[str, Tensor], output: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,8 +133,8 @@ class Balance(nn.Module, ABC):
             raise UsageError(f"balance {type(self).__name__} needs the student's logits: pass output=")
         losses = {name: losses[name] for name in self.names}
         gradients = None
-        if self.place is not None and self.training and torch.is_grad_enabled():
-            gradients = self.place.measure(losses, output)
+        if self.equalized_at is not None and self.training and torch.is_grad_enabled():
+            gradients = self.equalized_at.measure(losses, output)
         values = torch.stack([*losses.values()])
         wanted, term = self.propose(values.detach(), gradients)
         weights = self._bounded(self._led(self._bounded(wanted)))

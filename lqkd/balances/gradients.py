@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
 from lqkd.balances.base import Balance
+from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import SMALLEST_NORM, LossGradients
-from lqkd.balances.places import AtLogits, AtWeights
+from lqkd.errors import UsageError
 
 
 class _RatioBalance(Balance):
@@ -24,13 +24,13 @@ class _RatioBalance(Balance):
     log_norms: Tensor
     steps: Tensor
 
-    def __init__(self, place: AtLogits | AtWeights, ratio: float, momentum: float, **limits: Any) -> None:
+    def __init__(self, equalized_at: AtLogits | AtWeights, ratio: float, momentum: float, **limits: Any) -> None:
         super().__init__(**limits)
         if not (math.isfinite(ratio) and ratio > 0):
             raise UsageError(f"balance ratio={ratio!r} is not possible: it must be a finite number greater than 0")
         if not 0 <= momentum < 1:
             raise UsageError(f"balance momentum={momentum!r} is not possible: it must be >= 0 and < 1")
-        self.place = place
+        self.equalized_at = equalized_at
         self.ratio, self.momentum = float(ratio), float(momentum)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._make(len(self.names))

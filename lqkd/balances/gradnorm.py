@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
 from lqkd.balances.base import Balance
+from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import LossGradients
-from lqkd.balances.places import AtLogits, AtWeights
+from lqkd.errors import UsageError
 from lqkd.utils.reduction import mean_over_processes
 
 _SMALLEST_LOSS = 1e-12
@@ -32,10 +32,10 @@ class _NormBalance(Balance):
     steps: Tensor
 
     def __init__(
-        self, place: AtLogits | AtWeights, alpha: float, minimum: float, maximum: float, **limits: Any
+        self, equalized_at: AtLogits | AtWeights, alpha: float, minimum: float, maximum: float, **limits: Any
     ) -> None:
         super().__init__(minimum, maximum, **limits)
-        self.place = place
+        self.equalized_at = equalized_at
         if not (math.isfinite(alpha) and alpha >= 0):
             raise UsageError(f"balance alpha={alpha!r} is not possible: it must be a finite number >= 0")
         if not 0 < minimum < 1 < maximum:

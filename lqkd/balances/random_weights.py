@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqkd.errors import UsageError
 from lqkd.balances.base import Balance
 from lqkd.balances.norms import LossGradients
+from lqkd.errors import UsageError
 
 
 class RandomBalance(Balance):

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lqkd.errors import UsageError
 from lqkd.balances.base import Balance
 from lqkd.balances.fixed import check_weights
 from lqkd.balances.norms import LossGradients
+from lqkd.errors import UsageError
 
 
 class ScheduledBalance(Balance):

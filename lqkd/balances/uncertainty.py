@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
 from lqkd.balances.base import Balance
 from lqkd.balances.norms import LossGradients
+from lqkd.errors import UsageError
 from lqkd.utils.reduction import mean_over_processes
 
 _LARGEST_WEIGHTED_LOSS = 10.0  # that a scalar learns from

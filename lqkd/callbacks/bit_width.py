@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lqkd.runs.checkpoint import BestAndLast
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, Quantizer
@@ -68,7 +67,6 @@ class BitWidthScheduler(Callback):
         self.match = match
         self.refit = refit
         self.current = 0
-        self.warnings: list[str] = []
         self._target: dict[str, tuple[int, int]] = {}
         self._best = float("-inf")
         self._stalled = 0
@@ -88,6 +86,13 @@ class BitWidthScheduler(Callback):
     def finished(self) -> bool:
         """Whether the student has the recipe's bits."""
         return self.current == len(self.stages)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What there is to say of a training that has ended, also of one that ended in an earlier process."""
+        if self.finished:
+            return []
+        return [f"Training ended in stage {self.stages[self.current].bits} of the bit-width schedule, before its last."]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, DistillModule):
@@ -146,10 +151,8 @@ class BitWidthScheduler(Callback):
         self._stalled = 0 if improved else self._stalled + 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.finished:
-            stage = self.stages[self.current]
-            self.warnings.append(f"Training ended in stage {stage.bits} of the bit-width schedule, before its last.")
-            rank_zero_warn(self.warnings[-1])
+        for warning in self.warnings:
+            rank_zero_warn(warning)
 
     def _stage(self) -> Stage | None:
         return None if self.finished else self.stages[self.current]
@@ -164,8 +167,9 @@ class BitWidthScheduler(Callback):
                 for parameter in quantizer.parameters():
                     optimizer.state.pop(parameter, None)
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, BestAndLast):
-                checkpoint.forget_best()
+            forget = getattr(checkpoint, "forget_best", None)  # as of lqkd.runs.BestAndLast
+            if forget is not None:
+                forget()
         bits = self.stages[self.current].bits if not self.finished else module.quantization.bits
         rank_zero_info(f"bit-width schedule: {bits} from step {trainer.global_step}, epoch {trainer.current_epoch}")
         weight, activation = parse_bits(bits)

@@ -6,8 +6,8 @@ from lightning.pytorch import LightningModule
 
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
-from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.analysis.oscillation import MOST_BITS, refusal, weight_layers
+from lqkd.quantization.layers import QuantizedLayer
 
 
 def distill_module(callback: str, module: LightningModule) -> DistillModule:

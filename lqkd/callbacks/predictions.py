@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lqkd.utils.files import atomic_path
 from lqkd.utils.escaping import csv_cell
+from lqkd.utils.files import atomic_path
 
 COLUMNS = ("index", "file", "label", "class", "confidence")
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lqkd.errors import UsageError
-from lqkd.runs.folder import CONFIG, run_within
 from lqkd.cli.verb_parser import argument, read, read_known
+from lqkd.errors import UsageError
+from lqkd.runs.folder import check_resumable
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,18 @@ class Resume:
 
 
 def of(verb: str, args: Sequence[str]) -> Any:
-    """The arguments of ``verb`` as its ``main`` takes them.
+    """The arguments of ``verb`` as its door in :mod:`lqkd.cli.verbs` takes them.
 
     Raises:
         UsageError: after a user's mistake.
         SystemExit: after one about the arguments, told in one line (status 2), and after ``--help``.
     """
     if verb == "compare":
-        from lqkd.studies.settings import read_arguments
+        from lqkd.studies.settings import read_settings
 
-        return read_arguments(args)
+        compared = read("compare", Compare, args)
+        read_it = read_settings(compared.config, compared.root, compared.name, compared.seeds, compared.set)
+        return (*read_it, compared.retry_failed)
     if verb == "report":
         report = read(verb, Report, args)
         _check_exists(report.folder, "the folder of a run or a study")
@@ -135,6 +138,9 @@ def of(verb: str, args: Sequence[str]) -> Any:
     }[verb]
     given: Any = read(verb, kind, args)
     _check_exists(given.run, wanted)
+    missing = [name for name in ("onnx", "onnxruntime") if verb == "export" and find_spec(name) is None]
+    if missing:
+        raise UsageError(f"export needs {missing[0]}: pip install 'lqkd[export]'")
     return given
 
 
@@ -156,28 +162,6 @@ def of_resume(args: Sequence[str]) -> tuple[Resume, list[str]]:
         raise UsageError("--ckpt_path is not possible with resume: it goes on from the run's own checkpoints/last.ckpt")
     check_resumable(given.run)
     return given, settings
-
-
-def check_resumable(folder: Path) -> None:
-    """Refuse what is no run folder.
-
-    Raises:
-        UsageError: then.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UsageError(
-            f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
-        )
-
-
-def check_seed(setting: str, seed: int) -> None:
-    """Refuse what NumPy takes for no seed.
-
-    Raises:
-        UsageError: then.
-    """
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"{setting}={seed} is not possible: a seed is a whole number from 0 to {2**32 - 1}")
 
 
 def _check_exists(given: str | Path, wanted: str) -> None:

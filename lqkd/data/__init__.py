@@ -1,32 +1,46 @@
 """Data sets as Lightning data modules: uint8 batches, augmented on the device, replayable.
 
 Small sets are held in memory; large ones are decoded by worker processes.
+
+What it offers is imported when first used: preparing an image needs no Lightning.
 """
 
-from lqkd.data.augmentation import Augmentation
-from lqkd.data.base import ImageDataModule
-from lqkd.data.cifar import CIFAR10, CIFAR100
-from lqkd.data.decoding import DecodingDataModule
-from lqkd.data.digits import Digits
-from lqkd.data.fashion_mnist import FashionMNIST
-from lqkd.data.image_folder import ImageFolder
-from lqkd.data.imagenet import ImageNet
-from lqkd.data.loader import Batch, TensorBatches
-from lqkd.data.streamed import StreamedImageNet
-from lqkd.data.worker_loader import WorkerBatches
+from __future__ import annotations
 
-__all__ = [
-    "CIFAR10",
-    "CIFAR100",
-    "Augmentation",
-    "Batch",
-    "DecodingDataModule",
-    "Digits",
-    "FashionMNIST",
-    "ImageDataModule",
-    "ImageFolder",
-    "ImageNet",
-    "StreamedImageNet",
-    "TensorBatches",
-    "WorkerBatches",
-]
+from typing import TYPE_CHECKING
+
+from lqkd.utils.lazy import offers
+
+if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
+    from lqkd.data.augmentation import Augmentation as Augmentation
+    from lqkd.data.base import ImageDataModule as ImageDataModule
+    from lqkd.data.cifar import CIFAR10 as CIFAR10
+    from lqkd.data.cifar import CIFAR100 as CIFAR100
+    from lqkd.data.decoding import DecodingDataModule as DecodingDataModule
+    from lqkd.data.digits import Digits as Digits
+    from lqkd.data.fashion_mnist import FashionMNIST as FashionMNIST
+    from lqkd.data.image_folder import ImageFolder as ImageFolder
+    from lqkd.data.imagenet import ImageNet as ImageNet
+    from lqkd.data.loader import Batch as Batch
+    from lqkd.data.loader import TensorBatches as TensorBatches
+    from lqkd.data.streamed import StreamedImageNet as StreamedImageNet
+    from lqkd.data.worker_loader import WorkerBatches as WorkerBatches
+
+_WHERE = {
+    "Augmentation": "lqkd.data.augmentation",
+    "Batch": "lqkd.data.loader",
+    "CIFAR10": "lqkd.data.cifar",
+    "CIFAR100": "lqkd.data.cifar",
+    "DecodingDataModule": "lqkd.data.decoding",
+    "Digits": "lqkd.data.digits",
+    "FashionMNIST": "lqkd.data.fashion_mnist",
+    "ImageDataModule": "lqkd.data.base",
+    "ImageFolder": "lqkd.data.image_folder",
+    "ImageNet": "lqkd.data.imagenet",
+    "StreamedImageNet": "lqkd.data.streamed",
+    "TensorBatches": "lqkd.data.loader",
+    "WorkerBatches": "lqkd.data.worker_loader",
+}
+
+__all__ = [*_WHERE]  # noqa: PLE0604
+__getattr__, __dir__ = offers(__name__, _WHERE)

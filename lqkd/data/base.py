@@ -15,11 +15,11 @@ from torch import Tensor
 from lqkd.data.augment import normalize
 from lqkd.data.augment_mix import choose_partners
 from lqkd.data.augmentation import Augmentation
-from lqkd.utils.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
 from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
+from lqkd.utils.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
 
 if TYPE_CHECKING:
     from lqkd.data.encoded import EncodedImages

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lqkd.data.base import ImageDataModule, ImageSet
-from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.data.split import stratified_split
+from lqkd.utils.counter_rng import STREAM_TEST
 
 _TEST_IMAGES = 359  # a fifth of 1,797
 _TEST_SEED = 0  # never the run's: every run is tested on the same images

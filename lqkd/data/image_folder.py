@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
-from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path
+from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.utils.escaping import csv_cell, terminal
-from lqkd.utils.progress import waiting
+from lqkd.utils.files import atomic_path
+from lqkd.utils.progress import track
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
@@ -85,7 +85,7 @@ class ImageFolder(DecodingDataModule):
         images = ImageFiles(paths, self.image_size)
         with ThreadPool(os.cpu_count()) as pool:  # decoders release the GIL
             checked = pool.imap(partial(_damage, images), range(len(paths)), chunksize=16)
-            damaged = [text for text in waiting(checked, "checking images", len(paths)) if text is not None]
+            damaged = [text for text in track(checked, "checking images", len(paths)) if text is not None]
         if damaged:
             more = f"; and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
             raise UsageError(

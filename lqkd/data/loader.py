@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from lqkd.utils.counter_rng import STREAM_ORDER, random_bits
 from lqkd.errors import UsageError
+from lqkd.utils.counter_rng import STREAM_ORDER, random_bits
 
 
 class Batch(NamedTuple):

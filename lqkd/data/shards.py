@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from lqkd.data.class_folders import check_same_classes, list_class_folders
-from lqkd.utils.counter_rng import STREAM_SHARDING, random_bits
-from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
 from lqkd.data.decode import decode
+from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path
+from lqkd.utils.counter_rng import STREAM_SHARDING, random_bits
 from lqkd.utils.escaping import terminal
-from lqkd.utils.progress import Waiting
+from lqkd.utils.files import atomic_path
+from lqkd.utils.progress import Progress
 
 _AT_ONCE = 256  # images in memory
 
@@ -63,7 +63,7 @@ def _pack(classes: dict[str, list[str]], folder: Path, part: str, shard_bytes: i
     rows: list[tuple[int, int, int, int]] = []
     names: list[str] = []
     sizes: list[int] = []
-    with Waiting(f"writing {part}") as bar:
+    with Progress(f"writing {part}") as bar:
         while len(rows) < len(images):
             name = f"{part}-{len(names):06d}.tar"
             with atomic_path(folder / name) as temporary:
@@ -77,7 +77,7 @@ def _pack(classes: dict[str, list[str]], folder: Path, part: str, shard_bytes: i
     )
 
 
-def _fill(target: Path, images: list[tuple[str, int]], start: int, shard_bytes: int, bar: Waiting) -> None:
+def _fill(target: Path, images: list[tuple[str, int]], start: int, shard_bytes: int, bar: Progress) -> None:
     """Write images from ``start`` on until the shard is full."""
     webdataset = import_webdataset()
     with (

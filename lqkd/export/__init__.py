@@ -1,21 +1,39 @@
-"""Taking the student away: integer ONNX, QONNX and torch.export, with proof of parity.
+"""Taking the student away: integer ONNX, QONNX and torch.export, with proof of parity, and asking what was exported.
 
-Needs ``pip install 'lqkd[export]'``. Nothing here needs Lightning but :mod:`lqkd.export.command`.
+All but asking a run needs ``pip install 'lqkd[export]'``. Nothing here needs Lightning but :mod:`lqkd.export.command`
+and :mod:`lqkd.export.export_check`.
 """
 
 from __future__ import annotations
 
-from lqkd.errors import UsageError
+from importlib.util import find_spec
+from typing import Any
 
-try:
-    import onnx  # noqa: F401
-    import onnxruntime  # noqa: F401
-except ImportError as error:
-    raise UsageError(f"export needs {error.name}: pip install 'lqkd[export]'") from None
-
-from lqkd.export.api import ParityError, to_onnx
+from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import Deployed, deploy
-from lqkd.export.formats import FORMATS
-from lqkd.export.parity import Parity, check
+
+MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is None), None)
+"""A package that exporting needs and that is not installed; None when all are."""
+
+if MISSING is None:
+    from lqkd.export.api import to_onnx
+    from lqkd.export.formats import FORMATS
+    from lqkd.export.parity import Parity, check
 
 __all__ = ["FORMATS", "Deployed", "Parity", "ParityError", "check", "deploy", "to_onnx"]
+
+
+def require() -> None:
+    """Say what to install where it is missing.
+
+    Raises:
+        UsageError: then.
+    """
+    if MISSING is not None:
+        raise UsageError(f"export needs {MISSING}: pip install 'lqkd[export]'")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        require()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

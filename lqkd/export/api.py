@@ -9,17 +9,13 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.errors import ParityError, UsageError
 from lqkd.export import metadata
 from lqkd.export.deploy import deploy, deployable_copy
 from lqkd.export.formats import BUILDERS, check_expressible
 from lqkd.export.parity import check
-from lqkd.utils.files import atomic_path
 from lqkd.quantization import quantizers
-
-
-class ParityError(RuntimeError):
-    """The exported model does not compute what the student computes; the message says where it begins."""
+from lqkd.utils.files import atomic_path
 
 
 def to_onnx(

@@ -11,8 +11,8 @@ from lqkd.export.metadata import layer_bits, summary_of_bits
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
-from lqkd.utils.files import write_text
 from lqkd.utils.escaping import code, markdown, terminal
+from lqkd.utils.files import write_text
 
 NAMED = 8
 """Float nodes that the table names; the card names all."""

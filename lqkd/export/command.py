@@ -1,4 +1,4 @@
-"""``python -m lqkd export``: a run's student as a file, verified, with a model card beside it."""
+"""A run's student as a file, verified, with a model card beside it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.cli.arguments import Export
-from lqkd.errors import UsageError, first_line
+from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
 from lqkd.export.deploy import deploy
@@ -22,13 +21,13 @@ from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, ch
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
-from lqkd.utils.files import atomic_path
 from lqkd.modules import DistillModule
-from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
+from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
-from lqkd.utils.progress import Stages, Waiting, waiting
+from lqkd.utils.files import atomic_path
+from lqkd.utils.progress import Progress, Stages, track
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
@@ -36,48 +35,65 @@ COMPARED = 32
 """Images for the comparison layer by layer."""
 
 
-def main(given: Export) -> int:
-    """Run the command and return its exit status: 0, or 1 when the file does not compute what the student computes.
+def export(
+    run: str | Path,
+    *,
+    format: str = "portable",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    latency: bool = False,
+    allow_code: bool = False,
+) -> Path:
+    """Export the student of a run from its best checkpoint, verify the file and write a model card beside it.
 
     Args:
-        given: its arguments.
+        run: folder of a finished training.
+        format: one of :data:`lqkd.export.FORMATS`.
+        output: file to write; None for ``student.onnx`` or its like in the run folder.
+        overwrite: whether to replace a file that exists.
+        latency: whether to time it against float32 ONNX and PyTorch on this CPU.
+        allow_code: whether classes of a folder that somebody else made may be run.
+
+    Returns:
+        The file.
 
     Raises:
         UsageError: after a user's mistake.
+        ParityError: when the file does not compute what the student computes; it is kept under another name.
     """
-    check_format(given.format)
-    if given.latency and given.format == "qonnx":
+    check_format(format)
+    if latency and format == "qonnx":
         raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
-    output = _output(given)
+    wanted = _output(Path(run), format, output, overwrite)
     with Stages(5) as stage:
         stage("reading the run")
-        reader, student, checkpoint = read_student(given.run, given.allow_code)
+        reader, student, checkpoint = read_student(run, allow_code)
         stage("reading calibration images")
         calibration, images = _images(reader)
         stage("making weights integer and calibrating")
-        with Waiting("fitting grids") as bar:
+        with Progress("fitting grids") as bar:
             deployed = deploy(student.cpu().eval(), images, calibration, bar.update)
-        check_expressible(deployed, given.format)
+        check_expressible(deployed, format)
         about = _about(reader) | {"checkpoint": checkpoint}
         split, test = _test(reader)
         stage("building the file's network")
-        if given.format == TORCH:
+        if format == TORCH:
             program = torch_program.build(deployed, images)
             stage("comparing it with PyTorch")
             parity = check_program(program, deployed, images, test, student)
             found = None
         else:
-            exported = BUILDERS[given.format](deployed)
+            exported = BUILDERS[format](deployed)
             stage("comparing it with PyTorch")
             parity = check(exported, deployed, images, test, student)
             found = None if is_qonnx(exported.model) else kernels(exported.model)
     parity.split = split
-    described = metadata.describe(given.format, deployed, parity, about)
-    if given.format != TORCH:
+    described = metadata.describe(format, deployed, parity, about)
+    if format != TORCH:
         metadata.write(exported.model, described)
-    target = output if parity.problem is None else rejected(output)
+    target = wanted if parity.problem is None else rejected(wanted)
     with atomic_path(target) as temporary:
-        if given.format == TORCH:
+        if format == TORCH:
             save_program(program, temporary, described)
         else:
             temporary.write_bytes(exported.model.SerializeToString())
@@ -85,18 +101,17 @@ def main(given: Export) -> int:
     summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, found)
     print_table(summary, described, parity)
     if parity.problem is not None:
-        print(f"lqkd: error: the file fails the comparison and is kept as {target}: {parity.problem}", file=sys.stderr)
-        return 1
+        raise ParityError(f"the file fails the comparison and is kept as {target}: {parity.problem}")
     write_card(summary, described, parity, deployed)
-    runs = program.module() if given.format == TORCH else exported.model
-    name = f"{target.name} ({given.format})"
-    latency = report.measure_latency(runs, name, deployed, student, images[:1]) if given.latency else None
-    costs = report.describe(student, images[:1], summary, described, latency)
+    model = program.module() if format == TORCH else exported.model
+    name = f"{target.name} ({format})"
+    timed = report.measure_latency(model, name, deployed, student, images[:1]) if latency else None
+    costs = report.describe(student, images[:1], summary, described, timed)
     report.print_report(costs)
     report.write(costs, target)
-    for sentence in outdated_exports(Path(given.run)).values():
+    for sentence in outdated_exports(Path(run)).values():
         print(f"lqkd: warning: {sentence}", file=sys.stderr)
-    return 0
+    return target
 
 
 def rejected(output: Path) -> Path:
@@ -104,19 +119,18 @@ def rejected(output: Path) -> Path:
     return output.with_name(f"{output.stem}.rejected{output.suffix}")
 
 
-def _output(given: Export) -> Path:
-    run = Path(given.run)
+def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -> Path:
     if not run.is_dir():
-        raise UsageError(f"{given.run!r} is not a run folder: export takes the folder of a finished training")
-    suffix = SUFFIXES.get(given.format, ".onnx")
-    stem = "student" if given.format in ("portable", TORCH) else f"student.{given.format}"
-    output = run / f"{stem}{suffix}" if given.output is None else Path(given.output)
+        raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
+    suffix = SUFFIXES.get(format, ".onnx")
+    stem = "student" if format in ("portable", TORCH) else f"student.{format}"
+    output = run / f"{stem}{suffix}" if given is None else Path(given)
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     if output.suffix != suffix:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
     for path in (output, card_path(output), report.report_path(output)):
-        if path.exists() and not given.overwrite:
+        if path.exists() and not overwrite:
             old = outdated_exports(output.parent).get(output)
             raise UsageError(
                 f"{str(path)!r} exists: give --overwrite, or another --output" + ("" if old is None else f"; {old}")
@@ -206,6 +220,6 @@ def _test(reader: RunReader) -> tuple[str, Iterator[tuple[Tensor, Tensor]]]:
 
 
 def _labelled(reader: RunReader, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in waiting(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
+    for batch in track(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
         images, labels, _ = reader.model.samples(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
         yield images.cpu(), labels.cpu()

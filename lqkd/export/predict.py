@@ -1,8 +1,7 @@
-"""``python -m lqkd predict RUN IMAGES``: class names and confidence for image files, from a run or an exported file."""
+"""Class names and confidence for image files, from a run or an exported file."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lqkd.cli.arguments import Predict
+from lqkd.data.preprocessing import Preprocessing
 from lqkd.errors import UsageError, first_line
 from lqkd.models.finite import not_finite
 from lqkd.runs.provenance import outdated
-from lqkd.data.preprocessing import Preprocessing
 from lqkd.runs.student import describe_student, load_student
 from lqkd.utils.escaping import terminal
+from lqkd.utils.progress import track
 from lqkd.utils.schema import EXPORTED_FILE, check
-from lqkd.utils.progress import waiting
 
 BATCH = 32
 """Images that are held in memory at once."""
@@ -82,36 +80,29 @@ class Classifier:
         return {"class": name, "index": index, "confidence": confidence}
 
 
-def main(given: Predict) -> int:
-    """Run the command and return its exit status: 0, or 2 when an image could not be read.
-
-    An image that cannot be read is told in one line, and the others are predicted.
+def predict(
+    run: str | Path, images: Sequence[str], *, top_k: int = 1, allow_code: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The classes of image files, one after the other.
 
     Args:
-        given: its arguments.
+        run: run folder, or a file that export wrote (.onnx or .pt2).
+        images: image files of any size.
+        top_k: classes for each image, >= 1.
+        allow_code: whether classes of a folder that somebody else made may be run.
+
+    Returns:
+        For each image ``image``, its path, and ``predictions``, a list of ``class``, ``index`` and ``confidence``, the
+        most probable first; or ``error``, what is wrong with the image.
 
     Raises:
         UsageError: after a user's mistake about the run or the file.
     """
-    if given.top_k < 1:
-        raise UsageError(f"--top-k {given.top_k} is not possible: it must be at least 1")
-    classifier = load_classifier(given.run, given.allow_code)
-    failed = False
-    listed: list[dict[str, Any]] = []
-    predicted = _predictions(classifier, given.images, given.top_k)
-    for path, entry in waiting(predicted, "reading images", len(given.images)):
-        if isinstance(entry, UsageError):
-            failed = True
-            print(f"lqkd: error: {terminal(entry)}", file=sys.stderr)
-            listed.append({"image": path, "error": str(entry)})
-        else:
-            listed.append({"image": path, "predictions": entry})
-            if not given.json:
-                classes = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry)
-                print(terminal(f"{path}: {classes}"))
-    if given.json:
-        print(json.dumps(listed, indent=2, allow_nan=False))
-    return 2 if failed else 0
+    if top_k < 1:
+        raise UsageError(f"--top-k {top_k} is not possible: it must be at least 1")
+    classifier = load_classifier(run, allow_code)
+    for path, entry in track(_predictions(classifier, images, top_k), "reading images", len(images)):
+        yield {"image": path} | ({"error": str(entry)} if isinstance(entry, UsageError) else {"predictions": entry})
 
 
 def _predictions(
@@ -171,7 +162,9 @@ def _in_torch(network: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    from lqkd import export  # noqa: F401  says what to install where onnx is missing
+    from lqkd.export import require
+
+    require()
     from lqkd.export import metadata
     from lqkd.export.emitter import OUTPUT
     from lqkd.export.runtimes import Runner

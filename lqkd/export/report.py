@@ -13,11 +13,11 @@ from lqkd.export import floating
 from lqkd.export.card import Summary
 from lqkd.export.deploy import Deployed
 from lqkd.export.latency import Latency, measure
-from lqkd.utils.files import write_json
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
-from lqkd.utils.progress import Waiting
+from lqkd.utils.files import write_json
+from lqkd.utils.progress import Progress
 
 SUFFIX = ".report.json"
 FLOAT_ONNX = "float32 ONNX"
@@ -83,7 +83,7 @@ def measure_latency(
         image: (1, C, H, W).
     """
     plain = copy_of(student).eval()
-    with float_mode(plain), Waiting("timing the file and its network in other forms") as bar:
+    with float_mode(plain), Progress("timing the file and its network in other forms") as bar:
         contestants: dict[str, onnx.ModelProto | nn.Module] = {
             FLOAT_ONNX: floating.build(deployed).model,
             name: exported,

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lqkd.teachers import TeacherEnsemble
+from lqkd.balances import Balance, FixedBalance
+from lqkd.balances.base import LOSSES
+from lqkd.balances.equalized_at import AtWeights
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
@@ -25,24 +27,21 @@ from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
+from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.outputs import enough_samples, leaves_one, logits_of, try_network, try_training
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
-from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
-from lqkd.modules.teacher_answers import indices_of, prepare_teacher
+from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
-from lqkd.balances import (Balance, FixedBalance)
-from lqkd.regularizers import (LookAhead, Regularizer)
-from lqkd.balances.base import LOSSES
-from lqkd.balances.places import AtWeights
-from lqkd.teachers import FrozenTeacher
-from lqkd.teachers.cache import Answers, OpenCache, TeacherCache
-from lqkd.utils.progress import Waiting
+from lqkd.regularizers import LookAhead, Regularizer
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
+from lqkd.teachers.cache import OpenCache, TeacherCache, TeacherOutputs
+from lqkd.utils.progress import Progress
 
 
 @dataclass
@@ -171,8 +170,8 @@ class DistillModule(SharedBackward):
                 f"that compares logits, which {type(loss).__name__} does not; GradientBalance and GradNorm measure in "
                 "weights"
             )
-        if isinstance(self.balance.place, AtWeights):
-            self.balance.place.bind(self.student)
+        if isinstance(self.balance.equalized_at, AtWeights):
+            self.balance.equalized_at.bind(self.student)
         self.student_optimizer = student_optimizer
         self.regularizer_optimizer = regularizer_optimizer
         self.student_schedule = student_schedule or Cosine()
@@ -252,7 +251,7 @@ class DistillModule(SharedBackward):
 
     def _settle_balance(self, images: Tensor) -> None:
         """Let a balance that measures gradients in weights find them, or see that both losses reach them."""
-        place = self.balance.place
+        place = self.balance.equalized_at
         if not isinstance(place, AtWeights) or place.settled:
             return
 
@@ -321,7 +320,9 @@ class DistillModule(SharedBackward):
         ]
         self._tell_progress()
         self.warnings = []
-        unsettled = isinstance(self.balance.place, AtWeights) and not self.balance.place.settled  # no shape was told
+        unsettled = (
+            isinstance(self.balance.equalized_at, AtWeights) and not self.balance.equalized_at.settled
+        )  # no shape was told
         if unsettled or not self._resumed:
             images = self._check_first(self._first_samples())
             if unsettled:
@@ -359,7 +360,7 @@ class DistillModule(SharedBackward):
 
     def _fit_quantizers(self, images: Tensor) -> None:
         """Fit every quantizer to the first batch."""
-        with Waiting("fitting quantizers") as bar, self.trainer.precision_plugin.forward_context():
+        with Progress("fitting quantizers") as bar, self.trainer.precision_plugin.forward_context():
             progress = bar.update if self.trainer.is_global_zero else None
             initialize_quantizers(self.student, images, batch_statistics=True, progress=progress)
 
@@ -385,7 +386,7 @@ class DistillModule(SharedBackward):
 
     # ---- the path of a batch
 
-    def ask_teacher(self, images: Tensor) -> Answers:
+    def ask_teacher(self, images: Tensor) -> TeacherOutputs:
         """Logits (B, C) of every teacher, and what the taps see of it."""
         if isinstance(self.teacher, TeacherEnsemble):
             answers = self.teacher.answers(images)

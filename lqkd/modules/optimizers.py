@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lqkd.balances import Balance
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
-from lqkd.balances import (Balance)
 
 _PLAYERS = ("student_", "regularizer_", "")
 _OF_SCHEDULE = ("class_path", "init_args.scheduler.class_path", "init_args.interval")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,13 +15,11 @@ from torchmetrics import MeanMetric
 
 from lqkd.errors import UsageError
 from lqkd.modules.batches import check_range
+from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
-from lqkd.utils.progress import waiting
-
-if TYPE_CHECKING:
-    from lqkd.modules.distill import DistillModule
+from lqkd.utils.progress import track
 
 REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_quantized_accuracy")
 """Keys of what :func:`measure` returns."""
@@ -30,7 +28,7 @@ UNCHECKED = "the teacher was not checked"
 
 
 def measure(
-    module: DistillModule, known: dict[str, float | None], of_teacher: dict[str, float | None]
+    module: Distilling, known: dict[str, float | None], of_teacher: dict[str, float | None]
 ) -> dict[str, float | None]:
     """Check the teacher on the validation split, then measure teacher and student on the test split.
 
@@ -85,14 +83,14 @@ def _count(loader: Any, limit: float) -> int:
     return limit if isinstance(limit, int) else int(len(loader) * limit)
 
 
-def warn(module: DistillModule, sentence: str) -> None:
+def warn(module: Distilling, sentence: str) -> None:
     """Say ``sentence`` once, and keep it for the summary."""
     module.warnings.append(sentence)
     rank_zero_warn(sentence)
 
 
 def _of_teacher(
-    module: DistillModule, split: str, batches: tuple[Any, float], known: dict[str, float | None]
+    module: Distilling, split: str, batches: tuple[Any, float], known: dict[str, float | None]
 ) -> tuple[float | None, float | None]:
     """As :func:`accuracy` of the teacher, asked only when it is not known for as many batches of the split."""
     loader, limit = batches
@@ -103,14 +101,14 @@ def _of_teacher(
     return known[name], known[largest]
 
 
-def _is_chance(module: DistillModule, found: float | None) -> bool:
+def _is_chance(module: Distilling, found: float | None) -> bool:
     """Whether a student that was given no weights answers like one that has not been trained."""
     classes = getattr(module.trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
     untrained = module.hparams.get("student_weights") is None  # unless its class brings weights of its own
     return found is not None and untrained and found < lowest_accuracy(len(classes))
 
 
-def evaluated(module: DistillModule, limit: float) -> str:
+def evaluated(module: Distilling, limit: float) -> str:
     """What of a split is evaluated, and how its images are prepared.
 
     Args:
@@ -123,8 +121,9 @@ def evaluated(module: DistillModule, limit: float) -> str:
     return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
-def _check_teacher(module: DistillModule, measured: float | None, largest_class: float | None, batches: int) -> None:
+def _check_teacher(module: Distilling, measured: float | None, largest_class: float | None, batches: int) -> None:
     if getattr(module.trainer, "fast_dev_run", False):
+        rank_zero_info(f"{UNCHECKED}: trainer.fast_dev_run")
         return
     if measured is None or largest_class is None:
         if batches > 0:
@@ -161,7 +160,7 @@ def lowest_accuracy(classes: int) -> float:
 
 
 @torch.no_grad()
-def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
+def accuracy(module: Distilling, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
     """Top-1 accuracy of ``network``, and what always naming the largest class would reach, all ranks together.
 
     Args:
@@ -180,7 +179,7 @@ def accuracy(module: DistillModule, network: nn.Module, loader: Any, limit: floa
     with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
         taken = islice(loader, batches)
         if trainer.is_global_zero:
-            taken = waiting(taken, "measuring before the first step", batches)  # type: ignore[assignment]
+            taken = track(taken, "measuring before the first step", batches)  # type: ignore[assignment]
         for batch in taken:
             images, labels, _ = module.samples(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
             logits = network(images)

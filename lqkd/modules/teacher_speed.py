@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import accuracy, loader_of
 from lqkd.teachers import FrozenTeacher
-
-if TYPE_CHECKING:
-    from lqkd.modules.distill import DistillModule
 
 LARGEST_LOSS = 0.001
 """bfloat16 must move the accuracy on the validation images by less than this: 0.1 points."""
 
 
 @torch.no_grad()
-def accelerate(module: DistillModule, untouched: Collection[str], known: list[bool] | None) -> list[bool]:
+def accelerate(module: Distilling, untouched: Collection[str], known: list[bool] | None) -> list[bool]:
     """Let every teacher of ``module`` answer through a faster copy of its network.
 
     Args:
@@ -40,7 +38,7 @@ def accelerate(module: DistillModule, untouched: Collection[str], known: list[bo
     return chosen
 
 
-def _bf16(module: DistillModule, teacher: FrozenTeacher, untouched: Collection[str], name: str) -> bool:
+def _bf16(module: Distilling, teacher: FrozenTeacher, untouched: Collection[str], name: str) -> bool:
     """Whether ``teacher`` is to answer in bfloat16."""
     wanted = bool(module.trainer.strategy.broadcast(teacher.wants_bf16(module.device)))
     if not wanted or teacher.precision == "bf16":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batchnorm
 from lqkd.quantization.analysis.budget import Budget
+from lqkd.quantization.analysis.mixed_precision import MixedPrecision, allocate, assign_bits
+from lqkd.quantization.analysis.sensitivity import Candidate, SensitivityReport, measure_sensitivity
+from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batchnorm
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
 from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
-from lqkd.quantization.analysis.cost import LayerCost, Size, bit_operations, layer_costs, operation_shares, size
-from lqkd.quantization.graph import Operation
+from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, operation_shares, size
 from lqkd.quantization.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -20,10 +21,9 @@ from lqkd.quantization.layers import (
     QuantLinear,
     QuantMultiheadAttention,
 )
-from lqkd.quantization.analysis.mixed_precision import MixedPrecision, allocate, assign_bits
 from lqkd.quantization.quantizers import LSQ, QUANTIZERS, Quantizer
 from lqkd.quantization.recipe import Recipe, Rule
-from lqkd.quantization.analysis.sensitivity import Candidate, SensitivityReport, measure_sensitivity
+from lqkd.quantization.survey import Operation
 
 __all__ = [
     "LSQ",

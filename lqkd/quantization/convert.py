@@ -11,12 +11,13 @@ from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
-from lqkd.quantization.analysis.cost import size
-from lqkd.quantization.graph import Join, Operation, Survey, survey
+from lqkd.quantization.cost import size
+from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
 from lqkd.quantization.residual import quantize_joins
+from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.quantization.trial import refusal
 from lqkd.quantization.wrappers import wrapper
 

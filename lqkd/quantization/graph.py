@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,12 +13,13 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.quantization.computed import copy_of
-from lqkd.quantization.shared_activations import forks
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
 from lqkd.quantization.ports import Calls, Port, is_inside, where
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.residual import hook_up
+from lqkd.quantization.shared_activations import shared_activations
+from lqkd.quantization.survey import JOINS, Join, Operation, Survey
 from lqkd.quantization.trial import PRODUCTS
 
 _FUNCTIONS: dict[Any, str] = {
@@ -46,78 +46,6 @@ _OPAQUE: dict[type[nn.Module], int] = {nn.TransformerEncoderLayer: 2, nn.Transfo
 """Modules that a trace does not look into, and their residual additions."""
 _PAIRS = ("add", "mul")
 """Operations that are listed only when both operands are tensors."""
-JOINS = ("add", "cat")
-"""Operations whose operands can be quantised where they come from."""
-
-
-@dataclass(frozen=True)
-class Join:
-    """An addition or concatenation of tensors, as in a residual connection.
-
-    Attributes:
-        kind: one of :data:`JOINS`.
-        where: name of the module in whose forward it is computed; empty for the network itself.
-        ports: for each operand a place that a hook can reach, ``None`` where there is none.
-        bits: for each operand the bits of the quantizer that it comes from, ``None`` where there is none.
-        quantizers: for each operand the name of that quantizer, likewise.
-    """
-
-    kind: str
-    where: str
-    ports: tuple[Port | None, ...]
-    bits: tuple[int | None, ...]
-    quantizers: tuple[str | None, ...]
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether every operand is on a grid."""
-        return None not in self.bits
-
-    def __str__(self) -> str:
-        bits = ", ".join(dict.fromkeys(f"{number} bits" for number in self.bits))
-        return f"functional {self.kind} at {self.where or 'the top level'} of {len(self.bits)} operands with {bits}"
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A function that combines tensors outside of any layer.
-
-    Attributes:
-        kind: ``add``, ``cat``, ``mul``, ``matmul`` ...
-        where: name of the module in whose forward it is computed; empty for the network itself.
-        count: how many there are at this place.
-    """
-
-    kind: str
-    where: str
-    count: int
-
-    def __str__(self) -> str:
-        times = f" ({self.count} times)" if self.count > 1 else ""
-        return f"functional {self.kind} at {self.where or 'the top level'}{times}"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a trace says about a network.
-
-    Attributes:
-        operations: the functional operations, but for joins whose operands are quantised.
-        joins: the additions and concatenations, quantised or not.
-        forks: where a hook reaches each value that several grids read and that has none of its own; see
-            :func:`~lqkd.quantization.shared_activations.forks`.
-        calls: name of each layer to the number of times it is called in one forward pass.
-        bypassed: name of each layer that is never called to the name of the module whose forward reads its weight.
-        untraceable: why the network could not be traced, ``None`` when it could. Nothing is known then but the
-            additions inside of PyTorch's own transformer layers.
-    """
-
-    operations: tuple[Operation, ...] = ()
-    joins: tuple[Join, ...] = ()
-    forks: tuple[Port, ...] = ()
-    calls: dict[str, int] = field(default_factory=dict)
-    bypassed: dict[str, str] = field(default_factory=dict)
-    untraceable: str | None = None
 
 
 class _Tracer(fx.Tracer):
@@ -204,7 +132,7 @@ def survey(model: nn.Module) -> Survey:
 def _joins(
     listed: dict[fx.Node, str], graph: fx.Graph, model: nn.Module, calls: Calls
 ) -> tuple[dict[fx.Node, Join], tuple[Port, ...]]:
-    """The joins among the operations, and the forks, where an operand is quantised that has the value of one."""
+    """The joins among the operations, and shared activations where a quantised operand has the value of one."""
     joined = {node: kind for node, kind in listed.items() if kind in JOINS}
     names = {x: _quantizer(x, model) for node in joined for x in node.all_input_nodes}
     bits = {x: None if name is None else cast(Quantizer, model.get_submodule(name)).bits for x, name in names.items()}
@@ -216,7 +144,9 @@ def _joins(
                 port = ports[node, x]
                 if port is not None and bits[x] is None:
                     planned.setdefault(x, []).append(port)
-    found = forks(graph, model, calls, planned, frozenset(n for n, kind in listed.items() if kind in _PAIRS))
+    found = shared_activations(
+        graph, model, calls, planned, frozenset(n for n, kind in listed.items() if kind in _PAIRS)
+    )
     joins = {
         node: Join(
             kind,

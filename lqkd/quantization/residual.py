@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
-
-if TYPE_CHECKING:
-    from lqkd.quantization.graph import Survey
+from lqkd.quantization.survey import Survey
 
 _NAMES = ("output_quantizer", "argument_quantizer")
 
@@ -34,7 +32,7 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
 
     An integer kernel also writes its result on one grid. Where several grids read a result, it gets a quantizer before
     all of them, so that training sees what is deployed: a layer with 4-bit inputs beside an 8-bit addition, as behind
-    the first layer of a ResNet, reads the 8-bit values (see :func:`~lqkd.quantization.shared_activations.forks`).
+    the first layer of a ResNet, reads the 8-bit values (see :mod:`lqkd.quantization.shared_activations`).
 
     Args:
         model: a network with quantised layers, in place.
@@ -47,7 +45,7 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
     if recipe.residual_bits is None:
         return
     check_bits(recipe.residual_bits, "quantization.residual_bits", recipe.residual_bits)
-    wanted = list(found.forks)
+    wanted = list(found.shared)
     for join in found.joins:
         ports = [port for port in join.ports if port is not None]
         if len(ports) == len(join.ports):

@@ -17,7 +17,7 @@ TWICE = 2
 """An addition or product is cheap enough to be computed for so many grids."""
 
 
-def forks(
+def shared_activations(
     graph: fx.Graph, model: nn.Module, calls: Calls, planned: Mapping[fx.Node, list[Port]], pairs: frozenset[fx.Node]
 ) -> dict[fx.Node, Port]:
     """The values that need a grid of their own, since several layers or joins read each on another one.
@@ -52,14 +52,14 @@ class _Search:
 
     def run(self, graph: fx.Graph) -> dict[fx.Node, Port]:
         for node in graph.nodes:  # values before what moves them
-            if node.op in ("call_module", "call_function", "call_method") and self._is_fork(node):
+            if node.op in ("call_module", "call_function", "call_method") and self._is_shared(node):
                 ports = self.calls.ports(node, self.model)
                 port = next((p for p in ports if all(p.holds(user) for user in node.users)), None)
                 if port is not None:
                     self.found[node] = port
         return self.found
 
-    def _is_fork(self, node: fx.Node) -> bool:
+    def _is_shared(self, node: fx.Node) -> bool:
         if self._is_on_grid(node):
             return False
         read = [grids for grids in (self._read_by(user, node) for user in node.users) if grids]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
-from lqkd.regularizers.mlp import Perceptron
+from lqkd.regularizers.mlp import MLP
 from lqkd.regularizers.players import Player
 
 
@@ -40,7 +40,7 @@ class ElementwiseMLP(Regularizer):
     ) -> None:
         super().__init__(guard, player, max_weight)
         self.label = label
-        self.network = Perceptron(3 + label, hidden)
+        self.network = MLP(3 + label, hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B, C)
         features = [teacher, student, teacher - student]

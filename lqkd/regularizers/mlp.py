@@ -27,7 +27,7 @@ def start_at_one(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.constant_(layer.bias, ONE)
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
     """``softplus(Linear(GELU(Linear(x))))``: (..., features) -> (...).
 
     Args:

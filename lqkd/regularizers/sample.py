@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
-from lqkd.regularizers.mlp import Perceptron
+from lqkd.regularizers.mlp import MLP
 from lqkd.regularizers.players import Player
 
 
@@ -40,7 +40,7 @@ class SampleWeight(Regularizer):
         max_weight: float = 100.0,
     ) -> None:
         super().__init__(guard, player, max_weight)
-        self.network = Perceptron(5, hidden)
+        self.network = MLP(5, hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
         log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)

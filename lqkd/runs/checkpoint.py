@@ -13,12 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lqkd.errors import DivergenceError, UsageError
 from lqkd.runs import resume_state
 from lqkd.runs.checkpoint_io import read_checkpoint
-from lqkd.runs.logger import RunLogger, flush_table
-from lqkd.errors import DivergenceError, UsageError
-from lqkd.utils.files import atomic_path
 from lqkd.runs.folder import BEST, LAST
+from lqkd.runs.logger import RunLogger, flush_table
+from lqkd.utils.files import atomic_path
 
 
 class BestAndLast(ModelCheckpoint):

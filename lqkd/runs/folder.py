@@ -216,3 +216,25 @@ def _renamed(source: Path, target: Path) -> bool:
             return False
         raise
     return True
+
+
+def check_resumable(folder: Path) -> None:
+    """Refuse what is no run folder.
+
+    Raises:
+        UsageError: then.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UsageError(
+            f"{str(folder)!r} is no run folder that can be resumed: it has no {CONFIG}{run_within(folder)}"
+        )
+
+
+def check_seed(setting: str, seed: int) -> None:
+    """Refuse what NumPy takes for no seed.
+
+    Raises:
+        UsageError: then.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{setting}={seed} is not possible: a seed is a whole number from 0 to {2**32 - 1}")

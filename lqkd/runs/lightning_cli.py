@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lqkd.cli.arguments import check_seed
-from lqkd.runs import (AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary)
-from lqkd.callbacks import (ProgressBar, RegularizerMonitor)
+from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
-from lqkd.runs.resume_state import LIMITS
-from lqkd.runs.summary import best_checkpoint
-from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.data import DecodingDataModule, ImageFolder
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
-from lqkd.utils.files import write_text
-from lqkd.export.check import ForetellExport
 from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
@@ -41,9 +34,7 @@ from lqkd.modules.base import ImageClassifier
 from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
-from lqkd.runs.provenance import foreign_code, remember_code
-from lqkd.runs.parser import OneLineParser, of_constructor
-from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
+from lqkd.runs import AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary
 from lqkd.runs.folder import (
     BEST,
     CHECKPOINTS,
@@ -52,11 +43,19 @@ from lqkd.runs.folder import (
     SPLIT,
     SUMMARY,
     RunSettings,
+    check_seed,
     claim,
     lock,
     remove_partial_files,
     restarted,
 )
+from lqkd.runs.parser import OneLineParser, of_constructor
+from lqkd.runs.provenance import foreign_code, remember_code
+from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
+from lqkd.runs.resume_state import LIMITS
+from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
+from lqkd.runs.summary import best_checkpoint
+from lqkd.utils.files import write_text
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
@@ -91,6 +90,7 @@ class LqkdCLI(LightningCLI):
         args: the verb and what follows it.
         resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
             started once more finds it itself.
+        of_distillation: callbacks for a DistillModule besides those that every run has.
         seed: the default of ``seed_everything``; False seeds nothing.
         parser_kwargs: arguments of the parser; what each verb's help says by default.
     """
@@ -102,10 +102,12 @@ class LqkdCLI(LightningCLI):
         self,
         args: list[str],
         resumption: Resumption | None = None,
+        of_distillation: Sequence[Callback] = (),
         seed: int | bool = 0,
         parser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.resumption = resumption
+        self.of_distillation = list(of_distillation)
         self.by_request = resumption is not None
         torch.set_float32_matmul_precision("high")
         try:
@@ -332,7 +334,7 @@ class LqkdCLI(LightningCLI):
         callbacks: list[Callback] = [RunSummary()]
         if isinstance(self.model, DistillModule):
             callbacks.insert(0, RegularizerMonitor())
-            callbacks.append(ForetellExport())
+            callbacks += self.of_distillation
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
@@ -433,7 +435,7 @@ class _KeepRun(Callback):
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
-        return next(logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger))
+        return next(logger.run_folder for logger in trainer.loggers if isinstance(logger, RunLogger))
 
 
 def _test_batches(datamodule: LightningDataModule) -> Iterator[Any]:

@@ -13,18 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path
 from lqkd.runs.folder import METRICS
+from lqkd.utils.files import atomic_path
 
 _PAUSE = 2.0
 """Seconds at least between two writings of the table ..."""
 _SHARE = 0.01
 """... which take at most this share of the time, however long the table has become."""
-
-
-def run_folder_of(trainer: Trainer) -> Path | None:
-    """Folder of the trainer's first :class:`RunLogger`; None when it has none."""
-    return next((logger.folder for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
 def flush_table(trainer: Trainer) -> None:
@@ -58,8 +53,8 @@ class RunLogger(Logger):
 
     def __init__(self, folder: str | Path, rows: int | None = None) -> None:
         super().__init__()
-        self.folder = Path(folder)
-        self._before = _read(self.folder / METRICS)  # rows of an earlier process
+        self.run_folder = Path(folder)
+        self._before = _read(self.run_folder / METRICS)  # rows of an earlier process
         self._rows: list[dict[str, Any]] = []
         self._goes_on = self._repeats = rows is not None
         if rows is not None:
@@ -84,11 +79,11 @@ class RunLogger(Logger):
 
     @property
     def save_dir(self) -> str:
-        return str(self.folder)
+        return str(self.run_folder)
 
     @property
     def log_dir(self) -> str:
-        return str(self.folder)
+        return str(self.run_folder)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -138,7 +133,7 @@ class RunLogger(Logger):
         rows = self._before + self._rows
         names = set().union(*rows) - {"epoch", "step"}
         with (
-            atomic_path(self.folder / METRICS) as temporary,
+            atomic_path(self.run_folder / METRICS) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as stream,
         ):
             writer = csv.DictWriter(stream, fieldnames=["epoch", "step", *sorted(names)])

@@ -21,8 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lqkd.errors import UsageError, first_line
-from lqkd.utils.suggest import suggestion
 from lqkd.utils.escaping import terminal
+from lqkd.utils.suggest import suggestion
 from lqkd.utils.yaml_text import check_yaml
 
 _NAMES = 44

@@ -14,15 +14,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.errors import UsageError
-from lqkd.runs.lightning_cli import LqkdCLI, forget_weights
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
-from lqkd.runs.provenance import check_config_code, check_run_code
 from lqkd.quantization import quantizers
+from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
-from lqkd.utils.progress import waiting
+from lqkd.runs.lightning_cli import LqkdCLI, forget_weights
+from lqkd.runs.provenance import check_config_code, check_run_code
+from lqkd.utils.progress import track
 
 
 class RunReader(LqkdCLI):
@@ -160,13 +160,13 @@ class _Batches(ImageClassifier):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         training = islice(data.train_dataloader(), self.train_batches)
         self.calibration = [
-            self._on_device(batch)[0] for batch in waiting(training, "reading training images", self.train_batches)
+            self._on_device(batch)[0] for batch in track(training, "reading training images", self.train_batches)
         ]
         loader = data.val_dataloader()
         total = _length(loader)
         chosen = [
             self._on_device(batch)
-            for index, batch in enumerate(waiting(islice(loader, total), "reading validation images", total))
+            for index, batch in enumerate(track(islice(loader, total), "reading validation images", total))
             if _is_chosen(index, self.validation_batches, total)
         ]
         labelled = [(images[labels >= 0], labels[labels >= 0]) for images, labels in chosen]

@@ -14,12 +14,21 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lqkd.cli.arguments import check_resumable
-from lqkd.runs.checkpoint_io import read_checkpoint
-from lqkd.runs.resume_state import KEY, LIMITS
 from lqkd.errors import UsageError
+from lqkd.runs.checkpoint_io import read_checkpoint
+from lqkd.runs.folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LAST,
+    NETWORKS,
+    SUMMARY,
+    check_resumable,
+    has_ended,
+    resume_command,
+)
+from lqkd.runs.resume_state import KEY, LIMITS
 from lqkd.utils.files import write_json
-from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, LAST, NETWORKS, SUMMARY, has_ended, resume_command
 
 STARTS = "starts.json"
 _LIMITS = ("max_epochs", "max_steps", "max_time")

@@ -15,11 +15,11 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lqkd.runs.checkpoint import BestAndLast
-from lqkd.runs.resume_state import between_steps
-from lqkd.runs.logger import run_folder_of
+from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import Stopped
+from lqkd.runs.checkpoint import BestAndLast
 from lqkd.runs.folder import resume_command
+from lqkd.runs.resume_state import between_steps
 
 _ASK_EVERY = 10
 """Batches from one agreement between several processes to the next: each makes them wait for each other."""

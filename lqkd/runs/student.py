@@ -13,9 +13,9 @@ from torch import nn
 from lqkd.errors import UsageError, first_line
 from lqkd.models.bounds import no_larger_than
 from lqkd.models.finite import not_finite
-from lqkd.runs.provenance import check_code
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.residual import other_places
+from lqkd.runs.provenance import check_code
 from lqkd.utils.schema import NETWORK_FILE, check
 
 _FILES = {"student.safetensors": "student", "network.safetensors": "network"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -14,15 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lqkd.runs.checkpoint import BestAndLast
+from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
-from lqkd.runs.logger import flush_table, run_folder_of
-from lqkd.utils.files import finite, write_json, write_safetensors
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier, example_input
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
+from lqkd.runs.checkpoint import BestAndLast
 from lqkd.runs.folder import NETWORKS, SUMMARY
+from lqkd.runs.logger import flush_table
+from lqkd.utils.files import finite, write_json, write_safetensors
 
 
 class RunSummary(Callback):
@@ -95,7 +97,8 @@ class RunSummary(Callback):
         if not self.values:  # a test alone describes no run
             return
         accuracy = trainer.callback_metrics.get("test/acc")
-        self.values["test_accuracy"] = None if accuracy is None else float(accuracy)
+        measured = math.nan if accuracy is None else float(accuracy)
+        self.values["test_accuracy"] = None if math.isnan(measured) else measured  # as it is of a split without labels
         self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:

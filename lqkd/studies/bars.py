@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from lqkd.studies.results import read
 from lqkd.studies.job import FINISHED, Task
+from lqkd.studies.results import read
 
 _EVERY = 60.0
 """Seconds from one line to the next while no run ends."""

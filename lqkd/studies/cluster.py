@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.errors import UsageError, first_line
-from lqkd.utils.files import write_json
-from lqkd.studies.settings import Launcher
 from lqkd.studies.job import Task
+from lqkd.studies.settings import Launcher
+from lqkd.utils.files import write_json
 
 _JOBS = "jobs"
 _EVERY = 1.0

@@ -1,4 +1,4 @@
-"""``python -m lqkd compare``: variants of a training, each with every seed, compared pair by pair."""
+"""Variants of a training, each with every seed, compared pair by pair."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lqkd.utils.files import write_text
 from lqkd.runs.folder import lock, remove_partial_files
-from lqkd.studies.cluster import check_cluster, run_on_cluster
-from lqkd.studies.local import run_here
 from lqkd.studies.bars import StudyProgress
+from lqkd.studies.cluster import check_cluster, run_on_cluster
+from lqkd.studies.job import FINISHED, STOPPED, Task, tasks_of
+from lqkd.studies.local import run_here
 from lqkd.studies.results import Run, read_runs
 from lqkd.studies.settings import STUDY, Study
 from lqkd.studies.statistics import Summary, summarize
 from lqkd.studies.sweep import check_sweep, search
 from lqkd.studies.tables import HEADINGS, cells, write_tables
-from lqkd.studies.job import FINISHED, STOPPED, Task, tasks_of
 from lqkd.studies.variants import Variants
 from lqkd.utils.escaping import terminal
+from lqkd.utils.files import write_text
 
 
-def main(read: tuple[Study, dict[str, Any], bool]) -> None:
-    """Run the command.
+def compare(study: Study, base: dict[str, Any], retry_failed: bool = False) -> None:
+    """Train every variant of a study with every seed and compare them pair by pair.
+
+    Runs that are finished are kept, stopped ones go on.
 
     Args:
-        read: as :func:`lqkd.studies.settings.read_arguments` reads it.
+        study, base: as :func:`lqkd.studies.settings.read_settings` reads them from a file.
+        retry_failed: whether to train runs again that failed.
 
     Raises:
         UsageError: after a user's mistake.
         Stopped: after Ctrl-C or SIGTERM, once the runs have saved themselves.
     """
-    study, base, retry = read
     check_cluster(study.launcher)
     if study.sweep is not None:
         check_sweep(study.sweep)
     study.folder.mkdir(parents=True, exist_ok=True)
     held = lock(study.folder)
     try:
-        _compare(study, base, retry)
+        _compare(study, base, retry_failed)
     finally:
         os.close(held)
 

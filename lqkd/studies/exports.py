@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import is_own_file
 from lqkd.runs.provenance import REPORTS
 from lqkd.studies.results import Run, read_json
 from lqkd.studies.tables import NONE
+from lqkd.utils.files import is_own_file
 from lqkd.utils.schema import EXPORT_REPORT
 
 HEADINGS = (

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import is_own_file, write_json, write_safetensors
 from lqkd.runs.folder import CONFIG, SUMMARY
 from lqkd.studies.settings import Study
+from lqkd.utils.files import is_own_file, write_json, write_safetensors
 
 FINISHED = "finished"
 FAILED = "failed"
@@ -111,13 +111,13 @@ class Task:
         """Exit status as of ``python -m lqkd``, and the sentence that goes with a failure."""
         import torch
 
-        from lqkd.cli import main
+        from lqkd.runs.status import exit_status
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         start = self.log.stat().st_size
         try:
-            status = main(self._arguments())
+            status = exit_status(self._fit)
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 0
         except Exception as error:  # a failure of one run is a row of the table
@@ -130,15 +130,19 @@ class Task:
             told = [line.strip() for line in log if line.startswith("lqkd: ")]
         return status, told[-1].removeprefix("lqkd: ").removeprefix("error: ") if told else f"exit status {status}"
 
-    def _arguments(self) -> list[str]:
+    def _fit(self) -> int:
+        from lqkd.runs.train import resume, run
+
         if (self.folder / CONFIG).is_file():
-            return ["resume", str(self.folder), "--allow-code"]  # the study's own, maybe from another machine
+            resume(self.folder, allow_code=True)  # the study's own, maybe from another machine
+            return 0
         shutil.rmtree(self.folder, ignore_errors=True)  # claimed by a process that was killed before it began
         arguments = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         arguments += ["--run.root", str(self.study / "runs"), "--run.name", self.variant]
         arguments += ["--run.version", self.folder.name]
         weights = self._initial_weights()
-        return arguments if weights is None else [*arguments, "--model.init_args.student_weights", str(weights)]
+        run(arguments if weights is None else [*arguments, "--model.init_args.student_weights", str(weights)])
+        return 0
 
     def _initial_weights(self) -> Path | None:
         """A file with the weights that the seed gives a student without weights, the same for all variants."""

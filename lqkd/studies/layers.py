@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lqkd.utils.files import is_own_file
 from lqkd.runs.folder import LAYERS
+from lqkd.utils.files import is_own_file
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import sklearn.datasets  # noqa: F401
 
 import lqkd.callbacks
 import lqkd.data
-import lqkd.runs.lightning_cli
 import lqkd.losses
 import lqkd.models
 import lqkd.modules
 import lqkd.regularizers
+import lqkd.runs.lightning_cli
 import lqkd.teachers  # noqa: F401

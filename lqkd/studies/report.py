@@ -1,4 +1,4 @@
-"""``python -m lqkd report``: a run or a study as one page of HTML that needs nothing else, with Markdown and CSV."""
+"""A run or a study as one page of HTML that needs nothing else, with Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lqkd.cli.arguments import Report
 from lqkd.errors import UsageError
-from lqkd.utils.files import check_inside, is_own_file, write_text
 from lqkd.runs.folder import CONFIG, has_ended, resume_command
 from lqkd.studies import exports, plots
 from lqkd.studies.exports import read_exports
+from lqkd.studies.job import Task
 from lqkd.studies.layers import read_layers
 from lqkd.studies.results import Run, read, read_runs
 from lqkd.studies.settings import STUDY, read_mapping, read_study
 from lqkd.studies.statistics import Summary, summarize
 from lqkd.studies.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, endings, markdown, write_tables
-from lqkd.studies.job import Task
 from lqkd.utils import escaping
-from lqkd.utils.progress import waiting
+from lqkd.utils.files import check_inside, is_own_file, write_text
+from lqkd.utils.progress import track
 
 HTML = "report.html"
 MARKDOWN = "report.md"
@@ -69,16 +68,18 @@ class Material:
     configs: dict[str, str]
 
 
-def main(given: Report) -> None:
-    """Run the command.
+def report(folder: Path) -> Path:
+    """Write ``report.html``, one page that needs no network, ``report.md``, ``table.csv`` and ``runs.csv``.
 
     Args:
-        given: its arguments.
+        folder: of a run or a study, finished or not; the files go there.
+
+    Returns:
+        The page.
 
     Raises:
         UsageError: when the folder is none of a run or a study, a file in it is damaged, or jinja2 is missing.
     """
-    folder: Path = given.folder
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
     material = gather(folder)
@@ -89,6 +90,7 @@ def main(given: Report) -> None:
         for sentence in run.outdated:
             print(f"lqkd: warning: {escaping.terminal(sentence)}", file=sys.stderr)
     print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
+    return folder / HTML
 
 
 def gather(folder: Path) -> Material:
@@ -103,7 +105,7 @@ def gather(folder: Path) -> Material:
         tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
         for task in tasks:
             check_inside(task.folder, folder)
-        runs = read_runs(waiting(tasks, "reading runs", len(tasks)))
+        runs = read_runs(track(tasks, "reading runs", len(tasks)))
         configs = {STUDY: _text(folder / STUDY)}
         for name in names:
             config = folder / "variants" / f"{name}.yaml"
@@ -210,7 +212,7 @@ def _counts(runs: Sequence[Run]) -> str:
 def _plots(material: Material) -> list[Picture]:
     return [
         Picture(_uri(plots.svg(figure).encode(), "image/svg+xml"), alt, caption)
-        for figure, alt, caption in waiting(_figures(material), "drawing", 6 if material.baseline is None else 8)
+        for figure, alt, caption in track(_figures(material), "drawing", 6 if material.baseline is None else 8)
         if figure is not None
     ]
 

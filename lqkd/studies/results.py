@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.errors import UsageError, first_line
-from lqkd.utils.files import is_own_file
-from lqkd.runs.provenance import outdated_exports
 from lqkd.runs.folder import METRICS, SUMMARY
+from lqkd.runs.provenance import outdated_exports
 from lqkd.studies.job import FINISHED, Task
+from lqkd.utils.files import is_own_file
 from lqkd.utils.schema import SUMMARY as SCHEMA
 from lqkd.utils.schema import Table, check
 

@@ -1,4 +1,4 @@
-"""``python -m lqkd sensitivity``: which layers suffer most from few bits, and the best bits under a budget."""
+"""Which layers suffer most from few bits, and the best bits under a budget."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 
 import yaml
 
-from lqkd.cli.arguments import Sensitivity
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path, write_json, write_text
 from lqkd.modules import DistillModule
 from lqkd.quantization import (
     Budget,
@@ -25,7 +23,8 @@ from lqkd.quantization import (
     measure_sensitivity,
 )
 from lqkd.runs.reader import read_run, take_batches
-from lqkd.utils.progress import Waiting
+from lqkd.utils.files import atomic_path, write_json, write_text
+from lqkd.utils.progress import Progress
 
 JSON = "sensitivity.json"
 TABLE = "sensitivity.csv"
@@ -34,25 +33,44 @@ CALIBRATION_BATCHES = 8
 """Training batches for the statistics of batch norm; the first of them fits the quantizers, as in a training."""
 
 
-def main(given: Sensitivity) -> None:
-    """Run the command.
+def sensitivity(
+    run: str | Path,
+    *,
+    bits: str = "8,4,2",
+    budget: str | None = None,
+    batches: int = 16,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    allow_code: bool = False,
+) -> SensitivityReport:
+    """Quantise each layer of a network alone, without training, and rank the layers by what the validation split says.
+
+    The ranking is printed and written as ``sensitivity.json`` and ``sensitivity.csv``, with a budget also as
+    ``recipe.yaml``. Test data are not used.
 
     Args:
-        given: its arguments.
+        run: run folder, whose best checkpoint gives the float weights; or a config, before any training.
+        bits: to try, separated by commas: 4 is short for w4a4.
+        budget: for the bits of all layers: size=120kB, size=12%, bops=2.5G or bops=3% (of float); None for none.
+        batches: validation batches, spread over the split.
+        output: folder for what is written; None for the run folder.
+        overwrite: whether to replace an earlier ranking.
+        allow_code: whether classes of a folder that somebody else made may be run.
 
     Raises:
         UsageError: after a user's mistake.
     """
-    budget = None if given.budget is None else Budget.parse(given.budget)
-    bits = [f"w{text}a{text}" if text.isdecimal() else text for text in given.bits.split(",")]
-    if given.batches < 1:
-        raise UsageError(f"--batches {given.batches} is not possible: it must be at least 1")
-    output = _output(given, [JSON, TABLE, *([RECIPE] if budget is not None else [])])
-    reader, checkpoint = read_run(given.run, given.allow_code)
+    parsed = None if budget is None else Budget.parse(budget)
+    tried = [f"w{text}a{text}" if text.isdecimal() else text for text in bits.split(",")]
+    if batches < 1:
+        raise UsageError(f"--batches {batches} is not possible: it must be at least 1")
+    names = [JSON, TABLE, *([RECIPE] if parsed is not None else [])]
+    folder = _output(Path(run), None if output is None else Path(output), overwrite, names)
+    reader, checkpoint = read_run(run, allow_code)
     recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
-    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, given.batches)
-    with Waiting("quantising each layer alone") as bar:
-        report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, bits, bar.update, budget)
+    calibration, validation = take_batches(reader, CALIBRATION_BATCHES, batches)
+    with Progress("quantising each layer alone") as bar:
+        report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, tried, bar.update, parsed)
     source = "the weights that a training starts from" if checkpoint is None else str(checkpoint)
     print(f"float weights: {source}")
     print(
@@ -60,30 +78,31 @@ def main(given: Sensitivity) -> None:
     )
     print(report)
     written: dict[str, Any] = _described(report) | {
-        "run": str(given.run),
+        "run": str(run),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "calibration_samples": sum(len(images) for images in calibration),
         "assignment": None,
     }
-    if given.budget is not None and budget is not None:
-        assigned = assign_bits(report, budget)
-        written["assignment"] = _assignment(given.budget, assigned)
-        write_text(output / RECIPE, _recipe_text(given.budget, assigned, report))
-        _print_assignment(given.budget, assigned, report)
-    write_json(output / JSON, written)
-    _write_table(output / TABLE, report, written["assignment"])
-    names = f"{JSON} and {TABLE}" if written["assignment"] is None else f"{JSON}, {TABLE} and {RECIPE}"
-    print(f"written to {output}: {names}")
+    if budget is not None and parsed is not None:
+        assigned = assign_bits(report, parsed)
+        written["assignment"] = _assignment(budget, assigned)
+        write_text(folder / RECIPE, _recipe_text(budget, assigned, report))
+        _print_assignment(budget, assigned, report)
+    write_json(folder / JSON, written)
+    _write_table(folder / TABLE, report, written["assignment"])
+    told = f"{JSON} and {TABLE}" if written["assignment"] is None else f"{JSON}, {TABLE} and {RECIPE}"
+    print(f"written to {folder}: {told}")
+    return report
 
 
-def _output(given: Sensitivity, names: Sequence[str]) -> Path:
-    if given.output is None and not Path(given.run).is_dir():
-        raise UsageError(f"--output is missing: {given.run!r} is not a run folder that could keep the ranking")
-    output = Path(given.run if given.output is None else given.output)
+def _output(run: Path, given: Path | None, overwrite: bool, names: Sequence[str]) -> Path:
+    if given is None and not run.is_dir():
+        raise UsageError(f"--output is missing: {str(run)!r} is not a run folder that could keep the ranking")
+    output = run if given is None else given
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {str(output)!r} is not a folder")
     there = [name for name in names if (output / name).exists()]
-    if there and not given.overwrite:
+    if there and not overwrite:
         raise UsageError(f"{str(output / there[0])!r} exists: give --overwrite, or another --output")
     return output
 

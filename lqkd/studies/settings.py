@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from lqkd.cli.arguments import Compare, check_seed
 from lqkd.errors import UsageError, first_line
+from lqkd.runs.folder import check_seed
 from lqkd.studies.overrides import merge, nested
 from lqkd.utils.yaml_text import load_yaml
-from lqkd.cli.verb_parser import read
 
 STUDY = "study.yaml"
 """The study file as it is kept in the study's folder."""
@@ -91,28 +90,36 @@ class Study:
         return Path(self.root) / self.name
 
 
-def read_arguments(args: Sequence[str]) -> tuple[Study, dict[str, Any], bool]:
-    """Read the arguments of ``compare``.
+def read_settings(
+    config: Path,
+    root: str | None = None,
+    name: str | None = None,
+    seeds: Sequence[int] | None = None,
+    settings: Sequence[str] = (),
+) -> tuple[Study, dict[str, Any]]:
+    """A study from its file, as it is to be run.
+
+    Args:
+        config: the file.
+        root, name, seeds: in the place of the file's; None for those.
+        settings: KEY=VALUE, of all variants.
 
     Returns:
-        The study, its base with what all variants share, and whether failed runs are to be tried again.
+        The study, and its base with what all variants share.
 
     Raises:
         UsageError: when a setting is not possible.
-        SystemExit: after ``--help``, or with status 2 after one line where the arguments are not those of ``compare``.
     """
-    given = read("compare", Compare, args)
-    described = read_mapping(given.config, "--config")
-    own = {"root": given.root, "name": given.name, "seeds": None if given.seeds is None else list(given.seeds)}
+    described = read_mapping(config, "--config")
+    own = {"root": root, "name": name, "seeds": None if seeds is None else list(seeds)}
     described |= {key: value for key, value in own.items() if value is not None}
     study = _study(described)
-    settings = merge(nested(study.settings), nested(dict(_setting(text) for text in given.set)))
-    beside = given.config.parent
-    base = merge(nested(read_mapping(beside / study.base, "base")), settings)
+    shared = merge(nested(study.settings), nested(dict(_setting(text) for text in settings)))
+    base = merge(nested(read_mapping(config.parent / study.base, "base")), shared)
     if study.teacher_cache is not None:
         cache = {"folder": str(study.folder / "teacher_cache")} | study.teacher_cache
         base = merge(base, {"model": {"init_args": {"teacher_cache": cache}}})
-    return study, base, given.retry_failed
+    return study, base
 
 
 def read_study(path: Path) -> Study:

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path, write_text
+from lqkd.studies.job import Task, tasks_of
 from lqkd.studies.results import read_runs
 from lqkd.studies.settings import Study, Sweep
-from lqkd.studies.job import Task, tasks_of
 from lqkd.studies.variants import Variants
+from lqkd.utils.files import atomic_path, write_text
 
 TRIALS = "sweep.csv"
 BEST = "best.yaml"

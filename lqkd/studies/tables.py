@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lqkd.utils.files import atomic_path
+from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
 from lqkd.studies.results import SPOILED, Run
 from lqkd.studies.statistics import Summary, moments
-from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
 from lqkd.utils import escaping
+from lqkd.utils.files import atomic_path
 
 TABLE = "table.csv"
 RUNS = "runs.csv"

@@ -10,11 +10,11 @@ import yaml
 from jsonargparse import ArgumentError
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import write_text
 from lqkd.runs.lightning_cli import LqkdCLI
 from lqkd.runs.parser import condense
 from lqkd.runs.resume import differences
 from lqkd.studies.overrides import merge, nested
+from lqkd.utils.files import write_text
 from lqkd.utils.yaml_text import load_yaml
 
 _OWN = ("seed_everything", "ckpt_path", "run.root", "run.name", "run.version")

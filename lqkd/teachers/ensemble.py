@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import COMBINATIONS
-from lqkd.teachers import FrozenTeacher, check_minimum_accuracy
+from lqkd.teachers.frozen import FrozenTeacher, check_minimum_accuracy
 
 
 class TeacherEnsemble(nn.Module):

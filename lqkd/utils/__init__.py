@@ -1,1 +1,1 @@
-"""What every room may use: files and texts that are not to be believed."""
+"""What every room may use: files, texts that are not to be believed, progress, random numbers, sums over processes."""

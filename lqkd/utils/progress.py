@@ -49,7 +49,7 @@ class _Display:
 _display = _Display()
 
 
-class Waiting:
+class Progress:
     """A bar for work whose steps are counted, once it has taken two seconds.
 
     Args:
@@ -63,7 +63,7 @@ class Waiting:
         self._started = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> Waiting:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -79,7 +79,7 @@ class Waiting:
             _display.update(self._bar, self.text, done)
 
 
-class Stages(Waiting):
+class Stages(Progress):
     """A bar for work of several stages, which names the one that goes on; it is there at once.
 
     Args:
@@ -102,9 +102,9 @@ class Stages(Waiting):
         self._begun += 1
 
 
-def waiting(items: Iterable[T], text: str, total: int) -> Iterator[T]:
+def track(items: Iterable[T], text: str, total: int) -> Iterator[T]:
     """The items, with a bar that says how many of ``total`` have been dealt with."""
-    with Waiting(text) as bar:
+    with Progress(text) as bar:
         for done, item in enumerate(items):
             bar.update(done, total)
             yield item

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from lqkd.balances import BoundedUncertaintyBalance, GradNorm
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.data import Augmentation, Batch, Digits
 from lqkd.quantization import Recipe, quantizers
-from lqkd.balances import (BoundedUncertaintyBalance, GradNorm)
-from lqkd.regularizers import (ElementwiseMLP)
+from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, parameters_of
 

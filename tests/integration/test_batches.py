@@ -13,12 +13,13 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lqkd.balances import FixedBalance
 from lqkd.errors import UsageError
 from lqkd.losses import DKD, HintonKL
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.quantization import Recipe, Rule
-from lqkd.balances import (FixedBalance)
-from lqkd.regularizers import (ElementwiseMLP, LookAhead)
+from lqkd.regularizers import ElementwiseMLP, LookAhead
+from lqkd.runs import RunSummary
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, distiller, network
 
@@ -354,3 +355,12 @@ def test_a_data_module_without_a_validation_split_trains(make_trainer: MakeTrain
     with pytest.warns(UserWarning, match="the teacher was not checked"):
         trainer.fit(distiller(), datamodule=TrainingOnly())
     assert trainer.global_step == 3
+
+
+def test_a_test_split_without_labels_has_no_accuracy_in_the_summary(make_trainer: MakeTrainer) -> None:
+    summary, module = RunSummary(), distiller()
+    trainer = make_trainer(callbacks=[summary])
+    trainer.fit(module, loader())
+    with pytest.warns(UserWarning, match="no sample of the test split has a label"):
+        trainer.test(module, loader(lambda i: -1), verbose=False)
+    assert summary.values["test_accuracy"] is None

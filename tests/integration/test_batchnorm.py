@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lqkd.runs import (BestAndLast)
-from lqkd.callbacks import (BatchNormReestimation)
+from lqkd.callbacks import BatchNormReestimation
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
 from lqkd.quantization.batchnorm import reestimate_batchnorm
+from lqkd.runs import BestAndLast
 from tests.conftest import digits, distiller
 
 MakeTrainer = Callable[..., Trainer]

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lqkd.runs import (BestAndLast)
-from lqkd.callbacks import (BitWidthScheduler, Stage)
+from lqkd.callbacks import BitWidthScheduler, Stage
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, quantizers
+from lqkd.runs import BestAndLast
 from tests.conftest import Recorder, digits, distiller, parameters_of
 
 MakeTrainer = Callable[..., Trainer]
@@ -250,3 +250,11 @@ def test_two_schedules_of_one_layer_are_refused(make_trainer: MakeTrainer) -> No
     schedulers = [BitWidthScheduler([Stage(bits, until_epoch=1)]) for bits in ("w8a8", "w4a4")]
     with pytest.raises(UsageError, match="two bit-width schedules change layer"):
         fit(make_trainer, *schedulers)
+
+
+def test_a_schedule_that_ended_early_in_another_process_says_so_still() -> None:
+    scheduler = BitWidthScheduler([Stage("w8a8", until_epoch=1), Stage("w4a4", until_epoch=2)])
+    scheduler.load_state_dict({"current": 1, "best": 0.5, "stalled": 0})
+    assert scheduler.warnings == ["Training ended in stage w4a4 of the bit-width schedule, before its last."]
+    scheduler.load_state_dict({"current": 2, "best": 0.5, "stalled": 0})
+    assert scheduler.warnings == []

@@ -25,8 +25,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import nn
 
-from lqkd.runs import (BestAndLast)
 from lqkd.cli import main
+from lqkd.runs import BestAndLast
 from lqkd.runs.lightning_cli import _print_summary
 
 ROOT = Path(__file__).parents[2]
@@ -613,6 +613,12 @@ def test_a_number_that_is_not_finite_is_null_in_the_summary_with_a_warning(
     summary = summary_of(fit(tmp_path, "--trainer.limit_train_batches", "1"))
     assert summary["balance"] == {"task": None, "distill": 1.0}
     assert summary["warnings"][-1] == "null stands for numbers that are not finite: balance.task"
+
+
+def test_the_accuracy_of_an_earlier_step_is_not_that_of_the_weights_that_are_left(tmp_path: Path) -> None:
+    """Without a best checkpoint these are the last ones, here of the middle of the second epoch."""
+    folder = fit(tmp_path, "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "6", epochs=-1)
+    assert [summary_of(folder)[key] for key in ("steps", "val_accuracy")] == [6, None]
 
 
 def test_a_run_that_was_not_tested_is_finished_all_the_same(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lqkd import losses as all_losses
 from lqkd import regularizers as all_regularizers
+from lqkd.balances import Balance
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, QuantizedFeatures
 from lqkd.modules import DistillModule, Tap
 from lqkd.modules.optimizers import regularizer_groups, student_groups
 from lqkd.quantization import Recipe, initialize_quantizers
-from lqkd.balances import (Balance)
-from lqkd.regularizers import (GUARDS, PLAYERS, Regularizer)
+from lqkd.regularizers import GUARDS, PLAYERS, Regularizer
 from lqkd.teachers import FrozenTeacher
 
 

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from lqkd.cli import main
-from lqkd.data import Digits
 from lqkd.cli.overview import EXIT_STATUS, VERBS
+from lqkd.data import Digits
 from tests.forked import Forks, forks
 
 ROOT = Path(__file__).parents[2]

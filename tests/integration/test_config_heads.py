@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lqkd.cli import main
+from lqkd.cli.arguments import of
 from lqkd.cli.overview import unknown
-from lqkd.studies.settings import read_arguments
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -56,7 +56,7 @@ def test_the_commands_of_a_head_are_taken(
             continue
         assert unknown(arguments[0]) is None
         if arguments[0] == "compare":
-            read_arguments(arguments[1:])
+            of("compare", arguments[1:])
         elif arguments[0] == "fit":
             more = [word for name in weights for word in (f"--{name}", "FILE")]
             with pytest.raises(SystemExit) as stop:

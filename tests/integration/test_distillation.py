@@ -13,15 +13,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lqkd.teachers import TeacherEnsemble
+from lqkd.balances import Balance, FixedBalance, GradientBalance, GradNorm, OutputGradientBalance
+from lqkd.balances.equalized_at import AtWeights
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, Standardized
 from lqkd.losses.taps import Taps
 from lqkd.modules import DistillModule, Tap
-from lqkd.balances import (Balance, FixedBalance, GradientBalance, GradNorm, OutputGradientBalance)
-from lqkd.regularizers import (Adversarial, ConvModulator, ElementwiseMLP, LearnableTable, LookAhead, Regularizer, SampleWeight)
-from lqkd.balances.places import AtWeights
-from lqkd.teachers import FrozenTeacher
+from lqkd.regularizers import (
+    Adversarial,
+    ConvModulator,
+    ElementwiseMLP,
+    LearnableTable,
+    LookAhead,
+    Regularizer,
+    SampleWeight,
+)
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

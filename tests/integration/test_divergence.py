@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lqkd.runs import (BestAndLast)
 from lqkd.errors import DivergenceError
 from lqkd.models import CifarResNet
 from lqkd.modules import ClassifierModule
 from lqkd.quantization import quantizers
+from lqkd.runs import BestAndLast
 from tests.conftest import digits, distiller, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

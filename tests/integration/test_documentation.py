@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
-from lqkd.studies.settings import read_arguments
 from tests.documentation import COMMANDS, LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, files, read_blocks
 from tests.forked import Forks, forks
 
@@ -218,4 +218,4 @@ def test_a_yaml_example_of_a_study_is_accepted(block: Block, monkeypatch: pytest
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     study = yaml.safe_load(files()["my_study.yaml"]) | yaml.safe_load(block.text)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    read_arguments(["--config", "study.yaml"])
+    of("compare", ["--config", "study.yaml"])

@@ -16,11 +16,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lqkd.callbacks import BestAndLast
-from lqkd.callbacks import BitWidthScheduler
-from lqkd.callbacks import RegularizerMonitor
-from lqkd.callbacks import RunLogger
-from lqkd.callbacks import Stage
+from lqkd.balances import GradNorm, LearnableRatioBalance
+from lqkd.callbacks import BitWidthScheduler, RegularizerMonitor, Stage
 from lqkd.callbacks.regularizer import pictures as regularizer_pictures
 from lqkd.data import Digits, ImageDataModule, ImageFolder
 from lqkd.errors import UsageError
@@ -29,7 +26,7 @@ from lqkd.models import CifarResNet
 from lqkd.modules import Cosine, DistillModule
 from lqkd.modules.distillation import Tap
 from lqkd.quantization import Recipe
-from lqkd.balances import (GradNorm, LearnableRatioBalance)
+from lqkd.runs import BestAndLast, RunLogger
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of

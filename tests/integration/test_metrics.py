@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lqkd.runs import (RunLogger)
-from lqkd.callbacks import (RegularizerMonitor)
+from lqkd.callbacks import RegularizerMonitor
+from lqkd.runs import RunLogger
 from tests.conftest import Recorder, digits, distiller
 
 MakeTrainer = Callable[..., Trainer]

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, SGD
 
+from lqkd.balances import BoundedUncertaintyBalance
 from lqkd.errors import UsageError
-from lqkd.balances import (BoundedUncertaintyBalance)
-from lqkd.regularizers import (LearnableTable)
+from lqkd.regularizers import LearnableTable
 from tests.conftest import Recorder, digits, distiller, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

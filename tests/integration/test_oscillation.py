@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lqkd.runs import (RunLogger)
-from lqkd.callbacks import (BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage)
+from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.errors import UsageError
 from lqkd.modules import ClassifierModule, Constant, DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.quantization.analysis.oscillation import dampening_loss, weight_layers
+from lqkd.runs import RunLogger
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 
 MakeTrainer = Callable[..., Trainer]

@@ -13,13 +13,13 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lqkd.runs import (RunLogger, RunSummary)
 from lqkd.data import Batch
 from lqkd.errors import UsageError
 from lqkd.losses import Hints
 from lqkd.modules import DistillModule, Tap
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP, SampleWeight
+from lqkd.runs import RunLogger, RunSummary
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_twenty_steps_in_bfloat16_mixed_precision_learn_and_keep_float32_paramet
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true", "64-true"])
 def test_a_precision_that_two_optimizers_cannot_train_in_is_refused(precision: str) -> None:
     with pytest.raises(UsageError, match=rf"trainer.precision='{precision}' is not possible.*use bf16-mixed"):
-        check_trainer_settings(precision, None, None)
+        check_trainer_settings(SimpleNamespace(precision=precision))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

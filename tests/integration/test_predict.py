@@ -152,7 +152,7 @@ def test_loading_a_student_imports_no_lightning_and_lqkd_alone_no_torch(run: Pat
         "import sys, lqkd\n"
         "assert 'torch' not in sys.modules\n"
         f"lqkd.load_student({str(run)!r})\n"
-        "assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.modules', 'lqkd.runs.lightning_cli'))]\n"
+        "assert not [m for m in sys.modules if m.startswith(('lightning', 'lqkd.modules', 'lqkd.runs.light'))]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -200,8 +200,11 @@ def test_a_run_without_a_checkpoint_says_what_to_give_instead(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    assert main(["sensitivity", str(tmp_path)]) == 2
-    assert "has no checkpoints/best.ckpt: give" in capsys.readouterr().err
+    assert main(["sensitivity", str(tmp_path), "--bits", "4", "--batches", "1"]) == 2
+    told = capsys.readouterr().err
+    assert f"go on with python -m lqkd resume {tmp_path}, or" in told
+    advised = told.rpartition("starts from: ")[2].split()
+    assert main([*advised, "--bits", "4", "--batches", "1", "--output", str(tmp_path / "ranking")]) == 0
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"damaged")
     assert main(["sensitivity", str(tmp_path)]) == 2
@@ -228,7 +231,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left_once_it_takes_a_while(
 ) -> None:
     parent, child = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("lqkd.utils.progress.Waiting._patience", patience)
+    monkeypatch.setattr("lqkd.utils.progress.Progress._patience", patience)
     with monkeypatch.context() as context, os.fdopen(child, "w") as terminal:
         context.setattr(sys, "stderr", terminal)
         rank(run, tmp_path, "--bits", "4")

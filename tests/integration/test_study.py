@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
+from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from lqkd.runs.folder import lock
-from lqkd.studies.settings import read_arguments
 from lqkd.studies.variants import Variants
 from tests.forked import Forks, forks, send
 
@@ -217,7 +217,7 @@ def test_every_variant_of_a_shipped_study_is_a_configuration(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LQKD_DATA", str(tmp_path))
-    study, base, _ = read_arguments(["--config", str(path), "--root", str(tmp_path)])
+    study, base, _ = of("compare", ["--config", str(path), "--root", str(tmp_path)])
     variants = Variants(study.folder, base)
     for name, overrides in study.variants.items() or [("base", {})]:
         variants.write(name, overrides)

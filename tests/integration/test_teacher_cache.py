@@ -15,12 +15,11 @@ from torch.utils.data import DataLoader
 
 from lqkd.cli import main
 from lqkd.data import Batch, Digits
-from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.losses import AttentionTransfer
 from lqkd.modules import Tap
 from lqkd.regularizers import ElementwiseMLP
-from lqkd.teachers import FrozenTeacher
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import Recorder, digits, distiller, network
 

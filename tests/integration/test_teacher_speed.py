@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.losses import AttentionTransfer
 from lqkd.losses.taps import Taps
-from lqkd.teachers.inference import computes_bf16
 from lqkd.modules import Tap
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache.keys import weights_hash
+from lqkd.teachers.inference import computes_bf16
 from tests.conftest import Recorder, digits, distiller, network
 
 MakeTrainer = Callable[..., Trainer]

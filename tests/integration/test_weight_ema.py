@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lqkd.runs import (BestAndLast, RunLogger, RunSummary)
-from lqkd.callbacks import (BatchNormReestimation, BitWidthScheduler, IntegerBiases, Stage, WeightEMA)
+from lqkd.callbacks import BatchNormReestimation, BitWidthScheduler, IntegerBiases, Stage, WeightEMA
 from lqkd.errors import UsageError
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.quantization.batchnorm import reestimate_batchnorm
+from lqkd.runs import BestAndLast, RunLogger, RunSummary
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
 

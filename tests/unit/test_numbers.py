@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import lqkd.balances
 import lqkd.callbacks
 import lqkd.data
 import lqkd.losses
@@ -23,15 +24,14 @@ import lqkd.regularizers
 import lqkd.regularizers.guards
 import lqkd.regularizers.players
 from lqkd.data.augmentation import Augmentation
-from lqkd.teachers import TeacherEnsemble
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules.optimizers import optimizer_of
-from lqkd.teachers import FrozenTeacher
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 
 ROOMS = (
-    lqkd.callbacks, lqkd.data, lqkd.losses, lqkd.modules, lqkd.regularizers,
+    lqkd.callbacks, lqkd.data, lqkd.losses, lqkd.modules, lqkd.balances, lqkd.regularizers,
     lqkd.regularizers.guards, lqkd.regularizers.players,
 )  # fmt: skip
 OTHERS = [Augmentation, CifarResNet, FrozenTeacher, TeacherCache, TeacherEnsemble]

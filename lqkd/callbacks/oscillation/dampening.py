@@ -11,8 +11,8 @@ from torch import Tensor
 from lqkd.callbacks.low_bit_weights import active, distill_module, low_bit_layers
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
-from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.analysis.oscillation import dampening_loss
+from lqkd.quantization.layers import QuantizedLayer
 
 PENALTY = "dampening"
 
@@ -21,9 +21,9 @@ class OscillationDampening(Callback):
     """Adds the oscillation dampening loss (Nagel et al., arXiv 2203.11086) to what the student minimises.
 
     ``strength(t) * sum((q(w) - clip(w))**2)`` over the weights of all layers with at most 4 bits; see
-    :func:`lqkd.quantization.analysis.oscillation.dampening_loss`. The strength rises from 0 by half a cosine over the training,
-    so that weights find their bins before they are held there. The loss has a gradient for the weights only; it is
-    logged as ``train/dampening``. Layers that a bit-width schedule still gives more bits wait until they have 4.
+    :func:`lqkd.quantization.analysis.oscillation.dampening_loss`. The strength rises from 0 by half a cosine over the
+    training, so that weights find their bins before they are held there. The loss has a gradient for the weights only;
+    it is logged as ``train/dampening``. Layers that a bit-width schedule still gives more bits wait until they have 4.
 
     Args:
         strength: lambda at the end of training.

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from lqkd.callbacks.low_bit_weights import active, distill_module, low_bit_layers
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
-from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.analysis.oscillation import Freezing
+from lqkd.quantization.layers import QuantizedLayer
 
 
 class OscillationFreezing(Callback):

@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.low_bit_weights import distill_module
-from lqkd.runs.logger import run_folder_of
 from lqkd.errors import UsageError
-from lqkd.utils.files import atomic_path
-from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.analysis.oscillation import Oscillation, weight_layers
+from lqkd.quantization.layers import QuantizedLayer
+from lqkd.utils.files import atomic_path
 
 TABLE = Path("oscillation") / "layers.csv"
 """Where the table is in a run's folder."""

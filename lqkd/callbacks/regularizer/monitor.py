@@ -19,12 +19,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.callbacks.dashboard import tensorboard_layout
+from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer.moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer.statistics import EpochStatistic, Optimum, Sums, add, measure, statistics
 from lqkd.callbacks.regularizer.tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer.verdict import Verdict, verdict
-from lqkd.runs.logger import run_folder_of
 from lqkd.errors import Stopped, UsageError
 from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import BoundedRange, Regularizer

@@ -10,8 +10,8 @@ import numpy as np
 
 from lqkd.errors import UsageError
 from lqkd.quantization.analysis.budget import Budget
-from lqkd.quantization.recipe import Recipe, Rule, exactly
 from lqkd.quantization.analysis.sensitivity import Candidate, SensitivityReport
+from lqkd.quantization.recipe import Recipe, Rule, exactly
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
-from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.quantization.analysis.budget import Budget
+from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.quantization.calibrate import initialize_quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.convert import layer_kind, layer_quantizers, quantizable_layers, quantize_model
-from lqkd.quantization.analysis.cost import bit_operations, size
+from lqkd.quantization.cost import bit_operations, size
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve

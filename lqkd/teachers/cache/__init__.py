@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from lqkd.teachers.cache.cache import OpenCache, TeacherCache
-from lqkd.teachers.cache.codec import Answers
+from lqkd.teachers.cache.codec import TeacherOutputs
 
-__all__ = ["Answers", "OpenCache", "TeacherCache"]
+__all__ = ["OpenCache", "TeacherCache", "TeacherOutputs"]

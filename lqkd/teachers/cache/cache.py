@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lqkd.data.packed import default_cache_dir
 from lqkd.errors import UsageError
-from lqkd.utils.files import write_json
-from lqkd.teachers.cache.codec import Answers, Codec, projection
+from lqkd.teachers.cache.codec import Codec, TeacherOutputs, projection
 from lqkd.teachers.cache.records import RecordStore
+from lqkd.utils.files import write_json
 
 DTYPES = ("float16", "float32")
 _FORMAT = 2  # part of the key: raise it when what is stored changes
@@ -29,7 +29,7 @@ _FORMAT = 2  # part of the key: raise it when what is stored changes
 class TeacherCache:
     """Store what the teacher answers, so that later epochs, runs and methods need not ask it again.
 
-    Answers are kept for each epoch and sample in a folder of their own for everything that they depend on: the
+    TeacherOutputs are kept for each epoch and sample in a folder of their own for everything that they depend on: the
     teacher's weights, normalisation and precision, the images, the augmentation and its seed, and the settings below.
     Anything else gets another folder. In the run that writes, the student already sees what is stored, so that it
     learns the same as one that replays.
@@ -150,8 +150,8 @@ class OpenCache:
     """Batches that the teacher was asked for."""
     _full: bool = field(default=False, init=False)
 
-    def answers(self, images: Tensor, indices: Tensor, epoch: int, ask: Callable[[], Answers]) -> Answers:
-        """Answers to a batch.
+    def answers(self, images: Tensor, indices: Tensor, epoch: int, ask: Callable[[], TeacherOutputs]) -> TeacherOutputs:
+        """TeacherOutputs to a batch.
 
         A batch of which an answer is missing is asked for as a whole, so that it is computed as in a run that was never
         interrupted; what is there already stays.

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqkd.utils.counter_rng import STREAM_ORDER, uniform
 from lqkd.errors import UsageError
 from lqkd.teachers.cache.records import Records
+from lqkd.utils.counter_rng import STREAM_ORDER, uniform
 
-Answers = tuple[list[Tensor], list[Tensor]]
+TeacherOutputs = tuple[list[Tensor], list[Tensor]]
 """Logits (B, C) of every teacher, and what every tap saw of the teacher, (B, ...)."""
 
 
@@ -50,7 +50,7 @@ class Codec:
         fields += [(f"feature{index}", number, shape) for index, shape in enumerate(self.features)]
         return np.dtype(fields)
 
-    def encode(self, records: Records, answers: Answers, projections: Tensor) -> None:
+    def encode(self, records: Records, answers: TeacherOutputs, projections: Tensor) -> None:
         """Fill ``records`` (B,) with answers.
 
         Raises:
@@ -75,8 +75,8 @@ class Codec:
             )
         return values.detach().float().cpu().numpy().astype(self.dtype)
 
-    def decode(self, records: Records, device: torch.device) -> Answers:
-        """Answers as float32 on ``device``."""
+    def decode(self, records: Records, device: torch.device) -> TeacherOutputs:
+        """TeacherOutputs as float32 on ``device``."""
         kept = self._tensor(records["logits"], device)
         if self.top_k is None:
             logits = kept

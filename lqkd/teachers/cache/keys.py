@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import copy_of
-from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.frozen import FrozenTeacher
 
 NEEDED = {
     "fingerprint": "a method that returns a hash of all images and labels",

@@ -11,8 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lqkd.balances import (Balance, BoundedUncertaintyBalance, DynamicWeightAverage, FixedBalance, GradientBalance, GradNorm, ImpartialBalance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm, RandomBalance, ScheduledBalance, UncertaintyBalance)
-from lqkd.balances.places import AtWeights
+from lqkd.balances import (
+    Balance,
+    BoundedUncertaintyBalance,
+    DynamicWeightAverage,
+    FixedBalance,
+    GradientBalance,
+    GradNorm,
+    ImpartialBalance,
+    LearnableRatioBalance,
+    OutputGradientBalance,
+    OutputGradNorm,
+    RandomBalance,
+    ScheduledBalance,
+    UncertaintyBalance,
+)
+from lqkd.balances.equalized_at import AtWeights
 
 STEPS, BATCH = 9, 8
 
@@ -47,9 +61,9 @@ class _Distillation(nn.Module):
             self.student[0].weight.copy_(torch.linspace(-1, 1, 24).view(4, 6))
             self.student[0].bias.zero_()
         self.balance = balance
-        if isinstance(balance.place, AtWeights):
-            balance.place.bind(self.student)
-            balance.place.layer = "0"
+        if isinstance(balance.equalized_at, AtWeights):
+            balance.equalized_at.bind(self.student)
+            balance.equalized_at.layer = "0"
 
     def forward(self, images: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         output = self.student(images)

@@ -10,8 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from lqkd.balances import (
+    Balance,
+    BoundedUncertaintyBalance,
+    DynamicWeightAverage,
+    FixedBalance,
+    GradientBalance,
+    GradNorm,
+    ImpartialBalance,
+    LearnableRatioBalance,
+    OutputGradientBalance,
+    OutputGradNorm,
+    RandomBalance,
+    ScheduledBalance,
+    UncertaintyBalance,
+)
 from lqkd.errors import UsageError
-from lqkd.balances import (Balance, BoundedUncertaintyBalance, DynamicWeightAverage, FixedBalance, GradientBalance, GradNorm, ImpartialBalance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm, RandomBalance, ScheduledBalance, UncertaintyBalance)
 
 ALL: list[type[Balance]] = [
     BoundedUncertaintyBalance,

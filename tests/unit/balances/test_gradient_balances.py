@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lqkd.balances import Balance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm
 from lqkd.errors import UsageError
-from lqkd.balances import (Balance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm)
 
 SAMPLES, CLASSES = 6, 5
 

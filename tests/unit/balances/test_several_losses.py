@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from lqkd.balances import (
+    Balance,
+    BoundedUncertaintyBalance,
+    DynamicWeightAverage,
+    FixedBalance,
+    ImpartialBalance,
+    LearnableRatioBalance,
+    OutputGradientBalance,
+    OutputGradNorm,
+    RandomBalance,
+    ScheduledBalance,
+    UncertaintyBalance,
+)
 from lqkd.errors import UsageError
-from lqkd.balances import (Balance, BoundedUncertaintyBalance, DynamicWeightAverage, FixedBalance, ImpartialBalance, LearnableRatioBalance, OutputGradientBalance, OutputGradNorm, RandomBalance, ScheduledBalance, UncertaintyBalance)
 
 NAMES = ("task", "logits", "features", "relations")
 ALL: list[type[Balance]] = [

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lqkd.balances import Balance, GradientBalance, GradNorm
+from lqkd.balances.equalized_at import AtWeights
+from lqkd.balances.norms import weight_gradients
 from lqkd.errors import UsageError
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
-from lqkd.balances import (Balance, GradientBalance, GradNorm)
-from lqkd.balances.norms import weight_gradients
-from lqkd.balances.places import AtWeights
 
 SAMPLES, INPUTS, WIDTH, CLASSES = 6, 7, 4, 5
 HEAVY = 0.02
@@ -63,8 +63,8 @@ def norms_by_hand(student: Student, *of_batch: Tensor) -> Tensor:
 
 
 def bound(balance: Balance, student: nn.Module) -> Balance:
-    assert isinstance(balance.place, AtWeights)
-    balance.place.bind(student)
+    assert isinstance(balance.equalized_at, AtWeights)
+    balance.equalized_at.bind(student)
     return balance
 
 

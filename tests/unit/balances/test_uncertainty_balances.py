@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqkd.balances import (Balance, BoundedUncertaintyBalance, ImpartialBalance, UncertaintyBalance)
+from lqkd.balances import Balance, BoundedUncertaintyBalance, ImpartialBalance, UncertaintyBalance
 
 KINDS = [BoundedUncertaintyBalance, ImpartialBalance, UncertaintyBalance]
 OPTIMA: dict[type[Balance], Callable[[float], float]] = {

@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor, verdict
-from lqkd.runs.logger import RunLogger
 from lqkd.errors import Stopped
+from lqkd.runs.logger import RunLogger
 
 from .dummy import BATCHES, Dummy, Play
 from .wandb_records import wandb_history

@@ -19,8 +19,8 @@ from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
 from lqkd.callbacks.regularizer.pictures import pictures, pixels
 from lqkd.callbacks.regularizer.statistics import WEIGHT_EDGES, EpochStatistic
-from lqkd.runs.logger import RunLogger
 from lqkd.regularizers import LearnableTable
+from lqkd.runs.logger import RunLogger
 
 from .dummy import Dummy
 from .wandb_records import wandb_history

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
-from lqkd.runs.logger import RunLogger
 from lqkd.errors import UsageError
 from lqkd.regularizers import Adversarial, Entropy, LearnableTable, LookAhead, Regularizer
+from lqkd.runs.logger import RunLogger
 
 from .dummy import BATCHES, Dummy, Play
 

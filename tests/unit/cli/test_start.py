@@ -33,7 +33,7 @@ for arguments, expected in {TOLD_AT_ONCE!r}:
 
 def loaded_by(module: str) -> set[str]:
     """By the command line, before it calls the module's ``main``."""
-    code = f"import sys; from lqkd.cli import _load; _load({module!r}); print(*sys.modules)"
+    code = f"import sys; from lqkd.cli.main import _load; _load({module!r}); print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
 
 

@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import functional
 
 from lqkd.data import Digits
 from lqkd.data.augment import normalize
-from lqkd.errors import UsageError
 from lqkd.data.preprocessing import Preprocessing
+from lqkd.errors import UsageError
 
 RGB = Preprocessing(3, (8, 12), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 GREY = Preprocessing(1, (8, 12), (0.4,), (0.2,))

@@ -18,7 +18,7 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from tests.unit.export.networks import Small, images, quantised
-from tests.unit.quantization.test_forks import Fire
+from tests.unit.quantization.test_shared_activations import Fire
 
 
 def test_a_plain_chain_needs_no_calibration_and_keeps_its_function() -> None:

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
-from lqkd.teachers.inference import inference_copy
 from lqkd.quantization import Recipe, coverage, initialize_quantizers, measure_sensitivity, quantize_model
 from lqkd.quantization.computed import copy_of
+from lqkd.teachers.inference import inference_copy
 
 COMPUTED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "weight_norm": (weight_norm, "its weight is computed .* until torch.nn.utils.remove_weight_norm"),

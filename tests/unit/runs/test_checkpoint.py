@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lqkd.runs import (BestAndLast)
+from lqkd.errors import Stopped
+from lqkd.runs import BestAndLast
+from lqkd.runs.stopping import StopOnSignal
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -145,3 +149,15 @@ def test_a_moved_run_without_validation_goes_on_with_its_own_best_checkpoint(
     trainer.fit(Scripted([0.1, 0.2]), loader, ckpt_path=tmp_path / "b" / "last.ckpt")
     assert trainer.checkpoint_callback is not None
     assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "b" / "best.ckpt")
+
+
+def test_a_signal_while_the_last_checkpoint_is_saved_waits_for_it(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Signals(Callback):
+        def on_train_end(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(callbacks=[Signals(), StopOnSignal(), BestAndLast(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(Stopped, match=str(128 + signal.SIGTERM)) as stopped:
+        trainer.fit(Scripted([0.1]), DataLoader(torch.zeros(1)), DataLoader(torch.zeros(1)))
+    assert stopped.value.message.startswith("stopped by SIGTERM after the last step; ")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["resume"]["finished"]

@@ -15,8 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lqkd.runs.checkpoint_io import AtomicCheckpointIO
-
-from .dummy import Dummy
+from tests.unit.callbacks.dummy import Dummy
 
 OLD, NEW = {"weight": torch.zeros(300_000)}, {"weight": torch.ones(300_000)}
 HALF = 600_000

@@ -75,7 +75,7 @@ def test_an_empty_folder_is_taken_and_one_with_other_files_left_alone(
 def test_what_is_no_name_of_a_folder_is_refused_before_anything_is_made(key: str, value: Any, tmp_path: Path) -> None:
     settings = RunSettings(**{"root": str(tmp_path / "runs"), key: value})
     with pytest.raises(UsageError, match=f"run.{key}=.* is not possible"):
-        claim(settings)
+        claim(settings, "")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,11 +14,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lqkd.runs import logger as run_logger
-from lqkd.runs.logger import RunLogger, run_folder_of
+from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import UsageError
-
-from .dummy import Dummy
+from lqkd.runs import logger as run_logger
+from lqkd.runs.logger import RunLogger
+from tests.unit.callbacks.dummy import Dummy
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:

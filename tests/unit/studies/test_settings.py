@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lqkd.cli.arguments import of
 from lqkd.errors import UsageError
-from lqkd.studies.settings import Study, read_arguments
+from lqkd.studies.settings import Study
 from lqkd.studies.sweep import check_sweep, wandb_sweep
 
 
@@ -19,7 +20,7 @@ def read(tmp_path: Path, described: dict[str, Any], *arguments: str) -> tuple[St
     path.write_text(
         yaml.safe_dump({"name": "s", "base": "base.yaml", "variants": {"a": {}}} | described, sort_keys=False)
     )
-    study, base, _ = read_arguments(["--config", str(path), *arguments])
+    study, base, _ = of("compare", ["--config", str(path), *arguments])
     return study, base
 
 

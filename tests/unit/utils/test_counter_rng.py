@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lqkd.data.resized_crop import ATTEMPTS
 from lqkd.utils import counter_rng
 from lqkd.utils.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, integers, random_bits, uniform
-from lqkd.data.resized_crop import ATTEMPTS
 
 IDS = torch.arange(20_000)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lqkd.utils.progress import Stages, waiting
+from lqkd.utils.progress import Stages, track
 
 
 class Terminal(io.StringIO):
@@ -29,7 +29,7 @@ def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(monkeypatch:
     now = 0.0
     monkeypatch.setattr("lqkd.utils.progress.time", SimpleNamespace(monotonic=lambda: now))
     seen = []
-    items = waiting("abcd", "checking images", 4)
+    items = track("abcd", "checking images", 4)
     for now in (0.0, 1.9, 2.1, 2.2):  # noqa: B007
         seen.append((next(items), "checking images" in terminal.getvalue()))
     items.close()
@@ -39,14 +39,14 @@ def test_work_of_more_than_two_seconds_has_a_bar_with_the_time_left(monkeypatch:
 
 def test_quick_work_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = look_at(monkeypatch)
-    assert list(waiting("abcd", "checking images", 4)) == list("abcd")
+    assert list(track("abcd", "checking images", 4)) == list("abcd")
     assert terminal.getvalue() == ""
 
 
 def test_there_is_none_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lqkd.utils.progress.Waiting._patience", -1.0)
+    monkeypatch.setattr("lqkd.utils.progress.Progress._patience", -1.0)
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
-    assert list(waiting("abcd", "checking images", 4)) == list("abcd")
+    assert list(track("abcd", "checking images", 4)) == list("abcd")
     with Stages(1) as stage:
         stage("drawing")
     assert file.getvalue() == ""
@@ -76,10 +76,10 @@ def test_stages_are_named_from_the_beginning_and_leave_nothing(monkeypatch: pyte
 def test_work_within_work_has_a_bar_below_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = look_at(monkeypatch)
     monkeypatch.setattr("lqkd.utils.progress._BETWEEN", -1.0)
-    monkeypatch.setattr("lqkd.utils.progress.Waiting._patience", -1.0)
+    monkeypatch.setattr("lqkd.utils.progress.Progress._patience", -1.0)
     with Stages(1) as stage:
         stage("comparing")
-        for image in waiting("abc", "images", 3):
+        for image in track("abc", "images", 3):
             last = terminal.getvalue().rpartition("comparing")[2]
             assert "images" in last
             assert f"{'abc'.index(image)}/3" in last
@@ -90,9 +90,9 @@ def test_work_within_work_has_a_bar_below_that_of_the_whole(monkeypatch: pytest.
 
 def test_what_is_printed_meanwhile_goes_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = look_at(monkeypatch)
-    monkeypatch.setattr("lqkd.utils.progress.Waiting._patience", -1.0)
+    monkeypatch.setattr("lqkd.utils.progress.Progress._patience", -1.0)
     monkeypatch.setattr("sys.stdout", file := io.StringIO())
-    for item in waiting("ab", "reading images", 2):
+    for item in track("ab", "reading images", 2):
         print(item)
     assert file.getvalue() == "a\nb\n"
     assert "reading images" in terminal.getvalue()

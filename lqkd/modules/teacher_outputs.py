@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.utils.files import write_json
 from lqkd.modules.base import example_input
+from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import evaluated
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
 from lqkd.teachers.cache import OpenCache
 from lqkd.teachers.cache.keys import data_key, input_dtype, teacher_key
-
-if TYPE_CHECKING:
-    from lqkd.modules.distill import DistillModule
+from lqkd.utils.files import write_json
 
 
 @dataclass
@@ -43,7 +41,7 @@ class KnownOfTeacher:
                 rank_zero_warn(f"{self.path} cannot be written, so the teacher is measured in every run: {error}")
 
 
-def prepare_teacher(module: DistillModule) -> tuple[OpenCache | None, KnownOfTeacher]:
+def prepare_teacher(module: Distilling) -> tuple[OpenCache | None, KnownOfTeacher]:
     """Open the cache that the module asks for and let its teacher run fast.
 
     Args:
@@ -88,7 +86,7 @@ def _load(path: Path) -> KnownOfTeacher:
         return KnownOfTeacher()
 
 
-def _open_cache(module: DistillModule) -> OpenCache | None:
+def _open_cache(module: Distilling) -> OpenCache | None:
     settings, trainer = module.teacher_cache, module.trainer
     if settings is None:
         return None
@@ -116,7 +114,7 @@ def _open_cache(module: DistillModule) -> OpenCache | None:
     return settings.open(key, data.train_indices, _epochs(module), shapes)
 
 
-def _epochs(module: DistillModule) -> int:
+def _epochs(module: Distilling) -> int:
     """Epochs of the training, the last of which may be cut short."""
     trainer = module.trainer
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

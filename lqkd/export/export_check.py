@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,20 +9,20 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lqkd.errors import first_line
+from lqkd.export import MISSING
+from lqkd.export.deploy import check_deployable
 from lqkd.modules.base import example_input
 
 
-class ForetellExport(Callback):
+class ExportCheck(Callback):
     """Tells before a training what ``export`` would refuse after it, where its packages are installed."""
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         image = example_input(getattr(trainer, "datamodule", None), pl_module.device)
-        if image is None or any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
+        if image is None or MISSING is not None:
             return
-        from lqkd.export.deploy import check_deployable
-
         try:
             check_deployable(pl_module.product(), torch.cat([image, image]))
-        except Exception as error:  # of any type: what is foretold must not end the training
+        except Exception as error:  # of any type: a look ahead must not end the training
             rank_zero_warn(f"export will refuse this student: {first_line(error)}")

@@ -9,11 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
-from lqkd.quantization import quantizers
-from lqkd.quantization.layers import QUANTIZED_LAYERS
-from lqkd.quantization.modes import evaluating
-from lqkd.quantization.quantizers import Quantizer
 from lqkd.balances.norms import (
     LossGradients,
     any_of,
@@ -22,6 +17,11 @@ from lqkd.balances.norms import (
     output_gradients,
     weight_gradients,
 )
+from lqkd.errors import UsageError
+from lqkd.quantization import quantizers
+from lqkd.quantization.layers import QUANTIZED_LAYERS
+from lqkd.quantization.modes import evaluating
+from lqkd.quantization.quantizers import Quantizer
 
 _LAYERS: tuple[Any, ...] = tuple(QUANTIZED_LAYERS)
 

@@ -1,0 +1,58 @@
+"""The verbs that are none of Lightning's: from arguments to a function of the library, and its result to the screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lqkd.cli import arguments
+from lqkd.studies.settings import Study
+from lqkd.utils.escaping import terminal
+
+
+def _compare(studies: Any, given: tuple[Study, dict[str, Any], bool]) -> int:
+    studies.compare(*given)
+    return 0
+
+
+def _export(export: Any, given: arguments.Export) -> int:
+    export.export(**vars(given))
+    return 0
+
+
+def _predict(export: Any, given: arguments.Predict) -> int:
+    """Status 2 when an image could not be read, which is told in one line; the others are predicted."""
+    found = []
+    for entry in export.predict(given.run, given.images, top_k=given.top_k, allow_code=given.allow_code):
+        found.append(entry)
+        if "error" in entry:
+            print(f"lqkd: error: {terminal(entry['error'])}", file=sys.stderr)
+        elif not given.json:
+            classes = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry["predictions"])
+            print(terminal(f"{entry['image']}: {classes}"))
+    if given.json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    return 2 if any("error" in entry for entry in found) else 0
+
+
+def _report(studies: Any, given: arguments.Report) -> int:
+    studies.report(given.folder)
+    return 0
+
+
+def _sensitivity(studies: Any, given: arguments.Sensitivity) -> int:
+    studies.sensitivity(**vars(given))
+    return 0
+
+
+VERBS: dict[str, tuple[str, Callable[[Any, Any], int]]] = {
+    "compare": ("lqkd.studies.compare", _compare),
+    "export": ("lqkd.export.command", _export),
+    "predict": ("lqkd.export.predict", _predict),
+    "report": ("lqkd.studies.report", _report),
+    "sensitivity": ("lqkd.studies.sensitivity", _sensitivity),
+}
+"""The module with what a verb does, which is loaded when it is asked for, and the door to it; ``predict`` is one of
+these where it is given images."""

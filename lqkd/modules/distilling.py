@@ -1,0 +1,39 @@
+"""What is asked of a distillation before its first step, by what gets it ready."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lqkd.losses.taps import Taps
+from lqkd.modules.batches import Samples
+from lqkd.teachers.cache import TeacherCache, TeacherOutputs
+from lqkd.teachers.ensemble import TeacherEnsemble
+from lqkd.teachers.frozen import FrozenTeacher
+
+
+class Distilling(Protocol):
+    """A module that distils, attached to a Trainer; :class:`lqkd.modules.DistillModule` is one."""
+
+    accumulate_grad_batches: int
+    taps: tuple[Taps, Taps] | None
+    teacher_cache: TeacherCache | None
+    warnings: list[str]
+
+    @property
+    def trainer(self) -> Trainer: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def hparams(self) -> Mapping[str, Any]: ...
+    @property
+    def student(self) -> nn.Module: ...
+    @property
+    def teacher(self) -> FrozenTeacher | TeacherEnsemble: ...
+    def teachers(self) -> list[FrozenTeacher]: ...
+    def ask_teacher(self, images: Tensor) -> TeacherOutputs: ...
+    def samples(self, batch: Any) -> Samples: ...

@@ -1,0 +1,1 @@
+"""What bits cost and where they matter: sizes and operations, sensitivity, bits under a budget, oscillating weights."""
