@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.cli import arguments
+from lqkd.cli.help import help_of
 from lqkd.cli.overview import overview, unknown
 from lqkd.cli.verbs import VERBS
 from lqkd.errors import UsageError
@@ -49,6 +50,9 @@ def _run(given: list[str]) -> int:
     if verb == "resume":
         resumed, settings = arguments.of_resume(rest)
         _load(_TRAINING).resume(resumed.run, settings, resumed.allow_code, _callbacks())
+        return 0
+    if rest in (["--help"], ["-h"]):
+        print(help_of(verb, lambda: _load(_TRAINING).run([verb, *rest])), end="")
         return 0
     allowed, rest = _ALLOW in rest, [text for text in rest if text != _ALLOW]
     configs = _check_described(verb, rest)

@@ -25,11 +25,6 @@ from lqkd.utils.files import atomic_path
 _FORMAT = "2"  # part of the fingerprint: raise it when what is packed changes
 
 
-def default_cache_dir() -> Path:
-    """Return the folder for packed data: the environment variable ``LQKD_CACHE``, else ``~/.cache/lqkd``."""
-    return Path(os.environ.get("LQKD_CACHE") or Path.home() / ".cache" / "lqkd")
-
-
 def read_class_folders(root: Path, *, size: int, cache_dir: Path, mode: Literal["RGB", "L"] = "RGB") -> ImageSet:
     """Read ``root/{train,test}/<class>/<image>``, from the packed copy where there is one.
 

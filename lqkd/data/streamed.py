@@ -18,11 +18,10 @@ from lqkd.data.decode import decode
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import EncodedImages
 from lqkd.data.loader import EpochShuffle
-from lqkd.data.packed import default_cache_dir
 from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, parse_index
 from lqkd.errors import UsageError, first_line
 from lqkd.utils.counter_rng import STREAM_ORDER, STREAM_SHARDS, random_bits
-from lqkd.utils.files import atomic_path
+from lqkd.utils.files import atomic_path, default_cache_dir
 
 _BLOCK = 512  # bytes, of a tar file
 

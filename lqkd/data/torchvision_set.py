@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lqkd.data.base import ImageDataModule, ImageSet
-from lqkd.data.packed import default_cache_dir, read_class_folders
+from lqkd.data.packed import read_class_folders
 from lqkd.errors import UsageError, first_line
+from lqkd.utils.files import default_cache_dir
 
 
 class TorchvisionDataModule(ImageDataModule):

@@ -119,3 +119,8 @@ def write_safetensors(
     described += b" " * (-len(described) % 8)  # the tensors that follow are aligned
     with atomic_path(target) as temporary:
         temporary.write_bytes(len(described).to_bytes(8, "little") + described + data[start:])
+
+
+def default_cache_dir() -> Path:
+    """The folder for what can be made again: the environment variable ``LQKD_CACHE``, else ``~/.cache/lqkd``."""
+    return Path(os.environ.get("LQKD_CACHE") or Path.home() / ".cache" / "lqkd")

@@ -15,11 +15,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lqkd.data.packed import default_cache_dir
 from lqkd.errors import UsageError
 from lqkd.teachers.cache.codec import Codec, TeacherOutputs, projection
 from lqkd.teachers.cache.records import RecordStore
-from lqkd.utils.files import write_json
+from lqkd.utils.files import default_cache_dir, write_json
 
 DTYPES = ("float16", "float32")
 _FORMAT = 2  # part of the key: raise it when what is stored changes
