@@ -24,6 +24,7 @@ from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
 
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
+os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
 
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
 

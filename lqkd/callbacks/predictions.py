@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lqkd.utils.escaping import csv_cell
-from lqkd.utils.files import atomic_path
+from lqkd.utils.tables import write_csv
 
 COLUMNS = ("index", "file", "label", "class", "confidence")
 
@@ -50,13 +48,11 @@ class Predictions(Callback):
         def name(label: int | None) -> Any:
             return names[label] if names and label is not None else label
 
-        with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(COLUMNS)
-            for index, label, winner, confidence in self.rows:
-                file = files[index] if files else None
-                row = (index, file, name(label), name(winner), f"{confidence:.6f}")
-                writer.writerow(map(csv_cell, row))
+        rows = [
+            (index, files[index] if files else None, name(label), name(winner), f"{confidence:.6f}")
+            for index, label, winner, confidence in self.rows
+        ]
+        write_csv(target, [dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS)
         right = [label == winner for _, label, winner, _ in self.rows if label is not None]
         told = f", {sum(right)} of them right" if right else ""
         print(f"{len(self.rows)} predictions written to {target}{told}")

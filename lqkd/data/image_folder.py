@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from functools import partial
 from itertools import chain
@@ -21,9 +20,9 @@ from lqkd.data.encoded import ImageFiles
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
 from lqkd.utils.counter_rng import STREAM_TEST
-from lqkd.utils.escaping import csv_cell, terminal
-from lqkd.utils.files import atomic_path
+from lqkd.utils.escaping import terminal
 from lqkd.utils.progress import track
+from lqkd.utils.tables import write_csv
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
@@ -133,16 +132,17 @@ class ImageFolder(DecodingDataModule):
         images = self._loaded()
         trained = self._files(images.train_images), images.train_labels
         tested = self._files(images.test_images), images.test_labels
-        with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("split", "class", "file"))
-            for name, (files, labels), indices in (
-                ("train", trained, self.train_indices),
-                ("val", trained, self.val_indices),
-                ("test", tested, torch.arange(len(images.test_labels))),
-            ):
-                for index in indices.tolist():
-                    writer.writerow(map(csv_cell, (name, self.class_names[int(labels[index])], files[index])))
+        splits = (
+            ("train", trained, self.train_indices),
+            ("val", trained, self.val_indices),
+            ("test", tested, torch.arange(len(images.test_labels))),
+        )
+        rows = [
+            {"split": name, "class": self.class_names[int(labels[index])], "file": files[index]}
+            for name, (files, labels), indices in splits
+            for index in indices.tolist()
+        ]
+        write_csv(target, rows, ("split", "class", "file"))
 
     def _hold_out_test(self, paths: list[str], labels: Tensor) -> dict[str, tuple[list[str], Tensor]]:
         size = round(self.test_fraction * len(labels))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.runs.folder import METRICS
-from lqkd.utils.files import atomic_path
+from lqkd.utils.tables import write_csv
 
 _PAUSE = 2.0
 """Seconds at least between two writings of the table ..."""
@@ -132,13 +132,7 @@ class RunLogger(Logger):
         started = time.monotonic()
         rows = self._before + self._rows
         names = set().union(*rows) - {"epoch", "step"}
-        with (
-            atomic_path(self.run_folder / METRICS) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as stream,
-        ):
-            writer = csv.DictWriter(stream, fieldnames=["epoch", "step", *sorted(names)])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(self.run_folder / METRICS, rows, ["epoch", "step", *sorted(names)])
         ended = time.monotonic()
         self._next_write = ended + max(_PAUSE, (ended - started) / _SHARE)
         self._unsaved = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -23,8 +22,9 @@ from lqkd.quantization import (
     measure_sensitivity,
 )
 from lqkd.runs.reader import read_run, take_batches
-from lqkd.utils.files import atomic_path, write_json, write_text
+from lqkd.utils.files import write_json, write_text
 from lqkd.utils.progress import Progress
+from lqkd.utils.tables import write_csv
 
 JSON = "sensitivity.json"
 TABLE = "sensitivity.csv"
@@ -166,12 +166,13 @@ def _print_assignment(budget: str, assigned: MixedPrecision, report: Sensitivity
 
 
 def _write_table(target: Path, report: SensitivityReport, assignment: dict[str, Any] | None) -> None:
-    columns = ("loss_increase", "kl", "accuracy_change", "packed_bytes", "bit_operations")
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("rank", "layer", "weight_bits", "activation_bits", *columns, "chosen"))
-        for rank, group in enumerate(report.ranked(), start=1):
-            for c in group:
-                for name, weight, activation in _by_layer([c]):
-                    chosen = "" if assignment is None else int(assignment["bits"][name] == f"W{weight}A{activation}")
-                    writer.writerow((rank, name, weight, activation, *(getattr(c, key) for key in columns), chosen))
+    measured = ("loss_increase", "kl", "accuracy_change", "packed_bytes", "bit_operations")
+    rows = [
+        {"rank": rank, "layer": name, "weight_bits": weight, "activation_bits": activation}
+        | {key: getattr(c, key) for key in measured}
+        | {"chosen": None if assignment is None else int(assignment["bits"][name] == f"W{weight}A{activation}")}
+        for rank, group in enumerate(report.ranked(), start=1)
+        for c in group
+        for name, weight, activation in _by_layer([c])
+    ]
+    write_csv(target, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,8 @@ from lqkd.studies.job import Task, tasks_of
 from lqkd.studies.results import read_runs
 from lqkd.studies.settings import Study, Sweep
 from lqkd.studies.variants import Variants
-from lqkd.utils.files import atomic_path, write_text
+from lqkd.utils.files import write_text
+from lqkd.utils.tables import write_csv
 
 TRIALS = "sweep.csv"
 BEST = "best.yaml"
@@ -71,10 +71,7 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
         else:
             trials.tell(trial, mean)
         rows.append({"trial": number, **point, "val_best_mean": mean})
-    with atomic_path(study.folder / TRIALS) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(study.folder / TRIALS, rows)
     scored = [row for row in rows if row["val_best_mean"] is not None]
     if scored:
         best = max(scored, key=lambda row: row["val_best_mean"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
 from lqkd.studies.results import SPOILED, Run
 from lqkd.studies.statistics import Summary, moments
 from lqkd.utils import escaping
-from lqkd.utils.files import atomic_path
+from lqkd.utils.tables import write_csv
 
 TABLE = "table.csv"
 RUNS = "runs.csv"
@@ -31,8 +30,8 @@ def write_tables(folder: Path, runs: Sequence[Run], summaries: Mapping[str, Mapp
     """Write ``table.csv``, a row a variant and reference, and ``runs.csv``, a row a run, to ``folder``, atomically."""
     rows = [_variant_row(name, measures) | _endings(of_variant(runs, name)) for name, measures in summaries.items()]
     rows += [{"variant": name} | _measured("test", summary) for name, summary in references(runs).items()]
-    _write(folder / TABLE, rows)
-    _write(folder / RUNS, [_run_row(run) for run in runs])
+    write_csv(folder / TABLE, rows)
+    write_csv(folder / RUNS, [_run_row(run) for run in runs])
 
 
 def _variant_row(name: str, measures: Mapping[str, Summary]) -> dict[str, Any]:
@@ -103,13 +102,6 @@ def _run_row(run: Run) -> dict[str, Any]:
     row["verdict"] = run.verdict
     row |= {"val_best": run.best, "val_last": run.last, "test": run.test}
     return row | {key: run.summary.get(key) for key in _FROM_SUMMARY}
-
-
-def _write(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: escaping.csv_cell(value) for key, value in row.items()} for row in rows)
 
 
 NONE = "n/a"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from lqkd.callbacks.low_bit_weights import distill_module
 from lqkd.errors import UsageError
 from lqkd.quantization.analysis.oscillation import Oscillation, weight_layers
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.utils.files import atomic_path
+from lqkd.utils.tables import write_csv
 
 TABLE = Path("oscillation") / "layers.csv"
 """Where the table is in a run's folder."""
@@ -156,12 +154,4 @@ class OscillationMonitor(Callback):
         )
         folder = run_folder_of(trainer)
         if trainer.is_global_zero and folder is not None:
-            _write_table(folder / TABLE, self.history)
-
-
-def _write_table(target: Path, history: Sequence[LayerOscillation]) -> None:
-    rows = [asdict(row) for row in history]
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            write_csv(folder / TABLE, [asdict(row) for row in self.history])
