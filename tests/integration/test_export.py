@@ -82,7 +82,7 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert props["lqkd.bits"]["conv1"] == "W8A8"
     assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
     assert props["lqkd.class_names"] == [str(i) for i in range(10)]
-    assert "digits_teacher" in json.dumps(props["lqkd.teachers"])
+    assert "digits_teacher" in json.dumps(props["lqkd.teacher"])
     data = Digits()
     data.setup()
     how = props["lqkd.data.preprocessing"]
