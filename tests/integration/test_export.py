@@ -85,7 +85,7 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     assert "digits_teacher" in json.dumps(props["lqkd.teacher"])
     data = Digits()
     data.setup()
-    how = props["lqkd.data.preprocessing"]
+    how = props["lqkd.preprocessing"]
     batches = list(data.test_dataloader())
     pixels = torch.cat([batch.images for batch in batches]).numpy().astype(np.float32) / 255
     labels = torch.cat([batch.labels for batch in batches]).numpy()
