@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 ROOMS = ("quantization", "losses", "regularizers", "balances", "models", "utils")
 OFFERS = ("quantization", "quantization.quantizers", "losses", "regularizers", "balances", "models")
 """Those whose ``__all__`` says what is public."""
+ABOVE = ("data", "teachers", "modules", "callbacks", "runs", "export")
+REFERENCE = Path(__file__).parents[2] / "docs" / "site" / "reference"
 
 
 def modules(room: str) -> Iterator[ModuleType]:
@@ -95,3 +98,25 @@ def test_every_argument_of_what_a_room_offers_is_explained(room: str) -> None:
 def test_what_refuses_a_setting_says_so(room: str) -> None:
     silent = [name for name, value in offered(room) if refuses(value) and "UsageError:" not in (value.__doc__ or "")]
     assert not silent
+
+
+def referenced() -> list[str]:
+    """The module, class or function of every entry of the reference pages; each listed member of a module by itself."""
+    found = []
+    for page in sorted(REFERENCE.glob("*.md")):
+        for name, members in re.findall(
+            r"^::: ([\w.]+)(?:\n    options: \{members: \[(.*?)\]\})?$", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            found += [f"{name}.{member}" for member in members.split(", ")] if members else [name]
+    return found
+
+
+def test_no_entry_of_the_reference_pages_is_doubled() -> None:
+    entries = referenced()
+    assert sorted(set(entries)) == sorted(entries)
+
+
+@pytest.mark.parametrize("room", [*OFFERS, *ABOVE])
+def test_everything_that_a_room_offers_is_on_a_reference_page(room: str) -> None:
+    entries = set(referenced())
+    assert not [n for n, v in offered(room) if not {v.__module__, f"{v.__module__}.{n}"} & entries]
