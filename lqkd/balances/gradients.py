@@ -105,12 +105,13 @@ class OutputGradientBalance(_RatioBalance):
     """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 1.
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
-    (:func:`~lqkd.balances.norms.output_gradients`), as a geometric running mean over the steps,
-    which no single batch can dominate. With a sum of 1 the student's learning rate means what it means with fixed
-    weights of that sum: twice the sum is twice the rate, which at 2 bits can cost more than any balance gains.
-    It costs a backward pass through each loss alone, none through the network. Of several distillation losses each has
-    an equal part of the ratio. The weights say nothing about how
-    large the losses are: a student far from its teacher keeps hearing it.
+    (:func:`~lqkd.balances.norms.output_gradients`), as a geometric running mean over the steps, which no single batch
+    can dominate. With a sum of 1 the student's learning rate means what it means with fixed weights of that sum: twice
+    the sum is twice the rate, which at 2 bits can cost more than any balance gains. It costs a backward pass through
+    each loss alone, none through the network. Of several distillation losses each has an equal part of the ratio. The
+    weights say nothing about how large the losses are: a student far from its teacher keeps hearing it.
+
+    The form is our own, not a published one.
 
     Args:
         ratio: gradient of the distillation loss relative to that of the task loss, > 0.

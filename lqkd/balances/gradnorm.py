@@ -120,8 +120,8 @@ class GradNorm(_NormBalance):
 class OutputGradNorm(_NormBalance):
     """GradNorm at the logits: that of :class:`GradNorm`, with ``G_i`` the norm of the gradient at the logits.
 
-    It (:func:`~lqkd.balances.norms.output_gradients`) costs no pass through the network and leaves out
-    what the network does to both gradients.
+    It (:func:`~lqkd.balances.norms.output_gradients`) costs no pass through the network and leaves out what the network
+    does to both gradients.
 
     Args:
         alpha: how strongly the target follows the training rates, >= 0.
