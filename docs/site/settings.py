@@ -7,26 +7,25 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from jsonargparse._parameter_resolvers import get_signature_parameters  # what LightningCLI itself builds settings from
 
 KINDS: list[tuple[str, str, str, str]] = [
     ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
-    ("Teachers: `model.init_args.teacher`", "lqkd.teachers lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
-    ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", "lqkd.models"),
+    ("Teachers: `model.init_args.teacher`", "lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
+    ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", ""),
     ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
     ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),
     ("Guards: `guard`", "lqkd.regularizers", "Guard", "lqkd.regularizers"),
     ("Players: `player`", "lqkd.regularizers", "Player", "lqkd.regularizers"),
-    ("Balances: `balance`", "lqkd.regularizers", "Balance", "lqkd.regularizers"),
+    ("Balances: `balance`", "lqkd.balances", "Balance", "lqkd.balances"),
     ("Schedules: `student_schedule`", "lqkd.modules", "Schedule", "lqkd.modules"),
     ("Quantizers: `weight_quantizer`, by `name`", "lqkd.quantization.quantizers", "Quantizer", "lqkd.quantization"),
     ("Data: `data`", "lqkd.data", "ImageDataModule", "lqkd.data"),
     ("Callbacks: `trainer.callbacks`", "lqkd.callbacks", "Callback", "lightning.pytorch"),
 ]
-"""Heading, modules whose ``__all__`` is listed, base class of what is listed (or the names themselves), its module."""
+"""Heading, module whose ``__all__`` is listed, base class of what is listed and its module, or the names themselves."""
 PLAIN = {
     "Quantization: `quantization`": "lqkd.quantization.Recipe",
     "Rules: `quantization.rules`": "lqkd.quantization.recipe.Rule",
@@ -39,7 +38,7 @@ PLAIN = {
     "A sweep: `sweep`": "lqkd.studies.settings.Sweep",
 }
 """Heading and class of what is written without ``class_path``."""
-_INTERNAL = {"AtomicCheckpointIO", "BestAndLast", "RunLogger", "UniformQuantizer", "DecodingDataModule"}
+_INTERNAL = {"UniformQuantizer", "DecodingDataModule"}
 _GIVEN_BY_THE_LAYER = {"bits", "signed", "channels", "channel_axis", "batched"}
 _ROLE = re.compile(r":[a-z]+:`~?(?:[\w.]+\.)?([\w]+)`")
 
@@ -62,9 +61,9 @@ def page() -> str:
         "under `trainer`, are in `python -m lqkd fit --help`.",
         "",
     ]
-    for heading, modules, base, home in KINDS:
+    for heading, module, base, home in KINDS:
         lines += [f"## {heading}", ""]
-        for path, kind in _listed(modules.split(), base.split(), home):
+        for path, kind in _listed(module, base.split(), home):
             lines += _described(path, kind, "###")
     for heading, path in PLAIN.items():
         module, _, name = path.rpartition(".")
@@ -72,16 +71,16 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def _listed(modules: list[str], bases: list[str], home: str) -> Iterator[tuple[str, Any]]:
-    for module_name in modules:
-        module: ModuleType = importlib.import_module(module_name)
-        kinds = {n: k for n, k in vars(module).items() if n in getattr(module, "__all__", bases) and n not in _INTERNAL}
-        if len(bases) > 1:
-            chosen = {n: k for n, k in kinds.items() if n in bases and k.__module__.startswith(module_name)}
-        else:
-            base = getattr(importlib.import_module(home), bases[0])
-            chosen = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base) and k is not base}
-        yield from ((f"{module_name}.{name}", kind) for name, kind in chosen.items())
+def _listed(module: str, bases: list[str], home: str) -> Iterator[tuple[str, Any]]:
+    offered = importlib.import_module(module)
+    names = bases
+    if home:
+        base = getattr(importlib.import_module(home), bases[0])
+        kinds = {name: getattr(offered, name) for name in offered.__all__ if name not in _INTERNAL}
+        names = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base) and k is not base]
+        if not names:
+            raise LookupError(f"{module} offers no {bases[0]}: see KINDS in {__file__}")
+    yield from ((f"{module}.{name}", getattr(offered, name)) for name in names)
 
 
 def _described(path: str, kind: Any, heading: str) -> list[str]:

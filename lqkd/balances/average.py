@@ -26,6 +26,14 @@ class DynamicWeightAverage(Balance):
 
     Raises:
         UsageError: when the temperature is not a positive number.
+
+    Examples:
+        >>> balance = DynamicWeightAverage(temperature=2.0)
+        >>> for task, distill in ((4.0, 4.0), (2.0, 4.0), (1.0, 4.0)):
+        ...     _, weights = balance({"task": torch.tensor(task), "distill": torch.tensor(distill)})
+        ...     balance.on_epoch_end()
+        >>> weights  # of the third epoch: task had halved, distill had not
+        {'task': tensor(0.8756), 'distill': tensor(1.1244)}
     """
 
     sums: Tensor

@@ -54,6 +54,14 @@ class Balance(nn.Module, ABC):
 
     Raises:
         UsageError: when bounds, share or parts are out of range.
+
+    Examples:
+        >>> class Half(Balance):
+        ...     def propose(self, losses, gradients):
+        ...         return torch.full_like(losses, 0.5), None
+        >>> total, weights = Half()({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> total, weights
+        (tensor(1.5000), {'task': tensor(0.5000), 'distill': tensor(0.5000)})
     """
 
     learning_rate_factor: ClassVar[float] = 1.0

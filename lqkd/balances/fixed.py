@@ -26,6 +26,14 @@ class FixedBalance(Balance):
     Raises:
         UsageError: when a weight is negative or not finite, or all are zero; by :meth:`connect` when there is no loss
             of a name.
+
+    Examples:
+        >>> balance = FixedBalance(task=1.0, distill=0.5, terms={"features": 100.0})
+        >>> balance.connect(["task", "logits", "features"])
+        >>> losses = {"task": torch.tensor(2.0), "logits": torch.tensor(1.0), "features": torch.tensor(0.01)}
+        >>> total, weights = balance(losses)
+        >>> total, weights
+        (tensor(3.5000), {'task': tensor(1.), 'logits': tensor(0.5000), 'features': tensor(100.)})
     """
 
     constants: Tensor

@@ -75,6 +75,15 @@ class GradientBalance(_RatioBalance):
 
     Raises:
         UsageError: when ratio or momentum is out of range, or not every loss reaches the module.
+
+    Examples:
+        >>> student = nn.Sequential(nn.Linear(2, 3))
+        >>> balance = GradientBalance(shared="0", ratio=1.0)
+        >>> balance.equalized_at.bind(student)
+        >>> output = student(torch.ones(4, 2))
+        >>> _, weights = balance({"task": output.sum(), "distill": 10 * output.sum()})
+        >>> weights
+        {'task': tensor(0.5000), 'distill': tensor(0.0500)}
     """
 
     def __init__(
@@ -96,12 +105,13 @@ class OutputGradientBalance(_RatioBalance):
     """Equal gradients at the logits: ``w_distill * G_distill = ratio * w_task * G_task``, with weights of sum 1.
 
     G is the root mean square over the samples of the norm of a loss's gradient at their logits
-    (:func:`~lqkd.balances.norms.output_gradients`), as a geometric running mean over the steps,
-    which no single batch can dominate. With a sum of 1 the student's learning rate means what it means with fixed
-    weights of that sum: twice the sum is twice the rate, which at 2 bits can cost more than any balance gains.
-    It costs a backward pass through each loss alone, none through the network. Of several distillation losses each has
-    an equal part of the ratio. The weights say nothing about how
-    large the losses are: a student far from its teacher keeps hearing it.
+    (:func:`~lqkd.balances.norms.output_gradients`), as a geometric running mean over the steps, which no single batch
+    can dominate. With a sum of 1 the student's learning rate means what it means with fixed weights of that sum: twice
+    the sum is twice the rate, which at 2 bits can cost more than any balance gains. It costs a backward pass through
+    each loss alone, none through the network. Of several distillation losses each has an equal part of the ratio. The
+    weights say nothing about how large the losses are: a student far from its teacher keeps hearing it.
+
+    The form is our own, not a published one.
 
     Args:
         ratio: gradient of the distillation loss relative to that of the task loss, > 0.
@@ -110,6 +120,13 @@ class OutputGradientBalance(_RatioBalance):
 
     Raises:
         UsageError: when ratio or momentum is out of range, or a loss does not depend on the logits.
+
+    Examples:
+        >>> output = torch.zeros(4, 3, requires_grad=True)
+        >>> losses = {"task": output.sum(), "distill": 3 * output.sum()}
+        >>> _, weights = OutputGradientBalance(ratio=1.0)(losses, output)
+        >>> weights
+        {'task': tensor(0.7500), 'distill': tensor(0.2500)}
     """
 
     def __init__(self, ratio: float = 1.0, momentum: float = 0.99, **limits: Any) -> None:
@@ -150,6 +167,13 @@ class LearnableRatioBalance(OutputGradientBalance):
 
     Raises:
         UsageError: when ratio, span or momentum is out of range, or a loss does not depend on the logits.
+
+    Examples:
+        >>> balance = LearnableRatioBalance(ratio=1.0, span=2.0)
+        >>> output = torch.zeros(4, 3, requires_grad=True)
+        >>> _, weights = balance({"task": output.sum(), "distill": 3 * output.sum()}, output)
+        >>> weights, balance.learned()
+        ({'task': tensor(0.7500), 'distill': tensor(0.2500)}, {'ratio': tensor(1.)})
     """
 
     learning_rate_factor = 10.0

@@ -95,6 +95,15 @@ class GradNorm(_NormBalance):
 
     Raises:
         UsageError: when alpha is negative, the bounds do not enclose 1, or not every loss reaches the module.
+
+    Examples:
+        >>> student = nn.Sequential(nn.Linear(2, 3))
+        >>> balance = GradNorm(shared="0")
+        >>> balance.equalized_at.bind(student)
+        >>> output = student(torch.ones(4, 2))
+        >>> _, weights = balance({"task": output.square().mean(), "distill": output.exp().mean()})
+        >>> weights
+        {'task': tensor(1.), 'distill': tensor(1.)}
     """
 
     def __init__(
@@ -111,8 +120,8 @@ class GradNorm(_NormBalance):
 class OutputGradNorm(_NormBalance):
     """GradNorm at the logits: that of :class:`GradNorm`, with ``G_i`` the norm of the gradient at the logits.
 
-    It (:func:`~lqkd.balances.norms.output_gradients`) costs no pass through the network and leaves out
-    what the network does to both gradients.
+    It (:func:`~lqkd.balances.norms.output_gradients`) costs no pass through the network and leaves out what the network
+    does to both gradients.
 
     Args:
         alpha: how strongly the target follows the training rates, >= 0.
@@ -122,6 +131,13 @@ class OutputGradNorm(_NormBalance):
 
     Raises:
         UsageError: when alpha is negative, the bounds do not enclose 1, or a loss does not depend on the logits.
+
+    Examples:
+        >>> balance = OutputGradNorm()
+        >>> output = torch.ones(4, 3, requires_grad=True)
+        >>> total, weights = balance({"task": output.square().mean(), "distill": output.exp().mean()}, output)
+        >>> weights
+        {'task': tensor(1.), 'distill': tensor(1.)}
     """
 
     def __init__(self, alpha: float = 1.5, minimum: float = 1e-3, maximum: float = 2.0, **limits: Any) -> None:

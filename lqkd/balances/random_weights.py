@@ -26,6 +26,11 @@ class RandomBalance(Balance):
 
     Raises:
         UsageError: when the seed is not a whole number.
+
+    Examples:
+        >>> _, weights = RandomBalance(seed=0)({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> round(float(sum(weights.values())), 4)
+        1.0
     """
 
     steps: Tensor

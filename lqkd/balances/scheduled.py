@@ -32,6 +32,13 @@ class ScheduledBalance(Balance):
     Raises:
         UsageError: when a weight is negative or not finite, nothing is left to train on at one end, a part is out of
             range, or the shape is unknown.
+
+    Examples:
+        >>> balance = ScheduledBalance(start=0.0, end=1.0, finish=0.1)
+        >>> balance.progress = 0.05  # half of the warm-up
+        >>> _, weights = balance({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> weights
+        {'task': tensor(1.), 'distill': tensor(0.5000)}
     """
 
     first: Tensor

@@ -78,6 +78,12 @@ class UncertaintyBalance(_ScalarBalance):
 
     Raises:
         UsageError: when the bounds are not possible.
+
+    Examples:
+        >>> balance = UncertaintyBalance()
+        >>> total, weights = balance({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> total.detach(), weights
+        (tensor(1.5000), {'task': tensor(0.5000), 'distill': tensor(0.5000)})
     """
 
     slope = -1.0
@@ -101,6 +107,12 @@ class ImpartialBalance(_ScalarBalance):
 
     Raises:
         UsageError: when the bounds are not possible.
+
+    Examples:
+        >>> balance = ImpartialBalance()
+        >>> total, weights = balance({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> total.detach(), weights
+        (tensor(3.), {'task': tensor(1.), 'distill': tensor(1.)})
     """
 
     slope = 1.0
@@ -126,6 +138,12 @@ class BoundedUncertaintyBalance(_ScalarBalance):
 
     Raises:
         UsageError: when the bounds are not possible.
+
+    Examples:
+        >>> balance = BoundedUncertaintyBalance()
+        >>> _, weights = balance({"task": torch.tensor(2.0), "distill": torch.tensor(1.0)})
+        >>> weights
+        {'task': tensor(0.5000), 'distill': tensor(0.5000)}
     """
 
     slope = -2.0

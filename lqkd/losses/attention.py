@@ -29,6 +29,12 @@ class AttentionTransfer(DistillationLoss):
 
     Raises:
         UsageError: when the exponent is not possible, or features are of different layouts or numbers of tokens.
+
+    Examples:
+        >>> loss = AttentionTransfer()
+        >>> divergence = loss(torch.ones(2, 16, 8, 8), 3 * torch.ones(2, 4, 4, 4))
+        >>> divergence.shape, loss.reduce(divergence)
+        (torch.Size([2, 1, 4, 4]), tensor(0.))
     """
 
     compares = "features"

@@ -19,6 +19,16 @@ class DistillationLoss(nn.Module, ABC):
 
     ``forward(teacher, student, labels)`` returns a divergence map with non-negative elements, of which a regularizer
     may weigh each one; ``reduce(map)`` returns the loss. Both are differentiable in ``student``.
+
+    Examples:
+        >>> class Absolute(DistillationLoss):
+        ...     def forward(self, teacher, student, labels=None):
+        ...         return (teacher.detach() - student).abs().float()
+        ...     def reduce(self, divergence):
+        ...         return divergence.mean()
+        >>> loss = Absolute()
+        >>> loss.reduce(loss(torch.ones(2, 3), torch.zeros(2, 3)))
+        tensor(1.)
     """
 
     compares: Literal["logits", "features", "pyramids"] = "logits"

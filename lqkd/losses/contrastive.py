@@ -32,12 +32,19 @@ class ContrastiveRepresentation(DistillationLoss):
     The batch is that of one process.
 
     Args:
-        dimension: length of the embeddings.
+        dimension: length of the embeddings, >= 1.
         temperature: tau > 0.
 
     Raises:
         UsageError: when an argument is out of range, features are no vectors, token sequences or feature maps, or
             :meth:`connect` has not been called.
+
+    Examples:
+        >>> loss = ContrastiveRepresentation(dimension=8)
+        >>> teacher, student = torch.rand(4, 16, 8, 8), torch.rand(4, 6, 8, 8)
+        >>> loss.connect([teacher.shape], [student.shape])
+        >>> loss(teacher, student).shape
+        torch.Size([4])
     """
 
     compares = "features"

@@ -30,6 +30,13 @@ class CorrelationCongruence(DistillationLoss):
 
     Raises:
         UsageError: when an argument is not possible, or features are no vectors, token sequences or feature maps.
+
+    Examples:
+        >>> import torch
+        >>> loss = CorrelationCongruence(kernel="bilinear")
+        >>> divergence = loss(torch.eye(3), torch.ones(3, 8))  # no two samples alike, against all of them alike
+        >>> divergence, loss.reduce(divergence)
+        (tensor([0.6667, 0.6667, 0.6667]), tensor(0.6667))
     """
 
     compares = "features"

@@ -30,6 +30,14 @@ class DIST(DistillationLoss):
 
     Raises:
         UsageError: when an argument is out of range.
+
+    Examples:
+        >>> import torch
+        >>> loss = DIST()
+        >>> teacher = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> divergence = loss(teacher, teacher.flip(0))  # every sample gets the other one's prediction
+        >>> divergence.shape, loss.reduce(divergence)
+        (torch.Size([2, 3]), tensor(7.5260))
     """
 
     def __init__(self, temperature: float = 1.0, beta: float = 2.0, gamma: float = 2.0) -> None:

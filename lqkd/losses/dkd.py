@@ -32,6 +32,13 @@ class DKD(DistillationLoss):
 
     Raises:
         UsageError: when an argument is out of range; in training when there are no labels or fewer than two classes.
+
+    Examples:
+        >>> loss = DKD(temperature=4.0, alpha=1.0, beta=8.0)
+        >>> teacher, labels = torch.tensor([[4.0, 2.0, 0.0]]), torch.tensor([0])
+        >>> divergence = loss(teacher, torch.zeros(1, 3), labels)
+        >>> divergence.shape, loss.reduce(divergence)
+        (torch.Size([1, 3]), tensor(4.8939))
     """
 
     needs_labels = True

@@ -24,6 +24,13 @@ class Hints(DistillationLoss):
     Raises:
         UsageError: when the features are of different layouts or numbers of tokens, or differ in channels while
             :meth:`connect` has not been called.
+
+    Examples:
+        >>> loss = Hints()
+        >>> teacher, student = torch.ones(2, 16, 8, 8), torch.ones(2, 4, 4, 4)
+        >>> loss.connect([teacher.shape], [student.shape])  # makes the 1x1 convolution from 4 to 16 channels
+        >>> loss(teacher, student).shape
+        torch.Size([2, 16, 4, 4])
     """
 
     compares = "features"

@@ -17,7 +17,14 @@ class LogitResidual(DistillationLoss):
     """Squared residual of the logits, ``(T - S)**2``, averaged over samples and classes.
 
     The residual form of learnable-regularizer distillation (arXiv 2509.20854); unweighted it is logit matching
-    (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919).
+    (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919). Logits and map are (B, C).
+
+    Examples:
+        >>> import torch
+        >>> loss = LogitResidual()
+        >>> divergence = loss(torch.tensor([[4.0, 0.0, 1.0]]), torch.tensor([[3.0, 0.0, -1.0]]))
+        >>> divergence, loss.reduce(divergence)
+        (tensor([[1., 0., 4.]]), tensor(1.6667))
     """
 
     @in_full_precision
@@ -34,13 +41,21 @@ class HintonKL(DistillationLoss):
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2: with
     ``p = softmax(z / tau)``, summed over classes, averaged over samples, times ``tau**2`` so that the size of the
     gradient does not depend on the temperature. The map holds ``p_T log(p_T / p_S) - p_T + p_S``: each element is
-    non-negative, as a weight on it needs, and the last two terms cancel in the sum over classes.
+    non-negative, as a weight on it needs, and the last two terms cancel in the sum over classes. Logits and
+    map are (B, C).
 
     Args:
         temperature: tau > 0.
 
     Raises:
         UsageError: when the temperature is not a positive finite number.
+
+    Examples:
+        >>> import torch
+        >>> loss = HintonKL(temperature=4.0)
+        >>> divergence = loss(torch.tensor([[4.0, 0.0, 0.0]]), torch.zeros(1, 3))
+        >>> divergence.shape, loss.reduce(divergence)
+        (torch.Size([1, 3]), tensor(1.9726))
     """
 
     def __init__(self, temperature: float = 4.0) -> None:
@@ -69,6 +84,13 @@ class SoftCrossEntropy(DistillationLoss):
 
     Raises:
         UsageError: when the temperature is not a positive finite number.
+
+    Examples:
+        >>> import torch
+        >>> loss = SoftCrossEntropy()
+        >>> teacher = torch.tensor([[4.0, 0.0, 0.0]])
+        >>> loss.reduce(loss(teacher, teacher))  # the teacher's entropy
+        tensor(0.1773)
     """
 
     def __init__(self, temperature: float = 1.0) -> None:

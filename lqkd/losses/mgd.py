@@ -30,6 +30,13 @@ class MGD(DistillationLoss):
     Raises:
         UsageError: when the probability is out of range, features are no feature maps (B, C, H, W), or :meth:`connect`
             has not been called.
+
+    Examples:
+        >>> loss = MGD(masked=0.5)
+        >>> teacher, student = torch.ones(2, 16, 8, 8), torch.ones(2, 4, 8, 8)
+        >>> loss.connect([teacher.shape], [student.shape])
+        >>> loss(teacher, student).shape
+        torch.Size([2, 16, 8, 8])
     """
 
     compares = "features"

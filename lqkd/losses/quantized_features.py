@@ -36,6 +36,15 @@ class QuantizedFeatures(DistillationLoss):
     Raises:
         UsageError: when there is no such quantizer, :meth:`bind` has not been called, or features are of different
             layouts or numbers of channels or tokens.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> student, _ = quantize_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), Recipe())
+        >>> loss = QuantizedFeatures(quantizer="1.input_quantizer")
+        >>> loss.bind(student, "0")
+        >>> _ = student(torch.rand(16, 4))  # fits the quantizers
+        >>> loss(torch.rand(16, 8), torch.rand(16, 8)).shape
+        torch.Size([16, 8])
     """
 
     compares = "features"

@@ -34,6 +34,14 @@ class RKD(DistillationLoss):
 
     Raises:
         UsageError: when a weight is out of range, or features are no vectors, token sequences or feature maps.
+
+    Examples:
+        >>> loss = RKD()
+        >>> teacher = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+        >>> loss(teacher, teacher.roll(1, dims=0)).shape
+        torch.Size([3])
+        >>> loss.reduce(loss(teacher, 2 * teacher + 1)) < 1e-6  # moved and scaled as a whole
+        tensor(True)
     """
 
     compares = "features"

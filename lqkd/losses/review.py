@@ -32,11 +32,19 @@ class ReviewKD(DistillationLoss):
     a schedule of the loss' weight, not part of the loss.
 
     Args:
-        max_channels: the most channels within the fusion; it has the deepest level's, if fewer.
+        max_channels: the most channels within the fusion, >= 1; it has the deepest level's, if fewer.
 
     Raises:
         UsageError: when the number of channels is not possible, there is no level or a level without partner, one is no
             feature map, or :meth:`connect` has not been called.
+
+    Examples:
+        >>> loss = ReviewKD()
+        >>> teacher = torch.ones(2, 16, 8, 8), torch.ones(2, 32, 4, 4)
+        >>> student = torch.ones(2, 4, 8, 8), torch.ones(2, 8, 4, 4)
+        >>> loss.connect([x.shape for x in teacher], [x.shape for x in student])
+        >>> loss(teacher, student).shape
+        torch.Size([2])
     """
 
     compares = "pyramids"

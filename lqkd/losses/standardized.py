@@ -26,6 +26,13 @@ class Standardized(DistillationLoss):
 
     Raises:
         UsageError: when the loss does not compare logits.
+
+    Examples:
+        >>> import torch
+        >>> loss = Standardized(HintonKL(temperature=2.0))
+        >>> teacher = torch.tensor([[4.0, 2.0, 0.0]])
+        >>> loss.reduce(loss(teacher, 3 * teacher - 1)) < 1e-6  # mean and scale of the logits do not count
+        tensor(True)
     """
 
     def __init__(self, loss: DistillationLoss | None = None) -> None:

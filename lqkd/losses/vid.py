@@ -34,6 +34,14 @@ class VID(DistillationLoss):
     Raises:
         UsageError: when an argument is out of range, features are of different layouts or numbers of tokens, or
             :meth:`connect` has not been called.
+
+    Examples:
+        >>> loss = VID()
+        >>> teacher, student = torch.ones(2, 16, 8, 8), torch.ones(2, 4, 8, 8)
+        >>> loss.connect([teacher.shape], [student.shape])
+        >>> divergence = loss(teacher, student)
+        >>> divergence.shape, bool((divergence >= 0).all())
+        (torch.Size([2, 16, 8, 8]), True)
     """
 
     compares = "features"

@@ -21,6 +21,10 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
 
     Raises:
         UsageError: when the library or the name is unknown, or timm is not installed.
+
+    Examples:
+        >>> build_model("torchvision/resnet18", num_classes=10).fc
+        Linear(in_features=512, out_features=10, bias=True)
     """
     library, _, model = name.partition("/")
     arguments = dict(options or {}) | ({} if num_classes is None else {"num_classes": num_classes})

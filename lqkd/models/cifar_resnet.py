@@ -54,6 +54,11 @@ class CifarResNet(nn.Module):
 
     Raises:
         UsageError: when depth is not 6n + 2 with n >= 1, or another number is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> CifarResNet(depth=20, num_classes=100)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 100])
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> None:

@@ -36,7 +36,12 @@ def weights_exist(source: str) -> bool:
 
 
 def builtin_weights() -> list[str]:
-    """Names of the weights that come with the package."""
+    """Names of the weights that come with the package.
+
+    Examples:
+        >>> builtin_weights()
+        ['digits_student', 'digits_teacher']
+    """
     folder = resources.files("lqkd") / "weights"
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
 

@@ -31,6 +31,12 @@ def load_weights(network: nn.Module, source: str, replace_head: bool | None = Fa
 
     Raises:
         UsageError: when there is no such file, its tensors are not those of ``network``, or one is not finite.
+
+    Examples:
+        >>> from lqkd.models import CifarResNet
+        >>> network = CifarResNet(depth=14, width=8, in_channels=1)
+        >>> load_weights(network, "builtin:digits_teacher") is None  # nothing to tell: all was loaded
+        True
     """
     held, told = read_weights(source)
     own = network.state_dict()

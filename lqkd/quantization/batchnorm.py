@@ -35,6 +35,12 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Raises:
         UsageError: when there is no batch.
+
+    Examples:
+        >>> network = nn.Sequential(nn.BatchNorm2d(3))
+        >>> reestimate_batchnorm(network, [torch.full((4, 3, 8, 8), 2.0), torch.full((4, 3, 8, 8), 4.0)])
+        >>> network[0].running_mean
+        tensor([3., 3., 3.])
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     before = [(n, n.momentum, {key: cast(Tensor, value).clone() for key, value in n._buffers.items()}) for n in norms]
@@ -67,6 +73,11 @@ class Folding:
     Attributes:
         folded: name of each batch norm that is gone to the name of the layer that took it over.
         kept: name of each batch norm that stays to the reason.
+
+    Examples:
+        >>> folding = fold_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval())
+        >>> folding.folded, list(folding.kept)
+        ({'2': '1'}, ['0'])
     """
 
     folded: dict[str, str]
@@ -100,6 +111,13 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
 
     Raises:
         UsageError: when the graph of the network cannot be traced, so that nothing is known about the order of layers.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> fold_batchnorm(network).folded
+        {'1': '0'}
+        >>> network[1]
+        Identity()
     """
     found = foldable(model, untouched)
     for name, source in found.folded.items():

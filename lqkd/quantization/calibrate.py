@@ -21,7 +21,16 @@ from lqkd.quantization.residual import join_quantizers
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Every quantizer of ``model`` by its name."""
+    """Every quantizer of ``model`` by its name.
+
+    Args:
+        model: any network.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> list(quantizers(quantize_model(nn.Sequential(nn.Linear(4, 2)), Recipe())[0]))
+        ['0.weight_quantizer', '0.input_quantizer']
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
@@ -55,6 +64,13 @@ def initialize_quantizers(
         UsageError: when the pass does not reach a quantizer at all, whose layer would silently train in floating
             point: the network reads the layer's weight instead of calling it, or does not use the layer; and when a
             quantizer has no grid for the data that it sees.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> model, _ = quantize_model(nn.Sequential(nn.Linear(4, 2)), Recipe())
+        >>> initialize_quantizers(model, torch.randn(16, 4))
+        >>> all(quantizer.is_ready for quantizer in quantizers(model).values())
+        True
     """
     fresh = {name: q for name, q in quantizers(model).items() if not bool(q.initialized)}
     if not fresh:
@@ -154,7 +170,19 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float_mode(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` without any quantization inside the block: its float accuracy, with the same weights."""
+    """Run ``model`` without any quantization inside the block: its float accuracy, with the same weights.
+
+    Args:
+        model: a network with quantised layers; one without stays as it is.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> linear, x = nn.Linear(4, 2), torch.randn(16, 4)
+        >>> model, _ = quantize_model(nn.Sequential(linear), Recipe())
+        >>> with float_mode(model):
+        ...     torch.equal(model(x), nn.functional.linear(x, linear.weight, linear.bias))
+        True
+    """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     kept = [(layer, layer.weight_quantizer, layer.input_quantizer) for layer in layers]
     joins = [(owner, name, owner._modules[name]) for owner, name in join_quantizers(model)]

@@ -39,6 +39,11 @@ class LayerCoverage:
         passed_over: whether it has weights (parameters over two axes or more) that the recipe did not leave in floating
             point and that are there nevertheless.
         operations: its share of the multiply-accumulates of a forward pass; ``None`` where they were not counted.
+
+    Examples:
+        >>> row = coverage(nn.Sequential(nn.Linear(4, 8))).layers[0]
+        >>> row.name, row.kind, row.weight_bits, row.parameters, row.is_float
+        ('0', 'Linear', 32, 40, True)
     """
 
     name: str
@@ -68,6 +73,11 @@ class CoverageReport:
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
         parameters: of the whole network, each once.
+
+    Examples:
+        >>> report = coverage(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
+        >>> report.parameters, [layer.kind for layer in report.layers]
+        (56, ['Linear', 'LayerNorm'])
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -154,6 +164,14 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
             settings for it, nothing is there to quantise, rules leave everything in floating point, or a part of the
             network is a wrapper such as that of :func:`torch.compile`, ``DataParallel`` or ``AveragedModel``, which
             would put its own name into every name.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model, report = quantize_model(network, Recipe("w4a4"))
+        >>> model is network, model[2].weight_quantizer.bits
+        (True, 4)
+        >>> print(report.summary())
+        3 layers quantised (first: 0, last: 4): 2 W8A8, 1 W4A4; 0 in float
     """
     for name, module in model.named_modules():
         around = wrapper(module)
@@ -218,7 +236,17 @@ def _quantizable(model: nn.Module, found: Survey) -> dict[str, nn.Module]:
 
 
 def coverage(model: nn.Module) -> CoverageReport:
-    """Report the bits of every layer of ``model`` that owns parameters, and what is computed between them."""
+    """Report the bits of every layer of ``model`` that owns parameters, and what is computed between them.
+
+    Args:
+        model: any network, quantised or not.
+
+    Examples:
+        >>> print(coverage(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))))
+        layer  kind    W      A      parameters  note
+        0      Linear  float  float  40          floating point: the recipe says so
+        2      Linear  float  float  18          floating point: the recipe says so
+    """
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)

@@ -28,6 +28,10 @@ class Size:
         float_bytes: all of them, and the buffers of batch norm, in float32.
         packed_bytes: quantised weights at their own number of bits, packed without gaps per layer, plus the
             quantizers' parameters and everything else in float32.
+
+    Examples:
+        >>> size(nn.Linear(10, 4))
+        Size(parameters=44, float_bytes=176, packed_bytes=176)
     """
 
     parameters: int
@@ -36,7 +40,18 @@ class Size:
 
 
 def size(model: nn.Module) -> Size:
-    """Count each tensor of ``model`` once, whatever number of names it has."""
+    """Count each tensor of ``model`` once, whatever number of names it has.
+
+    Args:
+        model: any network, quantised or not.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> recipe = Recipe("w4a4", first_layer_bits=None, last_layer_bits=None)
+        >>> model, _ = quantize_model(nn.Sequential(nn.Linear(100, 10)), recipe)
+        >>> size(model).float_bytes, size(model).packed_bytes  # 500 for the weights, 40 the bias, 44 the steps
+        (4040, 584)
+    """
     packed: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
@@ -66,6 +81,11 @@ class LayerCost:
         weights: number of weights, without the bias.
         packed_bytes: of the weights at their number of bits.
         multiplications: multiply-accumulates (MACs).
+
+    Examples:
+        >>> cost = LayerCost("fc", weight_bits=4, activation_bits=8, weights=100, packed_bytes=50, multiplications=100)
+        >>> cost.bit_operations
+        3200
     """
 
     name: str
@@ -82,7 +102,16 @@ class LayerCost:
 
 
 def bit_operations(model: nn.Module, example: Tensor) -> int:
-    """Bit operations of one forward pass: those of its layers, summed; see :func:`layer_costs`."""
+    """Bit operations of one forward pass: those of its layers, summed; see :func:`layer_costs`.
+
+    Args:
+        model: a network with quantised layers; float operands count 32 bits.
+        example: one sample with its batch axis, (1, C, H, W).
+
+    Examples:
+        >>> bit_operations(nn.Sequential(nn.Linear(100, 10)), torch.randn(1, 100))  # 1000 MACs of 32 times 32 bits
+        1024000
+    """
     return sum(layer.bit_operations for layer in layer_costs(model, example))
 
 
@@ -96,6 +125,10 @@ def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
 
     Convolutions, transposed convolutions, linear layers and the projections of attention are counted; the two
     products inside attention and everything outside of layers are not.
+
+    Examples:
+        >>> layer_costs(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(1, 3, 8, 8))
+        [LayerCost(name='0', weight_bits=32, activation_bits=32, weights=216, packed_bytes=864, multiplications=7776)]
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, int] = {}
@@ -122,6 +155,12 @@ def operation_shares(model: nn.Module, *inputs: Tensor) -> dict[str, float]:
     Args:
         model: any network; it runs in floating point.
         *inputs: one sample with its batch axis, or more.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, 30))
+        >>> shares = operation_shares(network, torch.randn(1, 10))
+        >>> shares["0"], shares["2"]
+        (0.25, 0.75)
     """
     counter = FlopCounterMode(display=False)
     # With gradients there is no fused attention, which is not counted.

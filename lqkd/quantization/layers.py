@@ -20,6 +20,13 @@ class QuantizedLayer(nn.Module):
 
     The class of the float layer stays a base class and its parameters keep their names, so a float checkpoint
     loads with nothing missing but the quantizers. A layer is made from a float one by :meth:`from_float` only.
+
+    Examples:
+        >>> from lqkd.quantization import LSQ
+        >>> linear = nn.Linear(4, 2)
+        >>> layer = QuantLinear.from_float(linear, LSQ(4, signed=True), LSQ(4, batched=True))
+        >>> isinstance(layer, nn.Linear), layer.weight is linear.weight
+        (True, True)
     """
 
     weight: Tensor
@@ -85,15 +92,36 @@ class _QuantConv(QuantizedLayer):
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
-    """:class:`torch.nn.Conv1d` on quantised input and weight; input (B, C, L)."""
+    """:class:`torch.nn.Conv1d` on quantised input and weight; input (B, C, L).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.Conv1d(3, 8, 3), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 16)).shape
+        ('QuantConv1d', torch.Size([2, 8, 14]))
+    """
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
-    """:class:`torch.nn.Conv2d` on quantised input and weight; input (B, C, H, W)."""
+    """:class:`torch.nn.Conv2d` on quantised input and weight; input (B, C, H, W).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.Conv2d(3, 8, 3), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 8, 8)).shape
+        ('QuantConv2d', torch.Size([2, 8, 6, 6]))
+    """
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
-    """:class:`torch.nn.Conv3d` on quantised input and weight; input (B, C, D, H, W)."""
+    """:class:`torch.nn.Conv3d` on quantised input and weight; input (B, C, D, H, W).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.Conv3d(3, 8, 3), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 4, 8, 8)).shape
+        ('QuantConv3d', torch.Size([2, 8, 2, 6, 6]))
+    """
 
 
 class _TransposedWeight(QuantizedLayer):
@@ -138,32 +166,67 @@ class _QuantConvTranspose(_TransposedWeight):
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
-    """:class:`torch.nn.ConvTranspose1d` on quantised input and weight; input (B, C, L)."""
+    """:class:`torch.nn.ConvTranspose1d` on quantised input and weight; input (B, C, L).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.ConvTranspose1d(3, 8, 2, stride=2), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 16)).shape
+        ('QuantConvTranspose1d', torch.Size([2, 8, 32]))
+    """
 
     _function = staticmethod(F.conv_transpose1d)
 
 
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` on quantised input and weight; input (B, C, H, W)."""
+    """:class:`torch.nn.ConvTranspose2d` on quantised input and weight; input (B, C, H, W).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.ConvTranspose2d(3, 8, 2, stride=2), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 8, 8)).shape
+        ('QuantConvTranspose2d', torch.Size([2, 8, 16, 16]))
+    """
 
     _function = staticmethod(F.conv_transpose2d)
 
 
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
-    """:class:`torch.nn.ConvTranspose3d` on quantised input and weight; input (B, C, D, H, W)."""
+    """:class:`torch.nn.ConvTranspose3d` on quantised input and weight; input (B, C, D, H, W).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.ConvTranspose3d(3, 8, 2, stride=2), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(2, 3, 2, 4, 4)).shape
+        ('QuantConvTranspose3d', torch.Size([2, 8, 4, 8, 8]))
+    """
 
     _function = staticmethod(F.conv_transpose3d)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """:class:`torch.nn.Linear` on quantised input and weight; input (..., in_features)."""
+    """:class:`torch.nn.Linear` on quantised input and weight; input (..., in_features).
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.Linear(4, 2), Recipe())
+        >>> type(layer).__name__, layer(torch.randn(8, 4)).shape
+        ('QuantLinear', torch.Size([8, 2]))
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):
-    """:class:`torch.nn.Embedding` with a quantised table, one grid per row; input (...) of indices."""
+    """:class:`torch.nn.Embedding` with a quantised table, one grid per row; input (...) of indices.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.Embedding(100, 16), Recipe())
+        >>> type(layer).__name__, layer(torch.tensor([[3, 7, 1]])).shape
+        ('QuantEmbedding', torch.Size([1, 3, 16]))
+    """
 
     quantizes_input = False
 
@@ -178,6 +241,13 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     key and value share one input grid. ``out_proj`` is a layer of its own. The two products of the attention itself
     stay in floating point, and so does everything between them. PyTorch's fused inference path, which would read
     the float weights, is never taken.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, quantize_model
+        >>> layer, _ = quantize_model(nn.MultiheadAttention(16, 4, batch_first=True), Recipe())
+        >>> x = torch.randn(2, 5, 16)
+        >>> type(layer).__name__, layer(x, x, x)[0].shape
+        ('QuantMultiheadAttention', torch.Size([2, 5, 16]))
     """
 
     @property

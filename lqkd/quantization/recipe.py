@@ -31,6 +31,15 @@ class Rule:
             arguments.
         activation_quantizer: likewise, for the layer's input.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
+
+    Examples:
+        >>> from torch import nn
+        >>> from lqkd.quantization import quantize_model
+        >>> rules = [Rule("Linear", weight_bits=2), Rule("2", activation_bits=8)]
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model, _ = quantize_model(network, Recipe("w4a4", rules=rules))
+        >>> model[2].weight_quantizer.bits, model[2].input_quantizer.bits
+        (2, 8)
     """
 
     match: str
@@ -60,6 +69,14 @@ class Recipe:
             results that several layers or additions read; null leaves those in floating point and lists the additions.
         residual_quantizer: quantizer of these; signed or not is decided from their data.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lqkd.quantization import quantize_model
+        >>> recipe = Recipe("w2a4", first_layer_bits=8, last_layer_bits=None)
+        >>> _, report = quantize_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), recipe)
+        >>> print(report.summary())
+        2 layers quantised (first: 0, last: 2): 1 W8A8, 1 W2A4; 0 in float
     """
 
     bits: str = "w4a4"

@@ -46,6 +46,10 @@ class Operation:
         kind: ``add``, ``cat``, ``mul``, ``matmul`` ...
         where: name of the module in whose forward it is computed; empty for the network itself.
         count: how many there are at this place.
+
+    Examples:
+        >>> print(Operation("add", "layer1.0", 2))
+        functional add at layer1.0 (2 times)
     """
 
     kind: str

@@ -33,6 +33,14 @@ class Regularizer(nn.Module, ABC):
     Raises:
         UsageError: when guard or player is unknown, they do not go together, or the bound is not greater than 1, the
             weight at the start.
+
+    Examples:
+        >>> class Halved(Regularizer):
+        ...     maps = frozenset({"classes"})
+        ...     def response(self, teacher, student, labels):
+        ...         return torch.full_like(student, 0.5**0.5)
+        >>> Halved()(torch.zeros(1, 3), torch.zeros(1, 3))
+        tensor([[0.5000, 0.5000, 0.5000]])
     """
 
     maps: ClassVar[frozenset[MapKind]]

@@ -19,14 +19,22 @@ from lqkd.regularizers.players import Player
 class ConvModulator(Regularizer):
     """R_phi as two 1x1 convolutions on ``(t, s, t - s)``: a weight for every position, or for every channel.
 
+    It weighs feature maps (B, C, H, W). The last convolution starts where every weight is exactly 1.
+
     Args:
-        hidden: channels between the two convolutions.
+        hidden: channels between the two convolutions, >= 1.
         per: ``position``: one weight for each place of the map, all channels alike, (B, 1, H, W); ``channel``: one
             for each channel, from the averages over the map, (B, C, 1, 1).
         guard, player, max_weight: see :class:`Regularizer`.
 
     Raises:
         UsageError: when an argument is out of range.
+
+    Examples:
+        >>> regularizer = ConvModulator(per="position")
+        >>> regularizer.connect("features", channels=16)
+        >>> regularizer(torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     maps = frozenset({"features"})

@@ -17,15 +17,21 @@ class ElementwiseMLP(Regularizer):
 
     The same small network sees each class, so its size does not depend on their number and it cannot memorise
     single residuals. Its last layer starts at zero and its bias where the weight is exactly 1: training begins as
-    plain distillation.
+    plain distillation. It weighs logits (B, C), with weights (B, C).
 
     Args:
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layer, >= 1.
         label: whether it also sees if the element belongs to the true class; of a sample without a label none does.
         guard, player, max_weight: see :class:`Regularizer`.
 
     Raises:
         UsageError: when an argument is out of range.
+
+    Examples:
+        >>> regularizer = ElementwiseMLP()
+        >>> weights = regularizer(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+        >>> weights.detach()  # before training
+        tensor([[1., 1.]])
     """
 
     maps = frozenset({"classes"})

@@ -18,7 +18,15 @@ from lqkd.utils.reduction import mean_over_batch
 
 
 class Guard(nn.Module, ABC):
-    """A constraint on the weights and a term in them: ``constrain(weights)``, then ``forward(weights, scale)``."""
+    """A constraint on the weights and a term in them: ``constrain(weights)``, then ``forward(weights, scale)``.
+
+    Examples:
+        >>> class Spring(Guard):
+        ...     def forward(self, weights, scale):
+        ...         return scale * (weights - 1).square().mean()
+        >>> Spring()(torch.tensor([1.0, 3.0]), scale=torch.tensor(0.5))
+        tensor(1.)
+    """
 
     limits_above: ClassVar[bool] = False
     """Whether the weights stay finite under a player that wants them large."""
@@ -52,7 +60,12 @@ class Guard(nn.Module, ABC):
 
 
 class NoGuard(Guard):
-    """No term: the literal formula, which collapses to zero weights. Offered so that this can be studied."""
+    """No term: the literal formula, which collapses to zero weights. Offered so that this can be studied.
+
+    Examples:
+        >>> NoGuard()(torch.tensor([1.0, 3.0]), scale=torch.tensor(0.5))
+        tensor(0.)
+    """
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return weights.new_zeros(())
@@ -66,6 +79,13 @@ class Barrier(Guard):
 
     With ``w = R**2`` and the squared residual this is the negative log-likelihood of a Gaussian residual whose
     variance ``1 / w`` is predicted per element (Kendall et al., arXiv 1705.07115, eq. 5, up to a factor 2).
+
+    Examples:
+        >>> guard = Barrier()
+        >>> guard(torch.tensor([1.0, 0.5]), scale=torch.tensor(1.0))
+        tensor(0.3466)
+        >>> guard.optimum(torch.tensor([0.5, 4.0]))
+        tensor([2.0000, 0.2500])
     """
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
@@ -81,6 +101,13 @@ class BoundedBarrier(Guard):
     The regularising term of Liebel & Koerner (arXiv 1805.06334, eq. 4), ``log(1 + c**2)``, in terms of the weight
     ``w = 1 / (2 c**2)``. For large D the weight is ``1 / D``, as with the barrier; for small ones ``1 / sqrt(2 D)``,
     which does not chase elements that match already.
+
+    Examples:
+        >>> guard = BoundedBarrier()
+        >>> guard(torch.tensor([0.5, 0.5]), scale=torch.tensor(1.0))
+        tensor(0.6931)
+        >>> guard.optimum(torch.tensor([1.0, 8.0]))
+        tensor([0.5000, 0.1036])
     """
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
@@ -96,6 +123,10 @@ class MeanOne(Guard):
 
     Not enough on its own: minimising ``mean(w * D)`` over weights of mean one moves all of them to the smallest
     divergence, the element that matches already. Meant for players that do not minimise it.
+
+    Examples:
+        >>> MeanOne().constrain(torch.tensor([1.0, 3.0]))
+        tensor([0.5000, 1.5000])
     """
 
     limits_above = True
@@ -120,6 +151,13 @@ class Entropy(MeanOne):
 
     Raises:
         UsageError: when the temperature is not a positive number.
+
+    Examples:
+        >>> guard = Entropy(temperature=1.0)
+        >>> guard.constrain(torch.tensor([1.0, 3.0]))
+        tensor([0.5000, 1.5000])
+        >>> guard.optimum(torch.tensor([0.0, 2.0]))
+        tensor([1.7616, 0.2384])
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -149,6 +187,10 @@ class BoundedRange(Guard):
 
     Raises:
         UsageError: when the bounds do not enclose 1, where every weight starts.
+
+    Examples:
+        >>> BoundedRange(low=0.2, high=5.0).constrain(torch.tensor([0.0, 1.0, 1e6]))
+        tensor([0.2000, 1.0000, 5.0000])
     """
 
     limits_above = True

@@ -20,7 +20,15 @@ from lqkd.utils.reduction import mean_over_batch
 
 
 class Player(nn.Module, ABC):
-    """``price(divergence, alignment)`` for every element of the map, and the mean size of what is priced."""
+    """``price(divergence, alignment)`` for every element of the map, and the mean size of what is priced.
+
+    Examples:
+        >>> class Relative(Player):
+        ...     def price(self, divergence, alignment):
+        ...         return divergence / divergence.mean(), torch.ones(())
+        >>> Relative().price(torch.tensor([1.0, 3.0]), None)
+        (tensor([0.5000, 1.5000]), tensor(1.))
+    """
 
     maximises: ClassVar[bool] = False
     """Whether it may want weights without limit, so that the guard must limit them."""
@@ -41,7 +49,12 @@ class Player(nn.Module, ABC):
 
 
 class Cooperative(Player):
-    """Shares the student's aim: ``price = D``."""
+    """Shares the student's aim: ``price = D``.
+
+    Examples:
+        >>> Cooperative().price(torch.tensor([1.0, 3.0]), None)
+        (tensor([1., 3.]), tensor(2.))
+    """
 
     def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
         return divergence, divergence.mean()
@@ -60,6 +73,12 @@ class Adversarial(Player):
 
     Raises:
         UsageError: when the ramp is outside of 0 to 1.
+
+    Examples:
+        >>> player = Adversarial(ramp=0.1)
+        >>> player.progress = 0.05  # half of the ramp
+        >>> player.price(torch.tensor([1.0, 3.0]), None)
+        (tensor([-0.5000, -1.5000]), tensor(2.))
     """
 
     maximises = True
@@ -100,6 +119,10 @@ class LookAhead(Player):
 
     Raises:
         UsageError: when an argument is not possible.
+
+    Examples:
+        >>> LookAhead().price(torch.tensor([1.0, 3.0]), alignment=torch.tensor([2.0, -2.0]))
+        (tensor([-1.,  1.]), tensor(1.))
     """
 
     maximises = True
@@ -136,6 +159,11 @@ def alignment(divergence: Callable[[Tensor], Tensor], student: Tensor, task_grad
         divergence: the map as a function of the student's logits.
         student: logits (B, C).
         task_gradient: gradient of the task loss at the logits, (B, C), of each sample on its own scale.
+
+    Examples:
+        >>> student = torch.tensor([[1.0, 2.0]])
+        >>> alignment(lambda s: (s - 0.5).square(), student, task_gradient=torch.tensor([[1.0, -1.0]]))
+        tensor([[ 1., -3.]])
     """
     # The derivative of u -> J^T u along the direction is J times the direction; u is only a place to differentiate at.
     with torch.enable_grad():

@@ -19,14 +19,20 @@ class SampleWeight(Regularizer):
 
     They are: the entropy of the teacher's and of the student's prediction, each over log C; the teacher's confidence;
     the probability that the student gives to the teacher's class; and the root mean square of the difference of
-    their log-probabilities. It weighs any map, of logits or features, and does not depend on the number of classes.
+    their log-probabilities. It weighs any map, of logits or features, and does not depend on the number of
+    classes. The logits are (B, C), the weights (B,); every weight is 1 at the start.
 
     Args:
-        hidden: width of the hidden layer.
+        hidden: width of the hidden layer, >= 1.
         guard, player, max_weight: see :class:`Regularizer`.
 
     Raises:
         UsageError: when an argument is out of range.
+
+    Examples:
+        >>> regularizer = SampleWeight()
+        >>> regularizer(torch.randn(4, 10), torch.randn(4, 10)).shape  # logits, whatever the map is of
+        torch.Size([4])
     """
 
     maps = frozenset({"classes", "features", "samples"})

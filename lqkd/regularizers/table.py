@@ -23,6 +23,15 @@ class LearnableTable(Regularizer):
 
     Args:
         guard, player, max_weight: see :class:`Regularizer`.
+
+    Raises:
+        UsageError: when an argument is out of range.
+
+    Examples:
+        >>> regularizer = LearnableTable()
+        >>> regularizer.connect("features", channels=16)
+        >>> regularizer(torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)).shape
+        torch.Size([1, 16, 1, 1])
     """
 
     maps = frozenset({"classes", "features"})

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from enum import Enum
 from inspect import Parameter
@@ -17,10 +18,12 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lqkd.errors import UsageError, first_line
+from lqkd.utils import renames
 from lqkd.utils.escaping import terminal
 from lqkd.utils.suggest import suggestion
 from lqkd.utils.yaml_text import check_yaml
@@ -58,7 +61,7 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represe
 class OneLineParser(LightningArgumentParser):
     """Prints ``lqkd: error: ...`` in one line and exits with status 2, where jsonargparse prints what it tried.
 
-    Every argument is given by its full name.
+    Every argument is given by its full name. Old names of classes become those of today, which is told.
     """
 
     verb: str | None = None
@@ -72,11 +75,13 @@ class OneLineParser(LightningArgumentParser):
         # word None, which is a text to it.
         if not self.exit_on_error and isinstance(args, list) and len(args) == 1:
             args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", args[0])]
+        if isinstance(args, list):
+            args = [_renewed(text) if isinstance(text, str) else text for text in args]
         return super().parse_args(args, *rest, **kwargs)
 
     def parse_string(self, content: str, path: Any = "", *rest: Any, **kwargs: Any) -> Any:
         check_yaml(content, str(Path(path).resolve()) if path else "the configuration")  # its folder is the current one
-        return super().parse_string(content, path, *rest, **kwargs)
+        return super().parse_string(_renewed(content), path, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -96,6 +101,23 @@ class OneLineParser(LightningArgumentParser):
         if self.epilog:
             lines += ["", *textwrap.wrap(self.epilog, width)]
         return "\n".join([*lines, ""])
+
+
+def _renewed(text: str) -> str:
+    text, names = renames.renewed(text)
+    for old, new in names.items():
+        _tell_renamed(old, new)
+    return text
+
+
+@rank_zero_only
+def _tell_renamed(old: str, new: str) -> None:
+    """Once, in one line: there is no line of Python to show."""
+    warnings.warn_explicit(f"{old} is now {new}", FutureWarning, "lqkd", 0, registry=_TOLD)
+
+
+_TOLD: dict[Any, Any] = {}
+"""Where :mod:`warnings` notes what was told."""
 
 
 def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str:

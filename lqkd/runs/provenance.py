@@ -17,6 +17,7 @@ import yaml
 
 from lqkd.errors import UsageError
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, SUMMARY
+from lqkd.utils import renames
 
 REPORTS = "*.report.json"
 """What ``export`` leaves beside every file."""
@@ -74,7 +75,7 @@ def foreign_code(settings: Any) -> set[str]:
     That is every ``class_path``, and every other text that names something in a module which can be imported: a
     quantizer of one's own, say, or a function that a callback is to call.
     """
-    return {text for text in _texts(settings) if _is_code(text) and not _is_trusted(text)}
+    return {text for text in _texts(renames.current(settings)) if _is_code(text) and not _is_trusted(text)}
 
 
 def check_code(settings: Any, source: Path, allowed: bool, how: str = "give --allow-code") -> None:

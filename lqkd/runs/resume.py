@@ -28,6 +28,7 @@ from lqkd.runs.folder import (
     resume_command,
 )
 from lqkd.runs.resume_state import KEY, LIMITS
+from lqkd.utils import renames
 from lqkd.utils.files import write_json
 
 STARTS = "starts.json"
@@ -172,9 +173,9 @@ def record_start(folder: Path, resumption: Resumption | None, config_text: str, 
 
 
 def differences(saved: Any, current: Any, prefix: str = "model") -> Iterator[tuple[str, str]]:
-    """Name of every setting that differs, and a line that says how."""
+    """Name of every setting that differs, and a line that says how; an old name of a class is the class itself."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             yield from differences(saved.get(key), current.get(key), f"{prefix}.{key}" if prefix else key)
-    elif saved != current:
+    elif renames.current(saved) != renames.current(current):
         yield prefix, f"{prefix} was {saved!r} and is now {current!r}"

@@ -79,7 +79,7 @@ def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) 
     Returns:
         (B,) float32 in [0, 1), a multiple of 2**-24, on the device of ``indices``.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([3, 7])
         >>> together = uniform(0, 5, ids, STREAM_FLIP)
         >>> bool(together[1] == uniform(0, 5, ids[1:], STREAM_FLIP)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +13,24 @@ from types import ModuleType
 from typing import Any
 
 MODULES = {
-    "lqkd.ensemble": "lqkd.teachers",
+    "lqkd.callbacks.checkpoint": "lqkd.runs.checkpoint",
+    "lqkd.callbacks.checkpoint_io": "lqkd.runs.checkpoint_io",
+    "lqkd.callbacks.oscillation_dampening": "lqkd.callbacks.oscillation.dampening",
+    "lqkd.callbacks.oscillation_freezing": "lqkd.callbacks.oscillation.freezing",
+    "lqkd.callbacks.oscillation_monitor": "lqkd.callbacks.oscillation.monitor",
+    "lqkd.callbacks.regularizer_monitor": "lqkd.callbacks.regularizer.monitor",
+    "lqkd.callbacks.run_logger": "lqkd.runs.logger",
+    "lqkd.callbacks.run_summary": "lqkd.runs.summary",
+    "lqkd.ensemble": "lqkd.teachers.ensemble",
+    "lqkd.regularizers.balances": "lqkd.balances",
+    "lqkd.run_folder": "lqkd.runs.folder",
     "lqkd.student": "lqkd.runs.student",
-    "lqkd.teacher": "lqkd.teachers",
+    "lqkd.study": "lqkd.studies",
+    "lqkd.teacher": "lqkd.teachers.frozen",
     "lqkd.teacher_cache": "lqkd.teachers.cache",
+    "lqkd.wandb_report": "lqkd.studies.wandb_report",
 }
-"""Where the modules of former releases are now."""
+"""Where the modules of former releases are now, with what is inside of them."""
 CLASSES = {
     **{
         f"lqkd.regularizers.{name}": f"lqkd.balances.{name}"
@@ -37,24 +50,51 @@ CLASSES = {
             "UncertaintyBalance",
         )
     },
+    "lqkd.ensemble.TeacherEnsemble": "lqkd.teachers.TeacherEnsemble",
+    "lqkd.teacher.FrozenTeacher": "lqkd.teachers.FrozenTeacher",
     **{
         f"lqkd.callbacks.{name}": f"lqkd.runs.{name}"
         for name in ("AtomicCheckpointIO", "BestAndLast", "RunLogger", "RunSummary")
     },
 }
-"""Where the classes are that have left a module which is still there."""
+"""Where the classes are that have left a module which is still there, or that have a shorter name than their module."""
+_CLASS = re.compile(r"(?<![\w./-])lqkd(?:\.\w+)*\.[A-Z]\w*")
 
 
 def current(value: Any) -> Any:
-    """``value`` of a configuration, nested, with the names of today in the place of old ones."""
+    """``value`` of a configuration, nested, with the names of today in the place of old ones.
+
+    Examples:
+        >>> current({"class_path": "lqkd.teacher.FrozenTeacher", "init_args": {"std": 0.5}})
+        {'class_path': 'lqkd.teachers.FrozenTeacher', 'init_args': {'std': 0.5}}
+    """
     if isinstance(value, dict):
         return {key: current(of) for key, of in value.items()}
     if isinstance(value, list):
         return [current(of) for of in value]
-    if not isinstance(value, str) or not value.startswith("lqkd."):
-        return value
-    module, _, name = value.rpartition(".")
-    return CLASSES.get(value) or (f"{MODULES[module]}.{name}" if module in MODULES else value)
+    return _now(value) if isinstance(value, str) and _CLASS.fullmatch(value) else value
+
+
+def renewed(text: str) -> tuple[str, dict[str, str]]:
+    """``text``, of a configuration or a command, with the names of today, and those that were old, with what they are.
+
+    Examples:
+        >>> renewed("balance: lqkd.regularizers.FixedBalance")
+        ('balance: lqkd.balances.FixedBalance', {'lqkd.regularizers.FixedBalance': 'lqkd.balances.FixedBalance'})
+    """
+    found = {name: _now(name) for name in _CLASS.findall(text)}
+    return _CLASS.sub(lambda match: found[match[0]], text), {old: new for old, new in found.items() if old != new}
+
+
+def _now(name: str) -> str:
+    """The name of today of a module, or of something inside of one."""
+    if name in CLASSES:
+        return CLASSES[name]
+    inside, rest = name, ""
+    while inside and inside not in MODULES:
+        inside, _, last = inside.rpartition(".")
+        rest = f".{last}{rest}"
+    return f"{MODULES[inside]}{rest}" if inside else name
 
 
 def moved_from(package: str) -> Callable[[str], Any]:
@@ -80,10 +120,10 @@ class _OldModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MODULES else None
+        return ModuleSpec(fullname, self, is_package=True) if _now(fullname) != fullname else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = MODULES[module.__name__]
+        new = _now(module.__name__)
         _tell(module.__name__, new)
         found = importlib.import_module(new)
         module.__getattr__ = lambda name: getattr(found, name)  # type: ignore[method-assign]

@@ -24,8 +24,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {page.stem for page in DOCS.glob("*.md")}
     assert pages == {path.parent.name for path in (tmp_path / "docs").glob("*/index.html")}
-    regularizers = (tmp_path / "reference" / "regularizers" / "index.html").read_text(encoding="utf-8")
-    assert "FixedBalance" in regularizers
+    balances = (tmp_path / "reference" / "balances" / "index.html").read_text(encoding="utf-8")
+    assert "FixedBalance" in balances
     settings = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
     row = re.search(r"<tr>\s*<td><code>test_fraction</code></td>(.*?)</tr>", settings, flags=re.DOTALL)
     assert row is not None

@@ -12,13 +12,13 @@ import pytest
 
 import lqkd
 
-PURE = ("lqkd.quantization", "lqkd.regularizers", "lqkd.losses", "lqkd.models")
+PURE = ("lqkd.quantization", "lqkd.balances", "lqkd.regularizers", "lqkd.losses", "lqkd.models")
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lqkd.__path__, "lqkd.") if m.name != "lqkd.__main__")
 
 
 @pytest.mark.parametrize("room", PURE)
 def test_a_pure_torch_room_imports_nothing_above_it(room: str) -> None:
-    rooms = tuple(f"lqkd.{name}" for name in ("modules", "data", "callbacks", "lightning_cli"))
+    rooms = tuple(f"lqkd.{name}" for name in ("modules", "data", "callbacks", "runs"))
     above = ("lightning", "wandb", "torchvision.datasets", *rooms)
     code = f"import sys, {room}; above = [m for m in sys.modules if m.startswith({above})]; assert not above, above"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -24,6 +24,12 @@ class Budget:
         quantity: ``size`` in bytes, or ``bops`` in bit operations.
         amount: the bound; a share of the float network's, 1 for all of it, when ``relative``.
         relative: whether it is such a share.
+
+    Examples:
+        >>> Budget.parse("size=12%").limit(1_000_000)
+        120000
+        >>> Budget.parse("bops=2.5G")
+        Budget(quantity='bops', amount=Fraction(2500000000, 1), relative=False)
     """
 
     quantity: Literal["size", "bops"]

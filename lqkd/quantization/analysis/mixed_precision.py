@@ -26,6 +26,12 @@ class MixedPrecision:
             quantised together and are trained.
         packed_bytes: size of the network with these bits.
         bit_operations: of one of its forward passes.
+
+    Examples:
+        >>> w8 = Candidate(("fc",), (8,), (8,), 0.001, 0.0, 0.0, packed_bytes=110, bit_operations=6400)
+        >>> report = SensitivityReport(Recipe(), ("W8A8",), ((w8,),), 100, 0.5, 0.9, 400, 102_400)
+        >>> assign_bits(report, Budget.parse("bops=10k")).bit_operations
+        6400
     """
 
     recipe: Recipe
@@ -45,6 +51,14 @@ def assign_bits(report: SensitivityReport, budget: Budget) -> MixedPrecision:
 
     Raises:
         UsageError: when even the fewest bits everywhere are above the budget; it says the smallest that is not.
+
+    Examples:
+        >>> w8 = Candidate(("fc",), (8,), (8,), 0.001, 0.0, 0.0, packed_bytes=110, bit_operations=6400)
+        >>> w2 = Candidate(("fc",), (2,), (2,), 0.3, 0.2, -0.1, packed_bytes=35, bit_operations=400)
+        >>> report = SensitivityReport(Recipe(), ("W8A8", "W2A2"), ((w8, w2),), 100, 0.5, 0.9, 400, 102_400)
+        >>> chosen = assign_bits(report, Budget.parse("size=25%"))
+        >>> chosen.limit, chosen.packed_bytes, chosen.recipe.rules[-1].weight_bits
+        (100, 35, 2)
     """
     base = report.packed_bytes if budget.quantity == "size" else report.bit_operations
 
@@ -94,6 +108,11 @@ def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], 
 
     Raises:
         UsageError: when the cheapest options together are above the budget.
+
+    Examples:
+        >>> losses = [[0.0, 0.1, 0.9], [0.0, 0.3, 0.4]]  # of two layers with 8, 4 and 2 bits
+        >>> allocate(losses, costs=[[8, 4, 2], [8, 4, 2]], budget=10)
+        [0, 2]
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 

@@ -43,6 +43,14 @@ class Candidate:
         accuracy_change: top-1 accuracy minus that of the float network.
         packed_bytes: size of the whole network, as :class:`lqkd.quantization.Size` counts it.
         bit_operations: of one forward pass of the whole network, as :func:`lqkd.quantization.bit_operations` counts.
+
+    Examples:
+        >>> candidate = Candidate(
+        ...     layers=("fc",), weight_bits=(4,), activation_bits=(8,), loss_increase=0.02, kl=0.01,
+        ...     accuracy_change=-0.005, packed_bytes=60, bit_operations=3200,
+        ... )
+        >>> candidate.bits
+        'W4A8'
     """
 
     layers: tuple[str, ...]
@@ -74,6 +82,14 @@ class SensitivityReport:
         accuracy: its top-1 accuracy on them.
         packed_bytes: size of the float network.
         bit_operations: of one of its forward passes.
+
+    Examples:
+        >>> w4 = Candidate(("fc",), (4,), (4,), 0.02, 0.01, -0.01, packed_bytes=60, bit_operations=1600)
+        >>> w2 = Candidate(("fc",), (2,), (2,), 0.3, 0.2, -0.1, packed_bytes=35, bit_operations=400)
+        >>> report = SensitivityReport(Recipe(), ("W4A4", "W2A2"), ((w4, w2),), 100, 0.5, 0.9, 400, 102_400)
+        >>> print(report)
+        layer  loss W4A4  loss W2A2  KL W2A2  accuracy W2A2
+        fc       +0.0200    +0.3000   0.2000        -10.00%
     """
 
     recipe: Recipe
@@ -136,6 +152,13 @@ def measure_sensitivity(
     Raises:
         UsageError: when bits are not possible, a batch is missing, nothing is quantised, a loss is not finite or the
             budget cannot be reached.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x, labels = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> report = measure_sensitivity(network, Recipe(), [(x, labels)], [x], bits=["w8a8", "w2a2"])
+        >>> [[candidate.bits for candidate in group] for group in report.groups]
+        [['W8A8', 'W2A2'], ['W8A8', 'W2A2']]
     """
     wanted = [_parse(text) for text in bits]
     for what, given in (("bits", wanted), ("validation", validation), ("calibration", calibration)):

@@ -65,6 +65,13 @@ class APoT(Quantizer):
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data.
+
+    Examples:
+        >>> [round(value, 3) for value in magnitudes(3)]
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]
+        >>> quantizer = APoT(4, signed=True)
+        >>> quantizer(torch.randn(8, 16)).shape, quantizer.levels().shape
+        (torch.Size([8, 16]), torch.Size([15]))
     """
 
     def __init__(

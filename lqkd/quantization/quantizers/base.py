@@ -44,6 +44,16 @@ class Quantizer(nn.Module, ABC):
 
     Raises:
         UsageError: when ``bits`` is not an integer from 1 to 8.
+
+    Examples:
+        >>> from lqkd.quantization import LSQ
+        >>> quantizer = LSQ(4, signed=True)  # any family
+        >>> x = torch.randn(2, 8)
+        >>> x_hat = quantizer(x)  # the first batch in training mode fits it
+        >>> torch.equal(x_hat, quantizer.dequantize(quantizer.codes(x)))
+        True
+        >>> quantizer.code_range(), quantizer.levels().shape
+        ((-8, 7), torch.Size([16]))
     """
 
     progress: float | None = None

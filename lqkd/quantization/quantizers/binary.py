@@ -57,6 +57,12 @@ class IRNet(BinaryQuantizer):
 
     Raises:
         UsageError: when ``bits`` is not 1, or for activations.
+
+    Examples:
+        >>> quantizer = IRNet(1, channels=2)
+        >>> quantizer(torch.tensor([[0.1, 0.3, 0.2, 0.4], [-5.0, 5.0, -5.0, 5.0]])).sign()
+        tensor([[-1.,  1., -1.,  1.],
+                [-1.,  1., -1.,  1.]])
     """
 
     def __init__(
@@ -106,6 +112,11 @@ class ReAct(BinaryQuantizer):
 
     Raises:
         UsageError: when ``bits`` is not 1.
+
+    Examples:
+        >>> quantizer = ReAct(1)
+        >>> quantizer(torch.tensor([0.5, -1.5, 1.0]))
+        tensor([ 1., -1.,  1.])
     """
 
     shift: Tensor | None

@@ -36,6 +36,11 @@ class DoReFa(StatisticQuantizer):
 
     Raises:
         UsageError: when ``bits`` is out of range, for activations with negative values and for unsigned weights.
+
+    Examples:
+        >>> quantizer = DoReFa(2, batched=True)
+        >>> quantizer(torch.tensor([[0.0, 0.3, 1.5]]))
+        tensor([[0.0000, 0.3333, 1.0000]])
     """
 
     def __init__(

@@ -36,6 +36,14 @@ class LSQ(UniformQuantizer):
     Raises:
         UsageError: when ``initial`` is neither, ``bits`` is out of range, or 1 for signed data, whose positive side
             would be empty.
+
+    Examples:
+        >>> quantizer = LSQ(4, signed=True, channels=2)
+        >>> weight = torch.tensor([[0.1, -0.8, 0.7], [1.0, -8.0, 7.0]])
+        >>> quantizer.initialize(weight)
+        >>> quantizer.codes(weight), quantizer.step().shape
+        (tensor([[ 1, -8,  7],
+                [ 1, -8,  7]], dtype=torch.int32), torch.Size([2]))
     """
 
     def __init__(
@@ -90,6 +98,19 @@ class LSQEWGS(LSQ):
 
         class Stronger(LSQEWGS):
             delta = 1e-2
+
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        initial, bound_gradient: see :class:`LSQ`.
+        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+
+    Raises:
+        UsageError: as :class:`LSQ`.
+
+    Examples:
+        >>> quantizer = LSQEWGS(4, batched=True)
+        >>> quantizer(torch.rand(8, 16)).shape, quantizer.delta
+        (torch.Size([8, 16]), 0.001)
     """
 
     delta = 1e-3

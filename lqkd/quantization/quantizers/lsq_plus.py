@@ -34,6 +34,13 @@ class LSQPlus(LSQ):
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for a symmetric signed grid.
+
+    Examples:
+        >>> quantizer = LSQPlus(4, batched=True)
+        >>> x = torch.linspace(-0.2, 1.0, 64).reshape(4, 16)  # such as a GELU's
+        >>> _ = quantizer(x)
+        >>> quantizer.code_range(), bool((quantizer.levels() == 0).any()), bool(quantizer.levels().min() < 0)
+        ((0, 15), True, True)
     """
 
     offset: Tensor | None

@@ -49,6 +49,11 @@ class N2UQ(StatisticQuantizer):
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed activations, whose positive side would be empty; for
             unsigned weights and for activations with a grid per channel.
+
+    Examples:
+        >>> quantizer = N2UQ(2, batched=True)
+        >>> quantizer(torch.rand(8, 16)).unique().numel() <= 4
+        True
     """
 
     def __init__(

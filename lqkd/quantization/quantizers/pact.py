@@ -25,6 +25,11 @@ class PACT(UniformQuantizer):
 
     Raises:
         UsageError: when ``bits`` is out of range or the data have negative values.
+
+    Examples:
+        >>> quantizer = PACT(2, batched=True)
+        >>> quantizer(torch.tensor([[0.0, 1.1, 3.0]])).detach()
+        tensor([[0., 1., 3.]])
     """
 
     def __init__(

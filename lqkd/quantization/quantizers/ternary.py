@@ -29,6 +29,11 @@ class TWN(StatisticQuantizer):
 
     Raises:
         UsageError: when ``bits`` is not 2, or for activations.
+
+    Examples:
+        >>> quantizer = TWN(2)
+        >>> quantizer(torch.tensor([0.9, -1.1, 0.1, 0.0]))
+        tensor([ 1., -1.,  0.,  0.])
     """
 
     def __init__(
@@ -88,6 +93,11 @@ class TTQ(Quantizer):
 
     Raises:
         UsageError: when ``bits`` is not 2, or for activations.
+
+    Examples:
+        >>> quantizer = TTQ(2)
+        >>> quantizer(torch.tensor([0.5, 1.0, -0.2, 0.0])).detach()
+        tensor([ 0.7500,  0.7500, -0.2000,  0.0000])
     """
 
     def __init__(

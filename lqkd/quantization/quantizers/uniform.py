@@ -22,8 +22,18 @@ class UniformQuantizer(Quantizer):
     A family sets ``scale`` (parameter or buffer, () or (channels,)) and its initial value. The step s is the
     absolute value of ``scale``, never below the smallest normal float.
 
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
+
+    Examples:
+        >>> quantizer = MinMax(3, signed=True)
+        >>> _ = quantizer(torch.tensor([-1.0, 0.5, 3.0]))
+        >>> quantizer.step(), quantizer.levels()
+        (tensor(1.), tensor([-4., -3., -2., -1.,  0.,  1.,  2.,  3.]))
     """
 
     scale: Tensor
@@ -115,6 +125,18 @@ class MinMax(_Calibrated):
     """The largest magnitude of the first batch becomes the largest level; nothing is learned.
 
     The input's gradient passes inside the range and is zero where it clips.
+
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+
+    Raises:
+        UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
+
+    Examples:
+        >>> quantizer = MinMax(3, signed=True)
+        >>> quantizer(torch.tensor([-1.0, 0.6, 3.0]))
+        tensor([-1.,  1.,  3.])
     """
 
     def _initial_step(self, rows: Tensor) -> Tensor:
@@ -125,6 +147,19 @@ class Mse(_Calibrated):
     """The step that minimises the mean squared error on the first batch; nothing is learned.
 
     The input's gradient passes inside the range and is zero where it clips.
+
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+
+    Raises:
+        UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
+
+    Examples:
+        >>> quantizer = Mse(8, batched=True)
+        >>> x = torch.linspace(0, 1, 64).reshape(8, 8)
+        >>> bool((quantizer(x) - x).abs().max() < 1 / 256), quantizer.signed
+        (True, False)
     """
 
     def _initial_step(self, rows: Tensor) -> Tensor:
