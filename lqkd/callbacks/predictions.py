@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lqkd.errors import UsageError
+from lqkd.tasks import Classification
 from lqkd.utils.escaping import csv_cell
 from lqkd.utils.files import atomic_path
 
@@ -25,6 +27,11 @@ class Predictions(Callback):
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int | None, int, float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        task = getattr(pl_module, "task", None)
+        if task is not None and not isinstance(task, Classification):
+            raise UsageError(f"predict writes classes of images, which task {type(task).__name__} does not tell")
 
     def on_predict_batch_end(
         self,
