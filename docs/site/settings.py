@@ -15,6 +15,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters  # what L
 KINDS: list[tuple[str, str, str, str]] = [
     ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
     ("Teachers: `model.init_args.teacher`", "lqkd.teachers lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
+    ("Tasks: `task`", "lqkd.tasks", "Task", "lqkd.tasks"),
     ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", "lqkd.models"),
     ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
     ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),

@@ -22,6 +22,7 @@ from lqkd.runs.checkpoint import BestAndLast
 from lqkd.tasks import Classification, Segmentation
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import parameters_of
+from tests.documentation import blocks
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -232,3 +233,19 @@ def test_a_segmenter_distils_channel_by_channel(make_trainer: MakeTrainer, train
 def test_an_untrained_segmenter_is_no_teacher(make_trainer: MakeTrainer) -> None:
     with pytest.raises(UsageError, match=r"the teacher reaches val/miou=0\.\d+, less than"):
         make_trainer().fit(segmenting(Segmenter(16)), datamodule=Squares())
+
+
+# ---- the page "a task of your own"
+
+(PAGE,) = [block for block in blocks("python") if block.page == "docs/tasks.md"]
+
+
+def test_the_task_of_the_page_takes_less_than_sixty_lines() -> None:
+    assert len([line for line in PAGE.text.splitlines() if line.strip()]) < 60
+
+
+def test_the_task_of_the_page_trains_a_teacher_and_a_student(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(PAGE.text, "brightness.py", "exec"), {"__name__": "brightness"})
+    teacher, student = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert teacher < 0.3
+    assert student < 0.3
