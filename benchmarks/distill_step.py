@@ -88,7 +88,7 @@ def lqkd_step(
     optimizers.append(torch.optim.Adam(groups, lr=1e-3))
 
     def step() -> None:
-        module.losses(images, labels, indices=indices).loss.backward()
+        module.losses((images, labels), indices).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -55,7 +55,7 @@ def step_of(make: Callable[[], Regularizer | None], images: torch.Tensor, labels
         optimizers.append(torch.optim.Adam(groups, lr=1e-3))
 
     def step() -> None:
-        module.losses(images, labels).loss.backward()
+        module.losses((images, labels)).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

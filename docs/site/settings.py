@@ -14,6 +14,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters  # what L
 KINDS: list[tuple[str, str, str, str]] = [
     ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
     ("Teachers: `model.init_args.teacher`", "lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
+    ("Tasks: `task`", "lqkd.tasks", "Task", "lqkd.tasks"),
     ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", ""),
     ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
     ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),

@@ -56,7 +56,8 @@ class BatchNormReestimation(Finisher):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
             on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
-            reestimate_batchnorm(network, (module.samples(batch).images for batch in on_device))
+            inputs = (module.inputs(batch) for batch in on_device)
+            reestimate_batchnorm(network, inputs, lambda model, given: given.call(model))
         for norm in (m for m in network.modules() if isinstance(m, _BatchNorm)):
             for statistic in (norm.running_mean, norm.running_var):
                 if statistic is not None:

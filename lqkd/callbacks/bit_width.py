@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -24,7 +25,7 @@ class Stage:
         bits: weight and activation bits, e.g. ``w8a8``.
         until_epoch: leave at the start of this epoch, counted from 0.
         until_step: leave before this step of the student, counted from 0.
-        patience: leave after so many validations without a better ``val/acc`` than before in this stage.
+        patience: leave after so many validations without a better value of the task's metric than before in this stage.
     """
 
     bits: str
@@ -143,11 +144,13 @@ class BitWidthScheduler(Callback):
             stage = self._stage()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        accuracy = trainer.callback_metrics.get("val/acc")
-        if trainer.sanity_checking or accuracy is None:
+        assert isinstance(pl_module, DistillModule), "setup refuses others"
+        measured = trainer.callback_metrics.get(pl_module.task.monitor)
+        if trainer.sanity_checking or measured is None:
             return
-        improved = float(accuracy) > self._best
-        self._best = max(self._best, float(accuracy))
+        value = float(measured)
+        improved = not math.isnan(value) and (math.isinf(self._best) or pl_module.task.better(value, self._best))
+        self._best = value if improved else self._best
         self._stalled = 0 if improved else self._stalled + 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

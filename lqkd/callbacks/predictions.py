@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lqkd.errors import UsageError
+from lqkd.tasks import Classification
 from lqkd.utils.tables import write_csv
 
 COLUMNS = ("index", "file", "label", "class", "confidence")
@@ -23,6 +25,11 @@ class Predictions(Callback):
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int | None, int, float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        task = getattr(pl_module, "task", None)
+        if task is not None and not isinstance(task, Classification):
+            raise UsageError(f"predict writes classes of images, which task {type(task).__name__} does not tell")
 
     def on_predict_batch_end(
         self,

@@ -19,9 +19,9 @@ T = TypeVar("T")
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar when standard output is a terminal, else one printed line per epoch.
 
-    Shown are ``train/task``, ``train/distill`` (``train/loss`` when the module logs neither) and ``val/acc``, as far
-    as they were logged. The bar has the last batch's values; the line has the epoch's means over this process's
-    batches and the validation that ran in the epoch::
+    Shown are ``train/task``, ``train/distill`` (``train/loss`` when the module logs neither) and the task's metric,
+    ``val/acc`` say, as far as they were logged. The bar has the last batch's values; the line has the epoch's means
+    over this process's batches and the validation that ran in the epoch::
 
         epoch 3/30  task 0.412  distill 0.087  val acc 0.953  (4.2 s)
 
@@ -49,7 +49,7 @@ class ProgressBar(RichProgressBar):
         if now >= self._next_read or trainer.is_last_batch:
             self._next_read = now + 1 / _READS_PER_SECOND
             metrics = trainer.callback_metrics
-            names = (*_training_names(metrics), "val/acc")
+            names = (*_training_names(metrics), _monitor(pl_module))
             self._shown = {name: float(metrics[name]) for name in names if name in metrics}
         return self._shown
 
@@ -70,23 +70,23 @@ class ProgressBar(RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._accuracy = trainer.callback_metrics.get("val/acc")
+        self._accuracy = trainer.callback_metrics.get(_monitor(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self._prints:
-            print(self._line(trainer), flush=True)
+            print(self._line(trainer, _monitor(pl_module)), flush=True)
 
     @property
     def _prints(self) -> bool:
         return self._enabled and not self._terminal  # Lightning disables the bar on all processes but the first
 
-    def _line(self, trainer: Trainer) -> str:
+    def _line(self, trainer: Trainer, monitor: str) -> str:
         last = trainer.max_epochs
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{last}" if last is not None and last > 0 else "")]
         parts += [f"{name.split('/')[1]} {float(total) / self._batches:.3f}" for name, total in self._sums.items()]
         if self._accuracy is not None:
-            parts.append(f"val acc {float(self._accuracy):.3f}")
+            parts.append(f"{monitor.replace('/', ' ')} {float(self._accuracy):.3f}")
         parts.append(f"({time.monotonic() - self._started:.1f} s)")
         return "  ".join(parts)
 
@@ -112,6 +112,11 @@ def below_the_bar(trainer: Trainer, items: Iterable[T], text: str, total: int) -
             yield item
     finally:
         progress.update(bar, visible=False)
+
+
+def _monitor(module: LightningModule) -> str:
+    """The metric that a module's task goes by."""
+    return str(getattr(getattr(module, "task", None), "monitor", "val/acc"))
 
 
 def _training_names(metrics: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.runs.provenance import fingerprint, outdated_exports
-from lqkd.runs.reader import RunReader, read_run, take_batches
+from lqkd.runs.reader import RunReader, labelled_images, read_run, take_batches
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
@@ -221,5 +221,6 @@ def _test(reader: RunReader) -> tuple[str, Iterator[tuple[Tensor, Tensor]]]:
 
 def _labelled(reader: RunReader, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in track(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
-        images, labels, _ = reader.model.samples(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+        on_device = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        images, labels = labelled_images(reader.model, on_device)
         yield images.cpu(), labels.cpu()

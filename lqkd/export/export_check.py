@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lqkd.errors import first_line
 from lqkd.export import MISSING
 from lqkd.export.deploy import check_deployable
-from lqkd.modules.base import example_input
+from lqkd.modules.base import ImageClassifier
 
 
 class ExportCheck(Callback):
@@ -19,7 +19,8 @@ class ExportCheck(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        image = example_input(getattr(trainer, "datamodule", None), pl_module.device)
+        inputs = pl_module.example_inputs() if isinstance(pl_module, ImageClassifier) else None
+        image = None if inputs is None else inputs.alone()
         if image is None or MISSING is not None:
             return
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lqkd.losses.attention import AttentionTransfer
 from lqkd.losses.base import DistillationLoss
+from lqkd.losses.channels import CWD
 from lqkd.losses.contrastive import ContrastiveRepresentation
 from lqkd.losses.correlation import CorrelationCongruence
 from lqkd.losses.dist import DIST
@@ -19,6 +20,7 @@ from lqkd.losses.standardized import Standardized
 from lqkd.losses.vid import VID
 
 __all__ = [
+    "CWD",
     "DIST",
     "DKD",
     "MGD",

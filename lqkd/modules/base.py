@@ -1,39 +1,26 @@
-"""What the training of every image classifier here has in common: its evaluation, and schedules that resume."""
+"""What every training here has in common: evaluation of the task, and schedules that resume."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MetricCollection
 
 from lqkd.errors import UsageError
-from lqkd.losses.task import task_losses
-from lqkd.modules.batches import Samples, check_range, samples_of
 from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
-from lqkd.modules.outputs import logits_of, try_network
 from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_epochs, total_steps
 from lqkd.modules.trainer_checks import check_trainer_numbers
-
-
-def example_input(data: Any, device: torch.device) -> Tensor | None:
-    """One input of zeros as the DataModule ``data`` yields them; None when it tells no shape.
-
-    Its shape is (1, *data.image_shape) and its dtype ``data.input_dtype``, float32 where there is no such attribute:
-    tokens of a text are int64.
-    """
-    shape = getattr(data, "image_shape", None)
-    return None if shape is None else torch.zeros(1, *shape, dtype=getattr(data, "input_dtype", None), device=device)
-
+from lqkd.tasks import Asked, Classification, Inputs, Task
+from lqkd.tasks.trial import try_network
 
 TRAINED = "trained_weights"
 """Where a checkpoint keeps the state of the network that is trained, when its average is in ``state_dict``."""
@@ -42,25 +29,36 @@ AVERAGED = "averaged_weights"
 
 
 class ImageClassifier(LightningModule):
-    """Validates, tests and predicts with the network that :meth:`product` names, on batches (images, labels, ...).
+    """Validates, tests and predicts with the network that :meth:`product` names, as its task says.
 
-    Images stand for whatever the networks take: sequences (B, channels, L) and tokens (B, L) are classified as well.
-
-    Logs ``val/loss`` and ``val/acc``, ``test/loss`` and ``test/acc``: cross-entropy and top-1 accuracy of the samples
-    that have a label (>= 0), exact over all ranks; NaN, with a warning, where no sample has one.
+    Logs ``val/NAME`` and ``test/NAME`` of every metric of the task, exact over all ranks.
 
     Attributes:
+        task: what the network is trained for.
         averaged: the average of the trained network's weights while a callback keeps one; None for none. It is held
             outside the module tree, and takes the network's place in evaluations and, under its names, in checkpoints.
+        samples_in_batch: of the last training batch.
+
+    Args:
+        task: what the network is trained for; None for the classification of images.
+
+    Raises:
+        UsageError: when the task monitors what it does not measure.
     """
 
     averaged: nn.Module | None
 
-    def __init__(self) -> None:
+    def __init__(self, task: Task | None = None) -> None:
         super().__init__()
-        # Not by self.log's own mean: it rounds the mean number of images of a rank down to a whole number.
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.test_loss, self.test_accuracy = MeanMetric(), MeanMetric()
+        self.task = Classification() if task is None else task
+        self.val_metrics = self.task.metrics().clone(prefix="val/")
+        self.test_metrics = self.task.metrics().clone(prefix="test/")
+        if self.task.monitor not in self.val_metrics.keys():  # noqa: SIM118  (iterating gives names without the prefix)
+            raise UsageError(
+                f"monitor={self.task.monitor!r} of task {type(self.task).__name__} is not possible: it measures "
+                f"{', '.join(map(str, self.val_metrics.keys()))}"
+            )
+        self.samples_in_batch = 0
         self.__dict__["averaged"] = None
         self._beginnings: list[Beginning] = []  # of every optimizer
         self._resumed = False  # from a checkpoint
@@ -78,7 +76,7 @@ class ImageClassifier(LightningModule):
         self.__dict__["averaged"] = network  # past nn.Module's registration
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name and network of all that must take the data's images and tell its classes apart."""
+        """Name and network of all that must fit the data and the task."""
         yield "network", self.product()
 
     def configure_callbacks(self) -> list[Any]:
@@ -95,7 +93,7 @@ class ImageClassifier(LightningModule):
 
     def metric_names(self) -> set[str]:
         """Names of what this module logs in a training, which a callback may go by; callbacks log more."""
-        return {"train/loss", "val/loss", "val/acc"}
+        return {"train/loss", *(str(name) for name in self.val_metrics.keys())}  # noqa: SIM118
 
     def setup(self, stage: str) -> None:
         """Refuse networks that do not fit the data, before the first batch.
@@ -107,23 +105,30 @@ class ImageClassifier(LightningModule):
         if stage == "fit":
             check_monitors(self.trainer, self, self.metric_names())
         data: Any = getattr(self.trainer, "datamodule", None)
-        image = example_input(data, self.device)
-        if image is None:
-            return
-        counts = {"data": len(data.class_names)} if hasattr(data, "class_names") else {}
-        for name, network in self.networks():
-            counts[name] = try_network(network, name, image).shape[1]
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise UsageError(f"numbers of classes differ ({listed}): they must agree")
+        example = self.task.example(data, self.device)
+        outputs = {} if example is None else self.try_networks(self.inputs(example))
+        self.task.check(outputs, data)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W)."""
-        return self.product()(images)
+    def try_networks(self, inputs: Inputs) -> dict[str, Any]:
+        """The task's outputs of every network for inputs, by its name.
 
-    def samples(self, batch: Any) -> Samples:
-        """The images and labels of a batch on the device; see :func:`~lqkd.modules.batches.samples_of`."""
-        return samples_of(batch, self.product())
+        Raises:
+            UsageError: when a network cannot take them, or returns nothing for the task.
+        """
+        return {name: try_network(network, name, inputs, self.task) for name, network in self.networks()}
+
+    def example_inputs(self) -> Inputs | None:
+        """What the trained network is called with for one sample of zeros; None where the data do not tell."""
+        example = self.task.example(getattr(self.trainer, "datamodule", None), self.device)
+        return None if example is None else self.inputs(example)
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        """What the product returns for its inputs: logits (B, C) of images (B, channels, H, W), say."""
+        return self.product()(*args, **keywords)
+
+    def inputs(self, batch: Any) -> Inputs:
+        """What the trained network is called with for a batch on the device."""
+        return Inputs.of(self.task.inputs(batch)).fit(self.product())
 
     def accumulated_batches(self) -> int:
         """Batches whose gradients make one step."""
@@ -189,43 +194,41 @@ class ImageClassifier(LightningModule):
 
     def on_validation_start(self) -> None:
         # What an evaluation in inference mode left behind cannot be updated by one outside of it, as within a training.
-        self.val_loss.reset()
-        self.val_accuracy.reset()
+        self.val_metrics.reset()
 
     def on_test_start(self) -> None:
-        self.test_loss.reset()
-        self.test_accuracy.reset()
+        self.test_metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self._tell_unlabelled("validation", self.val_accuracy)
+            self._tell_unlabelled("validation", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._tell_unlabelled("test", self.test_accuracy)
+        self._tell_unlabelled("test", self.test_metrics)
 
-    def _tell_unlabelled(self, split: str, accuracy: MeanMetric) -> None:
-        if accuracy.update_called and accuracy.compute().isnan():  # a mean over nothing
-            rank_zero_warn(f"no sample of the {split} split has a label: its loss and accuracy are not measured (nan)")
+    def _tell_unlabelled(self, split: str, metrics: MetricCollection) -> None:
+        metric = metrics[self.task.metric]
+        if metric.update_called and bool(metric.compute().isnan()):  # a mean over nothing
+            names = " and ".join(str(name) for name in metrics.keys())  # noqa: SIM118
+            rank_zero_warn(f"no sample of the {split} split has a label: {names} are not measured (nan)")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
+        self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
+        self._evaluate(batch, self.test_metrics)
 
-    def _evaluate(self, batch: Any, split: str, loss: MeanMetric, accuracy: MeanMetric) -> None:
-        images, labels, _ = self.samples(batch)
-        logits = logits_of(self(images), "network", len(images))
-        check_range(labels, logits.shape[1])
-        losses, labelled = task_losses(logits.float(), labels)
-        loss.update(losses, labelled)
-        accuracy.update((logits.argmax(dim=1) == labels).float(), labelled)
-        self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy}, on_step=False, on_epoch=True)
+    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+        inputs = self.inputs(batch)
+        outputs = self.task.outputs(inputs.call(self), Asked("network", len(inputs)))
+        self.task.check_batch(outputs, batch)
+        self.task.update(metrics, outputs, batch)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(inputs))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (B, C)."""
-        images = self.samples(batch).images
-        return logits_of(self(images), "network", len(images)).float().softmax(dim=-1)
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """What the task predicts: class probabilities (B, C), say."""
+        inputs = self.inputs(batch)
+        return self.task.predictions(self.task.outputs(inputs.call(self), Asked("network", len(inputs))), batch)
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a state that does not belong to this module; see :func:`lqkd.modules.state.check_state`."""

@@ -8,16 +8,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lqkd.errors import UsageError
-from lqkd.losses.task import task_loss
 from lqkd.modules.base import ImageClassifier
-from lqkd.modules.batches import Samples, check_range
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
-from lqkd.modules.outputs import enough_samples, logits_of
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
+from lqkd.modules.tasks import task_of
+from lqkd.tasks import Asked, Inputs, Task
+from lqkd.tasks.trial import enough_samples, refuse_auxiliary
 
 
 class ClassifierModule(ImageClassifier):
@@ -28,8 +27,9 @@ class ClassifierModule(ImageClassifier):
         weights: ``builtin:NAME`` or a file with weights to start from; null keeps its own.
         optimizer: its optimizer.
         schedule: learning rate over the training; null for a cosine to zero.
-        label_smoothing: of the cross-entropy, 0 <= e < 1.
+        label_smoothing: of the cross-entropy of a classification, 0 <= e < 1.
         replace_head: whether weights for another number of classes are accepted: the last layer then starts anew.
+        task: what the network is trained for; null for the classification of images.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -43,19 +43,18 @@ class ClassifierModule(ImageClassifier):
         schedule: Schedule | None = None,
         label_smoothing: float = 0.0,
         replace_head: bool = False,
+        task: Task | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(task_of(task, label_smoothing))
         save_plain_hyperparameters(self)
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
         start_from(network, weights, replace_head)
         self.network = network
         self.optimizer = optimizer
         self.schedule = schedule or Cosine()
-        self.label_smoothing = label_smoothing
         self._watch = LossWatch()
-        # Loss, logits and the images with their labels of a step between forward and backward.
-        self._batch: tuple[Tensor, Tensor, Samples] | None = None
+        self._batch: tuple[Tensor, Any, Any, Inputs] | None = None
+        """Loss, outputs, batch and inputs of a step between forward and backward."""
+        self._tried = False
 
     def trained(self) -> nn.Module:
         return self.network
@@ -66,19 +65,23 @@ class ClassifierModule(ImageClassifier):
         return {"optimizer": optimizer, "lr_scheduler": self.start_schedule(optimizer, self.schedule, "schedule")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        samples = self.samples(batch)
-        with enough_samples("network", len(samples.images)):
-            output = self.network(samples.images)
-        logits = logits_of(output, "network", len(samples.images), training=True).float()
-        loss = task_loss(logits, samples.labels, samples.targets, self.label_smoothing)
+        inputs = self.inputs(batch)
+        self.samples_in_batch = len(inputs)
+        with enough_samples("network", len(inputs)):
+            returned = inputs.call(self.network)
+        if not self._tried:
+            refuse_auxiliary(self.network, "network", inputs, returned)
+            self._tried = True
+        outputs = self.task.outputs(returned, Asked("network", len(inputs), training=True))
+        loss = self.task.loss(outputs, batch)
         self._watch.ask(loss)
-        self._batch = (loss.detach(), logits.detach(), samples)
-        self.log("train/loss", loss, batch_size=len(samples.labels))
+        self._batch = (loss.detach(), outputs, batch, inputs)
+        self.log("train/loss", loss, batch_size=len(inputs))
         return loss
 
     def on_after_backward(self) -> None:
         if self._batch is not None and not self._watch.finite():
-            loss, logits, samples = self._batch
-            check_range(samples.labels, logits.shape[1])
-            diverged(self, {"the loss": loss}, self.network, samples.images)
+            loss, outputs, batch, inputs = self._batch
+            self.task.check_batch(outputs, batch)
+            diverged(self, {"the loss": loss}, self.network, inputs)
         self._batch = None

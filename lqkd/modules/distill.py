@@ -20,9 +20,6 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Taps
-from lqkd.losses.task import task_loss
-from lqkd.modules.base import example_input
-from lqkd.modules.batches import Samples, check_range
 from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
@@ -30,15 +27,17 @@ from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
-from lqkd.modules.outputs import enough_samples, leaves_one, logits_of, try_network, try_training
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
+from lqkd.modules.tasks import check_players, task_of
 from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import LookAhead, Regularizer
+from lqkd.tasks import Asked, Inputs, Rows, Task
+from lqkd.tasks.trial import enough_samples, leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import OpenCache, TeacherCache, TeacherOutputs
 from lqkd.utils.progress import Progress
@@ -51,15 +50,17 @@ class Losses:
     loss: Tensor
     """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
     task: Tensor
-    """0-dim cross-entropy of the samples that have a label."""
+    """0-dim loss of the task."""
     distill: Tensor
     """0-dim modulated distillation loss."""
     parts: list[Part]
     """Divergence maps before modulation and the regularizer's weights: one, or one a pair of taps or teacher."""
     teacher: Tensor
-    """(B, C) logits that the student's are held against; the first teacher's where several are."""
-    student: Tensor
-    """(B, C) logits, differentiable."""
+    """(N, C) logits that the student's are held against; the first teacher's where several are."""
+    rows: Rows
+    """The student's logits (N, C), differentiable, and the labels (N,)."""
+    outputs: Any
+    """What the task makes of the student's outputs: both losses come from it."""
     balance: dict[str, Tensor]
     """Weight of each loss in the student's gradient, 0-dim each."""
     penalties: dict[str, Tensor]
@@ -98,7 +99,7 @@ class DistillModule(SharedBackward):
         regularizer_optimizer: optimizer of the regularizer and of a learnable balance, which gets no weight decay.
         student_schedule: learning rate of the student's optimizer over the training.
         regularizer_schedule: likewise for the regularizer's.
-        label_smoothing: of the task's cross-entropy, 0 <= e < 1.
+        label_smoothing: of the cross-entropy of a classification, 0 <= e < 1.
         gradient_clip_val: largest gradient norm of each player; null for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step.
         channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
@@ -106,6 +107,7 @@ class DistillModule(SharedBackward):
         replace_head: whether student_weights for another number of classes are accepted: the student's last layer then
             starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
+        task: what the networks are trained for; null for the classification of images.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -133,11 +135,11 @@ class DistillModule(SharedBackward):
         channels_last: bool = False,
         replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
+        task: Task | None = None,
     ) -> None:
-        super().__init__(gradient_clip_val, accumulate_grad_batches)
+        super().__init__(gradient_clip_val, accumulate_grad_batches, task_of(task, label_smoothing))
         save_plain_hyperparameters(self)
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+        check_players(self.task, teacher, distillation_loss, regularizer)
         start_from(student, student_weights, replace_head)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
         self.student, self.coverage = quantize_model(student, quantization)
@@ -176,7 +178,6 @@ class DistillModule(SharedBackward):
         self.regularizer_optimizer = regularizer_optimizer
         self.student_schedule = student_schedule or Cosine()
         self.regularizer_schedule = regularizer_schedule or Constant()
-        self.label_smoothing = label_smoothing
         self.teacher_cache = teacher_cache
         self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
@@ -223,41 +224,43 @@ class DistillModule(SharedBackward):
         elif any(teacher.class_names is not None for teacher in self.teachers()):
             rank_zero_warn("teacher class_names were not compared with the data's: there is no DataModule with any")
         super().setup(stage)
-        image = example_input(data, self.device)
-        if image is not None:
-            self._connect(image)
-            self._settle_balance(image)
+        example = self.task.example(data, self.device)
+        if example is not None:
+            self._connect(example)
+            self._settle_balance(self.inputs(example))
         if stage == "fit":
-            self._tell_passed_over(image)
+            self._tell_passed_over(self.example_inputs())
 
-    def _tell_passed_over(self, image: Tensor | None) -> None:
+    def _tell_passed_over(self, inputs: Inputs | None) -> None:
         """Name the layers with weights that stay in floating point although the recipe has bits for them."""
-        if image is not None and self.coverage.passed_over():
-            self.coverage = self.coverage.with_operations(operation_shares(self.student, image))
+        if inputs is not None and not inputs.keywords and self.coverage.passed_over():
+            self.coverage = self.coverage.with_operations(operation_shares(self.student, *inputs.args))
         for sentence in self.coverage.passed_over():
             rank_zero_info(f"not quantised: {sentence}")
 
     @torch.no_grad()
-    def _connect(self, image: Tensor) -> None:
+    def _connect(self, batch: Any) -> None:
         """Make the connectors and tables of the distillation loss, which depend on shapes."""
         distillation = self.distillation
         if distillation.shapes is not None:
             return
         with evaluating(self.student):
-            teachers, student, (features_t, features_s) = self._outputs(image)
+            inputs = self.inputs(batch)
+            teachers, student, (features_t, features_s) = self._outputs(inputs, self.teacher_inputs(batch, inputs))
         if distillation.compares == "logits":
-            features_t, features_s = [teachers[0]] * len(distillation.losses), [student] * len(distillation.losses)
+            rows_t, rows_s = self.task.rows(teachers[0], batch).logits, self.task.rows(student, batch).logits
+            features_t, features_s = [rows_t] * len(distillation.losses), [rows_s] * len(distillation.losses)
         distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])
 
-    def _settle_balance(self, images: Tensor) -> None:
+    def _settle_balance(self, inputs: Inputs) -> None:
         """Let a balance that measures gradients in weights find them, or see that both losses reach them."""
         place = self.balance.equalized_at
         if not isinstance(place, AtWeights) or place.settled:
             return
 
         def run() -> tuple[Tensor, list[Tensor]]:
-            logits, features = self._student_outputs(images)
-            return logits, features or [logits]
+            outputs, features = self._student_outputs(inputs)
+            return outputs, features or [outputs]
 
         place.settle(run)
         rank_zero_info(f"balance {type(self.balance).__name__} measures gradients in the weights of {place.layer}")
@@ -324,45 +327,48 @@ class DistillModule(SharedBackward):
             isinstance(self.balance.equalized_at, AtWeights) and not self.balance.equalized_at.settled
         )  # no shape was told
         if unsettled or not self._resumed:
-            images = self._check_first(self._first_samples())
+            inputs = self._check_first(self._first_batch())
             if unsettled:
-                self._settle_balance(images[:1])
+                self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
-                self._fit_quantizers(images)
+                self._fit_quantizers(inputs)
         self.opened_cache, of_teacher = prepare_teacher(self)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()
 
-    def _first_samples(self) -> Samples:
-        """Those of the first batch."""
+    def _first_batch(self) -> Any:
+        """The first batch, on the device."""
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
             batch = next(iter(loader))
-        return self.samples(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-    def _check_first(self, samples: Samples) -> Tensor:
-        """The images of the first batch, once the networks take them, the student in training too, and know its labels.
+    def _check_first(self, batch: Any) -> Inputs:
+        """The first batch's inputs, once the networks take them, the student in training too, and it suits the task.
 
         Raises:
             UsageError: when they do not.
         """
-        few = samples.images[:2].clone()  # a network may work in place
+        inputs = self.inputs(batch)
+        few = inputs.part(slice(2)).map(torch.clone)  # a network may work in place
         with self.trainer.precision_plugin.forward_context():
-            for name, network in self.networks():
-                check_range(samples.labels, try_network(network, name, few).shape[1])
+            for outputs in self.try_networks(few).values():
+                self.task.check_batch(outputs, batch)
             alone = leaves_one(self.trainer.train_dataloader, self.trainer.num_training_batches)
-            try_training(self.student, "student", few[:1] if alone else few)
-        if samples.targets is None and not (samples.labels >= 0).any():
+            try_training(self.student, "student", few.part(slice(1)) if alone else few, self.task)
+        if self.task.unlabelled(batch):
             warn(self, "the first batch has no labels: samples without a label take part in distillation alone")
-        return samples.images
+        return inputs
 
-    def _fit_quantizers(self, images: Tensor) -> None:
+    def _fit_quantizers(self, inputs: Inputs) -> None:
         """Fit every quantizer to the first batch."""
         with Progress("fitting quantizers") as bar, self.trainer.precision_plugin.forward_context():
             progress = bar.update if self.trainer.is_global_zero else None
-            initialize_quantizers(self.student, images, batch_statistics=True, progress=progress)
+            initialize_quantizers(
+                self.student, *inputs.args, keywords=inputs.keywords, batch_statistics=True, progress=progress
+            )
 
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():
@@ -386,111 +392,124 @@ class DistillModule(SharedBackward):
 
     # ---- the path of a batch
 
-    def ask_teacher(self, images: Tensor) -> TeacherOutputs:
-        """Logits (B, C) of every teacher, and what the taps see of it."""
+    def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs:
+        """What teachers are called with for a batch of which the student is called with ``inputs``."""
+        given = self.task.teacher_inputs(batch, inputs)
+        return inputs if given is inputs else Inputs.of(given).fit(self.student)
+
+    def ask_teacher(self, inputs: Inputs) -> TeacherOutputs:
+        """The task's outputs of every teacher, logits (B, C) say, and what the taps see of it."""
+        task, samples = self.task, len(inputs)
         if isinstance(self.teacher, TeacherEnsemble):
-            answers = self.teacher.answers(images)
-            return [logits_of(logits, f"teacher {i}", len(images)).float() for i, logits in enumerate(answers, 1)], []
+            answers = enumerate(self.teacher.answers(*inputs.args, **inputs.keywords), 1)
+            return [task.outputs(answer, Asked(f"teacher {i}", samples)) for i, answer in answers], []
         if self.taps is None:
-            return [logits_of(self.teacher(images), "teacher", len(images)).float()], []
-        with self.taps[0].recording(self.teacher.running(images)) as features:
-            logits = logits_of(self.teacher(images), "teacher", len(images)).float()
-        return [logits], [feature.float().contiguous() for feature in features]
+            return [task.outputs(inputs.call(self.teacher), Asked("teacher", samples))], []
+        with self.taps[0].recording(self.teacher.running(inputs)) as features:
+            outputs = task.outputs(inputs.call(self.teacher), Asked("teacher", samples))
+        return [outputs], [feature.float().contiguous() for feature in features]
 
     def _outputs(
-        self, images: Tensor, indices: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Logits of every teacher and of the student, and what the taps see of both."""
-        if self.opened_cache is None or indices is None:
-            answers, features_t = self.ask_teacher(images)
+        self, inputs: Inputs, given: Inputs, indices: Tensor | None = None
+    ) -> tuple[list[Any], Any, tuple[list[Tensor], list[Tensor]]]:
+        """The task's outputs of every teacher, called with ``given``, and of the student, and what the taps see."""
+        image = given.alone()
+        if self.opened_cache is None or indices is None or image is None:
+            answers, features_t = self.ask_teacher(given)
         else:
             answers, features_t = self.opened_cache.answers(
-                images, indices, self.current_epoch, lambda: self.ask_teacher(images)
+                image, indices, self.current_epoch, lambda: self.ask_teacher(given)
             )
-        logits, features_s = self._student_outputs(images)
-        return answers, logits, (features_t, features_s)
+        outputs, features_s = self._student_outputs(inputs)
+        return answers, outputs, (features_t, features_s)
 
-    def _student_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits of the student, and what the taps see of it."""
+    def _student_outputs(self, inputs: Inputs) -> tuple[Any, list[Tensor]]:
+        """The task's outputs of the student, and what the taps see of it."""
         features: list[Tensor] = []
-        with enough_samples("student", len(images)):
+        with enough_samples("student", len(inputs)):
             if self.taps is None:
-                output = self.student(images)
+                returned = inputs.call(self.student)
             else:
                 with self.taps[1].recording() as features:
-                    output = self.student(images)
-        return logits_of(output, "student", len(images), self.student.training).float(), features
+                    returned = inputs.call(self.student)
+        return self.task.outputs(returned, Asked("student", len(inputs), self.student.training)), features
 
-    def losses(
-        self, images: Tensor, labels: Tensor, targets: Tensor | None = None, indices: Tensor | None = None
-    ) -> Losses:
+    def losses(self, batch: Any, indices: Tensor | None = None, inputs: Inputs | None = None) -> Losses:
         """All losses of one batch.
 
         Args:
-            images: (B, channels, H, W) float.
-            labels: (B,) int64, for whatever needs to know one class of a sample; negative where a sample has none,
-                which then takes part in distillation alone.
-            targets: (B, C) float class probabilities, for the task loss; None means that ``labels`` say all.
+            batch: what the task takes, on the device: (images, labels), say.
             indices: (B,) int64, the samples to look up in a training with a cache of the teacher's answers; None asks
                 the teacher.
+            inputs: what the student is called with for the batch; None to ask the task.
         """
-        teachers, student, features = self._outputs(images, indices)
-        if teachers[0].shape != student.shape:
+        task = self.task
+        inputs = self.inputs(batch) if inputs is None else inputs
+        answers, outputs, features = self._outputs(inputs, self.teacher_inputs(batch, inputs), indices)
+        rows = task.rows(outputs, batch)
+        teachers = [task.rows(answer, batch).logits for answer in answers]
+        if teachers[0].shape != rows.logits.shape:
+            of_teacher, of_student = teachers[0].shape, rows.logits.shape
             raise UsageError(
-                f"numbers of classes differ (teacher {teachers[0].shape[1]}, student {student.shape[1]}): "
-                "they must agree"
+                f"numbers of classes differ (teacher {of_teacher[1]}, student {of_student[1]}): they must agree"
+                if of_teacher[0] == of_student[0]
+                else f"task {type(task).__name__} makes {of_teacher[0]} rows of the teacher's outputs and "
+                f"{of_student[0]} of the student's: rows() must make the same of both"
             )
-        task = task_loss(student, labels, targets, self.label_smoothing)
+        task_loss = task.loss(outputs, batch)
         combined: Tensor | None = None
         if self.combination is not None:
-            teachers, combined = self.combination(torch.stack(teachers), labels)
-        parts = self.distillation(teachers, student, labels, features)
-        self._look_ahead(parts, teachers, student, task, images, labels, targets)
+            assert rows.labels is not None, "check_players has seen to it"
+            teachers, combined = self.combination(torch.stack(teachers), rows.labels)
+        labels = rows.labels if self._sees_rows else None
+        parts = self.distillation(teachers, rows.logits, labels, features)
+        self._look_ahead(parts, teachers, rows, task_loss, batch, inputs)
         distill = self.distillation.reduce(parts)
-        loss, balance = self.balance({"task": task, "distill": distill}, student)
+        loss, balance = self.balance({"task": task_loss, "distill": distill}, outputs)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
         for term in (self.distillation.objective(parts), combined, *penalties.values()):
             loss = loss if term is None else loss + term
-        return Losses(loss, task, distill, parts, teachers[0], student, balance, penalties)
+        return Losses(loss, task_loss, distill, parts, teachers[0], rows, outputs, balance, penalties)
+
+    @property
+    def _sees_rows(self) -> bool:
+        """Whether the elements of divergence maps belong to the rows of the task."""
+        return self.task.one_row_a_sample or self.distillation.compares == "logits"
 
     def _look_ahead(
-        self,
-        parts: list[Part],
-        teachers: list[Tensor],
-        student: Tensor,
-        task: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        targets: Tensor | None,
+        self, parts: list[Part], teachers: list[Tensor], rows: Rows, task_loss: Tensor, batch: Any, inputs: Inputs
     ) -> None:
         """Tell the parts how they agree with the task, where a player asks."""
         player = None if self.regularizer is None else self.regularizer.player
         if not isinstance(player, LookAhead):
             return
         if player.exact:
+            image = inputs.alone()
+            if image is None:
+                raise UsageError("player LookAhead(exact=True) needs networks that are called with one tensor alone")
 
-            def task_of(logits: Tensor, part: slice) -> Tensor:
-                own = None if targets is None else targets[part]
-                return task_loss(logits, labels[part], own, self.label_smoothing)
+            def loss_of(logits: Tensor, part: slice) -> Tensor:
+                return self.task.loss(logits, self.task.part(batch, part))
 
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, images, labels, task_of)
+            self.distillation.look_ahead_exactly(parts, self.student, teachers, image, rows.labels, loss_of)
         else:
-            (gradient,) = torch.autograd.grad(task, student, retain_graph=True)
-            samples = len(labels) if targets is not None else (labels >= 0).sum()
-            self.distillation.look_ahead(parts, teachers, student, labels, gradient * samples)
+            (gradient,) = torch.autograd.grad(task_loss, rows.logits, retain_graph=True)
+            counted = self.task.counted(rows, batch)
+            self.distillation.look_ahead(parts, teachers, rows.logits, rows.labels, gradient * counted)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        images, labels, targets = self.samples(batch)
+        inputs = self.inputs(batch)
+        self.samples_in_batch = len(inputs)
         self._tell_progress()
         indices = None if self.opened_cache is None else indices_of(batch)
-        losses = self.losses(images, labels, targets, indices)
+        losses = self.losses(batch, indices, inputs)
         self._watch.ask(losses.loss)
         gradients = self._gradients(losses) if self.watch_gradients else None
-        last_of_group = self.backward_of_batch(losses.loss, len(labels), batch_idx)
+        last_of_group = self.backward_of_batch(losses.loss, len(inputs), batch_idx)
         if not self._watch.finite():
-            check_range(labels, losses.student.shape[1])
+            self.task.check_batch(losses.outputs, batch)
             parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
-            diverged(self, {"the loss": losses.loss, **parts}, self.student, images)
+            diverged(self, {"the loss": losses.loss, **parts}, self.student, inputs)
         if last_of_group:
             self.step_optimizers()
         logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
@@ -500,12 +519,12 @@ class DistillModule(SharedBackward):
         show(self.trainer, self._logged)
         outputs: dict[str, Any] = {
             "loss": losses.loss.detach(),
-            "labels": labels,
-            "teacher": losses.teacher,
-            "student": losses.student.detach(),
             "balance": losses.balance,
             "divergence": [part.divergence.detach() for part in losses.parts],
         }
+        if self._sees_rows:
+            rows = {"teacher": losses.teacher, "student": losses.rows.logits.detach(), "labels": losses.rows.labels}
+            outputs |= {name: value for name, value in rows.items() if value is not None}
         if self.regularizer is not None:
             outputs["weights"] = [part.weights.detach() for part in losses.parts if part.weights is not None]
         for name in ("divergence", "weights"):
@@ -516,14 +535,16 @@ class DistillModule(SharedBackward):
         return outputs
 
     def _gradients(self, losses: Losses) -> dict[str, Tensor]:
-        """Gradients at the student's logits, (B, C), of the task and of distillation with and without modulation.
+        """Gradients at the student's outputs of the task and of distillation with and without modulation.
 
-        Distillation by features does not pass the logits and has none.
+        Distillation by features does not pass the outputs and has none; nor has a task whose outputs are no tensor.
         """
+        if not isinstance(losses.outputs, Tensor):
+            return {}
         plain = self.distillation.reduce(losses.parts, weighted=False)
         wanted = {"task": losses.task, "distill": losses.distill, "plain": plain}
         found = {
-            name: torch.autograd.grad(loss, losses.student, retain_graph=True, allow_unused=True)[0]
+            name: torch.autograd.grad(loss, losses.outputs, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}

@@ -164,7 +164,7 @@ class Distillation(nn.Module):
         return parts
 
     def look_ahead(
-        self, parts: list[Part], teachers: list[Tensor], student: Tensor, labels: Tensor, task_gradient: Tensor
+        self, parts: list[Part], teachers: list[Tensor], student: Tensor, labels: Tensor | None, task_gradient: Tensor
     ) -> None:
         """Set every part's alignment from the gradient of each sample's task loss at the logits, (B, C)."""
         for module, part, teacher in zip(self.losses, parts, teachers, strict=True):
@@ -180,7 +180,7 @@ class Distillation(nn.Module):
         network: nn.Module,
         teachers: list[Tensor],
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         task: Callable[[Tensor, slice], Tensor],
     ) -> None:
         """Set every part's alignment from the task loss after a step of distillation in the parameters.
@@ -188,7 +188,7 @@ class Distillation(nn.Module):
         With a held out half, each half of the batch is looked at from the other. ``task`` is the task loss, 0-dim, of
         the logits (B', C) of a part of the batch.
         """
-        middle = len(labels) // 2
+        middle = len(images) // 2
         for module, regularizer, part, teacher in zip(self.losses, self.regularizers, parts, teachers, strict=True):
             player = cast(LookAhead, cast(Regularizer, regularizer).player)
             weights = cast(Tensor, part.weights).detach().expand_as(part.divergence)
@@ -201,7 +201,8 @@ class Distillation(nn.Module):
                 def distill(
                     logits: Tensor, w: Tensor, here: slice = here, loss: Any = loss, t: Tensor = teacher
                 ) -> Tensor:
-                    return cast(Tensor, loss.reduce(w * loss(t[here], logits, labels[here])))
+                    known = None if labels is None else labels[here]
+                    return cast(Tensor, loss.reduce(w * loss(t[here], logits, known)))
 
                 def task_there(logits: Tensor, there: slice = there) -> Tensor:
                     return task(logits, there)

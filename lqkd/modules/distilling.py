@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from lqkd.losses.taps import Taps
-from lqkd.modules.batches import Samples
+from lqkd.tasks import Inputs, Task
 from lqkd.teachers.cache import TeacherCache, TeacherOutputs
 from lqkd.teachers.ensemble import TeacherEnsemble
 from lqkd.teachers.frozen import FrozenTeacher
@@ -20,6 +20,7 @@ class Distilling(Protocol):
     """A module that distils, attached to a Trainer; :class:`lqkd.modules.DistillModule` is one."""
 
     accumulate_grad_batches: int
+    task: Task
     taps: tuple[Taps, Taps] | None
     teacher_cache: TeacherCache | None
     warnings: list[str]
@@ -35,5 +36,6 @@ class Distilling(Protocol):
     @property
     def teacher(self) -> FrozenTeacher | TeacherEnsemble: ...
     def teachers(self) -> list[FrozenTeacher]: ...
-    def ask_teacher(self, images: Tensor) -> TeacherOutputs: ...
-    def samples(self, batch: Any) -> Samples: ...
+    def ask_teacher(self, inputs: Inputs) -> TeacherOutputs: ...
+    def inputs(self, batch: Any) -> Inputs: ...
+    def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs: ...

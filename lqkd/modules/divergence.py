@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from lqkd.errors import DivergenceError
 from lqkd.quantization.modes import evaluating
+from lqkd.tasks import Inputs
 
 
 class LossWatch:
@@ -65,14 +66,14 @@ class LossWatch:
         return bool(answer)
 
 
-def diverged(module: LightningModule, losses: Mapping[str, Tensor], network: nn.Module, images: Tensor) -> None:
+def diverged(module: LightningModule, losses: Mapping[str, Tensor], network: nn.Module, inputs: Inputs) -> None:
     """Say what a loss that is not finite comes from.
 
     Args:
         module: attached to a Trainer, after a backward pass and before the step.
         losses: the total first, then its parts, 0-dim each.
         network: what was trained.
-        images: the batch's, (B, C, H, W).
+        inputs: what it was called with for the batch.
 
     Raises:
         DivergenceError: always.
@@ -84,7 +85,7 @@ def diverged(module: LightningModule, losses: Mapping[str, Tensor], network: nn.
         sentence = sentence.replace(f"{total} is {loss}", f"{total} is not finite on another process")
     if parts:
         sentence += f" ({', '.join(f'{name} {value:.4g}' for name, value in parts)})"
-    found = [text for text in (_broken_tensor(network), _broken_output(network, images)) if text]
+    found = [text for text in (_broken_tensor(network), _broken_output(network, inputs)) if text]
     good = next((path for c in trainer.checkpoint_callbacks if (path := getattr(c, "last_model_path", ""))), None)
     raise DivergenceError(
         "; ".join([sentence, *found, f"last good checkpoint: {good or 'none yet'}"])
@@ -102,10 +103,10 @@ def _broken_tensor(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _broken_output(network: nn.Module, images: Tensor) -> str:
+def _broken_output(network: nn.Module, inputs: Inputs) -> str:
     """The first layer, in the order of the forward pass, that gives values that are not finite for this batch."""
-    if not images.isfinite().all():
-        return "the images are not finite"
+    if not all(bool(tensor.isfinite().all()) for tensor in inputs.tensors()):
+        return "the images are not finite" if inputs.alone() is not None else "the inputs are not finite"
     found: list[str] = []
 
     def look(name: str) -> object:
@@ -120,7 +121,7 @@ def _broken_output(network: nn.Module, images: Tensor) -> str:
     handles = [layer.register_forward_hook(look(name)) for name, layer in leaves + parents]  # type: ignore[arg-type]
     try:
         with evaluating(network):
-            network(images)
+            inputs.call(network)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.optimizer_checks import GradientsAreThere
 from lqkd.modules.steps import total_steps
+from lqkd.tasks import Task
 
 
 class SharedBackward(ImageClassifier):
@@ -24,13 +25,14 @@ class SharedBackward(ImageClassifier):
     Args:
         gradient_clip_val: largest gradient norm of each optimizer's parameters; None for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step, >= 1.
+        task: what the network is trained for.
 
     Raises:
         UsageError: when one of them is out of range.
     """
 
-    def __init__(self, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
-        super().__init__()
+    def __init__(self, gradient_clip_val: float | None, accumulate_grad_batches: int, task: Task) -> None:
+        super().__init__(task)
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
         if accumulate_grad_batches < 1:

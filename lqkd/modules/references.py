@@ -1,7 +1,8 @@
-"""The accuracies against which a student is judged, measured before its first step."""
+"""The values of the task's metric against which a student is judged, measured before its first step."""
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
@@ -10,19 +11,21 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import nn
+from torchmetrics import Metric, MetricCollection
 
 from lqkd.errors import UsageError
-from lqkd.modules.batches import check_range
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
+from lqkd.tasks import Asked, Classification
 from lqkd.utils.progress import track
 
 REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_quantized_accuracy")
-"""Keys of what :func:`measure` returns."""
+"""Keys of what :func:`measure` returns; their values are those of the task's metric, whatever it is."""
+
+_CONSTANT = "always the same answer"
 
 UNCHECKED = "the teacher was not checked"
 
@@ -36,8 +39,8 @@ def measure(
     stand in for it; without a DataModule nothing is measured and all values are None. What is not done is told in one
     line, which ``module.warnings`` keeps. Samples without a label (negative) are left out.
 
-    A student without ``student_weights`` whose accuracy before quantization is that of chance has not been trained:
-    there is no ``student_float_accuracy`` of it.
+    A student without ``student_weights`` that is no better than chance before quantization has not been trained: there
+    is no ``student_float_accuracy`` of it.
 
     Args:
         module: the module, attached to a Trainer, before its first step.
@@ -95,6 +98,8 @@ def _of_teacher(
     """As :func:`accuracy` of the teacher, asked only when it is not known for as many batches of the split."""
     loader, limit = batches
     name = f"{split}, {evaluated(module, limit)}"
+    if not isinstance(module.task, Classification):  # whose values are kept under the plain name
+        name = f"{type(module.task).__name__} {module.task.monitor} of {name}"
     largest = f"largest class of {name}"
     if name not in known or largest not in known:
         known[name], known[largest] = accuracy(module, module.teacher, loader, limit)
@@ -103,9 +108,9 @@ def _of_teacher(
 
 def _is_chance(module: Distilling, found: float | None) -> bool:
     """Whether a student that was given no weights answers like one that has not been trained."""
-    classes = getattr(module.trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
+    chance = module.task.chance(module.trainer.datamodule)  # type: ignore[attr-defined]
     untrained = module.hparams.get("student_weights") is None  # unless its class brings weights of its own
-    return found is not None and untrained and found < lowest_accuracy(len(classes))
+    return found is not None and untrained and module.task.better(chance, found)
 
 
 def evaluated(module: Distilling, limit: float) -> str:
@@ -121,11 +126,11 @@ def evaluated(module: Distilling, limit: float) -> str:
     return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
-def _check_teacher(module: Distilling, measured: float | None, largest_class: float | None, batches: int) -> None:
+def _check_teacher(module: Distilling, measured: float | None, same_answer: float | None, batches: int) -> None:
     if getattr(module.trainer, "fast_dev_run", False):
         rank_zero_info(f"{UNCHECKED}: trainer.fast_dev_run")
         return
-    if measured is None or largest_class is None:
+    if measured is None:
         if batches > 0:
             raise UsageError(
                 "no sample of the validation split has a label, so that nothing can be measured on it: give labels, or "
@@ -133,63 +138,55 @@ def _check_teacher(module: Distilling, measured: float | None, largest_class: fl
             )
         warn(module, f"{UNCHECKED}: there is no validation data")
         return
-    classes = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-    minimum = module.teacher.minimum_accuracy
-    floor = lowest_accuracy(0 if classes is None else len(classes)) if minimum is None else minimum
-    if measured < floor:
+    task, minimum = module.task, module.teacher.minimum_accuracy
+    floor = task.chance(module.trainer.datamodule) if minimum is None else minimum  # type: ignore[attr-defined]
+    advice, does = "check its weights, normalisation (mean, std) and class order", task.described(measured)
+    if task.better(floor, measured):
         raise UsageError(
-            f"the teacher is right on {measured:.1%} of the validation images, less than teacher.minimum_accuracy="
-            f"{floor:.3g}: check its weights, normalisation (mean, std) and class order, or lower the minimum"
+            f"the teacher {does}, less than teacher.minimum_accuracy={floor:.3g}: {advice}, or lower the minimum"
+            if task.mode == "max"
+            else f"the teacher {does}, more than the {floor:.3g} of an untrained network: {advice}"
         )
-    if minimum is None and measured <= largest_class:  # of few images, or of uneven classes
+    constant = task.constant()
+    if minimum is None and constant is not None and same_answer is not None and not task.better(measured, same_answer):
+        # of few images, or of uneven classes
         warn(
             module,
-            f"the teacher is right on {measured:.1%} of the validation images, no more than always naming the largest "
-            f"class is ({largest_class:.1%}): check its weights, normalisation (mean, std) and class order",
+            f"the teacher {does}, no more than {constant.name} is ({task.shown(same_answer)}): {advice}",
         )
-
-
-def lowest_accuracy(classes: int) -> float:
-    """Below it a teacher is hardly better than chance: 1.5 times that, or 10 points more where that is less.
-
-    Args:
-        classes: their number; 0 where it is not known, which accepts any teacher.
-    """
-    chance = 1.0 / classes if classes else 0.0
-    return min(1.5 * chance, chance + 0.1)
 
 
 @torch.no_grad()
 def accuracy(module: Distilling, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
-    """Top-1 accuracy of ``network``, and what always naming the largest class would reach, all ranks together.
+    """The task's metric of ``network``, and what always giving the same answer would reach, all ranks together.
 
     Args:
         module: the module, attached to a Trainer.
-        network: from images to logits.
-        loader: yields batches (images, labels, ...).
+        network: the teacher, one of them, or the student.
+        loader: yields batches.
         limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice, and so does a
-            split without a labelled sample.
+            split without a labelled sample. The second is None for a task that does not know.
     """
     batches = _count(loader, limit)
     if batches == 0:
         return None, None
-    trainer = module.trainer
-    of_classes: Tensor | None = None  # images of each class
-    metric = MeanMetric().to(module.device)
+    trainer, task = module.trainer, module.task
+    constant = task.constant()
+    counted: dict[str, Metric | MetricCollection] = {task.metric: task.metrics()[task.metric]}
+    counted |= {} if constant is None else {_CONSTANT: constant}
+    metrics = MetricCollection(counted, compute_groups=False).to(module.device)
     with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
         taken = islice(loader, batches)
         if trainer.is_global_zero:
             taken = track(taken, "measuring before the first step", batches)  # type: ignore[assignment]
-        for batch in taken:
-            images, labels, _ = module.samples(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-            logits = network(images)
-            check_range(labels, logits.shape[1])
-            labelled = (labels >= 0).float()
-            metric.update((logits.argmax(dim=1) == labels).float(), labelled)
-            counts = torch.zeros(logits.shape[1], device=module.device).index_add_(0, labels.clamp_min(0), labelled)
-            of_classes = counts if of_classes is None else of_classes + counts
-    of_classes = trainer.strategy.reduce(of_classes, reduce_op="sum")
-    assert of_classes is not None, "there was a batch"
-    if not of_classes.any():
+        for of_loader in taken:
+            batch = trainer.strategy.batch_to_device(of_loader, dataloader_idx=0)
+            inputs = module.inputs(batch)
+            given = inputs if network is module.student else module.teacher_inputs(batch, inputs)
+            outputs = task.outputs(given.call(network), Asked("network", len(inputs)))
+            task.check_batch(outputs, batch)
+            task.update(metrics, outputs, batch)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    if math.isnan(found[task.metric]):
         return None, None
-    return float(metric.compute()), float(of_classes.max() / of_classes.sum())
+    return found[task.metric], found.get(_CONSTANT)

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.modules.base import example_input
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import evaluated
 from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
+from lqkd.tasks import Inputs
 from lqkd.teachers.cache import OpenCache
 from lqkd.teachers.cache.keys import data_key, input_dtype, teacher_key
 from lqkd.utils.files import write_json
@@ -92,6 +92,7 @@ def _open_cache(module: Distilling) -> OpenCache | None:
         return None
     data: Any = getattr(trainer, "datamodule", None)
     of_data = data_key(data)
+    one = _teacher_input(module, data)
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
     pairs = zip(module.teachers(), asked, strict=True)
     of_teachers = [teacher_key(*pair, data.image_shape, input_dtype(data)) for pair in pairs]
@@ -106,12 +107,33 @@ def _open_cache(module: Distilling) -> OpenCache | None:
 
     @torch.no_grad()
     def shapes() -> tuple[int, int, list[Any]]:
-        one = example_input(data, module.device)
-        assert one is not None, "data_key asks for its shape"
-        logits, features = module.ask_teacher(one)
+        logits, features = module.ask_teacher(Inputs((one,)))
         return len(logits), logits[0].shape[1], [tuple(feature.shape[1:]) for feature in features]
 
     return settings.open(key, data.train_indices, _epochs(module), shapes)
+
+
+@torch.no_grad()
+def _teacher_input(module: Distilling, data: Any) -> Tensor:
+    """The one tensor that teachers are called with for one sample.
+
+    Raises:
+        UsageError: when there are more, or what a teacher answers is no row of numbers.
+    """
+    example = module.task.example(data, module.device)
+    given = None if example is None else module.teacher_inputs(example, module.inputs(example))
+    image = None if given is None else given.alone()
+    if given is None or image is None:
+        raise UsageError(
+            f"teacher_cache is not possible with task {type(module.task).__name__}: it keeps the answers of teachers "
+            "that are called with one tensor, of which the task gives an example"
+        )
+    answers, _ = module.ask_teacher(given)
+    if not isinstance(answers[0], Tensor) or answers[0].ndim != 2:
+        raise UsageError(
+            f"teacher_cache is not possible with task {type(module.task).__name__}: it keeps outputs of shape (B, C)"
+        )
+    return image
 
 
 def _epochs(module: Distilling) -> int:

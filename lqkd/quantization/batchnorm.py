@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,9 @@ from lqkd.quantization.residual import move_output_quantizer
 
 
 @torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any] | None = None
+) -> None:
     """Replace the running statistics of every batch norm by their average over ``batches``.
 
     Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086), section 4.1: rounding
@@ -32,6 +34,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         model: any network; without batch norm nothing happens.
         batches: inputs of the network, (B, C, H, W) each, on its device.
+        call: how the network is called with one of them; None for ``model(batch)``.
 
     Raises:
         UsageError: when there is no batch.
@@ -53,7 +56,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         try:
             count = 0
             for count, batch in enumerate(batches, start=1):  # noqa: B007
-                model(batch)
+                model(batch) if call is None else call(model, batch)
             if count == 0:
                 raise UsageError("batch norm cannot be re-estimated from 0 batches: give at least 1")
             done = True

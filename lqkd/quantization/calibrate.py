@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 def initialize_quantizers(
     model: nn.Module,
     *inputs: Tensor,
+    keywords: Mapping[str, Any] | None = None,
     batch_statistics: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -55,6 +56,7 @@ def initialize_quantizers(
     Args:
         model: a network with quantised layers.
         *inputs: its inputs.
+        keywords: those that it takes by name.
         batch_statistics: whether batch norm normalises with the statistics of this batch, as training will, instead
             of its running ones, as inference does. The running ones are not changed. Some quantizers (IR-Net, APoT)
             put out weights on another scale than the float weights, of which running statistics know nothing.
@@ -80,7 +82,7 @@ def initialize_quantizers(
             quantizer.train()
         statistics = _batch_statistics(model) if batch_statistics else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), statistics:  # the first of them enables gradients
-            _run(model, inputs, fresh, reached)
+            _run(model, inputs, keywords or {}, fresh, reached)
     bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
     if bypassed:
         more = f" (and {len(bypassed) - 1} more)" if len(bypassed) > 1 else ""
@@ -94,10 +96,16 @@ def initialize_quantizers(
             _fit_without_values(model)
 
 
-def _run(model: nn.Module, inputs: tuple[Tensor, ...], fresh: dict[str, Quantizer], reached: dict[int, None]) -> None:
+def _run(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    keywords: Mapping[str, Any],
+    fresh: dict[str, Quantizer],
+    reached: dict[int, None],
+) -> None:
     """Call ``model``, and name the quantizer that has no grid for what it sees."""
     try:
-        model(*inputs)
+        model(*inputs, **keywords)
     except UsageError as error:
         last = next(reversed(reached), None)
         at_work = [name for name, quantizer in fresh.items() if id(quantizer) == last and not quantizer.is_ready]

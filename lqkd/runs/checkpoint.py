@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,9 +24,9 @@ from lqkd.utils.files import atomic_path
 class BestAndLast(ModelCheckpoint):
     """Keeps ``best.ckpt``, saved after an epoch's validation, and ``last.ckpt``, from which a training resumes exactly.
 
-    Best is the highest ``val/acc``, or the end of a training that ends before its first validation. Of equally good
-    epochs the later one is kept: a small validation split has many ties, and the later network has trained longer, at a
-    lower learning rate.
+    Best is the best value of ``monitor``, or the end of a training that ends before its first validation. Of equally
+    good epochs the later one is kept: a small validation split has many ties, and the later network has trained longer,
+    at a lower learning rate.
 
     Last is saved when everything of the batches before has been counted and logged: before the first batch of every
     epoch but the first, before every ``every_n_steps``-th step, and when training ends. On the CPU a training that goes
@@ -36,19 +36,27 @@ class BestAndLast(ModelCheckpoint):
         folder: where the checkpoints go.
         validates: whether there is a validation; without one, best is the last epoch.
         every_n_steps: steps of the optimizer from one saving of last to the next within an epoch; None for none.
+        monitor, mode: the task's metric, and whether the least (``min``) or the largest of it is the best.
 
     Raises:
         UsageError: when every_n_steps is less than 1.
     """
 
-    def __init__(self, folder: Path, validates: bool = True, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        validates: bool = True,
+        every_n_steps: int | None = None,
+        monitor: str = "val/acc",
+        mode: Literal["min", "max"] = "max",
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UsageError(f"run.save_every_n_steps={every_n_steps} is not possible: it must be at least 1, or null")
         super().__init__(
             dirpath=folder,
             filename=Path(BEST).stem,
-            monitor="val/acc" if validates else None,
-            mode="max",
+            monitor=monitor if validates else None,
+            mode=mode,
             save_on_train_epoch_end=True,
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -150,7 +158,7 @@ class BestAndLast(ModelCheckpoint):
         self.best_k_models = {}
         self.best_model_path = self.kth_best_model_path = ""
         self.best_model_score = None
-        self.kth_value = torch.tensor(float("-inf"))
+        self.kth_value = torch.tensor(float("-inf" if self.mode == "max" else "inf"))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"validated": self._validated}

@@ -55,6 +55,7 @@ from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find,
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
+from lqkd.tasks import Classification
 from lqkd.utils.files import write_text
 
 _MORE = (
@@ -345,7 +346,9 @@ class LqkdCLI(LightningCLI):
             if config.enable_checkpointing is not False:
                 every = self._get(self.config_init, "run").save_every_n_steps
                 folder = self.run_folder / CHECKPOINTS
-                callbacks.append(BestAndLast(folder, config.limit_val_batches != 0, every))
+                task = self.model.task if isinstance(self.model, ImageClassifier) else Classification()
+                validates = config.limit_val_batches != 0
+                callbacks.append(BestAndLast(folder, validates, every, task.monitor, task.mode))
         return callbacks
 
     # ---- after the verbs

@@ -22,6 +22,8 @@ from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
 from lqkd.runs.lightning_cli import LqkdCLI, forget_weights
 from lqkd.runs.provenance import check_config_code, check_run_code
+from lqkd.tasks import Classification
+from lqkd.tasks.labels import samples_of
 from lqkd.utils.progress import track
 
 
@@ -71,6 +73,10 @@ class RunReader(LqkdCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not isinstance(self.model, ImageClassifier):
             raise UsageError(f"model={type(self.model).__name__} is not possible here: use a DistillModule or another")
+        if not isinstance(self.model.task, Classification):
+            raise UsageError(
+                f"model.task={type(self.model.task).__name__} is not possible here: it needs Classification"
+            )
         if self.datamodule is None or not is_overridden("val_dataloader", self.datamodule, LightningDataModule):
             raise UsageError("data has no validation split: name a DataModule that holds one out")
 
@@ -176,8 +182,14 @@ class _Batches(ImageClassifier):
         """Nothing: all has been taken when validation started."""
 
     def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        images, labels, _ = self.samples(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-        return images, labels
+        return labelled_images(self, self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+
+
+def labelled_images(module: ImageClassifier, batch: Any) -> tuple[Tensor, Tensor]:
+    """The images (B, ...) of a batch as a classifier is called with them, and their labels (B,)."""
+    images = module.inputs(batch).alone()
+    assert images is not None, "RunReader refuses other tasks than Classification"
+    return images, samples_of(batch).labels
 
 
 def _length(loader: Any) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier, example_input
+from lqkd.modules.base import ImageClassifier
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
 from lqkd.runs.checkpoint import BestAndLast
@@ -85,7 +85,7 @@ class RunSummary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images += len(batch if isinstance(batch, Tensor) else batch[0]) * trainer.world_size
+        self.images += _samples(pl_module, batch) * trainer.world_size
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, ImageClassifier):
@@ -96,8 +96,8 @@ class RunSummary(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.values:  # a test alone describes no run
             return
-        accuracy = trainer.callback_metrics.get("test/acc")
-        measured = math.nan if accuracy is None else float(accuracy)
+        score = trainer.callback_metrics.get(f"test/{self.values['metric'].removeprefix('val/')}")
+        measured = math.nan if score is None else float(score)
         self.values["test_accuracy"] = None if math.isnan(measured) else measured  # as it is of a split without labels
         self.finish(trainer)
 
@@ -110,10 +110,10 @@ class RunSummary(Callback):
 
     def _collect(self, trainer: Trainer, module: ImageClassifier) -> dict[str, Any]:
         network = module.product()
-        best = self._best_score(trainer)
+        best = self._best_score(trainer, module)
         measured = size(network)
-        data = getattr(trainer, "datamodule", None)
-        example = example_input(data, module.device)
+        inputs = module.example_inputs()
+        example = None if inputs is None else inputs.alone()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
         distills = isinstance(module, DistillModule)
@@ -125,6 +125,8 @@ class RunSummary(Callback):
         values |= module.references if isinstance(module, DistillModule) else dict.fromkeys(REFERENCES)
         weight_bits, activation_bits = _bits(network)
         values |= {
+            "metric": module.task.monitor,
+            "mode": module.task.mode,
             "val_accuracy": best,
             "test_accuracy": None,
             "weight_bits": weight_bits,
@@ -177,13 +179,20 @@ class RunSummary(Callback):
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)
 
-    def _best_score(self, trainer: Trainer) -> float | None:
+    def _best_score(self, trainer: Trainer, module: ImageClassifier) -> float | None:
         """Of the checkpoint that is the best; without one, of the weights that training ended with."""
         checkpoint = best_checkpoint(trainer)
         score = None if checkpoint is None else checkpoint.best_model_score
         if score is None and self._validated_step == trainer.global_step:
-            score = trainer.callback_metrics.get("val/acc")
+            score = trainer.callback_metrics.get(module.task.monitor)
         return None if score is None else float(score)
+
+
+def _samples(module: LightningModule, batch: Any) -> int:
+    """Of a training batch."""
+    if isinstance(module, ImageClassifier):
+        return module.samples_in_batch
+    return len(batch if isinstance(batch, Tensor) else batch[0])
 
 
 def _now(module: LightningModule) -> float:

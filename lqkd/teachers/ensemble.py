@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import COMBINATIONS
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import Asked, main_tensor
 from lqkd.teachers.frozen import FrozenTeacher, check_minimum_accuracy
 
 
@@ -61,12 +64,14 @@ class TeacherEnsemble(nn.Module):
         for teacher in self.members():
             teacher.check_classes(names)
 
-    def answers(self, images: Tensor) -> list[Tensor]:
-        """Logits (B, C) of each teacher."""
-        return [teacher(images) for teacher in self.members()]
+    def answers(self, *args: Any, **keywords: Any) -> list[Any]:
+        """What each teacher returns, logits (B, C) say."""
+        return [teacher(*args, **keywords) for teacher in self.members()]
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Logarithm of the mean prediction, (B, C)."""
-        predictions = torch.stack([logits.float().softmax(dim=1) for logits in self.answers(images)])
+    def forward(self, *args: Any, **keywords: Any) -> Tensor:
+        """Logarithm of the mean prediction, (B, C), or (B, C, ...) where networks return such."""
+        asked = Asked("teacher", len(Inputs(args, keywords)))
+        answers = [main_tensor(answer, asked) for answer in self.answers(*args, **keywords)]
+        predictions = torch.stack([logits.float().softmax(dim=1) for logits in answers])
         return predictions.mean(0).clamp_min(1e-30).log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.models import load_weights
+from lqkd.models.calls import Inputs
 from lqkd.teachers.inference import computes_bf16, inference_copy
 
 _COMPARED = 8  # images that a faster copy is compared with the network on
@@ -126,13 +128,13 @@ class FrozenTeacher(nn.Module):
         different = different or f"it has {len(self.class_names)}, they have {len(names)}"
         raise UsageError(f"the teacher's classes are not the data's: {different}")
 
-    def running(self, images: Tensor) -> nn.Module:
-        """What answers for ``images``: the network, or its faster copy; both have modules of the same names."""
+    def running(self, given: Inputs | Tensor) -> nn.Module:
+        """What answers for these inputs: the network, or its faster copy; both have modules of the same names."""
         if self._acceleration is None:
             return self.network
         if self.__dict__["_copy"] is None:
             bf16, untouched = self._acceleration
-            seen = self._converted(images[:_COMPARED])
+            seen = self._converted(Inputs.of(given).part(slice(_COMPARED)))
             made, obstacle = inference_copy(self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched)
             if obstacle is not None:
                 rank_zero_info(f"a teacher runs without folded batch norms and channels_last: {obstacle}")
@@ -168,27 +170,48 @@ class FrozenTeacher(nn.Module):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of images (B, channels, H, W) in the student's normalisation, or of inputs of another kind."""
-        running = self.running(images)
-        images = self._converted(images)
-        if running is self.network:
-            return self.network(images)
-        with torch.autocast(images.device.type, enabled=False):
-            if images.is_floating_point():  # not the numbers of tokens
-                images = images.to(next((p.dtype for p in running.parameters()), images.dtype))
-            if images.ndim == 4:
-                images = images.contiguous(memory_format=self._format)
-            return running(images).float()
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        """What the network returns, logits (B, C) say, for inputs in the student's normalisation.
 
-    def _converted(self, images: Tensor) -> Tensor:
-        """``images`` in the teacher's own normalisation and size."""
+        Args:
+            *args, **keywords: what the network takes: images (B, channels, H, W), or inputs of another kind.
+
+        Raises:
+            UsageError: when a normalisation or size of its own cannot be honoured.
+        """
+        inputs = Inputs(args, keywords)
+        running = self.running(inputs)
+        inputs = self._converted(inputs)
+        if running is self.network:
+            return inputs.call(self.network)
+        dtype = next((p.dtype for p in running.parameters()), None)
+        with torch.autocast(inputs.tensors()[0].device.type, enabled=False):
+            returned = inputs.map(lambda tensor: self._laid_out(tensor, dtype)).call(running)
+        return returned.float() if isinstance(returned, Tensor) else returned
+
+    def _laid_out(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """As the faster copy takes it."""
+        if tensor.is_floating_point() and dtype is not None:  # not the numbers of tokens
+            tensor = tensor.to(dtype)
+        return tensor.contiguous(memory_format=self._format) if tensor.ndim == 4 else tensor
+
+    def _converted(self, inputs: Inputs) -> Inputs:
+        """``inputs`` with images in the teacher's own normalisation and size."""
+        if self._gain is None and self.image_size is None:
+            return inputs
+        images = inputs.alone()
+        if images is None:
+            setting = "image_size" if self._gain is None else "mean"
+            raise UsageError(
+                f"teacher {setting} is not possible with a network that is not called with images alone: the task's "
+                "teacher_inputs() must convert them"
+            )
         if self._gain is not None and self._shift is not None:
             images = images * self._gain.to(images) + self._shift.to(images)
         if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        return images
+        return Inputs((images,))
 
 
 def check_minimum_accuracy(value: float | None) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError, first_line
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import Asked, main_tensor
 from lqkd.quantization.batchnorm import fold_batchnorm
 from lqkd.quantization.computed import copy_of
 
@@ -18,16 +20,21 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def inference_copy(
-    network: nn.Module, images: Tensor, *, bf16: bool = False, compiled: bool = False, untouched: Collection[str] = ()
+    network: nn.Module,
+    given: Inputs | Tensor,
+    *,
+    bf16: bool = False,
+    compiled: bool = False,
+    untouched: Collection[str] = (),
 ) -> tuple[nn.Module, str | None]:
     """A copy of ``network`` with batch norms folded into convolutions, in channels_last, on the same device.
 
-    The network itself stays as it is. The float32 copy is compared with it on ``images``, so that one which cannot be
+    The network itself stays as it is. The float32 copy is compared with it on ``given``, so that one which cannot be
     rearranged (a forward that views activations as if they were contiguous) is copied as it is.
 
     Args:
         network: a network in eval mode.
-        images: (B, C, H, W) float32 inputs to compare with, as the network is given them, or other tensors (B, ...).
+        given: what to compare on, as the network is called with it: images (B, C, H, W) float32, say.
         bf16: whether the copy computes in bfloat16.
         compiled: whether the copy is compiled by torch.compile, which costs seconds at its first call.
         untouched: names of modules whose outputs someone reads: they and their outputs' values stay.
@@ -35,8 +42,9 @@ def inference_copy(
     Returns:
         The copy, and why it is not rearranged, None where it is.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        made, obstacle = _rearranged(network, images, untouched)
+    inputs = Inputs.of(given)
+    with torch.autocast(inputs.tensors()[0].device.type, enabled=False):
+        made, obstacle = _rearranged(network, inputs, untouched)
         made = made.requires_grad_(False)
         if bf16:
             made = made.to(dtype=torch.bfloat16)
@@ -45,7 +53,7 @@ def inference_copy(
     return made, obstacle
 
 
-def _rearranged(network: nn.Module, images: Tensor, untouched: Collection[str]) -> tuple[nn.Module, str | None]:
+def _rearranged(network: nn.Module, inputs: Inputs, untouched: Collection[str]) -> tuple[nn.Module, str | None]:
     made = copy_of(network).eval()
     try:
         if any(isinstance(module, _BatchNorm) for module in made.modules()):
@@ -53,15 +61,20 @@ def _rearranged(network: nn.Module, images: Tensor, untouched: Collection[str]) 
     except UsageError:
         made = copy_of(network).eval()  # a graph that cannot be traced; channels_last needs none
     made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    expected = network(images)
+    asked = Asked("teacher", len(inputs))
+    expected = main_tensor(inputs.call(network), asked)
     try:
-        found = made(images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images)
+        found = main_tensor(inputs.map(_channels_last).call(made), asked)
     except RuntimeError as error:
         return copy_of(network).eval(), first_line(error)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE:
         return copy_of(network).eval(), f"its outputs would differ by {difference:.2g} of the largest"
     return made, None
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def computes_bf16(device: torch.device) -> bool:

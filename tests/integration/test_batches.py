@@ -138,9 +138,11 @@ class Wrapped(nn.Module):
 
 
 ANSWERS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "dict": (lambda y: {"logits": y}, "returns a dict: logits of shape"),
-    "tuple": (lambda y: (y, y), "returns a tuple: logits of shape"),
-    "dataclass": (Answer, "returns a Answer: logits of shape"),
+    "dict": (
+        lambda y: {"first": y, "second": y},
+        "returns a dict with 'first', 'second': one called 'out'",
+    ),
+    "nothing": (lambda y: None, "returns a NoneType: a tensor is needed"),
     "map": (lambda y: y[:, :, None, None].expand(-1, -1, 2, 2), "returns a tensor of shape 2x10x2x2 for 2 images"),
 }
 
@@ -153,6 +155,23 @@ def test_a_network_that_returns_no_logits_is_named(make_trainer: MakeTrainer, ca
     module = distiller(**{player: FrozenTeacher(other) if player == "teacher" else other})
     with pytest.raises(UsageError, match=f"the {player} {message}"):
         make_trainer().fit(module, loader())
+
+
+KINDS: dict[str, Callable[[Tensor], Any]] = {
+    "dict": lambda y: {"hidden": y[:, :2], "logits": y},
+    "tuple": lambda y: (y, y[:, :2]),
+    "dataclass": Answer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_that_return_logits_among_others_train_as_alone(make_trainer: MakeTrainer, kind: str) -> None:
+    losses = []
+    for answer in (KINDS[kind], lambda y: y):
+        torch.manual_seed(0)
+        module = distiller(teacher=FrozenTeacher(Wrapped(answer)), student=Wrapped(answer))
+        losses.append(torch.stack(train(make_trainer, module, loader())))
+    assert torch.equal(*losses)
 
 
 def test_a_map_of_logits_from_both_networks_is_refused(make_trainer: MakeTrainer) -> None:
@@ -228,7 +247,7 @@ def test_finding_out_what_a_student_returns_leaves_it_as_it_was(make_trainer: Ma
     random = torch.get_rng_state()
     module._connect_unseen()
     module.trainer = make_trainer()
-    module._check_first(module.samples((IMAGES[:8], torch.arange(8))))
+    module._check_first((IMAGES[:8], torch.arange(8)))
     assert all(torch.equal(value, module.student.state_dict()[key]) for key, value in before.items())
     assert torch.equal(random, torch.get_rng_state())
 
@@ -307,7 +326,7 @@ def test_looking_ahead_exactly_heeds_label_smoothing() -> None:
         regularizer = ElementwiseMLP(hidden=8, guard="mean_one", player=LookAhead(exact=True))
         module = distiller(regularizer=regularizer, label_smoothing=smoothing)
         module._connect_unseen()
-        found.append(module.losses(IMAGES[:8], torch.arange(8)).parts[0].alignment)
+        found.append(module.losses((IMAGES[:8], torch.arange(8))).parts[0].alignment)
     assert not torch.allclose(*found)
 
 
@@ -319,7 +338,7 @@ def test_looking_ahead_at_few_labels_is_looking_at_their_samples() -> None:
         module: DistillModule = distiller(regularizer=ElementwiseMLP(hidden=8, guard="mean_one", player="look_ahead"))
         module._connect_unseen()
         module.student.eval()
-        found.append(module.losses(IMAGES[:8], given).parts[0].alignment)
+        found.append(module.losses((IMAGES[:8], given)).parts[0].alignment)
     torch.testing.assert_close(found[0][:4], found[1][:4])
     assert not found[1][4:].any()
 

@@ -88,7 +88,7 @@ def train(module: DistillModule, images: Tensor, labels: Tensor, steps: int) -> 
         for follower in (*module.distillation.modules(), module.balance):
             if getattr(follower, "progress", None) is not None:
                 follower.progress = step / steps
-        found = module.losses(images, labels)
+        found = module.losses((images, labels))
         found.loss.backward()
         seen.append(float(found.loss.detach()))
         for optimizer in optimizers:

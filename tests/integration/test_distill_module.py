@@ -26,10 +26,10 @@ from lqkd.balances import BoundedUncertaintyBalance, FixedBalance
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
 from lqkd.modules import Constant, Cosine, DistillModule, TorchSchedule
-from lqkd.modules.references import lowest_accuracy
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantizers
 from lqkd.regularizers import LearnableTable
 from lqkd.runs import RunSummary
+from lqkd.tasks.classification import lowest_accuracy
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 

@@ -349,7 +349,7 @@ def test_teachers_with_another_order_of_classes_are_refused(make_trainer: MakeTr
 def student_gradient(module: DistillModule, labels: Tensor) -> Tensor:
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     module._connect(torch.zeros(1, 1, 8, 8))
-    module.losses(images, labels).loss.backward()
+    module.losses((images, labels)).loss.backward()
     return torch.cat([p.grad.flatten() for p in module.student.parameters() if p.grad is not None])
 
 

@@ -14,6 +14,7 @@ from lqkd.data import Digits
 from lqkd.losses import DKD
 from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.regularizers import ElementwiseMLP, LookAhead
+from lqkd.tasks.labels import Samples
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import Recorder, distiller, network
 
@@ -79,7 +80,7 @@ def look_ahead(
     module: DistillModule, images: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None
 ) -> torch.Tensor:
     module._connect_unseen()
-    alignment = module.losses(images, labels, targets).parts[0].alignment
+    alignment = module.losses(Samples(images, labels, targets)).parts[0].alignment
     assert alignment is not None
     return alignment
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import lqkd.losses
 from lqkd.losses import (
+    CWD,
     DIST,
     DKD,
     MGD,
@@ -43,6 +44,7 @@ MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "SimilarityPreserving": SimilarityPreserving,
     "VID": VID,
     "MGD": MGD,
+    "CWD": CWD,
     "QuantizedFeatures": QuantizedFeatures,
     "ReviewKD": ReviewKD,
     "RKD": RKD,
@@ -170,7 +172,7 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         loss, _, _ = connected(name, channels=channels_for(name))
         if list(loss.parameters()):
             with_parameters.add(name)
-    assert with_parameters == {"Hints", "VID", "MGD", "ReviewKD", "ContrastiveRepresentation"}
+    assert with_parameters == {"Hints", "VID", "MGD", "CWD", "ReviewKD", "ContrastiveRepresentation"}
 
 
 @pytest.mark.parametrize("name", ZERO_AT_AGREEMENT)

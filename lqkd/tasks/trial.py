@@ -1,4 +1,4 @@
-"""What a network must return, found out before the first step: logits (B, C), in evaluation and in training."""
+"""Trying a network before the first step: whether it takes the data and returns what the task needs."""
 
 from __future__ import annotations
 
@@ -12,59 +12,35 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lqkd.errors import UsageError, first_line
-from lqkd.modules.batches import dtype_name
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import Asked
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
-
-
-def logits_of(output: Any, name: str, samples: int, training: bool = False) -> Tensor:
-    """``output`` of the network called ``name`` for so many samples, if it is logits (B, C).
-
-    Raises:
-        UsageError: when it is anything else.
-    """
-    if isinstance(output, Tensor):
-        if output.ndim == 2 and len(output) == samples:
-            return output
-        shape = "x".join(map(str, output.shape)) or "()"
-        raise UsageError(
-            f"the {name} returns a tensor of shape {shape} for {samples} images: logits of shape (B, C) are needed"
-        )
-    if training:
-        raise UsageError(
-            f"the {name} returns a {type(output).__name__} while it trains, as networks with auxiliary heads do "
-            "(GoogLeNet, Inception): build it without them (aux_logits=False), or wrap it in a module that returns "
-            "logits of shape (B, C) alone"
-        )
-    raise UsageError(
-        f"the {name} returns a {type(output).__name__}: logits of shape (B, C) are needed, from a module around it "
-        "that returns them alone"
-    )
+from lqkd.tasks.base import Task
 
 
 @torch.no_grad()
-def try_network(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """Logits (B, C) that the network called ``name`` gives for ``images`` in eval mode.
+def try_network(network: nn.Module, name: str, inputs: Inputs, task: Task) -> Any:
+    """The task's outputs of what the network called ``name`` returns for ``inputs`` in eval mode.
 
     Raises:
-        UsageError: when it cannot take the images, or returns something else.
+        UsageError: when it cannot take the inputs, or returns nothing for this task.
     """
     with evaluating(network):
         try:
-            output = network(images)
+            returned = inputs.call(network)
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
-            shape = "x".join(map(str, images.shape[1:]))
-            kind = "" if images.dtype == torch.float32 else f"{dtype_name(images)} "
-            advice = "" if images.is_floating_point() else ": pixels are given as floating-point numbers, normalised"
+            whole = any(not tensor.is_floating_point() for tensor in inputs.tensors())
+            advice = ": pixels are given as floating-point numbers, normalised" if whole else ""
             raise UsageError(
-                f"the {name} cannot take {kind}images of {shape} from the data ({first_line(error)}){advice}"
+                f"the {name} cannot take {inputs.described()} from the data ({first_line(error)}){advice}"
             ) from error
-    return logits_of(output, name, len(images))
+    return task.outputs(returned, Asked(name, len(inputs)))
 
 
 @torch.no_grad()
-def try_training(network: nn.Module, name: str, images: Tensor) -> None:
-    """See that the network called ``name`` gives logits in training mode too, and can train on so few ``images``.
+def try_training(network: nn.Module, name: str, inputs: Inputs, task: Task) -> None:
+    """See that the network called ``name`` gives the same kind of outputs in training mode, and trains on so few.
 
     It runs in floating point and ends with the state that it had. Other errors than these two are left for the
     training to show: a network may well need a whole batch.
@@ -74,16 +50,43 @@ def try_training(network: nn.Module, name: str, images: Tensor) -> None:
     """
     if any(module._compiled_call_impl is not None for module in network.modules()):
         return  # which would be compiled once more for this
-    with isolate_rng(), float_mode(network), evaluating(network), enough_samples(name, len(images)):
+    with isolate_rng(), float_mode(network), evaluating(network), enough_samples(name, len(inputs)):
         network.train()
         buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}  # which batch norm updates
+        own = inputs.map(torch.clone)
         try:
-            output = functional_call(network, buffers, (images.clone(),))
+            returned = functional_call(network, buffers, own.args, dict(own.keywords))
         except Exception as error:
             if _too_few(error):
                 raise
             return
-    logits_of(output, name, len(images), training=True)
+        refuse_auxiliary(network, name, inputs, returned)
+    task.outputs(returned, Asked(name, len(inputs), training=True))
+
+
+@torch.no_grad()
+def refuse_auxiliary(network: nn.Module, name: str, inputs: Inputs, returned: Any) -> None:
+    """Refuse a network that returns a tensor in eval mode and more than that while it trains.
+
+    Args:
+        network: the network.
+        name: what a message calls it.
+        inputs: what it was called with.
+        returned: what it returned in training mode.
+
+    Raises:
+        UsageError: then: what its other heads say would be lost.
+    """
+    if isinstance(returned, Tensor):
+        return
+    with evaluating(network):
+        usual = inputs.call(network)
+    if isinstance(usual, Tensor):
+        raise UsageError(
+            f"the {name} returns a {type(returned).__name__} while it trains, as networks with auxiliary heads do "
+            "(GoogLeNet, Inception): build it without them (aux_logits=False), or wrap it in a module that returns "
+            "logits of shape (B, C) alone"
+        )
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""What a batch must be: one place that reads batches of all loaders, in every stage."""
+"""What a batch with labels must be: one place that reads batches of all loaders, in every stage."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED
+from lqkd.models.calls import dtype_name
 
 
 class Samples(NamedTuple):
@@ -22,15 +23,13 @@ class Samples(NamedTuple):
     """(B, C) float class probabilities for the task loss, where a batch has an attribute of that name."""
 
 
-def samples_of(batch: Any, network: nn.Module) -> Samples:
+def samples_of(batch: Any) -> Samples:
     """Read ``(images, labels, ...)``, or images alone, which have no labels. Nothing here waits for the device.
 
-    Labels of any integer type and of shape (B, 1) become (B,) int64. Images in float64 become what the network
-    computes in.
+    Labels of any integer type and of shape (B, 1) become (B,) int64.
 
     Args:
         batch: what a loader yields, on the device.
-        network: what the images are for.
 
     Raises:
         UsageError: when the batch is none of these.
@@ -44,8 +43,6 @@ def samples_of(batch: Any, network: nn.Module) -> Samples:
     if not isinstance(images, Tensor) or images.ndim == 0 or len(images) == 0:
         found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UsageError(f"a batch of the data begins with {found}: images in a tensor (B, ...) are needed, B >= 1")
-    if images.dtype == torch.float64:
-        images = images.to(next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32))
     labels = _labels(parts[1], len(images)) if len(parts) > 1 else _none(images)
     return Samples(images, labels, getattr(batch, "targets", None))
 
@@ -64,11 +61,6 @@ def _labels(labels: Any, samples: int) -> Tensor:
         f"the labels of a batch of {samples} are {what}: numbers of classes are needed, whole numbers of shape (B,), "
         "negative where a sample has none"
     )
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """``float32``, ``uint8``, ..."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _none(images: Tensor) -> Tensor:

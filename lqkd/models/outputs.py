@@ -1,0 +1,74 @@
+"""Where in what a network returns the tensor is that a loss compares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lqkd.errors import UsageError
+
+NAMES = ("out", "logits", "output")
+"""What the main tensor is called among several: by torchvision, by transformers, and by others."""
+
+
+class Asked(NamedTuple):
+    """Which network has answered what, for a message about it."""
+
+    network: str
+    """``teacher``, ``student``, ..."""
+    samples: int
+    """How many there were in the batch."""
+    training: bool = False
+    """Whether it ran in training mode."""
+
+
+def main_tensor(returned: Any, asked: Asked) -> Tensor:
+    """The tensor that matters of what a network returns.
+
+    A tensor is its own; of a dict or dataclass, such as transformers' ``ModelOutput``, it is the one called ``out``,
+    ``logits`` or ``output``, or the only one; of a tuple without such a name it is the first.
+
+    Args:
+        returned: what the network returned.
+        asked: for a message.
+
+    Raises:
+        UsageError: when there is no such tensor.
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    named = _named(returned)
+    if named is None:
+        raise UsageError(
+            f"the {asked.network} returns a {type(returned).__name__}: a tensor is needed, or one in a tuple, a dict "
+            "or a dataclass"
+        )
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    found = next((tensors[name] for name in NAMES if name in tensors), None)
+    if found is None and len(tensors) == 1:
+        (found,) = tensors.values()
+    if found is None and isinstance(returned, (tuple, list)) and tensors:
+        found = next(iter(tensors.values()))
+    if found is None:
+        raise UsageError(
+            f"the {asked.network} returns a {type(returned).__name__} with "
+            f"{', '.join(map(repr, tensors)) or 'no tensor'}: one called {', '.join(map(repr, NAMES[:-1]))} or "
+            f"{NAMES[-1]!r} is needed, or a task whose outputs() chooses"
+        )
+    return found
+
+
+def _named(returned: Any) -> Mapping[str, Any] | None:
+    if isinstance(returned, Mapping):
+        return returned
+    if hasattr(returned, "_asdict"):
+        fields: Mapping[str, Any] = returned._asdict()
+        return fields
+    if isinstance(returned, (tuple, list)):
+        return {str(index): value for index, value in enumerate(returned)}
+    if dataclasses.is_dataclass(returned):
+        return {field.name: getattr(returned, field.name) for field in dataclasses.fields(returned)}
+    return None

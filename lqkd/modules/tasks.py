@@ -1,0 +1,59 @@
+"""The task of a module, from its settings, and what goes with it."""
+
+from __future__ import annotations
+
+from lqkd.errors import UsageError
+from lqkd.losses import DistillationLoss
+from lqkd.regularizers import Regularizer
+from lqkd.tasks import Classification, Task
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
+
+
+def task_of(task: Task | None, label_smoothing: float) -> Task:
+    """``task``, or the classification of images with ``label_smoothing``, the short form of its setting.
+
+    Raises:
+        UsageError: when both are given, or the smoothing is out of range.
+    """
+    if task is None:
+        return Classification(label_smoothing)
+    if label_smoothing:
+        raise UsageError(
+            f"label_smoothing={label_smoothing!r} is not possible beside a task: it is a setting of Classification, "
+            "in task.init_args"
+        )
+    return task
+
+
+def check_players(
+    task: Task,
+    teacher: FrozenTeacher | TeacherEnsemble,
+    loss: DistillationLoss | None,
+    regularizer: Regularizer | None,
+) -> None:
+    """Refuse a teacher, a loss or a regularizer that needs more of a task than this one has.
+
+    Raises:
+        UsageError: naming what does not go together.
+    """
+    name = type(task).__name__
+    if isinstance(teacher, TeacherEnsemble) and not task.predicts_classes:
+        raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
+    if teacher.minimum_accuracy is not None and task.mode == "min":
+        raise UsageError(
+            f"teacher.minimum_accuracy={teacher.minimum_accuracy} is not possible: the least {task.monitor} is the "
+            f"best of task {name}"
+        )
+    if loss is not None and loss.needs_labels and not task.predicts_classes:
+        raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
+    if regularizer is None or task.one_row_a_sample:
+        return
+    if regularizer.player.needs_alignment:
+        raise UsageError(
+            f"player {type(regularizer.player).__name__} looks ahead from samples: task {name} has other rows"
+        )
+    if regularizer.sees_logits and loss is not None and loss.compares != "logits":
+        raise UsageError(
+            f"regularizer {type(regularizer).__name__} looks at the logits of samples beside their features: task "
+            f"{name} has other rows"
+        )

@@ -1,0 +1,168 @@
+"""The classification of images or other tensors, one label each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+
+from lqkd.errors import UsageError
+from lqkd.losses.task import task_loss, task_losses
+from lqkd.models.outputs import Asked, main_tensor
+from lqkd.tasks.base import Rows, SameAnswer, Task, example_input
+from lqkd.tasks.labels import Samples, check_range, samples_of
+
+
+class Classification(Task):
+    """One class of several for each sample of batches ``(images, labels, ...)``, or of images alone.
+
+    Images stand for whatever the networks take: sequences (B, channels, L) and tokens (B, L) are classified as well.
+    Networks return logits (B, C). Labels are (B,) or (B, 1) of any integer type, negative where a sample has none,
+    which then takes part in distillation alone. A batch's attribute ``targets``, (B, C) float class probabilities, is
+    what the loss learns from in place of labels: mixup and CutMix.
+
+    Logs ``loss`` and ``acc``: cross-entropy and top-1 accuracy of the samples that have a label, exact over all ranks;
+    NaN where none has one.
+
+    Args:
+        label_smoothing: of the cross-entropy, 0 <= e < 1.
+
+    Raises:
+        UsageError: when it is out of range.
+    """
+
+    predicts_classes = True
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"label_smoothing={label_smoothing!r} is not possible: it must be >= 0 and < 1")
+        self.label_smoothing = label_smoothing
+
+    # ---- the path of a batch
+
+    def inputs(self, batch: Any) -> Tensor:
+        """The images."""
+        return samples_of(batch).images
+
+    def outputs(self, returned: Any, asked: Asked) -> Tensor:
+        """Logits (B, C), float32.
+
+        Raises:
+            UsageError: when the network returns anything else.
+        """
+        logits = main_tensor(returned, asked)
+        if logits.ndim == 2 and len(logits) == asked.samples:
+            return logits.float()
+        shape = "x".join(map(str, logits.shape)) or "()"
+        raise UsageError(
+            f"the {asked.network} returns a tensor of shape {shape} for {asked.samples} images: logits of shape (B, C) "
+            "are needed"
+        )
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Cross-entropy, 0-dim; see :func:`lqkd.losses.task.task_loss`."""
+        samples = samples_of(batch)
+        return task_loss(outputs, samples.labels, samples.targets, self.label_smoothing)
+
+    def rows(self, outputs: Tensor, batch: Any) -> Rows:
+        """Every sample: logits (B, C) and labels (B,)."""
+        return Rows(outputs, samples_of(batch).labels)
+
+    def counted(self, rows: Rows, batch: Any) -> Tensor | int:
+        return len(rows.logits) if samples_of(batch).targets is not None else super().counted(rows, batch)
+
+    def part(self, batch: Any, samples: slice) -> Samples:
+        images, labels, targets = samples_of(batch)
+        return Samples(images[samples], labels[samples], None if targets is None else targets[samples])
+
+    # ---- evaluation
+
+    def metrics(self) -> MetricCollection:
+        return MetricCollection({"loss": CrossEntropy(), "acc": Accuracy()}, compute_groups=False)
+
+    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Class probabilities (B, C)."""
+        return outputs.softmax(dim=-1)
+
+    # ---- what a value of the metric means
+
+    def chance(self, data: Any) -> float:
+        """See :func:`lowest_accuracy`; 0 where the number of classes is not known."""
+        classes = getattr(data, "class_names", None)
+        return lowest_accuracy(0 if classes is None else len(classes))
+
+    def constant(self) -> SameAnswer:
+        return LargestClass()
+
+    def shown(self, value: float) -> str:
+        return f"{value:.1%}"
+
+    def described(self, value: float) -> str:
+        return f"is right on {self.shown(value)} of the validation images"
+
+    # ---- before the first batch
+
+    def example(self, data: Any, device: torch.device) -> Tensor | None:
+        return example_input(data, device)
+
+    def check(self, outputs: Mapping[str, Tensor], data: Any) -> None:
+        """Refuse networks that tell other numbers of classes apart than the data have, or than each other."""
+        counts = {"data": len(data.class_names)} if outputs and hasattr(data, "class_names") else {}
+        counts |= {name: logits.shape[1] for name, logits in outputs.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UsageError(f"numbers of classes differ ({listed}): they must agree")
+
+    def check_batch(self, outputs: Tensor, batch: Any) -> None:
+        """Refuse labels that no output of the network stands for."""
+        check_range(samples_of(batch).labels, outputs.shape[1])
+
+    def unlabelled(self, batch: Any) -> bool:
+        samples = samples_of(batch)
+        return samples.targets is None and not bool((samples.labels >= 0).any())
+
+
+def lowest_accuracy(classes: int) -> float:
+    """Below it a teacher is hardly better than chance: 1.5 times that, or 10 points more where that is less.
+
+    Args:
+        classes: their number; 0 where it is not known, which accepts any teacher.
+    """
+    chance = 1.0 / classes if classes else 0.0
+    return min(1.5 * chance, chance + 0.1)
+
+
+class CrossEntropy(MeanMetric):
+    """The mean cross-entropy of logits (B, C) with those of the labels (B,) that are not negative."""
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        super().update(*task_losses(logits, labels))
+
+
+class Accuracy(MeanMetric):
+    """The share of labels (B,), of those that are not negative, that logits (B, C) put first."""
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        super().update((logits.argmax(dim=1) == labels).float(), (labels >= 0).float())
+
+
+class LargestClass(SameAnswer):
+    """The share of the largest class among the labels (B,) that are not negative; NaN without any."""
+
+    counts: Tensor
+    name = "always naming the largest class"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(1), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        counts = torch.zeros(logits.shape[1], device=logits.device)
+        self.counts = self.counts + counts.index_add_(0, labels.clamp_min(0), (labels >= 0).float())
+
+    def compute(self) -> Tensor:
+        return self.counts.max() / self.counts.sum()
