@@ -117,8 +117,8 @@ def _operands(
 ) -> list[Tensor]:
     """What a kernel's functions take after ``x``; parameters of ``shape``, by default for a flat ``x``."""
     dtype = compute_dtype(x)
-    # Under a trace tensors are stand-ins, which must not outlive it.
-    constant = _constant if _is_real(x) else _constant.__wrapped__
+    # A trace records the making of its constants, in the same way each time; stand-ins for tensors must not outlive it.
+    constant = _constant if _is_real(x) and not torch.jit.is_tracing() else _constant.__wrapped__
     if shape is None:
         shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [

@@ -18,6 +18,7 @@ import yaml
 from lqkd.errors import UsageError
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, SUMMARY
 from lqkd.utils import renames
+from lqkd.utils.yaml_text import load_yaml
 
 REPORTS = "*.report.json"
 """What ``export`` leaves beside every file."""
@@ -105,7 +106,9 @@ def check_run_code(folder: Path, allowed: bool) -> None:
         UsageError: as there.
     """
     try:
-        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = load_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+    except UsageError:
+        raise
     except (OSError, ValueError, yaml.YAMLError):  # told by whoever reads it
         return
     check_code(settings, folder, allowed)

@@ -31,3 +31,15 @@ def test_a_training_refuses_it_as_well(tmp_path: Path, capsys: pytest.CaptureFix
         status = stop.code
     assert status == 2
     assert f"'{tmp_path}/c.yaml' is not accepted: its aliases" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["resume", "report", "sensitivity"])
+def test_no_verb_writes_out_the_configuration_of_a_run_that_stands_for_too_much(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(BOMB)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    assert main([verb, str(tmp_path)]) == 2
+    assert f"'{tmp_path}/config.yaml' is not accepted: its aliases" in capsys.readouterr().err
