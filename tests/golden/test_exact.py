@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lqkd import losses, regularizers
+from lqkd import balances, losses, regularizers
 from lqkd.losses.ensembles import COMBINATIONS
 from tests.forked import Forks, forks
 from tests.golden.exact import KEPT, LOSSES, RUNS, machine, trained
@@ -39,8 +39,8 @@ def test_losses_and_final_tensors_are_the_recorded_ones(name: str, tmp_path: Pat
 
 def test_every_regularizer_balance_and_loss_on_features_is_in_a_recorded_run() -> None:
     text = KEPT.with_suffix(".yaml").read_text(encoding="utf-8")
-    kinds = (regularizers.Regularizer, regularizers.Balance, losses.DistillationLoss)
-    for package in (regularizers, losses):
+    kinds = (regularizers.Regularizer, balances.Balance, losses.DistillationLoss)
+    for package in (regularizers, balances, losses):
         for name in package.__all__:
             offered = getattr(package, name)
             if isinstance(offered, type) and issubclass(offered, kinds) and offered not in kinds:
