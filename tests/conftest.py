@@ -22,6 +22,9 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
+from tests.skips import pytest_sessionfinish, pytest_terminal_summary
+
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
 
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 
