@@ -22,6 +22,7 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
+from tests.forked import Forks, forks
 from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
@@ -43,6 +44,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
+
+
+@pytest.fixture(scope="session")
+def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs command lines in processes of their own; one for all files, since it imports everything."""
+    with forks(tmp_path_factory.mktemp("forks") / "log") as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
