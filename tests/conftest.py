@@ -27,6 +27,8 @@ from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
 
+# Compiling takes longer than these networks' training, for the same bits; see the fixture compiled_kernels.
+os.environ.setdefault("LQKD_COMPILE", "0")
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
@@ -51,6 +53,12 @@ def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Runs command lines in processes of their own; one for all files, since it imports everything."""
     with forks(tmp_path_factory.mktemp("forks") / "log") as server:
         yield server
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizers are compiled from some number of elements on, as they are for users."""
+    monkeypatch.setenv("LQKD_COMPILE", "1")
 
 
 @pytest.fixture(autouse=True)
