@@ -22,7 +22,13 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
+from tests.forked import Forks, forks
+from tests.skips import pytest_sessionfinish, pytest_terminal_summary
 
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
+
+# Compiling takes longer than these networks' training, for the same bits; see the fixture compiled_kernels.
+os.environ.setdefault("LQKD_COMPILE", "0")
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
 
@@ -41,6 +47,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
+
+
+@pytest.fixture(scope="session")
+def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs command lines in processes of their own; one for all files, since it imports everything."""
+    with forks(tmp_path_factory.mktemp("forks") / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizers are compiled from some number of elements on, as they are for users."""
+    monkeypatch.setenv("LQKD_COMPILE", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.forked import Forks, forks, send
+from tests.forked import Forks, send
 from tests.integration.test_resume import QUICKSTART, SMALL, after_saving, assert_same, steps_done
 
 NAN_ON_THE_SECOND_RANK = """
@@ -31,18 +30,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def lqkd(place: Path) -> Iterator[Forks]:
-    with forks(place / "log") as server:
-        yield server
-
-
-def ranks() -> list[dict[str, str]]:
+def ranks(count: int = 2) -> list[dict[str, str]]:
+    """The environments of the processes of one training."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    return [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
 
 
 def fit(place: Path, version: str, *more: str) -> list[str]:

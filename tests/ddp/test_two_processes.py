@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,36 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-WORKER = Path(__file__).parent / "worker.py"
+from tests.ddp.test_stopping import ranks
+from tests.forked import Forks
+
+ROOT = Path(__file__).parents[2]
 
 
-def run_workers(tmp_path: Path, processes: int, **settings: Any) -> list[dict[str, Any]]:
-    """Run ``worker.py`` in so many processes and return what each saved."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(processes),
-            "RANK": str(rank),
-            "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "PL_GLOBAL_SEED": "0",
-        }
-        arguments = json.dumps({"output": str(tmp_path / f"{processes}_{rank}.pt"), "processes": processes, **settings})
-        started.append(subprocess.Popen([sys.executable, str(WORKER), arguments], env=environment))
-    assert [process.wait(timeout=240) for process in started] == [0] * processes
+def run_workers(lqkd: Forks, tmp_path: Path, processes: int, **settings: Any) -> list[dict[str, Any]]:
+    """Run ``worker.main`` in so many processes and return what each saved."""
+    arguments = {"output": str(tmp_path / str(processes)), "processes": processes, **settings}
+    work = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.ddp.worker import main\nmain(**{arguments!r})\n"
+    environments = [rank | {"PL_GLOBAL_SEED": "0"} for rank in ranks(processes)]
+    statuses = lqkd.run_ranks(before=f"{work}sys.exit(0)", environments=environments)
+    assert statuses == [0] * processes, lqkd.log.read_text()
     return [torch.load(tmp_path / f"{processes}_{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ddp")
-    return {"two": run_workers(folder, 2, batch_size=16), "one": run_workers(folder, 1, batch_size=32)[0]}
+    return {"two": run_workers(lqkd, folder, 2, batch_size=16), "one": run_workers(lqkd, folder, 1, batch_size=32)[0]}
 
 
 def test_both_ranks_have_the_same_weights_after_every_step(results: dict[str, Any]) -> None:
@@ -67,9 +56,9 @@ def test_two_processes_train_like_one_with_the_same_global_batch(results: dict[s
 
 
 @pytest.mark.slow
-def test_a_process_without_labels_takes_part_in_distillation(tmp_path: Path) -> None:
+def test_a_process_without_labels_takes_part_in_distillation(lqkd: Forks, tmp_path: Path) -> None:
     """Its task loss is 0 and in the graph, for which DDP waits, also where a balance looks at gradients in weights."""
-    first, second = run_workers(tmp_path, 2, batch_size=16, unlabelled_rank=1, shared="3")
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, unlabelled_rank=1, shared="3")
     assert len(first["steps"]) == 6
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     assert first["steps"][-1].isfinite().all()
@@ -78,20 +67,20 @@ def test_a_process_without_labels_takes_part_in_distillation(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("player", ["cooperative", "adversarial", "look_ahead"])
-def test_every_player_trains_two_processes_like_one(tmp_path: Path, player: str) -> None:
+def test_every_player_trains_two_processes_like_one(lqkd: Forks, tmp_path: Path, player: str) -> None:
     """Weights of mean one, over both processes, after six steps; to the tolerance of the test above."""
-    first, second = run_workers(tmp_path, 2, batch_size=16, player=player, guard="entropy")
-    one = run_workers(tmp_path, 1, batch_size=32, player=player, guard="entropy")[0]
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, player=player, guard="entropy")
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, player=player, guard="entropy")[0]
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     assert not torch.equal(first["steps"][-1], first["steps"][0])
     torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_gradients_measured_in_weights_train_two_processes_like_one(tmp_path: Path) -> None:
+def test_gradients_measured_in_weights_train_two_processes_like_one(lqkd: Forks, tmp_path: Path) -> None:
     """To the tolerance of the tests above; what is measured must not be what DDP averages for the step."""
-    first, second = run_workers(tmp_path, 2, batch_size=16, shared="1")
-    one = run_workers(tmp_path, 1, batch_size=32, shared="1")[0]
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, shared="1")
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, shared="1")[0]
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     assert not torch.equal(first["steps"][-1], first["steps"][0])
     torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
@@ -118,15 +107,15 @@ def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
     assert not [name for name in names if "teacher" in name]
 
 
-def test_accumulation_trains_both_ranks_alike(tmp_path: Path) -> None:
+def test_accumulation_trains_both_ranks_alike(lqkd: Forks, tmp_path: Path) -> None:
     """Also when the ranks' shares of the last batch differ by a sample."""
-    first, second = run_workers(tmp_path, 2, batch_size=40, accumulate=2, samples=75)
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=40, accumulate=2, samples=75)
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     assert first["global_step"] == second["global_step"] == 1
 
 
-def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) -> None:
-    first, second = run_workers(tmp_path, 2, batch_size=16, oscillation=True)
+def test_both_ranks_switch_dampen_and_freeze_the_same_weights(lqkd: Forks, tmp_path: Path) -> None:
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, oscillation=True)
     assert len(first["steps"]) == 24
     for a, b in zip(first["steps"], second["steps"], strict=True):
         assert torch.equal(a, b)
@@ -138,19 +127,21 @@ def test_both_ranks_switch_dampen_and_freeze_the_same_weights(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_cache_that_any_number_of_them_replays(results: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_write_one_cache_that_any_number_of_them_replays(
+    lqkd: Forks, results: dict[str, Any], tmp_path: Path
+) -> None:
     cache = str(tmp_path / "cache")
     live, batches = results["two"], 6
-    writing = run_workers(tmp_path, 2, batch_size=16, cache=cache)
-    replaying = run_workers(tmp_path, 2, batch_size=16, cache=cache)
-    alone = run_workers(tmp_path, 1, batch_size=32, cache=cache)[0]
-    assert [[rank["asked"] for rank in ranks] for ranks in (writing, replaying, [alone])] == [
+    writing = run_workers(lqkd, tmp_path, 2, batch_size=16, cache=cache)
+    replaying = run_workers(lqkd, tmp_path, 2, batch_size=16, cache=cache)
+    alone = run_workers(lqkd, tmp_path, 1, batch_size=32, cache=cache)[0]
+    assert [[rank["asked"] for rank in group] for group in (writing, replaying, [alone])] == [
         [batches] * 2,
         [0, 0],
         [0],
     ]
-    for ranks in (writing, replaying):
-        for rank, expected in zip(ranks, live, strict=True):
+    for group in (writing, replaying):
+        for rank, expected in zip(group, live, strict=True):
             assert torch.equal(torch.stack(rank["steps"]), torch.stack(expected["steps"]))
             assert rank["teacher_accuracy"] == expected["teacher_accuracy"]
     torch.testing.assert_close(alone["steps"][-1], results["one"]["steps"][-1], rtol=1e-3, atol=1e-4)
@@ -158,11 +149,10 @@ def test_two_processes_write_one_cache_that_any_number_of_them_replays(results: 
 
 @pytest.mark.slow
 def test_the_command_line_trains_on_two_devices_into_one_run_folder(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(root / "configs" / "quickstart.yaml")]
+    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command += ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128", "--run.root", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1", "LQKD_COMPILE": "0"})
     folders = list((tmp_path / "quickstart").iterdir())
     assert [folder.name for folder in folders] == ["version_0"]
     summary = json.loads((folders[0] / "summary.json").read_text())

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import os
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -118,8 +114,4 @@ def main(
         "flipping": [row.flipping for row in monitor.history],
         "frozen": [state.tensors["frozen"] for state in freezing._states.values()],
     }
-    torch.save(saved, output)
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    torch.save(saved, f"{output}_{os.environ['RANK']}.pt")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lqkd import balances, losses, regularizers
 from lqkd.losses.ensembles import COMBINATIONS
-from tests.forked import Forks, forks
+from tests.forked import Forks
 from tests.golden.exact import KEPT, LOSSES, RUNS, machine, trained
 
 RECORDED = json.loads(KEPT.read_text(encoding="utf-8"))
@@ -18,16 +17,10 @@ TOLERANCE = 1e-3
 """Relative, of losses on a machine that has no record: it may sum in another order, and a few codes round otherwise."""
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("golden") / "log.txt") as process:
-        yield process
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_and_final_tensors_are_the_recorded_ones(name: str, tmp_path: Path, process: Forks) -> None:
-    found = trained(name, tmp_path, process)
+def test_losses_and_final_tensors_are_the_recorded_ones(name: str, tmp_path: Path, lqkd: Forks) -> None:
+    found = trained(name, tmp_path, lqkd)
     if machine() in RECORDED:
         assert found == RECORDED[machine()][name]
         return

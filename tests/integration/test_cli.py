@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -46,9 +47,18 @@ def fit(tmp_path: Path, *arguments: str, epochs: int = 1, name: str = "quickstar
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run that several tests look at and none changes."""
-    return fit(tmp_path_factory.mktemp("shared"), epochs=2)
+def run(tmp_path_factory: pytest.TempPathFactory, drawing: Callable[..., Any]) -> Path:
+    """One finished run, with its pictures, that several tests look at and none changes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lqkd.callbacks.regularizer.pictures.pictures", drawing)
+        return fit(tmp_path_factory.mktemp("shared"), epochs=2)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of one command, one after the other."""
+    folder = tmp_path_factory.mktemp("twice")
+    return [fit(folder) for _ in range(2)]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -135,8 +145,8 @@ def test_a_quantizer_with_arguments_and_quantised_additions_come_from_yaml(tmp_p
     assert written["weight_quantizer"] == quantization["weight_quantizer"]
 
 
-def test_two_runs_with_one_seed_have_the_same_numbers(tmp_path: Path) -> None:
-    first, second = (summary_of(fit(tmp_path)) for _ in range(2))
+def test_two_runs_with_one_seed_have_the_same_numbers(twice: list[Path]) -> None:
+    first, second = map(summary_of, twice)
     for timing in ("images_per_second", "train_seconds"):
         del first[timing], second[timing]
     assert first == second
@@ -151,8 +161,8 @@ def test_bits_are_chosen_on_the_command_line(tmp_path: Path) -> None:
     assert summary_of(fit(tmp_path, "--model.quantization.bits", "w4a4"))["weight_bits"].startswith("4")
 
 
-def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
-    assert [fit(tmp_path).name for _ in range(2)] == ["version_0", "version_1"]
+def test_a_second_run_gets_a_folder_of_its_own(twice: list[Path]) -> None:
+    assert [folder.name for folder in twice] == ["version_0", "version_1"]
 
 
 # ---- the other verbs
@@ -167,8 +177,8 @@ def test_test_and_validate_take_the_best_checkpoint_beside_the_config(run: Path,
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_predict_writes_a_class_for_every_image(tmp_path: Path) -> None:
-    folder = fit(tmp_path)
+def test_predict_writes_a_class_for_every_image(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "copy")
     assert main(["predict", "--config", str(folder / "config.yaml")]) == 0
     with open(folder / "predictions.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,13 @@ from PIL import Image
 from lqkd.cli import main
 from lqkd.cli.overview import EXIT_STATUS, VERBS
 from lqkd.data import Digits
-from tests.forked import Forks, forks
+from tests.forked import Forks
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 WEIGHTS = ROOT / "lqkd" / "weights"
 ALL = [verb for group in VERBS.values() for verb in group]
 SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128"]
-
-
-@pytest.fixture(scope="module")
-def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("log") / "log") as server:
-        yield server
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

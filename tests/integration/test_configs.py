@@ -50,6 +50,14 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def imagenet_weights(random_weights: Path) -> None:
+    """Likewise, of networks for ImageNet."""
+    for depth in (18, 50):
+        weights = random_weights / "weights" / f"imagenet_resnet{depth}.safetensors"
+        save_file(build_model(f"torchvision/resnet{depth}").state_dict(), weights)
+
+
 def whole_configs() -> list[ParameterSet]:
     return [
         pytest.param(
@@ -61,7 +69,12 @@ def whole_configs() -> list[ParameterSet]:
 
 @pytest.mark.parametrize("config", whole_configs())
 def test_a_shipped_config_runs_one_step(
-    config: Path, tiny: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: Path,
+    tiny: Path,
+    random_weights: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("LQKD_DATA", str(random_weights))
     monkeypatch.setenv("LQKD_CACHE", str(tmp_path))
@@ -74,9 +87,7 @@ def test_a_shipped_config_runs_one_step(
             folder = tmp_path / "shards"
         arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "4"]
     if "ImageNet" in name:
-        for depth in (18, 50):
-            weights = random_weights / "weights" / f"imagenet_resnet{depth}.safetensors"
-            save_file(build_model(f"torchvision/resnet{depth}").state_dict(), weights)
+        request.getfixturevalue("imagenet_weights")
         arguments += ["--data.init_args.image_size", "32", "--data.init_args.num_workers", "0"]
     assert main(arguments) == 0
 

@@ -6,7 +6,6 @@ import glob
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
 from tests.documentation import COMMANDS, LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, files, read_blocks
-from tests.forked import Forks, forks
+from tests.forked import Forks
 
 TRAINED_ELSEWHERE = {"docs/extending.md", "docs/choosing.md"}
 """Pages whose files test_extending.py trains with."""
@@ -66,12 +65,6 @@ def test_a_reason_belongs_to_the_block_below_it(tmp_path: Path, monkeypatch: pyt
 
 
 # ---- the folder in which they run
-
-
-@pytest.fixture(scope="module")
-def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("log") / "log") as server:
-        yield server
 
 
 def python(lqkd: Forks, folder: Path, arguments: list[str], environment: dict[str, str] | None = None) -> int:

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.balances import GradNorm, LearnableRatioBalance
 from lqkd.callbacks import BitWidthScheduler, RegularizerMonitor, Stage
-from lqkd.callbacks.regularizer import pictures as regularizer_pictures
 from lqkd.data import Digits, ImageDataModule, ImageFolder
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints
@@ -54,12 +53,6 @@ class Dropping(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(self.dropout(images))
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would take most of the time."""
-    monkeypatch.setattr(regularizer_pictures, "pictures", lambda *history: iter(()))
 
 
 def train(

@@ -6,8 +6,6 @@ import csv
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,12 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from tests.forked import Forks, send
+
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+DRAWING = "import importlib, lqkd.callbacks.regularizer.pictures as pictures; importlib.reload(pictures)"
+"""Pictures are written too, which processes of tests otherwise leave out."""
 
 
 def check_whole(folder: Path) -> int:
@@ -47,9 +50,9 @@ def check_whole(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_whole_files_only(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_whole_files_only(lqkd: Forks, tmp_path: Path) -> None:
     generator = random.Random(0)
-    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(CONFIG), "--run.root", str(tmp_path)]
+    command = ["fit", "--config", str(CONFIG), "--run.root", str(tmp_path)]
     command += [
         "--data.init_args.limit_train",
         "128",
@@ -59,14 +62,11 @@ def test_a_kill_at_any_moment_leaves_whole_files_only(tmp_path: Path) -> None:
         "1",
     ]
     for attempt in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         folder = tmp_path / "quickstart" / f"version_{attempt}"
-        deadline = time.monotonic() + 60
-        while not (folder / "checkpoints" / "last.ckpt").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0, 1.5))  # many checkpoints are written in this time
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        pause = generator.uniform(0, 1.5)  # many checkpoints are written in this time
+
+        def kill(pid: int, folder: Path = folder, pause: float = pause) -> None:
+            send(pid, signal.SIGKILL, lambda: (folder / "checkpoints" / "last.ckpt").exists() and not time.sleep(pause))
+
+        assert lqkd.run(*command, before=DRAWING, meanwhile=kill) == -signal.SIGKILL, lqkd.log.read_text()
         assert check_whole(folder) >= 4

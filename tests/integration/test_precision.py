@@ -18,6 +18,7 @@ from lqkd.quantization import QUANTIZERS, Recipe, initialize_quantizers, quantiz
 from tests.conftest import Recorder, digits, distiller, network
 
 MakeTrainer = Callable[..., Trainer]
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 RECIPES = [
     Recipe(bits="w4a4"),
     Recipe(bits="w2a2", weight_quantizer="apot", activation_quantizer="n2uq"),

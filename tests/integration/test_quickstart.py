@@ -12,6 +12,8 @@ from lqkd.cli import main
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
 
 def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     assert main(["fit", "--config", CONFIG, "--run.root", str(tmp_path), *arguments]) == 0

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 
-from tests.forked import Forks, forks, send
+from tests.forked import Forks, send
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
-KILLS = int(os.environ.get("LQKD_KILLS", "20"))
+KILLS = int(os.environ.get("LQKD_KILLS", "12"))
 """Of the stress test; more make it longer."""
 
 pytestmark = pytest.mark.slow
@@ -95,12 +95,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return folder
-
-
-@pytest.fixture(scope="module")
-def lqkd(place: Path) -> Iterator[Forks]:
-    with forks(place / "log") as server:
-        yield server
 
 
 def fit(place: Path, version: str, *arguments: str) -> list[str]:
@@ -273,7 +267,7 @@ def test_wandb_goes_on_under_the_same_id(lqkd: Forks, place: Path) -> None:
 # ---- killed
 
 
-def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, place: Path) -> None:
+def test_a_run_killed_again_and_again_ends_like_one_that_never_was(lqkd: Forks, place: Path) -> None:
     """At random moments of a step, of starting, and between writing a file and giving it its name.
 
     No kill lets more than about two steps pass, on a machine of any speed, and the training has more than twice as
@@ -311,7 +305,7 @@ def test_a_run_killed_twenty_times_ends_like_one_that_never_was(lqkd: Forks, pla
             run = place / "run" / f"killed-{kills}"
             command = fit(place, run.name, *longer)
     assert kills == KILLS, f"the training ended after {kills} kills: make it longer"
-    assert len(progress) > 5
+    assert len(progress) > KILLS // 4
     assert resume(lqkd, run) == 0, lqkd.log.read_text()
     assert_same(run, whole)
 

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from lqkd.runs.folder import lock
 from lqkd.studies.variants import Variants
-from tests.forked import Forks, forks, send
+from tests.forked import Forks, send
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEACHER = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["init_args"]["teacher"]
@@ -58,12 +57,6 @@ multiprocessing.get_context = lambda method: choose("fork")
 """Runs fork from the process that compares, which saves the time to import everything once more."""
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("lqkd") / "log") as runner:
-        yield runner
 
 
 def compare(

@@ -69,7 +69,7 @@ def test_a_synset_that_one_part_lacks_is_named(root: Path) -> None:
     assert refusal(root).endswith("but only one has: n01682714.")
 
 
-@pytest.mark.skipif("LQKD_DATA" not in os.environ, reason="needs LQKD_DATA")
+@pytest.mark.skipif("LQKD_DATA" not in os.environ, reason="LQKD_DATA is not set")
 def test_real_photographs_are_read(tmp_path: Path) -> None:
     photographs = Path(os.environ["LQKD_DATA"]) / "imagenet_sample" / "val"
     (tmp_path / "val").symlink_to(photographs)

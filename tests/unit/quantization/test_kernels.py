@@ -15,6 +15,8 @@ from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, ke
 
 LARGE = (4, 32, 32, 32)
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
 
 @pytest.fixture
 def compiled() -> Iterator[None]:

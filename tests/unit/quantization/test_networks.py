@@ -11,6 +11,7 @@ What is held there is that lqkd adds nothing to it.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,7 @@ def network(name: str) -> nn.Module:
     return NETWORKS[name]()
 
 
+@functools.cache
 @torch.no_grad()
 def initial_errors(name: str, recipe: Recipe) -> tuple[float, float]:
     """Relative distance of the logits of a freshly initialised quantised network from those of the float one.
@@ -118,9 +120,8 @@ class RoundingNoise(nn.Module):
 
 @pytest.mark.slow
 @each_network
-@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
-def test_a_network_takes_a_training_step_that_reaches_every_parameter(name: str, bits: str) -> None:
-    model, _ = quantize_model(network(name), Recipe(bits=bits))
+def test_a_network_takes_a_training_step_that_reaches_every_parameter(name: str) -> None:
+    model, _ = quantize_model(network(name), Recipe(bits="w4a4"))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss = F.cross_entropy(model.train()(images()[:2]), torch.arange(2))
     loss.backward()
