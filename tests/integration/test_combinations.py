@@ -19,6 +19,7 @@ from lqkd import regularizers as all_regularizers
 from lqkd.balances import Balance
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, QuantizedFeatures
+from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule, Tap
 from lqkd.modules.optimizers import regularizer_groups, student_groups
 from lqkd.quantization import Recipe, initialize_quantizers
@@ -74,7 +75,7 @@ def build(loss: str, regularizer: Regularizer | None, balance: str) -> DistillMo
 def train(module: DistillModule, images: Tensor, labels: Tensor, steps: int) -> list[float]:
     """The losses of so many steps, as DistillModule takes them, without a Trainer around."""
     module._connect(torch.zeros(1, 1, 8, 8))
-    module._settle_balance(torch.zeros(1, 1, 8, 8))
+    module._settle_balance(Inputs((torch.zeros(1, 1, 8, 8),)))
     initialize_quantizers(module.student, images)
     module.train()
     optimizers: list[torch.optim.Optimizer] = [

@@ -188,8 +188,8 @@ def test_gradients_in_weights_before_the_shallowest_tap_balance_features(
     )
     recorder = Recorder(lambda trainer, module: float(trainer.callback_metrics["balance/distill"]))
     make_trainer(callbacks=[recorder], precision="bf16-mixed").fit(module, datamodule=digits())
-    assert isinstance(balance.place, AtWeights)
-    assert balance.place.layer == "layer1.0.conv2"
+    assert isinstance(balance.equalized_at, AtWeights)
+    assert balance.equalized_at.layer == "layer1.0.conv2"
     assert torch.tensor(recorder.seen).isfinite().all()
     assert recorder.seen[-1] != recorder.seen[0]
 
@@ -200,8 +200,8 @@ def test_the_last_layer_is_found_from_the_first_batch_where_no_data_module_tells
     batch = (torch.randn(4, 1, 8, 8), torch.randint(10, (4,)))
     module = distiller(balance=GradNorm())
     make_trainer().fit(module, train_dataloaders=DataLoader([batch], batch_size=None))
-    assert isinstance(module.balance.place, AtWeights)
-    assert module.balance.place.layer == "linear"
+    assert isinstance(module.balance.equalized_at, AtWeights)
+    assert module.balance.equalized_at.layer == "linear"
 
 
 class InPlace(nn.Module):

@@ -166,7 +166,7 @@ def test_what_is_known_of_a_teacher_is_not_used_for_another_evaluation(
     other: dict[str, int],
     precision: str,
 ) -> None:
-    monkeypatch.setattr("lqkd.teachers.computes_bf16", lambda device: True)
+    monkeypatch.setattr("lqkd.teachers.frozen.computes_bf16", lambda device: True)
     cache = TeacherCache(str(tmp_path / "cache"))
 
     def run(settings: dict[str, int]) -> int:

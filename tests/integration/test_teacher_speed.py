@@ -132,7 +132,7 @@ def test_a_move_to_another_dtype_makes_another_copy() -> None:
 def test_bfloat16_is_left_where_it_costs_accuracy(
     make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lqkd.teachers.computes_bf16", lambda device: True)
+    monkeypatch.setattr("lqkd.teachers.frozen.computes_bf16", lambda device: True)
     seen: dict[type, set[torch.dtype]] = {}
     for model in (network(14), Precise()):
         dtypes = seen.setdefault(type(model), set())
