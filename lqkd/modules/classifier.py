@@ -15,7 +15,7 @@ from lqkd.modules.batches import Samples, check_range
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
-from lqkd.modules.outputs import enough_samples, logits_of
+from lqkd.modules.outputs import enough_samples, logits_of, try_network
 from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
 
@@ -67,8 +67,12 @@ class ClassifierModule(ImageClassifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         samples = self.samples(batch)
-        with enough_samples("network", len(samples.images)):
-            output = self.network(samples.images)
+        try:
+            with enough_samples("network", len(samples.images)):
+                output = self.network(samples.images)
+        except (RuntimeError, ValueError):
+            try_network(self.network, "network", samples.images[:2])  # says so in one sentence if it is the images
+            raise
         logits = logits_of(output, "network", len(samples.images), training=True).float()
         loss = task_loss(logits, samples.labels, samples.targets, self.label_smoothing)
         self._watch.ask(loss)
