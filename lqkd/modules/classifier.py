@@ -16,7 +16,7 @@ from lqkd.modules.schedules import Cosine, Schedule
 from lqkd.modules.state import start_from
 from lqkd.modules.tasks import task_of
 from lqkd.tasks import Asked, Inputs, Task
-from lqkd.tasks.trial import enough_samples, refuse_auxiliary
+from lqkd.tasks.trial import enough_samples, refuse_auxiliary, try_network
 
 
 class ClassifierModule(ImageClassifier):
@@ -67,8 +67,12 @@ class ClassifierModule(ImageClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs = self.inputs(batch)
         self.samples_in_batch = len(inputs)
-        with enough_samples("network", len(inputs)):
-            returned = inputs.call(self.network)
+        try:
+            with enough_samples("network", len(inputs)):
+                returned = inputs.call(self.network)
+        except (RuntimeError, ValueError):
+            try_network(self.network, "network", inputs, self.task)  # says so in one sentence if it is the inputs
+            raise
         if not self._tried:
             refuse_auxiliary(self.network, "network", inputs, returned)
             self._tried = True

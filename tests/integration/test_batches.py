@@ -86,6 +86,15 @@ def test_other_types_of_the_same_numbers_train_alike(
 # ---- what is refused
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16], ids=str)
+def test_images_of_a_type_that_a_network_cannot_take_are_told_in_a_float_training(
+    make_trainer: MakeTrainer, dtype: torch.dtype
+) -> None:
+    data = loader(image=lambda i: IMAGES[i].to(dtype))
+    with pytest.raises(UsageError, match=f"the network cannot take {str(dtype)[6:]} images of 1x8x8 from the data"):
+        train(make_trainer, ClassifierModule(network()), data)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "float labels": (lambda: loader(lambda i: 1.0), r"labels of a batch of 8 are float64 of shape \(8,\)"),
     "names": (lambda: loader(lambda i: "cat"), "labels of a batch of 8 are a tuple: numbers of classes"),
