@@ -87,14 +87,14 @@ def network(name: str) -> nn.Module:
 
 @functools.cache
 @torch.no_grad()
-def initial_errors(name: str, recipe: Recipe) -> tuple[float, float]:
-    """Relative distance of the logits of a freshly initialised quantised network from those of the float one.
+def initial_errors(name: str) -> tuple[float, float]:
+    """Relative distance of the logits of a freshly initialised W8A8 network from those of the float one.
 
     The second number is what rounding alone costs: the same with uniform noise in the place of every quantizer.
     """
     model = network(name).eval()
     expected = model(images())
-    model, _ = quantize_model(model, recipe)
+    model, _ = quantize_model(model, Recipe(bits="w8a8"))
     initialize_quantizers(model, images())
     error = float((model(images()) - expected).norm() / expected.norm())
     for path, quantizer in quantizers(model).items():
@@ -159,19 +159,16 @@ def test_every_convolution_and_linear_layer_of_a_network_is_quantised_and_the_re
     assert coverage(model) == report
 
 
-W8A8 = Recipe(bits="w8a8")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "shufflenet_v2_x1_0", "regnet_y_400mf", "swin_t", "densenet121", "timm resnet18"]
 )
 def test_eight_bits_keep_the_output_within_two_per_cent(name: str) -> None:
-    assert initial_errors(name, W8A8)[0] < 0.02
+    assert initial_errors(name)[0] < 0.02
 
 
 @pytest.mark.slow
 @each_network
 def test_eight_bits_cost_no_more_than_rounding_must(name: str) -> None:
-    error, rounding = initial_errors(name, W8A8)
+    error, rounding = initial_errors(name)
     assert error < 1.2 * rounding

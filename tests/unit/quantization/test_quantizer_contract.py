@@ -1,7 +1,7 @@
 """The contract of every registered quantizer in each of its roles.
 
-At the fewest bits for which it has a grid, at the most, and at one number between, in one test; what hypothesis draws
-is drawn from all of them.
+At the fewest bits for which it has a grid, at the most, and at one number between, in one test; levels are counted at
+every number of bits, and what hypothesis draws is drawn from all of them.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def test_codes_never_fall_where_the_input_rises(
 LEVELS = {"apot": lambda bits, signed: 2**bits - signed, "twn": lambda bits, signed: 3, "ttq": lambda bits, signed: 3}
 
 
-@every_case
+@at_each(cases_of)  # what is wrong at one number of bits alone is wrong in its levels
 def test_a_grid_has_the_promised_number_of_levels_and_each_is_reached(case: Case) -> None:
     quantizer = fitted(case)
     if case.name == "react" and case.role in ("positive", "signed"):
