@@ -14,6 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from lqkd import balances as all_balances
 from lqkd import losses as all_losses
 from lqkd import regularizers as all_regularizers
 from lqkd.balances import Balance
@@ -35,7 +36,7 @@ def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:
 
 LOSSES = concrete(all_losses, DistillationLoss)
 REGULARIZERS = concrete(all_regularizers, Regularizer)
-BALANCES = concrete(all_regularizers, Balance)
+BALANCES = concrete(all_balances, Balance)
 
 
 class Tiny(nn.Module):
