@@ -30,6 +30,13 @@ class CWD(DistillationLoss):
     Raises:
         UsageError: when the temperature is not a positive finite number, features are no feature maps, or differ in
             channels while :meth:`connect` has not been called.
+
+    Examples:
+        >>> loss = CWD()
+        >>> features = torch.randn(2, 16, 8, 8)
+        >>> divergence = loss(features, features)
+        >>> divergence.shape, loss.reduce(divergence).abs().item() < 1e-6
+        (torch.Size([2, 16, 8, 8]), True)
     """
 
     compares = "features"
