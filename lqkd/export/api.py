@@ -53,6 +53,8 @@ def to_onnx(
     """
     if format not in BUILDERS:
         raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    if not isinstance(example, Tensor):
+        raise UsageError(f"example is a {type(example).__name__}: a tensor (B, ...) of inputs is needed, B >= 1")
     if not quantizers(model):
         raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
     deployed = deploy(model, example, calibration)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -75,6 +76,8 @@ class ClassifierModule(ImageClassifier):
             raise
         if not self._tried:
             refuse_auxiliary(self.network, "network", inputs, returned)
+            if self.task.unlabelled(batch):
+                rank_zero_warn("the first batch has no labels: there is nothing that a float training learns from it")
             self._tried = True
         outputs = self.task.outputs(returned, Asked("network", len(inputs), training=True))
         loss = self.task.loss(outputs, batch)

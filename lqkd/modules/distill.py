@@ -342,7 +342,9 @@ class DistillModule(SharedBackward):
         with isolate_rng():  # peeking at a batch must not move the random numbers of the training
             loader = self.trainer.train_dataloader
             assert loader is not None, "the fit loop has set up the data"
-            batch = next(iter(loader))
+            batch = next(iter(loader), None)
+        if batch is None:
+            raise UsageError("the training data yield no batch: there is nothing to train on")
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _check_first(self, batch: Any) -> Inputs:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from lqkd.balances import Balance
 from lqkd.errors import UsageError, first_line
@@ -54,6 +54,8 @@ def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any
         optimizer = make(parameters)
     except ValueError as error:
         raise UsageError(f"{setting} is not possible: {first_line(error)}") from error
+    if isinstance(optimizer, SparseAdam):
+        raise UsageError(f"{setting}=SparseAdam is not possible: gradients here are dense, use Adam")
     for name, value in optimizer.defaults.items():
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):

@@ -93,8 +93,8 @@ def _check_names(settings: RunSettings) -> None:
     for key, value in (("root", settings.root), ("name", settings.name), ("version", settings.folder_name)):
         if value is None:
             continue
-        if "\0" in value:
-            raise UsageError(f"run.{key}={value!r} is not possible: a path holds no NUL")
+        if not value.isprintable():
+            raise UsageError(f"run.{key}={value!r} is not possible: a path holds no NUL or other control characters")
         if key != "root" and (not value or Path(value).is_absolute() or ".." in Path(value).parts):
             raise UsageError(f"run.{key}={value!r} is not possible: it must be a name below run.root={settings.root!r}")
     if re.fullmatch(r"-\d+", str(settings.version)):

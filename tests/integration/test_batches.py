@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.balances import FixedBalance
 from lqkd.errors import UsageError
@@ -103,6 +103,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dicts": (lambda: DataLoader([{"x": IMAGES[0], "y": 1}] * 8, 4), "a batch of the data is a dict"),
     "paths": (lambda: loader(image=lambda i: "a.png"), "a batch of the data begins with a tuple"),
     "bytes": (lambda: loader(image=lambda i: IMAGES[i].to(torch.uint8)), "cannot take uint8 images of 1x8x8"),
+    "nothing": (lambda: DataLoader(TensorDataset(IMAGES[:3], torch.zeros(3)), 4, drop_last=True), "yield no batch"),
 }
 
 
@@ -392,3 +393,8 @@ def test_a_test_split_without_labels_has_no_accuracy_in_the_summary(make_trainer
     with pytest.warns(UserWarning, match="no sample of the test split has a label"):
         trainer.test(module, loader(lambda i: -1), verbose=False)
     assert summary.values["test_accuracy"] is None
+
+
+def test_a_float_training_without_labels_says_that_it_learns_nothing(make_trainer: MakeTrainer) -> None:
+    with pytest.warns(UserWarning, match="the first batch has no labels"):
+        make_trainer(max_steps=1, limit_val_batches=0).fit(ClassifierModule(network()), loader(lambda i: -1))

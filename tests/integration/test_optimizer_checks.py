@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, SparseAdam
 
 from lqkd.balances import BoundedUncertaintyBalance
 from lqkd.errors import UsageError
@@ -83,9 +83,10 @@ def test_an_optimizer_that_asks_for_gradients_again_is_refused_at_its_first_step
     [
         (lambda p: LBFGS(flat(p)), "LBFGS is not possible, since it computes the loss again"),
         (lambda p: TakesNone(p, lr=0.01), r"TakesNone is not possible: its step\(\) takes no closure"),
+        (lambda p: SparseAdam(flat(p)), "SparseAdam is not possible: gradients here are dense"),
         (lambda p: SGD(flat(p), lr=0.01), None),
     ],
-    ids=["LBFGS", "no closure", "one group"],
+    ids=["LBFGS", "no closure", "dense gradients", "one group"],
 )
 def test_an_optimizer_that_cannot_be_used_is_refused_before_the_first_batch(
     make_trainer: MakeTrainer, setting: str, make: Callable[[Any], Any], message: str | None

@@ -71,7 +71,10 @@ def test_an_empty_folder_is_taken_and_one_with_other_files_left_alone(
     assert [path.name for path in (tmp_path / "run" / "full").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("root", "a\0b"), ("name", "\0"), ("version", "1\0"), ("version", -1)])
+CONTROL = [("root", "a\0b"), ("name", "\0"), ("name", "a\x01"), ("version", "1\0")]
+
+
+@pytest.mark.parametrize(("key", "value"), [*CONTROL, ("version", -1)])
 def test_what_is_no_name_of_a_folder_is_refused_before_anything_is_made(key: str, value: Any, tmp_path: Path) -> None:
     settings = RunSettings(**{"root": str(tmp_path / "runs"), key: value})
     with pytest.raises(UsageError, match=f"run.{key}=.* is not possible"):
