@@ -132,7 +132,7 @@ class RunLogger(Logger):
         started = time.monotonic()
         rows = self._before + self._rows
         names = set().union(*rows) - {"epoch", "step"}
-        write_csv(self.run_folder / METRICS, rows, ["epoch", "step", *sorted(names)])
+        write_csv(self.run_folder / METRICS, rows, ["epoch", "step", *sorted(names)], numbers=True)
         ended = time.monotonic()
         self._next_write = ended + max(_PAUSE, (ended - started) / _SHARE)
         self._unsaved = False

@@ -33,23 +33,15 @@ def code(text: Any) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """``value`` for a cell of a CSV file; of a number, also as text, or nothing it is the same.
+    """``value`` for a cell of a CSV file; of a number or nothing it is the same.
 
     A text with which a formula could begin gets a ``'`` before it, as OWASP advises, and so does one that begins with
     ``'``; control characters and backslashes become escapes. No two texts become the same one.
     """
-    if not isinstance(value, str) or _is_number(value):
+    if not isinstance(value, str):
         return value
     text = terminal(value.replace("\\", "\\\\"))
     return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text == text.strip()
 
 
 def _is_control(character: str) -> bool:

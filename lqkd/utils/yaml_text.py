@@ -11,6 +11,8 @@ from lqkd.errors import UsageError
 
 MOST_VALUES = 1_000_000
 """What a configuration may have once every alias is written out."""
+DEEPEST = 200
+"""How deeply one may nest."""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -48,11 +50,13 @@ def check_yaml(text: str, source: str) -> None:
         )
 
 
-def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
+def _values(node: yaml.Node | None, known: dict[int, float], depth: int = 0) -> float:
     """How many nodes ``node`` is with all aliases written out; infinitely many where one stands for what it is in."""
+    if depth > DEEPEST:
+        return math.inf
     if id(node) not in known:
         known[id(node)] = math.inf
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
         children = [child for pair in inner for child in pair] if isinstance(node, yaml.MappingNode) else inner
-        known[id(node)] = 1 + sum(_values(child, known) for child in children)
+        known[id(node)] = 1 + sum(_values(child, known, depth + 1) for child in children)
     return known[id(node)]

@@ -18,6 +18,7 @@ from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import UsageError
 from lqkd.runs import logger as run_logger
 from lqkd.runs.logger import RunLogger
+from lqkd.utils import tables
 from tests.unit.callbacks.dummy import Dummy
 
 
@@ -102,13 +103,13 @@ def test_what_is_logged_at_step_0_before_a_resumed_training_drops_nothing(tmp_pa
 
 def test_a_long_run_writes_the_table_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    real = run_logger.atomic_path
+    real = tables.atomic_path
 
     def counting(path: Path) -> AbstractContextManager[Path]:
         opened.append(path)
         return real(path)
 
-    monkeypatch.setattr(run_logger, "atomic_path", counting)
+    monkeypatch.setattr(tables, "atomic_path", counting)
     logger = RunLogger(tmp_path)
     started = time.monotonic()
     for step in range(2000):
@@ -121,14 +122,14 @@ def test_a_table_that_takes_long_to_write_is_written_more_seldom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    real = run_logger.atomic_path
+    real = tables.atomic_path
 
     def slow_disk(path: Path) -> AbstractContextManager[Path]:
         nonlocal now
         now += 1.0
         return real(path)
 
-    monkeypatch.setattr(run_logger, "atomic_path", slow_disk)
+    monkeypatch.setattr(tables, "atomic_path", slow_disk)
     monkeypatch.setattr(run_logger.time, "monotonic", lambda: now)
     logger = RunLogger(tmp_path)
     written = []
