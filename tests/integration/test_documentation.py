@@ -191,7 +191,10 @@ def is_of_a_study(text: str) -> bool:
 FRAGMENTS = [
     b
     for b in blocks("yaml")
-    if b.page not in TRAINED_ELSEWHERE and not is_of_a_study(b.text) and b.file not in used_by_commands()
+    if b.page not in TRAINED_ELSEWHERE
+    and not is_of_a_study(b.text)
+    and b.file not in used_by_commands()
+    and not b.reason
 ]
 
 
