@@ -10,32 +10,17 @@ from torch import Tensor
 
 from lqkd.balances import (
     Balance,
-    BoundedUncertaintyBalance,
-    DynamicWeightAverage,
     FixedBalance,
-    ImpartialBalance,
     LearnableRatioBalance,
     OutputGradientBalance,
     OutputGradNorm,
-    RandomBalance,
     ScheduledBalance,
     UncertaintyBalance,
 )
 from lqkd.errors import UsageError
+from tests.unit.balances.test_balances import ALL
 
 NAMES = ("task", "logits", "features", "relations")
-ALL: list[type[Balance]] = [
-    BoundedUncertaintyBalance,
-    DynamicWeightAverage,
-    FixedBalance,
-    ImpartialBalance,
-    LearnableRatioBalance,
-    OutputGradNorm,
-    OutputGradientBalance,
-    RandomBalance,
-    ScheduledBalance,
-    UncertaintyBalance,
-]
 
 
 def over_four(balance: Balance) -> Balance:
