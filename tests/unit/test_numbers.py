@@ -23,6 +23,7 @@ import lqkd.modules
 import lqkd.regularizers
 import lqkd.regularizers.guards
 import lqkd.regularizers.players
+import lqkd.tasks
 from lqkd.data.augmentation import Augmentation
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
@@ -32,12 +33,12 @@ from lqkd.teachers.cache import TeacherCache
 
 ROOMS = (
     lqkd.callbacks, lqkd.data, lqkd.losses, lqkd.modules, lqkd.balances, lqkd.regularizers,
-    lqkd.regularizers.guards, lqkd.regularizers.players,
+    lqkd.regularizers.guards, lqkd.regularizers.players, lqkd.tasks,
 )  # fmt: skip
 OTHERS = [Augmentation, CifarResNet, FrozenTeacher, TeacherCache, TeacherEnsemble]
-MADE_INSIDE = ("TensorBatches", "WorkerBatches", "Stage", "RunLogger")  # a stage is checked by its scheduler
+MADE_INSIDE = ("TensorBatches", "WorkerBatches", "Stage")  # a stage is checked by its scheduler
 UNBOUNDED = ("maximum", "max_weight", "gradient_clip_val")  # infinity is their word for no bound
-ANY_WHOLE_NUMBER = ("seed",)
+ANY_WHOLE_NUMBER = ("seed", "ignore_index")
 
 
 def network() -> nn.Module:
@@ -48,6 +49,7 @@ def needed(kind: type) -> dict[str, Any]:
     """Arguments without which a class cannot be made."""
     given: dict[str, Callable[[], Any]] = {
         "network": network,
+        "classes": lambda: 3,
         "student": network,
         "root": lambda: "nowhere",
         "folder": lambda: Path("nowhere"),
@@ -79,7 +81,8 @@ CLASSES = [
     *(
         kind
         for room in ROOMS
-        for name, kind in sorted(vars(room).items())
+        for name in sorted({*vars(room), *getattr(room, "__all__", ())})  # a room may import when first asked
+        for kind in [getattr(room, name)]
         if inspect.isclass(kind) and not inspect.isabstract(kind) and name not in MADE_INSIDE
     ),
 ]
@@ -110,10 +113,10 @@ def test_what_is_no_number_or_cannot_be_meant_is_refused_by_name(setting: str) -
             {"std": [1.0] * len(given)} if name == "mean" else {"mean": [0.0] * len(given)} if name == "std" else {}
         )
         with pytest.raises(UsageError, match=name):
-            kind(**fixed | beside, **{name: given if several else value})
+            kind(**fixed | beside | {name: given if several else value})
     if "int" in annotation:
         with suppress(UsageError):  # where zero means nothing, and nothing else is raised
-            kind(**fixed, **{name: 0})
+            kind(**fixed | {name: 0})
 
 
 @pytest.mark.parametrize(
