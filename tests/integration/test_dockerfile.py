@@ -63,7 +63,7 @@ def test_the_steps_end_in_an_lqkd_that_trains(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.mkdir()
     folder, arguments = image, {}
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "XDG_CONFIG_HOME")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for keyword, given in instructions():
         rest = given
