@@ -120,8 +120,9 @@ class RoundingNoise(nn.Module):
 
 @pytest.mark.slow
 @each_network
-def test_a_network_takes_a_training_step_that_reaches_every_parameter(name: str) -> None:
-    model, _ = quantize_model(network(name), Recipe(bits="w4a4"))
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_a_network_takes_a_training_step_that_reaches_every_parameter(name: str, bits: str) -> None:
+    model, _ = quantize_model(network(name), Recipe(bits=bits))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss = F.cross_entropy(model.train()(images()[:2]), torch.arange(2))
     loss.backward()
