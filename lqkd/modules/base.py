@@ -220,7 +220,7 @@ class ImageClassifier(LightningModule):
 
     def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
         inputs = self.inputs(batch)
-        outputs = self.task.outputs(inputs.call(self), Asked("network", len(inputs)))
+        outputs = self._answer(inputs)
         self.task.check_batch(outputs, batch)
         self.task.update(metrics, outputs, batch)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(inputs))
@@ -228,7 +228,16 @@ class ImageClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """What the task predicts: class probabilities (B, C), say."""
         inputs = self.inputs(batch)
-        return self.task.predictions(self.task.outputs(inputs.call(self), Asked("network", len(inputs))), batch)
+        return self.task.predictions(self._answer(inputs), batch)
+
+    def _answer(self, inputs: Inputs) -> Any:
+        """The task's outputs of the network that is evaluated."""
+        try:
+            returned = inputs.call(self)
+        except (RuntimeError, ValueError):
+            try_network(self.product(), "network", inputs, self.task)  # says so in one sentence if it is the inputs
+            raise
+        return self.task.outputs(returned, Asked("network", len(inputs)))
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a state that does not belong to this module; see :func:`lqkd.modules.state.check_state`."""

@@ -398,3 +398,12 @@ def test_a_test_split_without_labels_has_no_accuracy_in_the_summary(make_trainer
 def test_a_float_training_without_labels_says_that_it_learns_nothing(make_trainer: MakeTrainer) -> None:
     with pytest.warns(UserWarning, match="the first batch has no labels"):
         make_trainer(max_steps=1, limit_val_batches=0).fit(ClassifierModule(network()), loader(lambda i: -1))
+
+
+@pytest.mark.parametrize("ask", ["validate", "predict"])
+def test_images_of_a_type_that_a_network_cannot_take_are_told_in_an_evaluation(
+    make_trainer: MakeTrainer, ask: str
+) -> None:
+    data = loader(image=lambda i: IMAGES[i].to(torch.uint8))
+    with pytest.raises(UsageError, match="the network cannot take uint8 images of 1x8x8 from the data"):
+        getattr(make_trainer(), ask)(ClassifierModule(network()), data)
