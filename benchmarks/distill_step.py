@@ -75,16 +75,16 @@ def lqkd_step(
         channels_last=channels_last,
         teacher_cache=cache,
     )
-    module.distillation.connect([(1, 10)], [(1, 10)])
+    module.distillation.connect({"distill": ([(1, 10)], [(1, 10)])})
     initialize_quantizers(module.student, images, batch_statistics=True)
     (teacher,) = module.teachers()
     teacher.accelerate(bf16=teacher.wants_bf16(images.device))
     if cache is not None:
         key: dict[str, Any] = {"data": {"augmentation": {}}}
-        module.opened_cache = cache.open(key, indices, epochs=1, shapes=lambda: (1, 10, []))
+        module.opened_cache = cache.open(key, indices, 1, ["teacher"], lambda: [[("output", (10,))]])
     module.train()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(module.student.parameters(), lr=1e-3, momentum=0.9)]
-    groups = regularizer_groups(module.distillation.regularizers, module.balance, None)
+    groups = regularizer_groups(module.distillation, module.balance)
     optimizers.append(torch.optim.Adam(groups, lr=1e-3))
 
     def step() -> None:

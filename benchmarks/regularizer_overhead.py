@@ -46,11 +46,11 @@ def step_of(make: Callable[[], Regularizer | None], images: torch.Tensor, labels
         regularizer=make(),
         balance=FixedBalance(),
     )
-    module.distillation.connect([(1, 10)], [(1, 10)])
+    module.distillation.connect({"distill": ([(1, 10)], [(1, 10)])})
     initialize_quantizers(module.student, images, batch_statistics=True)
     module.train()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(module.student.parameters(), lr=1e-3, momentum=0.9)]
-    groups = regularizer_groups(module.distillation.regularizers, module.balance, None)
+    groups = regularizer_groups(module.distillation, module.balance)
     if groups:
         optimizers.append(torch.optim.Adam(groups, lr=1e-3))
 

@@ -198,7 +198,7 @@ def run(arguments: dict[str, Any], shared: Material, seed: int, bits: str, rate:
         student_optimizer=lambda p: torch.optim.SGD(p, lr=rate, momentum=0.9, weight_decay=1e-4),
         **arguments,
     )
-    module.distillation.connect([(1, classes)], [(1, classes)])
+    module.distillation.connect({"distill": ([(1, classes)], [(1, classes)])})
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -16,7 +16,9 @@ from lqkd.errors import UsageError
 
 TASK = "task"
 """The name of the first loss of every balance."""
-LOSSES = (TASK, "distill")
+DISTILL = "distill"
+"""The name of a distillation loss that is given without one."""
+LOSSES = (TASK, DISTILL)
 """The losses that are balanced where nothing else is said: the order of every vector in a balance."""
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+
+
+class Seen(NamedTuple):
+    """What is known of one pass of a network."""
+
+    output: Any
+    """What the task makes of its outputs: logits (B, C), say."""
+    features: Mapping[str, Tensor]
+    """(B, ...) outputs of its tapped modules, by their names."""
 
 
 class Taps:

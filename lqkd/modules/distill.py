@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,24 +14,25 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lqkd.balances import Balance, FixedBalance
-from lqkd.balances.base import LOSSES
+from lqkd.balances.base import DISTILL, TASK
 from lqkd.balances.equalized_at import AtWeights
 from lqkd.errors import UsageError
-from lqkd.losses import DistillationLoss, LogitResidual
-from lqkd.losses.ensembles import COMBINATIONS, Combination
-from lqkd.losses.taps import Taps
-from lqkd.modules.distillation import Distillation, Part, Shapes, Tap
+from lqkd.losses import DistillationLoss
+from lqkd.losses.taps import Seen
+from lqkd.modules.distillation import Distillation, current_names, current_shapes, teacher_label
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
-from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
+from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
-from lqkd.modules.tasks import check_players, task_of
+from lqkd.modules.tasks import check_teacher, check_term, task_of
 from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
+from lqkd.modules.term import Compared, DistillationTerm, Shapes
+from lqkd.modules.terms import Tap, Term, named_teachers, named_terms
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
@@ -49,18 +50,14 @@ class Losses:
 
     loss: Tensor
     """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
-    task: Tensor
-    """0-dim loss of the task."""
-    distill: Tensor
-    """0-dim modulated distillation loss."""
-    parts: list[Part]
-    """Divergence maps before modulation and the regularizer's weights: one, or one a pair of taps or teacher."""
-    teacher: Tensor
-    """(N, C) logits that the student's are held against; the first teacher's where several are."""
+    terms: dict[str, Tensor]
+    """0-dim loss of the task and of every distillation term, modulated, by the names of the balance."""
+    compared: dict[str, Compared]
+    """By distillation term: divergence maps before modulation, the regularizer's weights, and the teachers' logits."""
     rows: Rows
     """The student's logits (N, C), differentiable, and the labels (N,)."""
     outputs: Any
-    """What the task makes of the student's outputs: both losses come from it."""
+    """What the task makes of the student's outputs: all losses come from it."""
     balance: dict[str, Tensor]
     """Weight of each loss in the student's gradient, 0-dim each."""
     penalties: dict[str, Tensor]
@@ -68,11 +65,16 @@ class Losses:
 
 
 class DistillModule(SharedBackward):
-    """Frozen teacher, quantised student and learnable regularizer, trained by two optimizers in one backward pass.
+    """Frozen teachers, quantised student and learnable regularizers, trained by two optimizers in one backward pass.
 
-    Each step minimises ``balance(task, distill)`` over the student and, in the same backward pass, the regularizer's
-    objective over the regularizer. The teacher is held outside the module tree: no checkpoint, optimizer, DDP
-    synchronisation, SyncBatchNorm conversion or averaged copy sees it, and no ``train()`` reaches it.
+    Each step minimises ``balance(task, term, ...)`` over the student and, in the same backward pass, the regularizers'
+    objectives over the regularizers. A teacher answers once a batch, whatever number of terms it serves. Teachers are
+    held outside the module tree: no checkpoint, optimizer, DDP synchronisation, SyncBatchNorm conversion or averaged
+    copy sees them, and no ``train()`` reaches them.
+
+    There are two ways to say what is distilled. The short form is one ``teacher`` (or an ensemble) with
+    ``distillation_loss``, ``taps`` and ``regularizer``: a single term, which is called ``distill``. The long form names
+    ``teachers`` and the terms of ``distillation``.
 
     Only the student's optimizer counts as a step, so that ``global_step``, ``max_steps`` and the schedules count
     optimizer steps of the student: batches, when no gradients are accumulated.
@@ -86,7 +88,7 @@ class DistillModule(SharedBackward):
         warnings: what was noticed before the first step, for ``summary.json``.
 
     Args:
-        teacher: the frozen teacher, or an ensemble of them.
+        teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
         student: the network to quantise and train, still in floating point.
         student_weights: ``builtin:NAME`` or a file with the student's float weights; null keeps its own.
         quantization: which layers get which quantizers and bits.
@@ -94,7 +96,7 @@ class DistillModule(SharedBackward):
         distillation_loss: divergence between teacher and student: of logits, or of the features at ``taps``.
         taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
             of its own.
-        balance: weighs the task loss against the distillation loss.
+        balance: weighs the task loss and every distillation loss, in this order.
         student_optimizer: optimizer of the student; its quantizers' parameters get no weight decay.
         regularizer_optimizer: optimizer of the regularizer and of a learnable balance, which gets no weight decay.
         student_schedule: learning rate of the student's optimizer over the training.
@@ -108,17 +110,21 @@ class DistillModule(SharedBackward):
             starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
         task: what the networks are trained for; null for the classification of images.
+        teachers: frozen teachers by name, for ``distillation``.
+        distillation: distillation losses by name, each with its teacher; null for the short form.
 
     Raises:
         UsageError: when a setting is not possible.
     """
 
-    teacher: FrozenTeacher | TeacherEnsemble
+    teacher: FrozenTeacher | TeacherEnsemble | None
+    """The teacher of the short form; None where :attr:`named_teachers` has names of the user's."""
+    named_teachers: dict[str, FrozenTeacher]
 
     def __init__(
         self,
-        teacher: FrozenTeacher | TeacherEnsemble,
-        student: nn.Module,
+        teacher: FrozenTeacher | TeacherEnsemble | None = None,
+        student: nn.Module | None = None,
         student_weights: str | None = None,
         quantization: Recipe = Recipe(),  # noqa: B008  (a plain default that the CLI can print)
         regularizer: Regularizer | None = None,
@@ -136,41 +142,40 @@ class DistillModule(SharedBackward):
         replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
         task: Task | None = None,
+        teachers: dict[str, FrozenTeacher] | None = None,
+        distillation: dict[str, Term] | None = None,
     ) -> None:
         super().__init__(gradient_clip_val, accumulate_grad_batches, task_of(task, label_smoothing))
         save_plain_hyperparameters(self)
-        check_players(self.task, teacher, distillation_loss, regularizer)
+        if student is None:
+            raise UsageError("there is no student: give the network to quantise and train")
+        short = {"distillation_loss": distillation_loss, "taps": taps or None, "regularizer": regularizer}
+        self.named_teachers = named_teachers(teacher, teachers)  # a plain dict: no submodules, see the class docstring
+        terms = named_terms(distillation, teacher, [*self.named_teachers], short)
+        for one in (*self.named_teachers.values(), teacher):
+            check_teacher(self.task, one)
+        self.distillation = Distillation(terms, named=distillation is not None)
+        for name, term in terms.items():
+            with self.distillation.told(name):
+                check_term(self.task, term)
         start_from(student, student_weights, replace_head)
-        self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class docstring
+        self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.student, self.coverage = quantize_model(student, quantization)
         # Weights decide: the first convolution turns images of any format into theirs.
         self.student.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
-        loss = distillation_loss or LogitResidual()
-        self.combination: Combination | None = None
-        if isinstance(teacher, TeacherEnsemble):
-            self.combination = COMBINATIONS[teacher.combination](len(teacher.teachers))
-        separate = self.combination is not None and self.combination.separate
-        count = self.combination.count if self.combination is not None and separate else 1
-        self.distillation = Distillation(loss, regularizer, taps or (), count, self.combination is not None)
-        self.taps: tuple[Taps, Taps] | None = None  # of the teacher and of the student
-        if taps:
-            assert isinstance(teacher, FrozenTeacher), "Distillation refuses taps of several teachers"
-            if teacher.compiled:
-                raise UsageError("teacher compile=True cannot be used with taps, which look into the running network")
-            self.taps = (
-                Taps(teacher.network, [tap.teacher for tap in taps], "teacher"),
-                Taps(self.student, [tap.student for tap in taps], "student"),
-            )
+        self.taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
+        self.taps_of_student = self.distillation.taps_of_student(self.student)
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
-        if self.balance.needs_output and loss.compares != "logits":
+        self.balance.connect((TASK, *terms))
+        others = [type(term.loss).__name__ for term in terms.values() if term.loss.compares != "logits"]
+        if self.balance.needs_output and others:
             raise UsageError(
                 f"balance {type(self.balance).__name__} measures gradients at the logits: it needs a distillation_loss "
-                f"that compares logits, which {type(loss).__name__} does not; GradientBalance and GradNorm measure in "
-                "weights"
+                f"that compares logits, which {others[0]} does not; GradientBalance and GradNorm measure in weights"
             )
         if isinstance(self.balance.equalized_at, AtWeights):
             self.balance.equalized_at.bind(self.student)
@@ -191,8 +196,8 @@ class DistillModule(SharedBackward):
 
     @property
     def regularizer(self) -> Regularizer | None:
-        """The regularizer, the first of them where every pair of taps or teacher has its own."""
-        return cast(Regularizer, self.distillation.regularizers[0]) if self.distillation.regularizers else None
+        """The regularizer, the first of them where every term, pair of taps or teacher has its own."""
+        return next((term.regularizer for _, term in self.distillation.terms() if term.regularizer is not None), None)
 
     def configure_callbacks(self) -> list[Any]:
         """Also refuse settings of the Trainer that two optimizers cannot follow."""
@@ -200,28 +205,36 @@ class DistillModule(SharedBackward):
         return super().configure_callbacks()
 
     def metric_names(self) -> set[str]:
-        names = {"train/task", "train/distill", *(f"train/{name}" for name in self.penalties)}
-        return super().metric_names() | names | {f"balance/{name}" for name in (*LOSSES, *self.balance.learned())}
+        names = {f"train/{name}" for name in (*self.balance.names, *self.penalties)}
+        logged = (*self.balance.names, *self.balance.learned())
+        return super().metric_names() | names | {f"balance/{name}" for name in logged}
 
     def trained(self) -> nn.Module:
         return self.student
 
     def teachers(self) -> list[FrozenTeacher]:
-        """The teacher, or all of an ensemble."""
-        return self.teacher.members() if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
+        """All teachers, in the order of their names."""
+        return list(self.named_teachers.values())
+
+    @property
+    def judged(self) -> dict[str, FrozenTeacher | TeacherEnsemble]:
+        """What must be better than chance, by what messages call it: every teacher, or an ensemble as one."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {teacher_label(name, self.named_teachers): one for name, one in self.named_teachers.items()}
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        teachers = self.teachers()
-        for number, teacher in enumerate(teachers, 1):
-            yield f"teacher {number}" if len(teachers) > 1 else "teacher", teacher
+        for name, teacher in self.named_teachers.items():
+            yield teacher_label(name, self.named_teachers), teacher
         yield "student", self.student
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        self.teacher.convert_from(getattr(data, "mean", None), getattr(data, "std", None))
-        if data is not None and hasattr(data, "class_names"):
-            self.teacher.check_classes(data.class_names)
-        elif any(teacher.class_names is not None for teacher in self.teachers()):
+        for teacher in self.teachers():
+            teacher.convert_from(getattr(data, "mean", None), getattr(data, "std", None))
+            if data is not None and hasattr(data, "class_names"):
+                teacher.check_classes(data.class_names)
+        if not hasattr(data, "class_names") and any(teacher.class_names is not None for teacher in self.teachers()):
             rank_zero_warn("teacher class_names were not compared with the data's: there is no DataModule with any")
         super().setup(stage)
         example = self.task.example(data, self.device)
@@ -241,16 +254,21 @@ class DistillModule(SharedBackward):
     @torch.no_grad()
     def _connect(self, batch: Any) -> None:
         """Make the connectors and tables of the distillation loss, which depend on shapes."""
-        distillation = self.distillation
-        if distillation.shapes is not None:
+        if self.distillation.shapes is not None:
             return
         with evaluating(self.student):
             inputs = self.inputs(batch)
-            teachers, student, (features_t, features_s) = self._outputs(inputs, self.teacher_inputs(batch, inputs))
-        if distillation.compares == "logits":
-            rows_t, rows_s = self.task.rows(teachers[0], batch).logits, self.task.rows(student, batch).logits
-            features_t, features_s = [rows_t] * len(distillation.losses), [rows_s] * len(distillation.losses)
-        distillation.connect([tuple(x.shape) for x in features_t], [tuple(x.shape) for x in features_s])
+            teachers = self.ask_teachers(self.teacher_inputs(batch, inputs))
+            student = self._ask_student(inputs)
+        rows = self.task.rows(student.output, batch)
+        shapes = {}
+        for name, term in self.distillation.terms():
+            teacher = teachers[term.teachers[0]]
+            of_both = term.seen(teacher, student, (self.task.rows(teacher.output, batch), rows))
+            of_teacher, of_student = ([tuple(x.shape) for x in seen] for seen in of_both)
+            count = max(1, len(term.losses) // len(of_student)) if term.compares == "logits" else 1
+            shapes[name] = (of_teacher * count, of_student * count)
+        self.distillation.connect(shapes)
 
     def _settle_balance(self, inputs: Inputs) -> None:
         """Let a balance that measures gradients in weights find them, or see that both losses reach them."""
@@ -259,8 +277,13 @@ class DistillModule(SharedBackward):
             return
 
         def run() -> tuple[Tensor, list[Tensor]]:
-            outputs, features = self._student_outputs(inputs)
-            return outputs, features or [outputs]
+            student = self._ask_student(inputs)
+            compared = [
+                tensor
+                for _, term in self.distillation.terms()
+                for tensor in ([student.features[tap.student] for tap in term.taps] or [student.output])
+            ]
+            return student.output, compared
 
         place.settle(run)
         rank_zero_info(f"balance {type(self.balance).__name__} measures gradients in the weights of {place.layer}")
@@ -269,10 +292,10 @@ class DistillModule(SharedBackward):
         """Do without the shape of images, where that is possible: neither a DataModule nor a checkpoint has told it."""
         if self.distillation.shapes is not None:
             return
-        if self.distillation.compares != "logits":
+        if self.taps_of_student is not None:
             raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
-        shapes: Shapes = [(1, 0)] * len(self.distillation.losses)
-        self.distillation.connect(shapes, shapes)
+        unseen: dict[str, Shapes] = {name: [(1, 0)] * len(term.losses) for name, term in self.distillation.terms()}
+        self.distillation.connect({name: (shapes, shapes) for name, shapes in unseen.items()})
 
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
@@ -292,7 +315,7 @@ class DistillModule(SharedBackward):
                 "regularizer",
                 self.regularizer_optimizer,
                 self.regularizer_schedule,
-                regularizer_groups(self.distillation.regularizers, self.balance, self.combination),
+                regularizer_groups(self.distillation, self.balance),
             ),
         ):
             if not groups:  # a fixed balance without a regularizer has nothing to learn
@@ -300,9 +323,7 @@ class DistillModule(SharedBackward):
             setting = f"{player}_optimizer"
             optimizer = optimizer_of(make, setting, groups)
             check_optimizer(optimizer, setting, groups)
-            factors = {"balance": self.balance.learning_rate_factor}
-            if self.regularizer is not None:
-                factors["regularizer"] = self.regularizer.learning_rate_factor
+            factors = learning_rate_factors(self.distillation, self.balance)
             for group in optimizer.param_groups:
                 group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
@@ -399,42 +420,36 @@ class DistillModule(SharedBackward):
         given = self.task.teacher_inputs(batch, inputs)
         return inputs if given is inputs else Inputs.of(given).fit(self.student)
 
-    def ask_teacher(self, inputs: Inputs) -> TeacherOutputs:
-        """The task's outputs of every teacher, logits (B, C) say, and what the taps see of it."""
-        task, samples = self.task, len(inputs)
-        if isinstance(self.teacher, TeacherEnsemble):
-            answers = enumerate(self.teacher.answers(*inputs.args, **inputs.keywords), 1)
-            return [task.outputs(answer, Asked(f"teacher {i}", samples)) for i, answer in answers], []
-        if self.taps is None:
-            return [task.outputs(inputs.call(self.teacher), Asked("teacher", samples))], []
-        with self.taps[0].recording(self.teacher.running(inputs)) as features:
-            outputs = task.outputs(inputs.call(self.teacher), Asked("teacher", samples))
-        return [outputs], [feature.float().contiguous() for feature in features]
+    def ask_teachers(self, inputs: Inputs) -> TeacherOutputs:
+        """What is seen of every teacher: the task's outputs, logits (B, C) say, and its taps."""
+        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in self.named_teachers.items()}
 
-    def _outputs(
-        self, inputs: Inputs, given: Inputs, indices: Tensor | None = None
-    ) -> tuple[list[Any], Any, tuple[list[Tensor], list[Tensor]]]:
-        """The task's outputs of every teacher, called with ``given``, and of the student, and what the taps see."""
-        image = given.alone()
+    def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs) -> Seen:
+        asked, taps = Asked(teacher_label(name, self.named_teachers), len(inputs)), self.taps_of_teachers.get(name)
+        if taps is None:
+            return Seen(self.task.outputs(inputs.call(teacher), asked), {})
+        with taps.recording(teacher.running(inputs)) as features:
+            output = self.task.outputs(inputs.call(teacher), asked)
+        return Seen(output, {path: x.float().contiguous() for path, x in zip(taps.paths, features, strict=True)})
+
+    def _teacher_outputs(self, inputs: Inputs, indices: Tensor | None) -> TeacherOutputs:
+        """As :meth:`ask_teachers`, from the cache where there is one and the samples are known."""
+        image = inputs.alone()
         if self.opened_cache is None or indices is None or image is None:
-            answers, features_t = self.ask_teacher(given)
-        else:
-            answers, features_t = self.opened_cache.answers(
-                image, indices, self.current_epoch, lambda: self.ask_teacher(given)
-            )
-        outputs, features_s = self._student_outputs(inputs)
-        return answers, outputs, (features_t, features_s)
+            return self.ask_teachers(inputs)
+        return self.opened_cache.answers(image, indices, self.current_epoch, lambda: self.ask_teachers(inputs))
 
-    def _student_outputs(self, inputs: Inputs) -> tuple[Any, list[Tensor]]:
-        """The task's outputs of the student, and what the taps see of it."""
-        features: list[Tensor] = []
+    def _ask_student(self, inputs: Inputs) -> Seen:
+        """What is seen of the student: the task's outputs, and its taps."""
+        taps, features = self.taps_of_student, {}
         with enough_samples("student", len(inputs)):
-            if self.taps is None:
+            if taps is None:
                 returned = inputs.call(self.student)
             else:
-                with self.taps[1].recording() as features:
+                with taps.recording() as recorded:
                     returned = inputs.call(self.student)
-        return self.task.outputs(returned, Asked("student", len(inputs), self.student.training)), features
+                features = dict(zip(taps.paths, recorded, strict=True))
+        return Seen(self.task.outputs(returned, Asked("student", len(inputs), self.student.training)), features)
 
     def losses(self, batch: Any, indices: Tensor | None = None, inputs: Inputs | None = None) -> Losses:
         """All losses of one batch.
@@ -447,42 +462,45 @@ class DistillModule(SharedBackward):
         """
         task = self.task
         inputs = self.inputs(batch) if inputs is None else inputs
-        answers, outputs, features = self._outputs(inputs, self.teacher_inputs(batch, inputs), indices)
-        rows = task.rows(outputs, batch)
-        teachers = [task.rows(answer, batch).logits for answer in answers]
-        if teachers[0].shape != rows.logits.shape:
-            of_teacher, of_student = teachers[0].shape, rows.logits.shape
+        teachers = self._teacher_outputs(self.teacher_inputs(batch, inputs), indices)
+        student = self._ask_student(inputs)
+        rows = task.rows(student.output, batch)
+        logits = {name: task.rows(seen.output, batch).logits for name, seen in teachers.items()}
+        for of_teacher in logits.values():
+            self._check_rows(of_teacher.shape, rows.logits.shape)
+        terms, compared = {TASK: task.loss(student.output, batch)}, {}
+        for name, term in self.distillation.terms():
+            features = teachers[term.teachers[0]].features, student.features
+            compared[name] = term(logits, rows, features, self._sees_rows(term))
+            self._look_ahead(term, compared[name], rows, terms[TASK], batch, inputs)
+            terms[name] = term.reduce(compared[name].maps)
+        loss, balance = self.balance(terms, student.output)
+        penalties = {name: penalty() for name, penalty in self.penalties.items()}
+        for name, term in self.distillation.terms():
+            for learned in (term.objective(compared[name].maps), compared[name].mixture):
+                loss = loss if learned is None else loss + learned
+        for penalty in penalties.values():
+            loss = loss + penalty
+        return Losses(loss, terms, compared, rows, student.output, balance, penalties)
+
+    def _check_rows(self, of_teacher: torch.Size, of_student: torch.Size) -> None:
+        if of_teacher != of_student:
             raise UsageError(
                 f"numbers of classes differ (teacher {of_teacher[1]}, student {of_student[1]}): they must agree"
                 if of_teacher[0] == of_student[0]
-                else f"task {type(task).__name__} makes {of_teacher[0]} rows of the teacher's outputs and "
+                else f"task {type(self.task).__name__} makes {of_teacher[0]} rows of the teacher's outputs and "
                 f"{of_student[0]} of the student's: rows() must make the same of both"
             )
-        task_loss = task.loss(outputs, batch)
-        combined: Tensor | None = None
-        if self.combination is not None:
-            assert rows.labels is not None, "check_players has seen to it"
-            teachers, combined = self.combination(torch.stack(teachers), rows.labels)
-        labels = rows.labels if self._sees_rows else None
-        parts = self.distillation(teachers, rows.logits, labels, features)
-        self._look_ahead(parts, teachers, rows, task_loss, batch, inputs)
-        distill = self.distillation.reduce(parts)
-        loss, balance = self.balance({"task": task_loss, "distill": distill}, outputs)
-        penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for term in (self.distillation.objective(parts), combined, *penalties.values()):
-            loss = loss if term is None else loss + term
-        return Losses(loss, task_loss, distill, parts, teachers[0], rows, outputs, balance, penalties)
 
-    @property
-    def _sees_rows(self) -> bool:
+    def _sees_rows(self, term: DistillationTerm) -> bool:
         """Whether the elements of divergence maps belong to the rows of the task."""
-        return self.task.one_row_a_sample or self.distillation.compares == "logits"
+        return self.task.one_row_a_sample or term.compares == "logits"
 
     def _look_ahead(
-        self, parts: list[Part], teachers: list[Tensor], rows: Rows, task_loss: Tensor, batch: Any, inputs: Inputs
+        self, term: DistillationTerm, compared: Compared, rows: Rows, task_loss: Tensor, batch: Any, inputs: Inputs
     ) -> None:
-        """Tell the parts how they agree with the task, where a player asks."""
-        player = None if self.regularizer is None else self.regularizer.player
+        """Tell the maps how they agree with the task, where a player asks."""
+        player = None if term.regularizer is None else term.regularizer.player
         if not isinstance(player, LookAhead):
             return
         if player.exact:
@@ -493,11 +511,11 @@ class DistillModule(SharedBackward):
             def loss_of(logits: Tensor, part: slice) -> Tensor:
                 return self.task.loss(logits, self.task.part(batch, part))
 
-            self.distillation.look_ahead_exactly(parts, self.student, teachers, image, rows.labels, loss_of)
+            term.look_ahead_exactly(compared.maps, self.student, compared.teachers, image, rows.labels, loss_of)
         else:
             (gradient,) = torch.autograd.grad(task_loss, rows.logits, retain_graph=True)
             counted = self.task.counted(rows, batch)
-            self.distillation.look_ahead(parts, teachers, rows.logits, rows.labels, gradient * counted)
+            term.look_ahead(compared.maps, compared.teachers, rows.logits, rows.labels, gradient * counted)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         inputs = self.inputs(batch)
@@ -510,41 +528,42 @@ class DistillModule(SharedBackward):
         last_of_group = self.backward_of_batch(losses.loss, len(inputs), batch_idx)
         if not self._watch.finite():
             self.task.check_batch(losses.outputs, batch)
-            parts = {"task": losses.task, "distill": losses.distill, **losses.penalties}
-            diverged(self, {"the loss": losses.loss, **parts}, self.student, inputs)
+            diverged(self, {"the loss": losses.loss, **losses.terms, **losses.penalties}, self.student, inputs)
         if last_of_group:
             self.step_optimizers()
-        logged = {"train/loss": losses.loss, "train/task": losses.task, "train/distill": losses.distill}
+        logged = {"train/loss": losses.loss}
+        logged |= {f"train/{name}": value for name, value in (losses.terms | losses.penalties).items()}
         logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
-        logged |= {f"train/{name}": penalty for name, penalty in losses.penalties.items()}
         self._logged = {name: value.detach().clone() for name, value in logged.items()}  # some are parameters
         show(self.trainer, self._logged)
-        outputs: dict[str, Any] = {
-            "loss": losses.loss.detach(),
-            "balance": losses.balance,
-            "divergence": [part.divergence.detach() for part in losses.parts],
-        }
-        if self._sees_rows:
-            rows = {"teacher": losses.teacher, "student": losses.rows.logits.detach(), "labels": losses.rows.labels}
-            outputs |= {name: value for name, value in rows.items() if value is not None}
-        if self.regularizer is not None:
-            outputs["weights"] = [part.weights.detach() for part in losses.parts if part.weights is not None]
-        for name in ("divergence", "weights"):
-            if name in outputs and len(outputs[name]) == 1:
-                outputs[name] = outputs[name][0]
-        if gradients is not None:
-            outputs["gradients"] = gradients
-        return outputs
+        return self._report(losses) | ({} if gradients is None else {"gradients": gradients})
+
+    def _report(self, losses: Losses) -> dict[str, Any]:
+        """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
+        reports = {}
+        for name, term in self.distillation.terms():
+            maps = losses.compared[name].maps
+            reports[name] = {
+                "divergence": _alone([of_pair.divergence.detach() for of_pair in maps]),
+                "weights": _alone([of_pair.weights.detach() for of_pair in maps if of_pair.weights is not None]),
+                "teacher": losses.compared[name].teachers[0] if self._sees_rows(term) else None,
+                "student": losses.rows.logits.detach() if self._sees_rows(term) else None,
+                "labels": losses.rows.labels if self._sees_rows(term) else None,
+            }
+            reports[name] = {key: value for key, value in reports[name].items() if value is not None}
+        report = {"terms": reports} if self.distillation.named else next(iter(reports.values()))
+        return {"loss": losses.loss.detach(), "balance": losses.balance} | report
 
     def _gradients(self, losses: Losses) -> dict[str, Tensor]:
-        """Gradients at the student's outputs of the task and of distillation with and without modulation.
+        """Gradients at the student's outputs of the task and of every term with and without modulation.
 
         Distillation by features does not pass the outputs and has none; nor has a task whose outputs are no tensor.
         """
         if not isinstance(losses.outputs, Tensor):
             return {}
-        plain = self.distillation.reduce(losses.parts, weighted=False)
-        wanted = {"task": losses.task, "distill": losses.distill, "plain": plain}
+        wanted = dict(losses.terms)
+        for name, term in self.distillation.terms():
+            wanted[plain(name)] = term.reduce(losses.compared[name].maps, weighted=False)
         found = {
             name: torch.autograd.grad(loss, losses.outputs, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()
@@ -563,8 +582,17 @@ class DistillModule(SharedBackward):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
         super()._apply(fn, recurse)
-        self.teacher._apply(fn, recurse)  # outside the module tree, but on the same device
+        for teacher in self.teachers():
+            teacher._apply(fn, recurse)  # outside the module tree, but on the same device
         return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint's state, of an earlier version too.
+
+        Raises:
+            UsageError: when it is that of another architecture or of other bits.
+        """
+        return super().load_state_dict(current_names(state_dict), strict, assign)
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         check_state(self, state_dict, any_bits={f"student.{name}" for name in self.scheduled_layers})
@@ -584,4 +612,14 @@ class DistillModule(SharedBackward):
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:
-            self.distillation.connect(*checkpoint["distillation_shapes"])
+            self.distillation.connect(current_shapes(checkpoint["distillation_shapes"]))
+
+
+def plain(name: str) -> str:
+    """What a term's loss without the regularizer's weights is called beside it."""
+    return "plain" if name == DISTILL else f"{name} (plain)"
+
+
+def _alone(tensors: list[Tensor]) -> list[Tensor] | Tensor | None:
+    """The tensors, the only one, or None for none."""
+    return (tensors[0] if len(tensors) == 1 else tensors) if tensors else None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer, SparseAdam
 
 from lqkd.balances import Balance
 from lqkd.errors import UsageError, first_line
+from lqkd.modules.distillation import Distillation
 from lqkd.quantization import quantizers
 
 _PLAYERS = ("student_", "regularizer_", "")
@@ -32,15 +33,26 @@ def student_groups(student: nn.Module, losses: nn.Module) -> list[dict[str, Any]
     )
 
 
-def regularizer_groups(
-    regularizers: nn.Module, balance: Balance, combination: nn.Module | None
-) -> list[dict[str, Any]]:
-    """Parameter groups ``regularizer``, ``balance`` and ``teachers``, only the first with weight decay."""
+def regularizer_groups(distillation: Distillation, balance: Balance) -> list[dict[str, Any]]:
+    """Parameter groups ``regularizer`` of each term, ``balance`` and ``teachers``, only the first with weight decay."""
     return _non_empty(
-        _group("regularizer", regularizers.parameters()),
+        *(_group(_of_term(distillation, name), term.regularizers.parameters()) for name, term in distillation.terms()),
         _group("balance", balance.parameters(), weight_decay=0.0),
-        _group("teachers", () if combination is None else combination.parameters(), weight_decay=0.0),
+        _group("teachers", distillation.combinations.parameters(), weight_decay=0.0),
     )
+
+
+def learning_rate_factors(distillation: Distillation, balance: Balance) -> dict[str, float]:
+    """By group of :func:`regularizer_groups`, what the optimizer's learning rate is multiplied by."""
+    factors = {"balance": balance.learning_rate_factor}
+    for name, term in distillation.terms():
+        if term.regularizer is not None:
+            factors[_of_term(distillation, name)] = term.regularizer.learning_rate_factor
+    return factors
+
+
+def _of_term(distillation: Distillation, name: str) -> str:
+    return f"regularizer {name}" if distillation.named else "regularizer"
 
 
 def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any) -> Optimizer:

@@ -59,13 +59,20 @@ def measure(
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
-    _check_teacher(module, *_of_teacher(module, "validation", validation, of_teacher), _count(*validation))
+    for name in module.judged:
+        on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
+        _check_teacher(module, name, *on_validation, _count(*validation))
     test = loader_of(data, "test_dataloader")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
-    name = "test" if has_test else "validation"
-    measured["teacher_accuracy"], _ = _of_teacher(module, name, split, of_teacher)
+    split_name = "test" if has_test else "validation"
+    by_name = {name: _of_teacher(module, name, split_name, split, of_teacher)[0] for name in module.judged}
+    values = [value for value in by_name.values() if value is not None]
+    measured["teacher_accuracy"] = (max if module.task.mode == "max" else min)(values, default=None)
+    if len(by_name) > 1:
+        told = ", ".join(f"{name} {module.task.shown(v)}" for name, v in by_name.items() if v is not None)
+        rank_zero_info(f"{module.task.metric} of each on the {split_name} split: {told}")
     if known["student_initial_quantized_accuracy"] is None:
         with float_mode(module.student):
             found, _ = accuracy(module, module.student, *split)
@@ -93,16 +100,18 @@ def warn(module: Distilling, sentence: str) -> None:
 
 
 def _of_teacher(
-    module: Distilling, split: str, batches: tuple[Any, float], known: dict[str, float | None]
+    module: Distilling, teacher: str, split: str, batches: tuple[Any, float], known: dict[str, float | None]
 ) -> tuple[float | None, float | None]:
-    """As :func:`accuracy` of the teacher, asked only when it is not known for as many batches of the split."""
+    """As :func:`accuracy` of a teacher, asked only when it is not known for as many batches of the split."""
     loader, limit = batches
     name = f"{split}, {evaluated(module, limit)}"
     if not isinstance(module.task, Classification):  # whose values are kept under the plain name
         name = f"{type(module.task).__name__} {module.task.monitor} of {name}"
+    if len(module.judged) > 1:
+        name = f"{[*module.judged].index(teacher)}: {name}"
     largest = f"largest class of {name}"
     if name not in known or largest not in known:
-        known[name], known[largest] = accuracy(module, module.teacher, loader, limit)
+        known[name], known[largest] = accuracy(module, module.judged[teacher], loader, limit)
     return known[name], known[largest]
 
 
@@ -126,7 +135,9 @@ def evaluated(module: Distilling, limit: float) -> str:
     return f"{limit!r} batches{size}, resize_size={getattr(data, 'resize_size', None)}"
 
 
-def _check_teacher(module: Distilling, measured: float | None, same_answer: float | None, batches: int) -> None:
+def _check_teacher(
+    module: Distilling, name: str, measured: float | None, same_answer: float | None, batches: int
+) -> None:
     if getattr(module.trainer, "fast_dev_run", False):
         rank_zero_info(f"{UNCHECKED}: trainer.fast_dev_run")
         return
@@ -138,21 +149,21 @@ def _check_teacher(module: Distilling, measured: float | None, same_answer: floa
             )
         warn(module, f"{UNCHECKED}: there is no validation data")
         return
-    task, minimum = module.task, module.teacher.minimum_accuracy
+    task, minimum = module.task, module.judged[name].minimum_accuracy
     floor = task.chance(module.trainer.datamodule) if minimum is None else minimum  # type: ignore[attr-defined]
     advice, does = "check its weights, normalisation (mean, std) and class order", task.described(measured)
     if task.better(floor, measured):
         raise UsageError(
-            f"the teacher {does}, less than teacher.minimum_accuracy={floor:.3g}: {advice}, or lower the minimum"
+            f"the {name} {does}, less than teacher.minimum_accuracy={floor:.3g}: {advice}, or lower the minimum"
             if task.mode == "max"
-            else f"the teacher {does}, more than the {floor:.3g} of an untrained network: {advice}"
+            else f"the {name} {does}, more than the {floor:.3g} of an untrained network: {advice}"
         )
     constant = task.constant()
     if minimum is None and constant is not None and same_answer is not None and not task.better(measured, same_answer):
         # of few images, or of uneven classes
         warn(
             module,
-            f"the teacher {does}, no more than {constant.name} is ({task.shown(same_answer)}): {advice}",
+            f"the {name} {does}, no more than {constant.name} is ({task.shown(same_answer)}): {advice}",
         )
 
 

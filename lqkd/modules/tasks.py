@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lqkd.errors import UsageError
-from lqkd.losses import DistillationLoss
-from lqkd.regularizers import Regularizer
+from lqkd.modules.terms import Term
 from lqkd.tasks import Classification, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 
@@ -25,26 +24,29 @@ def task_of(task: Task | None, label_smoothing: float) -> Task:
     return task
 
 
-def check_players(
-    task: Task,
-    teacher: FrozenTeacher | TeacherEnsemble,
-    loss: DistillationLoss | None,
-    regularizer: Regularizer | None,
-) -> None:
-    """Refuse a teacher, a loss or a regularizer that needs more of a task than this one has.
+def check_teacher(task: Task, teacher: FrozenTeacher | TeacherEnsemble | None) -> None:
+    """Refuse a smallest value of the metric where the least is the best.
+
+    Raises:
+        UsageError: then.
+    """
+    if teacher is not None and teacher.minimum_accuracy is not None and task.mode == "min":
+        raise UsageError(
+            f"teacher.minimum_accuracy={teacher.minimum_accuracy} is not possible: the least {task.monitor} is the "
+            f"best of task {type(task).__name__}"
+        )
+
+
+def check_term(task: Task, term: Term) -> None:
+    """Refuse several teachers, a loss or a regularizer that need more of a task than this one has.
 
     Raises:
         UsageError: naming what does not go together.
     """
-    name = type(task).__name__
-    if isinstance(teacher, TeacherEnsemble) and not task.predicts_classes:
+    name, loss, regularizer = type(task).__name__, term.loss, term.regularizer
+    if len(term.teachers) > 1 and not task.predicts_classes:
         raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
-    if teacher.minimum_accuracy is not None and task.mode == "min":
-        raise UsageError(
-            f"teacher.minimum_accuracy={teacher.minimum_accuracy} is not possible: the least {task.monitor} is the "
-            f"best of task {name}"
-        )
-    if loss is not None and loss.needs_labels and not task.predicts_classes:
+    if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
     if regularizer is None or task.one_row_a_sample:
         return
@@ -52,7 +54,7 @@ def check_players(
         raise UsageError(
             f"player {type(regularizer.player).__name__} looks ahead from samples: task {name} has other rows"
         )
-    if regularizer.sees_logits and loss is not None and loss.compares != "logits":
+    if regularizer.sees_logits and loss.compares != "logits":
         raise UsageError(
             f"regularizer {type(regularizer).__name__} looks at the logits of samples beside their features: task "
             f"{name} has other rows"

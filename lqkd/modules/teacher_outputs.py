@@ -18,6 +18,7 @@ from lqkd.modules.steps import total_steps
 from lqkd.modules.teacher_speed import accelerate
 from lqkd.tasks import Inputs
 from lqkd.teachers.cache import OpenCache
+from lqkd.teachers.cache.codec import TensorShapes, shapes_of
 from lqkd.teachers.cache.keys import data_key, input_dtype, teacher_key
 from lqkd.utils.files import write_json
 
@@ -58,8 +59,7 @@ def prepare_teacher(module: Distilling) -> tuple[OpenCache | None, KnownOfTeache
     if opened is not None:
         known = module.trainer.strategy.broadcast(_load(opened.folder / "teacher.json"))
         known.path = opened.folder / "teacher.json" if module.trainer.is_global_zero else None
-    untouched = [] if module.taps is None else module.taps[0].paths
-    known.bf16 = accelerate(module, untouched, known.bf16)
+    known.bf16 = accelerate(module, known.bf16)
     known.save()
     return opened, known
 
@@ -92,13 +92,13 @@ def _open_cache(module: Distilling) -> OpenCache | None:
         return None
     data: Any = getattr(trainer, "datamodule", None)
     of_data = data_key(data)
-    one = _teacher_input(module, data)
+    given = _teacher_input(module, data)
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
     pairs = zip(module.teachers(), asked, strict=True)
     of_teachers = [teacher_key(*pair, data.image_shape, input_dtype(data)) for pair in pairs]
     key = {
         "teachers": trainer.strategy.broadcast(of_teachers),  # processors of several kinds may round otherwise
-        "taps": [] if module.taps is None else list(module.taps[0].paths),
+        "taps": [[*taps.paths] if (taps := module.taps_of_teachers.get(n)) else [] for n in module.named_teachers],
         "data": of_data,
     }
     if any(asked):  # the images that bfloat16 is checked with decide whether it is used
@@ -106,34 +106,32 @@ def _open_cache(module: Distilling) -> OpenCache | None:
         key["checked_with"] = evaluated(module, trainer.limit_val_batches) if checks else "nothing"
 
     @torch.no_grad()
-    def shapes() -> tuple[int, int, list[Any]]:
-        logits, features = module.ask_teacher(Inputs((one,)))
-        return len(logits), logits[0].shape[1], [tuple(feature.shape[1:]) for feature in features]
+    def shapes() -> TensorShapes:
+        return shapes_of(module.ask_teachers(given))
 
-    return settings.open(key, data.train_indices, _epochs(module), shapes)
+    return settings.open(key, data.train_indices, _epochs(module), [*module.named_teachers], shapes)
 
 
-@torch.no_grad()
-def _teacher_input(module: Distilling, data: Any) -> Tensor:
-    """The one tensor that teachers are called with for one sample.
+def _teacher_input(module: Distilling, data: Any) -> Inputs:
+    """What teachers are called with for one sample.
 
     Raises:
-        UsageError: when there are more, or what a teacher answers is no row of numbers.
+        UsageError: when that is not one tensor, by which a sample is told, or what a teacher answers is no tensor.
     """
     example = module.task.example(data, module.device)
     given = None if example is None else module.teacher_inputs(example, module.inputs(example))
-    image = None if given is None else given.alone()
-    if given is None or image is None:
+    if given is None or given.alone() is None:
         raise UsageError(
             f"teacher_cache is not possible with task {type(module.task).__name__}: it keeps the answers of teachers "
             "that are called with one tensor, of which the task gives an example"
         )
-    answers, _ = module.ask_teacher(given)
-    if not isinstance(answers[0], Tensor) or answers[0].ndim != 2:
+    with torch.no_grad():
+        outputs = module.ask_teachers(given)
+    if not all(isinstance(seen.output, Tensor) for seen in outputs.values()):
         raise UsageError(
-            f"teacher_cache is not possible with task {type(module.task).__name__}: it keeps outputs of shape (B, C)"
+            f"teacher_cache is not possible with task {type(module.task).__name__}, whose outputs are no tensors"
         )
-    return image
+    return given
 
 
 def _epochs(module: Distilling) -> int:

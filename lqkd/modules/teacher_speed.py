@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lqkd.modules.distillation import teacher_label
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import accuracy, loader_of
 from lqkd.teachers import FrozenTeacher
@@ -17,22 +18,22 @@ LARGEST_LOSS = 0.001
 
 
 @torch.no_grad()
-def accelerate(module: Distilling, untouched: Collection[str], known: list[bool] | None) -> list[bool]:
+def accelerate(module: Distilling, known: list[bool] | None) -> list[bool]:
     """Let every teacher of ``module`` answer through a faster copy of its network.
 
     Args:
         module: the module, attached to a Trainer, before its first step.
-        untouched: names of the teacher's modules whose outputs are compared with the student's.
         known: which teachers compute in bfloat16, where an earlier run has found that out; None to find out.
 
     Returns:
         Which teachers compute in bfloat16, the same on all ranks.
     """
-    chosen = []
-    several = len(module.teachers()) > 1
-    for number, teacher in enumerate(module.teachers(), 1):
-        name = f"teacher {number}" if several else "teacher"
-        bf16 = _bf16(module, teacher, untouched, name) if known is None else known[number - 1]
+    chosen: list[bool] = []
+    for name, teacher in module.named_teachers.items():
+        taps = module.taps_of_teachers.get(name)
+        untouched = () if taps is None else taps.paths  # their outputs are compared with the student's
+        label = teacher_label(name, module.named_teachers)
+        bf16 = _bf16(module, teacher, untouched, label) if known is None else known[len(chosen)]
         teacher.accelerate(bf16=bf16, untouched=untouched)
         chosen.append(bf16)
     return chosen

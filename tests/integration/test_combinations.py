@@ -82,7 +82,7 @@ def train(module: DistillModule, images: Tensor, labels: Tensor, steps: int) -> 
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(student_groups(module.student, module.distillation.losses), lr=0.01, momentum=0.9)
     ]
-    groups = regularizer_groups(module.distillation.regularizers, module.balance, module.combination)
+    groups = regularizer_groups(module.distillation, module.balance)
     if groups:
         optimizers.append(torch.optim.Adam(groups, lr=0.001))
     seen = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -16,12 +16,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.teachers.cache.codec import Codec, TeacherOutputs, projection
+from lqkd.teachers.cache.codec import Codec, TeacherOutputs, TensorShapes, projection
 from lqkd.teachers.cache.records import RecordStore
 from lqkd.utils.files import default_cache_dir, write_json
 
 DTYPES = ("float16", "float32")
-_FORMAT = 2  # part of the key: raise it when what is stored changes
+_FORMAT = 3  # part of the key: raise it when what is stored changes
 
 
 @dataclass
@@ -59,7 +59,12 @@ class TeacherCache:
                 raise UsageError(f"teacher_cache.{name}={value} is not possible: it must be at least 1")
 
     def open(
-        self, key: dict[str, Any], indices: Tensor, epochs: int, shapes: Callable[[], tuple[int, int, list[Any]]]
+        self,
+        key: dict[str, Any],
+        indices: Tensor,
+        epochs: int,
+        teachers: Sequence[str],
+        shapes: Callable[[], TensorShapes],
     ) -> OpenCache:
         """The cache of ``key``, made where there is none.
 
@@ -68,8 +73,8 @@ class TeacherCache:
                 image is the same in all epochs.
             indices: (N,) int64, sorted: the indices of all training samples.
             epochs: of the training.
-            shapes: gives the number of teachers, that of classes and the shapes of tapped features (without the batch
-                axis); called only for a new cache.
+            teachers: their names, in the order in which the key tells of them.
+            shapes: gives the shapes of all that is stored of them; called only for a new cache.
 
         Raises:
             UsageError: when it would be too large, for ``max_bytes`` or for the disk, or the folder cannot be written.
@@ -80,15 +85,10 @@ class TeacherCache:
         stored = 1 if repeats else min(epochs, self.epochs or epochs)
         folder, header = _find(root, key)
         if header is None:
-            teachers, classes, features = shapes()
-            header = {"key": key, "teachers": teachers, "classes": classes, "features": [list(f) for f in features]}
-        if self.top_k is not None and self.top_k >= header["classes"]:
-            raise UsageError(
-                f"teacher_cache.top_k={self.top_k} is not possible: it must be less than the number of classes, which "
-                f"is {header['classes']}"
-            )
-        shapes_of_taps = tuple(tuple(shape) for shape in header["features"])
-        codec = Codec(header["teachers"], header["classes"], shapes_of_taps, self.dtype, self.top_k)
+            header = {"key": key, "tensors": shapes()}
+        tensors = [[(name, tuple(shape)) for name, shape in of_teacher] for of_teacher in header["tensors"]]
+        self._check_top_k([of_teacher[0][1] for of_teacher in tensors])
+        codec = Codec(tuple(teachers), tensors, self.dtype, self.top_k)
         store = RecordStore(folder, len(indices), codec.layout)
         self._check_size(store, stored, folder)
         try:
@@ -97,6 +97,21 @@ class TeacherCache:
         except OSError as error:
             raise UsageError(f"teacher_cache.folder={root} cannot be written: {error}") from error
         return OpenCache(folder, store, codec, indices.cpu().numpy(), repeats, self.epochs)
+
+    def _check_top_k(self, outputs: Sequence[tuple[int, ...]]) -> None:
+        if self.top_k is None:
+            return
+        if any(len(shape) != 1 for shape in outputs):
+            raise UsageError(
+                f"teacher_cache.top_k={self.top_k} is not possible: teachers answer with {outputs[0]} numbers for a "
+                "sample, not with one for each class"
+            )
+        classes = min(shape[0] for shape in outputs)
+        if self.top_k >= classes:
+            raise UsageError(
+                f"teacher_cache.top_k={self.top_k} is not possible: it must be less than the number of classes, which "
+                f"is {classes}"
+            )
 
     def _check_size(self, store: RecordStore, epochs: int, folder: Path) -> None:
         record, present = store.layout.itemsize, store.bytes_on_disk()
@@ -124,7 +139,7 @@ def _find(root: Path, key: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]
             return folder, None
         try:
             header = json.loads(path.read_text(encoding="utf-8"))
-            if header["key"] == key and all(name in header for name in ("teachers", "classes", "features")):
+            if header["key"] == key and "tensors" in header:
                 return folder, header
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,61 +12,76 @@ import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
+from lqkd.losses.taps import Seen
 from lqkd.teachers.cache.records import Records
 from lqkd.utils.counter_rng import STREAM_ORDER, uniform
 
-TeacherOutputs = tuple[list[Tensor], list[Tensor]]
-"""Logits (B, C) of every teacher, and what every tap saw of the teacher, (B, ...)."""
+TeacherOutputs = Mapping[str, Seen]
+"""What is seen of every teacher, by its name."""
+
+OUTPUT = "output"
+"""What the output of a teacher is called among its tensors; taps have the names of their modules."""
+
+TensorShapes = list[list[tuple[str, tuple[int, ...]]]]
+"""Of every teacher in order: its tensors by name, the output first, and their shapes without the batch axis."""
+
+
+def shapes_of(outputs: TeacherOutputs) -> TensorShapes:
+    """The shapes of what is seen of teachers."""
+    return [[(name, tuple(x.shape[1:])) for name, x in _tensors(seen)] for seen in outputs.values()]
+
+
+def _tensors(seen: Seen) -> list[tuple[str, Tensor]]:
+    return [(OUTPUT, seen.output), *seen.features.items()]
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Turns answers into records and back.
+    """Turns what teachers answer into records and back.
 
     With ``top_k`` a record holds each teacher's k largest logits and one more: the logit that each of the other classes
     has when their probability is shared out evenly. The k largest probabilities stay exact.
 
     Args:
-        teachers: number of teachers.
-        classes: number of classes.
-        features: shapes of what the taps see, without the batch axis.
+        teachers: names of the teachers.
+        shapes: of their tensors; see :data:`TensorShapes`.
         dtype: ``float16`` or ``float32``.
-        top_k: logits that are kept, fewer than the classes; None for all.
+        top_k: logits that are kept of every teacher, fewer than the classes; None for all.
     """
 
-    teachers: int
-    classes: int
-    features: tuple[tuple[int, ...], ...]
+    teachers: tuple[str, ...]
+    shapes: TensorShapes
     dtype: str
     top_k: int | None
 
     @property
     def layout(self) -> np.dtype:
-        """The fields of a record, little-endian; ``image`` is the :func:`projection` of what the teacher saw."""
+        """The fields of a record, little-endian; ``image`` is the :func:`projection` of what the teachers saw."""
         number = np.dtype(self.dtype).newbyteorder("<")
-        kept = self.classes if self.top_k is None else self.top_k + 1
-        fields: list[tuple[Any, ...]] = [("image", "<f4"), ("logits", number, (self.teachers, kept))]
-        if self.top_k is not None:
-            fields.append(("classes", "<u2" if self.classes <= 2**16 else "<u4", (self.teachers, self.top_k)))
-        fields += [(f"feature{index}", number, shape) for index, shape in enumerate(self.features)]
+        fields: list[tuple[Any, ...]] = [("image", "<f4")]
+        for teacher, tensors in enumerate(self.shapes):
+            for index, (_, shape) in enumerate(tensors):
+                kept = shape
+                if index == 0 and self.top_k is not None:
+                    fields.append((f"{teacher} classes", "<u2" if shape[0] <= 2**16 else "<u4", (self.top_k,)))
+                    kept = (self.top_k + 1,)
+                fields.append((f"{teacher} {index}", number, kept))
         return np.dtype(fields)
 
-    def encode(self, records: Records, answers: TeacherOutputs, projections: Tensor) -> None:
-        """Fill ``records`` (B,) with answers.
+    def encode(self, records: Records, outputs: TeacherOutputs, projections: Tensor) -> None:
+        """Fill ``records`` (B,) with what teachers answer.
 
         Raises:
             UsageError: when a value is too large for float16.
         """
-        logits = torch.stack(answers[0], dim=1).float()  # (B, teachers, C)
-        if self.top_k is not None:
-            values, classes = logits.topk(self.top_k, dim=2)
-            rest = logits.scatter(2, classes, -math.inf).logsumexp(2, keepdim=True)
-            logits = torch.cat([values, rest - math.log(self.classes - self.top_k)], dim=2)
-            records["classes"] = classes.cpu().numpy()
         records["image"] = projections.cpu().numpy()
-        records["logits"] = self._numbers(logits)
-        for index, feature in enumerate(answers[1]):
-            records[f"feature{index}"] = self._numbers(feature)
+        for teacher, seen in enumerate(outputs.values()):
+            for index, (_, tensor) in enumerate(_tensors(seen)):
+                values = tensor
+                if index == 0 and self.top_k is not None:
+                    values, classes = _largest(tensor.float(), self.top_k)
+                    records[f"{teacher} classes"] = classes.cpu().numpy()
+                records[f"{teacher} {index}"] = self._numbers(values)
 
     def _numbers(self, values: Tensor) -> np.ndarray:
         limit = float(np.finfo(self.dtype).max)
@@ -75,20 +91,29 @@ class Codec:
             )
         return values.detach().float().cpu().numpy().astype(self.dtype)
 
-    def decode(self, records: Records, device: torch.device) -> TeacherOutputs:
-        """TeacherOutputs as float32 on ``device``."""
-        kept = self._tensor(records["logits"], device)
-        if self.top_k is None:
-            logits = kept
-        else:
-            classes = torch.from_numpy(records["classes"].astype(np.int64)).to(device)
-            logits = kept[..., -1:].expand(-1, -1, self.classes).scatter(2, classes, kept[..., :-1])
-        features = [self._tensor(records[f"feature{index}"], device) for index in range(len(self.features))]
-        return list(logits.unbind(1)), features
+    def decode(self, records: Records, device: torch.device) -> dict[str, Seen]:
+        """What teachers answered, as float32 on ``device``."""
+        found = {}
+        for teacher, (name, tensors) in enumerate(zip(self.teachers, self.shapes, strict=True)):
+            values = [self._tensor(records[f"{teacher} {index}"], device) for index in range(len(tensors))]
+            if self.top_k is not None:
+                classes = torch.from_numpy(records[f"{teacher} classes"].astype(np.int64)).to(device)
+                (count,) = tensors[0][1]
+                values[0] = values[0][:, -1:].expand(-1, count).scatter(1, classes, values[0][:, :-1])
+            names = [tensor for tensor, _ in tensors[1:]]
+            found[name] = Seen(values[0], dict(zip(names, values[1:], strict=True)))
+        return found
 
     @staticmethod
     def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(device)
+
+
+def _largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of logits (B, C) the k largest and the one of each other class, (B, k + 1), and the classes of the k, (B, k)."""
+    values, classes = logits.topk(top_k, dim=1)
+    rest = logits.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([values, rest - math.log(logits.shape[1] - top_k)], dim=1), classes
 
 
 def projection(images: Tensor) -> Tensor:

@@ -1,0 +1,284 @@
+"""One term of a distillation: from the outputs of its teachers and of the student to divergence maps and weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.losses import DistillationLoss
+from lqkd.losses.ensembles import COMBINATIONS, Combination
+from lqkd.losses.taps import Seen
+from lqkd.modules.terms import Term
+from lqkd.regularizers import LookAhead, Regularizer, alignment
+from lqkd.regularizers.one_step import one_step_alignment
+from lqkd.tasks import Rows
+
+Shapes = list[tuple[int, ...]]
+
+
+@dataclass
+class DivergenceMap:
+    """One divergence map with its weights."""
+
+    divergence: Tensor
+    """The map before modulation, differentiable in the student."""
+    weights: Tensor | None
+    """What the regularizer says, viewed so that it broadcasts to the map; None without a regularizer."""
+    alignment: Tensor | None = None
+    """How each element of the map agrees with the task; None where no player asks."""
+
+
+@dataclass
+class Compared:
+    """What one term gives for a batch."""
+
+    maps: list[DivergenceMap]
+    """One, or one a pair of taps, or one a teacher that is compared by itself."""
+    teachers: list[Tensor]
+    """Logits (N, C) of each teacher that is compared by itself: of one, or of several combined, a single entry."""
+    mixture: Tensor | None
+    """What the combination of the teachers learns from, 0-dim; None where it learns nothing."""
+
+
+class DistillationTerm(nn.Module):
+    """The distillation loss of one pair of logits, or of every pair of taps, each with a regularizer of its own.
+
+    Connectors and tables depend on shapes: :meth:`connect` makes them, before there is an optimizer.
+
+    Args:
+        term: its settings, with the names of its teachers; loss and regularizer are copied for every pair.
+
+    Raises:
+        UsageError: when loss, regularizer, teachers and taps do not go together.
+    """
+
+    def __init__(self, term: Term) -> None:
+        super().__init__()
+        loss, regularizer, taps = term.loss, term.regularizer, term.taps or ()
+        name = type(loss).__name__
+        several = len(term.teachers) > 1
+        if several and loss.compares != "logits":
+            raise UsageError(
+                f"distillation_loss {name} compares features: several teachers are compared by logits only"
+            )
+        if loss.compares == "logits" and taps:
+            raise UsageError(f"taps cannot be used: distillation_loss {name} compares logits")
+        if loss.compares != "logits" and not taps:
+            raise UsageError(f"distillation_loss {name} compares features: give at least one pair of taps")
+        if regularizer is not None:
+            _check_regularizer(regularizer, loss)
+        self.combination: Combination | None = COMBINATIONS[term.combination](len(term.teachers)) if several else None
+        compared = len(term.teachers) if self.combination is not None and self.combination.separate else 1
+        pairs = compared * (len(taps) if loss.compares == "features" else 1)
+        self.losses = nn.ModuleList(_copies(loss, pairs))
+        self.regularizers = nn.ModuleList(() if regularizer is None else _copies(regularizer, pairs))
+        self.teachers = tuple(term.teachers)
+        self.taps = tuple(taps)
+        self.weight = term.weight
+        self.compares = loss.compares
+        self.shapes: tuple[Shapes, Shapes] | None = None
+
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """The regularizer, the first of them where every pair of taps or teacher has its own."""
+        return cast(Regularizer, self.regularizers[0]) if self.regularizers else None
+
+    def bind(self, student: nn.Module) -> None:
+        """Let the losses look at the student, before :meth:`connect`.
+
+        Raises:
+            UsageError: when a loss does not find there what it needs.
+        """
+        for loss, tap in zip(self.losses, self.taps, strict=False):
+            cast(DistillationLoss, loss).bind(student, tap.student)
+
+    def connect(self, teacher: Shapes, student: Shapes) -> None:
+        """Make what depends on shapes, once.
+
+        Args:
+            teacher, student: shapes of the logits, or of the tensors at every tap, batch axis included.
+
+        Raises:
+            UsageError: when these shapes cannot be compared.
+        """
+        if self.shapes is not None:
+            return
+        self.shapes = (teacher, student)
+        pairs = list(zip(teacher, student, strict=True))
+        groups = [pairs] if self.compares == "pyramids" else [[pair] for pair in pairs]
+        for index, (module, group) in enumerate(zip(self.losses, groups, strict=True)):
+            loss = cast(DistillationLoss, module)
+            loss.connect([torch.Size(t) for t, _ in group], [torch.Size(s) for _, s in group])
+            if self.regularizers:
+                regularizer = cast(Regularizer, self.regularizers[index])
+                channels = 0
+                (t, s), *_ = group
+                if loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
+                    with torch.no_grad():
+                        matched = loss.pair(torch.zeros(t), torch.zeros(s))[1]
+                    channels = matched.shape[2 if matched.ndim == 3 else 1]
+                regularizer.connect(loss.kind, channels)
+
+    def seen(self, teacher: Seen, student: Seen, rows: tuple[Rows, Rows]) -> tuple[list[Tensor], list[Tensor]]:
+        """What is compared of a teacher and of the student: one tensor a tap, or the rows' logits."""
+        if self.compares == "logits":
+            return [rows[0].logits], [rows[1].logits]
+        of_teacher = [teacher.features[tap.teacher] for tap in self.taps]
+        return of_teacher, [student.features[tap.student] for tap in self.taps]
+
+    def forward(
+        self,
+        logits: Mapping[str, Tensor],
+        rows: Rows,
+        features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        sees_labels: bool = True,
+    ) -> Compared:
+        """The divergence maps of one batch.
+
+        Args:
+            logits: (N, C) of every teacher by name.
+            rows: the student's logits (N, C), and labels.
+            features: what the taps saw, of the term's teacher and of the student, by name of the module.
+            sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
+        """
+        teachers, mixture = [logits[name] for name in self.teachers], None
+        if self.combination is not None:
+            assert rows.labels is not None, "check_term has seen to it"
+            teachers, mixture = self.combination(torch.stack(teachers), rows.labels)
+        student, labels = rows.logits, rows.labels if sees_labels else None
+        maps = []
+        for index, (module, (t, s)) in enumerate(
+            zip(self.losses, self._pairs(teachers, student, features), strict=True)
+        ):
+            loss = cast(DistillationLoss, module)
+            divergence = loss(t, s, labels)
+            weights = None
+            if self.regularizers:
+                regularizer = cast(Regularizer, self.regularizers[index])
+                both = (teachers[min(index, len(teachers) - 1)], student)
+                weights = regularizer(*(both if regularizer.sees_logits else loss.pair(t, s)), labels)
+                if weights.ndim == 1:
+                    weights = weights.view(-1, *[1] * (divergence.ndim - 1))
+            maps.append(DivergenceMap(divergence, weights))
+        return Compared(maps, teachers, mixture)
+
+    def look_ahead(
+        self,
+        maps: list[DivergenceMap],
+        teachers: list[Tensor],
+        student: Tensor,
+        labels: Tensor | None,
+        task_gradient: Tensor,
+    ) -> None:
+        """Set every map's alignment from the gradient of each sample's task loss at the logits, (B, C)."""
+        for module, of_pair, teacher in zip(self.losses, maps, teachers, strict=True):
+
+            def divergence(logits: Tensor, loss: nn.Module = module, teacher: Tensor = teacher) -> Tensor:
+                return cast(Tensor, loss(teacher, logits, labels))
+
+            of_pair.alignment = alignment(divergence, student, task_gradient)
+
+    def look_ahead_exactly(
+        self,
+        maps: list[DivergenceMap],
+        network: nn.Module,
+        teachers: list[Tensor],
+        images: Tensor,
+        labels: Tensor | None,
+        task: Callable[[Tensor, slice], Tensor],
+    ) -> None:
+        """Set every map's alignment from the task loss after a step of distillation in the parameters.
+
+        With a held out half, each half of the batch is looked at from the other. ``task`` is the task loss, 0-dim, of
+        the logits (B', C) of a part of the batch.
+        """
+        middle = len(images) // 2
+        for module, regularizer, of_pair, teacher in zip(self.losses, self.regularizers, maps, teachers, strict=True):
+            player = cast(LookAhead, cast(Regularizer, regularizer).player)
+            weights = cast(Tensor, of_pair.weights).detach().expand_as(of_pair.divergence)
+            everything = slice(None)
+            halves = [(slice(middle), slice(middle, None)), (slice(middle, None), slice(middle))]
+            aligned = torch.zeros_like(weights)
+            for here, there in halves if player.held_out and middle > 1 else [(everything, everything)]:
+                loss = cast(DistillationLoss, module)
+
+                def distill(
+                    logits: Tensor, w: Tensor, here: slice = here, loss: Any = loss, t: Tensor = teacher
+                ) -> Tensor:
+                    known = None if labels is None else labels[here]
+                    return cast(Tensor, loss.reduce(w * loss(t[here], logits, known)))
+
+                def task_there(logits: Tensor, there: slice = there) -> Tensor:
+                    return task(logits, there)
+
+                aligned[here] = one_step_alignment(
+                    network,
+                    distill,
+                    weights[here],
+                    images[here],
+                    (images[there], task_there),
+                    player.step_size,
+                )
+            of_pair.alignment = aligned
+
+    def _pairs(
+        self, teachers: list[Tensor], student: Tensor, features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        if self.compares == "logits":
+            return [(teacher, student) for teacher in teachers]
+        pairs = [(features[0][tap.teacher], features[1][tap.student]) for tap in self.taps]
+        if self.compares == "pyramids":
+            of_teacher, of_student = zip(*pairs, strict=True)
+            return [(cast(Tensor, of_teacher), cast(Tensor, of_student))]
+        return pairs
+
+    def reduce(self, maps: list[DivergenceMap], weighted: bool = True) -> Tensor:
+        """The distillation loss, 0-dim: the mean over the maps; the student sees the weights as constants."""
+        values = [
+            cast(DistillationLoss, loss).reduce(
+                of_pair.weights.detach() * of_pair.divergence
+                if weighted and of_pair.weights is not None
+                else of_pair.divergence
+            )
+            for loss, of_pair in zip(self.losses, maps, strict=True)
+        ]
+        mean = torch.stack(values).mean()
+        return mean if self.weight == 1 else self.weight * mean
+
+    def objective(self, maps: list[DivergenceMap]) -> Tensor | None:
+        """What phi minimises, 0-dim; None when there is nothing to learn."""
+        terms = (
+            [
+                cast(Regularizer, regularizer).objective(of_pair.weights, of_pair.divergence, of_pair.alignment)
+                for regularizer, of_pair in zip(self.regularizers, maps, strict=True)
+                if of_pair.weights is not None
+            ]
+            if self.regularizers
+            else []
+        )
+        return torch.stack(terms).mean() if terms else None
+
+
+def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None:
+    name = type(loss).__name__
+    if loss.kind not in regularizer.maps:
+        raise UsageError(
+            f"regularizer {type(regularizer).__name__} cannot weigh distillation_loss {name}, which has a map "
+            f"over {loss.kind}: it weighs {' or '.join(sorted(regularizer.maps))}"
+        )
+    if regularizer.player.needs_alignment and loss.compares != "logits":
+        raise UsageError(
+            f"player {type(regularizer.player).__name__} cannot look ahead from features: it needs a "
+            "distillation_loss that compares logits"
+        )
+
+
+def _copies(module: nn.Module, count: int) -> list[nn.Module]:
+    """``module`` and copies of it: all start the same, and the first is the user's own object."""
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
