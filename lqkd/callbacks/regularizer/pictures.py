@@ -24,8 +24,17 @@ _LINES = 4
 """Epochs, at most, that are drawn over one another."""
 
 
-def pictures(weights: Sequence[EpochWeights], statistics: Mapping[str, History]) -> Iterable[tuple[str, Figure]]:
-    """Name and figure of every picture that there is something for."""
+def pictures(
+    weights: Sequence[EpochWeights], statistics: Mapping[str, History], term: str = ""
+) -> Iterable[tuple[str, Figure]]:
+    """Name and figure of every picture that there is something for; ``term``, if it has a name, is in the heading."""
+    for name, figure in _figures(weights, statistics):
+        if term:
+            figure.suptitle(f"{term}: {figure.get_suptitle()}")
+        yield name, figure
+
+
+def _figures(weights: Sequence[EpochWeights], statistics: Mapping[str, History]) -> Iterable[tuple[str, Figure]]:
     if weights:
         yield "weights", weights_over_epochs(weights)
     if "distribution" in statistics:
@@ -149,11 +158,10 @@ def divergence(history: History) -> Figure:
 def agreement(history: History) -> Figure:
     """Cosine between the gradients of distillation and task, with and without the weights."""
     figure, (axes,) = _canvas("Agreement of distillation with the task, at the logits", 1)
-    names = {"distill": ("with weights", "tab:blue", "o-"), "plain": ("without weights", "tab:orange", "s--")}
-    for name, (label, color, style) in names.items():
-        epochs, values = _of(history, name)
-        if epochs:
-            axes.plot(epochs, values, style, color=color, markersize=3, label=label)
+    labels = {"distill": "with weights", "plain": "without weights"}
+    for name in dict.fromkeys(name for epoch in history for name in epoch.bins):
+        style = "s--" if name.endswith(("plain", "(plain)")) else "o-"
+        axes.plot(*_of(history, name), style, markersize=3, label=labels.get(name, name))
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylim(-1.05, 1.05)
     _over_epochs(axes, "cosine of the gradients")

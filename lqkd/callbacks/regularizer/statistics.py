@@ -66,21 +66,20 @@ class EpochStatistic:
 
 def measure(
     parts: Sequence[tuple[Tensor, Tensor]],
-    outputs: Mapping[str, Any],
+    report: Mapping[str, Any],
     optima: Sequence[Optimum],
 ) -> Sums:
-    """All sums that one batch allows; what would need something that ``outputs`` lacks is left out.
+    """All sums that one batch of one term allows; what would need something that ``report`` lacks is left out.
 
     Args:
         parts: weights and divergence map of every tap; the weights broadcast to the map.
-        outputs: of ``training_step``.
+        report: what ``training_step`` returned of the term.
         optima: of every tap.
     """
     sums: Sums = {}
     for (weights, divergence), optimum in zip(parts, optima, strict=True):
         add(sums, _of_elements(weights, divergence, optimum))
-        add(sums, _of_samples(weights, divergence, outputs))
-    add(sums, _of_gradients(outputs))
+        add(sums, _of_samples(weights, divergence, report))
     return sums
 
 
@@ -167,16 +166,19 @@ def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any])
     return sums
 
 
-def _of_gradients(outputs: Mapping[str, Any]) -> Sums:
-    """Products of the gradients at the student's logits, and squared norms of what each loss puts into them."""
+def of_losses(outputs: Mapping[str, Any]) -> Sums:
+    """Products of the gradients at the student's logits, and squared norms of what each loss puts into them.
+
+    Args:
+        outputs: of ``training_step``.
+    """
     gradients = {name: _wide(g.detach()) for name, g in outputs.get("gradients", {}).items()}
     balance = {name: _wide(w.detach()) for name, w in outputs.get("balance", {}).items()}
     sums: Sums = {}
     if "task" in gradients:
         task = gradients["task"]
-        for name in ("distill", "plain"):
-            if name in gradients:
-                other = gradients[name]
+        for name, other in gradients.items():
+            if name != "task":
                 products = ((task * other).sum(), task.square().sum(), other.square().sum())
                 sums[f"agreement/{name}"] = torch.stack((*products, torch.ones_like(products[0])))
     for name, weight in balance.items():

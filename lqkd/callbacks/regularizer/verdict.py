@@ -38,9 +38,21 @@ class Verdict:
     sentence: str
 
 
-def verdict(history: Sequence[EpochWeights]) -> Verdict:
-    """Judge a training by its last epoch; ``history`` has at least one."""
-    last = history[-1]
+def verdict(history: Sequence[EpochWeights], term: str = "") -> Verdict:
+    """Judge a training by its last epoch.
+
+    Args:
+        history: of one regularizer, with at least one epoch.
+        term: the name of its distillation term; empty for the only one.
+    """
+    judged = _judged(history[-1])
+    if not term:
+        return judged
+    sentence = judged.sentence.replace(_REGULARIZER, f"model.init_args.distillation.{term}.regularizer.init_args")
+    return Verdict(judged.kind, f"{term}: {sentence.replace(f'{_BALANCE}.distill', f'{_BALANCE}.terms.{term}')}")
+
+
+def _judged(last: EpochWeights) -> Verdict:
     number = last.epoch + 1
     if not math.isfinite(last.mean):
         return Verdict(
