@@ -22,7 +22,8 @@ class DynamicWeightAverage(Balance):
 
     Args:
         temperature: > 0; infinity would be equal weights.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when the temperature is not a positive number.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ TASK = "task"
 """The name of the first loss of every balance."""
 DISTILL = "distill"
 """The name of a distillation loss that is given without one."""
+GradientScale = Literal["sum", "task", "unit"]
+"""How long the student's gradient is made."""
 LOSSES = (TASK, DISTILL)
 """The losses that are balanced where nothing else is said: the order of every vector in a balance."""
 
@@ -47,6 +49,10 @@ class Balance(nn.Module, ABC):
             wants throughout.
         hold: part of the training until which the share is fixed, 0 to 1.
         release: part of the training from which on the balance is free, ``hold`` to 1.
+        gradient_scale: length of the student's gradient: ``sum``, as it is; ``task``, that of the gradient that the
+            task's loss alone would have, which costs another backward pass; ``unit``, 1, whatever the losses. Direction
+            and weights stay: it tells what a mixture of losses does from what a longer step does. Optimizers that
+            divide by the size of gradients, such as Adam, hardly notice.
 
     Attributes:
         progress: the part of the training that is done, 0 to 1, for a balance that depends on it, to be set before
@@ -76,8 +82,14 @@ class Balance(nn.Module, ABC):
         teacher_share: float | None = None,
         hold: float = 0.2,
         release: float = 0.5,
+        gradient_scale: GradientScale = "sum",
     ) -> None:
         super().__init__()
+        if gradient_scale not in get_args(GradientScale):
+            raise UsageError(
+                f"balance gradient_scale={gradient_scale!r} is unknown: use {', '.join(get_args(GradientScale))}"
+            )
+        self.gradient_scale: GradientScale = gradient_scale
         if not 0 <= minimum < maximum:
             raise UsageError(
                 f"balance minimum={minimum!r}, maximum={maximum!r} is not possible: 0 <= minimum < maximum is needed"

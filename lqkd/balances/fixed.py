@@ -21,7 +21,8 @@ class FixedBalance(Balance):
         task: weight of the task loss, >= 0.
         distill: weight of every distillation loss that ``terms`` does not name, >= 0.
         terms: weights of distillation losses by name, >= 0; null for ``distill`` throughout.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when a weight is negative or not finite, or all are zero; by :meth:`connect` when there is no loss

@@ -71,7 +71,7 @@ class GradientBalance(_RatioBalance):
         ratio: gradient of the distillation loss relative to that of the task loss, > 0.
         momentum: of the running mean, >= 0 and < 1: it looks back on about ``1 / (1 - momentum)`` batches.
         maximum: upper bound of each weight, > ``minimum``: that of a distillation loss that vanishes.
-        **limits: ``minimum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when ratio or momentum is out of range, or not every loss reaches the module.
@@ -116,7 +116,8 @@ class OutputGradientBalance(_RatioBalance):
     Args:
         ratio: gradient of the distillation loss relative to that of the task loss, > 0.
         momentum: of the running mean, >= 0 and < 1: it looks back on about ``1 / (1 - momentum)`` batches.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when ratio or momentum is out of range, or a loss does not depend on the logits.
@@ -163,7 +164,8 @@ class LearnableRatioBalance(OutputGradientBalance):
         ratio: of the gradients where they are orthogonal, > 0, and at first.
         span: the factor by which full agreement raises and full opposition lowers it, > 1.
         momentum: of the running mean of the norms, >= 0 and < 1.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when ratio, span or momentum is out of range, or a loss does not depend on the logits.

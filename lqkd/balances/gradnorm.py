@@ -91,7 +91,7 @@ class GradNorm(_NormBalance):
         alpha: how strongly the target follows the training rates, >= 0.
         minimum: lower bound of each weight, > 0 and < 1.
         maximum: upper bound of each weight, > 1; the mean of all is 1.
-        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when alpha is negative, the bounds do not enclose 1, or not every loss reaches the module.
@@ -127,7 +127,7 @@ class OutputGradNorm(_NormBalance):
         alpha: how strongly the target follows the training rates, >= 0.
         minimum: lower bound of each weight, > 0 and < 1.
         maximum: upper bound of each weight, > 1; the mean of all is 1.
-        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when alpha is negative, the bounds do not enclose 1, or a loss does not depend on the logits.

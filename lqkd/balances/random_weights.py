@@ -22,7 +22,8 @@ class RandomBalance(Balance):
 
     Args:
         seed: any whole number.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when the seed is not a whole number.

@@ -27,7 +27,8 @@ class ScheduledBalance(Balance):
         begin: part of the training at which lambda starts to move, 0 to 1.
         finish: part of the training at which it arrives, ``begin`` to 1.
         shape: ``linear`` or ``cosine``.
-        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``minimum``, ``maximum``, ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of
+            :class:`Balance`.
 
     Raises:
         UsageError: when a weight is negative or not finite, nothing is left to train on at one end, a part is out of

@@ -74,7 +74,7 @@ class UncertaintyBalance(_ScalarBalance):
     Args:
         minimum: lower bound of each weight, > 0.
         maximum: upper bound of each weight, finite.
-        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when the bounds are not possible.
@@ -103,7 +103,7 @@ class ImpartialBalance(_ScalarBalance):
     Args:
         minimum: lower bound of each weight, > 0.
         maximum: upper bound of each weight, finite.
-        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when the bounds are not possible.
@@ -134,7 +134,7 @@ class BoundedUncertaintyBalance(_ScalarBalance):
     Args:
         minimum: lower bound of each weight ``1 / (2 c**2)``, > 0.
         maximum: upper bound of each weight, finite.
-        **limits: ``teacher_share``, ``hold`` and ``release`` of :class:`Balance`.
+        **limits: ``teacher_share``, ``hold``, ``release`` and ``gradient_scale`` of :class:`Balance`.
 
     Raises:
         UsageError: when the bounds are not possible.

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
-_TRAINING = ("train/task", "train/distill")
+_LOSSES = ("task", "distill")
 _READS_PER_SECOND = 5
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar when standard output is a terminal, else one printed line per epoch.
 
-    Shown are ``train/task``, ``train/distill`` (``train/loss`` when the module logs neither) and the task's metric,
+    Shown are ``train/task`` and every distillation loss (``train/loss`` when the module logs neither) and the task's metric,
     ``val/acc`` say, as far as they were logged. The bar has the last batch's values; the line has the epoch's means
     over this process's batches and the validation that ran in the epoch::
 
@@ -49,7 +49,7 @@ class ProgressBar(RichProgressBar):
         if now >= self._next_read or trainer.is_last_batch:
             self._next_read = now + 1 / _READS_PER_SECOND
             metrics = trainer.callback_metrics
-            names = (*_training_names(metrics), _monitor(pl_module))
+            names = (*_training_names(metrics, pl_module), _monitor(pl_module))
             self._shown = {name: float(metrics[name]) for name in names if name in metrics}
         return self._shown
 
@@ -64,7 +64,7 @@ class ProgressBar(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._prints:
             metrics = trainer.callback_metrics
-            for name in _training_names(metrics):
+            for name in _training_names(metrics, pl_module):
                 self._sums[name] = self._sums.get(name, 0) + metrics[name]  # stays on the device
             self._batches += 1
 
@@ -119,5 +119,8 @@ def _monitor(module: LightningModule) -> str:
     return str(getattr(getattr(module, "task", None), "monitor", "val/acc"))
 
 
-def _training_names(metrics: dict[str, Any]) -> list[str]:
-    return [name for name in _TRAINING if name in metrics] or [name for name in ("train/loss",) if name in metrics]
+def _training_names(metrics: dict[str, Any], module: LightningModule) -> list[str]:
+    """Of all losses that are balanced, or of their sum."""
+    losses = getattr(getattr(module, "balance", None), "names", _LOSSES)
+    found = [f"train/{name}" for name in losses if f"train/{name}" in metrics]
+    return found or [name for name in ("train/loss",) if name in metrics]

@@ -19,6 +19,7 @@ from lqkd.balances.equalized_at import AtWeights
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.losses.taps import Seen
+from lqkd.modules.base import ImageClassifier
 from lqkd.modules.distillation import Distillation, current_names, current_shapes, teacher_label
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
@@ -29,6 +30,7 @@ from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regular
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
+from lqkd.modules.step_length import GradientLength, gradient_norms
 from lqkd.modules.tasks import check_teacher, check_term, task_of
 from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
 from lqkd.modules.term import Compared, DistillationTerm, Shapes
@@ -42,6 +44,9 @@ from lqkd.tasks.trial import enough_samples, leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import OpenCache, TeacherCache, TeacherOutputs
 from lqkd.utils.progress import Progress
+
+_STEP_LENGTH_EVERY = 100
+"""Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Losses:
     """Each of the module's penalties, 0-dim."""
 
 
-class DistillModule(SharedBackward):
+class DistillModule(ImageClassifier):
     """Frozen teachers, quantised student and learnable regularizers, trained by two optimizers in one backward pass.
 
     Each step minimises ``balance(task, term, ...)`` over the student and, in the same backward pass, the regularizers'
@@ -145,7 +150,7 @@ class DistillModule(SharedBackward):
         teachers: dict[str, FrozenTeacher] | None = None,
         distillation: dict[str, Term] | None = None,
     ) -> None:
-        super().__init__(gradient_clip_val, accumulate_grad_batches, task_of(task, label_smoothing))
+        super().__init__(task_of(task, label_smoothing))
         save_plain_hyperparameters(self)
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
@@ -170,6 +175,7 @@ class DistillModule(SharedBackward):
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
+        self.optimization = SharedBackward(self, gradient_clip_val, accumulate_grad_batches)
         self.balance.connect((TASK, *terms))
         others = [type(term.loss).__name__ for term in terms.values() if term.loss.compares != "logits"]
         if self.balance.needs_output and others:
@@ -211,6 +217,18 @@ class DistillModule(SharedBackward):
 
     def trained(self) -> nn.Module:
         return self.student
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches whose gradients are averaged for one step."""
+        return self.optimization.accumulate_grad_batches
+
+    def accumulated_batches(self) -> int:
+        return self.accumulate_grad_batches
+
+    def progress(self, of: str) -> float:
+        """The part of the training's steps that is done; see :meth:`SharedBackward.progress`."""
+        return self.optimization.progress(of)
 
     def teachers(self) -> list[FrozenTeacher]:
         """All teachers, in the order of their names."""
@@ -299,9 +317,10 @@ class DistillModule(SharedBackward):
 
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
-        self.count_steps()
+        self.optimization.count_steps()
+        self.length = GradientLength(self.balance.gradient_scale, self._student_parameters())
         self._beginnings.clear()
-        self.optimizer_names.clear()
+        self.optimization.optimizer_names.clear()
         optimizers: list[Optimizer] = []
         schedulers: list[dict[str, Any]] = []
         for player, make, schedule, groups in (
@@ -328,7 +347,7 @@ class DistillModule(SharedBackward):
                 group["lr"] *= factors.get(group["name"], 1.0)
             optimizers.append(optimizer)
             schedulers.append(self.start_schedule(optimizer, schedule, f"{player}_schedule"))
-            self.optimizer_names.append(setting)
+            self.optimization.optimizer_names.append(setting)
         return optimizers, schedulers
 
     def _tell_progress(self) -> None:
@@ -524,19 +543,32 @@ class DistillModule(SharedBackward):
         indices = None if self.opened_cache is None else indices_of(batch)
         losses = self.losses(batch, indices, inputs)
         self._watch.ask(losses.loss)
-        gradients = self._gradients(losses) if self.watch_gradients else None
-        last_of_group = self.backward_of_batch(losses.loss, len(inputs), batch_idx)
+        watched = self._watched(losses, batch_idx) if self.watch_gradients else {}
+        self.length.add(losses.terms, len(inputs))
+        last_of_group = self.optimization.backward(losses.loss, len(inputs), batch_idx)
         if not self._watch.finite():
             self.task.check_batch(losses.outputs, batch)
             diverged(self, {"the loss": losses.loss, **losses.terms, **losses.penalties}, self.student, inputs)
         if last_of_group:
-            self.step_optimizers()
+            self.optimization.step(self.length)
         logged = {"train/loss": losses.loss}
         logged |= {f"train/{name}": value for name, value in (losses.terms | losses.penalties).items()}
         logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         self._logged = {name: value.detach().clone() for name, value in logged.items()}  # some are parameters
         show(self.trainer, self._logged)
-        return self._report(losses) | ({} if gradients is None else {"gradients": gradients})
+        return self._report(losses) | watched
+
+    def _student_parameters(self) -> list[nn.Parameter]:
+        """Those that are trained, for what measures gradients in them."""
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+    def _watched(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
+        """What gradients say: at the student's outputs, and now and then, since it costs more, in its parameters."""
+        watched: dict[str, Any] = {"gradients": self._gradients(losses)}
+        if batch_idx % _STEP_LENGTH_EVERY == 0:
+            everything = losses.terms | losses.penalties
+            watched["gradient_norms"] = gradient_norms(everything, losses.balance, self._student_parameters())
+        return watched
 
     def _report(self, losses: Losses) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
@@ -576,7 +608,7 @@ class DistillModule(SharedBackward):
 
     def on_train_epoch_end(self) -> None:
         self.balance.on_epoch_end()
-        self.step_schedules("epoch")
+        self.optimization.step_schedules("epoch")
 
     # ---- state
 

@@ -19,13 +19,14 @@ from lqkd.teachers.frozen import FrozenTeacher
 class Distilling(Protocol):
     """A module that distils, attached to a Trainer; :class:`lqkd.modules.DistillModule` is one."""
 
-    accumulate_grad_batches: int
     task: Task
     taps_of_teachers: dict[str, Taps]
     named_teachers: dict[str, FrozenTeacher]
     teacher_cache: TeacherCache | None
     warnings: list[str]
 
+    @property
+    def accumulate_grad_batches(self) -> int: ...
     @property
     def trainer(self) -> Trainer: ...
     @property

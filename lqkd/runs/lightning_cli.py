@@ -55,6 +55,7 @@ from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find,
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
+from lqkd.runs.verdicts import verdicts
 from lqkd.tasks import Classification
 from lqkd.utils.files import write_text
 
@@ -510,6 +511,6 @@ def _print_summary(folder: Path) -> None:
     console.print(table)
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
         console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
-    if summary["regularizer"]:
-        console.print(summary["regularizer"].get("sentence") or "", soft_wrap=True, markup=False)
+    for told in verdicts(summary).values():
+        console.print(told.sentence, soft_wrap=True, markup=False)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)

@@ -88,8 +88,7 @@ def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping
         if not result.finished:
             told = f"{result.variant} seed {result.seed} {result.status}: {result.message}"
         elif result.verdict is not None:
-            sentence = result.summary["regularizer"].get("sentence")
-            told = f"{result.variant} seed {result.seed} {result.verdict}: {sentence}"
+            told = f"{result.variant} seed {result.seed} {result.verdict}: {result.sentence}"
         else:
             continue
         console.print(terminal(told), soft_wrap=True, markup=False)

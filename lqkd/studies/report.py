@@ -16,6 +16,7 @@ from PIL import Image
 
 from lqkd.errors import UsageError
 from lqkd.runs.folder import CONFIG, has_ended, resume_command
+from lqkd.runs.verdicts import verdicts
 from lqkd.studies import exports, plots
 from lqkd.studies.exports import read_exports
 from lqkd.studies.job import Task
@@ -273,19 +274,20 @@ def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
     """The pictures of each variant's first run that has any."""
     found: dict[str, list[Picture]] = {}
     for run in runs:
-        pictures = sorted((run.folder / "regularizer").glob("*.png"))
+        pictures = sorted((run.folder / "regularizer").rglob("*.png"))
         files = [path for path in pictures if is_own_file(path, run.folder)]
         if run.variant in found or not files:
             continue
-        told = (run.summary.get("regularizer") or {}).get("sentence") or ""
-        found[run.variant] = [
-            Picture(
+        sentences = {name: told.sentence for name, told in verdicts(run.summary).items()}
+        for path in files:
+            below = path.relative_to(run.folder / "regularizer")
+            name, told = below.with_suffix("").as_posix(), sentences.get(below.parent.name, "")
+            picture = Picture(
                 _uri(_png(path), "image/png"),
-                f"{path.stem} of {run.variant}, seed {run.seed}. {told}",
-                f"{path.stem}, seed {run.seed}",
+                f"{name} of {run.variant}, seed {run.seed}. {told}",
+                f"{name}, seed {run.seed}",
             )
-            for path in files
-        ]
+            found.setdefault(run.variant, []).append(picture)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lqkd.errors import UsageError, first_line
 from lqkd.runs.folder import METRICS, SUMMARY
 from lqkd.runs.provenance import outdated_exports
+from lqkd.runs.verdicts import verdicts
 from lqkd.studies.job import FINISHED, Task
 from lqkd.utils.files import is_own_file
 from lqkd.utils.schema import SUMMARY as SCHEMA
@@ -53,8 +54,12 @@ class Run:
     @property
     def verdict(self) -> str | None:
         """What became of the regularizer, where that was no good: ``collapsed``, for instance."""
-        found = (self.summary.get("regularizer") or {}).get("verdict")
-        return found if found in SPOILED else None
+        return next((told.verdict for told in verdicts(self.summary).values() if told.verdict in SPOILED), None)
+
+    @property
+    def sentence(self) -> str:
+        """Of the regularizer whose verdict is no good; empty where there is none."""
+        return next((told.sentence for told in verdicts(self.summary).values() if told.verdict in SPOILED), "")
 
     @property
     def ending(self) -> str:

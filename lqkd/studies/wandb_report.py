@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lqkd.callbacks.dashboard import SECTIONS
+from lqkd.callbacks.dashboard import sections
 from lqkd.errors import UsageError, first_line
 
 if TYPE_CHECKING:
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 STEP = "trainer/global_step"
 """Lightning's name in W&B of what every metric is drawn over."""
-PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance")
+PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance", "step_length")
 
 
-def report(entity: str, project: str) -> Report:
+def report(entity: str, project: str, terms: Sequence[str] = ()) -> Report:
     """The report, not saved: a section of charts for each of the dashboard's, and one with the pictures.
 
     Args:
         entity: user or team of W&B.
         project: its project, whose runs are drawn; any subset of them can be chosen in the report itself.
+        terms: names of the runs' distillation terms, where they have any.
 
     Raises:
         UsageError: when wandb-workspaces is not installed.
@@ -42,10 +43,11 @@ def report(entity: str, project: str) -> Report:
         return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
 
     blocks: list[Any] = [wr.TableOfContents()]
-    for section, charts in SECTIONS.items():
+    for section, charts in sections(terms).items():
         lines = [wr.LinePlot(title=c.title, x=STEP, y=list(c.keys), log_y=c.logarithmic or None) for c in charts]
         blocks += [wr.H2(text=section), grid(lines)]
-    media = [wr.MediaBrowser(title=name, media_keys=[f"regularizer/pictures/{name}"]) for name in PICTURES]
+    names = [*PICTURES, *(f"{term}/{name}" for term in terms for name in PICTURES)]
+    media = [wr.MediaBrowser(title=name, media_keys=[f"regularizer/pictures/{name}"]) for name in names]
     blocks += [wr.H2(text="Pictures"), grid(media)]
     return wr.Report(
         entity=entity,
@@ -61,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     parser = argparse.ArgumentParser(prog="python -m lqkd.studies.wandb_report", description=__doc__.splitlines()[0])
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and project, of W&B")
-    entity, slash, project = parser.parse_args(arguments).project.partition("/")
+    parser.add_argument("--terms", nargs="+", default=(), metavar="NAME", help="distillation terms with names")
+    given = parser.parse_args(arguments)
+    entity, slash, project = given.project.partition("/")
     if not (entity and slash and project):
         parser.error("name user or team and project: ENTITY/PROJECT")
     try:
-        made = report(entity, project)
+        made = report(entity, project, given.terms)
         made.save(draft=True)
     except UsageError as error:
         print(f"lqkd: error: {error}", file=sys.stderr)

@@ -63,7 +63,7 @@ def test_steps_are_those_of_the_student_under_accumulation(make_trainer: MakeTra
 
 def test_bits_fall_when_validation_stalls(make_trainer: MakeTrainer) -> None:
     module = distiller(quantization=Recipe(bits="w2a2"), student_optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    module.distillation.regularizers = torch.nn.ModuleList()
+    module.distillation["distill"].regularizers = torch.nn.ModuleList()
     recorder = Recorder(lambda t, m: bits_of(m))
     scheduler = BitWidthScheduler([Stage("w8a8", patience=2)])
     # With a learning rate of zero only batch norm moves: soon no validation is better than the ones before.

@@ -301,8 +301,8 @@ def test_learned_shares_of_teachers_move_and_get_no_weight_decay(make_trainer: M
     )
     trainer = make_trainer()
     trainer.fit(module, datamodule=digits())
-    assert module.combination is not None
-    assert module.combination.scores.abs().min() > 0
+    assert module.distillation["distill"].combination is not None
+    assert module.distillation["distill"].combination.scores.abs().min() > 0
     assert trainer.optimizers[1].param_groups[-1]["name"] == "teachers"
     assert trainer.optimizers[1].param_groups[-1]["weight_decay"] == 0
 

@@ -15,13 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lqkd.balances.base import DISTILL
+from lqkd.balances.base import DISTILL, TASK
 from lqkd.callbacks.dashboard import tensorboard_layout
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer.moments import EpochWeights
 from lqkd.callbacks.regularizer.record import Record
-from lqkd.callbacks.regularizer.statistics import EpochStatistic, add, of_losses, statistics
+from lqkd.callbacks.regularizer.statistics import TOTAL, EpochStatistic, add, of_losses, statistics
 from lqkd.callbacks.regularizer.tables import write_statistic, write_weights
 from lqkd.callbacks.regularizer.verdict import Verdict, verdict
 from lqkd.errors import Stopped, UsageError
@@ -53,18 +53,23 @@ class RegularizerMonitor(Callback):
       (B, C), at the student's logits and without the weights of the balance; and ``balance``: the 0-dim weight of each
       loss. They are asked for by setting the module's ``watch_gradients`` before a step.
 
+    - ``gradient_norms``: of what each loss, weighed, puts into the gradient in the student's parameters, and of the
+      sum, ``total``, 0-dim each.
+
     Moments are taken of every batch, all else of every ``every_n_steps``-th batch of an epoch, from the first, and of
     maps with more than 65536 elements from as many of them. Numbers stay on the device until the epoch ends, and are
     those of all processes together.
 
     Every epoch it logs ``regularizer/mean``, ``spread``, ``minimum``, ``maximum``, ``effective``, ``contribution``
-    and, when known, ``at_maximum`` and ``optimum`` (see :class:`EpochWeights`), and ``regularizer/agreement/NAME`` with
-    and without weights and ``regularizer/share/NAME`` of each loss. W&B and TensorBoard get a histogram of the last
-    batch's weights as ``regularizer/weights`` and each picture as ``regularizer/pictures/NAME``; TensorBoard also gets
-    the layout of its tab "Custom Scalars". The run folder gets, in ``regularizer/``, ``weights.csv`` with a row per
-    epoch; a table per statistic (``distribution``, ``label``, ``output``, ``confidence``, ``divergence``,
-    ``agreement``, ``balance``, ``share``) with the columns ``epoch, bin, value, count``; and the pictures ``weights``,
-    ``distribution``, ``classes``, ``confidence``, ``divergence``, ``agreement`` and ``balance``, which
+    and, when known, ``at_maximum`` and ``optimum`` (see :class:`EpochWeights`), ``regularizer/agreement/NAME`` with
+    and without weights and ``regularizer/share/NAME`` of each loss, at the logits, and, in the student's parameters,
+    ``gradient/norm/NAME`` and ``gradient/share/NAME`` of each loss and ``gradient/total_to_task``. W&B and TensorBoard
+    get a histogram of the last batch's weights as ``regularizer/weights`` and each picture as
+    ``regularizer/pictures/NAME``; TensorBoard also gets the layout of its tab "Custom Scalars". The run folder gets, in
+    ``regularizer/``, ``weights.csv`` with a row per epoch; a table per statistic (``distribution``, ``label``,
+    ``output``, ``confidence``, ``divergence``, ``agreement``, ``balance``, ``share``, ``step_length``) with the columns
+    ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``, ``confidence``,
+    ``divergence``, ``agreement``, ``balance`` and ``step_length``, which
     ``docs/reading_the_pictures.md`` explains.
 
     Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
@@ -129,7 +134,7 @@ class RegularizerMonitor(Callback):
         self._drawings.start()
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(tensorboard_layout())
+                logger.experiment.add_custom_scalars(tensorboard_layout(self._names(pl_module)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for record in self.records.values():
@@ -154,6 +159,12 @@ class RegularizerMonitor(Callback):
             with torch.no_grad():
                 add(self.records[""].sums, of_losses(outputs))
 
+    @staticmethod
+    def _names(module: LightningModule) -> list[str]:
+        """Of the terms, where they have any."""
+        distillation = getattr(module, "distillation", None)
+        return [*distillation] if getattr(distillation, "named", False) else []  # type: ignore[misc]
+
     def _of_term(self, module: LightningModule, name: str) -> Iterable[Any]:
         """The regularizers of a term."""
         if name:
@@ -177,6 +188,12 @@ class RegularizerMonitor(Callback):
                     of = dict(zip(of_epoch[statistic].bins, of_epoch[statistic].columns["value"], strict=True))
                     numbers |= {f"regularizer/{statistic}/{loss}": value for loss, value in of.items()}
                     shares = of if statistic == "share" else shares
+            if "step_length" in of_epoch:
+                lengths = _step_length(of_epoch["step_length"])
+                numbers |= lengths
+                prefix = "gradient/share/"
+                in_parameters = {k.removeprefix(prefix): v for k, v in lengths.items() if k.startswith(prefix)}
+                shares = shares or in_parameters  # a loss on features has none at the logits
             before = len(record.history)
             record.end_epoch(trainer, pl_module, sums, shares.get(name or DISTILL))
             for epoch in record.history[before:]:
@@ -286,3 +303,12 @@ class RegularizerMonitor(Callback):
                 logger.log_metrics({key: histogram}, step=last_batch(trainer))  # type: ignore[dict-item]
             else:
                 logger.experiment.add_histogram(key, weights, global_step=last_batch(trainer))
+
+
+def _step_length(statistic: EpochStatistic) -> dict[str, float]:
+    """Metrics: the norm of each loss's gradient and its share, and the whole against the task's alone."""
+    norms = dict(zip(statistic.bins, statistic.columns["value"], strict=True))
+    shares = dict(zip(statistic.bins, statistic.columns["share"], strict=True))
+    found = {f"gradient/norm/{of}": value for of, value in norms.items()}
+    found |= {f"gradient/share/{of}": value for of, value in shares.items() if of != TOTAL}
+    return found | ({"gradient/total_to_task": norms[TOTAL] / norms[TASK]} if norms.get(TASK) else {})

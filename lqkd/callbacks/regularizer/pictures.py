@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
 from lqkd.callbacks.regularizer.moments import EpochWeights
-from lqkd.callbacks.regularizer.statistics import EpochStatistic
+from lqkd.callbacks.regularizer.statistics import TOTAL, EpochStatistic
 from lqkd.utils.files import atomic_path
 
 History = Sequence[EpochStatistic]
@@ -49,6 +49,8 @@ def _figures(weights: Sequence[EpochWeights], statistics: Mapping[str, History])
         yield "agreement", agreement(statistics["agreement"])
     if "balance" in statistics:
         yield "balance", balance(statistics["balance"], statistics.get("share", ()))
+    if "step_length" in statistics:
+        yield "step_length", step_length(statistics["step_length"])
 
 
 def pixels(figure: Figure) -> np.ndarray[Any, Any]:
@@ -180,6 +182,18 @@ def balance(weights: History, shares: History) -> Figure:
         _over_epochs(axes, label)
         axes.set_ylim(bottom=0)
     panels[0].legend(fontsize="small")
+    return figure
+
+
+def step_length(history: History) -> Figure:
+    """Norm of what each loss puts into the gradient of the student's parameters, and of the sum, over the epochs."""
+    figure, (axes,) = _canvas("Length of a step: gradients in the student's parameters", 1)
+    for name in dict.fromkeys(name for epoch in history for name in epoch.bins):
+        style, color = ("--", "black") if name == TOTAL else ("o-", None)
+        axes.plot(*_of(history, name), style, color=color, markersize=3, label=name)
+    axes.set_yscale("log", nonpositive="mask")
+    _over_epochs(axes, "norm of the gradient")
+    axes.legend(fontsize="small")
     return figure
 
 

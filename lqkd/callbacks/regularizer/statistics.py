@@ -21,6 +21,8 @@ Sums = dict[str, Tensor]
 Optimum = Callable[[Tensor], Tensor | None]
 """The weights that a guard's closed form gives for a divergence map, in its shape."""
 
+TOTAL = "total"
+"""What the sum of all losses is called among them."""
 WEIGHT_DECADES, WEIGHTS_PER_DECADE = (-4, 4), 8
 DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE = (-8, 4), 4
 CONFIDENCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
@@ -186,6 +188,8 @@ def of_losses(outputs: Mapping[str, Any]) -> Sums:
         if name in gradients:
             squared = weight.square() * gradients[name].square().sum()
             sums[f"share/{name}"] = torch.stack((squared, torch.ones_like(weight)))
+    for name, norm in outputs.get("gradient_norms", {}).items():
+        sums[f"step_length/{name}"] = torch.stack((_wide(norm), _wide(torch.ones_like(norm))))
     return sums
 
 
@@ -196,7 +200,9 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     mean weights by true label, by class of the map, by the teacher's largest probability and by size of the
     divergence; the last has a column ``optimum`` where the guard has a closed form. ``agreement`` gives the cosine
     between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share`` the part of
-    each loss in the student's gradient: of the norms, so that shares add up to one.
+    each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives the mean norm
+    of what each loss puts into the gradient in the student's parameters, and of their sum, ``total``; its column
+    ``share`` is the part of each in the sum of the norms.
     """
     found: dict[str, EpochStatistic] = {}
     if "distribution" in sums:
@@ -217,7 +223,7 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
 
 
 def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
-    named: dict[str, dict[str, list[float]]] = {"agreement": {}, "balance": {}, "share": {}}
+    named: dict[str, dict[str, list[float]]] = {"agreement": {}, "balance": {}, "share": {}, "step_length": {}}
     for name, values in sums.items():
         statistic, _, of = name.partition("/")
         if statistic in named:
@@ -228,12 +234,21 @@ def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     balance = {of: _ratio(v[0], v[1]) for of, v in named["balance"].items()}
     norms = {of: math.sqrt(v[0]) for of, v in named["share"].items()}
     share = {of: _ratio(norm, sum(norms.values())) for of, norm in norms.items()}
+    length = {of: _ratio(v[0], v[1]) for of, v in named["step_length"].items()}
     found = {}
-    for statistic, computed in (("agreement", agreement), ("balance", balance), ("share", share)):
+    for statistic, computed in (
+        ("agreement", agreement),
+        ("balance", balance),
+        ("share", share),
+        ("step_length", length),
+    ):
         if computed:
             count = [named[statistic][of][-1] for of in computed]
             columns = {"value": list(computed.values()), "count": count}
             found[statistic] = EpochStatistic(epoch, list(computed), columns)
+    if length:
+        whole = sum(value for of, value in length.items() if of != TOTAL)
+        found["step_length"].columns["share"] = [_ratio(value, whole) for value in length.values()]
     return found
 
 
