@@ -19,7 +19,7 @@ T = TypeVar("T")
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar when standard output is a terminal, else one printed line per epoch.
 
-    Shown are ``train/task`` and every distillation loss (``train/loss`` when the module logs neither) and the task's metric,
+    Shown are ``train/task`` and every distillation loss (``train/loss`` when the module logs none), and the metric,
     ``val/acc`` say, as far as they were logged. The bar has the last batch's values; the line has the epoch's means
     over this process's batches and the validation that ran in the epoch::
 
