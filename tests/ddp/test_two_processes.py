@@ -77,6 +77,16 @@ def test_every_player_trains_two_processes_like_one(lqkd: Forks, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_several_terms_train_two_processes_like_one(lqkd: Forks, tmp_path: Path) -> None:
+    """Logits, features and residuals of two teachers, with the step as long as the task's alone."""
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, terms=True)
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, terms=True)[0]
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    assert not torch.equal(first["steps"][-1], first["steps"][0])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_gradients_measured_in_weights_train_two_processes_like_one(lqkd: Forks, tmp_path: Path) -> None:
     """To the tolerance of the tests above; what is measured must not be what DDP averages for the step."""
     first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, shared="1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import nn
 from lqkd.balances import BoundedUncertaintyBalance, GradNorm
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.data import Augmentation, Batch, Digits
+from lqkd.losses import HintonKL, Hints, LogitResidual
+from lqkd.modules import Tap, Term
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import ElementwiseMLP
+from lqkd.regularizers import ElementwiseMLP, SampleWeight
+from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import digits, distiller, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
 
 
 class UnlabelledRank(Digits):
@@ -45,6 +49,23 @@ class Watch(Callback):
         self.asked = 0 if pl_module.opened_cache is None else pl_module.opened_cache.asked
 
 
+def _terms(student: nn.Module) -> dict[str, Any]:
+    """Arguments of a module with three terms of two teachers, and a step as long as the task's own."""
+    large = FrozenTeacher(network(14), minimum_accuracy=0.0)
+    own = FrozenTeacher(copy.deepcopy(student), minimum_accuracy=0.0)
+    return {
+        "teacher": None,
+        "teachers": {"large": large, "own": own},
+        "regularizer": None,
+        "distillation": {
+            "logits": Term(HintonKL(), "large", regularizer=SampleWeight(hidden=8)),
+            "features": Term(Hints(), "own", taps=[Tap("1", "1")]),
+            "residual": Term(LogitResidual(), "own", regularizer=ElementwiseMLP(hidden=8)),
+        },
+        "balance": BoundedUncertaintyBalance(gradient_scale="task"),
+    }
+
+
 def main(
     output: str,
     processes: int,
@@ -57,20 +78,23 @@ def main(
     cache: str | None = None,
     shared: str | None = None,
     unlabelled_rank: int | None = None,
+    terms: bool = False,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    module = distiller(
-        student=student,
-        quantization=Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
-        regularizer=ElementwiseMLP(hidden=8, player=player, guard=guard),
-        regularizer_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),  # Adam would divide by gradients of rounding size
-        balance=BoundedUncertaintyBalance() if shared is None else GradNorm(shared),
-        accumulate_grad_batches=accumulate,
-        teacher_cache=None if cache is None else TeacherCache(cache, dtype="float32"),
-        student_optimizer=lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
-    )
+    arguments = {
+        "student": student,
+        "quantization": Recipe(bits="w2a4" if oscillation else "w4a4", first_layer_bits=None, last_layer_bits=None),
+        "regularizer": ElementwiseMLP(hidden=8, player=player, guard=guard),
+        # Adam would divide by gradients of rounding size.
+        "regularizer_optimizer": lambda p: torch.optim.SGD(p, lr=0.01),
+        "balance": BoundedUncertaintyBalance() if shared is None else GradNorm(shared),
+        "accumulate_grad_batches": accumulate,
+        "teacher_cache": None if cache is None else TeacherCache(cache, dtype="float32"),
+        "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
+    }
+    module = distiller(**arguments | (_terms(student) if terms else {}))
     data = digits(1, batch_size)
     if unlabelled_rank is not None:
         data = UnlabelledRank(batch_size=batch_size, eval_batch_size=256)

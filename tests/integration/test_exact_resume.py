@@ -16,15 +16,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lqkd.balances import GradNorm, LearnableRatioBalance
+from lqkd.balances import GradNorm, LearnableRatioBalance, UncertaintyBalance
 from lqkd.callbacks import BitWidthScheduler, RegularizerMonitor, Stage
 from lqkd.data import Digits, ImageDataModule, ImageFolder
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints
 from lqkd.models import CifarResNet
-from lqkd.modules import Cosine, DistillModule
-from lqkd.modules.distillation import Tap
+from lqkd.modules import Cosine, DistillModule, Tap, Term
 from lqkd.quantization import Recipe
+from lqkd.regularizers import LearnableTable, SampleWeight
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
@@ -226,3 +226,25 @@ def test_any_other_loader_is_read_up_to_its_place(make_trainer: MakeTrainer, tmp
         run(True)
     with pytest.warns(UserWarning, match="the first 2 batches of the epoch are read and left out"):
         assert torch.equal(run(False, tmp_path / "last.ckpt"), whole)
+
+
+def test_several_terms_resume_exactly(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """With a learned balance, a regularizer of its own for each term, and teachers that are combined."""
+
+    def run(folder: str, stop: tuple[int, int] | None = None) -> DistillModule:
+        torch.manual_seed(1)
+        teachers = {name: FrozenTeacher(network(depth), minimum_accuracy=0.0) for name, depth in (("a", 14), ("b", 8))}
+        terms = {
+            "logits": Term(HintonKL(), ["a", "b"], "learned", regularizer=SampleWeight(hidden=8)),
+            "features": Term(Hints(), "b", taps=[Tap("layer1", "network.layer1")], regularizer=LearnableTable()),
+        }
+        parts = {"teacher": None, "regularizer": None, "teachers": teachers, "distillation": terms}
+        return train(
+            make_trainer, tmp_path / folder, stop, model={**parts, "balance": UncertaintyBalance()}, accumulate=2
+        )
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("cut", (1, 3))
+    tables = ("metrics.csv", "regularizer/step_length.csv", "regularizer/features/weights.csv")
+    assert_same(run("cut"), tmp_path / "cut", whole, tmp_path / "whole", tables)
