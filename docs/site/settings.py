@@ -30,6 +30,7 @@ KINDS: list[tuple[str, str, str, str]] = [
 PLAIN = {
     "Quantization: `quantization`": "lqkd.quantization.Recipe",
     "Rules: `quantization.rules`": "lqkd.quantization.recipe.Rule",
+    "Terms: `distillation`, by name": "lqkd.modules.Term",
     "Taps: `taps`": "lqkd.modules.Tap",
     "Stages of a schedule of bits: `stages`": "lqkd.callbacks.Stage",
     "The teacher's stored answers: `teacher_cache`": "lqkd.teachers.cache.cache.TeacherCache",
