@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from itertools import islice
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from lqkd.callbacks.finishing import Finisher
 from lqkd.callbacks.progress import below_the_bar
@@ -23,9 +29,9 @@ class BatchNormReestimation(Finisher):
 
     At few bits weights flip between grid points from step to step, and the exponential averages of training describe a
     network that is no longer there (Nagel et al., arXiv 2203.11086, section 4.1). The validation of the epoch, where
-    there is one, and every file saved at its end or at that of the training have the new statistics; so does an epoch
-    that ``trainer.max_steps`` cuts short. A ``last.ckpt`` saved within an epoch has those of the training, from which
-    it resumes.
+    there is one, and every file that is saved have the new statistics; so does an epoch that ``trainer.max_steps`` cuts
+    short. What is saved within an epoch costs ``batches`` forward passes more for it; training goes on with its own
+    statistics, which the file holds beside the new ones.
 
     Args:
         batches: number of training batches, augmented as in training; at most an epoch's.
@@ -43,16 +49,18 @@ class BatchNormReestimation(Finisher):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not isinstance(pl_module, ImageClassifier):
-            raise UsageError(f"BatchNormReestimation needs a module of lqkd: {type(pl_module).__name__} is none")
         if stage == "fit":
             refuse_validation_within_epochs(trainer, type(self).__name__)
 
     def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+        self._reestimate(trainer, module, trainer.train_dataloader)
+
+    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+        self._reestimate(trainer, module, _read_apart(trainer.train_dataloader))
+
+    def _reestimate(self, trainer: Trainer, module: ImageClassifier, loader: Any) -> None:
         network = module.product()
-        loader = trainer.train_dataloader
-        assert loader is not None, "the fit loop has set up the data"
-        with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
+        with _generator_kept(loader), isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
             on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
@@ -64,6 +72,32 @@ class BatchNormReestimation(Finisher):
                     mean = trainer.strategy.reduce(statistic, reduce_op="mean")
                     assert isinstance(mean, Tensor)
                     statistic.copy_(mean)
+
+
+def _read_apart(loader: Any) -> Any:
+    """A loader of the same batches that may be read while ``loader`` is.
+
+    A DataLoader with persistent workers has one reader only, which a second one would set back to the first batch.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    apart = copy(loader)
+    apart._iterator = None
+    return apart
+
+
+@contextmanager
+def _generator_kept(loader: Any) -> Iterator[None]:
+    """Let the order of later epochs be drawn as if the loader were not read inside the block."""
+    generator = getattr(loader, "generator", None)
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def refuse_validation_within_epochs(trainer: Trainer, callback: str) -> None:

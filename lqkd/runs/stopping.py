@@ -77,7 +77,7 @@ class StopOnSignal(Callback):
         keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)]
         if trainer.global_step > 0:  # before the first step there is nothing to keep: a resumed run starts anew
             for keeper in keepers:
-                keeper.save_resumable(trainer)
+                keeper.save_soon(trainer)
         saved = "" if keepers else ", but nothing is saved since trainer.enable_checkpointing is false"
         raise self._stopped(trainer, f"before step {trainer.global_step}{saved}")
 
