@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import copy
 from itertools import islice
-from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from lqkd.callbacks.finishing import Finisher
 from lqkd.callbacks.progress import below_the_bar
+from lqkd.data.reading import apart
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.stages import in_stage
@@ -53,14 +47,8 @@ class BatchNormReestimation(Finisher):
             refuse_validation_within_epochs(trainer, type(self).__name__)
 
     def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
-        self._reestimate(trainer, module, trainer.train_dataloader)
-
-    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
-        self._reestimate(trainer, module, _read_apart(trainer.train_dataloader))
-
-    def _reestimate(self, trainer: Trainer, module: ImageClassifier, loader: Any) -> None:
         network = module.product()
-        with _generator_kept(loader), isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
+        with apart(trainer.train_dataloader) as loader, in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
             on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)
@@ -72,32 +60,6 @@ class BatchNormReestimation(Finisher):
                     mean = trainer.strategy.reduce(statistic, reduce_op="mean")
                     assert isinstance(mean, Tensor)
                     statistic.copy_(mean)
-
-
-def _read_apart(loader: Any) -> Any:
-    """A loader of the same batches that may be read while ``loader`` is.
-
-    A DataLoader with persistent workers has one reader only, which a second one would set back to the first batch.
-    """
-    if not isinstance(loader, DataLoader):
-        return loader
-    apart = copy(loader)
-    apart._iterator = None
-    return apart
-
-
-@contextmanager
-def _generator_kept(loader: Any) -> Iterator[None]:
-    """Let the order of later epochs be drawn as if the loader were not read inside the block."""
-    generator = getattr(loader, "generator", None)
-    if not isinstance(generator, torch.Generator):
-        yield
-        return
-    state = generator.get_state()
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 def refuse_validation_within_epochs(trainer: Trainer, callback: str) -> None:

@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
+from lqkd.data.reading import check_collates
 from lqkd.errors import UsageError
 from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
 from lqkd.modules.schedules import Schedule, TorchSchedule
+from lqkd.modules.stages import in_stage
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_epochs, total_steps
 from lqkd.modules.trainer_checks import check_trainer_numbers
@@ -208,6 +211,18 @@ class ImageClassifier(LightningModule):
     def _prefix(self) -> str:
         """What names in the trained network begin with in this module."""
         return next(f"{name}." for name, module in self.named_modules() if module is self.trained())
+
+    def on_fit_start(self) -> None:
+        """Refuse validation data of which no batch can be made, before the first step.
+
+        Raises:
+            UsageError: then.
+        """
+        if self.trainer.enable_validation:
+            with in_stage(self.trainer, RunningStage.VALIDATING):
+                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            for loader in tree_leaves(self.trainer.val_dataloaders):
+                check_collates(loader, "validation")
 
     def on_train_start(self) -> None:
         if (

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lqkd.balances import Balance, FixedBalance
 from lqkd.balances.base import LOSSES
 from lqkd.balances.equalized_at import AtWeights
+from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, LogitResidual
 from lqkd.losses.ensembles import COMBINATIONS, Combination
@@ -316,6 +316,7 @@ class DistillModule(SharedBackward):
             follower.progress = self.progress(type(follower).__name__)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self._followers = [
             module
             for module in (*quantizers(self.student).values(), *self.distillation.modules(), self.balance)
@@ -339,10 +340,7 @@ class DistillModule(SharedBackward):
 
     def _first_batch(self) -> Any:
         """The first batch, on the device."""
-        with isolate_rng():  # peeking at a batch must not move the random numbers of the training
-            loader = self.trainer.train_dataloader
-            assert loader is not None, "the fit loop has set up the data"
-            batch = next(iter(loader), None)
+        batch = first_batch(self.trainer.train_dataloader, "training")
         if batch is None:
             raise UsageError("the training data yield no batch: there is nothing to train on")
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -32,7 +32,7 @@ def how_to_resume(folder: Path | None) -> str:
     return f"go on with: {resume_command(folder)}" if folder is not None else "the same command starts again"
 
 
-def lost_a_process(error: RuntimeError) -> bool:
+def lost_a_process(error: Exception) -> bool:
     """Whether ``error`` is that of a collective operation in which another process no longer takes part."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
