@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -29,6 +30,7 @@ from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
+from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.tasks import check_players, task_of
 from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
@@ -185,6 +187,7 @@ class DistillModule(SharedBackward):
         self.warnings: list[str] = []
         self._followers: list[Any] = []
         self._watch = LossWatch()
+        self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
     # ---- before the first batch
@@ -323,7 +326,7 @@ class DistillModule(SharedBackward):
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
-        self.warnings = []
+        self.warnings, self._signs = [], SignCheck()
         unsettled = (
             isinstance(self.balance.equalized_at, AtWeights) and not self.balance.equalized_at.settled
         )  # no shape was told
@@ -553,7 +556,16 @@ class DistillModule(SharedBackward):
         if is_due(self.trainer):  # after the callbacks, one of which may stop the training here
             send(self.trainer, self._logged)
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._signs.begin_validation(self.product())
+
+    def on_validation_end(self) -> None:
+        self._signs.end_validation(self)
+
     def on_train_epoch_end(self) -> None:
+        self._signs.end_epoch(self)
         self.balance.on_epoch_end()
         self.step_schedules("epoch")
 
