@@ -310,7 +310,7 @@ class LqkdCLI(LightningCLI):
             if isinstance(error, DivergenceError) or not lost_a_process(error):
                 raise
             raise LostProcessError(
-                f"another process of this training has ended ({first_line(error)}): what it printed says why; "
+                f"another process of this training has ended or hangs ({first_line(error)}): what it printed says why; "
                 f"{self._how_to_go_on()}"
             ) from error
         except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training

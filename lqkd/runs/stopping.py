@@ -32,11 +32,20 @@ def how_to_resume(folder: Path | None) -> str:
     return f"go on with: {resume_command(folder)}" if folder is not None else "the same command starts again"
 
 
+_OWN = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError")
+"""What NCCL says of a mistake or a failing device of this process, with the same class of error."""
+
+
 def lost_a_process(error: Exception) -> bool:
-    """Whether ``error`` is that of a collective operation in which another process no longer takes part."""
+    """Whether ``error`` is that of a collective operation in which another process no longer takes part.
+
+    The store and NCCL, whose watchdog's errors reach a process that waits, raise a class of their own; gloo does not.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
-    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in _LOST)
+    if isinstance(error, torch.distributed.DistError):
+        return not any(text in str(error) for text in _OWN)
+    return any(text in str(error) for text in _LOST)
 
 
 class StopOnSignal(Callback):
