@@ -6,12 +6,12 @@ from itertools import islice
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.callbacks.finishing import Finisher
 from lqkd.callbacks.progress import below_the_bar
+from lqkd.data.reading import apart
 from lqkd.errors import UsageError
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.stages import in_stage
@@ -23,9 +23,9 @@ class BatchNormReestimation(Finisher):
 
     At few bits weights flip between grid points from step to step, and the exponential averages of training describe a
     network that is no longer there (Nagel et al., arXiv 2203.11086, section 4.1). The validation of the epoch, where
-    there is one, and every file saved at its end or at that of the training have the new statistics; so does an epoch
-    that ``trainer.max_steps`` cuts short. A ``last.ckpt`` saved within an epoch has those of the training, from which
-    it resumes.
+    there is one, and every file that is saved have the new statistics; so does an epoch that ``trainer.max_steps`` cuts
+    short. What is saved within an epoch costs ``batches`` forward passes more for it; training goes on with its own
+    statistics, which the file holds beside the new ones.
 
     Args:
         batches: number of training batches, augmented as in training; at most an epoch's.
@@ -43,16 +43,12 @@ class BatchNormReestimation(Finisher):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not isinstance(pl_module, ImageClassifier):
-            raise UsageError(f"BatchNormReestimation needs a module of lqkd: {type(pl_module).__name__} is none")
         if stage == "fit":
             refuse_validation_within_epochs(trainer, type(self).__name__)
 
     def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
         network = module.product()
-        loader = trainer.train_dataloader
-        assert loader is not None, "the fit loop has set up the data"
-        with isolate_rng(), in_stage(trainer, RunningStage.TRAINING):
+        with apart(trainer.train_dataloader) as loader, in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)
             on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches)

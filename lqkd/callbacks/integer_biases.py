@@ -20,7 +20,7 @@ class IntegerBiases(Finisher):
     The export folds batch norm into the layers and rounds their biases to the grid of the accumulator, the product of
     the scales of input and weight. At few bits that grid is coarse enough to change the class of some images. With
     this, the network that is validated, saved and tested has the biases that are deployed: each batch norm's, or the
-    layer's own where it has none. Training goes on from them.
+    layer's own where it has none. Training goes on from them, and from its own after a file saved within an epoch.
 
     It comes after :class:`~lqkd.callbacks.BatchNormReestimation`, in whatever order the two are listed, since fresh
     statistics move the folded bias. Biases that stay in floating point are left alone: of layers whose weight or input
@@ -39,8 +39,7 @@ class IntegerBiases(Finisher):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if not isinstance(pl_module, ImageClassifier):
-            raise UsageError(f"IntegerBiases needs a module of lqkd: {type(pl_module).__name__} is none")
+        assert isinstance(pl_module, ImageClassifier), "setup of all finishers refuses others"
         try:
             self._folded = foldable(pl_module.product()).folded
         except UsageError as error:

@@ -56,10 +56,9 @@ class WeightEMA(Finisher):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not isinstance(pl_module, ImageClassifier):
-            raise UsageError(f"WeightEMA needs a module of lqkd: {type(pl_module).__name__} is none")
         if stage != "fit":
             return
+        assert isinstance(pl_module, ImageClassifier), "setup of all finishers refuses others"
         pl_module.keep_average(None)
         self._average = deepcopy(pl_module.trained()).eval().requires_grad_(False)
         self._updates = self._step = 0
@@ -81,6 +80,10 @@ class WeightEMA(Finisher):
         self._update(trainer, module)
         if self._statistics is not None:
             self._statistics.finish(trainer, module)
+
+    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+        if self._statistics is not None:
+            self._statistics.finish_copy(trainer, module)
 
     @torch.no_grad()
     def _update(self, trainer: Trainer, module: LightningModule) -> None:

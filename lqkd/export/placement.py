@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.computed import computed
-from lqkd.quantization.graph import trace
+from lqkd.quantization.graph import obstacle, trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
 
@@ -42,6 +43,7 @@ def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Fol
                 "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
             )
     check_takes(student, example, "an example")
+    _check_traced(student, example)
     folding = fold_batchnorm(student)
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
@@ -60,6 +62,37 @@ def check_takes(network: nn.Module, inputs: Tensor, what: str) -> None:
             f"the network cannot take {what} of shape {tuple(inputs.shape)} and type {inputs.dtype} "
             f"({first_line(error)})"
         ) from error
+
+
+@torch.no_grad()
+def _check_traced(student: nn.Module, example: Tensor) -> None:
+    """Refuse a network of which a trace finds no graph, or that of something else than it computes."""
+    try:
+        graph = trace(student)
+    except Exception as error:  # networks that decide by their data fail in many ways
+        raise UsageError(f"the network cannot be exported: its graph cannot be traced ({obstacle(error)})") from error
+    expected = [value for value in tree_leaves(student(example.clone())) if isinstance(value, Tensor)]
+    try:
+        found = [
+            v for v in tree_leaves(fx.Interpreter(student, graph=graph).run(example.clone())) if isinstance(v, Tensor)
+        ]
+        same = len(found) == len(expected) and all(map(_agree, found, expected))
+        difference = "" if same else "it computes something else"
+    except Exception as error:  # of whichever operation gets something that it does not take
+        difference = first_line(error)
+    if difference:
+        raise UsageError(
+            f"the network cannot be exported: a trace of its forward goes another way than a batch ({difference}): the "
+            "forward must not ask for the Python type of a value (isinstance, type), where a trace has a stand-in"
+        )
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same but for rounding, which may differ where a forward works in place."""
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.double(), expected.double()
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
 
 
 def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:

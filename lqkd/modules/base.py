@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
+from lqkd.data.reading import check_collates
 from lqkd.errors import UsageError
 from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
 from lqkd.modules.schedules import Schedule, TorchSchedule
+from lqkd.modules.stages import in_stage
 from lqkd.modules.state import check_state
 from lqkd.modules.steps import total_epochs, total_steps
 from lqkd.modules.trainer_checks import check_trainer_numbers
@@ -26,6 +30,11 @@ TRAINED = "trained_weights"
 """Where a checkpoint keeps the state of the network that is trained, when its average is in ``state_dict``."""
 AVERAGED = "averaged_weights"
 """Where callbacks find the state of the average when training goes on from such a checkpoint."""
+UNFINISHED = "unfinished"
+"""Where a checkpoint keeps those tensors that training goes on from in place of what ``state_dict`` has of them."""
+
+Finish = Callable[["ImageClassifier"], Mapping[str, Tensor]]
+"""Makes tensors of a module's product, by their names, for a file."""
 
 
 class ImageClassifier(LightningModule):
@@ -60,6 +69,7 @@ class ImageClassifier(LightningModule):
             )
         self.samples_in_batch = 0
         self.__dict__["averaged"] = None
+        self._finish_saved: Finish | None = None
         self._beginnings: list[Beginning] = []  # of every optimizer
         self._resumed = False  # from a checkpoint
 
@@ -74,6 +84,29 @@ class ImageClassifier(LightningModule):
     def keep_average(self, network: nn.Module | None) -> None:
         """Let a network like the trained one take its place as the product; None for the trained one itself."""
         self.__dict__["averaged"] = network  # past nn.Module's registration
+
+    def finish_saved(self, finish: Finish | None) -> None:
+        """Let every file that is saved have what ``finish`` returns in place of tensors of the product.
+
+        Args:
+            finish: called with this module, on all processes, when a checkpoint is saved, for tensors by their names in
+                the product, which it leaves as it is. None for none.
+        """
+        self._finish_saved = finish
+
+    @property
+    def finishes_saved(self) -> bool:
+        """Whether that takes more time than saving itself."""
+        return self._finish_saved is not None
+
+    @contextmanager
+    def saved_at_once(self) -> Iterator[None]:
+        """Inside the block files are saved as the network is."""
+        finish, self._finish_saved = self._finish_saved, None
+        try:
+            yield
+        finally:
+            self._finish_saved = finish
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and network of all that must fit the data and the task."""
@@ -152,25 +185,44 @@ class ImageClassifier(LightningModule):
         return made
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the product under the names of the trained network, whose own state goes beside it."""
-        if self.averaged is None:
-            return
+        """Save the finished product under the names of the trained network, whose own state goes beside it."""
         state, prefix = checkpoint["state_dict"], self._prefix()
-        average = {prefix + key: value for key, value in self.averaged.state_dict().items()}
-        checkpoint[TRAINED] = {key: state[key] for key in average}
-        checkpoint["state_dict"] = {**state, **average}
+        if self.averaged is not None:
+            average = {prefix + key: value for key, value in self.averaged.state_dict().items()}
+            checkpoint[TRAINED] = {key: state[key] for key in average}
+            state.update(average)
+        finish = self._finish_saved
+        finished = {} if finish is None else {prefix + key: value for key, value in finish(self).items()}
+        if finished:
+            checkpoint[UNFINISHED] = {key: state[key] for key in finished}
+            state.update(finished)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the trained network's own state where a training goes on, and with the product elsewhere."""
         self._resumed = True
-        if TRAINED in checkpoint and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            state, prefix = checkpoint["state_dict"], self._prefix()
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        state, prefix = checkpoint["state_dict"], self._prefix()
+        state.update(checkpoint.get(UNFINISHED, {}))
+        if TRAINED in checkpoint:
             checkpoint[AVERAGED] = {key.removeprefix(prefix): state[key] for key in checkpoint[TRAINED]}
-            checkpoint["state_dict"] = {**state, **checkpoint[TRAINED]}
+            state.update(checkpoint[TRAINED])
 
     def _prefix(self) -> str:
         """What names in the trained network begin with in this module."""
         return next(f"{name}." for name, module in self.named_modules() if module is self.trained())
+
+    def on_fit_start(self) -> None:
+        """Refuse validation data of which no batch can be made, before the first step.
+
+        Raises:
+            UsageError: then.
+        """
+        if self.trainer.enable_validation:
+            with in_stage(self.trainer, RunningStage.VALIDATING):
+                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            for loader in tree_leaves(self.trainer.val_dataloaders):
+                check_collates(loader, "validation")
 
     def on_train_start(self) -> None:
         if (

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from lqkd.data.reading import check_collates
 from lqkd.modules.base import ImageClassifier
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
@@ -64,6 +65,10 @@ class ClassifierModule(ImageClassifier):
         optimizer = optimizer_of(self.optimizer, "optimizer", self.network.parameters())
         self._beginnings.clear()
         return {"optimizer": optimizer, "lr_scheduler": self.start_schedule(optimizer, self.schedule, "schedule")}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        check_collates(self.trainer.train_dataloader, "training")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs = self.inputs(batch)

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lqkd.balances import Balance, FixedBalance
 from lqkd.balances.base import DISTILL, TASK
 from lqkd.balances.equalized_at import AtWeights
+from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.losses.taps import Seen
@@ -29,6 +30,7 @@ from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
+from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.step_length import GradientLength, gradient_norms
 from lqkd.modules.tasks import check_teacher, check_term, task_of
@@ -196,6 +198,7 @@ class DistillModule(ImageClassifier):
         self.warnings: list[str] = []
         self._followers: list[Any] = []
         self._watch = LossWatch()
+        self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
     # ---- before the first batch
@@ -356,13 +359,14 @@ class DistillModule(ImageClassifier):
             follower.progress = self.progress(type(follower).__name__)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         self._followers = [
             module
             for module in (*quantizers(self.student).values(), *self.distillation.modules(), self.balance)
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
-        self.warnings = []
+        self.warnings, self._signs = [], SignCheck()
         unsettled = (
             isinstance(self.balance.equalized_at, AtWeights) and not self.balance.equalized_at.settled
         )  # no shape was told
@@ -379,10 +383,7 @@ class DistillModule(ImageClassifier):
 
     def _first_batch(self) -> Any:
         """The first batch, on the device."""
-        with isolate_rng():  # peeking at a batch must not move the random numbers of the training
-            loader = self.trainer.train_dataloader
-            assert loader is not None, "the fit loop has set up the data"
-            batch = next(iter(loader), None)
+        batch = first_batch(self.trainer.train_dataloader, "training")
         if batch is None:
             raise UsageError("the training data yield no batch: there is nothing to train on")
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -606,7 +607,16 @@ class DistillModule(ImageClassifier):
         if is_due(self.trainer):  # after the callbacks, one of which may stop the training here
             send(self.trainer, self._logged)
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._signs.begin_validation(self.product())
+
+    def on_validation_end(self) -> None:
+        self._signs.end_validation(self)
+
     def on_train_epoch_end(self) -> None:
+        self._signs.end_epoch(self)
         self.balance.on_epoch_end()
         self.optimization.step_schedules("epoch")
 

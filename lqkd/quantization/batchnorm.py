@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lqkd.errors import UsageError, first_line
+from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
-from lqkd.quantization.graph import trace
+from lqkd.quantization.graph import obstacle, trace
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.residual import move_output_quantizer
@@ -139,7 +139,7 @@ def foldable(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
         graph = trace(model)
     except Exception as error:
         raise UsageError(
-            f"batch norm of {type(model).__name__} cannot be folded: its graph cannot be traced ({first_line(error)})"
+            f"batch norm of {type(model).__name__} cannot be folded: its graph cannot be traced ({obstacle(error)})"
         ) from None
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lqkd.errors import first_line
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
@@ -89,6 +92,22 @@ def trace(model: nn.Module) -> fx.Graph:
     return _Tracer().trace(model)
 
 
+def obstacle(error: Exception) -> str:
+    """Why :func:`trace` raised ``error``, with the line of the network's own code that a trace cannot follow."""
+    told = first_line(error).partition(". ")[0]
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(ours)]
+    if not lines:
+        return told
+    told += f", at `{lines[-1].line}`, line {lines[-1].lineno} of {Path(lines[-1].filename).name}"
+    if isinstance(error, fx.proxy.TraceError) or "Proxy" in told or "symbolic" in told:
+        return (
+            f"{told}: values, sizes and types of a batch cannot decide there in Python; compute it with tensors, such "
+            "as torch.where, or decide when the network is built"
+        )
+    return told
+
+
 def survey(model: nn.Module) -> Survey:
     """Find the functional operations of ``model``, without running or changing it."""
     operations = Counter(
@@ -105,8 +124,7 @@ def survey(model: nn.Module) -> Survey:
     try:
         graph = tracer.trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways
-        lines = str(error).strip().splitlines() or [""]
-        return Survey(_listed(operations), untraceable=f"{type(error).__name__}: {lines[0]}")
+        return Survey(_listed(operations), untraceable=f"{type(error).__name__}: {obstacle(error)}")
     numbers = _numbers(graph)
     calls: Counter[str] = Counter()
     read: dict[str, str] = {}

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
 from lqkd.data import DecodingDataModule, ImageFolder
+from lqkd.data.reading import collation_problem
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
@@ -303,11 +304,14 @@ class LqkdCLI(LightningCLI):
                     f"{error.strerror}{place}: what was saved before is whole; make room, then {self._how_to_go_on()}"
                 ) from error
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, LookupError) as error:
+            problem = collation_problem(error)  # of a later batch, or without a training
+            if problem is not None:
+                raise UsageError(f"a DataLoader cannot make a batch: {problem}") from error
             if isinstance(error, DivergenceError) or not lost_a_process(error):
                 raise
             raise LostProcessError(
-                f"another process of this training has ended ({first_line(error)}): what it printed says why; "
+                f"another process of this training has ended or hangs ({first_line(error)}): what it printed says why; "
                 f"{self._how_to_go_on()}"
             ) from error
         except KeyboardInterrupt as interrupt:  # a second one, while the first ends the training

@@ -32,11 +32,20 @@ def how_to_resume(folder: Path | None) -> str:
     return f"go on with: {resume_command(folder)}" if folder is not None else "the same command starts again"
 
 
-def lost_a_process(error: RuntimeError) -> bool:
-    """Whether ``error`` is that of a collective operation in which another process no longer takes part."""
+_OWN = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError")
+"""What NCCL says of a mistake or a failing device of this process, with the same class of error."""
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether ``error`` is that of a collective operation in which another process no longer takes part.
+
+    The store and NCCL, whose watchdog's errors reach a process that waits, raise a class of their own; gloo does not.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
-    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in _LOST)
+    if isinstance(error, torch.distributed.DistError):
+        return not any(text in str(error) for text in _OWN)
+    return any(text in str(error) for text in _LOST)
 
 
 class StopOnSignal(Callback):
@@ -77,7 +86,7 @@ class StopOnSignal(Callback):
         keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)]
         if trainer.global_step > 0:  # before the first step there is nothing to keep: a resumed run starts anew
             for keeper in keepers:
-                keeper.save_resumable(trainer)
+                keeper.save_soon(trainer)
         saved = "" if keepers else ", but nothing is saved since trainer.enable_checkpointing is false"
         raise self._stopped(trainer, f"before step {trainer.global_step}{saved}")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from lqkd.runs.stopping import lost_a_process
 from tests.forked import Forks, send
 from tests.integration.test_resume import QUICKSTART, SMALL, after_saving, assert_same, steps_done
 
@@ -71,6 +72,37 @@ def test_a_loss_that_is_nan_on_one_process_stops_both_in_that_step(lqkd: Forks, 
     assert all(value.isfinite().all() for value in saved.values())
 
 
+NCCL = {
+    "remote": "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error",
+    "watchdog": "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)",
+    "own": "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage\nncclInvalidUsage: Duplicate GPU detected",
+}
+
+
+@pytest.mark.parametrize("case", NCCL)
+def test_what_nccl_raises_is_a_lost_process_unless_it_is_of_this_one(tmp_path: Path, case: str) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert lost_a_process(torch.distributed.DistBackendError(NCCL[case])) == (case != "own")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_error_of_the_backend_ends_a_training_like_a_lost_process(lqkd: Forks, place: Path) -> None:
+    raising = (
+        "import torch.nn.functional as F\n"
+        "def cross_entropy(*inputs, **more):\n"
+        f"    raise torch.distributed.DistBackendError({NCCL['watchdog']!r})\n"
+        "F.cross_entropy = cross_entropy\n"
+    )
+    command = fit(place, "backend", "--trainer.devices", "1", "--trainer.num_sanity_val_steps", "0")
+    assert lqkd.run_ranks(*command, environments=ranks(1), before=raising) == [5], lqkd.log.read_text()
+    errors = [line for line in lqkd.log.read_text().splitlines() if line.startswith("lqkd: ")]
+    assert errors[0].startswith("lqkd: error: another process of this training has ended or hangs ([Rank 1] Watchdog")
+    assert "Traceback" not in lqkd.log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_is_told_by_the_other_in_one_sentence(lqkd: Forks, place: Path, lost: int) -> None:
@@ -82,7 +114,7 @@ def test_a_process_that_dies_is_told_by_the_other_in_one_sentence(lqkd: Forks, p
     assert statuses == [-signal.SIGKILL, 5] if lost == 0 else [5, -signal.SIGKILL]
     log = lqkd.log if lost else lqkd.log.with_name(f"{lqkd.log.name}.1")
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("lqkd: ")]
-    assert error.startswith("lqkd: error: another process of this training has ended (")
+    assert error.startswith("lqkd: error: another process of this training has ended or hangs (")
     assert error.endswith(f"go on with: python -m lqkd resume {run}")
     assert "Traceback" not in log.read_text()
     if lost:

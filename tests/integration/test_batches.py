@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -116,6 +117,24 @@ def test_a_batch_that_cannot_be_trained_on_is_refused_before_the_first_step(
     with pytest.raises(UsageError, match=message):
         trainer.fit(distiller(), data())
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("make", [distiller, lambda: ClassifierModule(network())], ids=["distill", "classifier"])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_images_that_are_no_tensors_are_refused_before_the_first_step(
+    make_trainer: MakeTrainer, make: Callable[[], Any], split: str
+) -> None:
+    pictures = loader(image=lambda i: Image.new("L", (8, 8)))
+    loaders = (pictures, loader()) if split == "training" else (loader(), pictures)
+    trainer = make_trainer()
+    with pytest.raises(UsageError, match=f"the {split} DataLoader cannot make a batch: its samples hold images"):
+        trainer.fit(make(), *loaders)
+    assert trainer.global_step == 0
+
+
+def test_looking_at_the_first_batch_takes_none_from_a_loader_with_workers_that_stay(make_trainer: MakeTrainer) -> None:
+    workers = DataLoader(list(loader().dataset), batch_size=8, num_workers=1, persistent_workers=True)
+    assert len(train(make_trainer, distiller(), workers)) == 3
 
 
 @pytest.mark.parametrize("make", [distiller, lambda: ClassifierModule(network())], ids=["distill", "classifier"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lqkd.callbacks import BatchNormReestimation
+from lqkd.callbacks import BatchNormReestimation, IntegerBiases
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
+from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
-from lqkd.quantization.batchnorm import reestimate_batchnorm
+from lqkd.quantization.batchnorm import foldable, reestimate_batchnorm
+from lqkd.quantization.biases import integer_biases
 from lqkd.runs import BestAndLast
-from tests.conftest import digits, distiller
+from lqkd.runs.stopping import StopOnSignal
+from tests.conftest import digits, distiller, parameters_of
+from tests.integration.test_exact_resume import StopAt
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -70,6 +77,104 @@ def test_what_is_saved_without_a_validation_has_them_too(
         saved = module.student.bn1.running_mean.clone()
         reestimate_batchnorm(module.student, batches)
         torch.testing.assert_close(saved, module.student.bn1.running_mean)
+
+
+class Counted(BatchNormReestimation):
+    """Counts how often it works for a file."""
+
+    copies = 0
+
+    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+        self.copies += 1
+        super().finish_copy(trainer, module)
+
+
+def test_what_is_saved_within_an_epoch_has_them_too_once_a_step(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class Light(ModelCheckpoint):  # saves when a batch ends, and BestAndLast before the next
+        """Two of one class have one state."""
+
+    counted = Counted(2)
+    savers = [BestAndLast(tmp_path, every_n_steps=1), ModelCheckpoint(tmp_path, "all", every_n_train_steps=1)]
+    savers.append(Light(tmp_path, "weights", every_n_train_steps=1, save_weights_only=True))
+    trainer = make_trainer(callbacks=[counted, IntegerBiases(), *savers, StopAt(0, 3)], enable_checkpointing=True)
+    with pytest.raises(InterruptedError):
+        trainer.fit(distiller(), datamodule=digits(4))
+    assert counted.copies == 3
+    data = digits(4)
+    data.setup()
+    batches = [data.preprocess(batch, train=True, epoch=0).images for batch in islice(data.train_dataloader(), 2)]
+    for name in ("last", "all", "weights"):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert saved["global_step"] == (2 if name == "last" else 3)
+        module = distiller()
+        module.load_state_dict(saved["state_dict"])
+        folded = foldable(module.student).folded
+        for layer, bias in integer_biases(module.student, folded).items():
+            torch.testing.assert_close(module.student.get_submodule(layer).bias.detach(), bias)
+        fresh = module.student.bn1.running_mean.clone()
+        reestimate_batchnorm(module.student, batches)
+        torch.testing.assert_close(fresh, module.student.bn1.running_mean)
+
+
+def test_a_file_within_an_epoch_changes_nothing_of_the_training(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Of what it goes on from, when it is resumed from there either."""
+
+    def stopped(folder: str, *stops: tuple[int, int], every: int | None = 1) -> dict[str, Any]:
+        for stop in stops:
+            last = tmp_path / folder / "last.ckpt"
+            keeper = BestAndLast(tmp_path / folder, every_n_steps=every)
+            callbacks = [BatchNormReestimation(2), IntegerBiases(), keeper, StopAt(*stop)]
+            trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=2, logger=False)
+            resumed = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
+            with pytest.raises(InterruptedError):
+                trainer.fit(distiller(), datamodule=digits(4), **resumed)
+        return dict(torch.load(last, weights_only=True))
+
+    whole = stopped("whole", (1, 3), every=6)  # which saves at the end of an epoch and once within
+    cut = stopped("cut", (0, 3), (1, 2), (1, 3))
+    assert whole["global_step"] == cut["global_step"] == 6
+    for key in ("state_dict", "unfinished"):
+        assert whole[key].keys() == cut[key].keys()
+        assert all(torch.equal(cut[key][name], value) for name, value in whole[key].items())
+    mean = "student.bn1.running_mean"
+    assert not torch.equal(whole["unfinished"][mean], whole["state_dict"][mean])
+
+
+def test_a_loader_with_workers_that_stay_is_read_within_an_epoch_as_if_nothing_were_saved(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    samples = TensorDataset(torch.randn(48, 1, 8, 8), torch.arange(48) % 10)
+
+    def trained(*callbacks: Any) -> torch.Tensor:
+        order = torch.Generator().manual_seed(2)
+        workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
+        loader = DataLoader(samples, batch_size=12, shuffle=True, generator=order, **workers)
+        saves = {"callbacks": [*callbacks], "enable_checkpointing": bool(callbacks), "logger": False}
+        module = distiller()
+        make_trainer(max_epochs=2, limit_val_batches=0, **saves).fit(module, loader)
+        return parameters_of(module)
+
+    keeper = BestAndLast(tmp_path, validates=False, every_n_steps=1)
+    assert torch.equal(trained(BatchNormReestimation(2), keeper), trained())
+
+
+def test_a_signal_saves_before_statistics_are_computed_for_which_there_may_be_no_time(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    class Impatient(BatchNormReestimation):
+        def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    callbacks = [Impatient(), Stopping(), StopOnSignal(), BestAndLast(tmp_path)]
+    with pytest.raises(SystemExit):
+        make_trainer(callbacks=callbacks, enable_checkpointing=True).fit(distiller(), datamodule=digits(4))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_training_itself_is_not_changed(make_trainer: MakeTrainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from lqkd.errors import UsageError
@@ -26,8 +27,9 @@ def test_the_network_of_the_file_is_built() -> None:
         lambda: CifarResNet(60_000_008),
         lambda: CifarResNet(20, width=8000),
         lambda: nn.Sequential(*(nn.Sequential(nn.ReLU()) for _ in range(10**9))),
+        lambda: nn.ParameterList(torch.empty(0) for _ in range(10**9)),
     ],
-    ids=["deep", "wide", "without parameters"],
+    ids=["deep", "wide", "without parameters", "without elements"],
 )
 def test_a_far_larger_one_is_stopped_while_it_is_built(build: object) -> None:
     with no_larger_than(SHAPES), pytest.raises(UsageError, match="far larger than the 116 tensors of the file"):
