@@ -491,8 +491,10 @@ def _print_summary(folder: Path) -> None:
 
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    table = Table(title=f"{bits}: accuracy on the test split")
-    for column in ("network", "top-1", "size"):
+    metric = summary["metric"].removeprefix("val/")
+    of_classes = metric == "acc"
+    table = Table(title=f"{bits}: {'accuracy' if of_classes else metric} on the test split")
+    for column in ("network", "top-1" if of_classes else metric, "size"):
         table.add_column(column, justify="left" if column == "network" else "right")
     float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
     rows = [
@@ -503,7 +505,7 @@ def _print_summary(folder: Path) -> None:
     ]
     for name, key, shown_size in rows:
         if summary[key] is not None:
-            table.add_row(name, f"{summary[key]:.2%}", shown_size)
+            table.add_row(name, f"{summary[key]:.2%}" if of_classes else f"{summary[key]:.4g}", shown_size)
         elif key == "student_float_accuracy" and summary["student_initial_quantized_accuracy"] is not None:
             table.add_row(name, "not trained", shown_size)
     console = Console()

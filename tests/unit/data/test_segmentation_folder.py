@@ -146,13 +146,19 @@ def _replace(mask: np.ndarray) -> Callable[[Path], None]:
         (_replace(np.zeros((50, 40), np.uint8)), r"7.jpg has 106x106 pixels and mask .*7.png 50x40: they must agree"),
         (_replace(np.full((106, 106), 7, np.uint8)), r"has the number 7: accepted are 0 to 2, the classes, and 255"),
         (_replace(np.full((106, 106), 700, np.uint16)), "has the number 700: the numbers of classes are 0 to 255"),
-        (_replace(np.zeros((106, 106, 3), np.uint8)), r"has colours \(RGB\): each pixel must be the number of its class"),
+        (
+            _replace(np.zeros((106, 106, 3), np.uint8)),
+            r"has colours \(RGB\): each pixel must be the number",
+        ),
         (lambda root: os.truncate(root / "masks" / "7.png", 60), "mask .*7.png cannot be read"),
         (lambda root: os.truncate(root / "images" / "7.jpg", 60), "7.jpg cannot be read as an image"),
         (lambda root: (root / "images" / "7.png").write_bytes(b""), "7.jpg and .*7.png have the same mask"),
         (lambda root: (root / "masks").rename(root / "labels"), "has no folder 'masks'"),
         (lambda root: [path.unlink() for path in (root / "images").iterdir()], "holds no image"),
-        (lambda root: (root / "train" / "images").mkdir(parents=True), "train but neither val nor test: add one, or put images"),
+        (
+            lambda root: (root / "train" / "images").mkdir(parents=True),
+            "neither val nor test: add one, or put images",
+        ),
     ],
 )
 def test_pairs_that_are_none_are_told_in_one_sentence(
@@ -174,7 +180,7 @@ def test_masks_of_which_all_but_one_class_is_ignored_are_refused(photographs: Pa
 
 def test_a_class_without_a_pixel_and_masks_without_an_image_are_told(photographs: Path) -> None:
     (photographs / "masks" / "7.txt").write_text("")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="'green'") as caught:
         prepared(photographs, classes=[*CLASSES, "green"])
     told = " ".join(str(warning.message) for warning in caught)
     assert "is of class 'green'" in told
