@@ -104,13 +104,17 @@ class MaskedImages(EncodedImages):
         self.seen = np.zeros(256, dtype=bool)
         """Which numbers the masks have had that were read in this process."""
 
+    def paths(self, index: int) -> tuple[str, str]:
+        """The files of an image and of its mask."""
+        return self.files.path(index), self.files.path(index + self.shape[0])
+
     def read(self, index: int) -> np.ndarray:
         """Decode one image and its mask: (H, W, 4) uint8 in its own size.
 
         Raises:
             UsageError: when one cannot be read, they differ in size, or the mask has another number than the classes'.
         """
-        path, mask_path = self.files.path(index), self.files.path(index + self.shape[0])
+        path, mask_path = self.paths(index)
         image, mask = decode(path, path), read_mask(mask_path)
         if image.shape[:2] != mask.shape:
             sizes = ["x".join(map(str, pixels.shape[:2])) for pixels in (image, mask)]

@@ -25,6 +25,7 @@ from lqkd.data.worker_loader import WorkerBatches, check_workers, worker_batches
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED
 from lqkd.utils.counter_rng import STREAM_TEST
+from lqkd.utils.tables import write_csv
 
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
 
@@ -166,6 +167,22 @@ class SegmentationFolder(ImageDataModule):
             counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
             rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
 
+    def write_split(self, target: Path) -> None:
+        """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
+
+        Columns: ``split`` (``train``, ``val`` or ``test``), ``file`` and ``mask``, their names below ``root``; names are
+        escaped as :func:`lqkd.utils.escaping.csv_cell` says.
+        """
+        images = self._loaded()
+        tested = torch.arange(len(images.test_labels))
+        parts = (("train", images.train_images, self.train_indices), ("val", images.train_images, self.val_indices))
+        rows = [
+            {"split": name} | dict(zip(("file", "mask"), self._pair(pairs, index), strict=True))
+            for name, pairs, indices in (*parts, ("test", images.test_images, tested))
+            for index in indices.tolist()
+        ]
+        write_csv(target, rows, ("split", "file", "mask"))
+
     def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
         """Mirror (in training), normalise, and take the masks off; needs ``setup``, but no trainer.
 
@@ -198,6 +215,10 @@ class SegmentationFolder(ImageDataModule):
         plan = TensorBatches(torch.empty(len(labels), 0, dtype=torch.uint8), labels, indices, **settings)
         cropped = CroppedMasks(images, seed=self.run_seed, crop_scale=self.crop_scale if train else None)
         return worker_batches(plan, cropped, self.num_workers, self.trainer)
+
+    def _pair(self, pairs: Tensor | EncodedImages, index: int) -> tuple[str, ...]:
+        assert isinstance(pairs, MaskedImages)
+        return tuple(Path(path).relative_to(self.root).as_posix() for path in pairs.paths(index))
 
     def _masked(self, images: list[str], masks: list[str]) -> MaskedImages:
         return MaskedImages(images, masks, self.image_size, len(self.classes), self.ignore_index)

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
-from lqkd.data import DecodingDataModule, ImageFolder
+from lqkd.data import DecodingDataModule, ImageFolder, SegmentationFolder
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
@@ -428,7 +428,7 @@ class _KeepRun(Callback):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
             print(pl_module.coverage.summary())
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ImageFolder):
+        if isinstance(data, (ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)
 
     @rank_zero_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections.abc import Callable
@@ -126,6 +127,16 @@ def test_a_palette_gives_the_number_of_the_class_and_not_its_colour(photographs:
         mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
         mask.save(path)
     assert torch.equal(next(iter(prepared(photographs).test_dataloader())).images, expected)
+
+
+def test_a_table_tells_of_every_pair_what_it_is_for(photographs: Path, tmp_path: Path) -> None:
+    data = prepared(photographs)
+    data.write_split(tmp_path / "split.csv")
+    with open(tmp_path / "split.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["split"] for row in rows] == ["train"] * 15 + ["val"] * 4 + ["test"] * 5
+    assert len({row["file"] for row in rows}) == 24
+    assert all(row["mask"] == row["file"].replace("images", "masks").replace("jpg", "png") for row in rows)
 
 
 def test_the_fingerprint_changes_with_a_mask(photographs: Path) -> None:
