@@ -170,7 +170,7 @@ class SegmentationFolder(ImageDataModule):
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
 
-        Columns: ``split`` (``train``, ``val`` or ``test``), ``file`` and ``mask``, their names below ``root``; names are
+        Columns: ``split`` (``train``, ``val`` or ``test``), ``file`` and ``mask``, names below ``root`` that are
         escaped as :func:`lqkd.utils.escaping.csv_cell` says.
         """
         images = self._loaded()

@@ -91,6 +91,14 @@ def test_a_mask_is_cropped_and_mirrored_with_its_image(tmp_path: Path) -> None:
     assert inner > 0.85
 
 
+def test_resizing_makes_no_numbers_that_a_mask_has_not(photographs: Path) -> None:
+    for path in (photographs / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) // 2 * 2).save(path)
+    data = prepared(photographs)
+    for loader in (data.train_dataloader(), data.test_dataloader()):
+        assert torch.cat([batch.images[:, 3] for batch in loader]).unique().tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_done_to_a_pair_depends_on_seed_epoch_and_image_alone(photographs: Path, workers: int) -> None:
     def seen(**settings: Any) -> dict[int, torch.Tensor]:
