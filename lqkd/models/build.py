@@ -16,8 +16,7 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
 
     Args:
         name: ``torchvision/resnet18``, a network for segmentation such as ``torchvision/lraspp_mobilenet_v3_large``, or
-            ``timm/mobilenetv3_small_100``. Any other class is written in a config as
-            ``class_path`` instead.
+            ``timm/mobilenetv3_small_100``. Any other class is written in a config as ``class_path`` instead.
         num_classes: number of outputs; null for the library's own default.
         options: further arguments of the library's constructor.
 
