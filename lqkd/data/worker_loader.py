@@ -6,11 +6,10 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -18,6 +17,9 @@ from lqkd.data.encoded import EncodedImages
 from lqkd.data.loader import Batch, EpochShuffle, TensorBatches
 from lqkd.data.resized_crop import crop_draws, random_window
 from lqkd.errors import UsageError
+
+if TYPE_CHECKING:  # workers that do not fork import this file, and need no Lightning
+    from lightning.pytorch import Trainer
 
 _MOST_WORKERS = 8
 _WORTH_WORKERS = 1000  # images: fewer are decoded before workers have started
