@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.imagenet import ImageNet as ImageNet
     from lqkd.data.loader import Batch as Batch
     from lqkd.data.loader import TensorBatches as TensorBatches
+    from lqkd.data.segmentation_folder import SegmentationFolder as SegmentationFolder
     from lqkd.data.streamed import StreamedImageNet as StreamedImageNet
     from lqkd.data.worker_loader import WorkerBatches as WorkerBatches
 
@@ -37,6 +38,7 @@ _WHERE = {
     "ImageDataModule": "lqkd.data.base",
     "ImageFolder": "lqkd.data.image_folder",
     "ImageNet": "lqkd.data.imagenet",
+    "SegmentationFolder": "lqkd.data.segmentation_folder",
     "StreamedImageNet": "lqkd.data.streamed",
     "TensorBatches": "lqkd.data.loader",
     "WorkerBatches": "lqkd.data.worker_loader",

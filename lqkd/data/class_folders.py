@@ -39,7 +39,7 @@ def list_class_folders(folder: Path) -> dict[str, list[str]]:
             raise UsageError(
                 f"{folder / name!r} is not named in UTF-8: a class folder's name is the name of the class."
             )
-        files = list(_files(f"{folder}/{name}"))  # strings, because 60,000 Path objects take a second
+        files = list(shown_files(f"{folder}/{name}"))  # strings, because 60,000 Path objects take a second
         classes[name] = sorted(path for path in files if path.lower().endswith(SUFFIXES))
         left_out += [path for path in files if not path.lower().endswith(SUFFIXES)]
         if not classes[name]:
@@ -78,7 +78,8 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_shown(entry.name))
 
 
-def _files(folder: str) -> Iterator[str]:
+def shown_files(folder: str) -> Iterator[str]:
+    """All files in a folder and the folders within it, but for hidden ones."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if _is_shown(name)]
         yield from (f"{parent}/{name}" for name in files if _is_shown(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from torch import Tensor
 from lqkd.data.base import ImageDataModule
 from lqkd.data.encoded import EncodedImages, ImageFiles
 from lqkd.data.loader import EpochShuffle, TensorBatches
-from lqkd.data.worker_loader import CroppedImages, WorkerBatches
+from lqkd.data.resized_crop import check_crop_scale
+from lqkd.data.worker_loader import CroppedImages, WorkerBatches, check_workers, worker_batches
 from lqkd.errors import UsageError
-
-_MOST_WORKERS = 8
-_WORTH_WORKERS = 1000  # images: fewer are decoded before workers have started
 
 
 class DecodingDataModule(ImageDataModule):
@@ -60,15 +57,8 @@ class DecodingDataModule(ImageDataModule):
         self.resize_size = round(image_size / 0.875) if resize_size is None else resize_size
         if self.resize_size < image_size:
             raise UsageError(f"resize_size={resize_size} is not accepted: it must be at least image_size={image_size}.")
-        self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UsageError(
-                f"crop_scale={list(crop_scale)} is not accepted: it must be two numbers above 0 and at most 1, the"
-                " smaller first."
-            )
-        if num_workers is not None and num_workers < 0:
-            raise UsageError(f"num_workers={num_workers} is not accepted: it must be at least 0.")
-        self.num_workers = num_workers
+        self.crop_scale = check_crop_scale(crop_scale)
+        self.num_workers = check_workers(num_workers)
 
     def augmentation_key(self) -> dict[str, Any]:
         """All settings that, with epoch and index, decide what a training image looks like; see the parent."""
@@ -97,17 +87,8 @@ class DecodingDataModule(ImageDataModule):
             crop_scale=self.crop_scale if train else None,
             resize_size=self.resize_size,
         )
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return WorkerBatches(plan, cropped, workers=self._workers(len(indices), len(plan)), pin_memory=on_gpu)
+        return worker_batches(plan, cropped, self.num_workers, self.trainer)
 
     def _order(self, images: EncodedImages, indices: Tensor) -> EpochShuffle | None:
         """The order of training images in each epoch; None shuffles them all."""
         return None
-
-    def _workers(self, samples: int, batches: int) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        if samples < _WORTH_WORKERS:
-            return 0
-        processes = self.trainer.num_devices if self.trainer else 1  # of this machine, which share its cores
-        return min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // processes), batches)

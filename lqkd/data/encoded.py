@@ -17,16 +17,19 @@ class EncodedImages(ABC):
 
     Args:
         count: how many there are.
-        size: height and width, in pixels, that a loader brings them to.
+        size: height and width, in pixels, that a loader brings them to; one number is both.
     """
 
-    def __init__(self, count: int, size: int) -> None:
-        self.shape = (count, 3, size, size)
-        """(N, C, H, W) as they come out of a loader."""
+    channels = 3
+    """Of what :meth:`read` gives."""
+
+    def __init__(self, count: int, size: int | tuple[int, int]) -> None:
+        self.shape = (count, 3, *((size, size) if isinstance(size, int) else size))
+        """(N, C, H, W) of the images as networks see them."""
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Decode one image: (H, W, 3) uint8 in its own size.
+        """Decode one image: (H, W, channels) uint8 in its own size.
 
         Raises:
             UsageError: when it cannot be read.

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from itertools import chain
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
+from lqkd.data.parts import folders_of_parts, looked_for
+from lqkd.data.readable import refuse_unreadable
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
 from lqkd.utils.counter_rng import STREAM_TEST
-from lqkd.utils.escaping import terminal
-from lqkd.utils.progress import track
 from lqkd.utils.tables import write_csv
 
-_VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
-_MOST_NAMED = 10  # damaged images
-_MOST_CHECKED = 5000  # images that are decoded before the training, which takes seconds
 
 
 class ImageFolder(DecodingDataModule):
@@ -79,18 +73,7 @@ class ImageFolder(DecodingDataModule):
     def prepare_data(self) -> None:
         """Decode every image of a small set once, in one process while the others wait."""
         paths = list(chain.from_iterable(chain.from_iterable(classes.values()) for classes in self._parts().values()))
-        if len(paths) > _MOST_CHECKED:
-            return
-        images = ImageFiles(paths, self.image_size)
-        with ThreadPool(os.cpu_count()) as pool:  # decoders release the GIL
-            checked = pool.imap(partial(_damage, images), range(len(paths)), chunksize=16)
-            damaged = [text for text in track(checked, "checking images", len(paths)) if text is not None]
-        if damaged:
-            more = f"; and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
-            raise UsageError(
-                f"{len(damaged)} of {len(paths)} images are damaged, remove or replace them: "
-                f"{'; '.join(text.rstrip('.') for text in damaged[:_MOST_NAMED])}{more}."
-            )
+        refuse_unreadable(ImageFiles(paths, self.image_size), "images are damaged, remove or replace them")
 
     def load(self) -> ImageSet:
         """List all images; none is opened."""
@@ -180,43 +163,14 @@ class ImageFolder(DecodingDataModule):
     def _list(self) -> dict[str, dict[str, list[str]]]:
         if not self.root.is_dir():
             raise UsageError(
-                f"root={self.root} does not exist{_looked_for(self.root)}: give a folder with one folder of images per"
+                f"root={self.root} does not exist{looked_for(self.root)}: give a folder with one folder of images per"
                 " class, for a run that was moved as --data.init_args.root FOLDER; export and sensitivity take it from"
                 " the run's config.yaml."
             )
         if not has_folders(self.root / "train"):
             return {"all": list_class_folders(self.root)}
-        given = {path.name: path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name[0] != "."}
-        folders = {"train": given.pop("train")}
-        validation = [name for name in _VALIDATION_NAMES if name in given]
-        if len(validation) > 1:
-            raise UsageError(f"root={self.root} has {' and '.join(validation)}: only one can be for validation.")
-        if validation:
-            folders["val"] = given.pop(validation[0])
-        if "test" in given:
-            folders["test"] = given.pop("test")
-        if len(folders) == 1:
-            raise UsageError(
-                f"root={self.root} has train but neither val nor test: add one, or put the class folders into root"
-                " itself, so that images are held out for testing."
-            )
-        if given:
-            rank_zero_warn(f"left out {terminal(', '.join(given))} of root={self.root}: read are {', '.join(folders)}")
+        folders = folders_of_parts(self.root, "the class folders")
         parts = {name: list_class_folders(folder) for name, folder in folders.items()}
         for name, classes in parts.items():
             check_same_classes(folders["train"], list(parts["train"]), folders[name], list(classes))
         return parts
-
-
-def _damage(images: ImageFiles, index: int) -> str | None:
-    """What keeps an image from being read; None when nothing does."""
-    try:
-        images.read(index)
-    except UsageError as error:
-        return str(error)
-    return None
-
-
-def _looked_for(root: Path) -> str:
-    """Where a relative path was looked for."""
-    return "" if root.is_absolute() else f" in {Path.cwd()}"

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, C, H, W): uint8 from the loader, normalised float32 once the data module has preprocessed it."""
     labels: Tensor
-    """(B,) int64 classes; of a mixed image the class that has the larger share of it."""
+    """(B,) int64 classes; of a mixed image the class that has the larger share of it. For segmentation (B, H, W)."""
     indices: Tensor
     """(B,) int64 positions in the data set: the same sample has the same number in every epoch and process."""
     targets: Tensor | None = None

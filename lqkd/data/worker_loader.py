@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,12 @@ from lqkd.data.encoded import EncodedImages
 from lqkd.data.loader import Batch, EpochShuffle, TensorBatches
 from lqkd.data.resized_crop import crop_draws, random_window
 from lqkd.errors import UsageError
+
+if TYPE_CHECKING:  # workers that do not fork import this file, and need no Lightning
+    from lightning.pytorch import Trainer
+
+_MOST_WORKERS = 8
+_WORTH_WORKERS = 1000  # images: fewer are decoded before workers have started
 
 
 class Key(NamedTuple):
@@ -46,26 +53,33 @@ class CroppedImages(Dataset[Tensor | UsageError]):
         self.resize_size = resize_size
 
     def __getitem__(self, key: Key) -> Tensor | UsageError:
-        """(B, 3, S, S) uint8, channels last in memory; an error is returned, so that its message stays one line."""
-        size = self.images.shape[-1]
-        batch = torch.empty(len(key.indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        """(B, C, H, W) uint8, channels last in memory; an error is returned, so that its message stays one line."""
+        size = self.images.shape[-2:]
+        batch = torch.empty(len(key.indices), *size, self.images.channels, dtype=torch.uint8).permute(0, 3, 1, 2)
         draws = crop_draws(seed=self.seed, epoch=key.epoch, indices=key.indices).tolist()
         try:
             for row, (index, draw) in enumerate(zip(key.indices.tolist(), draws, strict=True)):
-                batch[row] = self._cropped(self.images.read(index), draw, size)
+                batch[row] = self.cropped(self.images.read(index), draw)
         except UsageError as error:
             return error
         return batch
 
-    def _cropped(self, pixels: np.ndarray, draws: list[list[float]], size: int) -> Tensor:
+    def cropped(self, pixels: np.ndarray, draws: list[list[float]]) -> Tensor:
+        """What networks see of one image, (C, H, W) uint8.
+
+        Args:
+            pixels: (height, width, C) uint8 as read.
+            draws: what decides its random window, see :func:`~lqkd.data.resized_crop.random_window`.
+        """
         from torchvision.transforms.v2 import functional
 
+        size = list(self.images.shape[-2:])
         image = torch.tensor(pixels).permute(2, 0, 1)  # (3, H, W); a copy, because Pillow's memory is read-only
         if self.crop_scale is None:
             resized = functional.resize(image, [self.resize_size], antialias=True)
-            return functional.center_crop(resized, [size, size])
+            return functional.center_crop(resized, size)
         window = random_window(image.shape[1], image.shape[2], self.crop_scale, draws)
-        return functional.resized_crop(image, *window, [size, size], antialias=True)
+        return functional.resized_crop(image, *window, size, antialias=True)
 
 
 class _Keys(Sampler[Key]):
@@ -145,3 +159,26 @@ class WorkerBatches:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or each epoch would draw from the global one
         )
+
+
+def check_workers(num_workers: int | None) -> int | None:
+    """The setting ``num_workers`` of a data module.
+
+    Raises:
+        UsageError: when it is negative.
+    """
+    if num_workers is not None and num_workers < 0:
+        raise UsageError(f"num_workers={num_workers} is not accepted: it must be at least 0.")
+    return num_workers
+
+
+def worker_batches(
+    plan: TensorBatches, images: CroppedImages, num_workers: int | None, trainer: Trainer | None
+) -> WorkerBatches:
+    """The loader of a plan; without ``num_workers`` one for each core of this process, and none for few images."""
+    if num_workers is None:
+        processes = trainer.num_devices if trainer else 1  # of this machine, which share its cores
+        per_process = min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // processes), len(plan))
+        num_workers = 0 if len(plan.indices) < _WORTH_WORKERS else per_process
+    on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+    return WorkerBatches(plan, images, workers=num_workers, pin_memory=on_gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,8 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
     """Build a network with random weights.
 
     Args:
-        name: ``torchvision/resnet18`` or ``timm/mobilenetv3_small_100``. Any other class is written in a config as
-            ``class_path`` instead.
+        name: ``torchvision/resnet18``, a network for segmentation such as ``torchvision/lraspp_mobilenet_v3_large``, or
+            ``timm/mobilenetv3_small_100``. Any other class is written in a config as ``class_path`` instead.
         num_classes: number of outputs; null for the library's own default.
         options: further arguments of the library's constructor.
 
@@ -29,11 +30,13 @@ def build_model(name: str, num_classes: int | None = None, options: dict[str, An
     library, _, model = name.partition("/")
     arguments = dict(options or {}) | ({} if num_classes is None else {"num_classes": num_classes})
     if library == "torchvision":
-        import torchvision.models
+        from torchvision import models
 
-        if model not in torchvision.models.list_models(module=torchvision.models):
+        if not any(model in models.list_models(module=module) for module in (models, models.segmentation)):
             raise UsageError(f"name={name!r} is unknown: see torchvision.models.list_models()")
-        return _construct(torchvision.models.get_model, name, model, weights=None, **arguments)
+        if "weights_backbone" in signature(models.get_model_builder(model)).parameters:
+            arguments.setdefault("weights_backbone", None)  # which a network for segmentation would fetch otherwise
+        return _construct(models.get_model, name, model, weights=None, **arguments)
     if library == "timm":
         try:
             import timm

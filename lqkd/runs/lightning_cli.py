@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
-from lqkd.data import DecodingDataModule, ImageFolder
+from lqkd.data import DecodingDataModule, ImageFolder, SegmentationFolder
 from lqkd.data.reading import collation_problem
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.models.finite import not_finite
@@ -433,7 +433,7 @@ class _KeepRun(Callback):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
             print(pl_module.coverage.summary())
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ImageFolder):
+        if isinstance(data, (ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)
 
     @rank_zero_only
@@ -496,8 +496,10 @@ def _print_summary(folder: Path) -> None:
 
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    table = Table(title=f"{bits}: accuracy on the test split")
-    for column in ("network", "top-1", "size"):
+    metric = summary["metric"].removeprefix("val/")
+    of_classes = metric == "acc"
+    table = Table(title=f"{bits}: {'accuracy' if of_classes else metric} on the test split")
+    for column in ("network", "top-1" if of_classes else metric, "size"):
         table.add_column(column, justify="left" if column == "network" else "right")
     float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
     rows = [
@@ -508,7 +510,7 @@ def _print_summary(folder: Path) -> None:
     ]
     for name, key, shown_size in rows:
         if summary[key] is not None:
-            table.add_row(name, f"{summary[key]:.2%}", shown_size)
+            table.add_row(name, f"{summary[key]:.2%}" if of_classes else f"{summary[key]:.4g}", shown_size)
         elif key == "student_float_accuracy" and summary["student_initial_quantized_accuracy"] is not None:
             table.add_row(name, "not trained", shown_size)
     console = Console()

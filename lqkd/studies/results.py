@@ -68,18 +68,18 @@ class Run:
 
     @property
     def best(self) -> float | None:
-        """Best accuracy on the validation split, by which the checkpoint is chosen."""
+        """Best value of the task's metric on the validation split, by which the checkpoint is chosen."""
         return self.summary.get("val_accuracy")
 
     @property
     def last(self) -> float | None:
-        """Accuracy on the validation split after the last epoch."""
-        values = self.curves.get("val/acc")
+        """The task's metric on the validation split after the last epoch."""
+        values = self.curves.get(self.summary.get("metric") or "val/acc")  # runs of old name none
         return values[-1][1] if values else None
 
     @property
     def test(self) -> float | None:
-        """Accuracy on the test split of the checkpoint that was best on the validation split."""
+        """The task's metric on the test split of the checkpoint that was best on the validation split."""
         return self.summary.get("test_accuracy")
 
 

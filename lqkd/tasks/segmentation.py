@@ -127,7 +127,10 @@ class Segmentation(Task):
         return example_input(data, device)
 
     def check(self, outputs: Mapping[str, Tensor], data: Any) -> None:
-        """Refuse networks with other numbers of classes than the task."""
+        """Refuse data and networks with other numbers of classes than the task."""
+        names = getattr(data, "class_names", None)
+        if names is not None and len(names) != self.classes:
+            raise UsageError(f"numbers of classes differ (task {self.classes}, data {len(names)}): they must agree")
         for name, logits in outputs.items():
             self._check_classes(name, logits)
 

@@ -10,9 +10,11 @@ from _pytest.mark import ParameterSet
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.fcn import CifarFCN
 from lqkd.cli import main
 from lqkd.data.shards import make_shards
 from lqkd.models import CifarResNet, build_model
+from tests.photographs import write_photographs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
@@ -22,7 +24,7 @@ WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED) - set(CONFIGS.glob("stu
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders under the name of each data module, with one test and a few training images of every class."""
+    """Data under the name of each data module: of each class one image to test and a few to train."""
     root = tmp_path_factory.mktemp("tiny")
     for name, held_out, classes, images in (
         ("CIFAR10", "test", 10, 10),
@@ -35,6 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder.mkdir(parents=True)
                 for index in range(count):
                     Image.new("RGB", (32, 32), (label % 256, 20 * index, 100)).save(folder / f"{index}.png")
+    write_photographs(root / "SegmentationFolder", ("train", "val", "test"))
     return root
 
 
@@ -47,6 +50,9 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for classes in (10, 100):
             weights = CifarResNet(depth, num_classes=classes).state_dict()
             save_file(weights, root / "weights" / f"cifar{classes}_resnet{depth}.safetensors")
+    for name, depth, width in (("teacher", 14, 16), ("student", 8, 8)):
+        weights = CifarFCN(depth, width, classes=4).state_dict()
+        save_file(weights, root / "weights" / f"bccd_{name}.safetensors")
     return root
 
 

@@ -18,6 +18,7 @@ from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
 from tests.documentation import COMMANDS, LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, files, read_blocks
 from tests.forked import Forks
+from tests.photographs import write_photographs
 
 TRAINED_ELSEWHERE = {"docs/extending.md", "docs/choosing.md"}
 """Pages whose files test_extending.py trains with."""
@@ -93,6 +94,7 @@ def prepared(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(15):
             pixels = (brightness + rng.integers(-50, 50, (30, 40, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(place / "photographs" / name / f"{number}.jpg")
+    write_photographs(place / "pairs")
     for name in ("IMAGE.png", "cat.jpg", "dog.png"):
         Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / name)
     for root, test, classes in (("DIR", "test", 10), ("DIR100", "test", 100), ("SOURCE", "val", 2)):

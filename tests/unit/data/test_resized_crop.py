@@ -43,3 +43,12 @@ def test_the_numbers_of_a_sample_are_its_own_and_the_epochs() -> None:
     assert not torch.equal(crop_draws(seed=0, epoch=2, indices=torch.arange(10)), together)
     assert not torch.equal(crop_draws(seed=1, epoch=1, indices=torch.arange(10)), together)
     assert len(together.flatten().unique()) == together.numel()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (50, 400), (400, 50)])
+def test_windows_have_the_shape_of_what_they_become_give_or_take_a_third(height: int, width: int) -> None:
+    draws = crop_draws(seed=0, epoch=0, indices=torch.arange(SAMPLES)).tolist()
+    drawn = [random_window(height, width, (0.3, 0.9), draw, aspect=2.0) for draw in draws]
+    ratios = torch.tensor([window[3] / window[2] for window in drawn], dtype=torch.float64) / 2.0
+    assert 0.73 < ratios.min() <= ratios.max() < 1.37
+    assert all(top >= 0 and left >= 0 and top + h <= height and left + w <= width for top, left, h, w in drawn)

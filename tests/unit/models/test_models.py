@@ -102,6 +102,15 @@ def test_networks_come_from_torchvision_and_timm_by_name() -> None:
     assert build_model("timm/resnet18", num_classes=7).fc.out_features == 7
 
 
+def test_a_network_for_segmentation_fetches_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("weights were fetched")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched)
+    network = build_model("torchvision/lraspp_mobilenet_v3_large", num_classes=7)
+    assert network.eval()(torch.zeros(1, 3, 32, 32))["out"].shape == (1, 7, 32, 32)
+
+
 @pytest.mark.parametrize("name", ["torchvision/resnet19", "timm/resnet19", "resnet18"])
 def test_unknown_network_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"name='{name}'"):

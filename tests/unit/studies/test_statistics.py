@@ -58,3 +58,8 @@ def test_best_last_and_test_accuracy_are_three_measures() -> None:
 def test_a_variant_without_a_finished_run_keeps_its_row() -> None:
     measures = summarize([run("a", 0, 0.5), run("b", 0, 0.5, status="failed")], "a")["b"]
     assert (measures["test"].count, measures["test"].mean) == (0, None)
+
+
+def test_the_value_after_the_last_epoch_is_the_tasks_metric() -> None:
+    curves = {"val/acc": [(1, 0.9)], "val/miou": [(1, 0.4), (2, 0.5)]}
+    assert Run("a", 0, "finished", "", Path(), {"metric": "val/miou"}, curves).last == 0.5

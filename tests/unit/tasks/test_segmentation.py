@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +91,8 @@ def test_settings_that_are_not_possible_are_refused(settings: dict[str, Any]) ->
 def test_a_network_with_other_classes_is_refused() -> None:
     with pytest.raises(UsageError, match=r"numbers of classes differ \(task 5, student 4\)"):
         Segmentation(5).check({"student": LOGITS}, None)
+
+
+def test_data_with_other_classes_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"numbers of classes differ \(task 4, data 3\)"):
+        Segmentation(4).check({}, SimpleNamespace(class_names=("sky", "road", "car")))

@@ -1,0 +1,261 @@
+"""Anyone's own images with masks, for segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lqkd.data.augment import normalize, random_flip
+from lqkd.data.base import ImageDataModule, ImageSet
+from lqkd.data.class_folders import has_folders
+from lqkd.data.encoded import EncodedImages
+from lqkd.data.loader import Batch, TensorBatches
+from lqkd.data.mask_files import CroppedMasks, MaskedImages, list_pairs
+from lqkd.data.parts import folders_of_parts, looked_for
+from lqkd.data.readable import refuse_unreadable
+from lqkd.data.resized_crop import check_crop_scale
+from lqkd.data.split import stratified_split
+from lqkd.data.worker_loader import WorkerBatches, check_workers, worker_batches
+from lqkd.errors import UsageError
+from lqkd.losses.task import UNLABELLED
+from lqkd.utils.counter_rng import STREAM_TEST
+from lqkd.utils.tables import write_csv
+
+_TEST_SEED = 0  # never the run's: every run is tested on the same images
+
+Pairs = tuple[list[str], list[str]]
+"""Files of images, and the mask's file of each."""
+
+
+class SegmentationFolder(ImageDataModule):
+    """A folder of one's own images, each with a mask, for the task :class:`~lqkd.tasks.Segmentation`.
+
+    The mask of ``images/NAME.jpg`` is ``masks/NAME.png``, of the same size: grey or with a palette, each pixel the
+    number of its class. What ``root`` holds decides what a network is trained, selected and tested on:
+
+    ============================================  ================================================================
+    ``images/`` and ``masks/``                    ``test_fraction`` of the images are for testing, the same ones in
+                                                  every run; ``validation_fraction`` of the others for validation
+    ``train/images/``, ... and ``test/images/``   ``validation_fraction`` of train is held out for validation
+    ``train/images/``, ... and ``val/images/``    the same: the one folder that is not trained on is for testing
+    ``train/``, ``val/`` and ``test/``            as they are named
+    ============================================  ================================================================
+
+    Training takes a random window of an image, resized, and mirrors half of them; evaluation takes whole images,
+    resized. What is done to an image is done to its mask, but that masks are resized to the nearest pixel, and depends
+    on (seed, epoch, image) alone. Metrics are of masks of ``image_size``. Up to 5,000 pairs are checked before the
+    training starts.
+
+    Batches are :class:`~lqkd.data.Batch` with masks (B, H, W) int64 as ``labels``, -1 where a pixel is ignored.
+
+    Args:
+        root: Folder with images and masks, or with train, val (also valid, validation) and test that have them.
+        classes: Names of the classes 0, 1, ... of the masks, at least two.
+        image_size: Height and width of what networks see, in pixels.
+        ignore_index: The number of pixels that belong to no class, beyond those of the classes and at most 255.
+        batch_size: Training images per process and step.
+        eval_batch_size: Images per process and step in validation and test; null means batch_size.
+        crop_scale: Smallest and largest share of an image's area that a random window of training takes.
+        horizontal_flip: Whether half of the training images are mirrored.
+        validation_fraction: Share of the training set held out for validation, in (0, 1).
+        test_fraction: Share of all images held out for testing where root has no parts, in (0, 1).
+        num_workers: Processes that decode, for each training process; null means one per processor core, at most 8,
+            and none for fewer than 1,000 images.
+        seed: Seed of the split, the order and the augmentation; null means the run's seed (seed_everything), else 0.
+        mean: Channel means on the [0, 1] scale that are subtracted; null means those of ImageNet.
+        std: Channel standard deviations on the [0, 1] scale to divide by; null means those of ImageNet.
+        limit_train: Train on only this many images, for quick studies; null means all.
+
+    Raises:
+        UsageError: when a setting is out of range, an image has no mask of its size, or a mask has other numbers.
+    """
+
+    default_mean = (0.485, 0.456, 0.406)  # of ImageNet, which most published weights expect
+    default_std = (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        classes: Sequence[str],
+        image_size: tuple[int, int] = (256, 256),
+        ignore_index: int = 255,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        crop_scale: tuple[float, float] = (0.25, 1.0),
+        horizontal_flip: bool = True,
+        validation_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            horizontal_flip=horizontal_flip,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            mean=mean,
+            std=std,
+            limit_train=limit_train,
+        )
+        if not 0 < test_fraction < 1:
+            raise UsageError(
+                f"test_fraction={test_fraction} is not accepted: it must lie between 0 and 1, both excluded."
+            )
+        if isinstance(classes, str) or not 2 <= len(classes) <= 255 or len(set(classes)) < len(classes):
+            raise UsageError(f"classes={classes!r} is not accepted: it must be 2 to 255 different names.")
+        if not len(classes) <= ignore_index <= 255:
+            raise UsageError(
+                f"ignore_index={ignore_index} is not accepted: it must lie beyond the {len(classes)} classes, from"
+                f" {len(classes)} to 255."
+            )
+        height, width = image_size
+        if height < 1 or width < 1:
+            raise UsageError(f"image_size={list(image_size)} is not accepted: both must be at least 1 pixel.")
+        self.root = Path(root).expanduser()
+        self.classes, self.image_size, self.ignore_index = tuple(classes), (height, width), ignore_index
+        self.crop_scale = check_crop_scale(crop_scale)
+        self.test_fraction = test_fraction
+        self.num_workers = check_workers(num_workers)
+        self._listed: dict[str, Pairs] | None = None
+        self._given_validation = 0  # images at the end of the training set that are for validation
+
+    def prepare_data(self) -> None:
+        """Read every pair of a small set once, in one process while the others wait."""
+        pairs = self._parts().values()
+        paths, masks = (list(chain.from_iterable(part[kind] for part in pairs)) for kind in (0, 1))
+        images = self._masked(paths, masks)
+        if not refuse_unreadable(images, "pairs of an image and a mask cannot be used"):
+            return
+        absent = [name for label, name in enumerate(self.classes) if not images.seen[label]]
+        if len(self.classes) - len(absent) < 2:
+            raise UsageError(
+                f"the masks of root={self.root} have the numbers {', '.join(map(str, images.seen.nonzero()[0]))}: at"
+                f" least two of the classes 0 to {len(self.classes) - 1} must occur; {self.ignore_index} is ignored."
+            )
+        if absent:
+            rank_zero_warn(f"no pixel of root={self.root} is of class {', '.join(map(repr, absent))}")
+
+    def load(self) -> ImageSet:
+        """List all pairs; none is opened."""
+        parts = dict(self._parts())
+        if "all" in parts:
+            parts = self._hold_out_test(*parts["all"])
+        images, masks = parts["train"]
+        if {"val", "test"} <= parts.keys():
+            self._given_validation = len(parts["val"][0])
+            images, masks = images + parts["val"][0], masks + parts["val"][1]
+        test = parts["test"] if "test" in parts else parts["val"]
+        train_labels, test_labels = _of_one_class(images), _of_one_class(test[0])
+        return ImageSet(self._masked(images, masks), train_labels, self._masked(*test), test_labels, self.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images and hold out those for validation and testing, once for all stages."""
+        first = self._images is None
+        super().setup(stage)
+        if first:
+            counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
+            rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
+
+    def write_split(self, target: Path) -> None:
+        """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
+
+        Columns: ``split`` (``train``, ``val`` or ``test``), ``file`` and ``mask``, names below ``root`` that are
+        escaped as :func:`lqkd.utils.escaping.csv_cell` says.
+        """
+        images = self._loaded()
+        tested = torch.arange(len(images.test_labels))
+        parts = (("train", images.train_images, self.train_indices), ("val", images.train_images, self.val_indices))
+        rows = [
+            {"split": name} | dict(zip(("file", "mask"), self._pair(pairs, index), strict=True))
+            for name, pairs, indices in (*parts, ("test", images.test_images, tested))
+            for index in indices.tolist()
+        ]
+        write_csv(target, rows, ("split", "file", "mask"))
+
+    def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
+        """Mirror (in training), normalise, and take the masks off; needs ``setup``, but no trainer.
+
+        Args:
+            batch: a batch as a loader yields it: uint8 images (B, 4, H, W), whose last channel is the mask.
+            train: whether to augment.
+            epoch: the epoch, counted from 0, that the augmentation is drawn for.
+
+        Returns:
+            The batch with (B, 3, H, W) float32 images, contiguous, and (B, H, W) int64 masks as ``labels``.
+        """
+        planes = batch.images
+        if train and self.augmentation.horizontal_flip:
+            planes = random_flip(planes, seed=self.run_seed, epoch=epoch, indices=batch.indices)
+        masks = planes[:, 3].to(torch.int64)
+        return batch._replace(
+            images=normalize(planes[:, :3], self.mean, self.std),
+            labels=masks.masked_fill(masks == self.ignore_index, UNLABELLED),
+        )
+
+    def augmentation_key(self) -> dict[str, Any]:
+        """All settings that, with epoch and index, decide what a training image looks like; see the parent."""
+        crop = {"image_size": list(self.image_size), "crop_scale": list(self.crop_scale)}
+        return {"seed": self.run_seed, **super().augmentation_key(), **crop}
+
+    def _batches(
+        self, images: Tensor | EncodedImages, labels: Tensor, indices: Tensor, *, train: bool, **settings: Any
+    ) -> WorkerBatches:
+        assert isinstance(images, MaskedImages)
+        plan = TensorBatches(torch.empty(len(labels), 0, dtype=torch.uint8), labels, indices, **settings)
+        cropped = CroppedMasks(images, seed=self.run_seed, crop_scale=self.crop_scale if train else None)
+        return worker_batches(plan, cropped, self.num_workers, self.trainer)
+
+    def _pair(self, pairs: Tensor | EncodedImages, index: int) -> tuple[str, ...]:
+        assert isinstance(pairs, MaskedImages)
+        return tuple(Path(path).relative_to(self.root).as_posix() for path in pairs.paths(index))
+
+    def _masked(self, images: list[str], masks: list[str]) -> MaskedImages:
+        return MaskedImages(images, masks, self.image_size, len(self.classes), self.ignore_index)
+
+    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self._given_validation:
+            everything = torch.arange(len(labels))
+            return everything[-self._given_validation :], everything[: -self._given_validation]
+        return super()._hold_out(labels)
+
+    def _hold_out_test(self, images: list[str], masks: list[str]) -> dict[str, Pairs]:
+        size = round(self.test_fraction * len(images))
+        if not 0 < size < len(images):
+            raise UsageError(
+                f"test_fraction={self.test_fraction} holds out {size} of {len(images)} images: at least one must be"
+                " held out and one left."
+            )
+        labels = _of_one_class(images)
+        test, train = stratified_split(torch.arange(len(labels)), labels, size, seed=_TEST_SEED, stream=STREAM_TEST)
+        return {
+            name: ([images[index] for index in indices.tolist()], [masks[index] for index in indices.tolist()])
+            for name, indices in (("train", train), ("test", test))
+        }
+
+    def _parts(self) -> dict[str, Pairs]:
+        """Name of the part (``train``, ``val``, ``test``, or ``all``) -> its pairs."""
+        if self._listed is None:
+            if not self.root.is_dir():
+                raise UsageError(
+                    f"root={self.root} does not exist{looked_for(self.root)}: give a folder with images and masks."
+                )
+            whole = not has_folders(self.root / "train")
+            folders = {"all": self.root} if whole else folders_of_parts(self.root, "images and masks")
+            self._listed = {name: list_pairs(folder) for name, folder in folders.items()}
+        return self._listed
+
+
+def _of_one_class(images: Sequence[str]) -> Tensor:
+    """(N,) int64: an image with a mask has no class by which a split could be stratified."""
+    return torch.zeros(len(images), dtype=torch.int64)
