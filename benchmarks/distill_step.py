@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.balances import BoundedUncertaintyBalance
+from lqkd.data import Batch
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.modules.optimizers import regularizer_groups
@@ -81,14 +82,14 @@ def lqkd_step(
     teacher.accelerate(bf16=teacher.wants_bf16(images.device))
     if cache is not None:
         key: dict[str, Any] = {"data": {"augmentation": {}}}
-        module.opened_cache = cache.open(key, indices, 1, ["teacher"], lambda: [[("output", (10,))]])
+        module.passes.cache = cache.open(key, indices, 1, ["teacher"], lambda: [[("output", (10,))]])
     module.train()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(module.student.parameters(), lr=1e-3, momentum=0.9)]
     groups = regularizer_groups(module.distillation, module.balance)
     optimizers.append(torch.optim.Adam(groups, lr=1e-3))
 
     def step() -> None:
-        module.losses((images, labels), indices).loss.backward()
+        module.losses(Batch(images, labels, indices), cached=True).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,56 +18,36 @@ from lqkd.balances.equalized_at import AtWeights
 from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
-from lqkd.losses.taps import Seen
 from lqkd.modules.base import ImageClassifier
-from lqkd.modules.distillation import Distillation, current_names, current_shapes, teacher_label
-from lqkd.modules.divergence import LossWatch, diverged
+from lqkd.modules.distillation import Distillation, current_names, current_shapes
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
+from lqkd.modules.losses import Losses
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
+from lqkd.modules.passes import Passes
 from lqkd.modules.references import REFERENCES, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.step_length import GradientLength, gradient_norms
 from lqkd.modules.tasks import check_teacher, check_term, task_of
-from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
-from lqkd.modules.term import Compared, DistillationTerm, Shapes
-from lqkd.modules.terms import Tap, Term, named_teachers, named_terms
+from lqkd.modules.teacher_outputs import prepare_teacher
+from lqkd.modules.term import Shapes
+from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
-from lqkd.regularizers import LookAhead, Regularizer
-from lqkd.tasks import Asked, Inputs, Rows, Task
-from lqkd.tasks.trial import enough_samples, leaves_one, try_training
+from lqkd.regularizers import Regularizer
+from lqkd.tasks import Inputs, Task
+from lqkd.tasks.trial import leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
-from lqkd.teachers.cache import OpenCache, TeacherCache, TeacherOutputs
+from lqkd.teachers.cache import TeacherCache
 from lqkd.utils.progress import Progress
 
 _STEP_LENGTH_EVERY = 100
 """Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
-
-
-@dataclass
-class Losses:
-    """What one batch gives: everything that the step minimises and everything that is worth looking at."""
-
-    loss: Tensor
-    """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
-    terms: dict[str, Tensor]
-    """0-dim loss of the task and of every distillation term, modulated, by the names of the balance."""
-    compared: dict[str, Compared]
-    """By distillation term: divergence maps before modulation, the regularizer's weights, and the teachers' logits."""
-    rows: Rows
-    """The student's logits (N, C), differentiable, and the labels (N,)."""
-    outputs: Any
-    """What the task makes of the student's outputs: all losses come from it."""
-    balance: dict[str, Tensor]
-    """Weight of each loss in the student's gradient, 0-dim each."""
-    penalties: dict[str, Tensor]
-    """Each of the module's penalties, 0-dim."""
 
 
 class DistillModule(ImageClassifier):
@@ -172,8 +151,9 @@ class DistillModule(ImageClassifier):
         self.student.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
-        self.taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
-        self.taps_of_student = self.distillation.taps_of_student(self.student)
+        taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
+        taps_of_student = self.distillation.taps_of_student(self.student)
+        self.passes = Passes(self.task, self.named_teachers, self.student, taps_of_teachers, taps_of_student)
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
@@ -192,12 +172,10 @@ class DistillModule(ImageClassifier):
         self.student_schedule = student_schedule or Cosine()
         self.regularizer_schedule = regularizer_schedule or Constant()
         self.teacher_cache = teacher_cache
-        self.opened_cache: OpenCache | None = None  # in a training with a cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self._followers: list[Any] = []
-        self._watch = LossWatch()
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
@@ -279,8 +257,8 @@ class DistillModule(ImageClassifier):
             return
         with evaluating(self.student):
             inputs = self.inputs(batch)
-            teachers = self.ask_teachers(self.teacher_inputs(batch, inputs))
-            student = self._ask_student(inputs)
+            teachers = self.passes.ask_teachers(self.passes.teacher_inputs(batch, inputs))
+            student = self.passes.of_student(inputs)
         rows = self.task.rows(student.output, batch)
         shapes = {}
         for name, term in self.distillation.terms():
@@ -298,7 +276,7 @@ class DistillModule(ImageClassifier):
             return
 
         def run() -> tuple[Tensor, list[Tensor]]:
-            student = self._ask_student(inputs)
+            student = self.passes.of_student(inputs)
             compared = [
                 tensor
                 for _, term in self.distillation.terms()
@@ -313,7 +291,7 @@ class DistillModule(ImageClassifier):
         """Do without the shape of images, where that is possible: neither a DataModule nor a checkpoint has told it."""
         if self.distillation.shapes is not None:
             return
-        if self.taps_of_student is not None:
+        if any(term.taps for _, term in self.distillation.terms()):
             raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
         unseen: dict[str, Shapes] = {name: [(1, 0)] * len(term.losses) for name, term in self.distillation.terms()}
         self.distillation.connect({name: (shapes, shapes) for name, shapes in unseen.items()})
@@ -321,7 +299,7 @@ class DistillModule(ImageClassifier):
     def configure_optimizers(self) -> Any:
         self._connect_unseen()
         self.optimization.count_steps()
-        self.length = GradientLength(self.balance.gradient_scale, self._student_parameters())
+        self.optimization.length = GradientLength(self.balance.gradient_scale, self._student_parameters())
         self._beginnings.clear()
         self.optimization.optimizer_names.clear()
         optimizers: list[Optimizer] = []
@@ -376,7 +354,7 @@ class DistillModule(ImageClassifier):
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
-        self.opened_cache, of_teacher = prepare_teacher(self)
+        self.passes.cache, of_teacher = prepare_teacher(self)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()
@@ -416,7 +394,7 @@ class DistillModule(ImageClassifier):
     def teardown(self, stage: str) -> None:
         for teacher in self.teachers():
             teacher.restore()
-        self.opened_cache = None
+        self.passes.cache = None
 
     def _report_references(self) -> None:
         known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
@@ -435,170 +413,81 @@ class DistillModule(ImageClassifier):
 
     # ---- the path of a batch
 
-    def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs:
-        """What teachers are called with for a batch of which the student is called with ``inputs``."""
-        given = self.task.teacher_inputs(batch, inputs)
-        return inputs if given is inputs else Inputs.of(given).fit(self.student)
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        self._tell_progress()
+        losses = self.losses(batch, cached=True)
+        report = self._report(losses, batch_idx)
+        self.optimization.take(losses, batch, batch_idx)
+        self._logged = self._numbers(losses)
+        show(self.trainer, self._logged)
+        return report
 
-    def ask_teachers(self, inputs: Inputs) -> TeacherOutputs:
-        """What is seen of every teacher: the task's outputs, logits (B, C) say, and its taps."""
-        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in self.named_teachers.items()}
-
-    def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs) -> Seen:
-        asked, taps = Asked(teacher_label(name, self.named_teachers), len(inputs)), self.taps_of_teachers.get(name)
-        if taps is None:
-            return Seen(self.task.outputs(inputs.call(teacher), asked), {})
-        with taps.recording(teacher.running(inputs)) as features:
-            output = self.task.outputs(inputs.call(teacher), asked)
-        return Seen(output, {path: x.float().contiguous() for path, x in zip(taps.paths, features, strict=True)})
-
-    def _teacher_outputs(self, inputs: Inputs, indices: Tensor | None) -> TeacherOutputs:
-        """As :meth:`ask_teachers`, from the cache where there is one and the samples are known."""
-        image = inputs.alone()
-        if self.opened_cache is None or indices is None or image is None:
-            return self.ask_teachers(inputs)
-        return self.opened_cache.answers(image, indices, self.current_epoch, lambda: self.ask_teachers(inputs))
-
-    def _ask_student(self, inputs: Inputs) -> Seen:
-        """What is seen of the student: the task's outputs, and its taps."""
-        taps, features = self.taps_of_student, {}
-        with enough_samples("student", len(inputs)):
-            if taps is None:
-                returned = inputs.call(self.student)
-            else:
-                with taps.recording() as recorded:
-                    returned = inputs.call(self.student)
-                features = dict(zip(taps.paths, recorded, strict=True))
-        return Seen(self.task.outputs(returned, Asked("student", len(inputs), self.student.training)), features)
-
-    def losses(self, batch: Any, indices: Tensor | None = None, inputs: Inputs | None = None) -> Losses:
+    def losses(self, batch: Any, cached: bool = False) -> Losses:
         """All losses of one batch.
 
         Args:
             batch: what the task takes, on the device: (images, labels), say.
-            indices: (B,) int64, the samples to look up in a training with a cache of the teacher's answers; None asks
-                the teacher.
-            inputs: what the student is called with for the batch; None to ask the task.
+            cached: whether teachers' outputs come from the cache where there is one.
         """
-        task = self.task
-        inputs = self.inputs(batch) if inputs is None else inputs
-        teachers = self._teacher_outputs(self.teacher_inputs(batch, inputs), indices)
-        student = self._ask_student(inputs)
-        rows = task.rows(student.output, batch)
-        logits = {name: task.rows(seen.output, batch).logits for name, seen in teachers.items()}
-        for of_teacher in logits.values():
-            self._check_rows(of_teacher.shape, rows.logits.shape)
-        terms, compared = {TASK: task.loss(student.output, batch)}, {}
-        for name, term in self.distillation.terms():
-            features = teachers[term.teachers[0]].features, student.features
-            compared[name] = term(logits, rows, features, self._sees_rows(term))
-            self._look_ahead(term, compared[name], rows, terms[TASK], batch, inputs)
-            terms[name] = term.reduce(compared[name].maps)
-        loss, balance = self.balance(terms, student.output)
-        penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for name, term in self.distillation.terms():
-            for learned in (term.objective(compared[name].maps), compared[name].mixture):
-                loss = loss if learned is None else loss + learned
-        for penalty in penalties.values():
-            loss = loss + penalty
-        return Losses(loss, terms, compared, rows, student.output, balance, penalties)
-
-    def _check_rows(self, of_teacher: torch.Size, of_student: torch.Size) -> None:
-        if of_teacher != of_student:
-            raise UsageError(
-                f"numbers of classes differ (teacher {of_teacher[1]}, student {of_student[1]}): they must agree"
-                if of_teacher[0] == of_student[0]
-                else f"task {type(self.task).__name__} makes {of_teacher[0]} rows of the teacher's outputs and "
-                f"{of_student[0]} of the student's: rows() must make the same of both"
-            )
-
-    def _sees_rows(self, term: DistillationTerm) -> bool:
-        """Whether the elements of divergence maps belong to the rows of the task."""
-        return self.task.one_row_a_sample or term.compares == "logits"
-
-    def _look_ahead(
-        self, term: DistillationTerm, compared: Compared, rows: Rows, task_loss: Tensor, batch: Any, inputs: Inputs
-    ) -> None:
-        """Tell the maps how they agree with the task, where a player asks."""
-        player = None if term.regularizer is None else term.regularizer.player
-        if not isinstance(player, LookAhead):
-            return
-        if player.exact:
-            image = inputs.alone()
-            if image is None:
-                raise UsageError("player LookAhead(exact=True) needs networks that are called with one tensor alone")
-
-            def loss_of(logits: Tensor, part: slice) -> Tensor:
-                return self.task.loss(logits, self.task.part(batch, part))
-
-            term.look_ahead_exactly(compared.maps, self.student, compared.teachers, image, rows.labels, loss_of)
-        else:
-            (gradient,) = torch.autograd.grad(task_loss, rows.logits, retain_graph=True)
-            counted = self.task.counted(rows, batch)
-            term.look_ahead(compared.maps, compared.teachers, rows.logits, rows.labels, gradient * counted)
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         inputs = self.inputs(batch)
         self.samples_in_batch = len(inputs)
-        self._tell_progress()
-        indices = None if self.opened_cache is None else indices_of(batch)
-        losses = self.losses(batch, indices, inputs)
-        self._watch.ask(losses.loss)
-        watched = self._watched(losses, batch_idx) if self.watch_gradients else {}
-        self.length.add(losses.terms, len(inputs))
-        last_of_group = self.optimization.backward(losses.loss, len(inputs), batch_idx)
-        if not self._watch.finite():
-            self.task.check_batch(losses.outputs, batch)
-            diverged(self, {"the loss": losses.loss, **losses.terms, **losses.penalties}, self.student, inputs)
-        if last_of_group:
-            self.optimization.step(self.length)
-        logged = {"train/loss": losses.loss}
-        logged |= {f"train/{name}": value for name, value in (losses.terms | losses.penalties).items()}
-        logged |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
-        self._logged = {name: value.detach().clone() for name, value in logged.items()}  # some are parameters
-        show(self.trainer, self._logged)
-        return self._report(losses) | watched
+        outputs = self.passes.run(batch, inputs, self.current_epoch, cached)
+        task = self.task.loss(outputs.student.output, batch)
+        compared = self.distillation(outputs, task, batch, self.task, self.student)
+        terms = {TASK: task, **self.distillation.reduce(compared)}
+        loss, balance = self.balance(terms, outputs.student.output)
+        penalties = {name: penalty() for name, penalty in self.penalties.items()}
+        for term in (*self.distillation.objectives(compared), *penalties.values()):
+            loss = loss + term
+        return Losses(loss, terms, compared, outputs, balance, penalties)
+
+    def _numbers(self, losses: Losses) -> dict[str, Tensor]:
+        """What is logged of a batch, detached."""
+        numbers = {"train/loss": losses.loss}
+        numbers |= {f"train/{name}": value for name, value in (losses.terms | losses.penalties).items()}
+        numbers |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
+        return {name: value.detach().clone() for name, value in numbers.items()}  # some are parameters
 
     def _student_parameters(self) -> list[nn.Parameter]:
         """Those that are trained, for what measures gradients in them."""
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
-    def _watched(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
-        """What gradients say: at the student's outputs, and now and then, since it costs more, in its parameters."""
-        watched: dict[str, Any] = {"gradients": self._gradients(losses)}
-        if batch_idx % _STEP_LENGTH_EVERY == 0:
-            everything = losses.terms | losses.penalties
-            watched["gradient_norms"] = gradient_norms(everything, losses.balance, self._student_parameters())
-        return watched
-
-    def _report(self, losses: Losses) -> dict[str, Any]:
+    def _report(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
-        reports = {}
+        reports, labels = {}, losses.outputs.rows.labels
+        student = losses.outputs.rows.logits.detach()
         for name, term in self.distillation.terms():
-            maps = losses.compared[name].maps
+            maps, sees_rows = losses.compared[name].maps, term.sees_rows(self.task)
             reports[name] = {
                 "divergence": _alone([of_pair.divergence.detach() for of_pair in maps]),
                 "weights": _alone([of_pair.weights.detach() for of_pair in maps if of_pair.weights is not None]),
-                "teacher": losses.compared[name].teachers[0] if self._sees_rows(term) else None,
-                "student": losses.rows.logits.detach() if self._sees_rows(term) else None,
-                "labels": losses.rows.labels if self._sees_rows(term) else None,
+                "teacher": losses.compared[name].teachers[0] if sees_rows else None,
+                "student": student if sees_rows else None,
+                "labels": labels if sees_rows else None,
             }
             reports[name] = {key: value for key, value in reports[name].items() if value is not None}
         report = {"terms": reports} if self.distillation.named else next(iter(reports.values()))
-        return {"loss": losses.loss.detach(), "balance": losses.balance} | report
+        report |= {"loss": losses.loss.detach(), "balance": losses.balance}
+        if self.watch_gradients:
+            report["gradients"] = self._gradients(losses)
+            if batch_idx % _STEP_LENGTH_EVERY == 0:  # which takes a backward pass for each loss
+                report["gradient_norms"] = gradient_norms(
+                    losses.terms | losses.penalties, losses.balance, self._student_parameters()
+                )
+        return report
 
     def _gradients(self, losses: Losses) -> dict[str, Tensor]:
         """Gradients at the student's outputs of the task and of every term with and without modulation.
 
         Distillation by features does not pass the outputs and has none; nor has a task whose outputs are no tensor.
         """
-        if not isinstance(losses.outputs, Tensor):
+        if not isinstance(losses.outputs.student.output, Tensor):
             return {}
         wanted = dict(losses.terms)
         for name, term in self.distillation.terms():
             wanted[plain(name)] = term.reduce(losses.compared[name].maps, weighted=False)
         found = {
-            name: torch.autograd.grad(loss, losses.outputs, retain_graph=True, allow_unused=True)[0]
+            name: torch.autograd.grad(loss, losses.outputs.student.output, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()
         }
         return {name: gradient for name, gradient in found.items() if gradient is not None}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lqkd.balances.base import DISTILL
 from lqkd.errors import UsageError
 from lqkd.losses.taps import Taps
-from lqkd.modules.term import DistillationTerm, Shapes
-from lqkd.modules.terms import TEACHER, Tap, Term
+from lqkd.modules.passes import Outputs
+from lqkd.modules.term import Compared, DistillationTerm, Shapes
+from lqkd.modules.terms import Tap, Term, teacher_label
+from lqkd.regularizers import LookAhead
+from lqkd.tasks import Task
 from lqkd.teachers import FrozenTeacher
 
 __all__ = ["Distillation", "Tap"]
@@ -74,6 +78,36 @@ class Distillation(nn.ModuleDict):
             with self.told(name):
                 term.bind(student)
 
+    def forward(
+        self, outputs: Outputs, task_loss: Tensor, batch: Any, task: Task, student: nn.Module
+    ) -> dict[str, Compared]:
+        """What every term gives for a batch, by its name.
+
+        Args:
+            outputs: of the networks.
+            task_loss: 0-dim, differentiable, for players that look ahead.
+            batch: what the task takes.
+            task: what the networks are trained for.
+            student: the network that is trained.
+        """
+        found = {}
+        for name, term in self.terms():
+            features = outputs.teachers[term.teachers[0]].features, outputs.student.features
+            found[name] = term(outputs.logits, outputs.rows, features, term.sees_rows(task))
+            look_ahead(term, found[name], outputs, task_loss, batch, task, student)
+        return found
+
+    def reduce(self, compared: Mapping[str, Compared]) -> dict[str, Tensor]:
+        """The loss of every term, 0-dim, modulated."""
+        return {name: term.reduce(compared[name].maps) for name, term in self.terms()}
+
+    def objectives(self, compared: Mapping[str, Compared]) -> list[Tensor]:
+        """What the regularizers and combinations minimise, 0-dim each."""
+        found = [
+            t for name, term in self.terms() for t in (term.objective(compared[name].maps), compared[name].mixture)
+        ]
+        return [objective for objective in found if objective is not None]
+
     def taps_of_teachers(self, teachers: Mapping[str, FrozenTeacher]) -> dict[str, Taps]:
         """What has to be looked at in each teacher that a term compares features of, by its name.
 
@@ -114,6 +148,35 @@ class Distillation(nn.ModuleDict):
                 term.connect(*shapes[name])
 
 
+def look_ahead(
+    term: DistillationTerm,
+    compared: Compared,
+    outputs: Outputs,
+    task_loss: Tensor,
+    batch: Any,
+    task: Task,
+    student: nn.Module,
+) -> None:
+    """Tell the maps of a term how they agree with the task, where its player asks; see :meth:`Distillation.forward`."""
+    player = None if term.regularizer is None else term.regularizer.player
+    if not isinstance(player, LookAhead):
+        return
+    rows = outputs.rows
+    if not player.exact:
+        (gradient,) = torch.autograd.grad(task_loss, rows.logits, retain_graph=True)
+        counted = task.counted(rows, batch)
+        term.look_ahead(compared.maps, compared.teachers, rows.logits, rows.labels, gradient * counted)
+        return
+    image = outputs.inputs.alone()
+    if image is None:
+        raise UsageError("player LookAhead(exact=True) needs networks that are called with one tensor alone")
+
+    def loss_of(logits: Tensor, part: slice) -> Tensor:
+        return task.loss(logits, task.part(batch, part))
+
+    term.look_ahead_exactly(compared.maps, student, compared.teachers, image, rows.labels, loss_of)
+
+
 class _Told:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -127,11 +190,6 @@ class _Told:
 
 def _unique(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(paths))
-
-
-def teacher_label(name: str, teachers: Mapping[str, object]) -> str:
-    """What messages call a teacher: ``teacher``, or with its name where there are several."""
-    return TEACHER if name == TEACHER and len(teachers) == 1 else f"{TEACHER} {name}"
 
 
 def current_shapes(saved: object) -> Mapping[str, tuple[Shapes, Shapes]]:

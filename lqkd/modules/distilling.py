@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lqkd.losses.taps import Taps
+from lqkd.modules.passes import Passes
 from lqkd.tasks import Inputs, Task
-from lqkd.teachers.cache import TeacherCache, TeacherOutputs
+from lqkd.teachers.cache import TeacherCache
 from lqkd.teachers.ensemble import TeacherEnsemble
 from lqkd.teachers.frozen import FrozenTeacher
 
@@ -20,7 +20,7 @@ class Distilling(Protocol):
     """A module that distils, attached to a Trainer; :class:`lqkd.modules.DistillModule` is one."""
 
     task: Task
-    taps_of_teachers: dict[str, Taps]
+    passes: Passes
     named_teachers: dict[str, FrozenTeacher]
     teacher_cache: TeacherCache | None
     warnings: list[str]
@@ -38,6 +38,4 @@ class Distilling(Protocol):
     @property
     def judged(self) -> Mapping[str, FrozenTeacher | TeacherEnsemble]: ...
     def teachers(self) -> list[FrozenTeacher]: ...
-    def ask_teachers(self, inputs: Inputs) -> TeacherOutputs: ...
     def inputs(self, batch: Any) -> Inputs: ...
-    def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs: ...

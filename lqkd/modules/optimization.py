@@ -6,11 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.modules.base import ImageClassifier
+from lqkd.modules.divergence import LossWatch, diverged
+from lqkd.modules.losses import Losses
 from lqkd.modules.optimizer_checks import GradientsAreThere
 from lqkd.modules.step_length import GradientLength
 from lqkd.modules.steps import total_steps
@@ -24,6 +26,7 @@ class SharedBackward:
 
     Attributes:
         optimizer_names: what a mistake calls each optimizer.
+        length: how long the student's step is made.
 
     Args:
         module: whose optimizers these are.
@@ -34,7 +37,7 @@ class SharedBackward:
         UsageError: when one of them is out of range.
     """
 
-    def __init__(self, module: LightningModule, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+    def __init__(self, module: ImageClassifier, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
         if accumulate_grad_batches < 1:
@@ -43,6 +46,8 @@ class SharedBackward:
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.optimizer_names: list[str] = []
+        self.length = GradientLength("sum", ())
+        self._watch = LossWatch()
         self._module = module
         self._total_steps: int | None = None
         self._samples = 0  # of the group of batches that is accumulated
@@ -62,7 +67,25 @@ class SharedBackward:
             raise UsageError(f"{of} needs to know the end of training: set trainer.max_epochs or max_steps")
         return min(1.0, self._module.global_step / max(1, self._total_steps))
 
-    def backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
+    def take(self, losses: Losses, batch: Any, batch_idx: int) -> None:
+        """Everything from the losses of a batch to the step, where the batch is the last of its group.
+
+        Raises:
+            DivergenceError: when the loss is not finite on a process.
+            UsageError: when an optimizer's step asks for gradients a second time.
+        """
+        self._watch.ask(losses.loss)
+        samples = len(losses.outputs.inputs)
+        self.length.add(losses.terms, samples)
+        last_of_group = self._backward(losses.loss, samples, batch_idx)
+        if not self._watch.finite():
+            self._module.task.check_batch(losses.outputs.student.output, batch)
+            named = {"the loss": losses.loss, **losses.terms, **losses.penalties}
+            diverged(self._module, named, self._module.trained(), losses.outputs.inputs)
+        if last_of_group:
+            self._step()
+
+    def _backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
         """Accumulate the gradient of one batch and say whether it is the last of a group."""
         trainer = self._module.trainer
         last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or trainer.is_last_batch
@@ -74,15 +97,8 @@ class SharedBackward:
         self._samples += samples
         return last_of_group
 
-    def step(self, length: GradientLength) -> None:
-        """Step every optimizer and its schedule with the gradient of a group of batches.
-
-        Args:
-            length: how long the student's step is to be.
-
-        Raises:
-            UsageError: when an optimizer's step asks for gradients a second time.
-        """
+    def _step(self) -> None:
+        """Step every optimizer and its schedule with the gradient of a group of batches."""
         accumulates = self.accumulate_grad_batches > 1
         # DDP averages gradients over ranks, whose numbers of samples may differ by one: all divide by their mean.
         summed = torch.tensor(float(self._samples), device=self._module.device)
@@ -95,7 +111,7 @@ class SharedBackward:
             if accumulates:
                 torch._foreach_div_([p.grad for p in parameters], samples_per_rank)
             if not closures:  # the student's
-                length.apply(samples_per_rank)
+                self.length.apply(samples_per_rank)
             if self.gradient_clip_val is not None:
                 nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
             closures.append(GradientsAreThere(name, optimizer, parameters))

@@ -193,7 +193,7 @@ def accuracy(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         for of_loader in taken:
             batch = trainer.strategy.batch_to_device(of_loader, dataloader_idx=0)
             inputs = module.inputs(batch)
-            given = inputs if network is module.student else module.teacher_inputs(batch, inputs)
+            given = inputs if network is module.student else module.passes.teacher_inputs(batch, inputs)
             outputs = task.outputs(given.call(network), Asked("network", len(inputs)))
             task.check_batch(outputs, batch)
             task.update(metrics, outputs, batch)

@@ -64,20 +64,6 @@ def prepare_teacher(module: Distilling) -> tuple[OpenCache | None, KnownOfTeache
     return opened, known
 
 
-def indices_of(batch: Any) -> Tensor:
-    """The indices (B,) of the samples of a batch.
-
-    Raises:
-        UsageError: when the batch does not tell.
-    """
-    indices = getattr(batch, "indices", None)
-    if not isinstance(indices, Tensor):
-        raise UsageError(
-            "teacher_cache needs to know the samples of a batch: the DataModule must yield lqkd.data.Batch"
-        )
-    return indices
-
-
 def _load(path: Path) -> KnownOfTeacher:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -96,9 +82,10 @@ def _open_cache(module: Distilling) -> OpenCache | None:
     asked = trainer.strategy.broadcast([teacher.wants_bf16(module.device) for teacher in module.teachers()])
     pairs = zip(module.teachers(), asked, strict=True)
     of_teachers = [teacher_key(*pair, data.image_shape, input_dtype(data)) for pair in pairs]
+    taps = module.passes.taps_of_teachers
     key = {
         "teachers": trainer.strategy.broadcast(of_teachers),  # processors of several kinds may round otherwise
-        "taps": [[*taps.paths] if (taps := module.taps_of_teachers.get(n)) else [] for n in module.named_teachers],
+        "taps": [[*taps[name].paths] if name in taps else [] for name in module.named_teachers],
         "data": of_data,
     }
     if any(asked):  # the images that bfloat16 is checked with decide whether it is used
@@ -107,7 +94,7 @@ def _open_cache(module: Distilling) -> OpenCache | None:
 
     @torch.no_grad()
     def shapes() -> TensorShapes:
-        return shapes_of(module.ask_teachers(given))
+        return shapes_of(module.passes.ask_teachers(given))
 
     return settings.open(key, data.train_indices, _epochs(module), [*module.named_teachers], shapes)
 
@@ -119,14 +106,14 @@ def _teacher_input(module: Distilling, data: Any) -> Inputs:
         UsageError: when that is not one tensor, by which a sample is told, or what a teacher answers is no tensor.
     """
     example = module.task.example(data, module.device)
-    given = None if example is None else module.teacher_inputs(example, module.inputs(example))
+    given = None if example is None else module.passes.teacher_inputs(example, module.inputs(example))
     if given is None or given.alone() is None:
         raise UsageError(
             f"teacher_cache is not possible with task {type(module.task).__name__}: it keeps the answers of teachers "
             "that are called with one tensor, of which the task gives an example"
         )
     with torch.no_grad():
-        outputs = module.ask_teachers(given)
+        outputs = module.passes.ask_teachers(given)
     if not all(isinstance(seen.output, Tensor) for seen in outputs.values()):
         raise UsageError(
             f"teacher_cache is not possible with task {type(module.task).__name__}, whose outputs are no tensors"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lqkd.modules.distillation import teacher_label
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import accuracy, loader_of
+from lqkd.modules.terms import teacher_label
 from lqkd.teachers import FrozenTeacher
 
 LARGEST_LOSS = 0.001
@@ -30,7 +30,7 @@ def accelerate(module: Distilling, known: list[bool] | None) -> list[bool]:
     """
     chosen: list[bool] = []
     for name, teacher in module.named_teachers.items():
-        taps = module.taps_of_teachers.get(name)
+        taps = module.passes.taps_of_teachers.get(name)
         untouched = () if taps is None else taps.paths  # their outputs are compared with the student's
         label = teacher_label(name, module.named_teachers)
         bf16 = _bf16(module, teacher, untouched, label) if known is None else known[len(chosen)]

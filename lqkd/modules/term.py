@@ -17,7 +17,7 @@ from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
 from lqkd.regularizers import LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
-from lqkd.tasks import Rows
+from lqkd.tasks import Rows, Task
 
 Shapes = list[tuple[int, ...]]
 
@@ -124,6 +124,10 @@ class DistillationTerm(nn.Module):
                         matched = loss.pair(torch.zeros(t), torch.zeros(s))[1]
                     channels = matched.shape[2 if matched.ndim == 3 else 1]
                 regularizer.connect(loss.kind, channels)
+
+    def sees_rows(self, task: Task) -> bool:
+        """Whether the elements of its maps belong to the rows of the task."""
+        return task.one_row_a_sample or self.compares == "logits"
 
     def seen(self, teacher: Seen, student: Seen, rows: tuple[Rows, Rows]) -> tuple[list[Tensor], list[Tensor]]:
         """What is compared of a teacher and of the student: one tensor a tap, or the rows' logits."""

@@ -167,3 +167,8 @@ def _separate(terms: dict[str, Term]) -> dict[str, Term]:
         terms[name] = replace(term, **own)  # type: ignore[arg-type]
         seen |= {id(term.loss), id(term.regularizer)} - {id(None)}
     return terms
+
+
+def teacher_label(name: str, teachers: Mapping[str, object]) -> str:
+    """What messages call a teacher: ``teacher``, or with its name where there are several."""
+    return TEACHER if name == TEACHER and len(teachers) == 1 else f"{TEACHER} {name}"

@@ -46,7 +46,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps.append(parameters_of(pl_module))
-        self.asked = 0 if pl_module.opened_cache is None else pl_module.opened_cache.asked
+        cache = pl_module.passes.cache
+        self.asked = 0 if cache is None else cache.asked
 
 
 def _terms(student: nn.Module) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_answers_from_the_cache_give_the_numbers_of_live_teachers(make_trainer: 
     live = losses_of(make_trainer, of_terms())
     assert losses_of(make_trainer, of_terms(teacher_cache=cache)) == live
     replay = of_terms(teacher_cache=cache)
-    asked = Recorder(lambda trainer, module: module.opened_cache.asked)
+    asked = Recorder(lambda trainer, module: module.passes.cache.asked)
     make_trainer(callbacks=[asked]).fit(replay, datamodule=digits())
     assert asked.seen[-1] == 0
 

@@ -1,0 +1,141 @@
+"""One pass of every network for a batch: of the teachers, live or from their cache, and of the student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.losses.taps import Seen, Taps
+from lqkd.modules.terms import teacher_label
+from lqkd.tasks import Asked, Inputs, Rows, Task
+from lqkd.tasks.trial import enough_samples
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import OpenCache, TeacherOutputs
+
+
+@dataclass
+class Outputs:
+    """What the networks have made of a batch."""
+
+    inputs: Inputs
+    """What the student was called with."""
+    teachers: TeacherOutputs
+    """What is seen of every teacher, by its name."""
+    student: Seen
+    """What is seen of the student, differentiable in it."""
+    rows: Rows
+    """The student's rows: logits (N, C), differentiable, and the labels (N,)."""
+    logits: dict[str, Tensor]
+    """(N, C) rows of every teacher, by its name."""
+
+
+class Passes:
+    """Calls the networks and looks at what the terms of the distillation compare.
+
+    Attributes:
+        cache: of the teachers' outputs, in a training with one.
+        taps_of_teachers: what is looked at inside of each teacher, by its name.
+
+    Args:
+        task: says what the networks are called with, and what of their outputs matters.
+        teachers: by name.
+        student: the network that is trained, its quantizers in place.
+        taps_of_teachers: see the attribute.
+        taps_of_student: what is looked at inside of the student; None for nothing.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        teachers: dict[str, FrozenTeacher],
+        student: nn.Module,
+        taps_of_teachers: dict[str, Taps],
+        taps_of_student: Taps | None,
+    ) -> None:
+        self.cache: OpenCache | None = None
+        self.taps_of_teachers, self._taps_of_student = taps_of_teachers, taps_of_student
+        self._task, self._teachers, self._student = task, teachers, student
+
+    def run(self, batch: Any, inputs: Inputs, epoch: int, cached: bool = False) -> Outputs:
+        """The outputs of all networks for a batch.
+
+        Args:
+            batch: what the task takes, on the device.
+            inputs: what the student is called with for it.
+            epoch: counted from 0, which the cache goes by.
+            cached: whether teachers' outputs come from the cache where there is one.
+
+        Raises:
+            UsageError: when the task makes other rows of a teacher's outputs than of the student's.
+        """
+        teachers = self._of_teachers(batch, inputs, epoch, cached)
+        student = self.of_student(inputs)
+        rows = self._task.rows(student.output, batch)
+        logits = {name: self._task.rows(seen.output, batch).logits for name, seen in teachers.items()}
+        for of_teacher in logits.values():
+            _check_rows(self._task, of_teacher.shape, rows.logits.shape)
+        return Outputs(inputs, teachers, student, rows, logits)
+
+    def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs:
+        """What teachers are called with for a batch of which the student is called with ``inputs``."""
+        given = self._task.teacher_inputs(batch, inputs)
+        return inputs if given is inputs else Inputs.of(given).fit(self._student)
+
+    def _of_teachers(self, batch: Any, inputs: Inputs, epoch: int, cached: bool) -> TeacherOutputs:
+        given = self.teacher_inputs(batch, inputs)
+        image = given.alone()
+        if self.cache is None or not cached or image is None:
+            return self.ask_teachers(given)
+        return self.cache.answers(image, indices_of(batch), epoch, lambda: self.ask_teachers(given))
+
+    def ask_teachers(self, inputs: Inputs) -> TeacherOutputs:
+        """What is seen of every teacher, called with ``inputs``."""
+        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in self._teachers.items()}
+
+    def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs) -> Seen:
+        asked, taps = Asked(teacher_label(name, self._teachers), len(inputs)), self.taps_of_teachers.get(name)
+        if taps is None:
+            return Seen(self._task.outputs(inputs.call(teacher), asked), {})
+        with taps.recording(teacher.running(inputs)) as features:
+            output = self._task.outputs(inputs.call(teacher), asked)
+        return Seen(output, {path: x.float().contiguous() for path, x in zip(taps.paths, features, strict=True)})
+
+    def of_student(self, inputs: Inputs) -> Seen:
+        """What is seen of the student, called with ``inputs``."""
+        taps, features = self._taps_of_student, {}
+        with enough_samples("student", len(inputs)):
+            if taps is None:
+                returned = inputs.call(self._student)
+            else:
+                with taps.recording() as recorded:
+                    returned = inputs.call(self._student)
+                features = dict(zip(taps.paths, recorded, strict=True))
+        asked = Asked("student", len(inputs), self._student.training)
+        return Seen(self._task.outputs(returned, asked), features)
+
+
+def indices_of(batch: Any) -> Tensor:
+    """The indices (B,) of the samples of a batch.
+
+    Raises:
+        UsageError: when the batch does not tell.
+    """
+    indices = getattr(batch, "indices", None)
+    if not isinstance(indices, Tensor):
+        raise UsageError(
+            "teacher_cache needs to know the samples of a batch: the DataModule must yield lqkd.data.Batch"
+        )
+    return indices
+
+
+def _check_rows(task: Task, of_teacher: Any, of_student: Any) -> None:
+    if of_teacher != of_student:
+        raise UsageError(
+            f"numbers of classes differ (teacher {of_teacher[1]}, student {of_student[1]}): they must agree"
+            if of_teacher[0] == of_student[0]
+            else f"task {type(task).__name__} makes {of_teacher[0]} rows of the teacher's outputs and "
+            f"{of_student[0]} of the student's: rows() must make the same of both"
+        )
