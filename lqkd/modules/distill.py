@@ -466,7 +466,7 @@ class DistillModule(ImageClassifier):
                 "labels": labels if sees_rows else None,
             }
             reports[name] = {key: value for key, value in reports[name].items() if value is not None}
-        report = {"terms": reports} if self.distillation.named else next(iter(reports.values()))
+        report: dict[str, Any] = {"terms": reports} if self.distillation.named else dict(*reports.values())
         report |= {"loss": losses.loss.detach(), "balance": losses.balance}
         if self.watch_gradients:
             report["gradients"] = self._gradients(losses)

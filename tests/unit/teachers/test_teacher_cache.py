@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.losses.taps import Seen
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import OpenCache, TeacherCache
-from lqkd.teachers.cache.codec import Codec, projection
+from lqkd.teachers.cache.codec import Codec, projection, shapes_of
 from lqkd.teachers.cache.keys import teacher_key
 from lqkd.teachers.cache.records import Records, RecordStore
 
@@ -106,21 +107,28 @@ def test_holes_take_no_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_answers_come_back_as_they_were_to_the_precision_of_storage(dtype: str) -> None:
-    codec = Codec(2, 10, ((4, 3, 3),), dtype, None)
-    logits, feature, images = [torch.randn(6, 10) for _ in range(2)], torch.randn(6, 4, 3, 3), torch.randn(6, 1, 8, 8)
+    """Of two teachers, one with logits for every pixel and one with a tap."""
+    images = torch.randn(6, 1, 8, 8)
+    answers = {
+        "a": Seen(torch.randn(6, 3, 8, 8), {}),
+        "b": Seen(torch.randn(6, 10), {"layer": torch.randn(6, 4, 3, 3)}),
+    }
+    codec = Codec(("a", "b"), shapes_of(answers), dtype, None)
     records = np.zeros(6, codec.layout)
-    codec.encode(records, (logits, [feature]), projection(images))
-    found, (found_feature,) = codec.decode(records, torch.device("cpu"))
+    codec.encode(records, answers, projection(images))
+    found = codec.decode(records, torch.device("cpu"))
     tolerance = {"rtol": 0.0, "atol": 0.0} if dtype == "float32" else {"rtol": 1e-3, "atol": 1e-4}
-    for a, b in zip([*found, found_feature], [*logits, feature], strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
+    assert [*found] == ["a", "b"]
+    for name, seen in answers.items():
+        torch.testing.assert_close(found[name].output, seen.output, **tolerance)
+        torch.testing.assert_close(found[name].features, seen.features, **tolerance)
 
 
 def test_top_k_keeps_the_largest_probabilities_and_the_mass_of_the_rest() -> None:
-    codec, logits = Codec(1, 100, (), "float32", 5), 3 * torch.randn(7, 100)
+    codec, logits = Codec(("a",), [[("output", (100,))]], "float32", 5), 3 * torch.randn(7, 100)
     records = np.zeros(7, codec.layout)
-    codec.encode(records, ([logits], []), torch.zeros(7))
-    ((found,), _) = codec.decode(records, torch.device("cpu"))
+    codec.encode(records, {"a": Seen(logits, {})}, torch.zeros(7))
+    found = codec.decode(records, torch.device("cpu"))["a"].output
     expected, got = logits.softmax(1), found.softmax(1)
     kept = logits.topk(5).indices
     torch.testing.assert_close(got.gather(1, kept), expected.gather(1, kept))
@@ -131,9 +139,9 @@ def test_top_k_keeps_the_largest_probabilities_and_the_mass_of_the_rest() -> Non
 
 
 def test_float16_refuses_what_it_cannot_hold() -> None:
-    codec = Codec(1, 3, (), "float16", None)
+    codec = Codec(("a",), [[("output", (3,))]], "float16", None)
     with pytest.raises(UsageError, match="exceed 65504: use float32"):
-        codec.encode(np.zeros(1, codec.layout), ([torch.tensor([[1e5, 0, 0]])], []), torch.zeros(1))
+        codec.encode(np.zeros(1, codec.layout), {"a": Seen(torch.tensor([[1e5, 0, 0]]), {})}, torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,7 @@ def test_a_key_does_not_depend_on_threads_rounding_or_random_numbers_and_leaves_
 def opened(tmp_path: Path, **settings: Any) -> OpenCache:
     key: dict[str, Any] = {"data": {"augmentation": {"seed": 0}}}
     return TeacherCache(str(tmp_path), dtype="float32", **settings).open(
-        key, torch.arange(0, 40, 2), 3, lambda: (1, 10, [])
+        key, torch.arange(0, 40, 2), 3, ["a"], lambda: [[("output", (10,))]]
     )
 
 
@@ -218,24 +226,24 @@ def test_a_full_disk_ends_the_writing_and_not_the_training(tmp_path: Path, monke
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def ask() -> tuple[list[Tensor], list[Tensor]]:
-        return [logits], []
+    def ask() -> dict[str, Seen]:
+        return {"a": Seen(logits, {})}
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.warns(UserWarning, match="goes on live.*No space left"):
-        assert torch.equal(cache.answers(images, torch.arange(0, 10, 2), 0, ask)[0][0], logits)
-    assert torch.equal(cache.answers(images, torch.arange(0, 10, 2), 0, ask)[0][0], logits)
+        assert torch.equal(cache.answers(images, torch.arange(0, 10, 2), 0, ask)["a"].output, logits)
+    assert torch.equal(cache.answers(images, torch.arange(0, 10, 2), 0, ask)["a"].output, logits)
     assert cache.asked == 2
 
 
 def test_a_batch_that_is_known_in_part_is_asked_for_and_completed(tmp_path: Path) -> None:
     cache, images, logits = opened(tmp_path), torch.randn(6, 1, 8, 8), torch.randn(6, 10)
-    cache.answers(images[:4], torch.arange(0, 8, 2), 1, lambda: ([logits[:4]], []))
+    cache.answers(images[:4], torch.arange(0, 8, 2), 1, lambda: {"a": Seen(logits[:4], {})})
     other = opened(tmp_path)
-    found = other.answers(images, torch.arange(0, 12, 2), 1, lambda: ([logits + 1], []))[0][0]
+    found = other.answers(images, torch.arange(0, 12, 2), 1, lambda: {"a": Seen(logits + 1, {})})["a"].output
     assert torch.equal(found, torch.cat([logits[:4], logits[4:] + 1]))  # what is there stays
     assert other.asked == 1
-    again = other.answers(images.flip(0), torch.arange(10, -1, -2), 1, lambda: pytest.fail("asked"))[0][0]
+    again = other.answers(images.flip(0), torch.arange(10, -1, -2), 1, lambda: pytest.fail("asked"))["a"].output
     assert torch.equal(again, found.flip(0))
 
 
