@@ -81,13 +81,16 @@ def images() -> Tensor:
 
 
 @functools.cache
-def made(name: str) -> nn.Module:
+def made(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return NETWORKS[name]()
+    return NETWORKS[name](), torch.get_rng_state()
 
 
 def network(name: str) -> nn.Module:
-    return copy.deepcopy(made(name))  # to draw the weights takes longer
+    """A copy, which takes less time than to draw the weights, with random numbers as they are after that."""
+    model, state = made(name)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 @functools.cache
