@@ -8,10 +8,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -33,6 +35,18 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not t
 os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
 
 torch.set_num_threads(1)  # these networks are too small for two threads to help each other
+registry.entry_points = lru_cache(registry.entry_points)  # every Trainer asks all installed packages for callbacks
+
+LONGEST = (
+    *("test_resume.py", "test_combinations.py", "test_networks.py", "test_quickstart.py", "test_cifar10.py"),
+    *("test_exact.py", "test_study.py", "test_stopping.py", "test_formats.py", "test_cli.py", "test_guards.py"),
+    *("test_regularizer_statistics.py", "test_teacher_cache.py", "test_sensitivity.py"),
+)
+"""Files that begin first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -83,10 +97,13 @@ def network(depth: int = 8, classes: int = 10) -> CifarResNet:
 
 
 def distiller(**arguments: Any) -> DistillModule:
-    """A DistillModule on digits with random weights and every player present, but for what ``arguments`` replace."""
+    """A DistillModule on digits with random weights and every player present, but for what ``arguments`` replace.
+
+    The teacher's precision is given, since to find it out takes as long as a short training.
+    """
     torch.manual_seed(0)
     defaults: dict[str, Any] = {
-        "teacher": FrozenTeacher(network(14), minimum_accuracy=0.0),
+        "teacher": FrozenTeacher(network(14), minimum_accuracy=0.0, precision="fp32"),
         "student": network(),
         "quantization": Recipe(bits="w4a4"),
         "regularizer": ElementwiseMLP(hidden=8),

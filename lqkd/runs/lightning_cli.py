@@ -112,6 +112,7 @@ class LqkdCLI(LightningCLI):
         self.resumption = resumption
         self.of_distillation = list(of_distillation)
         self.by_request = resumption is not None
+        self.verb = args[0]
         torch.set_float32_matmul_precision("high")
         try:
             super().__init__(
@@ -121,7 +122,7 @@ class LqkdCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 seed_everything_default=seed,
                 parser_class=OneLineParser,
-                parser_kwargs=_ABOUT if parser_kwargs is None else parser_kwargs,
+                parser_kwargs={self.verb: _ABOUT[self.verb]} if parser_kwargs is None else parser_kwargs,
                 args=args,
             )
         except (KeyboardInterrupt, Stopped) as stop:
@@ -132,12 +133,16 @@ class LqkdCLI(LightningCLI):
             if self.locked is not None:
                 os.close(self.locked)
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's knows no instance
+        """The verb that is run alone: each parser is built at every start, and looked through for every setting."""
+        return {self.verb: super().subcommands()[self.verb]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=RunSettings, default=RunSettings(), help="Where the run keeps what it makes.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if isinstance(parser, OneLineParser):
-            parser.verb = args[0]  # whose help an error points to
+            parser.verb = self.verb  # whose help an error points to
         super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and seed is not None:
@@ -155,8 +160,9 @@ class LqkdCLI(LightningCLI):
         self.config_text = self._config_text()
         if self.subcommand == "fit":
             self._remember_code()
+        self.config_dump = yaml.safe_load(self.config_text)  # what checkpoints keep; Lightning would dump once more
         if self.config[self.subcommand].get("ckpt_path") is not None:
-            self._do_without_files_of_weights(self._get(self.config, "model"))
+            self._do_without_files_of_weights()
 
     def _remember_code(self) -> None:
         """Note what this run names, but for what a folder named before that it goes on in."""
@@ -166,17 +172,18 @@ class LqkdCLI(LightningCLI):
             settings = sorted(foreign_code(settings) - foreign_code(kept))
         remember_code(settings)
 
-    def _do_without_files_of_weights(self, model: Any) -> None:
+    def _do_without_files_of_weights(self) -> None:
         """The checkpoint has the weights: a run may have been moved away from the files that it started from."""
+        models = [self._get(self.config, "model"), self.config_dump["model"]]
         if self.subcommand != "fit":
-            forget_weights(model)  # the teacher's, too, who is not asked
+            forget_weights(models)  # the teacher's, too, who is not asked
             return
-        settings = model.get("init_args", {})
         for key in ("student_weights", "weights"):
-            source = settings.get(key)
+            source = models[0].get("init_args", {}).get(key)
             if isinstance(source, str) and not weights_exist(source):
                 rank_zero_info(f"{key}={source!r} are no longer there: the checkpoint has the weights")
-                settings[key] = None
+                for model in models:
+                    model["init_args"][key] = None
 
     def _config_text(self) -> str:
         """The configuration of this run as it is kept: complete, and without the checkpoint it may start from."""

@@ -52,7 +52,7 @@ class RunReader(LqkdCLI):
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         if self.trained:
-            forget_weights(self._get(self.config, "model"))
+            forget_weights([self._get(self.config, "model"), self.config_dump["model"]])
 
     def _parse_ckpt_path(self) -> None:
         """The weights are loaded afterwards, by :func:`load_float_weights`."""

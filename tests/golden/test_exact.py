@@ -17,8 +17,11 @@ TOLERANCE = 1e-3
 """Relative, of losses on a machine that has no record: it may sum in another order, and a few codes round otherwise."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("mlp", "attention", "learned_mixture")
+"""Runs that every change meets at once: a regularizer on logits, features, and several teachers."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RUNS])
 def test_losses_and_final_tensors_are_the_recorded_ones(name: str, tmp_path: Path, lqkd: Forks) -> None:
     found = trained(name, tmp_path, lqkd)
     if machine() in RECORDED:

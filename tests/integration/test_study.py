@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "base": str(CONFIGS / "quickstart.yaml"),
     "seeds": [0, 1],
     "settings": {
-        "trainer.max_epochs": 40,  # long enough to be killed within
+        "trainer.max_epochs": 12,  # of 4 steps: long enough to be killed within
         "trainer.log_every_n_steps": 1,
         "trainer.callbacks": None,
         "run.save_every_n_steps": 2,
@@ -48,6 +48,8 @@ SMALL: dict[str, Any] = {
         },
     },
 }
+
+SHORTER = {"settings": SMALL["settings"] | {"trainer.max_epochs": 2}}
 
 FORKING = """
 import multiprocessing
@@ -119,7 +121,7 @@ def test_a_variant_with_runs_cannot_change(lqkd: Forks, finished: Path) -> None:
     described["settings"]["trainer.max_epochs"] = 3
     assert compare(lqkd, finished.parent, described) == 2
     assert "variants.plain has runs in" in lqkd.log.read_text()
-    assert "trainer.max_epochs was 40 and is now 3" in lqkd.log.read_text()
+    assert "trainer.max_epochs was 12 and is now 3" in lqkd.log.read_text()
 
 
 def test_a_mistake_in_a_variant_is_told_before_the_first_run(lqkd: Forks, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_runs_stop_when_the_process_that_compares_is_killed(lqkd: Forks, tmp_pat
 def test_a_sweep_chooses_by_validation_and_repeats_itself(lqkd: Forks, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     sweep = {"trials": 3, "parameters": {"model.init_args.balance.init_args.distill": {"low": 0.01, "high": 100.0}}}
-    described = SMALL | {"variants": {}, "seeds": [0], "sweep": sweep}
+    described = SMALL | SHORTER | {"variants": {}, "seeds": [0], "sweep": sweep}
     assert compare(lqkd, tmp_path, described) == 0
     trials = rows(tmp_path / "small" / "sweep.csv")
     best = max(trials, key=lambda row: float(row["val_best_mean"]))
@@ -188,7 +190,7 @@ def test_submitit_runs_a_study(lqkd: Forks, tmp_path: Path) -> None:
     """Its local executor starts the same job as that of SLURM."""
     pytest.importorskip("submitit")
     launcher = {"parallel": 2, "submitit": {"cluster": "local", "timeout_min": 5}}
-    described = SMALL | {"variants": {"plain": {}}, "seeds": [0], "launcher": launcher}
+    described = SMALL | SHORTER | {"variants": {"plain": {}}, "seeds": [0], "launcher": launcher}
     assert compare(lqkd, tmp_path, described) == 0
     (run,) = rows(tmp_path / "small" / "runs.csv")
     assert run["status"] == "finished"
