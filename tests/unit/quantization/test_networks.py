@@ -141,7 +141,8 @@ class RoundingNoise(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bits"), [*((name, "w4a4") for name in NETWORKS), ("vit_b_16", "w8a8")])
+@each_network
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 def test_a_network_takes_a_training_step_that_reaches_every_parameter(name: str, bits: str) -> None:
     model = copy.deepcopy(converted(name, bits))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
