@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
+from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.computed import computed
@@ -23,12 +25,12 @@ TWICE = ("add", "mul")
 """Kinds that are cheap enough to be computed once for each of two grids."""
 
 
-def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Folding]:
+def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
     Args:
         student: a quantised network in eval mode, which is changed.
-        example: (B, C, H, W), on the same device.
+        example: what it is called with, on the same device.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -48,26 +50,27 @@ def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Fol
     return builder, folding
 
 
-def check_takes(network: nn.Module, inputs: Tensor, what: str) -> None:
+def check_takes(network: nn.Module, inputs: Inputs, what: str) -> None:
     """Refuse inputs that the network does not take; ``what`` is what a mistake calls them."""
-    if not len(inputs):
-        raise UsageError(f"{what} of shape {tuple(inputs.shape)} is empty: give at least two inputs")
     try:
         with torch.no_grad():
-            network(inputs)
+            inputs.call(network)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"the network cannot take {what} of shape {tuple(inputs.shape)} and type {inputs.dtype} "
-            f"({first_line(error)})"
-        ) from error
+        tensors = [f"of shape {tuple(tensor.shape)} and type {tensor.dtype}" for tensor in inputs.tensors()]
+        raise UsageError(f"the network cannot take {what} {', '.join(tensors)} ({first_line(error)})") from error
 
 
-def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
+def parameters(network: fx.GraphModule) -> tuple[str, ...]:
+    """The names of what the network is called with, in order."""
+    return tuple(str(node.target) for node in network.graph.nodes if node.op == "placeholder")
+
+
+def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
     """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
+    _check_inputs(student, example)
     graph = trace(student)
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise UsageError("the network has several inputs: export takes networks with one")
     network = fx.GraphModule(student, graph)
+    _keep_given(graph, example)
     for node in list(graph.nodes):
         if node.op != "call_module":
             continue
@@ -90,6 +93,31 @@ def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
             graph.erase_node(node)
     recompile(network)
     return network
+
+
+def _check_inputs(student: nn.Module, example: Inputs) -> None:
+    """Refuse inputs that are no tensors with the same number of samples."""
+    bound = inspect.signature(student.forward).bind(*example.args, **example.keywords).arguments
+    for name, value in bound.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"input {name!r} is a {type(value).__name__}: export takes tensors (B, ...) alone")
+        if value.ndim == 0 or len(value) != len(example):
+            raise UsageError(
+                f"input {name!r} of shape {tuple(value.shape)} has no batch axis: export takes tensors (B, ...) alone"
+            )
+
+
+def _keep_given(graph: fx.Graph, example: Inputs) -> None:
+    """Leave those inputs in the graph that are given; without the others the network must do."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[len(example.args) :]:
+        if node.target not in example.keywords:
+            if node.users:
+                raise UsageError(
+                    f"the network has an input {str(node.target)!r}, which is not given: export takes what the task's "
+                    "inputs() gives, or the example, and nothing besides"
+                )
+            graph.erase_node(node)
 
 
 def _expose(network: fx.GraphModule, node: fx.Node, module: Any, name: str, before: bool) -> None:
@@ -115,14 +143,14 @@ def recompile(network: fx.GraphModule) -> None:
     network.recompile()
 
 
-def propagate_shapes(network: fx.GraphModule, example: Tensor) -> None:
+def propagate_shapes(network: fx.GraphModule, example: Inputs) -> None:
     """Let every node know the shape of its result."""
     try:
         with torch.no_grad():
-            ShapeProp(network).propagate(example)
+            ShapeProp(network).propagate(*example.by_name(parameters(network)).values())
     except RuntimeError as error:
         raise UsageError(
-            f"the network cannot take an example of shape {tuple(example.shape)} ({first_line(error)})"
+            f"the network cannot take an example of {example.described()} ({first_line(error)})"
         ) from error
     for node in network.graph.nodes:  # shapes of several results are kept by ShapeProp as a tuple of metas
         if isinstance(node.meta.get("tensor_meta"), tuple) and not hasattr(node.meta["tensor_meta"], "shape"):
@@ -132,7 +160,7 @@ def propagate_shapes(network: fx.GraphModule, example: Tensor) -> None:
 class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
-    def __init__(self, network: fx.GraphModule, example: Tensor) -> None:
+    def __init__(self, network: fx.GraphModule, example: Inputs) -> None:
         self.network = network
         self.graph = network.graph
         self.example = example
@@ -224,7 +252,7 @@ class GridPlacement:
         end = node
         while len(end.users) == 1 and self._kind(next(iter(end.users))) in CLAMPS:
             end = next(iter(end.users))
-        users = [user for user in end.users if user.op != "output"]
+        users = [user for user in end.users if user.op != "output" and self._operation(user) is not None]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
         if any(self._feeds_float(user) for user in others):
@@ -259,6 +287,6 @@ class GridPlacement:
     def _read_from(self, base: fx.Node, end: fx.Node) -> None:
         end.append(base)
         for user in list(end.users):
-            if user is not base and user.op != "output":
+            if user is not base and user.op != "output" and self._operation(user) is not None:
                 user.replace_input_with(end, base)
                 self.rerouted.append(str(user.meta.get("lqkd_place", user.name)))

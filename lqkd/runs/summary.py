@@ -113,7 +113,6 @@ class RunSummary(Callback):
         best = self._best_score(trainer, module)
         measured = size(network)
         inputs = module.example_inputs()
-        example = None if inputs is None else inputs.alone()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
         distills = isinstance(module, DistillModule)
@@ -134,7 +133,9 @@ class RunSummary(Callback):
             "parameters": measured.parameters,
             "packed_bytes": measured.packed_bytes,
             "float_bytes": measured.float_bytes,
-            "bit_operations": None if example is None else bit_operations(network, example),
+            "bit_operations": None
+            if inputs is None
+            else bit_operations(network, *inputs.args, keywords=inputs.keywords),
             "images_per_second": round(self.images / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
             "epochs": trainer.current_epoch,
@@ -175,6 +176,7 @@ class RunSummary(Callback):
             "resize_size": getattr(data, "resize_size", None),
             name: module.hparams.get(name),
             "quantization": module.hparams.get("quantization"),
+            "task": module.hparams.get("task"),
         }
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)

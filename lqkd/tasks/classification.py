@@ -35,6 +35,8 @@ class Classification(Task):
     """
 
     predicts_classes = True
+    confidences = True
+    answer = "first class"
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -88,6 +90,10 @@ class Classification(Task):
         """Class probabilities (B, C)."""
         return outputs.softmax(dim=-1)
 
+    def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """1 where both put the same class first, 0 elsewhere (B,)."""
+        return (ours.argmax(dim=1) == theirs.argmax(dim=1)).float()
+
     # ---- what a value of the metric means
 
     def chance(self, data: Any) -> float:
@@ -97,9 +103,6 @@ class Classification(Task):
 
     def constant(self) -> SameAnswer:
         return LargestClass()
-
-    def shown(self, value: float) -> str:
-        return f"{value:.1%}"
 
     def described(self, value: float) -> str:
         return f"is right on {self.shown(value)} of the validation images"

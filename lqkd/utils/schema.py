@@ -123,6 +123,7 @@ NETWORK_FILE: Table = {
     "student": _SETTINGS,
     "network": _SETTINGS,
     "quantization": _SETTINGS,
+    "task": _SETTINGS,
 }
 """The metadata of ``student.safetensors`` and ``network.safetensors``."""
 EXPORTED_FILE: Table = {
@@ -131,6 +132,7 @@ EXPORTED_FILE: Table = {
     "checkpoint": _TEXT,
     "class_names": _NAMES,
     "preprocessing": PREPROCESSING,
+    "task": _SETTINGS,
 }
 """The metadata of what ``export`` writes, ``.onnx`` and ``.pt2``."""
 _BITS = _or_null(Kind("a text or a whole number", lambda value: isinstance(value, str) or _is_whole(value, 0, 64)))
