@@ -45,7 +45,6 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Training": (
         Chart("losses", ("train/loss", "train/task", "train/distill")),
         Chart("loss on the validation split", ("val/loss",)),
-        Chart("accuracy on the validation split", ("val/acc",)),
     ),
     "Low bits": (
         Chart("bits", ("bits/weight", "bits/activation")),
@@ -56,11 +55,17 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("dampening", ("train/dampening",)),
     ),
 }
-"""The charts by section. A chart whose keys a run does not log stays empty."""
+"""The charts by section, without that of the task's metric. A chart whose keys a run does not log stays empty."""
 
 
-def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
-    """:data:`SECTIONS` as ``SummaryWriter.add_custom_scalars`` takes them: the tab "Custom Scalars" of TensorBoard."""
+def sections(monitor: str) -> dict[str, tuple[Chart, ...]]:
+    """The charts by section of runs whose best checkpoint is chosen by the metric ``monitor``."""
+    own = Chart(f"{monitor.rpartition('/')[2]} on the validation split", (monitor,))
+    return SECTIONS | {"Training": (*SECTIONS["Training"], own)}
+
+
+def tensorboard_layout(monitor: str) -> dict[str, dict[str, list[Any]]]:
+    """:func:`sections` as ``SummaryWriter.add_custom_scalars`` takes them: the tab "Custom Scalars" of TensorBoard."""
     return {
         section: {
             # A margin names tags; lines are named by patterns, which match the beginning of a tag.
@@ -69,5 +74,5 @@ def tensorboard_layout() -> dict[str, dict[str, list[Any]]]:
             else ["Multiline", [f"{re.escape(key)}$" for key in chart.keys]]
             for chart in charts
         }
-        for section, charts in SECTIONS.items()
+        for section, charts in sections(monitor).items()
     }

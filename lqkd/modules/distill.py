@@ -27,7 +27,7 @@ from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import optimizer_of, regularizer_groups, student_groups
-from lqkd.modules.references import REFERENCES, measure, warn
+from lqkd.modules.references import REFERENCES, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.tasks import check_players, task_of
@@ -41,6 +41,7 @@ from lqkd.tasks.trial import enough_samples, leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import OpenCache, TeacherCache, TeacherOutputs
 from lqkd.utils.progress import Progress
+from lqkd.utils.renames import current_keys
 
 
 @dataclass
@@ -333,7 +334,7 @@ class DistillModule(SharedBackward):
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
         self.opened_cache, of_teacher = prepare_teacher(self)
-        self.references = measure(self, self.references, of_teacher.accuracies)
+        self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
 
@@ -378,9 +379,7 @@ class DistillModule(SharedBackward):
         self.opened_cache = None
 
     def _report_references(self) -> None:
-        known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
-        if "reference/teacher_accuracy" in known:
-            known["teacher/acc"] = known["reference/teacher_accuracy"]
+        known = logged(self.references, self.task)
         for name, value in known.items():
             rank_zero_info(f"{name}: {value:.4f}")
         for logger in self.trainer.loggers:
@@ -580,7 +579,7 @@ class DistillModule(SharedBackward):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
-        self.references = checkpoint.get("references", self.references)
+        self.references = current_keys(checkpoint.get("references", self.references))
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:

@@ -30,9 +30,10 @@ from lqkd.utils.files import finite, write_json, write_safetensors
 class RunSummary(Callback):
     """Writes ``summary.json`` and ``student.safetensors`` (``network.safetensors`` in float training).
 
-    Both describe the checkpoint with the best validation accuracy. The summary is written when training ends and
-    completed when a test has run; ``finished`` says whether anything is still to come. Both are removed when a training
-    goes on that had ended. Values that are not known or not finite are null; a warning names the latter.
+    Both describe the checkpoint that is the best on the validation split by the task's metric. The summary is written
+    when training ends and completed when a test has run; ``finished`` says whether anything is still to come. Both are
+    removed when a training goes on that had ended. Values that are not known or not finite are null; a warning names
+    the latter.
     """
 
     def __init__(self) -> None:
@@ -98,7 +99,7 @@ class RunSummary(Callback):
             return
         score = trainer.callback_metrics.get(f"test/{self.values['metric'].removeprefix('val/')}")
         measured = math.nan if score is None else float(score)
-        self.values["test_accuracy"] = None if math.isnan(measured) else measured  # as it is of a split without labels
+        self.values["test"] = None if math.isnan(measured) else measured  # as it is of a split without labels
         self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:
@@ -126,8 +127,8 @@ class RunSummary(Callback):
         values |= {
             "metric": module.task.monitor,
             "mode": module.task.mode,
-            "val_accuracy": best,
-            "test_accuracy": None,
+            "val": best,
+            "test": None,
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
             "parameters": measured.parameters,
@@ -168,7 +169,7 @@ class RunSummary(Callback):
         data = getattr(trainer, "datamodule", None)
         described: dict[str, Any] = {
             "lqkd": metadata.version("lqkd"),
-            "val_accuracy": self.values["val_accuracy"],
+            "val": self.values["val"],
             "class_names": list(getattr(data, "class_names", ())),
             "mean": list(getattr(data, "mean", ())),
             "std": list(getattr(data, "std", ())),

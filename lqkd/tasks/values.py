@@ -8,6 +8,16 @@ def is_share(metric: str) -> bool:
     return metric.rpartition("/")[2] == "acc"
 
 
+def name_of(metric: str) -> str:
+    """What a metric is called in a heading.
+
+    Examples:
+        >>> name_of("val/acc"), name_of("val/miou")
+        ('accuracy', 'miou')
+    """
+    return "accuracy" if is_share(metric) else metric.rpartition("/")[2]
+
+
 def shown(metric: str, value: float, decimals: int = 1) -> str:
     """A value of the metric for people, with so many decimals where it is in percent, else with four digits.
 

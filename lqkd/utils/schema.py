@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lqkd.errors import UsageError
+from lqkd.utils.renames import KEYS
 
 MOST_PIXELS = 16_384
 """Height or width of what a network sees."""
@@ -140,8 +141,9 @@ SUMMARY: Table = {
     "seed": _COUNT,
     "versions": _mapping("texts", lambda value: isinstance(value, str)),
     "machine": _TEXT,
-    **dict.fromkeys(("val_accuracy", "test_accuracy", "teacher_accuracy", "student_float_accuracy"), _NUMBER),
-    "student_initial_quantized_accuracy": _NUMBER,
+    "metric": _TEXT,
+    "mode": _or_null(Kind("min or max", lambda value: value in ("min", "max"))),
+    **dict.fromkeys((*KEYS, *KEYS.values()), _NUMBER),
     "weight_bits": _BITS,
     "activation_bits": _BITS,
     **dict.fromkeys(("parameters", "epochs", "steps"), _COUNT),

@@ -12,11 +12,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from lqkd.callbacks.dashboard import SECTIONS
+from lqkd.callbacks.dashboard import sections
 from lqkd.cli import main
 from lqkd.runs.folder import CONFIG
 from lqkd.studies import wandb_report
 
+SECTIONS = sections("val/acc")
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "dashboards.md").read_text(encoding="utf-8")
 DOCUMENTED = {

@@ -94,7 +94,7 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     accuracy = float((logits.argmax(1) == labels).mean())
     assert accuracy == pytest.approx(props["lqkd.parity"]["exported"], abs=1e-6)
     summary = json.loads((copied / "summary.json").read_text())
-    assert props["lqkd.parity"]["as_trained"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    assert props["lqkd.parity"]["as_trained"] == pytest.approx(summary["test"], abs=1e-6)
     card = (copied / "student.onnx.md").read_text()
     assert "W2A2 (6 layers)" in card
     teacher = "`CifarResNet(depth=14, num_classes=10, width=8, in_channels=1)`, weights builtin:digits_teacher"

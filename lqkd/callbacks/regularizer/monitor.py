@@ -152,7 +152,7 @@ class RegularizerMonitor(Callback):
         self._drawings.start()
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(tensorboard_layout())
+                logger.experiment.add_custom_scalars(tensorboard_layout(str(getattr(pl_module.task, "monitor", ""))))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._moments, self._sums = Moments(), {}
