@@ -129,8 +129,9 @@ class OfTask(Judge):
         inputs = Inputs.of(self.task.inputs(batch)).fit(network)
         return self.task.outputs(inputs.call(network), Asked("network", len(inputs)))
 
-    def samples(self, batch: Any) -> int:
-        return len(Inputs.of(self.task.inputs(batch)))
+    def samples(self, batch: Any, answer: Any) -> int:
+        labels = self.task.rows(answer, batch).labels if self.task.one_row_a_sample else None
+        return len(Inputs.of(self.task.inputs(batch))) if labels is None else int((labels >= 0).sum())
 
     def judge(self, answers: Iterable[tuple[Any, Any, Any]]) -> tuple[float, float, float]:
         metrics, measured, apart, rows, counted = self.task.metrics(), 0.0, 0.0, 0, 0.0

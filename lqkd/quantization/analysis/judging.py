@@ -24,8 +24,8 @@ class Judge(ABC):
         """What a network says to a batch, on its device."""
 
     @abstractmethod
-    def samples(self, batch: Any) -> int:
-        """How many samples of a batch count."""
+    def samples(self, batch: Any, answer: Any) -> int:
+        """How many samples of a batch count, of which the float network says ``answer``."""
 
     @abstractmethod
     def judge(self, answers: Iterable[tuple[Any, Any, Any]]) -> tuple[float, float, float]:
@@ -49,7 +49,7 @@ class Classifier(Judge):
         logits: Tensor = network(batch[0])
         return logits.float().log_softmax(dim=-1)
 
-    def samples(self, batch: tuple[Tensor, Tensor]) -> int:
+    def samples(self, batch: tuple[Tensor, Tensor], answer: Tensor) -> int:
         return len(batch[1])
 
     def judge(self, answers: Iterable[tuple[Any, Any, Any]]) -> tuple[float, float, float]:

@@ -200,7 +200,7 @@ def measure_sensitivity(
         recipe=recipe,
         bits=tuple(f"W{weight}A{activation}" for weight, activation in wanted),
         groups=(),
-        samples=sum(judge.samples(batch) for batch in validation),
+        samples=sum(map(judge.samples, validation, reference)),
         loss=loss,
         value=value,
         packed_bytes=size(network).packed_bytes,
