@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lqkd.errors import UsageError
-from lqkd.losses import BinaryKL, HintonKL
+from lqkd.losses import BinaryKL, DistillationLoss, HintonKL, Standardized
 from lqkd.models.outputs import Asked
 from lqkd.modules import ClassifierModule, Constant, DistillModule
 from lqkd.quantization import Recipe
@@ -129,11 +129,11 @@ def test_a_student_of_several_labels_distils_class_by_class(make_trainer: Callab
     assert module.references["teacher"] > 0.95  # type: ignore[operator]
 
 
-def test_a_loss_on_the_softmax_is_refused_for_several_labels() -> None:
-    with pytest.raises(
-        UsageError, match="HintonKL compares the softmax of logits, which is no prediction of task Multi"
-    ):
-        DistillModule(FrozenTeacher(network(8)), network(8), distillation_loss=HintonKL(), task=MultiLabel(3))
+@pytest.mark.parametrize("loss", [HintonKL(), Standardized(HintonKL())], ids=lambda loss: type(loss).__name__)
+def test_a_loss_on_the_softmax_is_refused_for_several_labels(loss: DistillationLoss) -> None:
+    told = f"{type(loss).__name__} compares the softmax of logits, which is no prediction of task MultiLabel"
+    with pytest.raises(UsageError, match=told):
+        DistillModule(FrozenTeacher(network(8)), network(8), distillation_loss=loss, task=MultiLabel(3))
 
 
 def test_predictions_are_the_probability_of_each_class() -> None:
