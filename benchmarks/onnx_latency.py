@@ -19,6 +19,7 @@ import torchvision
 
 from lqkd.export import deploy, floating, portable
 from lqkd.export.latency import Latency, measure, slowest_nodes
+from lqkd.models.calls import Inputs
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from lqkd.utils.files import atomic_path
 
@@ -40,13 +41,13 @@ def main() -> None:
     initialize_quantizers(network, images, batch_statistics=True)
     deployed = deploy(network, images, [images])
     integer, plain = portable.build(deployed).model, floating.build(deployed).model
-    image = images[:1].numpy()
-    latency = measure({FLOAT: plain, PORTABLE: integer}, image, threads=arguments.threads, rounds=arguments.rounds)
+    one = Inputs.of(images[:1])
+    latency = measure({FLOAT: plain, PORTABLE: integer}, one, threads=arguments.threads, rounds=arguments.rounds)
     write(arguments.csv, latency, arguments.bits)
     for name, value in latency.milliseconds.items():
         print(f"{name:10}{value:9.2f} ms{latency.ratios[name]:8.3f}")
     if latency.ratios[PORTABLE] > TARGET:
-        nodes = slowest_nodes(integer, image, arguments.threads)
+        nodes = slowest_nodes(integer, one, arguments.threads)
         total = sum(milliseconds for _, _, milliseconds in nodes)
         print(f"\nmore than {TARGET} of float32; {total:.2f} ms of the portable file by node:")
         for name, kind, milliseconds in nodes[:SHOWN]:

@@ -28,14 +28,15 @@ class Chart:
     logarithmic: bool = False
 
 
-def sections(terms: Sequence[str] = ()) -> dict[str, tuple[Chart, ...]]:
+def sections(monitor: str, terms: Sequence[str] = ()) -> dict[str, tuple[Chart, ...]]:
     """The charts by section. A chart whose keys a run does not log stays empty.
 
     Args:
+        monitor: the metric that chooses the best checkpoint.
         terms: names of the distillation terms; none for a single one without a name.
 
     Examples:
-        >>> [chart.keys for chart in sections(["logits"])["Training"]][0]
+        >>> [chart.keys for chart in sections("val/acc", ["logits"])["Training"]][0]
         ('train/loss', 'train/task', 'train/logits')
     """
     losses = ("task", *(terms or ("distill",)))
@@ -59,7 +60,8 @@ def sections(terms: Sequence[str] = ()) -> dict[str, tuple[Chart, ...]]:
         ),
         "Training": (
             Chart("losses", ("train/loss", *(f"train/{name}" for name in losses))),
-            *_TRAINING,
+            Chart("loss on the validation split", ("val/loss",)),
+            Chart(f"{monitor.rpartition('/')[2]} on the validation split", (monitor,)),
         ),
         "Low bits": _LOW_BITS,
     }
@@ -78,10 +80,6 @@ def _weights(term: str) -> tuple[Chart, ...]:
     )
 
 
-_TRAINING = (
-    Chart("loss on the validation split", ("val/loss",)),
-    Chart("accuracy on the validation split", ("val/acc",)),
-)
 _LOW_BITS = (
     Chart("bits", ("bits/weight", "bits/activation")),
     Chart(
@@ -92,7 +90,7 @@ _LOW_BITS = (
 )
 
 
-def tensorboard_layout(terms: Sequence[str] = ()) -> dict[str, dict[str, list[Any]]]:
+def tensorboard_layout(monitor: str, terms: Sequence[str] = ()) -> dict[str, dict[str, list[Any]]]:
     """:func:`sections` as ``SummaryWriter.add_custom_scalars`` takes them: the tab "Custom Scalars" of TensorBoard."""
     return {
         section: {
@@ -102,5 +100,5 @@ def tensorboard_layout(terms: Sequence[str] = ()) -> dict[str, dict[str, list[An
             else ["Multiline", [f"{re.escape(key)}$" for key in chart.keys]]
             for chart in charts
         }
-        for section, charts in sections(terms).items()
+        for section, charts in sections(monitor, terms).items()
     }

@@ -37,7 +37,7 @@ class ProgressBar(RichProgressBar):
         self._started = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
-        self._accuracy: Tensor | None = None
+        self._measured: Tensor | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -56,7 +56,7 @@ class ProgressBar(RichProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         self._started = time.monotonic()
-        self._sums, self._batches, self._accuracy = {}, 0, None
+        self._sums, self._batches, self._measured = {}, 0, None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,7 +70,7 @@ class ProgressBar(RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._accuracy = trainer.callback_metrics.get(_monitor(pl_module))
+        self._measured = trainer.callback_metrics.get(_monitor(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -85,8 +85,8 @@ class ProgressBar(RichProgressBar):
         last = trainer.max_epochs
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{last}" if last is not None and last > 0 else "")]
         parts += [f"{name.split('/')[1]} {float(total) / self._batches:.3f}" for name, total in self._sums.items()]
-        if self._accuracy is not None:
-            parts.append(f"{monitor.replace('/', ' ')} {float(self._accuracy):.3f}")
+        if self._measured is not None:
+            parts.append(f"{monitor.replace('/', ' ')} {float(self._measured):.3f}")
         parts.append(f"({time.monotonic() - self._started:.1f} s)")
         return "  ".join(parts)
 

@@ -37,9 +37,9 @@ class Export:
 
 @dataclass(frozen=True)
 class Predict:
-    """Print the classes of image files. Images are prepared as validation prepares them; those of another size are
-    resized. predict --config CONFIG is another verb, which writes the classes of the run's own test split: see
-    predict --config CONFIG --help."""
+    """Print the classes of image files, or write what another task predicts for them into a folder. Images are prepared
+    as validation prepares them; those of another size are resized. predict --config CONFIG is another verb, which
+    writes the classes of the run's own test split: see predict --config CONFIG --help."""
 
     run: str
     """run folder, or file that export wrote (.onnx or .pt2)"""
@@ -47,6 +47,8 @@ class Predict:
     """image files of any size"""
     top_k: int = argument(1, metavar="K")
     """classes for each image"""
+    output: str | None = argument(None, metavar="FOLDER", shown="needed for such a task only")
+    """folder for a mask (.png) or an array (.npy) for each image, where the task is no classification"""
     json: bool = argument(False)
     """print a JSON list, one entry for each image"""
     allow_code: bool = argument(False)

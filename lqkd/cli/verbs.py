@@ -25,13 +25,14 @@ def _export(export: Any, given: arguments.Export) -> int:
 def _predict(export: Any, given: arguments.Predict) -> int:
     """Status 2 when an image could not be read, which is told in one line; the others are predicted."""
     found = []
-    for entry in export.predict(given.run, given.images, top_k=given.top_k, allow_code=given.allow_code):
+    asked = {key: value for key, value in vars(given).items() if key not in ("run", "images", "json")}
+    for entry in export.predict(given.run, given.images, **asked):
         found.append(entry)
         if "error" in entry:
             print(f"lqkd: error: {terminal(entry['error'])}", file=sys.stderr)
         elif not given.json:
-            classes = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry["predictions"])
-            print(terminal(f"{entry['image']}: {classes}"))
+            told = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry.get("predictions", ()))
+            print(terminal(f"{entry['image']}: {entry.get('output', told)}"))
     if given.json:
         print(json.dumps(found, indent=2, allow_nan=False))
     return 2 if any("error" in entry for entry in found) else 0

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import INPUT, OUTPUT, Deployed
 from lqkd.export.metadata import layer_bits, summary_of_bits
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
+from lqkd.tasks.values import change_shown, shown
 from lqkd.utils.escaping import code, markdown, terminal
 from lqkd.utils.files import write_text
 
@@ -52,27 +53,11 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
             f"in float: {summary.float_bytes / 1000:.1f} kB)",
         ),
     ]
-    judged = f"{parity.images} images of the {parity.split} split"
+    judged = f"{parity.samples} samples of the {parity.split} split"
     if parity.split == VALIDATION:
         judged += ", which chose the checkpoint, as the data have no test split"
-    result.append(("judged on", judged if parity.images else "no images"))
-    for name, value in (
-        ("accuracy as trained", parity.trained_accuracy),
-        ("accuracy as deployed, in PyTorch", parity.accuracy),
-        ("accuracy of the file", parity.exported_accuracy),
-    ):
-        if value is not None:
-            result.append((name, f"{value:.2%}"))
-    if parity.trained_accuracy is not None and parity.accuracy is not None:
-        change = 100 * (parity.accuracy - parity.trained_accuracy)
-        calibrated, rerouted = (len(described[key]) for key in ("calibrated", "rerouted"))
-        result.append(
-            ("cost of deployment", f"{change:+.2f} points ({calibrated} grids calibrated at export, {rerouted} shared)")
-        )
-        same = 1 - parity.trained_disagreements / parity.images
-        result.append(("same class deployed as trained", f"{same:.2%} of {parity.images} images"))
-    if parity.agreement is not None:
-        result.append(("same first class", f"{parity.agreement:.3%} of {parity.images} images"))
+    result.append(("judged on", judged if parity.samples else "no samples"))
+    result += _measured(described, parity)
     for name, layers in (("not optimised", parity.unoptimised), ("optimised", parity.optimised)):
         if layers:
             worst = max(layers, key=lambda row: (row.steps, row.fraction))
@@ -88,11 +73,33 @@ def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tu
     return result
 
 
+def _measured(described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
+    """How good the file is, and how often it says the same."""
+    metric, result = parity.metric or "", []
+    for name, value in (
+        ("as trained", parity.trained),
+        ("as deployed, in PyTorch", parity.deployed),
+        ("of the file", parity.exported),
+    ):
+        if value is not None:
+            result.append((f"{metric} {name}", shown(metric, value, 2)))
+    if parity.trained is not None and parity.deployed is not None:
+        change = change_shown(metric, parity.deployed - parity.trained)
+        calibrated, rerouted = (len(described[key]) for key in ("calibrated", "rerouted"))
+        result.append(("cost of deployment", f"{change} ({calibrated} grids calibrated at export, {rerouted} shared)"))
+    if parity.agreement is not None and parity.agreement_with_trained is not None:
+        of = f"of {parity.samples} samples"
+        result.append((f"same {parity.answer} as trained", f"{parity.agreement_with_trained:.2%} {of}"))
+        result.append((f"same {parity.answer}", f"{parity.agreement:.3%} {of}"))
+    return result
+
+
 def _end_to_end(parity: Parity) -> str:
-    """How the file's logits differ from those of integer arithmetic in PyTorch."""
+    """How the file's outputs differ from those of integer arithmetic in PyTorch."""
+    what = " and ".join(parity.outputs)
     if not parity.output_steps:
-        return "the same logits to the last bit"
-    told = f"logits at most {parity.output_steps:.3g} steps of the accumulator apart"
+        return f"the same {what} to the last bit"
+    told = f"{what} at most {parity.output_steps:.3g} steps of the accumulator apart"
     if not parity.end_to_end:
         return told
     last = parity.end_to_end[-1]
@@ -103,6 +110,23 @@ def _named(kernels: Kernels, limit: int | None) -> str:
     names = [f"{name} ({kind})" for name, kind in kernels.floats]
     more = "" if limit is None or len(names) <= limit else f" and {len(names) - limit} more"
     return ", ".join(names[:limit]) + more if names else "none but the quantization of the input"
+
+
+def _interface(described: dict[str, Any]) -> list[str]:
+    """The lines about what the file takes and returns."""
+    told = {
+        name: f"{code(name)}: ({', '.join(map(str, ['batch', *shape]))}) float32"
+        for kind in ("inputs", "outputs")
+        for name, shape in described[kind].items()
+    }
+    preprocessing, names = described.get("preprocessing"), described.get("class_names")
+    if preprocessing:
+        told[INPUT] += (
+            f"; {preprocessing.get('scale')}; mean {preprocessing.get('mean')}, std {preprocessing.get('std')}"
+        )
+    if OUTPUT in told:
+        told[OUTPUT] += f"; classes: {markdown(', '.join(map(str, names))) if names else 'unnamed'}"
+    return [line for text in told.values() for line in (f"{text}.", "")]
 
 
 def _teacher(settings: dict[str, Any] | None) -> str:
@@ -143,18 +167,7 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     ]
     if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
         lines += [f"Nodes in floating point: {markdown(_named(summary.kernels, None))}.", ""]
-    preprocessing = described.get("preprocessing") or {}
-    if preprocessing:
-        lines += [
-            "## Input and output",
-            "",
-            f"`images`: (batch, {preprocessing['channels']}, {', '.join(map(str, preprocessing['size']))}) float32; "
-            f"{preprocessing['scale']}; mean {preprocessing['mean']}, std {preprocessing['std']}.",
-            "",
-            "`logits`: (batch, classes) float32; "
-            f"classes: {markdown(', '.join(map(str, described['class_names']))) or 'unnamed'}.",
-            "",
-        ]
+    lines += ["## Input and output", "", *_interface(described)]
     if described["format"] == "packed2":
         lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
     lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]

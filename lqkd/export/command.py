@@ -9,30 +9,32 @@ from typing import Any, cast
 
 import torch
 import yaml
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 
 from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_table, write_card
-from lqkd.export.deploy import deploy
+from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
+from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.runs.provenance import fingerprint, outdated_exports
-from lqkd.runs.reader import RunReader, labelled_images, read_run, take_batches
+from lqkd.runs.reader import RunReader, read_run, take_batches
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
 COMPARED = 32
-"""Images for the comparison layer by layer."""
+"""Samples for the comparison layer by layer."""
 
 
 def export(
@@ -68,24 +70,25 @@ def export(
     with Stages(5) as stage:
         stage("reading the run")
         reader, student, checkpoint = read_student(run, allow_code)
-        stage("reading calibration images")
-        calibration, images = _images(reader)
+        stage("reading calibration data")
+        calibration, inputs = _inputs(reader)
         stage("making weights integer and calibrating")
         with Progress("fitting grids") as bar:
-            deployed = deploy(student.cpu().eval(), images, calibration, bar.update)
+            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update)
         check_expressible(deployed, format)
-        about = _about(reader) | {"checkpoint": checkpoint}
+        about = _about(reader, inputs) | {"checkpoint": checkpoint}
         split, test = _test(reader)
+        task = reader.model.task.cpu()
         stage("building the file's network")
         if format == TORCH:
-            program = torch_program.build(deployed, images)
+            program = torch_program.build(deployed, inputs)
             stage("comparing it with PyTorch")
-            parity = check_program(program, deployed, images, test, student)
+            parity = check_program(program, deployed, inputs, test, student, task)
             found = None
         else:
             exported = BUILDERS[format](deployed)
             stage("comparing it with PyTorch")
-            parity = check(exported, deployed, images, test, student)
+            parity = check(exported, deployed, inputs, test, student, task)
             found = None if is_qonnx(exported.model) else kernels(exported.model)
     parity.split = split
     described = metadata.describe(format, deployed, parity, about)
@@ -105,10 +108,9 @@ def export(
     write_card(summary, described, parity, deployed)
     model = program.module() if format == TORCH else exported.model
     name = f"{target.name} ({format})"
-    timed = report.measure_latency(model, name, deployed, student, images[:1]) if latency else None
-    costs = report.describe(student, images[:1], summary, described, timed)
-    report.print_report(costs)
-    report.write(costs, target)
+    one = inputs.part(slice(1))
+    timed = report.measure_latency(model, name, deployed, student, one) if latency else None
+    report.tell(report.describe(student, one, summary, described, timed), target)
     for sentence in outdated_exports(Path(run)).values():
         print(f"lqkd: warning: {sentence}", file=sys.stderr)
     return target
@@ -180,47 +182,54 @@ def read_student(run: str | Path, allow_code: bool = False) -> tuple[RunReader, 
     return reader, network, fingerprint(checkpoint)
 
 
-def _images(reader: RunReader) -> tuple[list[Tensor], Tensor]:
-    """Training batches for grids that training left out, and the images that are compared layer by layer."""
+def _inputs(reader: RunReader) -> tuple[list[Inputs], Inputs]:
+    """Training batches for grids that training left out, and the samples that are compared layer by layer."""
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, 1)
     if not calibration:
         raise UsageError("data has no training images to calibrate with: raise data.limit_train or lower batch_size")
-    return [x.cpu() for x in calibration], torch.cat([*(x for x, _ in validation), *calibration]).cpu()[:COMPARED]
+    compared = [*(reader.model.inputs(batch) for batch in validation), *calibration]
+    return [as_float32(x, "calibration data") for x in calibration], as_float32(
+        Inputs.joined(compared).part(slice(COMPARED)), "an example"
+    )
 
 
-def _about(reader: RunReader) -> dict[str, Any]:
+def _about(reader: RunReader, inputs: Inputs) -> dict[str, Any]:
     data: Any = reader.datamodule
     shape = list(getattr(data, "image_shape", ()))
-    preprocessing = {
-        "channels": shape[0] if shape else None,
-        "size": shape[1:],
-        "mean": list(getattr(data, "mean", ())),
-        "std": list(getattr(data, "std", ())),
-        "resize_size": getattr(data, "resize_size", None),
-        "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
-    }
+    images = inputs.alone() is not None and len(shape) > 1
+    preprocessing = (
+        {
+            "channels": shape[0],
+            "size": shape[1:],
+            "mean": list(getattr(data, "mean", ())),
+            "std": list(getattr(data, "std", ())),
+            "resize_size": getattr(data, "resize_size", None),
+            "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
+        }
+        if images
+        else None
+    )
     model = yaml.safe_load(reader.config_text)["model"]  # of the model itself, files of weights are left out
     settings = model.get("init_args", model)
     return {
         "class_names": list(getattr(data, "class_names", ())),
         "preprocessing": preprocessing,
+        "task": settings.get("task"),
         "teacher": settings.get("teacher"),
         "network": settings.get("student", settings.get("network")),
         "data": type(data).__name__,
     }
 
 
-def _test(reader: RunReader) -> tuple[str, Iterator[tuple[Tensor, Tensor]]]:
-    """The images and labels of the test split, or of the validation split where there is none, and which it is."""
+def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:
+    """The batches of the test split, or of the validation split where there is none, and which it is."""
     data = cast(LightningDataModule, reader.datamodule)
     if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-        return TEST, _labelled(reader, data.test_dataloader())
-    return VALIDATION, _labelled(reader, data.val_dataloader())
+        return TEST, _batches(reader, data.test_dataloader())
+    return VALIDATION, _batches(reader, data.val_dataloader())
 
 
-def _labelled(reader: RunReader, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in track(loader, "comparing images", len(loader)) if hasattr(loader, "__len__") else loader:
-        on_device = reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        images, labels = labelled_images(reader.model, on_device)
-        yield images.cpu(), labels.cpu()
+def _batches(reader: RunReader, loader: Any) -> Iterator[Any]:
+    for batch in track(loader, "comparing samples", len(loader)) if hasattr(loader, "__len__") else loader:
+        yield move_data_to_device(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0), torch.device("cpu"))

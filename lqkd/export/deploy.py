@@ -11,18 +11,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import IntegerLayer, integer_layer
 from lqkd.export.operations import KEEPS_GRID, operation
-from lqkd.export.placement import check_takes, place_grids, propagate_shapes, recompile
+from lqkd.export.placement import check_takes, parameters, place_grids, propagate_shapes, recompile
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import heads
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.wrappers import unwrapped
+
+INPUT = "images"
+"""What files call the input of a network that takes a single one, by position."""
+OUTPUT = "logits"
+"""What files call the output of a network that returns a tensor by itself."""
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Deployed:
 
     Attributes:
         network: the graph module; its layers are :class:`IntegerLayer`, its quantizers :class:`ActivationGrid`.
+        inputs: what files call its inputs, in order.
+        outputs: what files call what it returns, in order.
         calibrated: the places whose 8-bit grid was fitted at export, as training had none there.
         rerouted: the inputs that read a value from an 8-bit grid of another consumer, where training read it in float.
         folded: how many batch norms are gone.
@@ -38,6 +46,8 @@ class Deployed:
     """
 
     network: fx.GraphModule
+    inputs: tuple[str, ...] = (INPUT,)
+    outputs: tuple[str, ...] = (OUTPUT,)
     calibrated: list[str] = field(default_factory=list)
     rerouted: list[str] = field(default_factory=list)
     folded: int = 0
@@ -48,11 +58,15 @@ class Deployed:
         """How many weights moved by one step, because a negative batch norm factor turns -128 into 128."""
         return sum(module.changed for module in self.network.modules() if isinstance(module, IntegerLayer))
 
+    def in_order(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The tensors of ``inputs`` in the order of the network's inputs."""
+        return tuple(inputs.by_name(parameters(self.network)).values())
+
 
 def deploy(
     student: nn.Module,
-    example: Tensor,
-    calibration: Iterable[Tensor] = (),
+    example: Any,
+    calibration: Iterable[Any] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Deployed:
     """Build the deployed form of a quantised network; the network itself is left alone.
@@ -65,8 +79,9 @@ def deploy(
     Args:
         student: fitted, on any device and in any precision, also in a wrapper such as ``DataParallel``; a copy on the
             CPU and in float32 is used.
-        example: one input (B, C, H, W) with B of at least 2.
-        calibration: training inputs (B, C, H, W), as the student sees them; needed where grids are missing.
+        example: what the student is called with, B of at least 2: a tensor (B, C, H, W), say, a tuple of several, or
+            a dict of keyword arguments.
+        calibration: training inputs likewise, as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
 
     Raises:
@@ -75,36 +90,38 @@ def deploy(
             missing and there is no calibration data.
     """
     student = deployable_copy(student)
-    example = _as_float32(example)
+    inputs = as_float32(example, "an example")
     if isinstance(calibration, Tensor):
         raise UsageError("calibration is a tensor: give a list of batches, for instance [images]")
-    batches = [_as_float32(batch) for batch in calibration if len(batch)]
+    batches = [as_float32(batch, "calibration data") for batch in calibration if not _is_empty(batch)]
     for name, quantizer in quantizers(student).items():
         if not quantizer.is_ready:
             raise UsageError(
                 f"quantizer {name!r} has no grid, since it has seen no data or nothing but zeros: train the student, "
                 "or call initialize_quantizers"
             )
-    builder, folding = place_grids(student, example)
+    builder, folding = place_grids(student, inputs)
     network = builder.network
+    names = _names(network, inputs)
     if builder.fresh:
         _calibrate(network, builder.fresh, batches, progress)
     _make_integer(network)
-    propagate_shapes(network, example)
-    return Deployed(network, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
+    propagate_shapes(network, inputs)
+    return Deployed(network, *names, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
 
 
-def check_deployable(student: nn.Module, example: Tensor) -> None:
+def check_deployable(student: nn.Module, example: Inputs) -> None:
     """Refuse a quantised network that :func:`deploy` would refuse when it is trained, whatever its quantizers know.
 
     Args:
         student: any quantised network; a copy on the CPU is looked at.
-        example: (B, C, H, W), as for :func:`deploy`.
+        example: as for :func:`deploy`.
 
     Raises:
         UsageError: when the network cannot be traced, or something in it cannot be exported.
     """
-    place_grids(deployable_copy(student), _as_float32(example))
+    inputs = as_float32(example, "an example")
+    _names(place_grids(deployable_copy(student), inputs)[0].network, inputs)
 
 
 def deployable_copy(student: nn.Module) -> nn.Module:
@@ -112,15 +129,46 @@ def deployable_copy(student: nn.Module) -> nn.Module:
     return copy_of(unwrapped(student)).cpu().float().eval()
 
 
-def _as_float32(inputs: Tensor) -> Tensor:
-    inputs = inputs.detach().cpu()
-    return inputs.float() if inputs.is_floating_point() else inputs
+def as_float32(given: Any, what: str) -> Inputs:
+    """What a network is called with, as the deployed network takes it: on the CPU, real numbers in float32.
+
+    Raises:
+        UsageError: when it is nothing that a network can be called with; ``what`` is what the message calls it.
+    """
+    if _is_empty(given):
+        raise UsageError(f"{what} of shape {tuple(given.shape)} is empty: give at least two inputs")
+    return Inputs.of(given).map(lambda x: x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu())
+
+
+def _is_empty(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.ndim > 0 and len(given) == 0
+
+
+def _names(network: fx.GraphModule, inputs: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What files call the inputs and outputs of a network.
+
+    Raises:
+        UsageError: when it returns something that files do not have, or calls two things the same.
+    """
+    taken = (INPUT,) if inputs.alone() is not None else parameters(network)
+    result = next(node for node in network.graph.nodes if node.op == "output").args[0]
+    returned = heads(result, OUTPUT)
+    for name, node in returned.items():
+        if not isinstance(node, fx.Node) or not hasattr(node.meta.get("tensor_meta"), "shape"):
+            what = type(result).__name__ if isinstance(node, fx.Node) and node is result else f"{name!r}"
+            raise UsageError(
+                f"the network returns {what}, which is no tensor: export takes networks that return a tensor, or "
+                "tensors in a dict or a tuple"
+            )
+    if shared := set(taken) & set(returned):
+        raise UsageError(f"the network calls an input and an output {min(shared)!r}: rename one of them")
+    return taken, tuple(returned)
 
 
 def _calibrate(
     network: fx.GraphModule,
     fresh: dict[str, str],
-    calibration: list[Tensor],
+    calibration: list[Inputs],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     if not calibration:
@@ -128,15 +176,15 @@ def _calibrate(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
             "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
         )
-    check_takes(network, calibration[0][:1], "calibration data")
-    images = torch.cat(calibration)
-    initialize_quantizers(network, images, progress=progress)
+    check_takes(network, calibration[0].part(slice(1)), "calibration data")
+    inputs = Inputs.joined(calibration)
+    initialize_quantizers(network, *inputs.args, keywords=inputs.keywords, progress=progress)
     for target, where in fresh.items():
         quantizer: Any = network.get_submodule(target)
         if not quantizer.is_ready:  # only zeros arrive: any grid holds them
             quantizer.signed = False
             quantizer._ready = True
-            if not images.isfinite().all():
+            if not all(tensor.isfinite().all() for tensor in inputs.tensors()):
                 raise UsageError(f"calibration data for {where} are not finite")
 
 

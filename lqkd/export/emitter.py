@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
 from lqkd.export.operations import KEEPS_GRID, Operation, operation, shape_of, unsupported
+from lqkd.models.outputs import heads
 
-INPUT = "images"
-OUTPUT = "logits"
 BATCH = "batch"
 
 
@@ -27,7 +27,7 @@ class Exported:
     """A model and where the values of its grids are found in it.
 
     Attributes:
-        model: the ONNX model; input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes) float32.
+        model: the ONNX model; inputs and outputs (batch, ...) float32, called as :class:`Deployed` says.
         grids: name of each grid's node in the deployed network to the tensor that holds its codes, or its real numbers
             where the format has no codes.
         integer: whether it is made for integer kernels, whose arithmetic :class:`lqkd.export.reference.Reference` has.
@@ -52,6 +52,9 @@ class Emitter(ABC):
 
     def __init__(self, deployed: Deployed) -> None:
         self.network = deployed.network
+        placeholders = [node for node in self.network.graph.nodes if node.op == "placeholder"]
+        self.inputs = dict(zip(placeholders, deployed.inputs, strict=True))
+        self.outputs = deployed.outputs
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.floats: dict[fx.Node, str] = {}
@@ -60,12 +63,11 @@ class Emitter(ABC):
         self.pooled: dict[fx.Node, str] = {}
         self.parts: dict[fx.Node, list[str]] = {}
         self.read: dict[fx.Node, int] = {}
-        self.taken: set[str] = set()
+        self.taken: set[str] = {*deployed.inputs, *deployed.outputs}
 
     def build(self) -> Exported:
-        """The model, checked; its input is (batch, C, H, W) float32, its output (batch, classes) float32."""
+        """The model, checked; its inputs and outputs are (batch, ...) float32."""
         graph = self.network.graph
-        source = next(node for node in graph.nodes if node.op == "placeholder")
         output = next(node for node in graph.nodes if node.op == "output")
         for node in graph.nodes:
             if node.op == "output":
@@ -73,16 +75,11 @@ class Emitter(ABC):
             found = operation(node, self.network)
             if found is not None:
                 self._write(node, found)
-        if len(output.all_input_nodes) != 1 or not isinstance(output.args[0], fx.Node):
-            raise unsupported(output, self.network, " of several results")
-        result = output.args[0]
-        self._name_output(self.floating(result))
-        shapes: list[list[str | int | None]] = [[BATCH, *shape_of(node)[1:]] for node in (source, result)]
-        infos = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in zip((INPUT, OUTPUT), shapes, strict=True)
-        ]
-        body = helper.make_graph(self.nodes, "lqkd", infos[:1], infos[1:], list(self.initializers.values()))
+        results = heads(output.args[0], OUTPUT)
+        self._name_outputs({name: self.floating(node) for name, node in results.items()})
+        taken = [_described(name, node) for node, name in self.inputs.items()]
+        returned = [_described(name, node) for name, node in results.items()]
+        body = helper.make_graph(self.nodes, "lqkd", taken, returned, list(self.initializers.values()))
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
         if not self.domains:
@@ -95,12 +92,15 @@ class Emitter(ABC):
     def _is_grid(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.network.get_submodule(str(node.target)), ActivationGrid)
 
-    def _name_output(self, name: str) -> None:
-        producer = next((node for node in self.nodes if name in node.output), None)
-        if producer is None or any(name in node.input for node in self.nodes):
-            self.nodes.append(helper.make_node("Identity", [name], [OUTPUT], OUTPUT))
-            return
-        producer.output[list(producer.output).index(name)] = OUTPUT
+    def _name_outputs(self, tensors: dict[str, str]) -> None:
+        """Give tensors the names of the outputs that they are."""
+        read = Counter(name for node in self.nodes for name in node.input) + Counter(tensors.values())
+        for wanted, name in tensors.items():
+            producer = next((node for node in self.nodes if name in node.output), None)
+            if producer is None or read[name] > 1:  # another node or output reads it, too
+                self.nodes.append(helper.make_node("Identity", [name], [wanted], wanted))
+            else:
+                producer.output[list(producer.output).index(name)] = wanted
 
     # ---- names and constants
 
@@ -209,7 +209,9 @@ class Emitter(ABC):
             return self.add("Clip", [codes, zero], self.label(node))
         return self._structural(node, found, codes, np.uint8, grid.zero_point)
 
-    def _structural(self, node: fx.Node, found: Operation, x: str, dtype: Any, zero: int) -> str:
+    def _structural(  # noqa: PLR0911
+        self, node: fx.Node, found: Operation, x: str, dtype: Any, zero: int
+    ) -> str:
         label = self.label(node)
         if found.kind == "maxpool":
             return self.add("MaxPool", [x], label, **_pooling(found.settings, dilations=True))
@@ -219,6 +221,8 @@ class Emitter(ABC):
                 return self.add("Flatten", [x], label, axis=1)
             first = 0 if before[0] == after[0] else -1
             return self.add("Reshape", [x, self.constant([first, *after[1:]], f"{label}.shape", np.int64)], label)
+        if found.kind == "nearest":
+            return self._resized(node, found, x)
         if found.kind == "transpose":
             return self.add("Transpose", [x], label, perm=found.settings["order"])
         if found.kind == "slice":
@@ -235,11 +239,10 @@ class Emitter(ABC):
         self.floats[node] = self._structural(node, found, x, np.float32, 0)
 
     _write_maxpool = _write_reshape = _write_transpose = _write_slice = _write_pad = _write_floating
+    _write_nearest = _write_floating
 
     def _write_input(self, node: fx.Node, found: Operation) -> None:
-        self.taken.add(INPUT)
-        self.taken.add(OUTPUT)
-        self.floats[node] = INPUT
+        self.floats[node] = self.inputs[node]
 
     def _write_constant(self, node: fx.Node, found: Operation) -> None:
         self.floats[node] = self.constant(found.settings["value"], self.label(node))
@@ -329,6 +332,16 @@ class Emitter(ABC):
         axes = self.constant(found.settings["axes"], f"{label}.axes", np.int64)
         self.floats[node] = self.add("ReduceMean", [x, axes], label, keepdims=int(found.settings["keepdim"]))
 
+    def _write_resize(self, node: fx.Node, found: Operation) -> None:
+        self.floats[node] = self._resized(node, found, self.floating(found.inputs[0]))
+
+    def _resized(self, node: fx.Node, found: Operation, x: str) -> str:
+        label, (_, _, *before), (_, _, *after) = self.label(node), shape_of(found.inputs[0]), shape_of(node)
+        scales = np.array([1, 1, *(a / b for a, b in zip(after, before, strict=True))], np.float32)
+        short = np.floor(scales[2:].astype(np.float64) * before) < after  # by the rounding of the quotient
+        scales[2:] = np.where(short, np.nextafter(scales[2:], np.float32(np.inf)), scales[2:])
+        return self.add("Resize", [x, "", self.constant(scales, f"{label}.scales")], label, **found.settings)
+
     def _write_avgpool(self, node: fx.Node, found: Operation) -> None:
         settings = found.settings
         if settings.get("divisor_override"):
@@ -365,6 +378,10 @@ class Emitter(ABC):
             self.codes[node] = (name, self.codes[source][1])
         else:
             self.floats[node] = name
+
+
+def _described(name: str, node: fx.Node) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape_of(node)[1:]])
 
 
 def _pooling(settings: dict[str, Any], dilations: bool) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lqkd.errors import first_line
 from lqkd.export import MISSING
 from lqkd.export.deploy import check_deployable
+from lqkd.models.calls import Inputs
 from lqkd.modules.base import ImageClassifier
 
 
@@ -20,10 +20,9 @@ class ExportCheck(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         inputs = pl_module.example_inputs() if isinstance(pl_module, ImageClassifier) else None
-        image = None if inputs is None else inputs.alone()
-        if image is None or MISSING is not None:
+        if inputs is None or MISSING is not None:
             return
         try:
-            check_deployable(pl_module.product(), torch.cat([image, image]))
+            check_deployable(pl_module.product(), Inputs.joined([inputs, inputs]))
         except Exception as error:  # of any type: a look ahead must not end the training
             rank_zero_warn(f"export will refuse this student: {first_line(error)}")

@@ -22,8 +22,8 @@ import onnx
 import torch
 from torch import nn
 
-from lqkd.export.emitter import INPUT
-from lqkd.export.runtimes import NO_FUSION, has_two_bits, session
+from lqkd.export.runtimes import NO_FUSION, feeds, has_two_bits, session
+from lqkd.models.calls import Inputs
 
 WARM_UP = 3
 LEAST_ROUNDS, MOST_ROUNDS = 10, 200
@@ -42,7 +42,7 @@ class Latency:
             it; only of ONNX files, and on Linux.
         rounds: how often each ran.
         threads: of each contestant.
-        batch: images in a run.
+        batch: samples in a run.
         machine: processor, and whether it has integer dot products.
         versions: of what ran.
     """
@@ -59,7 +59,7 @@ class Latency:
 
 def measure(
     models: Mapping[str, onnx.ModelProto | nn.Module],
-    image: np.ndarray,
+    inputs: Inputs,
     *,
     threads: int = 1,
     rounds: int | None = None,
@@ -69,13 +69,13 @@ def measure(
 
     Args:
         models: name to an ONNX model or a module in eval mode; ratios are to the first.
-        image: (B, C, H, W) float32 input of all.
+        inputs: what all are called with, float32.
         threads: of each.
         rounds: how many; ``None`` for as many as take three seconds, from 10 to 200.
         progress: called before each round with the number of rounds that are done and that of all.
     """
     with _torch_threads(threads):
-        runs = {name: _run(model, image, threads) for name, model in models.items()}
+        runs = {name: _run(model, inputs, threads) for name, model in models.items()}
         once = sum(_seconds(run) for _ in range(WARM_UP) for run in runs.values()) / WARM_UP
         rounds = rounds or int(min(max(SECONDS / max(once, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -96,11 +96,11 @@ def measure(
         peak_bytes={
             name: peak
             for name, model in models.items()
-            if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, image, threads)) is not None
+            if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, inputs, threads)) is not None
         },
         rounds=rounds,
         threads=threads,
-        batch=len(image),
+        batch=len(inputs),
         machine=machine(),
         versions={name: metadata.version(name) for name in ("onnxruntime", "torch")},
     )
@@ -116,15 +116,15 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(model: onnx.ModelProto | nn.Module, image: np.ndarray, threads: int) -> Callable[[], Any]:
+def _run(model: onnx.ModelProto | nn.Module, inputs: Inputs, threads: int) -> Callable[[], Any]:
     if isinstance(model, onnx.ModelProto):
-        runner = session(model, optimised=True, threads=threads)
-        return lambda: runner.run(None, {INPUT: image})
-    tensor, module = torch.from_numpy(image), model
+        runner, arrays = session(model, optimised=True, threads=threads), feeds(model, inputs)
+        return lambda: runner.run(None, arrays)
+    module = model
 
     def run() -> Any:
         with torch.no_grad():
-            return module(tensor)
+            return inputs.call(module)
 
     return run
 
@@ -156,9 +156,9 @@ options.log_severity_level, options.intra_op_num_threads = 3, int(sys.argv[3])
 if sys.argv[4:]:
     options.add_session_config_entry(sys.argv[4], sys.argv[5])
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-image = numpy.load(sys.argv[2])
+arrays = dict(numpy.load(sys.argv[2]))
 for _ in range(3):
-    session.run(None, {session.get_inputs()[0].name: image})
+    session.run(None, arrays)
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM:"):
         print(1024 * int(line.split()[1]))
@@ -167,16 +167,16 @@ for line in open("/proc/self/status"):
 would tell at least the size of the process that started it."""
 
 
-def peak_memory(model: onnx.ModelProto, image: np.ndarray, threads: int = 1) -> int | None:
+def peak_memory(model: onnx.ModelProto, inputs: Inputs, threads: int = 1) -> int | None:
     """The most bytes of resident memory of a process that runs ``model``; ``None`` where the system is not Linux."""
     if not Path("/proc/self/status").exists():
         return None
     with tempfile.TemporaryDirectory() as folder:
-        file, pixels = Path(folder) / "model.onnx", Path(folder) / "image.npy"
+        file, arrays = Path(folder) / "model.onnx", Path(folder) / "inputs.npz"
         file.write_bytes(model.SerializeToString())
-        np.save(pixels, image)
+        np.savez(arrays, **feeds(model, inputs))  # type: ignore[arg-type]
         options = NO_FUSION if has_two_bits(model) else ()
-        command = [sys.executable, "-c", _MEMORY, str(file), str(pixels), str(threads), *options]
+        command = [sys.executable, "-c", _MEMORY, str(file), str(arrays), str(threads), *options]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"ONNX Runtime cannot run the file in a process of its own: {result.stderr.strip()}")
@@ -184,7 +184,7 @@ def peak_memory(model: onnx.ModelProto, image: np.ndarray, threads: int = 1) -> 
 
 
 def slowest_nodes(
-    model: onnx.ModelProto, image: np.ndarray, threads: int = 1, runs: int = 20
+    model: onnx.ModelProto, inputs: Inputs, threads: int = 1, runs: int = 20
 ) -> list[tuple[str, str, float]]:
     """Name, operator and milliseconds a run of each node of the optimised graph, by ONNX Runtime's profiler.
 
@@ -192,8 +192,9 @@ def slowest_nodes(
     """
     with tempfile.TemporaryDirectory() as folder:
         runner = session(model, optimised=True, threads=threads, profile=Path(folder) / "profile")
+        arrays = feeds(model, inputs)
         for _ in range(runs):
-            runner.run(None, {INPUT: image})
+            runner.run(None, arrays)
         events = json.loads(Path(runner.end_profiling()).read_text(encoding="utf-8"))
     totals: dict[tuple[str, str], float] = defaultdict(float)
     for event in events:

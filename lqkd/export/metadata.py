@@ -9,12 +9,14 @@ from typing import Any
 
 import onnx
 
-from lqkd.export.deploy import Deployed, grid_of
+from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.operations import shape_of
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import Parity
 from lqkd.export.runtimes import has_two_bits, is_qonnx
+from lqkd.models.outputs import heads
 
 PREFIX = "lqkd."
 
@@ -52,10 +54,19 @@ def describe(format_name: str, deployed: Deployed, parity: Parity, about: dict[s
         "bits": layer_bits(deployed),
         "scheme": "weights per channel, symmetric; activations per tensor, static; biases int32",
         **about,
+        "inputs": _shapes(deployed, deployed.inputs, "placeholder"),
+        "outputs": _shapes(deployed, deployed.outputs, "output"),
         "calibrated": deployed.calibrated,
         "rerouted": deployed.rerouted,
         "parity": parity.numbers(),
     }
+
+
+def _shapes(deployed: Deployed, names: tuple[str, ...], kind: str) -> dict[str, list[int]]:
+    """Name of each input or output to its shape without the batch axis."""
+    found = [node for node in deployed.network.graph.nodes if node.op == kind]
+    nodes = heads(found[0].args[0], OUTPUT).values() if kind == "output" else found
+    return {name: list(shape_of(node)[1:]) for name, node in zip(names, nodes, strict=True)}
 
 
 def write(model: onnx.ModelProto, described: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ class Operation:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "identity")
+KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "nearest", "identity")
 """Kinds whose result is on the grid of their input: they move, compare or drop values, or put zeros beside them."""
 CLAMPS = ("relu", "clamp")
 """Kinds that a grid behind them can do as limits on its codes."""
@@ -184,6 +184,8 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind, settings = "avgpool", _pool(module.__dict__.__getitem__)
     elif isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive(node)
+    elif isinstance(module, nn.Upsample):
+        return _resize(node, module.__dict__.get)
     elif type(module) in RESHAPES:
         kind = "reshape"
     return None if kind is None else Operation(kind, _first(node), settings)
@@ -224,6 +226,10 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
         return Operation("maxpool" if target is F.max_pool2d else "avgpool", _first(node), _pool(values.__getitem__))
     if target is F.adaptive_avg_pool2d:
         return _adaptive(node)
+    if target is F.interpolate:
+        names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+        values = {n: argument(node, i, n, "nearest" if n == "mode" else None) for i, n in enumerate(names, start=1)}
+        return _resize(node, values.get)
     if target in (torch.mean, "mean"):
         return _mean(node)
     if target in RESHAPES or target in RESHAPE_METHODS:
@@ -286,6 +292,23 @@ def _adaptive(node: fx.Node) -> Operation | None:
         return None
     kernel = (height // rows, width // columns)
     return Operation("avgpool", (source,), {"kernel": kernel, "stride": kernel, "padding": (0, 0)})
+
+
+def _resize(node: fx.Node, get: Callable[[str], Any]) -> Operation | None:
+    """Bilinear, or nearest neighbour by whole factors, where the factor that PyTorch is given is that of the sizes."""
+    source = _first(node)
+    before, after = shape_of(source[0])[2:], shape_of(node)[2:]
+    factor, mode = get("scale_factor"), get("mode")
+    factors = factor if isinstance(factor, tuple | list) else (factor,) * len(before)
+    if factor is not None and any(b * f != a for b, f, a in zip(before, factors, after, strict=True)):
+        return None
+    if mode == "nearest" and not any(a % b for a, b in zip(after, before, strict=True)):
+        places = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return Operation("nearest", source, {"mode": mode, **places})
+    if mode == "bilinear" and not get("antialias"):
+        places = {"coordinate_transformation_mode": "align_corners" if get("align_corners") else "half_pixel"}
+        return Operation("resize", source, {"mode": "linear", **places})
+    return None
 
 
 def _mean(node: fx.Node) -> Operation | None:

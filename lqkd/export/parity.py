@@ -1,9 +1,10 @@
-"""Proof that an exported file computes what the student computes: layer by layer, end to end, and on whole images."""
+"""Proof that an exported file computes what the student computes: layer by layer, end to end, and by whole answers."""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,17 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
+from torchmetrics import MetricCollection
 
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import OUTPUT, Deployed, as_float32
 from lqkd.export.differences import EndToEnd, Forced, LayerDifference
 from lqkd.export.emitter import Exported
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, is_qonnx
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import Asked, heads, returned_by
+from lqkd.tasks import Classification, Task
 
 BATCHES = (1, 7, 32)
 UNOPTIMISED_FRACTION = 1e-3
@@ -29,12 +34,12 @@ END_TO_END_FRACTION = 1e-2
 """At most so many codes of the last grid may differ end to end from what integer kernels compute by the formulas."""
 _REPRODUCED = ("x86_64", "AMD64")
 """Processors whose kernels the reference has: others round additions in fixed point."""
-LOGITS_TOLERANCE = 1e-4
-"""Of the largest logit, given the same input of the last layer."""
+OUTPUT_TOLERANCE = 1e-4
+"""Of the largest number of an output, the logits say, given the same input of the last layer."""
 DISAGREEMENT = 1e-3
-"""Share of images whose top-1 may differ, but always one image."""
+"""Share of samples whose answer, such as the first class, may differ, but always one sample."""
 TEST, VALIDATION, GIVEN = "test", "validation", "given"
-"""Where images for the agreement are from: a split of the run's data, or whoever called."""
+"""Where samples for the agreement are from: a split of the run's data, or whoever called."""
 
 
 @dataclass
@@ -44,19 +49,21 @@ class Parity:
     Attributes:
         unoptimised, optimised: per grid, in the order of the network, when both get the file's own codes before it;
             ``optimised`` is empty for QONNX.
-        end_to_end: per grid, from the images on, between the optimised file and the arithmetic of integer kernels in
+        end_to_end: per grid, from the inputs on, between the optimised file and the arithmetic of integer kernels in
             PyTorch; empty for formats that are not made for integer kernels.
-        output_steps: the largest difference of the logits likewise, in steps of the last layer's accumulators.
+        output_steps: the largest difference of an output likewise, in steps of the accumulators before it.
         exact: whether that arithmetic is known to the last bit in all of the network.
-        logits: the largest difference of the logits in units of the largest one, likewise per layer.
-        batches: numbers of images for which the file ran.
+        outputs: name of each output to the largest difference in units of its largest number, likewise per layer.
+        batches: numbers of samples for which the file ran.
         scales_identical: whether every scale in the file has the very bits of the student's.
-        images: number of images for top-1 agreement.
+        samples: number of samples for the agreement.
         split: what they are of: ``test``, ``validation`` where the data have no test split, or ``given``.
-        disagreements: on how many of them PyTorch and the optimised file differ in their first class.
-        accuracy, exported_accuracy: of the deployed network in PyTorch and of the file, where labels are known.
-        trained_accuracy: of the student as it was trained.
-        trained_disagreements: on how many images it and the deployed network differ.
+        answer: what is compared on them, such as the first class.
+        differing: on how many of them, and parts of them, PyTorch and the optimised file differ in it.
+        trained_differing: on how many the student as it was trained and the deployed network differ.
+        metric, mode: of the task, and whether its least or largest value is the best.
+        deployed, exported, trained: the metric of the deployed network in PyTorch, of the file and of the student as it
+            was trained, where labels are known.
         problem: what failed, in one sentence; ``None`` when nothing did.
     """
 
@@ -65,22 +72,30 @@ class Parity:
     end_to_end: list[LayerDifference] = field(default_factory=list)
     output_steps: float | None = None
     exact: bool = False
-    logits: float = 0.0
+    outputs: dict[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = ()
     scales_identical: bool = False
-    images: int = 0
+    samples: int = 0
     split: str = GIVEN
-    disagreements: int = 0
-    accuracy: float | None = None
-    exported_accuracy: float | None = None
-    trained_accuracy: float | None = None
-    trained_disagreements: int = 0
+    answer: str = ""
+    differing: float = 0.0
+    trained_differing: float = 0.0
+    metric: str | None = None
+    mode: str | None = None
+    deployed: float | None = None
+    exported: float | None = None
+    trained: float | None = None
     problem: str | None = None
 
     @property
     def agreement(self) -> float | None:
-        """The share of images with the same first class in PyTorch and in the file."""
-        return 1.0 - self.disagreements / self.images if self.images else None
+        """The share of samples with the same answer in PyTorch and in the file."""
+        return 1.0 - self.differing / self.samples if self.samples else None
+
+    @property
+    def agreement_with_trained(self) -> float | None:
+        """Likewise of the student as it was trained and the deployed network in PyTorch."""
+        return 1.0 - self.trained_differing / self.samples if self.samples else None
 
     def numbers(self) -> dict[str, Any]:
         """The numbers that are kept in the file."""
@@ -93,16 +108,19 @@ class Parity:
             "end_to_end_output_steps": self.output_steps,
             "end_to_end_fraction": self.end_to_end[-1].fraction if self.end_to_end else None,
             "exact": self.exact,
-            "logits": self.logits,
+            "outputs": self.outputs,
             "batches": list(self.batches),
             "scales_identical": self.scales_identical,
-            "images": self.images,
+            "samples": self.samples,
             "split": self.split,
-            "top1_agreement": self.agreement,
-            "accuracy_pytorch": self.accuracy,
-            "accuracy_exported": self.exported_accuracy,
-            "accuracy_as_trained": self.trained_accuracy,
-            "top1_agreement_with_trained": 1.0 - self.trained_disagreements / self.images if self.images else None,
+            "answer": self.answer,
+            "agreement": self.agreement,
+            "agreement_with_trained": self.agreement_with_trained,
+            "metric": self.metric,
+            "mode": self.mode,
+            "as_trained": self.trained,
+            "pytorch": self.deployed,
+            "exported": self.exported,
             "passed": self.problem is None,
         }
 
@@ -110,46 +128,62 @@ class Parity:
 def check(
     exported: Exported,
     deployed: Deployed,
-    images: Tensor,
-    test: Iterable[tuple[Tensor, Tensor | None]] = (),
+    example: Any,
+    test: Iterable[Any] = (),
     student: torch.nn.Module | None = None,
+    task: Task | None = None,
 ) -> Parity:
     """Compare an exported model with the network that it was made of.
 
     Args:
         exported: the model, as built.
         deployed: the network.
-        images: (B, C, H, W) inputs for the comparison layer by layer and of batch sizes; repeated to 32.
-        test: inputs with their labels, or ``None``, for the agreement of whole networks.
+        example: inputs for the comparison layer by layer and of batch sizes, as :func:`~lqkd.export.deploy` takes
+            them; repeated to 32.
+        test: batches of the task, on the CPU, for the agreement of whole networks.
         student: as it was trained, to say what the deployment costs.
+        task: which says how far whole networks agree; None for the classification of images.
     """
     parity = Parity(scales_identical=scales_identical(exported.model, deployed))
     if not parity.scales_identical:
         parity.problem = "a scale in the file differs from the student's"
-    images = images.detach().cpu().float()
-    parity.unoptimised, parity.logits = _compare(exported, deployed, images, optimised=False)
+    inputs = as_float32(example, "an example")
+    parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, optimised=False)
     _judge(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
     if not is_qonnx(exported.model):
-        parity.optimised, logits = _compare(exported, deployed, images, optimised=True)
-        parity.logits = max(parity.logits, logits)
+        parity.optimised, found = _compare(exported, deployed, inputs, optimised=True)
+        parity.outputs = {name: max(apart, found[name]) for name, apart in parity.outputs.items()}
         _judge(parity, parity.optimised, "as optimised by the runtime", OPTIMISED_FRACTION)
-    if not parity.logits <= LOGITS_TOLERANCE and parity.problem is None:
-        parity.problem = f"logits differ by {parity.logits:.2g} of the largest, after layers that agree"
+    judge_outputs(parity, ", after layers that agree")
     whole = Runner(exported.model, optimised=True)
-    _check_batches(parity, whole, images)
+    _check_batches(parity, whole, inputs)
     if exported.integer:
-        _compare_end_to_end(parity, exported, deployed, images, whole)
+        _compare_end_to_end(parity, exported, deployed, inputs, whole)
     pytorch = Reference(deployed.network) if exported.integer else deployed.network
-    agreement(parity, lambda x: torch.from_numpy(whole(x.numpy())["logits"]), pytorch, test, student)
+
+    def in_pytorch(given: Inputs) -> Any:
+        return pytorch(*deployed.in_order(given))
+
+    def in_file(given: Inputs) -> Any:
+        found = whole(given)
+        return returned_by({name: torch.from_numpy(found[name]) for name in whole.outputs}, OUTPUT)
+
+    agree(parity, in_file, in_pytorch, test, student, task)
     return parity
 
 
-def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, images: Tensor, whole: Runner) -> None:
+def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
     run = Runner(exported.model, optimised=True, tensors=list(exported.grids.values()))
-    found = run(images.numpy())
+    found, theirs = run(inputs), whole(inputs)
     reference = EndToEnd(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
-    steps = np.abs(reference(images).numpy() - whole(images.numpy())["logits"]) / float(reference.step.min())
-    parity.output_steps = float(steps.max()) if np.isfinite(steps).all() else float("inf")
+    ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
+    result = next(node for node in deployed.network.graph.nodes if node.op == "output")
+    steps = [
+        np.abs(ours[name].numpy() - theirs[name]) / float(reference.steps[node.name].min())
+        for name, node in heads(result.args[0], OUTPUT).items()
+    ]
+    finite = all(np.isfinite(apart).all() for apart in steps)
+    parity.output_steps = max(float(apart.max()) for apart in steps) if finite else float("inf")
     parity.end_to_end, parity.exact = reference.rows, reference.exact and platform.machine() in _REPRODUCED
     if not parity.exact or not parity.end_to_end:
         return
@@ -163,16 +197,30 @@ def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, 
 
 @torch.no_grad()
 def _compare(
-    exported: Exported, deployed: Deployed, images: Tensor, *, optimised: bool
-) -> tuple[list[LayerDifference], float]:
+    exported: Exported, deployed: Deployed, inputs: Inputs, *, optimised: bool
+) -> tuple[list[LayerDifference], dict[str, float]]:
     run = Runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
-    found = run(images.numpy())
+    found = run(inputs)
     forced = Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
-    ours = forced.run(images).numpy()
-    theirs = found["logits"]
-    largest = max(float(np.abs(ours).max()), float(np.finfo(np.float32).tiny))
-    difference = float(np.abs(ours - theirs).max()) / largest
-    return forced.rows, difference if np.isfinite(difference) else float("inf")
+    ours = heads(forced.run(*deployed.in_order(inputs)), OUTPUT)
+    return forced.rows, differences(ours, {name: torch.from_numpy(found[name]) for name in ours})
+
+
+def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each output, in units of its largest number in ``ours``."""
+    apart = {}
+    for name, values in ours.items():
+        largest = max(float(values.abs().max()), torch.finfo(torch.float32).tiny)
+        difference = float((values - theirs[name]).abs().max()) / largest
+        apart[name] = difference if math.isfinite(difference) else math.inf
+    return apart
+
+
+def judge_outputs(parity: Parity, where: str = "", tolerance: float = OUTPUT_TOLERANCE) -> None:
+    """Say which output differs by more than the tolerance, if one does."""
+    for name, apart in parity.outputs.items():
+        if apart > tolerance and parity.problem is None:
+            parity.problem = f"{name} differ by {apart:.2g} of the largest{where}"
 
 
 def _judge(parity: Parity, rows: Sequence[LayerDifference], how: str, fraction: float) -> None:
@@ -188,61 +236,80 @@ def _too_many(row: LayerDifference, fraction: float) -> bool:
     return row.fraction * row.codes > max(2.5, fraction * row.codes)  # so that small layers may have two
 
 
-def batch_of(images: Tensor, size: int) -> Tensor:
-    """``size`` inputs, of any number of axes: ``images`` repeated as often as that takes."""
-    return images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
+def batch_of(inputs: Inputs, size: int) -> Inputs:
+    """``size`` samples, of any number of axes: ``inputs`` repeated as often as that takes."""
+    times = -(-size // len(inputs))
+    return inputs.map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1))[:size])
 
 
-def _check_batches(parity: Parity, run: Runner, images: Tensor) -> None:
+def _check_batches(parity: Parity, run: Runner, inputs: Inputs) -> None:
     done = []
     for size in BATCHES:
-        batch = batch_of(images, size).numpy()
         try:
-            shape = run(batch)["logits"].shape
+            found = run(batch_of(inputs, size))
+            shapes: list[Any] = [found[name].shape for name in run.outputs]
         except Exception as error:  # runtimes raise many types
-            shape = (f"an error: {str(error).splitlines()[0]}",)
-        if shape[0] == size:
+            shapes = [(f"an error: {str(error).splitlines()[0]}",)]
+        wrong = [shape for shape in shapes if shape[0] != size]
+        if not wrong:
             done.append(size)
         elif parity.problem is None:
-            parity.problem = f"a batch of {size} images gives {shape}"
+            parity.problem = f"a batch of {size} samples gives {wrong[0]}"
     parity.batches = tuple(done)
 
 
 @torch.no_grad()
-def agreement(
+def agree(
     parity: Parity,
-    run: Callable[[Tensor], Tensor],
-    pytorch: Callable[[Tensor], Tensor],
-    test: Iterable[tuple[Tensor, Tensor | None]],
+    in_file: Callable[[Inputs], Any],
+    in_pytorch: Callable[[Inputs], Any],
+    test: Iterable[Any],
     student: torch.nn.Module | None,
+    task: Task | None = None,
 ) -> None:
-    """Count on how many images ``pytorch`` and ``run``, which return the logits of network and file, agree."""
-    right = {"accuracy": 0, "exported_accuracy": 0, "trained_accuracy": 0}
-    labelled = 0
-    for batch, given in test:
-        x = batch.detach().cpu().float()
-        ours = pytorch(x).argmax(1)
-        theirs = run(x).argmax(1)
-        parity.images += len(x)
-        parity.disagreements += int((ours != theirs).sum())
-        predicted = {"accuracy": ours, "exported_accuracy": theirs}
+    """Count on how many samples what the file and the network return agree, as the task says, and measure both.
+
+    Args:
+        parity: to which it is added.
+        in_file, in_pytorch: what the file and the deployed network return.
+        test: batches of the task.
+        student: as it was trained.
+        task: None for the classification of images.
+    """
+    task = Classification() if task is None else task
+    parity.answer, parity.metric, parity.mode = task.answer, task.metric, task.mode
+    networks = {"deployed": in_pytorch, "exported": in_file}
+    if student is not None:
+        networks["trained"] = lambda given: given.call(student)
+    metrics = {name: task.metrics() for name in networks}
+    for batch in test:
+        given = as_float32(task.inputs(batch), "a batch")
+        asked = Asked("network", len(given))
+        outputs = {name: task.outputs(run(given), asked) for name, run in networks.items()}
+        parity.samples += len(given)
+        parity.differing += _differing(task, outputs["deployed"], outputs["exported"])
         if student is not None:
-            trained = student(x).argmax(1)
-            parity.trained_disagreements += int((trained != ours).sum())
-            predicted["trained_accuracy"] = trained
-        if given is not None:
-            labelled += int((given >= 0).sum())  # of a sample without a label nobody is right
-            for key, classes in predicted.items():
-                right[key] += int((classes == given.cpu()).sum())
-    if labelled:
-        parity.accuracy = right["accuracy"] / labelled
-        parity.exported_accuracy = right["exported_accuracy"] / labelled
-        parity.trained_accuracy = None if student is None else right["trained_accuracy"] / labelled
-    if parity.disagreements > max(1, DISAGREEMENT * parity.images) and parity.problem is None:
+            parity.trained_differing += _differing(task, outputs["trained"], outputs["deployed"])
+        for name, measured in metrics.items():
+            task.update(measured, outputs[name], batch)
+    if parity.samples:
+        for name, measured in metrics.items():
+            setattr(parity, name, _value(measured, task))
+    if parity.differing > max(1, DISAGREEMENT * parity.samples) and parity.problem is None:
         rows = parity.optimised or parity.unoptimised
         first = next((row for row in rows if row.fraction > 0), None)
         where = "" if first is None else f"; the first difference arises at {first.name}"
-        parity.problem = f"the first class differs on {parity.disagreements} of {parity.images} images{where}"
+        parity.problem = f"the {task.answer} differs on {parity.differing:g} of {parity.samples} samples{where}"
+
+
+def _differing(task: Task, ours: Any, theirs: Any) -> float:
+    return float((1.0 - task.agreement(ours, theirs).double()).sum())
+
+
+def _value(metrics: MetricCollection, task: Task) -> float | None:
+    """The task's metric; None where no sample has a label."""
+    value = float(metrics[task.metric].compute())
+    return None if math.isnan(value) else value
 
 
 def scales_identical(model: onnx.ModelProto, deployed: Deployed) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
+from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.computed import computed
@@ -24,12 +26,12 @@ TWICE = ("add", "mul")
 """Kinds that are cheap enough to be computed once for each of two grids."""
 
 
-def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Folding]:
+def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
     Args:
         student: a quantised network in eval mode, which is changed.
-        example: (B, C, H, W), on the same device.
+        example: what it is called with, on the same device.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -50,32 +52,29 @@ def place_grids(student: nn.Module, example: Tensor) -> tuple[GridPlacement, Fol
     return builder, folding
 
 
-def check_takes(network: nn.Module, inputs: Tensor, what: str) -> None:
+def check_takes(network: nn.Module, inputs: Inputs, what: str) -> None:
     """Refuse inputs that the network does not take; ``what`` is what a mistake calls them."""
-    if not len(inputs):
-        raise UsageError(f"{what} of shape {tuple(inputs.shape)} is empty: give at least two inputs")
     try:
         with torch.no_grad():
-            network(inputs)
+            inputs.call(network)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"the network cannot take {what} of shape {tuple(inputs.shape)} and type {inputs.dtype} "
-            f"({first_line(error)})"
-        ) from error
+        tensors = [f"of shape {tuple(tensor.shape)} and type {tensor.dtype}" for tensor in inputs.tensors()]
+        raise UsageError(f"the network cannot take {what} {', '.join(tensors)} ({first_line(error)})") from error
 
 
 @torch.no_grad()
-def _check_traced(student: nn.Module, example: Tensor) -> None:
+def _check_traced(student: nn.Module, example: Inputs) -> None:
     """Refuse a network of which a trace finds no graph, or that of something else than it computes."""
+    _check_inputs(student, example)
     try:
         graph = trace(student)
     except Exception as error:  # networks that decide by their data fail in many ways
         raise UsageError(f"the network cannot be exported: its graph cannot be traced ({obstacle(error)})") from error
-    expected = [value for value in tree_leaves(student(example.clone())) if isinstance(value, Tensor)]
+    _keep_given(graph, example)
+    expected = _tensors(example.map(torch.clone).call(student))
     try:
-        found = [
-            v for v in tree_leaves(fx.Interpreter(student, graph=graph).run(example.clone())) if isinstance(v, Tensor)
-        ]
+        given = example.map(torch.clone).by_name(parameters(fx.GraphModule(student, graph)))
+        found = _tensors(fx.Interpreter(student, graph=graph).run(*given.values()))
         same = len(found) == len(expected) and all(map(_agree, found, expected))
         difference = "" if same else "it computes something else"
     except Exception as error:  # of whichever operation gets something that it does not take
@@ -87,6 +86,10 @@ def _check_traced(student: nn.Module, example: Tensor) -> None:
         )
 
 
+def _tensors(returned: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(returned) if isinstance(value, Tensor)]
+
+
 def _agree(found: Tensor, expected: Tensor) -> bool:
     """Whether two results are the same but for rounding, which may differ where a forward works in place."""
     if found.shape != expected.shape:
@@ -95,12 +98,16 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True)
 
 
-def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
+def parameters(network: fx.GraphModule) -> tuple[str, ...]:
+    """The names of what the network is called with, in order."""
+    return tuple(str(node.target) for node in network.graph.nodes if node.op == "placeholder")
+
+
+def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
     """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
     graph = trace(student)
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise UsageError("the network has several inputs: export takes networks with one")
     network = fx.GraphModule(student, graph)
+    _keep_given(graph, example)
     for node in list(graph.nodes):
         if node.op != "call_module":
             continue
@@ -123,6 +130,31 @@ def _explicit(student: nn.Module, example: Tensor) -> fx.GraphModule:
             graph.erase_node(node)
     recompile(network)
     return network
+
+
+def _check_inputs(student: nn.Module, example: Inputs) -> None:
+    """Refuse inputs that are no tensors with the same number of samples."""
+    bound = inspect.signature(student.forward).bind(*example.args, **example.keywords).arguments
+    for name, value in bound.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"input {name!r} is a {type(value).__name__}: export takes tensors (B, ...) alone")
+        if value.ndim == 0 or len(value) != len(example):
+            raise UsageError(
+                f"input {name!r} of shape {tuple(value.shape)} has no batch axis: export takes tensors (B, ...) alone"
+            )
+
+
+def _keep_given(graph: fx.Graph, example: Inputs) -> None:
+    """Leave those inputs in the graph that are given; without the others the network must do."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[len(example.args) :]:
+        if node.target not in example.keywords:
+            if node.users:
+                raise UsageError(
+                    f"the network has an input {str(node.target)!r}, which is not given: export takes what the task's "
+                    "inputs() gives, or the example, and nothing besides"
+                )
+            graph.erase_node(node)
 
 
 def _expose(network: fx.GraphModule, node: fx.Node, module: Any, name: str, before: bool) -> None:
@@ -148,14 +180,14 @@ def recompile(network: fx.GraphModule) -> None:
     network.recompile()
 
 
-def propagate_shapes(network: fx.GraphModule, example: Tensor) -> None:
+def propagate_shapes(network: fx.GraphModule, example: Inputs) -> None:
     """Let every node know the shape of its result."""
     try:
         with torch.no_grad():
-            ShapeProp(network).propagate(example)
+            ShapeProp(network).propagate(*example.by_name(parameters(network)).values())
     except RuntimeError as error:
         raise UsageError(
-            f"the network cannot take an example of shape {tuple(example.shape)} ({first_line(error)})"
+            f"the network cannot take an example of {example.described()} ({first_line(error)})"
         ) from error
     for node in network.graph.nodes:  # shapes of several results are kept by ShapeProp as a tuple of metas
         if isinstance(node.meta.get("tensor_meta"), tuple) and not hasattr(node.meta["tensor_meta"], "shape"):
@@ -165,7 +197,7 @@ def propagate_shapes(network: fx.GraphModule, example: Tensor) -> None:
 class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
-    def __init__(self, network: fx.GraphModule, example: Tensor) -> None:
+    def __init__(self, network: fx.GraphModule, example: Inputs) -> None:
         self.network = network
         self.graph = network.graph
         self.example = example
@@ -257,7 +289,7 @@ class GridPlacement:
         end = node
         while len(end.users) == 1 and self._kind(next(iter(end.users))) in CLAMPS:
             end = next(iter(end.users))
-        users = [user for user in end.users if user.op != "output"]
+        users = [user for user in end.users if user.op != "output" and self._operation(user) is not None]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
         if any(self._feeds_float(user) for user in others):
@@ -292,6 +324,6 @@ class GridPlacement:
     def _read_from(self, base: fx.Node, end: fx.Node) -> None:
         end.append(base)
         for user in list(end.users):
-            if user is not base and user.op != "output":
+            if user is not base and user.op != "output" and self._operation(user) is not None:
                 user.replace_input_with(end, base)
                 self.rerouted.append(str(user.meta.get("lqkd_place", user.name)))

@@ -1,4 +1,4 @@
-"""Class names and confidence for image files, from a run or an exported file."""
+"""What a network says about image files, from a run or an exported file: class names and confidence, or arrays."""
 
 from __future__ import annotations
 
@@ -6,123 +6,197 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lqkd.data.preprocessing import Preprocessing
 from lqkd.errors import UsageError, first_line
 from lqkd.models.finite import not_finite
-from lqkd.runs.provenance import outdated
+from lqkd.models.outputs import Asked
+from lqkd.runs.provenance import check_code, outdated
 from lqkd.runs.student import describe_student, load_student
+from lqkd.tasks import Classification, Task
 from lqkd.utils.escaping import terminal
+from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import track
 from lqkd.utils.schema import EXPORTED_FILE, check
 
 BATCH = 32
 """Images that are held in memory at once."""
+MOST_OF_A_MASK = 255
+"""The largest class that a grey image of 8 bits can hold."""
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Predictor:
     """A network with all that is needed to ask it about image files.
 
     Attributes:
-        logits: (B, C, H, W) float32 to (B, classes).
+        network: (B, C, H, W) float32 to what the network returns.
+        task: what it was trained for.
         preprocessing: of image files.
         class_names: in the order of the logits; empty when they have none.
         source: the file that it is from, for messages.
     """
 
-    logits: Callable[[np.ndarray], np.ndarray]
+    network: Callable[[Tensor], Any]
+    task: Task
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     source: str
 
-    def predict(self, images: np.ndarray, top_k: int) -> list[list[dict[str, Any]]]:
-        """The ``top_k`` classes of each image, the most probable first, with their probability by softmax.
+    def predict(self, images: np.ndarray) -> Any:
+        """What the task predicts for images (B, C, H, W).
 
         Raises:
             UsageError: when the network does not take such images, or its logits are not those of the classes, or not
                 finite.
         """
-        logits = self._checked_logits(images)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-        return [
-            [self._entry(int(i), float(row[i])) for i in best] for row, best in zip(probabilities, order, strict=True)
-        ]
-
-    def _checked_logits(self, images: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(images)
         try:
-            logits = self.logits(images).astype(np.float64)
+            returned = self.network(tensor)
         except Exception as error:  # PyTorch and the runtimes raise many types
             shape = "x".join(map(str, images.shape[1:]))
             raise UsageError(
                 f"the network of {self.source!r} does not take the images of {shape} that the file says it takes "
                 f"({first_line(error)})"
             ) from error
-        classes = len(self.class_names) or logits.shape[-1]
-        if logits.shape != (len(images), classes):
-            wanted = f"{classes} class names" if self.class_names else "logits (B, classes)"
-            raise UsageError(f"{self.source!r} contradicts itself: {wanted}, and outputs of shape {logits.shape}")
-        if not np.isfinite(logits).all():
+        try:
+            outputs = self.task.outputs(returned, Asked("network", len(images)))
+        except UsageError as error:
+            raise UsageError(f"{self.source!r} contradicts itself: {error}") from error
+        if isinstance(outputs, Tensor):
+            self._check(outputs)
+            outputs = outputs.double()
+        return self.task.predictions(outputs, tensor)
+
+    def _check(self, outputs: Tensor) -> None:
+        classes = len(self.class_names)
+        if self.task.confidences and classes and outputs.shape[1:] != (classes,):
+            raise UsageError(
+                f"{self.source!r} contradicts itself: {classes} class names, and outputs of shape "
+                f"{tuple(outputs.shape)}"
+            )
+        if not outputs.isfinite().all():
             raise UsageError(
                 f"the network of {self.source!r} answers with logits that are not finite: its training diverged, or "
                 "the file is damaged"
             )
-        return logits
 
-    def _entry(self, index: int, confidence: float) -> dict[str, Any]:
-        name = self.class_names[index] if self.class_names else str(index)
-        return {"class": name, "index": index, "confidence": confidence}
+    def classes(self, confidences: Tensor, top_k: int) -> list[dict[str, Any]]:
+        """The ``top_k`` classes, the most confident first, of the confidences (C,) of one image."""
+        best = confidences.argsort(descending=True, stable=True)[:top_k].tolist()
+        names = self.class_names or tuple(map(str, range(len(confidences))))
+        return [{"class": names[i], "index": i, "confidence": float(confidences[i])} for i in best]
 
 
 def predict(
-    run: str | Path, images: Sequence[str], *, top_k: int = 1, allow_code: bool = False
+    run: str | Path,
+    images: Sequence[str],
+    *,
+    top_k: int = 1,
+    output: str | Path | None = None,
+    allow_code: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """The classes of image files, one after the other.
+    """What a network says about image files, one after the other.
 
     Args:
         run: run folder, or a file that export wrote (.onnx or .pt2).
         images: image files of any size.
         top_k: classes for each image, >= 1.
+        output: folder for the predictions of a task that gives no confidences of classes: for each image a file of its
+            name, a mask of classes as .png, everything else as .npy.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
         For each image ``image``, its path, and ``predictions``, a list of ``class``, ``index`` and ``confidence``, the
-        most probable first; or ``error``, what is wrong with the image.
+        most probable first, or ``output``, the file that was written; or ``error``, what is wrong with the image.
 
     Raises:
-        UsageError: after a user's mistake about the run or the file.
+        UsageError: after a user's mistake about the run, the file or the folder.
     """
     if top_k < 1:
         raise UsageError(f"--top-k {top_k} is not possible: it must be at least 1")
-    classifier = load_classifier(run, allow_code)
-    for path, entry in track(_predictions(classifier, images, top_k), "reading images", len(images)):
-        yield {"image": path} | ({"error": str(entry)} if isinstance(entry, UsageError) else {"predictions": entry})
+    predictor = load_predictor(run, allow_code)
+    folder = _folder(predictor, images, output)
+    for path, found in track(_predictions(predictor, images), "reading images", len(images)):
+        if isinstance(found, UsageError):
+            yield {"image": path, "error": str(found)}
+        elif folder is None:
+            yield {"image": path, "predictions": predictor.classes(found, top_k)}
+        else:
+            yield {"image": path, "output": str(_write(found, folder, Path(path).stem))}
 
 
-def _predictions(
-    classifier: Classifier, paths: Sequence[str], top_k: int
-) -> Iterator[tuple[str, list[dict[str, Any]] | UsageError]]:
-    """Path and its classes, or what is wrong with it, in the order given."""
+def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | None) -> Path | None:
+    """Where predictions are written; None for classes, which are not.
+
+    Raises:
+        UsageError: when it is missing or in the way of something.
+    """
+    name = type(predictor.task).__name__
+    if predictor.task.confidences:
+        if given is not None:
+            raise UsageError(f"--output {str(given)!r} is not possible: task {name} gives classes, which are printed")
+        return None
+    if given is None:
+        raise UsageError(f"--output is missing: task {name} gives an array for each image, which needs a folder")
+    folder, stems = Path(given), [Path(path).stem for path in images]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UsageError(f"two images are called {twice[0]!r}, and their predictions would be: ask about one at a time")
+    there = [folder / f"{stem}{suffix}" for stem in stems for suffix in (".png", ".npy")]
+    if found := next((path for path in there if path.exists()), None):
+        raise UsageError(f"{str(found)!r} exists: choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {str(given)!r} is not a folder that can be made ({error.strerror})") from error
+    return folder
+
+
+def _write(found: Tensor, folder: Path, stem: str) -> Path:
+    """Write what was predicted for one image: classes (H, W) as a grey image, everything else as it is."""
+    values = found.numpy()
+    mask = values.ndim == 2 and values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= MOST_OF_A_MASK
+    path = folder / f"{stem}{'.png' if mask else '.npy'}"
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        if mask:
+            from PIL import Image
+
+            Image.fromarray(values.astype(np.uint8)).save(stream, "PNG")
+        else:
+            np.save(stream, values.astype(np.float32) if values.dtype == np.float64 else values)
+    return path
+
+
+def _predictions(predictor: Predictor, paths: Sequence[str]) -> Iterator[tuple[str, Tensor | UsageError]]:
+    """Path and what is predicted for it, or what is wrong with it, in the order given."""
     for start in range(0, len(paths), BATCH):
         read: list[np.ndarray | UsageError] = []
         for path in paths[start : start + BATCH]:
             try:
-                read.append(classifier.preprocessing.read(path))
+                read.append(predictor.preprocessing.read(path))
             except UsageError as error:
                 read.append(error)
         images = [image for image in read if not isinstance(image, UsageError)]
-        predicted = iter(classifier.predict(np.stack(images), top_k) if images else ())
+        predicted = iter(_by_image(predictor, np.stack(images)) if images else ())
         for path, image in zip(paths[start : start + BATCH], read, strict=True):
             yield path, image if isinstance(image, UsageError) else next(predicted)
 
 
-def load_classifier(path: str | Path, allow_code: bool = False) -> Classifier:
+def _by_image(predictor: Predictor, images: np.ndarray) -> Tensor:
+    found = predictor.predict(images)
+    if not isinstance(found, Tensor) or found.ndim == 0 or len(found) != len(images):
+        raise UsageError(
+            f"task {type(predictor.task).__name__} predicts a {type(found).__name__}: predict needs a tensor (B, ...)"
+        )
+    return found
+
+
+def load_predictor(path: str | Path, allow_code: bool = False) -> Predictor:
     """The network of a run folder, of ``student.safetensors`` or of a file that ``export`` wrote.
 
     Args:
@@ -135,39 +209,58 @@ def load_classifier(path: str | Path, allow_code: bool = False) -> Classifier:
     """
     file = Path(path)
     if file.suffix not in (".onnx", ".pt2"):
-        network, described = load_student(file, allow_code), describe_student(file)
+        student, described = load_student(file, allow_code), describe_student(file)
         shape = described.get("image_shape") or [None]
         preprocessing = {**described, "channels": shape[0], "size": shape[1:]}
-        return _classifier(_in_torch(network), preprocessing, described, file)
+        return _predictor(student, preprocessing, described, file, allow_code)
     if not file.is_file():
         raise UsageError(f"{str(path)!r} does not exist: give a run folder, or a file that export wrote")
-    logits, described = (_onnx if file.suffix == ".onnx" else _program)(file)
+    network, described = (_onnx if file.suffix == ".onnx" else _program)(file)
     old = outdated(file, described)
     if old is not None:
         print(f"lqkd: warning: {terminal(old)}", file=sys.stderr)
-    return _classifier(logits, described.get("preprocessing") or {}, described, file)
+    return _predictor(network, described.get("preprocessing") or {}, described, file, allow_code)
 
 
-def _classifier(logits: Any, preprocessing: dict[str, Any], described: dict[str, Any], file: Path) -> Classifier:
+def _predictor(
+    network: Any, preprocessing: dict[str, Any], described: dict[str, Any], file: Path, allow_code: bool
+) -> Predictor:
     names = tuple(str(name) for name in described.get("class_names") or ())
-    return Classifier(logits, Preprocessing.of(preprocessing, str(file)), names, str(file))
+    if len(taken := list(described.get("inputs") or ())) > 1:
+        raise UsageError(f"predict asks about image files, and {str(file)!r} takes {', '.join(taken)}")
+    prepared = Preprocessing.of(preprocessing, str(file))
+    return Predictor(torch.inference_mode()(network), _task(described, file, allow_code), prepared, names, str(file))
 
 
-def _in_torch(network: Any) -> Callable[[np.ndarray], np.ndarray]:
-    def logits(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return network(torch.from_numpy(images)).float().numpy()
+def _task(described: dict[str, Any], source: Path, allow_code: bool) -> Task:
+    """What the network of a file was trained for, by what the file says about itself; an old file says nothing.
 
-    return logits
+    Raises:
+        UsageError: when it names code that is not allowed, or what cannot be built.
+    """
+    from jsonargparse import ArgumentParser
+
+    settings = described.get("task")
+    if settings is None:
+        return Classification()
+    check_code({"task": settings}, source, allow_code)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--task", type=Task)
+    try:
+        return cast(Task, parser.instantiate_classes(parser.parse_object({"task": settings})).task)
+    except Exception as error:  # the parser and a task's own constructor raise many types
+        cause = error.__cause__ if isinstance(error.__cause__, UsageError) else error
+        raise UsageError(f"the task of {str(source)!r} cannot be built ({first_line(cause)})") from error
 
 
-def _onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
     from lqkd.export import require
 
     require()
     from lqkd.export import metadata
-    from lqkd.export.emitter import OUTPUT
+    from lqkd.export.deploy import OUTPUT
     from lqkd.export.runtimes import Runner
+    from lqkd.models.outputs import returned_by
 
     import onnx  # isort: skip
 
@@ -186,10 +279,15 @@ def _onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UsageError(f"{str(file)!r} is damaged: {tensor.name!r} is not finite")
     runner = Runner(model, optimised=True)
-    return lambda images: runner(images)[OUTPUT], described
+
+    def network(images: Tensor) -> Any:
+        found = runner(images.numpy())
+        return returned_by({name: torch.from_numpy(found[name]) for name in runner.outputs}, OUTPUT)
+
+    return network, described
 
 
-def _program(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+def _program(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
     from lqkd.export.program import load_program
 
     try:
@@ -199,4 +297,4 @@ def _program(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, 
     check(described, EXPORTED_FILE, str(file))
     if (told := not_finite(program.state_dict, ())) is not None:
         raise UsageError(f"{str(file)!r} is damaged: {told}")
-    return _in_torch(program.module()), described
+    return program.module(), described

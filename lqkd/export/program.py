@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lqkd.export.deploy import Deployed
-from lqkd.export.parity import BATCHES, Parity, agreement, batch_of
+from lqkd.export.deploy import OUTPUT, Deployed, as_float32
+from lqkd.export.parity import BATCHES, Parity, agree, batch_of, differences, judge_outputs
+from lqkd.models.outputs import heads
+from lqkd.tasks import Task
 
 METADATA = "lqkd.json"
 """The name, within the file, of what it says about itself."""
@@ -21,19 +23,28 @@ METADATA = "lqkd.json"
 def check_program(
     program: Any,
     deployed: Deployed,
-    images: Tensor,
-    test: Iterable[tuple[Tensor, Tensor | None]] = (),
+    example: Any,
+    test: Iterable[Any] = (),
     student: nn.Module | None = None,
+    task: Task | None = None,
 ) -> Parity:
     """Compare a program with the network that it was made of; arguments as of :func:`lqkd.export.parity.check`."""
     module = program.module()
-    ours, theirs = deployed.network(images), module(images)
-    parity = Parity(scales_identical=True, logits=float((ours - theirs).abs().max() / ours.abs().max()))
-    if not torch.equal(ours, theirs):
-        parity.problem = f"logits differ by {parity.logits:.2g} of the largest"
-    sizes = [size for size in BATCHES if module(batch_of(images, size)).shape[0] == size]
-    parity.batches = tuple(sizes)
-    agreement(parity, module, deployed.network, test, student)
+    inputs = as_float32(example, "an example")
+    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (deployed.network, module))
+    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
+    judge_outputs(parity, tolerance=0.0)
+
+    def fits(size: int) -> bool:
+        found = heads(batch_of(inputs, size).call(module), OUTPUT)
+        return all(len(values) == size for values in found.values())
+
+    parity.batches = tuple(size for size in BATCHES if fits(size))
+
+    def runs(network: Any) -> Any:
+        return lambda given: given.call(network)
+
+    agree(parity, runs(module), runs(deployed.network), test, student, task)
     return parity
 
 

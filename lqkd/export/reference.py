@@ -58,25 +58,32 @@ class Unrounded:
 
 
 class Reference(fx.Interpreter):
-    """Runs a deployed network on images (B, C, H, W) float32 and returns what ONNX Runtime's integer kernels return.
+    """Runs a deployed network on its inputs, float32, and returns what ONNX Runtime's integer kernels return.
 
     Attributes:
         exact: after a run, whether nothing was computed in floating point whose last bits depend on who computes it,
             such as a convolution without a grid or a sigmoid.
         step: of the last value that was rounded or summed: of the accumulators of a classifier, (classes,), or a grid.
+        steps: the name of every node to ``step`` after it.
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.exact = True
         self.step = torch.ones(())
+        self.steps: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """The logits of ``images``."""
-        return cast(Tensor, self.run(images))
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the network returns for ``inputs``, in its order: logits, say."""
+        return self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._run(n)
+        self.steps[n.name] = self.step
+        return result
+
+    def _run(self, n: fx.Node) -> Any:
         found = self._operation(n)
         kernel = None if found is None else getattr(self, f"_{found.kind}", None)
         if found is not None and kernel is not None:
@@ -96,10 +103,14 @@ class Reference(fx.Interpreter):
 
     def _is_rounded(self, node: fx.Node, readers: int = 1) -> bool:
         """Whether grids, and no more than ``readers``, are all that reads ``node``, directly or behind clamps."""
-        users = list(node.users)
+        users = self._readers(node)
         while len(users) == 1 and self._kind(users[0]) in CLAMPS:
-            users = list(users[0].users)
+            users = self._readers(users[0])
         return len(users) <= readers and all(self._kind(user) == "grid" and self._rounds(user) for user in users)
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """What reads the value of ``node``, and not only its size."""
+        return [user for user in node.users if self._operation(user) is not None]
 
     def _kind(self, node: fx.Node) -> str:
         found = self._operation(node)
@@ -189,7 +200,7 @@ class Reference(fx.Interpreter):
             return None
         return Codes(self._called(node, _whole), x.grid)
 
-    _maxpool = _reshape = _transpose = _slice = _pad = _moved
+    _maxpool = _reshape = _transpose = _slice = _pad = _nearest = _moved
 
     def _chunks(self, node: fx.Node, found: Operation, x: Any) -> tuple[Codes, ...] | None:
         if not isinstance(x, Codes):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from lqkd.export import floating
 from lqkd.export.card import Summary
 from lqkd.export.deploy import Deployed
 from lqkd.export.latency import Latency, measure
+from lqkd.models.calls import Inputs
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
@@ -31,18 +32,19 @@ def report_path(file: Path) -> Path:
 
 
 def describe(
-    student: nn.Module, image: Tensor, summary: Summary, described: dict[str, Any], latency: Latency | None = None
+    student: nn.Module, inputs: Inputs, summary: Summary, described: dict[str, Any], latency: Latency | None = None
 ) -> dict[str, Any]:
     """The report as JSON values.
 
     Args:
         student: as it was trained.
-        image: (1, C, H, W), for the size of what layers see.
+        inputs: of one sample, for the size of what layers see.
         summary: of the written file.
         described: what the file says about itself, of which its format and checkpoint are kept.
         latency: where it was measured.
     """
-    layers = layer_costs(student, image)
+    layers = layer_costs(student, *inputs.args, keywords=inputs.keywords)
+    image = inputs.alone()
     total = sum(layer.bit_operations for layer in layers)
     multiplications = sum(layer.multiplications for layer in layers)
     return {
@@ -52,7 +54,7 @@ def describe(
         "file_bytes": summary.file_bytes,
         "packed_bytes": summary.packed_bytes,
         "float_bytes": summary.float_bytes,
-        "image_shape": list(image.shape[1:]),
+        "image_shape": None if image is None else list(image.shape[1:]),
         "multiplications": multiplications,
         "bit_operations": total,
         "float_bit_operations": multiplications * FLOAT_BITS**2,
@@ -71,16 +73,16 @@ def write(report: dict[str, Any], file: Path) -> Path:
 
 
 def measure_latency(
-    exported: onnx.ModelProto | nn.Module, name: str, deployed: Deployed, student: nn.Module, image: Tensor
+    exported: onnx.ModelProto | nn.Module, name: str, deployed: Deployed, student: nn.Module, inputs: Inputs
 ) -> Latency:
-    """Time the exported network against the same in float32 ONNX and in PyTorch, one image and one thread each.
+    """Time the exported network against the same in float32 ONNX and in PyTorch, one sample and one thread each.
 
     Args:
         exported: what was exported, as it runs.
         name: what to call it.
         deployed: the network that it was made of.
         student: as it was trained; timed in float32 and with its quantizers, which PyTorch only simulates.
-        image: (1, C, H, W).
+        inputs: of one sample.
     """
     plain = copy_of(student).eval()
     with float_mode(plain), Progress("timing the file and its network in other forms") as bar:
@@ -90,7 +92,13 @@ def measure_latency(
             "float32 PyTorch": plain,
             "PyTorch with simulated quantization": copy_of(student).eval(),
         }
-        return measure(contestants, image.numpy(), progress=bar.update)
+        return measure(contestants, inputs, progress=bar.update)
+
+
+def tell(report: dict[str, Any], file: Path) -> None:
+    """Print the report and write it beside ``file``."""
+    print_report(report)
+    write(report, file)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -121,7 +129,7 @@ def _print_latency(latency: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"median of {latency['rounds']} alternated runs of {latency['batch']} image, "
+        title=f"median of {latency['rounds']} alternated runs of {latency['batch']} sample, "
         f"{latency['threads']} thread, {latency['machine']}"
     )
     for column in ("network", "ms", f"of {next(iter(latency['ratios']))}", "peak memory"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export.emitter import INPUT, OUTPUT
 from lqkd.export.qonnx import DOMAIN
+from lqkd.models.calls import Inputs
 
 NO_FUSION = ("session.disable_quant_qdq", "1")
 """What ONNX Runtime must be told of files with 2-bit weights: it has no such kernels and fails at fusing them."""
@@ -69,8 +69,18 @@ def is_qonnx(model: onnx.ModelProto) -> bool:
     return any(entry.domain == DOMAIN for entry in model.opset_import)
 
 
+def feeds(model: onnx.ModelProto, given: Inputs | np.ndarray) -> dict[str, np.ndarray]:
+    """The float32 arrays that a model takes, by the names of its inputs; a single array is its only input."""
+    names = [entry.name for entry in model.graph.input]
+    if isinstance(given, np.ndarray):
+        return {names[0]: given}
+    if given.alone() is not None:  # whose name the file has chosen
+        given = Inputs(given.args)
+    return {name: tensor.detach().cpu().float().numpy() for name, tensor in given.by_name(names).items()}
+
+
 class Runner:
-    """Runs a model on images (B, C, H, W) float32 and returns logits, and further tensors by name.
+    """Runs a model on its inputs and returns its outputs, and further tensors, by name.
 
     Args:
         model: portable, packed or QONNX.
@@ -79,27 +89,26 @@ class Runner:
     """
 
     def __init__(self, model: onnx.ModelProto, *, optimised: bool, tensors: Sequence[str] = ()) -> None:
-        self.tensors = list(dict.fromkeys(tensors))
+        self.outputs = [entry.name for entry in model.graph.output]
+        self._names = list(dict.fromkeys([*self.outputs, *tensors]))
+        self._model = model
         self._qonnx = is_qonnx(model)
         if self._qonnx:
-            self._model = model
             return
         watched = onnx.ModelProto()
         watched.CopyFrom(model)
-        known = {entry.name for entry in watched.graph.output}
-        for name in self.tensors:
-            if name not in known:
-                watched.graph.output.append(helper.make_empty_tensor_value_info(name))
+        for name in self._names[len(self.outputs) :]:
+            watched.graph.output.append(helper.make_empty_tensor_value_info(name))
         self._session = session(watched, optimised=optimised)
 
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        names = [OUTPUT, *self.tensors]
+    def __call__(self, given: Inputs | np.ndarray) -> dict[str, np.ndarray]:
+        arrays = feeds(self._model, given)
         if self._qonnx:
-            return _execute_qonnx(self._model, images, names)
-        return dict(zip(names, self._session.run(names, {INPUT: images}), strict=True))
+            return _execute_qonnx(self._model, arrays, self._names)
+        return dict(zip(self._names, self._session.run(self._names, arrays), strict=True))
 
 
-def _execute_qonnx(model: onnx.ModelProto, images: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+def _execute_qonnx(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
     try:
         from qonnx.core.modelwrapper import ModelWrapper
         from qonnx.core.onnx_exec import execute_onnx
@@ -107,12 +116,25 @@ def _execute_qonnx(model: onnx.ModelProto, images: np.ndarray, names: list[str])
     except ImportError:
         raise UsageError("--format qonnx needs the package qonnx to verify the file: pip install qonnx") from None
     wrapped = ModelWrapper(model, make_deepcopy=True)
-    wrapped.set_tensor_shape(INPUT, list(images.shape))
-    found = execute_onnx(wrapped.transform(InferShapes()), {INPUT: images}, return_full_exec_context=True)
+    for name, array in arrays.items():
+        wrapped.set_tensor_shape(name, list(array.shape))
+    found = execute_onnx(wrapped.transform(InferShapes()), dict(arrays), return_full_exec_context=True)
     return {name: found[name] for name in names}
 
 
-_MOVES = ("Transpose", "Reshape", "Flatten", "Slice", "Pad", "MaxPool", "NhwcMaxPool", "Clip", "Concat", "Split")
+_MOVES = (
+    "Transpose",
+    "Reshape",
+    "Flatten",
+    "Slice",
+    "Pad",
+    "MaxPool",
+    "NhwcMaxPool",
+    "Clip",
+    "Concat",
+    "Split",
+    "Resize",
+)
 _KERNELS = ("Conv", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
 _INTEGER = ("QGemm", *(f"QLinear{kind}" for kind in _KERNELS))
 
@@ -150,12 +172,13 @@ def kernels(model: onnx.ModelProto) -> Kernels:
     types = _types(graph)
     integer: dict[str, int] = {}
     floats = []
+    taken = {entry.name for entry in graph.input}
     for node in graph.node:
         if node.op_type in _INTEGER:
             integer[node.op_type] = integer.get(node.op_type, 0) + 1
         elif node.op_type in _MOVES and types.get(node.output[0]) != TensorProto.FLOAT:
             continue
-        elif not (node.op_type == "QuantizeLinear" and node.input[0] == INPUT):
+        elif not (node.op_type == "QuantizeLinear" and node.input[0] in taken):
             floats.append((node.name or node.output[0], node.op_type))
     return Kernels(integer, tuple(floats))
 
@@ -164,10 +187,11 @@ def _types(graph: onnx.GraphProto) -> dict[str, int]:
     """The element type of tensors, followed through nodes that move values."""
     types = {entry.name: entry.type.tensor_type.elem_type for entry in (*graph.input, *graph.output, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    returned = {entry.name for entry in graph.output}
     for node in graph.node:
         if node.op_type in _MOVES:
             types[node.output[0]] = types.get(node.input[0], TensorProto.FLOAT)
-        elif node.op_type == "QuantizeLinear" or (node.op_type in _INTEGER and node.output[0] != OUTPUT):
+        elif node.op_type == "QuantizeLinear" or (node.op_type in _INTEGER and node.output[0] not in returned):
             types[node.output[0]] = TensorProto.UINT8
         else:
             types.setdefault(node.output[0], TensorProto.FLOAT)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import Deployed, as_float32
+from lqkd.export.placement import parameters
 
 
-def build(deployed: Deployed, example: Tensor) -> Any:
+def build(deployed: Deployed, example: Any) -> Any:
     """A :class:`torch.export.ExportedProgram` with a dynamic batch; it expresses every grid.
 
     Args:
         deployed: the network.
-        example: (B, C, H, W) with B of at least 2.
+        example: as for :func:`~lqkd.export.deploy`; the program is called likewise.
     """
     batch = torch.export.Dim("batch")
-    network = deployed.network.eval()
-    return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+    network, inputs = deployed.network.eval(), as_float32(example, "an example")
+    shapes = {name: {0: batch} for name in parameters(network)}
+    return torch.export.export(network, inputs.args, dict(inputs.keywords), dynamic_shapes=shapes)

@@ -10,7 +10,7 @@ from lqkd.losses.correlation import CorrelationCongruence
 from lqkd.losses.dist import DIST
 from lqkd.losses.dkd import DKD
 from lqkd.losses.hints import Hints
-from lqkd.losses.logits import HintonKL, LogitResidual, SoftCrossEntropy
+from lqkd.losses.logits import BinaryKL, HintonKL, LogitResidual, SoftCrossEntropy
 from lqkd.losses.mgd import MGD
 from lqkd.losses.quantized_features import QuantizedFeatures
 from lqkd.losses.relational import RKD
@@ -27,6 +27,7 @@ __all__ = [
     "RKD",
     "VID",
     "AttentionTransfer",
+    "BinaryKL",
     "ContrastiveRepresentation",
     "CorrelationCongruence",
     "DistillationLoss",

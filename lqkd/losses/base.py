@@ -36,6 +36,8 @@ class DistillationLoss(nn.Module, ABC):
     shallowest to the deepest."""
     kind: MapKind = "classes"
     """What the elements of its map are."""
+    compares_predictions: bool = False
+    """Whether it is the softmax of rows that it compares, which must then be a prediction of one class of several."""
     needs_labels: bool = False
     """Whether it cannot do without labels."""
 

@@ -40,6 +40,8 @@ class DIST(DistillationLoss):
         (torch.Size([2, 3]), tensor(7.5260))
     """
 
+    compares_predictions = True
+
     def __init__(self, temperature: float = 1.0, beta: float = 2.0, gamma: float = 2.0) -> None:
         super().__init__()
         self.temperature = positive("temperature", temperature)

@@ -41,6 +41,8 @@ class DKD(DistillationLoss):
         (torch.Size([1, 3]), tensor(4.8939))
     """
 
+    compares_predictions = True
+
     needs_labels = True
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:

@@ -6,6 +6,7 @@ configuration: one of these with a balance in which the task loss has weight 0.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.losses.base import DistillationLoss
@@ -58,6 +59,8 @@ class HintonKL(DistillationLoss):
         (torch.Size([1, 3]), tensor(1.9726))
     """
 
+    compares_predictions = True
+
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
         self.temperature = positive("temperature", temperature)
@@ -93,6 +96,8 @@ class SoftCrossEntropy(DistillationLoss):
         tensor(0.1773)
     """
 
+    compares_predictions = True
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = positive("temperature", temperature)
@@ -101,6 +106,40 @@ class SoftCrossEntropy(DistillationLoss):
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         p_teacher = (teacher / self.temperature).softmax(dim=-1)
         return -p_teacher * (student / self.temperature).log_softmax(dim=-1) * self.temperature**2
+
+    def reduce(self, divergence: Tensor) -> Tensor:
+        return divergence.sum(dim=-1).mean()
+
+
+class BinaryKL(DistillationLoss):
+    """Kullback-Leibler divergence of each class by itself, ``tau**2 * KL(sigmoid(T / tau) || sigmoid(S / tau))``.
+
+    The form of :class:`HintonKL` (arXiv 1503.02531) for several labels a sample, where every class is there or not
+    whatever the others are; e.g. Yang et al., "Multi-Label Knowledge Distillation" (arXiv 2308.06453). Summed
+    over classes, averaged over samples. Logits and map are (B, C); every element is non-negative.
+
+    Args:
+        temperature: tau > 0.
+
+    Raises:
+        UsageError: when the temperature is not a positive finite number.
+
+    Examples:
+        >>> import torch
+        >>> loss = BinaryKL()
+        >>> loss(torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2))
+        tensor([[0.3278, 0.0000]])
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = positive("temperature", temperature)
+
+    @in_full_precision
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        t, s = teacher / self.temperature, student / self.temperature
+        there = divergence_of(F.logsigmoid(t), F.logsigmoid(s))
+        return (there + divergence_of(F.logsigmoid(-t), F.logsigmoid(-s))) * self.temperature**2
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.sum(dim=-1).mean()

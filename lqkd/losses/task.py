@@ -13,7 +13,13 @@ UNLABELLED = -1
 _IGNORED = -100  # what the losses of PyTorch leave out
 
 
-def task_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+def task_loss(
+    logits: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy, 0-dim and differentiable in the logits: the mean over the samples of this process with a label.
 
     See :func:`mean_of_labelled` for a batch without any, and for labels that are out of range. DDP averages the
@@ -25,11 +31,13 @@ def task_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None, lab
         labels: (B,) int64; negative where a sample has none.
         targets: (B, C) float class probabilities, which then say all; None for the labels.
         label_smoothing: share of the probability that is spread over all classes, 0 <= e < 1.
+        weights: (C,) float of the classes: the mean is weighted by them; with ``targets`` the sum of the weighted
+            losses is divided by B, as PyTorch does. None for 1 each.
     """
     if targets is not None:
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, targets, weights, label_smoothing=label_smoothing)
     return mean_of_labelled(
-        lambda known: F.cross_entropy(logits, known, label_smoothing=label_smoothing), labels, logits.shape[1]
+        lambda known: F.cross_entropy(logits, known, weights, label_smoothing=label_smoothing), labels, logits.shape[1]
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,24 @@ class Inputs:
         if not any(tensor.ndim > 0 and len(tensor) > 0 for tensor in found.tensors()):
             raise UsageError("the task's inputs() returns no tensor (B, ...) with at least one sample")
         return found
+
+    @classmethod
+    def joined(cls, parts: Sequence[Inputs]) -> Inputs:
+        """The samples of several batches as one; what is no tensor is that of the first."""
+        first = parts[0]
+
+        def joined(values: Sequence[Any]) -> Any:
+            return torch.cat(list(values)) if isinstance(values[0], Tensor) and values[0].ndim > 0 else values[0]
+
+        return cls(
+            tuple(map(joined, zip(*(part.args for part in parts), strict=True))),
+            {key: joined([part.keywords[key] for part in parts]) for key in first.keywords},
+        )
+
+    def by_name(self, names: Sequence[str]) -> dict[str, Any]:
+        """Every value by the name of its parameter, of which the arguments are the first."""
+        values = (*self.args, *(self.keywords[name] for name in names[len(self.args) :]))
+        return dict(zip(names, values, strict=True))
 
     def call(self, network: Callable[..., Any]) -> Any:
         """What ``network`` returns for them."""

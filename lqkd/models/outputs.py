@@ -12,6 +12,8 @@ from lqkd.errors import UsageError
 
 NAMES = ("out", "logits", "output")
 """What the main tensor is called among several: by torchvision, by transformers, and by others."""
+_PLACE = "output_"
+"""What names of the tensors of a tuple begin with, before their place."""
 
 
 class Asked(NamedTuple):
@@ -59,6 +61,37 @@ def main_tensor(returned: Any, asked: Asked) -> Tensor:
             f"{NAMES[-1]!r} is needed, or a task whose outputs() chooses"
         )
     return found
+
+
+def heads(returned: Any, alone: str) -> dict[str, Any]:
+    """Everything that a network returns, by name.
+
+    Args:
+        returned: a tensor, or several in a mapping, a named tuple, a dataclass, a tuple or a list; None in it is
+            nothing.
+        alone: the name of a tensor by itself; those of a tuple or list are ``output_0``, ``output_1``, ...
+
+    Examples:
+        >>> heads({"logits": 1, "hidden": 2, "aux": None}, "logits"), heads((1, 2), "logits"), heads(3, "logits")
+        ({'logits': 1, 'hidden': 2}, {'output_0': 1, 'output_1': 2}, {'logits': 3})
+    """
+    named = _named(returned)
+    if named is None:
+        return {alone: returned}
+    in_order = isinstance(returned, (tuple, list)) and not hasattr(returned, "_asdict")
+    return {f"{_PLACE}{key}" if in_order else str(key): of for key, of in named.items() if of is not None}
+
+
+def returned_by(found: Mapping[str, Any], alone: str) -> Any:
+    """What a network would have returned whose :func:`heads` are ``found``: a tensor, a tuple or a dict.
+
+    Examples:
+        >>> returned_by({"output_0": 1, "output_1": 2}, "logits"), returned_by({"logits": 3}, "logits")
+        ((1, 2), 3)
+    """
+    if list(found) == [alone]:
+        return found[alone]
+    return tuple(found.values()) if all(name.startswith(_PLACE) for name in found) else dict(found)
 
 
 def _named(returned: Any) -> Mapping[str, Any] | None:

@@ -27,7 +27,7 @@ from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.passes import Passes
-from lqkd.modules.references import REFERENCES, measure, warn
+from lqkd.modules.references import REFERENCES, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
@@ -45,6 +45,7 @@ from lqkd.tasks.trial import leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from lqkd.utils.progress import Progress
+from lqkd.utils.renames import current_keys
 
 _STEP_LENGTH_EVERY = 100
 """Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
@@ -355,7 +356,7 @@ class DistillModule(ImageClassifier):
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
         self.passes.cache, of_teacher = prepare_teacher(self)
-        self.references = measure(self, self.references, of_teacher.accuracies)
+        self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
 
@@ -397,9 +398,7 @@ class DistillModule(ImageClassifier):
         self.passes.cache = None
 
     def _report_references(self) -> None:
-        known = {f"reference/{name}": value for name, value in self.references.items() if value is not None}
-        if "reference/teacher_accuracy" in known:
-            known["teacher/acc"] = known["reference/teacher_accuracy"]
+        known = logged(self.references, self.task)
         for name, value in known.items():
             rank_zero_info(f"{name}: {value:.4f}")
         for logger in self.trainer.loggers:
@@ -539,7 +538,7 @@ class DistillModule(ImageClassifier):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
-        self.references = checkpoint.get("references", self.references)
+        self.references = current_keys(checkpoint.get("references", self.references))
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -19,11 +20,12 @@ from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
 from lqkd.quantization.modes import evaluating
-from lqkd.tasks import Asked, Classification
+from lqkd.tasks import Asked, Classification, Task
 from lqkd.utils.progress import track
 
-REFERENCES = ("teacher_accuracy", "student_float_accuracy", "student_initial_quantized_accuracy")
-"""Keys of what :func:`measure` returns; their values are those of the task's metric, whatever it is."""
+REFERENCES = ("teacher", "student_float", "student_start")
+"""Keys of what :func:`measure` returns, values of the task's metric: the teacher, the student before it was quantised,
+and quantised before its first step."""
 
 _CONSTANT = "always the same answer"
 
@@ -40,13 +42,13 @@ def measure(
     line, which ``module.warnings`` keeps. Samples without a label (negative) are left out.
 
     A student without ``student_weights`` that is no better than chance before quantization has not been trained: there
-    is no ``student_float_accuracy`` of it.
+    is no ``student_float`` of it.
 
     Args:
         module: the module, attached to a Trainer, before its first step.
         known: what a checkpoint brought: the student is not measured again, the teacher always is.
-        of_teacher: the teacher's accuracies that a cache of its answers brought, which are not measured again; what
-            is measured is added.
+        of_teacher: the teacher's values that a cache of its answers brought, which are not measured again; what is
+            measured is added.
 
     Raises:
         UsageError: when the teacher is below its ``minimum_accuracy`` on the validation split, or no sample of that
@@ -55,7 +57,7 @@ def measure(
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
     if data is None:
-        warn(module, f"{UNCHECKED}, and no accuracy before the training was measured: there is no DataModule")
+        warn(module, f"{UNCHECKED}, and nothing was measured before the training: there is no DataModule")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
@@ -69,16 +71,23 @@ def measure(
     split_name = "test" if has_test else "validation"
     by_name = {name: _of_teacher(module, name, split_name, split, of_teacher)[0] for name in module.judged}
     values = [value for value in by_name.values() if value is not None]
-    measured["teacher_accuracy"] = (max if module.task.mode == "max" else min)(values, default=None)
+    measured["teacher"] = (max if module.task.mode == "max" else min)(values, default=None)
     if len(by_name) > 1:
         told = ", ".join(f"{name} {module.task.shown(v)}" for name, v in by_name.items() if v is not None)
         rank_zero_info(f"{module.task.metric} of each on the {split_name} split: {told}")
-    if known["student_initial_quantized_accuracy"] is None:
+    if known["student_start"] is None:
         with float_mode(module.student):
-            found, _ = accuracy(module, module.student, *split)
-        measured["student_float_accuracy"] = None if _is_chance(module, found) else found
-        measured["student_initial_quantized_accuracy"], _ = accuracy(module, module.student, *split)
+            found, _ = value_of(module, module.student, *split)
+        measured["student_float"] = None if _is_chance(module, found) else found
+        measured["student_start"], _ = value_of(module, module.student, *split)
     return measured
+
+
+def logged(references: Mapping[str, float | None], task: Task) -> dict[str, float]:
+    """The values that are known, by the names under which they are logged."""
+    known = {f"reference/{name}": value for name, value in references.items() if value is not None}
+    teacher = references["teacher"]
+    return known if teacher is None else known | {f"teacher/{task.metric}": teacher}
 
 
 def loader_of(data: Any, hook: str) -> Any:
@@ -102,7 +111,7 @@ def warn(module: Distilling, sentence: str) -> None:
 def _of_teacher(
     module: Distilling, teacher: str, split: str, batches: tuple[Any, float], known: dict[str, float | None]
 ) -> tuple[float | None, float | None]:
-    """As :func:`accuracy` of a teacher, asked only when it is not known for as many batches of the split."""
+    """As :func:`value_of` of a teacher, asked only when it is not known for as many batches of the split."""
     loader, limit = batches
     name = f"{split}, {evaluated(module, limit)}"
     if not isinstance(module.task, Classification):  # whose values are kept under the plain name
@@ -111,7 +120,7 @@ def _of_teacher(
         name = f"{[*module.judged].index(teacher)}: {name}"
     largest = f"largest class of {name}"
     if name not in known or largest not in known:
-        known[name], known[largest] = accuracy(module, module.judged[teacher], loader, limit)
+        known[name], known[largest] = value_of(module, module.judged[teacher], loader, limit)
     return known[name], known[largest]
 
 
@@ -127,7 +136,7 @@ def evaluated(module: Distilling, limit: float) -> str:
 
     Args:
         module: the module, attached to a Trainer.
-        limit: as of :func:`accuracy`.
+        limit: as of :func:`value_of`.
     """
     data = getattr(module.trainer, "datamodule", None)
     whole = isinstance(limit, float) and limit == 1.0  # in batches of whatever size
@@ -168,7 +177,7 @@ def _check_teacher(
 
 
 @torch.no_grad()
-def accuracy(module: Distilling, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
+def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) -> tuple[float | None, float | None]:
     """The task's metric of ``network``, and what always giving the same answer would reach, all ranks together.
 
     Args:

@@ -29,7 +29,8 @@ class KnownOfTeacher:
 
     bf16: list[bool] | None = None
     """Which teachers compute in bfloat16; None while that is not known."""
-    accuracies: dict[str, float | None] = field(default_factory=dict)
+    values: dict[str, float | None] = field(default_factory=dict)
+    """Of the task's metric, by what was evaluated."""
     path: Path | None = None
     """Where it is kept; None for nowhere, as on all ranks but the first."""
 
@@ -37,7 +38,7 @@ class KnownOfTeacher:
         """Keep it."""
         if self.path is not None:
             try:
-                write_json(self.path, {"bf16": self.bf16, "accuracies": self.accuracies})
+                write_json(self.path, {"bf16": self.bf16, "values": self.values})
             except OSError as error:
                 rank_zero_warn(f"{self.path} cannot be written, so the teacher is measured in every run: {error}")
 
@@ -67,7 +68,7 @@ def prepare_teacher(module: Distilling) -> tuple[OpenCache | None, KnownOfTeache
 def _load(path: Path) -> KnownOfTeacher:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return KnownOfTeacher(kept["bf16"], kept["accuracies"])
+        return KnownOfTeacher(kept["bf16"], kept["values"] if "values" in kept else kept["accuracies"])
     except (OSError, ValueError, KeyError, TypeError):
         return KnownOfTeacher()
 

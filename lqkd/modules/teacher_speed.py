@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lqkd.modules.distilling import Distilling
-from lqkd.modules.references import accuracy, loader_of
+from lqkd.modules.references import loader_of, value_of
 from lqkd.modules.terms import teacher_label
+from lqkd.tasks.values import shown
 from lqkd.teachers import FrozenTeacher
 
 LARGEST_LOSS = 0.001
@@ -51,18 +52,19 @@ def _bf16(module: Distilling, teacher: FrozenTeacher, untouched: Collection[str]
         rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
         return False
     teacher.accelerate(bf16=False, untouched=untouched)
-    before, _ = accuracy(module, teacher, loader, limit)
+    before, _ = value_of(module, teacher, loader, limit)
     teacher.accelerate(bf16=True, untouched=untouched)
-    after, _ = accuracy(module, teacher, data.val_dataloader(), limit)
+    after, _ = value_of(module, teacher, data.val_dataloader(), limit)
     if before is None or after is None:  # no sample has a label, which measure() refuses
         return False
-    moved = abs(after - before)
+    moved, metric = abs(after - before), module.task.monitor
     if module.task.mode == "min":  # an error, on a scale of its own
         moved /= max(abs(before), torch.finfo(torch.float32).tiny)
     if moved < LARGEST_LOSS:
-        rank_zero_info(f"the {name} computes in bf16: its validation accuracy moves by {moved:.2%} only")
+        rank_zero_info(f"the {name} computes in bf16: its {metric} moves by {moved:.2%} only")
         return True
     rank_zero_info(
-        f"the {name} stays in fp32: in bf16 its validation accuracy would move from {before:.2%} to {after:.2%}"
+        f"the {name} stays in fp32: in bf16 its {metric} would move from {shown(metric, before, 2)} to "
+        f"{shown(metric, after, 2)}"
     )
     return False

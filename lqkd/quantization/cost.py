@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,27 +102,29 @@ class LayerCost:
         return self.multiplications * self.weight_bits * self.activation_bits
 
 
-def bit_operations(model: nn.Module, example: Tensor) -> int:
+def bit_operations(model: nn.Module, *inputs: Tensor, keywords: Mapping[str, Any] | None = None) -> int:
     """Bit operations of one forward pass: those of its layers, summed; see :func:`layer_costs`.
 
     Args:
         model: a network with quantised layers; float operands count 32 bits.
-        example: one sample with its batch axis, (1, C, H, W).
+        *inputs: one sample with its batch axis, (1, C, H, W) say.
+        keywords: inputs that the network takes by name.
 
     Examples:
         >>> bit_operations(nn.Sequential(nn.Linear(100, 10)), torch.randn(1, 100))  # 1000 MACs of 32 times 32 bits
         1024000
     """
-    return sum(layer.bit_operations for layer in layer_costs(model, example))
+    return sum(layer.bit_operations for layer in layer_costs(model, *inputs, keywords=keywords))
 
 
 @torch.no_grad()
-def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
+def layer_costs(model: nn.Module, *inputs: Tensor, keywords: Mapping[str, Any] | None = None) -> list[LayerCost]:
     """The cost of each layer that a forward pass calls, in the order of the calls.
 
     Args:
         model: a network with quantised layers; float operands count 32 bits.
-        example: one sample with its batch axis, (1, C, H, W).
+        *inputs: one sample with its batch axis, (1, C, H, W) say.
+        keywords: inputs that the network takes by name.
 
     Convolutions, transposed convolutions, linear layers and the projections of attention are counted; the two
     products inside attention and everything outside of layers are not.
@@ -139,7 +142,7 @@ def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, tuple(QUANTIZED_LAYERS))]
     try:
         with evaluating(model):
-            model(example)
+            model(*inputs, **(keywords or {}))
     finally:
         for hook in hooks:
             hook.remove()

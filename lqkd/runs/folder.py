@@ -18,6 +18,7 @@ from typing import Any
 
 from lqkd.errors import UsageError
 from lqkd.utils.files import write_text
+from lqkd.utils.renames import current_keys
 
 CONFIG = "config.yaml"
 LAYERS = "layers.txt"
@@ -127,7 +128,7 @@ def resume_command(folder: Path) -> str:
 def has_ended(summary: Mapping[str, Any]) -> bool:
     """Whether a run with this summary has come to its end, with its test where it has one."""
     ended = summary.get("finished")  # which summaries of earlier versions do not tell
-    return summary.get("test_accuracy") is not None if ended is None else bool(ended)
+    return current_keys(summary).get("test") is not None if ended is None else bool(ended)
 
 
 def lock(folder: Path, patience: float = 10.0) -> int:

@@ -58,6 +58,7 @@ from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
 from lqkd.runs.verdicts import verdicts
 from lqkd.tasks import Classification
+from lqkd.tasks.values import name_of, shown
 from lqkd.utils.files import write_text
 
 _MORE = (
@@ -497,28 +498,27 @@ def _move_into(logger: Any, folder: Path) -> None:
 
 @rank_zero_only
 def _print_summary(folder: Path) -> None:
-    """The table that ends a run: accuracies on the test split, sizes, and where everything is."""
+    """The table that ends a run: the metric on the test split, sizes, and where everything is."""
     from rich.console import Console
     from rich.table import Table
 
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    metric = summary["metric"]
     bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    metric = summary["metric"].removeprefix("val/")
-    of_classes = metric == "acc"
-    table = Table(title=f"{bits}: {'accuracy' if of_classes else metric} on the test split")
-    for column in ("network", "top-1" if of_classes else metric, "size"):
+    table = Table(title=f"{bits}: {name_of(metric)} on the test split")
+    for column in ("network", name_of(metric), "size"):
         table.add_column(column, justify="left" if column == "network" else "right")
     float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
     rows = [
-        ("teacher", "teacher_accuracy", ""),
-        ("student in float", "student_float_accuracy", float_size),
-        ("student before training", "student_initial_quantized_accuracy", packed_size),
-        ("student" if summary["weight_bits"] else "network", "test_accuracy", packed_size),
+        ("teacher", "teacher", ""),
+        ("student in float", "student_float", float_size),
+        ("student before training", "student_start", packed_size),
+        ("student" if summary["weight_bits"] else "network", "test", packed_size),
     ]
     for name, key, shown_size in rows:
         if summary[key] is not None:
-            table.add_row(name, f"{summary[key]:.2%}" if of_classes else f"{summary[key]:.4g}", shown_size)
-        elif key == "student_float_accuracy" and summary["student_initial_quantized_accuracy"] is not None:
+            table.add_row(name, shown(metric, summary[key], 2), shown_size)
+        elif key == "student_float" and summary["student_start"] is not None:
             table.add_row(name, "not trained", shown_size)
     console = Console()
     console.print(table)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import quantizers
@@ -22,8 +23,6 @@ from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
 from lqkd.runs.lightning_cli import LqkdCLI, forget_weights
 from lqkd.runs.provenance import check_config_code, check_run_code
-from lqkd.tasks import Classification
-from lqkd.tasks.labels import samples_of
 from lqkd.utils.progress import track
 
 
@@ -73,10 +72,6 @@ class RunReader(LqkdCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not isinstance(self.model, ImageClassifier):
             raise UsageError(f"model={type(self.model).__name__} is not possible here: use a DistillModule or another")
-        if not isinstance(self.model.task, Classification):
-            raise UsageError(
-                f"model.task={type(self.model.task).__name__} is not possible here: it needs Classification"
-            )
         if self.datamodule is None or not is_overridden("val_dataloader", self.datamodule, LightningDataModule):
             raise UsageError("data has no validation split: name a DataModule that holds one out")
 
@@ -151,13 +146,13 @@ def load_float_weights(network: nn.Module, state: Mapping[str, Tensor], source: 
 class _Batches(ImageClassifier):
     """Takes batches from a DataModule through a Trainer, preprocessed and on the device, and keeps them."""
 
-    def __init__(self, network: nn.Module, train: int, validation: int) -> None:
-        super().__init__()
-        self.network = network
+    def __init__(self, of: ImageClassifier, train: int, validation: int) -> None:
+        super().__init__(of.task)
+        self.network = of.product()
         self.train_batches = train
         self.validation_batches = validation
-        self.calibration: list[Tensor] = []
-        self.validation: list[tuple[Tensor, Tensor]] = []
+        self.calibration: list[Inputs] = []
+        self.validation: list[Any] = []
 
     def trained(self) -> nn.Module:
         return self.network
@@ -166,7 +161,8 @@ class _Batches(ImageClassifier):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         training = islice(data.train_dataloader(), self.train_batches)
         self.calibration = [
-            self._on_device(batch)[0] for batch in track(training, "reading training images", self.train_batches)
+            self.inputs(self._on_device(batch))
+            for batch in track(training, "reading training images", self.train_batches)
         ]
         loader = data.val_dataloader()
         total = _length(loader)
@@ -175,21 +171,13 @@ class _Batches(ImageClassifier):
             for index, batch in enumerate(track(islice(loader, total), "reading validation images", total))
             if _is_chosen(index, self.validation_batches, total)
         ]
-        labelled = [(images[labels >= 0], labels[labels >= 0]) for images, labels in chosen]
-        self.validation = [(images, labels) for images, labels in labelled if len(labels)]
+        self.validation = [batch for batch in chosen if not self.task.unlabelled(batch)]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all has been taken when validation started."""
 
-    def _on_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        return labelled_images(self, self.trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-
-
-def labelled_images(module: ImageClassifier, batch: Any) -> tuple[Tensor, Tensor]:
-    """The images (B, ...) of a batch as a classifier is called with them, and their labels (B,)."""
-    images = module.inputs(batch).alone()
-    assert images is not None, "RunReader refuses other tasks than Classification"
-    return images, samples_of(batch).labels
+    def _on_device(self, batch: Any) -> Any:
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _length(loader: Any) -> int:
@@ -204,19 +192,22 @@ def _is_chosen(index: int, wanted: int, total: int) -> bool:
     return wanted >= total or index * wanted // total != (index - 1) * wanted // total
 
 
-def take_batches(reader: RunReader, train: int, validation: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def take_batches(reader: RunReader, train: int, validation: int) -> tuple[list[Inputs], list[Any]]:
     """The first training inputs, and validation batches spread evenly over the split, as evaluation sees them.
+
+    Batches of which nothing has a label are left out.
 
     Args:
         reader: the run; its network is moved to the device.
         train: number of training batches.
         validation: number of validation batches; all when there are fewer.
     """
-    batches = _Batches(reader.model.product(), train, validation)
+    batches = _Batches(reader.model, train, validation)
     with _silence():
         try:
             reader.trainer.validate(batches, datamodule=reader.datamodule, verbose=False)
         except SystemExit as stop:  # Lightning's answer to Ctrl-C, which would end the command without a word
             raise (stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop) from None
-    batches.network.to(batches.calibration[0].device)
+    if batches.calibration:
+        batches.network.to(batches.calibration[0].tensors()[0].device)
     return batches.calibration, batches.validation

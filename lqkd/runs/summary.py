@@ -30,9 +30,10 @@ from lqkd.utils.files import finite, write_json, write_safetensors
 class RunSummary(Callback):
     """Writes ``summary.json`` and ``student.safetensors`` (``network.safetensors`` in float training).
 
-    Both describe the checkpoint with the best validation accuracy. The summary is written when training ends and
-    completed when a test has run; ``finished`` says whether anything is still to come. Both are removed when a training
-    goes on that had ended. Values that are not known or not finite are null; a warning names the latter.
+    Both describe the checkpoint that is the best on the validation split by the task's metric. The summary is written
+    when training ends and completed when a test has run; ``finished`` says whether anything is still to come. Both are
+    removed when a training goes on that had ended. Values that are not known or not finite are null; a warning names
+    the latter.
     """
 
     def __init__(self) -> None:
@@ -98,7 +99,7 @@ class RunSummary(Callback):
             return
         score = trainer.callback_metrics.get(f"test/{self.values['metric'].removeprefix('val/')}")
         measured = math.nan if score is None else float(score)
-        self.values["test_accuracy"] = None if math.isnan(measured) else measured  # as it is of a split without labels
+        self.values["test"] = None if math.isnan(measured) else measured  # as it is of a split without labels
         self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:
@@ -113,7 +114,6 @@ class RunSummary(Callback):
         best = self._best_score(trainer, module)
         measured = size(network)
         inputs = module.example_inputs()
-        example = None if inputs is None else inputs.alone()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         monitor = next((c for c in callbacks if isinstance(c, RegularizerMonitor)), None)
         distills = isinstance(module, DistillModule)
@@ -127,14 +127,16 @@ class RunSummary(Callback):
         values |= {
             "metric": module.task.monitor,
             "mode": module.task.mode,
-            "val_accuracy": best,
-            "test_accuracy": None,
+            "val": best,
+            "test": None,
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
             "parameters": measured.parameters,
             "packed_bytes": measured.packed_bytes,
             "float_bytes": measured.float_bytes,
-            "bit_operations": None if example is None else bit_operations(network, example),
+            "bit_operations": None
+            if inputs is None
+            else bit_operations(network, *inputs.args, keywords=inputs.keywords),
             "images_per_second": round(self.images / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
             "epochs": trainer.current_epoch,
@@ -167,7 +169,7 @@ class RunSummary(Callback):
         data = getattr(trainer, "datamodule", None)
         described: dict[str, Any] = {
             "lqkd": metadata.version("lqkd"),
-            "val_accuracy": self.values["val_accuracy"],
+            "val": self.values["val"],
             "class_names": list(getattr(data, "class_names", ())),
             "mean": list(getattr(data, "mean", ())),
             "std": list(getattr(data, "std", ())),
@@ -175,6 +177,7 @@ class RunSummary(Callback):
             "resize_size": getattr(data, "resize_size", None),
             name: module.hparams.get(name),
             "quantization": module.hparams.get("quantization"),
+            "task": module.hparams.get("task"),
         }
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)

@@ -22,7 +22,7 @@ from lqkd.studies.results import Run, read_runs
 from lqkd.studies.settings import STUDY, Study
 from lqkd.studies.statistics import Summary, summarize
 from lqkd.studies.sweep import check_sweep, search
-from lqkd.studies.tables import HEADINGS, cells, write_tables
+from lqkd.studies.tables import HEADINGS, cells, heading, write_tables
 from lqkd.studies.variants import Variants
 from lqkd.utils.escaping import terminal
 from lqkd.utils.files import write_text
@@ -77,9 +77,9 @@ def _compare(study: Study, base: dict[str, Any], retry: bool) -> None:
 def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
     baseline = study.compared_with
     compared = "" if baseline is None else f" (difference to {baseline}: paired by seed, 95 % interval)"
-    table = Table(title=f"{study.name}: accuracy in %{compared}")
-    for column, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if column == 0 else "right")
+    table = Table(title=f"{study.name}: {heading(results)}{compared}")
+    for column, title in enumerate(HEADINGS):
+        table.add_column(title, justify="left" if column == 0 else "right")
     for row in cells(results, summaries, baseline):
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 120)

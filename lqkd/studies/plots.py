@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lqkd.studies.results import Run
 from lqkd.studies.statistics import Summary
+from lqkd.studies.tables import scale
+from lqkd.tasks.values import is_share, name_of
 
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vP*X"
@@ -54,8 +56,11 @@ def curves(runs: Sequence[Run], metric: str, label: str) -> Figure | None:
     return figure
 
 
-def differences(summaries: Mapping[str, Mapping[str, Summary]], measure: str, baseline: str) -> Figure | None:
-    """Paired difference of each variant to the baseline with its interval."""
+def differences(
+    summaries: Mapping[str, Mapping[str, Summary]], measure: str, baseline: str, metric: str
+) -> Figure | None:
+    """Paired difference of each variant to the baseline with its interval, in points where the metric is a share."""
+    factor = scale(metric)
     points = [(n, d) for n, m in summaries.items() if (d := m[measure].difference) is not None and d.mean is not None]
     if not points:
         return None
@@ -64,18 +69,19 @@ def differences(summaries: Mapping[str, Mapping[str, Summary]], measure: str, ba
     for row, (_, d) in enumerate(points):
         assert d.mean is not None
         if d.low is not None and d.high is not None:
-            axes.plot([100 * d.low, 100 * d.high], [row, row], "-", color=_color(0))
-        axes.plot([100 * d.mean], [row], "o", color=_color(0))
+            axes.plot([factor * d.low, factor * d.high], [row, row], "-", color=_color(0))
+        axes.plot([factor * d.mean], [row], "o", color=_color(0))
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(points)), [_plain(name) for name, _ in points])
     axes.set_ylim(len(points) - 0.5, -0.5)
-    axes.set_xlabel(f"difference to {_plain(baseline)}, percentage points")
+    unit = "percentage points" if is_share(metric) else name_of(metric)
+    axes.set_xlabel(f"difference to {_plain(baseline)}, {unit}")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def pareto(points: Mapping[str, tuple[float, float]], cost: str, accuracy: str) -> Figure | None:
-    """Accuracy against a cost, a mark for each name; the line joins those that no other beats in both."""
+def pareto(points: Mapping[str, tuple[float, float]], cost: str, value: str, mode: str) -> Figure | None:
+    """A value against a cost, a mark for each name; the line joins those that no other beats in both."""
     if not points:
         return None
     figure = Figure(figsize=(7, 4 + 0.06 * len(points)), layout="constrained")
@@ -85,10 +91,10 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str, accuracy: str) 
     front = [
         (x, y)
         for x, y in sorted(set(points.values()))
-        if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+        if not any(a <= x and (b >= y if mode == "max" else b <= y) and (a, b) != (x, y) for a, b in points.values())
     ]
     axes.plot(*zip(*front, strict=True), "-", color="grey", lw=1, zorder=0)
-    axes.set(xlabel=cost, ylabel=accuracy)
+    axes.set(xlabel=cost, ylabel=value)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(3, len(points)), fontsize="small")
     return figure

@@ -21,10 +21,24 @@ from lqkd.studies import exports, plots
 from lqkd.studies.exports import read_exports
 from lqkd.studies.job import Task
 from lqkd.studies.layers import read_layers
-from lqkd.studies.results import Run, read, read_runs
+from lqkd.studies.results import Run, metric_of, read, read_runs
 from lqkd.studies.settings import STUDY, read_mapping, read_study
 from lqkd.studies.statistics import Summary, summarize
-from lqkd.studies.tables import HEADINGS, NONE, NOTE, RUNS, TABLE, cells, endings, markdown, write_tables
+from lqkd.studies.tables import (
+    HEADINGS,
+    NONE,
+    RUNS,
+    TABLE,
+    cells,
+    endings,
+    heading,
+    markdown,
+    note,
+    number,
+    scale,
+    write_tables,
+)
+from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import escaping
 from lqkd.utils.files import check_inside, is_own_file, write_text
 from lqkd.utils.progress import track
@@ -135,27 +149,27 @@ def _text(path: Path) -> str:
 def as_markdown(material: Material) -> str:
     """The tables of the report as Markdown."""
     rows = cells(material.runs, material.summaries, material.baseline)
-    parts = [f"# {escaping.markdown(material.name)}\n", f"{NOTE}\n", markdown(HEADINGS, rows)]
+    parts = [f"# {escaping.markdown(material.name)}\n", f"{note(material.runs)}\n", markdown(HEADINGS, rows)]
     parts += ["## Runs\n", markdown(_RUN_HEADINGS, [_run_row(run) for run in material.runs])]
     failed = [run for run in material.runs if not run.finished]
     if failed:
         parts.append("## Not finished\n")
         parts.append("".join(f"- {escaping.markdown(_told(run))}\n" for run in failed))
-    for heading, lines in (("Warnings", _warnings(material.runs)), ("Versions and machines", _origins(material.runs))):
+    for title, lines in (("Warnings", _warnings(material.runs)), ("Versions and machines", _origins(material.runs))):
         if lines:
-            parts += [f"## {heading}\n", "".join(f"- {escaping.markdown(line)}\n" for line in lines)]
+            parts += [f"## {title}\n", "".join(f"- {escaping.markdown(line)}\n" for line in lines)]
     return "\n".join(parts)
 
 
 def _run_row(run: Run) -> list[str]:
-    def percent(value: float | None) -> str:
-        return NONE if value is None else f"{100 * value:.2f}"
+    def shown(value: float | None) -> str:
+        return NONE if value is None else number(run.metric, value)
 
     summary = run.summary
     size = summary.get("packed_bytes")
-    shown = [run.variant, str(run.seed), run.ending, percent(run.best), percent(run.last), percent(run.test)]
-    shown += [str(summary.get(key) or NONE) for key in ("weight_bits", "activation_bits")]
-    return [*shown, NONE if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", NONE))]
+    row = [run.variant, str(run.seed), run.ending, shown(run.best), shown(run.last), shown(run.test)]
+    row += [str(summary.get(key) or NONE) for key in ("weight_bits", "activation_bits")]
+    return [*row, NONE if size is None else f"{size / 1000:.1f}", str(summary.get("train_seconds", NONE))]
 
 
 def _origins(runs: Sequence[Run]) -> list[str]:
@@ -182,12 +196,14 @@ def as_html(material: Material) -> str:
     return environment.get_template(_TEMPLATE).render(
         name=material.name,
         kind=material.kind,
-        note=NOTE,
+        note=note(material.runs),
         counts=_counts(material.runs),
-        accuracy=Table(
-            "Accuracy of each variant, in %", HEADINGS, cells(material.runs, material.summaries, material.baseline)
+        values=Table(
+            _title(material.runs),
+            HEADINGS,
+            cells(material.runs, material.summaries, material.baseline),
         ),
-        runs=Table("Every run, accuracies in %", _RUN_HEADINGS, [_run_row(run) for run in material.runs]),
+        runs=Table(f"Every run, {heading(material.runs)}", _RUN_HEADINGS, [_run_row(run) for run in material.runs]),
         plots=_plots(material),
         regularizers=_regularizer_pictures(material.runs),
         layers=_layer_tables(material.runs),
@@ -202,6 +218,14 @@ def as_html(material: Material) -> str:
         configs=material.configs,
         origins=_origins(material.runs),
     )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    """``Accuracy of each variant, in %``."""
+    metric, mode = metric_of(runs)
+    name = name_of(metric)
+    what = ", in %" if is_share(metric) else ", less is better" if mode == "min" else ""
+    return f"{name[0].upper()}{name[1:]} of each variant{what}"
 
 
 def _counts(runs: Sequence[Run]) -> str:
@@ -220,25 +244,28 @@ def _plots(material: Material) -> list[Picture]:
 
 def _figures(material: Material) -> Iterator[tuple[Figure | None, str, str]]:
     """Figure, alternative text and caption; a figure is None where nothing is known."""
+    metric, mode = metric_of(material.runs)
+    name, unit = name_of(metric), ", %" if is_share(metric) else ""
+    written = ("{:.2f} %" if is_share(metric) else "{:.4g}").format
     if material.baseline is not None:
-        for measure, words in (("val_best", "best validation accuracy"), ("test", "test accuracy")):
-            figure = plots.differences(material.summaries, measure, material.baseline)
+        for measure, words in (("val_best", f"best validation {name}"), ("test", f"test {name}")):
+            figure = plots.differences(material.summaries, measure, material.baseline, metric)
             caption = f"Paired difference of the {words} to {material.baseline}: mean over seeds and 95 % interval."
-            yield figure, f"{caption} The numbers are in the table of accuracies.", caption
-    for metric, words in (
-        ("val/acc", "accuracy on the validation split"),
+            yield figure, f"{caption} The numbers are in the table of the variants.", caption
+    for key, words in (
+        (metric, f"{name} on the validation split"),
         ("train/loss", "training loss"),
         ("train/task", "task loss in training"),
         ("train/distill", "distillation loss in training"),
     ):
         caption = f"Learning curves: {words}; mean over seeds, and the range of the seeds."
-        last = _last_values(material.runs, metric)
-        yield plots.curves(material.runs, metric, words), f"{caption} Last epoch: {last}.", caption
+        last = _last_values(material.runs, key)
+        yield plots.curves(material.runs, key, words), f"{caption} Last epoch: {last}.", caption
     for cost, words in ((_kilobytes, "packed size, kB"), (_latency, "latency, ms")):
-        points = _pareto_points(material, cost)
-        caption = f"Best validation accuracy against {words}; the line joins what nothing else beats in both."
-        told = "; ".join(f"{name}: {x:.1f}, {y:.2f} %" for name, (x, y) in points.items())
-        yield plots.pareto(points, words, "best validation accuracy, %"), f"{caption} {told}.", caption
+        points = _pareto_points(material, cost, scale(metric))
+        caption = f"Best validation {name} against {words}; the line joins what nothing else beats in both."
+        told = "; ".join(f"{variant}: {x:.1f}, {written(y)}" for variant, (x, y) in points.items())
+        yield plots.pareto(points, words, f"best validation {name}{unit}", mode), f"{caption} {told}.", caption
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> str:
@@ -249,13 +276,15 @@ def _last_values(runs: Sequence[Run], metric: str) -> str:
     return ", ".join(f"{name} {sum(last) / len(last):.3f}" for name, last in values.items())
 
 
-def _pareto_points(material: Material, cost: Callable[[Run], float | None]) -> dict[str, tuple[float, float]]:
+def _pareto_points(
+    material: Material, cost: Callable[[Run], float | None], factor: int
+) -> dict[str, tuple[float, float]]:
     points = {}
     for name, measures in material.summaries.items():
         runs = [run for run in material.runs if run.variant == name and run.finished]
         costs = [value for run in runs if (value := cost(run)) is not None]
         if costs and measures["val_best"].mean is not None:
-            points[name] = (sum(costs) / len(costs), 100 * measures["val_best"].mean)
+            points[name] = (sum(costs) / len(costs), factor * measures["val_best"].mean)
     return points
 
 

@@ -14,8 +14,11 @@ from lqkd.errors import UsageError, first_line
 from lqkd.runs.folder import METRICS, SUMMARY
 from lqkd.runs.provenance import outdated_exports
 from lqkd.runs.verdicts import verdicts
-from lqkd.studies.job import FINISHED, Task
+from lqkd.studies import job
+from lqkd.studies.job import FINISHED
+from lqkd.tasks import Task
 from lqkd.utils.files import is_own_file
+from lqkd.utils.renames import current_keys
 from lqkd.utils.schema import SUMMARY as SCHEMA
 from lqkd.utils.schema import Table, check
 
@@ -67,23 +70,39 @@ class Run:
         return self.status if self.verdict is None else f"{self.status}, regularizer {self.verdict}"
 
     @property
+    def metric(self) -> str:
+        """The metric that chose the checkpoint; earlier summaries, of accuracies, do not tell."""
+        return self.summary.get("metric") or Task.monitor
+
+    @property
+    def mode(self) -> str:
+        """Whether the least or the largest of it is the best."""
+        return self.summary.get("mode") or Task.mode
+
+    @property
     def best(self) -> float | None:
-        """Best value of the task's metric on the validation split, by which the checkpoint is chosen."""
-        return self.summary.get("val_accuracy")
+        """Best value on the validation split, by which the checkpoint is chosen."""
+        return self.summary.get("val")
 
     @property
     def last(self) -> float | None:
-        """The task's metric on the validation split after the last epoch."""
-        values = self.curves.get(self.summary.get("metric") or "val/acc")  # runs of old name none
+        """Value on the validation split after the last epoch."""
+        values = self.curves.get(self.metric)
         return values[-1][1] if values else None
 
     @property
     def test(self) -> float | None:
-        """The task's metric on the test split of the checkpoint that was best on the validation split."""
-        return self.summary.get("test_accuracy")
+        """Value on the test split of the checkpoint that was best on the validation split."""
+        return self.summary.get("test")
 
 
-def read_runs(tasks: Iterable[Task]) -> list[Run]:
+def metric_of(runs: Iterable[Run]) -> tuple[str, str]:
+    """The metric of a study and its mode: those of the first run that has a summary."""
+    found = next((run for run in runs if run.summary), None)
+    return (Task.monitor, Task.mode) if found is None else (found.metric, found.mode)
+
+
+def read_runs(tasks: Iterable[job.Task]) -> list[Run]:
     """Read the runs of a study, in order."""
     return [read(task.folder, task.variant, task.seed, *task.ended()) for task in tasks]
 
@@ -101,7 +120,7 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
         status,
         message,
         folder,
-        read_json(summary, SCHEMA) if is_own_file(summary, folder) else {},
+        current_keys(read_json(summary, SCHEMA)) if is_own_file(summary, folder) else {},
         _curves(curves) if is_own_file(curves, folder) else {},
         tuple(outdated_exports(folder).values()),
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import yaml
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import Asked, heads
 from lqkd.modules import DistillModule
+from lqkd.modules.base import ImageClassifier
 from lqkd.quantization import (
     Budget,
     Candidate,
@@ -21,7 +27,9 @@ from lqkd.quantization import (
     assign_bits,
     measure_sensitivity,
 )
+from lqkd.quantization.analysis.judging import Judge
 from lqkd.runs.reader import read_run, take_batches
+from lqkd.tasks.values import name_of, shown
 from lqkd.utils.files import write_json, write_text
 from lqkd.utils.progress import Progress
 from lqkd.utils.tables import write_csv
@@ -70,17 +78,27 @@ def sensitivity(
     recipe = reader.model.quantization if isinstance(reader.model, DistillModule) else Recipe()
     calibration, validation = take_batches(reader, CALIBRATION_BATCHES, batches)
     with Progress("quantising each layer alone") as bar:
-        report = measure_sensitivity(reader.model.product(), recipe, validation, calibration, tried, bar.update, parsed)
+        report = measure_sensitivity(
+            reader.model.product(),
+            recipe,
+            validation,
+            [(inputs.args, inputs.keywords) for inputs in calibration],
+            tried,
+            bar.update,
+            parsed,
+            OfTask(reader.model),
+        )
     source = "the weights that a training starts from" if checkpoint is None else str(checkpoint)
     print(f"float weights: {source}")
     print(
-        f"float network: loss {report.loss:.4f}, accuracy {report.accuracy:.2%} on {report.samples} validation images"
+        f"float network: loss {report.loss:.4f}, {name_of(report.metric)} {shown(report.metric, report.value, 2)} on "
+        f"{report.samples} validation samples"
     )
     print(report)
     written: dict[str, Any] = _described(report) | {
         "run": str(run),
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "calibration_samples": sum(len(images) for images in calibration),
+        "calibration_samples": sum(map(len, calibration)),
         "assignment": None,
     }
     if budget is not None and parsed is not None:
@@ -93,6 +111,52 @@ def sensitivity(
     told = f"{JSON} and {TABLE}" if written["assignment"] is None else f"{JSON}, {TABLE} and {RECIPE}"
     print(f"written to {folder}: {told}")
     return report
+
+
+class OfTask(Judge):
+    """The loss and the metric of a module's task, and how far rows are from those of the float network.
+
+    The loss is what the task measures under this name, where it does, and what it trains by otherwise. Rows that are
+    logits of classes are compared by KL(float || network) in nats, others by the mean squared difference; those without
+    a label do not count.
+    """
+
+    def __init__(self, module: ImageClassifier) -> None:
+        self.task, self.metric = module.task, module.task.metric
+        self.distance = "KL" if self.task.predicts_classes else "squared difference"
+
+    def answer(self, network: nn.Module, batch: Any) -> Any:
+        inputs = Inputs.of(self.task.inputs(batch)).fit(network)
+        return self.task.outputs(inputs.call(network), Asked("network", len(inputs)))
+
+    def samples(self, batch: Any, answer: Any) -> int:
+        labels = self.task.rows(answer, batch).labels if self.task.one_row_a_sample else None
+        return len(Inputs.of(self.task.inputs(batch))) if labels is None else int((labels >= 0).sum())
+
+    def judge(self, answers: Iterable[tuple[Any, Any, Any]]) -> tuple[float, float, float]:
+        metrics, measured, apart, rows, counted = self.task.metrics(), 0.0, 0.0, 0, 0.0
+        for batch, found, expected in answers:
+            self.task.update(metrics.to(_device(found)), found, batch)
+            ours, theirs = self.task.rows(found, batch), self.task.rows(expected, batch)
+            weight = float(self.task.counted(ours, batch))
+            measured, counted = measured + float(self.task.loss(found, batch)) * weight, counted + weight
+            distances = self._distances(ours.logits, theirs.logits)
+            known = distances if ours.labels is None else distances[ours.labels >= 0]
+            apart, rows = apart + float(known.double().sum()), rows + len(known)
+        values = metrics.compute()
+        loss = float(values["loss"]) if "loss" in values else measured / max(counted, 1.0)
+        return loss, apart / max(rows, 1), float(values[self.metric])
+
+    def _distances(self, found: Tensor, expected: Tensor) -> Tensor:
+        """(N,) float."""
+        if not self.task.predicts_classes:
+            return (found - expected).flatten(1).square().mean(dim=1)
+        ours, theirs = found.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+        return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _device(answer: Any) -> torch.device:
+    return next(tensor.device for tensor in heads(answer, "").values())
 
 
 def _output(run: Path, given: Path | None, overwrite: bool, names: Sequence[str]) -> Path:
@@ -112,9 +176,11 @@ def _described(report: SensitivityReport) -> dict[str, Any]:
         "lqkd": metadata.version("lqkd"),
         "bits": list(report.bits),
         "validation_samples": report.samples,
+        "distance": report.distance,
         "float": {
             "loss": report.loss,
-            "accuracy": report.accuracy,
+            "metric": report.metric,
+            "value": report.value,
             "packed_bytes": report.packed_bytes,
             "bit_operations": report.bit_operations,
         },
@@ -166,7 +232,7 @@ def _print_assignment(budget: str, assigned: MixedPrecision, report: Sensitivity
 
 
 def _write_table(target: Path, report: SensitivityReport, assignment: dict[str, Any] | None) -> None:
-    measured = ("loss_increase", "kl", "accuracy_change", "packed_bytes", "bit_operations")
+    measured = ("loss_increase", "distance", "change", "packed_bytes", "bit_operations")
     rows = [
         {"rank": rank, "layer": name, "weight_bits": weight, "activation_bits": activation}
         | {key: getattr(c, key) for key in measured}

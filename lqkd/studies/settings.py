@@ -36,7 +36,8 @@ class Launcher:
 
 @dataclass
 class Sweep:
-    """A search with Optuna (TPE) for the settings with the best mean ``val/acc`` over the seeds, never by test data.
+    """A search with Optuna (TPE) for the settings with the best mean over the seeds of the task's metric on the
+    validation split, ``val/acc`` of a classification; never by test data.
 
     Attributes:
         parameters: settings by dotted key: ``{low: 0.1, high: 10, log: true}``, ``{low: 8, high: 64, step: 8}`` (whole

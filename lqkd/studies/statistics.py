@@ -16,7 +16,7 @@ MEASURES: dict[str, Callable[[Run], float | None]] = {
     "val_last": lambda run: run.last,
     "test": lambda run: run.test,
 }
-"""Accuracies of a run by name. Nothing is ever chosen by ``test``."""
+"""Values of the metric of a run by name. Nothing is ever chosen by ``test``."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A search for settings with Optuna, chosen by validation accuracy; and the same search as a sweep file of W&B."""
+"""A search for settings with Optuna, by the metric on the validation split; and the same as a sweep file of W&B."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from lqkd.errors import UsageError
 from lqkd.studies.job import Task, tasks_of
-from lqkd.studies.results import read_runs
+from lqkd.studies.results import metric_of, read_runs
 from lqkd.studies.settings import Study, Sweep
 from lqkd.studies.variants import Variants
 from lqkd.utils.files import write_text
@@ -52,11 +52,11 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
     import optuna
 
     assert study.sweep is not None
-    write_text(study.folder / WANDB, wandb_sweep(study))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=study.sweep.sampler_seed)
     trials = optuna.create_study(direction="maximize", sampler=sampler)
     rows: list[dict[str, Any]] = []
+    metric, mode = metric_of([])
     for number in range(study.sweep.trials):
         trial = trials.ask()
         point = {key: _suggest(trial, key, space) for key, space in study.sweep.parameters.items()}
@@ -64,19 +64,22 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
         variants.write(name, point)
         tasks = [task for seed in study.seeds for task in tasks_of(study, [name], seed)]
         run(tasks)
-        scores = [result.best for result in read_runs(tasks) if result.finished and result.best is not None]
+        results = read_runs(tasks)
+        metric, mode = metric_of(results)
+        scores = [result.best for result in results if result.finished and result.best is not None]
         mean = sum(scores) / len(scores) if len(scores) == len(tasks) else None
         if mean is None:
             trials.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            trials.tell(trial, mean)
+            trials.tell(trial, mean if mode == "max" else -mean)
         rows.append({"trial": number, **point, "val_best_mean": mean})
+    write_text(study.folder / WANDB, wandb_sweep(study, metric, mode))
     write_csv(study.folder / TRIALS, rows)
     scored = [row for row in rows if row["val_best_mean"] is not None]
     if scored:
-        best = max(scored, key=lambda row: row["val_best_mean"])
+        best = (max if mode == "max" else min)(scored, key=lambda row: row["val_best_mean"])
         point = {key: best[key] for key in study.sweep.parameters}
-        heading = f"# trial {best['trial']} of {study.sweep.trials}: best mean val/acc, {best['val_best_mean']:.4f}"
+        heading = f"# trial {best['trial']} of {study.sweep.trials}: best mean {metric}, {best['val_best_mean']:.4f}"
         write_text(study.folder / BEST, f"{heading}\n{yaml.safe_dump(point, sort_keys=False)}")
         print(f"best on validation: trial {best['trial']}, {point}", flush=True)
     return [f"trial_{row['trial']:03d}" for row in rows]
@@ -91,7 +94,7 @@ def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     return suggest(key, space["low"], space["high"], log=bool(space.get("log", False)), **extra)
 
 
-def wandb_sweep(study: Study) -> str:
+def wandb_sweep(study: Study, metric: str, mode: str) -> str:
     """The sweep as ``wandb sweep`` reads it; every trial is an ordinary ``fit`` with W&B's logger."""
     assert study.sweep is not None
     base = study.folder / "variants" / "base.yaml"
@@ -99,7 +102,7 @@ def wandb_sweep(study: Study) -> str:
     described = {
         "name": study.name,
         "method": "bayes",
-        "metric": {"name": "val/acc", "goal": "maximize"},
+        "metric": {"name": metric, "goal": f"{mode}imize"},
         "parameters": {key: _distribution(space) for key, space in study.sweep.parameters.items()},
         "command": ["${env}", "python", "-m", "lqkd", "fit", "--config", str(base), logger, "${args}"],
     }

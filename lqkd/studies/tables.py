@@ -8,22 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
-from lqkd.studies.results import SPOILED, Run
+from lqkd.studies.results import SPOILED, Run, metric_of
 from lqkd.studies.statistics import Summary, moments
+from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import escaping
 from lqkd.utils.tables import write_csv
 
 TABLE = "table.csv"
 RUNS = "runs.csv"
-NOTE = (
-    "Accuracies in %, mean and standard deviation over seeds. Differences to the baseline are paired by seed, with a "
-    "95 % t interval. Validation accuracy: best epoch, and last epoch. The test accuracy is that of the checkpoint "
-    "that was best on the validation split; nothing was selected on test data. The teacher and the student in float "
-    "were measured before the training."
+_NOTE = (
+    "mean and standard deviation over seeds. Differences to the baseline are paired by seed, with a 95 % t interval. "
+    "Validation: best epoch, and last epoch. The test value is that of the checkpoint that was best on the validation "
+    "split; nothing was selected on test data. The teacher and the student in float were measured before the training."
 )
-_REFERENCES = {"the teacher": "teacher_accuracy", "the student in float": "student_float_accuracy"}
-"""Rows below the variants, by what summary.json calls their accuracy on the test split; no variant has such a name."""
+_REFERENCES = {"the teacher": "teacher", "the student in float": "student_float"}
+"""Rows below the variants, by what summary.json calls their value on the test split; no variant has such a name."""
 _FROM_SUMMARY = ("weight_bits", "activation_bits", "packed_bytes", "float_bytes", "bit_operations", "epochs", "steps")
+
+
+def heading(runs: Sequence[Run]) -> str:
+    """What the numbers of a study are: ``accuracy in %``, or a metric and which end of it is the better."""
+    metric, mode = metric_of(runs)
+    if is_share(metric):
+        return "accuracy in %"
+    return name_of(metric) + (" (less is better)" if mode == "min" else "")
+
+
+def note(runs: Sequence[Run]) -> str:
+    """What the tables show."""
+    told = heading(runs)
+    return f"{told[0].upper()}{told[1:]}, {_NOTE}"
+
+
+def scale(metric: str) -> int:
+    """What values of the metric are multiplied by: 100 for percent."""
+    return 100 if is_share(metric) else 1
+
+
+def number(metric: str, value: float, sign: str = "") -> str:
+    """A value as tables have it, ``+`` as its sign for a difference: 91.24 of a share, else four digits."""
+    return f"{100 * value:{sign}.2f}" if is_share(metric) else f"{value:{sign}.4g}"
 
 
 def write_tables(folder: Path, runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
@@ -72,13 +96,13 @@ def endings(runs: Sequence[Run]) -> str:
 
 
 def references(runs: Sequence[Run]) -> dict[str, Summary]:
-    """Test accuracy over the runs of what they are held against: the teacher, and the student before quantization.
+    """The test value over the runs of what they are held against: the teacher, and the student before quantization.
 
     One row where all variants agree; otherwise one for those variants that do, which are named.
     """
     found: dict[str, Summary] = {}
     for title, key in _REFERENCES.items():
-        groups: list[tuple[dict[int | None, float], list[str]]] = []  # accuracy by seed, and the variants
+        groups: list[tuple[dict[int | None, float], list[str]]] = []  # value by seed, and the variants
         for variant in dict.fromkeys(run.variant for run in runs):
             measured = {run.seed: run.summary.get(key) for run in of_variant(runs, variant)}
             known = {seed: value for seed, value in measured.items() if value is not None}
@@ -112,31 +136,31 @@ HEADINGS = (
 
 def cells(runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]], baseline: str | None) -> list[list[str]]:
     """The texts under :data:`HEADINGS`: a row for each variant, then those that all are held against."""
-    rows = []
+    rows, (metric, _) = [], metric_of(runs)
     for name, measures in summaries.items():
         row = [name]
         for summary in measures.values():
-            row += [accuracy(summary), "baseline" if name == baseline else difference(summary)]
+            row += [value(summary, metric), "baseline" if name == baseline else difference(summary, metric)]
         rows.append([*row, endings(of_variant(runs, name))])
     for name, summary in references(runs).items():
-        rows.append([name, NONE, NONE, NONE, NONE, accuracy(summary), NONE, NONE])
+        rows.append([name, NONE, NONE, NONE, NONE, value(summary, metric), NONE, NONE])
     return rows
 
 
-def accuracy(summary: Summary) -> str:
+def value(summary: Summary, metric: str) -> str:
     """For example ``91.24 ± 0.31``."""
     if summary.mean is None:
         return NONE
-    return f"{100 * summary.mean:.2f}" + ("" if summary.std is None else f" ± {100 * summary.std:.2f}")
+    return number(metric, summary.mean) + ("" if summary.std is None else f" ± {number(metric, summary.std)}")
 
 
-def difference(summary: Summary) -> str:
+def difference(summary: Summary, metric: str) -> str:
     """For example ``+0.41 [+0.12, +0.70]``."""
     d = summary.difference
     if d is None or d.mean is None:
         return NONE
-    interval = "" if d.low is None or d.high is None else f" [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
-    return f"{100 * d.mean:+.2f}{interval}"
+    ends = () if d.low is None or d.high is None else (number(metric, d.low, "+"), number(metric, d.high, "+"))
+    return number(metric, d.mean, "+") + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lqkd.callbacks.dashboard import sections
 from lqkd.errors import UsageError, first_line
+from lqkd.tasks import Task
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -21,12 +22,13 @@ STEP = "trainer/global_step"
 PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance", "step_length")
 
 
-def report(entity: str, project: str, terms: Sequence[str] = ()) -> Report:
+def report(entity: str, project: str, monitor: str = Task.monitor, terms: Sequence[str] = ()) -> Report:
     """The report, not saved: a section of charts for each of the dashboard's, and one with the pictures.
 
     Args:
         entity: user or team of W&B.
         project: its project, whose runs are drawn; any subset of them can be chosen in the report itself.
+        monitor: the metric that chose their best checkpoints.
         terms: names of the runs' distillation terms, where they have any.
 
     Raises:
@@ -43,7 +45,7 @@ def report(entity: str, project: str, terms: Sequence[str] = ()) -> Report:
         return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
 
     blocks: list[Any] = [wr.TableOfContents()]
-    for section, charts in sections(terms).items():
+    for section, charts in sections(monitor, terms).items():
         lines = [wr.LinePlot(title=c.title, x=STEP, y=list(c.keys), log_y=c.logarithmic or None) for c in charts]
         blocks += [wr.H2(text=section), grid(lines)]
     names = [*PICTURES, *(f"{term}/{name}" for term in terms for name in PICTURES)]
@@ -63,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 after a user's mistake, told in one line."""
     parser = argparse.ArgumentParser(prog="python -m lqkd.studies.wandb_report", description=__doc__.splitlines()[0])
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and project, of W&B")
+    parser.add_argument("--monitor", default=Task.monitor, help="the metric that chose the best checkpoints")
     parser.add_argument("--terms", nargs="+", default=(), metavar="NAME", help="distillation terms with names")
     given = parser.parse_args(arguments)
     entity, slash, project = given.project.partition("/")
     if not (entity and slash and project):
         parser.error("name user or team and project: ENTITY/PROJECT")
     try:
-        made = report(entity, project, given.terms)
+        made = report(entity, project, given.monitor, given.terms)
         made.save(draft=True)
     except UsageError as error:
         print(f"lqkd: error: {error}", file=sys.stderr)

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lqkd.errors import UsageError
-from lqkd.models.outputs import Asked, main_tensor
+from lqkd.models.outputs import Asked, heads, main_tensor
+from lqkd.tasks.values import shown
+
+TOLERANCE = 0.01
+"""How far what two networks return may lie apart, by the root mean square, to count as the same answer."""
 
 
 class Rows(NamedTuple):
@@ -46,6 +50,10 @@ class Task(nn.Module, ABC):
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
+    confidences: ClassVar[bool] = False
+    """Whether :meth:`predictions` are the confidence (B, C) of each class."""
+    answer: ClassVar[str] = "answer"
+    """What :meth:`agreement` compares, in a word or two."""
 
     # ---- the path of a batch
 
@@ -104,6 +112,23 @@ class Task(nn.Module, ABC):
         """What ``predict`` gives."""
         return outputs
 
+    def agreement(self, ours: Any, theirs: Any) -> Tensor:
+        """To what share two networks, of which one is the export of the other, give the same answer to each sample.
+
+        By default two answers are the same where no tensor of them differs by more than 1 % of the root mean square
+        that it has over the batch in ``ours``, itself by the root mean square over the sample.
+
+        Args:
+            ours: what :meth:`outputs` gives of the network.
+            theirs: likewise of the file.
+
+        Returns:
+            (B,) float, from 0 to 1.
+        """
+        pairs = zip(heads(ours, "").values(), heads(theirs, "").values(), strict=True)
+        same = [_apart(a, b) <= TOLERANCE * a.float().square().mean().sqrt() for a, b in pairs]
+        return torch.stack(same).all(dim=0).float()
+
     # ---- what a value of the metric means
 
     @property
@@ -125,7 +150,7 @@ class Task(nn.Module, ABC):
 
     def shown(self, value: float) -> str:
         """A value of the metric for a message."""
-        return f"{value:.4g}"
+        return shown(self.metric, value)
 
     def described(self, value: float) -> str:
         """What a network does that reaches this value on the validation split, as a predicate."""
@@ -158,6 +183,11 @@ class Task(nn.Module, ABC):
     def unlabelled(self, batch: Any) -> bool:
         """Whether nothing of a batch has a label, so that it takes part in distillation alone."""
         return False
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """The root mean square (B,) of the difference of each sample."""
+    return (a.float() - b.float()).flatten(1).square().mean(dim=1).sqrt()
 
 
 def _name(task: Task) -> str:

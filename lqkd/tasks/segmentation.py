@@ -49,6 +49,7 @@ class Segmentation(Task):
     monitor = "val/miou"
     one_row_a_sample = False
     predicts_classes = True
+    answer = "class of a pixel"
 
     def __init__(self, classes: int, ignore_index: int = 255, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -116,6 +117,10 @@ class Segmentation(Task):
     def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
         """The class (B, H, W) int64 of every pixel of the images."""
         return _resized(outputs, self._masks(batch).images.shape[-2:]).argmax(dim=1)
+
+    def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The share of the pixels of each image (B,) for which both put the same class first."""
+        return (ours.argmax(dim=1) == theirs.argmax(dim=1)).float().flatten(1).mean(dim=1)
 
     def chance(self, data: Any) -> float:
         """1 / C: the largest mean IoU of always the same class."""

@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -58,6 +58,14 @@ CLASSES = {
     },
 }
 """Where the classes are that have left a module which is still there, or that have a shorter name than their module."""
+KEYS = {
+    "teacher_accuracy": "teacher",
+    "student_float_accuracy": "student_float",
+    "student_initial_quantized_accuracy": "student_start",
+    "val_accuracy": "val",
+    "test_accuracy": "test",
+}
+"""What ``summary.json`` and checkpoints called the values of the metric when it was always the accuracy."""
 _CLASS = re.compile(r"(?<![\w./-])lqkd(?:\.\w+)*\.[A-Z]\w*")
 
 
@@ -73,6 +81,16 @@ def current(value: Any) -> Any:
     if isinstance(value, list):
         return [current(of) for of in value]
     return _now(value) if isinstance(value, str) and _CLASS.fullmatch(value) else value
+
+
+def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the keys of today in the place of old ones.
+
+    Examples:
+        >>> current_keys({"teacher_accuracy": 0.97, "epochs": 3})
+        {'teacher': 0.97, 'epochs': 3}
+    """
+    return {KEYS.get(key, key): value for key, value in values.items()}
 
 
 def renewed(text: str) -> tuple[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lqkd.errors import UsageError
+from lqkd.utils.renames import KEYS
 
 MOST_PIXELS = 16_384
 """Height or width of what a network sees."""
@@ -123,6 +124,7 @@ NETWORK_FILE: Table = {
     "student": _SETTINGS,
     "network": _SETTINGS,
     "quantization": _SETTINGS,
+    "task": _SETTINGS,
 }
 """The metadata of ``student.safetensors`` and ``network.safetensors``."""
 EXPORTED_FILE: Table = {
@@ -131,6 +133,7 @@ EXPORTED_FILE: Table = {
     "checkpoint": _TEXT,
     "class_names": _NAMES,
     "preprocessing": PREPROCESSING,
+    "task": _SETTINGS,
 }
 """The metadata of what ``export`` writes, ``.onnx`` and ``.pt2``."""
 _BITS = _or_null(Kind("a text or a whole number", lambda value: isinstance(value, str) or _is_whole(value, 0, 64)))
@@ -138,8 +141,9 @@ SUMMARY: Table = {
     "seed": _COUNT,
     "versions": _mapping("texts", lambda value: isinstance(value, str)),
     "machine": _TEXT,
-    **dict.fromkeys(("val_accuracy", "test_accuracy", "teacher_accuracy", "student_float_accuracy"), _NUMBER),
-    "student_initial_quantized_accuracy": _NUMBER,
+    "metric": _TEXT,
+    "mode": _or_null(Kind("min or max", lambda value: value in ("min", "max"))),
+    **dict.fromkeys((*KEYS, *KEYS.values()), _NUMBER),
     "weight_bits": _BITS,
     "activation_bits": _BITS,
     **dict.fromkeys(("parameters", "epochs", "steps"), _COUNT),

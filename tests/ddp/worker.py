@@ -123,14 +123,14 @@ def main(
         watch.on_train_end = lambda t, m: synchronised.extend(name for name, _ in t.strategy.model.named_parameters())
     trainer.fit(module, datamodule=data)
     global_step = trainer.global_step
-    teacher = module.references["teacher_accuracy"]
+    teacher = module.references["teacher"]
     validation = trainer.validate(module, datamodule=data, verbose=False)[0]
     test = trainer.test(module, datamodule=data, verbose=False)[0]["test/acc"]
     saved = {
         "steps": watch.steps,
         "initial_scales": watch.initial_scales,
-        "teacher_accuracy": teacher,
-        "test_accuracy": test,
+        "teacher": teacher,
+        "test": test,
         "validation": [validation["val/acc"], validation["val/loss"]],
         "synchronised": synchronised,
         "global_step": global_step,

@@ -331,7 +331,7 @@ def test_accuracies_count_the_samples_with_a_label_alone(make_trainer: MakeTrain
         expected = F.cross_entropy(logits[known], torch.full((int(known.sum()),), 3))
         assert logged["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
         teacher = module.teacher(IMAGES).argmax(1) == 3
-        found.append((module.references["teacher_accuracy"], teacher[known].float().mean().item()))
+        found.append((module.references["teacher"], teacher[known].float().mean().item()))
     for measured, expected in found:
         assert measured == pytest.approx(expected)
 
@@ -411,7 +411,7 @@ def test_a_test_split_without_labels_has_no_accuracy_in_the_summary(make_trainer
     trainer.fit(module, loader())
     with pytest.warns(UserWarning, match="no sample of the test split has a label"):
         trainer.test(module, loader(lambda i: -1), verbose=False)
-    assert summary.values["test_accuracy"] is None
+    assert summary.values["test"] is None
 
 
 def test_a_float_training_without_labels_says_that_it_learns_nothing(make_trainer: MakeTrainer) -> None:

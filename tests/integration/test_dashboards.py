@@ -17,6 +17,7 @@ from lqkd.cli import main
 from lqkd.runs.folder import CONFIG
 from lqkd.studies import wandb_report
 
+SECTIONS = sections("val/acc")
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "dashboards.md").read_text(encoding="utf-8")
 DOCUMENTED = {

@@ -283,19 +283,19 @@ def test_references_are_measured_before_the_first_step_without_augmentation(make
         images = data.preprocess(batch, train=False, epoch=0).images
         right += (plain(images).argmax(1) == batch.labels).sum().item()
         total += len(batch.labels)
-    assert module.references["student_float_accuracy"] == pytest.approx(right / total)
+    assert module.references["student_float"] == pytest.approx(right / total)
 
 
 def test_a_student_that_starts_at_chance_has_no_accuracy_in_float_even_once_resumed(make_trainer: MakeTrainer) -> None:
     module = distiller()
     make_trainer(max_steps=1).fit(module, datamodule=digits(2))
-    assert module.references["student_float_accuracy"] is None
-    known = module.references["student_initial_quantized_accuracy"]
+    assert module.references["student_float"] is None
+    known = module.references["student_start"]
     assert known is not None
     module.hparams["student_weights"] = "given.safetensors"  # what is measured now would be kept
     make_trainer(max_steps=1).fit(module, datamodule=digits(2))
-    assert module.references["student_float_accuracy"] is None
-    assert module.references["student_initial_quantized_accuracy"] == known
+    assert module.references["student_float"] is None
+    assert module.references["student_start"] == known
 
 
 def test_quantizers_are_fitted_before_the_first_step_and_untouched_by_evaluation(make_trainer: MakeTrainer) -> None:
@@ -455,7 +455,7 @@ def test_a_plain_data_module_trains(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     trainer.fit(module, datamodule=PlainData())
     assert trainer.global_step == 2
-    assert module.references["teacher_accuracy"] is not None
+    assert module.references["teacher"] is not None
 
 
 def test_a_teachers_own_normalisation_needs_that_of_the_data(make_trainer: MakeTrainer) -> None:

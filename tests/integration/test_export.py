@@ -69,16 +69,16 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["export", str(copied)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "100.000% of 359 images" in printed
-    assert "359 images of the test split" in printed
+    assert "100.000% of 359 samples" in printed
+    assert "359 samples of the test split" in printed
     assert "none but the quantization of the input" in printed
     assert "the same logits to the last bit" in printed
-    assert re.search(r"same class deployed as trained.*?\d+\.\d\d% of 359 images", printed)
+    assert re.search(r"same first class as trained.*?\d+\.\d\d% of 359 samples", printed)
     session = onnxruntime.InferenceSession(str(copied / "student.onnx"))
     props = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert props["lqkd.parity"]["passed"]
     assert (props["lqkd.parity"]["end_to_end_output_steps"], props["lqkd.parity"]["end_to_end_fraction"]) == (0, 0)
-    assert (props["lqkd.parity"]["images"], props["lqkd.parity"]["split"]) == (359, "test")
+    assert (props["lqkd.parity"]["samples"], props["lqkd.parity"]["split"]) == (359, "test")
     assert props["lqkd.bits"]["conv1"] == "W8A8"
     assert props["lqkd.bits"]["layer1.0.conv1"] == "W2A2"
     assert props["lqkd.class_names"] == [str(i) for i in range(10)]
@@ -92,9 +92,9 @@ def test_a_run_becomes_a_file_that_predicts_the_same_and_a_card(copied: Path, ca
     x = (pixels - np.float32(how["mean"])[:, None, None]) / np.float32(how["std"])[:, None, None]
     logits = session.run(None, {"images": x.astype(np.float32)})[0]
     accuracy = float((logits.argmax(1) == labels).mean())
-    assert accuracy == pytest.approx(props["lqkd.parity"]["accuracy_exported"], abs=1e-9)
+    assert accuracy == pytest.approx(props["lqkd.parity"]["exported"], abs=1e-6)
     summary = json.loads((copied / "summary.json").read_text())
-    assert props["lqkd.parity"]["accuracy_as_trained"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    assert props["lqkd.parity"]["as_trained"] == pytest.approx(summary["test"], abs=1e-6)
     card = (copied / "student.onnx.md").read_text()
     assert "W2A2 (6 layers)" in card
     teacher = "`CifarResNet(depth=14, num_classes=10, width=8, in_channels=1)`, weights builtin:digits_teacher"
@@ -139,7 +139,7 @@ def test_data_without_a_test_split_are_judged_on_validation_which_is_said(
     for name in ("test_dataloader", "predict_dataloader"):
         monkeypatch.delattr(f"lqkd.data.base.ImageDataModule.{name}")
     assert main(["export", str(copied)]) == 0
-    said = "144 images of the validation split, which chose the checkpoint, as the data have no test split"
+    said = "144 samples of the validation split, which chose the checkpoint, as the data have no test split"
     assert said in " ".join(re.sub(r"[│]", " ", capsys.readouterr().out).split())
     assert said in (copied / "student.onnx.md").read_text()
 
@@ -253,8 +253,8 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
     test = [(batch.images, batch.labels) for batch in islice(batches, 16)]
     parity = check(exported, deployed, test[0][0][:32], test, network)
     assert parity.problem is None
-    assert parity.images == 1024
-    assert parity.disagreements == 0
+    assert parity.samples == 1024
+    assert parity.differing == 0
     assert parity.output_steps == 0
     found = kernels(exported.model)
     assert found.floats == ()

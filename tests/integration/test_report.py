@@ -35,14 +35,14 @@ def write_run(folder: Path, accuracy: float, size: int, verdict: str = "healthy"
         "seed": 0,
         "versions": {"python": "3.11", "torch": "2.9"},
         "machine": "x86_64, cpu, 1 threads",
-        "val_accuracy": accuracy,
-        "test_accuracy": accuracy - 0.02,
+        "val": accuracy,
+        "test": accuracy - 0.02,
         "weight_bits": "2 (8 in 1 layers)",
         "activation_bits": "2 (8 in 1 layers)",
         "packed_bytes": size,
         "train_seconds": 3.2,
-        "teacher_accuracy": 0.97,
-        "student_float_accuracy": 0.96,
+        "teacher": 0.97,
+        "student_float": 0.96,
         "regularizer": {"verdict": verdict, "sentence": "The regularizer's weights differ."},
         "warnings": ["a warning <b>to keep</b>"],
     }
@@ -135,7 +135,7 @@ def test_the_teacher_and_the_student_in_float_have_rows_below_the_variants(study
 
 def test_two_teachers_of_a_study_have_a_row_each_with_the_variants_they_taught(study: Path) -> None:
     summary = study / "runs" / "kl" / "seed_0" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"teacher_accuracy": 0.99}))
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"teacher": 0.99}))
     main(["report", str(study)])
     table = {row["variant"]: row for row in rows(study / "table.csv")}
     assert {"the teacher of kl", "the teacher of task_only", "the student in float"} <= table.keys()
@@ -238,8 +238,8 @@ def test_a_study_below_a_file_is_one_line(study: Path, capsys: pytest.CaptureFix
         ("student.onnx.report.json", "{}"),
         ("student.onnx.report.json", '{"latency": 3}'),
         ("summary.json", '{"packed_bytes": "many"}'),
-        ("summary.json", '{"val_accuracy": NaN}'),
-        ("summary.json", '{"test_accuracy": [1]}'),
+        ("summary.json", '{"val": NaN}'),
+        ("summary.json", '{"test": [1]}'),
         ("summary.json", '{"warnings": 5}'),
         ("summary.json", "[" * 100_000),
         ("metrics.csv", "epoch,step,val/acc\nnone,1,2\n"),

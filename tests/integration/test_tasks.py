@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lqkd.cli import main
 from lqkd.errors import UsageError
+from lqkd.export import metadata, to_onnx
 from lqkd.losses import CWD, HintonKL
 from lqkd.modules import ClassifierModule, Constant, DistillModule, Tap
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.runs import RunSummary
 from lqkd.runs.checkpoint import BestAndLast
-from lqkd.tasks import Classification, Segmentation
+from lqkd.tasks import Classification, Samples, Segmentation
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import parameters_of
 from tests.documentation import blocks
@@ -59,17 +64,8 @@ class Pairs(Classification):
     def inputs(self, batch: Any) -> Any:
         return {"image": batch["image"], "table": batch["table"]}
 
-    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return super().loss(outputs, (outputs, batch["label"]))
-
-    def rows(self, outputs: Tensor, batch: Any) -> Any:
-        return super().rows(outputs, (outputs, batch["label"]))
-
-    def check_batch(self, outputs: Tensor, batch: Any) -> None:
-        """The labels are made in range."""
-
-    def unlabelled(self, batch: Any) -> bool:
-        return False
+    def samples(self, batch: Any) -> Samples:
+        return Samples(batch["image"], batch["label"], None)
 
 
 def pairs() -> DataLoader:
@@ -95,6 +91,18 @@ def distiller_of_pairs(**settings: Any) -> DistillModule:
 def test_a_network_with_two_inputs_and_a_dict_distils_and_resumes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     resumed, straight = resumed_and_straight(make_trainer, distiller_of_pairs, pairs, tmp_path)
     assert torch.equal(resumed, straight)
+
+
+def test_a_network_with_two_inputs_and_a_dict_is_exported(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = distiller_of_pairs()
+    make_trainer().fit(module, pairs())
+    batches = list(pairs())
+    inputs = [Pairs().inputs(batch) for batch in batches]
+    model = to_onnx(module.student, inputs[0], calibration=inputs, test=batches, task=Pairs())
+    assert [entry.name for entry in (*model.graph.input, *model.graph.output)] == ["image", "table", "hidden", "logits"]
+    parity = metadata.read(model)["parity"]
+    assert (parity["samples"], parity["agreement"], parity["metric"]) == (32, 1.0, "acc")
+    assert parity["exported"] == parity["pytorch"]
 
 
 def test_all_quantizers_of_a_network_with_two_inputs_are_fitted(make_trainer: MakeTrainer) -> None:
@@ -164,6 +172,7 @@ class Squares(LightningDataModule):
     """Bright and dark squares on a grey ground, with a ring of ignored pixels around the image."""
 
     image_shape = (1, 16, 16)
+    mean, std = (0.5,), (0.25,)  # what predict prepares images with
 
     def __init__(self, samples: int = 32) -> None:
         super().__init__()
@@ -214,8 +223,8 @@ def test_a_segmenter_distils_pixel_by_pixel(make_trainer: MakeTrainer, trained: 
     trainer.fit(module, datamodule=Squares())
     assert float(trainer.callback_metrics["val/miou"]) > 0.45
     assert (summary.values["metric"], summary.values["mode"]) == ("val/miou", "max")
-    assert summary.values["val_accuracy"] == pytest.approx(float(best.best_model_score))
-    assert summary.values["teacher_accuracy"] > 0.6
+    assert summary.values["val"] == pytest.approx(float(best.best_model_score))
+    assert summary.values["teacher"] > 0.6
 
 
 def test_a_segmenters_training_goes_on_exactly(make_trainer: MakeTrainer, trained: Segmenter, tmp_path: Path) -> None:
@@ -237,7 +246,7 @@ def test_an_untrained_segmenter_is_no_teacher(make_trainer: MakeTrainer) -> None
 
 # ---- the page "a task of your own"
 
-(PAGE,) = [block for block in blocks("python") if block.page == "docs/tasks.md"]
+(PAGE,) = [b for b in blocks("python") if b.page == "docs/tasks.md" and "# brightness.py" in b.text]
 
 
 def test_the_task_of_the_page_takes_less_than_sixty_lines() -> None:
@@ -249,3 +258,52 @@ def test_the_task_of_the_page_trains_a_teacher_and_a_student(capsys: pytest.Capt
     teacher, student = map(float, capsys.readouterr().out.splitlines()[-1].split())
     assert teacher < 0.3
     assert student < 0.3
+
+
+# ---- the command line
+
+
+@pytest.mark.slow
+def test_a_run_of_a_segmenter_is_exported_asked_and_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = "tests.integration.test_tasks"
+    task = {"class_path": "lqkd.tasks.Segmentation", "init_args": {"classes": 3}}
+    network = {"class_path": f"{here}.Segmenter", "init_args": {"width": 8}}
+    model = {
+        "class_path": "lqkd.modules.DistillModule",
+        "init_args": {
+            "teacher": {"network": network | {"init_args": {"width": 16}}, "minimum_accuracy": 0},
+            "student": network,
+            "task": task,
+            "quantization": {"bits": "w4a4"},
+        },
+    }
+    config = {
+        "model": model,
+        "data": {"class_path": f"{here}.Squares"},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        "run": {"root": str(tmp_path), "name": "seg", "version": "a"},
+    }
+    (tmp_path / "seg.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "seg.yaml")]) == 0
+    run = tmp_path / "seg" / "a"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["metric"], summary["mode"]) == ("val/miou", "max")
+    assert all(summary[key] is not None for key in ("teacher", "student_start", "val"))
+    assert main(["export", str(run)]) == 0
+    card = (run / "student.onnx.md").read_text()
+    assert "same class of a pixel" in card
+    assert "`out`: (batch, 3, 8, 8)" in card
+    Image.new("L", (16, 16), 200).save(tmp_path / "bright.png")
+    for source in (run, run / "student.onnx"):
+        output = tmp_path / f"masks of {source.name}"
+        assert main(["predict", str(source), str(tmp_path / "bright.png"), "--output", str(output)]) == 0
+        with Image.open(output / "bright.png") as mask:
+            assert (mask.size, mask.mode) == ((16, 16), "L")
+            assert max(mask.tobytes()) < 3
+    capsys.readouterr()
+    assert main(["predict", str(run), str(tmp_path / "bright.png")]) == 2
+    assert "--output is missing: task Segmentation gives an array for each image" in capsys.readouterr().err
+    assert main(["sensitivity", str(run), "--bits", "4"]) == 0
+    assert json.loads((run / "sensitivity.json").read_text())["float"]["metric"] == "miou"
+    assert main(["report", str(run)]) == 0
+    assert "Miou of each variant" in (run / "report.html").read_text()

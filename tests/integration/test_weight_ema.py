@@ -104,9 +104,9 @@ def test_what_is_reported_is_what_the_files_hold(
             again.load_state_dict(saved(tmp_path / "best.ckpt"))
         other = make_trainer(logger=False, limit_test_batches=1)
         (validated,) = other.validate(again, datamodule=digits(4), verbose=False)
-        assert validated["val/acc"] == summary["val_accuracy"]
+        assert validated["val/acc"] == summary["val"]
         assert other.test(again, datamodule=digits(4), verbose=False) == [tested]
-    assert summary["test_accuracy"] == tested["test/acc"]
+    assert summary["test"] == tested["test/acc"]
 
 
 def test_statistics_of_batch_norm_are_those_of_the_average(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ class RegularizerMonitor(Callback):
         self._drawings.start()
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(tensorboard_layout(self._names(pl_module)))
+                names = str(getattr(pl_module.task, "monitor", "")), self._names(pl_module)
+                logger.experiment.add_custom_scalars(tensorboard_layout(*names))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for record in self.records.values():

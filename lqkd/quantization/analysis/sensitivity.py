@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
 from lqkd.quantization.analysis.budget import Budget
+from lqkd.quantization.analysis.judging import Classifier, Judge
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.quantization.calibrate import initialize_quantizers
 from lqkd.quantization.computed import copy_of
@@ -28,6 +28,8 @@ from lqkd.quantization.residual import join_quantizers
 
 BITS = ("w8a8", "w4a4", "w2a2")
 """The bits that are tried unless others are asked for."""
+Call: TypeAlias = "tuple[tuple[Any, ...], Mapping[str, Any]]"
+"""Arguments and keyword arguments of a network."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,17 @@ class Candidate:
         layers: names of the layers.
         weight_bits: of each of them, 32 where the recipe leaves the weight in float.
         activation_bits: likewise for the input.
-        loss_increase: cross-entropy above that of the float network; below zero when it fell.
-        kl: mean over samples of KL(float || quantised) between the class probabilities, in nats.
-        accuracy_change: top-1 accuracy minus that of the float network.
+        loss_increase: loss above that of the float network; below zero when it fell. Cross-entropy of a classifier.
+        distance: from the float network: of a classifier the mean over samples of KL(float || quantised) between the
+            class probabilities, in nats.
+        change: of the metric, minus that of the float network.
         packed_bytes: size of the whole network, as :class:`lqkd.quantization.Size` counts it.
         bit_operations: of one forward pass of the whole network, as :func:`lqkd.quantization.bit_operations` counts.
 
     Examples:
         >>> candidate = Candidate(
-        ...     layers=("fc",), weight_bits=(4,), activation_bits=(8,), loss_increase=0.02, kl=0.01,
-        ...     accuracy_change=-0.005, packed_bytes=60, bit_operations=3200,
+        ...     layers=("fc",), weight_bits=(4,), activation_bits=(8,), loss_increase=0.02, distance=0.01,
+        ...     change=-0.005, packed_bytes=60, bit_operations=3200,
         ... )
         >>> candidate.bits
         'W4A8'
@@ -57,8 +60,8 @@ class Candidate:
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     loss_increase: float
-    kl: float
-    accuracy_change: float
+    distance: float
+    change: float
     packed_bytes: int
     bit_operations: int
 
@@ -78,10 +81,11 @@ class SensitivityReport:
         groups: for every layer (or layers that share a weight), in the order of the network, one candidate for each
             of ``bits``.
         samples: number of validation samples.
-        loss: cross-entropy of the float network on them.
-        accuracy: its top-1 accuracy on them.
+        loss: of the float network on them.
+        value: its metric on them, of a classifier the top-1 accuracy.
         packed_bytes: size of the float network.
         bit_operations: of one of its forward passes.
+        metric, distance: the names of what was measured.
 
     Examples:
         >>> w4 = Candidate(("fc",), (4,), (4,), 0.02, 0.01, -0.01, packed_bytes=60, bit_operations=1600)
@@ -97,20 +101,25 @@ class SensitivityReport:
     groups: tuple[tuple[Candidate, ...], ...]
     samples: int
     loss: float
-    accuracy: float
+    value: float
     packed_bytes: int
     bit_operations: int
+    metric: str = Classifier.metric
+    distance: str = Classifier.distance
 
     def ranked(self) -> list[tuple[Candidate, ...]]:
         """The groups, the most sensitive first: by the largest increase of the loss among the candidates."""
         return sorted(self.groups, key=lambda group: -max(candidate.loss_increase for candidate in group))
 
     def __str__(self) -> str:
-        rows = [("layer", *(f"loss {b}" for b in self.bits), *(f"{x} {self.bits[-1]}" for x in ("KL", "accuracy")))]
+        share = self.metric == Classifier.metric
+        measured = (self.distance, "accuracy" if share else self.metric)
+        rows = [("layer", *(f"loss {b}" for b in self.bits), *(f"{x} {self.bits[-1]}" for x in measured))]
         for group in self.ranked():
             increases = (f"{candidate.loss_increase:+.4f}" for candidate in group)
             last = group[-1]
-            rows.append((", ".join(last.layers), *increases, f"{last.kl:.4f}", f"{last.accuracy_change:+.2%}"))
+            change = f"{last.change:+.2%}" if share else f"{last.change:+.4f}"
+            rows.append((", ".join(last.layers), *increases, f"{last.distance:.4f}", change))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -122,13 +131,14 @@ class SensitivityReport:
 def measure_sensitivity(
     model: nn.Module,
     recipe: Recipe,
-    validation: Sequence[tuple[Tensor, Tensor]],
-    calibration: Sequence[Tensor],
+    validation: Sequence[Any],
+    calibration: Sequence[Tensor | Call],
     bits: Sequence[str] = BITS,
     progress: Callable[[int, int], None] | None = None,
     budget: Budget | None = None,
+    judge: Judge | None = None,
 ) -> SensitivityReport:
-    """Quantise each layer of a classifier alone, with each number of bits, and see what the loss says.
+    """Quantise each layer of a network alone, with each number of bits, and see what the loss says.
 
     The measure of Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets" (ICML 2021, arXiv
     2006.10518), whose integer program adds the degradations of layers that are quantised one at a time. Nothing is
@@ -141,13 +151,15 @@ def measure_sensitivity(
     operands, is left in float; layers that share one weight are quantised together. ``model`` is not changed.
 
     Args:
-        model: a network in float or one that ``recipe`` has quantised, from images to logits (B, C).
+        model: a network in float or one that ``recipe`` has quantised.
         recipe: which quantizers, and which layers stay in float; of its numbers of bits only 32 counts.
-        validation: batches of inputs (B, ...) and labels (B,) int64, on the model's device. Never test data.
-        calibration: training inputs (B, ...), on the model's device.
+        validation: batches as ``judge`` takes them, on the model's device: of a classifier inputs (B, ...) and labels
+            (B,) int64. Never test data.
+        calibration: training inputs (B, ...), on the model's device, or arguments and keyword arguments.
         bits: what to try, e.g. ``w4a8``; 1 to 8 each.
         progress: called with the number of measurements that are done and that of all.
         budget: what is to be kept later; one that these bits cannot reach is refused before anything is measured.
+        judge: says how good a network is; None for classifiers, which return logits (B, C).
 
     Raises:
         UsageError: when bits are not possible, a batch is missing, nothing is quantised, a loss is not finite or the
@@ -170,27 +182,31 @@ def measure_sensitivity(
     for owner, name in join_quantizers(network):  # additions stay in float: layers are what is ranked
         owner._modules[name] = None
     network.eval()
+    judge = Classifier() if judge is None else judge
+    calls: list[Call] = [((x,), {}) if isinstance(x, Tensor) else x for x in calibration]
     groups = _groups(network)
     if not groups:
         raise UsageError(f"the recipe (bits={recipe.bits!r}) quantises no layer: there is nothing to rank")
     settings = [_settings(network, recipe, groups, pair) for pair in wanted]
     for layer in _quantized(network).values():
         layer.weight_quantizer = layer.input_quantizer = None
-    _calibrate(network, calibration)
-    reference = [network(x).float().log_softmax(dim=-1) for x, _ in validation]
-    loss, _, accuracy = _evaluate(network, validation, reference)
+    _calibrate(network, calls)
+    reference = [judge.answer(network, batch) for batch in validation]
+    loss, _, value = judge.judge(zip(validation, reference, reference, strict=True))
     if not math.isfinite(loss):
         raise UsageError(f"the loss of the float network is {loss}: its weights are of no use")
-    example = validation[0][0][:1]
+    example = _one(calls[0])
     report = SensitivityReport(
         recipe=recipe,
         bits=tuple(f"W{weight}A{activation}" for weight, activation in wanted),
         groups=(),
-        samples=sum(len(labels) for _, labels in validation),
+        samples=sum(map(judge.samples, validation, reference)),
         loss=loss,
-        accuracy=accuracy,
+        value=value,
         packed_bytes=size(network).packed_bytes,
-        bit_operations=bit_operations(network, example),
+        bit_operations=bit_operations(network, *example[0], keywords=example[1]),
+        metric=judge.metric,
+        distance=judge.distance,
     )
     costs = [[_costs(network, group, own, example) for own in settings] for group in groups]
     if budget is not None:
@@ -202,20 +218,21 @@ def measure_sensitivity(
         candidates = []
         for own, (packed_bytes, operations) in zip(settings, row, strict=True):
             with _quantizing(network, group, own):
-                _calibrate(network, calibration)
-                increased, kl, right = _evaluate(network, validation, reference)
+                _calibrate(network, calls)
+                answers = (judge.answer(network, batch) for batch in validation)
+                increased, distance, found = judge.judge(zip(validation, answers, reference, strict=True))
                 layers = [_quantized(network)[name] for name in group]
                 candidate = Candidate(
                     layers=tuple(group),
                     weight_bits=tuple(_bits(layer.weight_quantizer) for layer in layers),
                     activation_bits=tuple(_bits(layer.input_quantizer) for layer in layers),
                     loss_increase=increased - loss,
-                    kl=kl,
-                    accuracy_change=right - accuracy,
+                    distance=distance,
+                    change=found - value,
                     packed_bytes=packed_bytes,
                     bit_operations=operations,
                 )
-            if not (math.isfinite(candidate.loss_increase) and math.isfinite(kl)):
+            if not (math.isfinite(candidate.loss_increase) and math.isfinite(distance)):
                 raise UsageError(
                     f"layer {group[0]!r} has a loss of {increased} as {candidate.bits}: leave these bits out"
                 )
@@ -285,32 +302,26 @@ def _quantizing(network: nn.Module, group: list[str], settings: dict[str, LayerS
             layer.weight_quantizer = layer.input_quantizer = None
 
 
-def _costs(
-    network: nn.Module, group: list[str], settings: dict[str, LayerSettings], example: Tensor
-) -> tuple[int, int]:
+def _costs(network: nn.Module, group: list[str], settings: dict[str, LayerSettings], example: Call) -> tuple[int, int]:
     """Bytes and bit operations of the network with only the layers of ``group`` quantised."""
     with _quantizing(network, group, settings):
-        return size(network).packed_bytes, bit_operations(network, example)
+        return size(network).packed_bytes, bit_operations(network, *example[0], keywords=example[1])
 
 
-def _calibrate(network: nn.Module, calibration: Sequence[Tensor]) -> None:
+def _one(call: Call) -> Call:
+    """The first sample of a call."""
+    args, keywords = call
+    samples = next(len(x) for x in (*args, *keywords.values()) if isinstance(x, Tensor) and x.ndim > 0)
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples else value
+
+    return tuple(map(first, args)), {key: first(value) for key, value in keywords.items()}
+
+
+def _calibrate(network: nn.Module, calibration: Sequence[Call]) -> None:
     """Fit the quantizers and all of batch norm anew; nothing of an earlier measurement is left."""
-    initialize_quantizers(network, calibration[0], batch_statistics=True)
+    args, keywords = calibration[0]
+    initialize_quantizers(network, *args, keywords=keywords, batch_statistics=True)
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
-        reestimate_batchnorm(network, calibration)
-
-
-def _evaluate(
-    network: nn.Module, validation: Sequence[tuple[Tensor, Tensor]], reference: Sequence[Tensor]
-) -> tuple[float, float, float]:
-    """Cross-entropy, KL(reference || network) and accuracy, means over all samples."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for (inputs, labels), expected in zip(validation, reference, strict=True):
-        found = network(inputs).float().log_softmax(dim=-1)
-        loss = F.nll_loss(found, labels, reduction="sum")
-        kl = F.kl_div(found, expected, reduction="sum", log_target=True)
-        right = (found.argmax(dim=-1) == labels).sum()
-        sums += torch.stack([loss.double(), kl.double(), right.double()]).cpu()
-    samples = sum(len(labels) for _, labels in validation)
-    loss_mean, kl_mean, accuracy = (sums / samples).tolist()
-    return loss_mean, kl_mean, accuracy
+        reestimate_batchnorm(network, calibration, lambda model, call: model(*call[0], **call[1]))

@@ -65,11 +65,11 @@ def test_uniform_ternary_and_binary_students_pass_the_comparison(settings: dict[
     network = student(**settings)
     deployed = deploy(network, images(2), [images(32)])
     x = images(8, seed=2)
-    parity = check(BUILDERS[format_name](deployed), deployed, x, [(x, None)], network)
+    parity = check(BUILDERS[format_name](deployed), deployed, x, [x], network)
     assert parity.problem is None
     assert parity.batches == (1, 7, 32)
     assert parity.scales_identical
-    assert parity.images == 8
+    assert parity.samples == 8
 
 
 @pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a4", "w5a5", "w6a6", "w8a8"])
@@ -115,7 +115,7 @@ def test_levels_that_are_not_evenly_spaced_are_refused_but_in_a_torch_program(
             check_expressible(deployed, name)
     check_expressible(deployed, "torch")
     program = torch_program.build(deployed, images(2))
-    parity = check_program(program, deployed, images(7), [(images(7), None)], network)
+    parity = check_program(program, deployed, images(7), [images(7)], network)
     assert parity.problem is None
     assert parity.batches == (1, 7, 32)
 
@@ -248,11 +248,11 @@ def test_a_known_network_runs_on_integers_and_computes_what_pytorch_does_from_en
     with torch.no_grad():
         assert deployed.network(x).abs().max() > 0.05
     exported = BUILDERS["portable"](deployed)
-    parity = check(exported, deployed, x, [(torch.randn(4, 3, 224, 224), None)])
+    parity = check(exported, deployed, x, [torch.randn(4, 3, 224, 224)])
     assert parity.problem is None
     assert max(row.steps for row in parity.optimised) <= 1
     assert parity.output_steps == max(row.steps for row in parity.end_to_end) == 0
-    assert parity.disagreements == 0
+    assert parity.differing == 0
     assert parity.exact
     found = kernels(exported.model)
     assert found.float_products == ()

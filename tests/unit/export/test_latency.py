@@ -14,6 +14,7 @@ from lqkd.export import Deployed, deploy, floating, portable
 from lqkd.export.latency import measure, peak_memory, slowest_nodes
 from lqkd.export.runtimes import kernels, session
 from lqkd.models import CifarResNet
+from lqkd.models.calls import Inputs
 from lqkd.quantization import Recipe, float_mode, initialize_quantizers, quantize_model
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -67,7 +68,7 @@ def test_contestants_take_turns_and_ratios_are_to_the_first() -> None:
     told: list[tuple[int, int]] = []
     found = measure(
         {"fast": Noted("fast"), "slow": Noted("slow")},
-        IMAGES[:1].numpy(),
+        Inputs.of(IMAGES[:1]),
         rounds=4,
         progress=lambda *counts: told.append(counts),
     )
@@ -81,20 +82,20 @@ def test_contestants_take_turns_and_ratios_are_to_the_first() -> None:
 
 def test_timing_leaves_the_number_of_threads_as_it_was() -> None:
     before = torch.get_num_threads()
-    measure({"one": nn.Identity()}, IMAGES[:1].numpy(), threads=before + 1, rounds=1)
+    measure({"one": nn.Identity()}, Inputs.of(IMAGES[:1]), threads=before + 1, rounds=1)
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
 def test_peak_memory_is_of_a_process_of_its_own(model: onnx.ModelProto) -> None:
     ballast = np.ones(400_000_000, np.uint8)  # of this process, in which the network is not run
-    peak = peak_memory(model, IMAGES[:1].numpy())
+    peak = peak_memory(model, Inputs.of(IMAGES[:1]))
     assert peak is not None
     assert 10e6 < peak < ballast.nbytes
 
 
 def test_the_profile_names_the_nodes_of_the_optimised_graph(model: onnx.ModelProto) -> None:
-    nodes = slowest_nodes(model, IMAGES[:1].numpy(), runs=3)
+    nodes = slowest_nodes(model, Inputs.of(IMAGES[:1]), runs=3)
     assert {kind for _, kind, _ in nodes} >= {"QLinearConv", "QLinearAdd"}
     times = [milliseconds for _, _, milliseconds in nodes]
     assert times == sorted(times, reverse=True)

@@ -16,7 +16,7 @@ from lqkd.export import emitter as emitter_module
 from lqkd.export import parity as parity_module
 from lqkd.export.emitter import Exported
 from lqkd.export.formats import BUILDERS
-from lqkd.export.parity import Parity, agreement
+from lqkd.export.parity import Parity, agree
 from lqkd.export.runtimes import Runner
 from tests.unit.export.networks import images, quantised
 
@@ -114,8 +114,8 @@ def test_a_changed_classifier_fails_by_its_logits(built: tuple) -> None:
 def test_disagreement_on_whole_images_fails_and_says_where_it_begins(built: tuple) -> None:
     exported, deployed = built
     change(exported, "linear.bias_codes", -100)
-    parity = check(exported, deployed, images(8), [(images(64), None)])
-    assert parity.disagreements > 1
+    parity = check(exported, deployed, images(8), [images(64)])
+    assert parity.differing > 1
     assert parity.problem is not None
 
 
@@ -124,21 +124,21 @@ def test_from_python_test_batches_are_judged_and_the_file_says_so() -> None:
     given = {"calibration": [images(32)]}
     labels = torch.zeros(64, dtype=torch.long)
     labelled = metadata.read(to_onnx(network, images(8), test=[(images(64), labels)] * 2, **given))["parity"]
-    assert (labelled["images"], labelled["top1_agreement"], labelled["split"]) == (128, 1.0, "given")
+    assert (labelled["samples"], labelled["agreement"], labelled["split"]) == (128, 1.0, "given")
     with torch.no_grad():
         accuracy = float((network(images(64)).argmax(1) == labels).float().mean())
-    assert labelled["accuracy_as_trained"] == pytest.approx(accuracy)
+    assert labelled["as_trained"] == pytest.approx(accuracy)
     alone = metadata.read(to_onnx(network, images(8), test=[images(64)], **given))["parity"]
-    assert (alone["images"], alone["accuracy_exported"]) == (64, None)
-    with pytest.raises(UsageError, match="test has no images"):
+    assert (alone["samples"], alone["exported"]) == (64, None)
+    with pytest.raises(UsageError, match="test has no samples"):
         to_onnx(network, images(8), test=iter(()), **given)
 
 
 def test_from_python_another_first_class_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "__call__", _negated(Runner.__call__))
-    monkeypatch.setattr(parity_module, "_compare", lambda *_, **__: ([], 0.0))
+    monkeypatch.setattr(parity_module, "_compare", lambda *_, **__: ([], {}))
     monkeypatch.setattr(parity_module, "_compare_end_to_end", lambda *_: None)
-    with pytest.raises(ParityError, match="the first class differs on 64 of 64 images"):
+    with pytest.raises(ParityError, match="the first class differs on 64 of 64 samples"):
         to_onnx(quantised(bits="w4a4"), images(8), calibration=[images(32)], test=[images(64)])
 
 
@@ -165,5 +165,5 @@ def test_images_without_a_label_are_compared_and_not_counted_as_wrong() -> None:
     parity = Parity(scales_identical=True)
     answer = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
     test = [(torch.zeros(4, 1), torch.tensor([0, -1, 1, -100]))]
-    agreement(parity, lambda x: answer, lambda x: answer, test, None)
-    assert (parity.images, parity.accuracy, parity.exported_accuracy) == (4, 0.5, 0.5)
+    agree(parity, lambda x: answer, lambda x: answer, test, None)
+    assert (parity.samples, parity.deployed, parity.exported) == (4, 0.5, 0.5)

@@ -19,6 +19,7 @@ from lqkd.losses import (
     RKD,
     VID,
     AttentionTransfer,
+    BinaryKL,
     ContrastiveRepresentation,
     CorrelationCongruence,
     DistillationLoss,
@@ -35,6 +36,7 @@ from lqkd.losses import (
 MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "LogitResidual": LogitResidual,
     "HintonKL": HintonKL,
+    "BinaryKL": BinaryKL,
     "SoftCrossEntropy": SoftCrossEntropy,
     "DKD": DKD,
     "DIST": DIST,

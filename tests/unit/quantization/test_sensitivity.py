@@ -60,7 +60,7 @@ def test_a_layers_cost_is_the_loss_of_the_network_in_which_it_alone_is_quantised
     (candidate,) = [c for g in found.groups for c in g if c.layers == ("layer1.0.conv1",) and c.bits == "W2A2"]
     assert found.loss + candidate.loss_increase == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
     right = float((logits.argmax(dim=1) == labels).float().mean())
-    assert found.accuracy + candidate.accuracy_change == pytest.approx(right, abs=1e-6)
+    assert found.value + candidate.change == pytest.approx(right, abs=1e-6)
 
 
 def test_every_quantised_layer_is_ranked_once_with_all_bits(found: SensitivityReport) -> None:
@@ -73,7 +73,7 @@ def test_every_quantised_layer_is_ranked_once_with_all_bits(found: SensitivityRe
 
 def test_fewer_bits_are_further_from_the_float_network_and_smaller(found: SensitivityReport) -> None:
     for group in found.groups:
-        divergences = [candidate.kl for candidate in group]
+        divergences = [candidate.distance for candidate in group]
         assert divergences == sorted(divergences)
         assert 0 < divergences[0] < 0.01
         assert group[0].packed_bytes > group[1].packed_bytes > group[2].packed_bytes
@@ -99,7 +99,7 @@ def test_weights_on_another_scale_are_not_mistaken_for_a_loss(data: tuple) -> No
     # IR-Net standardises weights: with the batch norm of the float network, the accuracy would be that of guessing.
     binary = measure_sensitivity(digits_network(), Recipe(bits="w1a8", last_layer_bits=None), *data, bits=["w1a8"])
     middle = [group[0] for group in binary.groups if group[0].layers[0].startswith("layer")]
-    assert all(candidate.accuracy_change > -0.3 for candidate in middle)
+    assert all(candidate.change > -0.3 for candidate in middle)
 
 
 def test_additions_stay_in_float_whatever_the_recipe_says(found: SensitivityReport, data: tuple) -> None:

@@ -96,7 +96,7 @@ def test_a_parameter_of_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, s
 def test_the_sweep_file_of_wandb_has_the_same_search(tmp_path: Path) -> None:
     parameters = {"a.b": {"low": 0.1, "high": 1.0, "log": True}, "c": {"choices": [1, 2]}, "d": {"low": 1, "high": 4}}
     study, _ = read(tmp_path, {"sweep": {"parameters": parameters}})
-    described = yaml.safe_load(wandb_sweep(study))
+    described = yaml.safe_load(wandb_sweep(study, "val/acc", "max"))
     assert described["parameters"] == {
         "a.b": {"distribution": "log_uniform_values", "min": 0.1, "max": 1.0},
         "c": {"values": [1, 2]},

@@ -12,7 +12,7 @@ from lqkd.studies.statistics import paired_difference, summarize
 
 
 def run(variant: str, seed: int, accuracy: float, status: str = "finished") -> Run:
-    summary = {"val_accuracy": accuracy, "test_accuracy": accuracy - 0.1}
+    summary = {"val": accuracy, "test": accuracy - 0.1}
     return Run(variant, seed, status, "", Path(), summary, {"val/acc": [(1, accuracy), (2, accuracy - 0.01)]})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -92,3 +93,30 @@ def test_networks_that_tell_other_numbers_of_classes_apart_are_refused() -> None
 def test_a_label_smoothing_out_of_range_is_refused(smoothing: float) -> None:
     with pytest.raises(UsageError, match="label_smoothing"):
         Classification(smoothing)
+
+
+def test_classes_weigh_in_the_loss_and_not_in_what_is_measured() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, -1, 1, 7])
+    task = Classification(class_weights=[1.0, 2.0, 0.5], ignore_index=7)
+    batch = (torch.zeros(6, 1), labels)
+    kept = torch.tensor([0, 1, 2, 4])
+    expected = F.cross_entropy(logits[kept], labels[kept], torch.tensor([1.0, 2.0, 0.5]))
+    assert torch.allclose(task.loss(logits, batch), expected)
+    metrics = task.metrics()
+    task.update(metrics, logits, batch)
+    assert float(metrics.compute()["loss"]) == pytest.approx(float(F.cross_entropy(logits[kept], labels[kept])))
+    assert (task.rows(logits, batch).labels >= 0).tolist() == [True, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, float("nan")], [-1.0, 1.0]])
+def test_weights_that_weigh_nothing_are_refused(weights: list[float]) -> None:
+    with pytest.raises(UsageError, match=r"class_weights=.* must be finite and >= 0, and one above 0"):
+        Classification(class_weights=weights)
+
+
+def test_there_is_a_weight_for_each_class() -> None:
+    task = Classification(class_weights=[1.0, 2.0])
+    with pytest.raises(UsageError, match="class_weights has 2 numbers, and the network 3 classes"):
+        task.check_batch(torch.zeros(2, 3), (torch.zeros(2, 1), torch.tensor([0, 1])))
+    with pytest.raises(UsageError, match=r"numbers of classes differ \(class_weights 2, student 3\)"):
+        task.check({"student": torch.zeros(2, 3)}, None)

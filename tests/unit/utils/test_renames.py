@@ -16,7 +16,10 @@ import torch
 import yaml
 
 from lqkd.cli import main
+from lqkd.models import CifarResNet
+from lqkd.modules import DistillModule
 from lqkd.runs.resume import differences
+from lqkd.teachers import FrozenTeacher
 from lqkd.utils.renames import CLASSES, MODULES, current, renewed
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -138,3 +141,12 @@ def test_settings_that_differ_in_the_age_of_a_name_are_equal() -> None:
     new = {"balance": {"class_path": "lqkd.balances.FixedBalance", "init_args": {"task": 2.0}}}
     lines = [line for _, line in differences(old, new)]
     assert lines == ["model.balance.init_args.task was 1.0 and is now 2.0"]
+
+
+def test_the_references_of_a_checkpoint_of_a_former_release_go_on() -> None:
+    module = DistillModule(FrozenTeacher(CifarResNet(8, width=4)), CifarResNet(8, width=4))
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    checkpoint["references"] = {"teacher_accuracy": 0.9, "student_initial_quantized_accuracy": 0.1}
+    module.on_load_checkpoint(checkpoint)
+    assert module.references == {"teacher": 0.9, "student_start": 0.1}

@@ -15,8 +15,8 @@ from lqkd.utils.schema import EXPORT_REPORT, EXPORTED_FILE, NETWORK_FILE, PREPRO
     ("table", "said", "told"),
     [
         (SUMMARY, {"packed_bytes": "text"}, "packed_bytes='text' where it must be a finite number"),
-        (SUMMARY, {"val_accuracy": float("nan")}, "val_accuracy=nan where"),
-        (SUMMARY, {"val_accuracy": True}, "val_accuracy=True where"),
+        (SUMMARY, {"val": float("nan")}, "val=nan where"),
+        (SUMMARY, {"val": True}, "val=True where"),
         (SUMMARY, {"train_seconds": 10**400}, r"train_seconds=1000.*\.\.\. where"),
         (SUMMARY, {"versions": ["torch"]}, "versions=.* where it must be a mapping to texts"),
         (SUMMARY, {"regularizer": "text"}, "regularizer must be a mapping, not 'text'"),
@@ -41,4 +41,4 @@ def test_a_value_of_another_kind_is_refused_with_its_key_and_what_is_needed(tabl
 @pytest.mark.parametrize("table", [SUMMARY, PREPROCESSING, NETWORK_FILE, EXPORTED_FILE])
 def test_what_is_missing_unknown_or_null_is_no_mistake(table: Table) -> None:
     check({"something": object()}, table, "f.json")
-    check(json.loads('{"class_names": null, "mean": null, "val_accuracy": null, "regularizer": null}'), table, "f.json")
+    check(json.loads('{"class_names": null, "mean": null, "val": null, "regularizer": null}'), table, "f.json")

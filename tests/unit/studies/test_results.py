@@ -1,0 +1,51 @@
+"""What is read of runs, of any task and of earlier versions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lqkd.studies.results import Run, metric_of, read
+from lqkd.studies.statistics import summarize
+from lqkd.studies.tables import cells, heading, note
+
+OLD = {
+    "val_accuracy": 0.9,
+    "test_accuracy": 0.88,
+    "teacher_accuracy": 0.97,
+    "student_float_accuracy": 0.95,
+    "student_initial_quantized_accuracy": 0.4,
+}
+
+
+def test_a_summary_that_an_earlier_version_wrote_is_read_as_one_of_accuracies(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(OLD))
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/acc\n0,1,0.8\n")
+    run = read(tmp_path, "a", 0)
+    assert (run.metric, run.mode) == ("val/acc", "max")
+    assert (run.best, run.last, run.test) == (0.9, 0.8, 0.88)
+    assert [run.summary[key] for key in ("teacher", "student_float", "student_start")] == [0.97, 0.95, 0.4]
+    assert heading([run]) == "accuracy in %"
+
+
+def errors(variant: str, seed: int, error: float) -> Run:
+    summary = {"metric": "val/mae", "mode": "min", "val": error, "test": error + 1, "teacher": 2.0}
+    return Run(variant, seed, "finished", "", Path(), summary, {"val/mae": [(1, error), (2, error + 0.125)]})
+
+
+def test_values_of_another_metric_are_no_percentages() -> None:
+    runs = [errors("a", 0, 12.5), errors("b", 0, 12.0)]
+    assert metric_of(runs) == ("val/mae", "min")
+    assert heading(runs) == "mae (less is better)"
+    assert note(runs).startswith("Mae (less is better), mean and standard deviation")
+    first, second, teacher = cells(runs, summarize(runs, "a"), "a")
+    assert first[:5] == ["a", "12.5", "baseline", "12.62", "baseline"]
+    assert second[1:3] == ["12", "-0.5"]
+    assert teacher[5] == "2"
+
+
+@pytest.mark.parametrize(("runs", "expected"), [([], "val/acc"), ([Run("a", 0, "failed", "", Path())], "val/acc")])
+def test_without_a_summary_it_is_the_accuracy(runs: list[Run], expected: str) -> None:
+    assert metric_of(runs)[0] == expected
