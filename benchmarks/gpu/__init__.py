@@ -35,8 +35,8 @@ trainings that are finished are not done again, and trainings that were cut go o
 
 The images are unpacked into ``$LQKD_CACHE``, else ``~/.cache/lqkd``, once a machine.
 
-**What comes back** is DIR: tables of a few kilobytes, ``runs/NAME.json`` with the curve of each training, ``weights`` of
-float trainings (1 MB each) and ``states`` of those that were cut (2 MB each), which a next visit needs to go on.
+**What comes back** is DIR: tables of a few kilobytes, ``runs/NAME.json`` with the curve of each training, ``weights``
+of float trainings (1 MB each) and ``states`` of those that were cut (2 MB each), which a next visit needs to go on.
 ``tar cf DIR.tar DIR`` where few files travel. Give the command two minutes less than the stay has: it ends within
 ``--minutes``, but starting and copying count as well.
 
