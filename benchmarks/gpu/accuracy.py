@@ -95,12 +95,6 @@ def result_file(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.name}.json"
 
 
-def failed(out: Path, run: Run) -> bool:
-    """Whether the run is recorded as having failed."""
-    path = result_file(out, run)
-    return path.exists() and "test_accuracy" not in json.loads(path.read_text(encoding="utf-8"))
-
-
 def tabulate(out: Path) -> None:
     """Make accuracy.csv of all results."""
     found = [result_file(out, run) for run in runs() if result_file(out, run).exists()]
@@ -111,9 +105,9 @@ def tabulate(out: Path) -> None:
             table.add({key: value for key, value in row.items() if key != "curve"})
 
 
-def pending(out: Path) -> list[Run]:
+def pending(out: Path, settings: Settings) -> list[Run]:
     """The runs that have no result and whose float weights are there, the most valuable first."""
-    open_ = [run for run in runs() if not result_file(out, run).exists()]
+    open_ = [run for run in runs(settings.seeds) if not result_file(out, run).exists()]
     return [run for run in open_ if run.needs is None or (out / "weights" / f"{run.needs.name}.safetensors").exists()]
 
 
@@ -124,7 +118,7 @@ def side_by_side(place: Place, clock: Clock) -> None:
     """
     keeper = Keeper(place, clock)
     bound = len(runs())
-    while (waiting := pending(place.out)) and clock.left() > 0:
+    while (waiting := pending(place.out, place.settings)) and clock.left() > 0:
         steps = place.feed(waiting[0]).steps * place.settings.scaled_epochs
         way = best_way(place.out, steps, clock.left(), processes=False)
         wave: list[Training] = []
@@ -147,12 +141,13 @@ def side_by_side(place: Place, clock: Clock) -> None:
                 training.save(place.state(training.run))
 
 
-def processes(out: Path, data: Path, way: Way, clock: Clock) -> None:
+def processes(place: Place, way: Way, clock: Clock) -> None:
     """Train each run in a process of its own, as many at once as is fastest."""
+    out, data = place.out, place.data
     working: dict[str, subprocess.Popen[bytes]] = {}
     while clock.left() > 0:
         working = {name: process for name, process in working.items() if process.poll() is None}
-        waiting = [run for run in pending(out) if run.name not in working]
+        waiting = [run for run in pending(out, place.settings) if run.name not in working]
         if not waiting and not working:
             break
         for run in waiting[: way.runs - len(working)]:
@@ -186,9 +181,9 @@ def main() -> None:
             training.save(place.state(run))
         return
     way = best_way(out, None, clock.left())
-    print(f"{len(pending(out))} of {len(runs())} runs can begin, {way.runs} at once in {way.name}", flush=True)
+    print(f"{len(pending(out, settings))} runs can begin, {way.runs} at once in {way.name}", flush=True)
     if way.name == "processes":
-        processes(out, data, way, clock)
+        processes(place, way, clock)
     else:
         side_by_side(place, clock)
 

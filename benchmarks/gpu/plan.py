@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lqkd.utils.files import write_json
 EPOCHS = 200
 BATCH = 128
 METHODS = ("hints", "kl", "task")
+SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ class Run:
         return Run(self.data, "float", "task", 0)
 
 
-def runs() -> list[Run]:
+def runs(seeds: Sequence[int] = SEEDS) -> list[Run]:
     """Every training, the most valuable first, so that whatever a visit has no time for costs the least.
 
     At two bits the ways to distil differ most, and CIFAR-10 has published numbers for every width; one seed of each
     comparison comes before a second one of any.
+
+    Args:
+        seeds: the first of them 0.
     """
     first = [
         Run("cifar10", "w2a2", "hints", 0),
@@ -69,7 +74,7 @@ def runs() -> list[Run]:
         ("cifar100", "w2a2"),
     ]
     rest = [Run(data, bits, method, seed) for seed in (0, 1) for data, bits in comparisons for method in METHODS]
-    floats = [Run("cifar10", "float", "task", 1)]
+    floats = [Run("cifar10", "float", "task", seed) for seed in seeds]
     return list(dict.fromkeys([*first, *rest, *floats]))
 
 
@@ -96,6 +101,10 @@ class Settings:
     @property
     def batch(self) -> int:
         return BATCH if self.whole else 4
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return SEEDS if self.whole else SEEDS[:1]
 
     @property
     def steps_per_epoch(self) -> int | None:
