@@ -136,6 +136,8 @@ class Training:
         """
         if any(quantizer.progress != progress for quantizer in self._followers):
             self._graph = None
+            # One eager step first: a new constant cannot come to the device while a graph is captured.
+            self._eager_steps = min(self._eager_steps, EAGER_STEPS - 1)
         for quantizer in self._followers:
             quantizer.progress = progress
 

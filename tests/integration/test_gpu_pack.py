@@ -108,7 +108,8 @@ def test_a_training_that_is_cut_ends_with_the_same_bits(place: Place, run: Run) 
     assert followed == ({0.5} if run.bits == "w1a1" else set())  # when the second of two epochs began
 
 
-def test_trainings_beside_each_other_learn_what_each_learns_alone(place: Place) -> None:
+def test_trainings_beside_each_other_learn_what_each_learns_alone(data: Path, tmp_path: Path) -> None:
+    place = Place(data, tmp_path, Settings(scale=0.001), torch.device("cpu"))
     alone = [place.training(run) for run in (KL, TASK)]
     for training in alone:
         train([training], place, Clock(600))
