@@ -12,7 +12,8 @@ It runs, in this order, and writes each result as soon as it exists:
 
 A stage that fails or takes too long is recorded in ``stages.json`` and does not stop the next one; its output is in
 ``STAGE.log``. The same command with the same folder goes on where it was: tests that passed, rows that are there and
-trainings that are finished are not done again, and trainings that were cut go on from ``states``.
+trainings that are finished are not done again, what failed is tried again, and trainings that were cut go on from
+``states``.
 
 **What to bring**, for a machine without a network:
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.gpu
-from benchmarks.gpu.plan import EPOCHS, Settings
+from benchmarks.gpu.plan import EPOCHS, UNFINISHED, Settings
 from lqkd.errors import UsageError
 from lqkd.utils.files import write_json
 
+STATUS = {0: "done", UNFINISHED: "unfinished"}
+"""By the exit status of a stage."""
 GRACE = 5.0
 """Seconds that a stage may take beyond its limit before it is killed."""
 
@@ -100,7 +102,7 @@ class Visit:
             reading.start()
             try:
                 process.wait(limit + GRACE)
-                status = "done" if process.returncode == 0 else f"failed with status {process.returncode}"
+                status = STATUS.get(process.returncode, f"failed with status {process.returncode}")
             except subprocess.TimeoutExpired:
                 status = "took too long"
             finally:
@@ -155,6 +157,7 @@ def main() -> int:
         Settings(arguments.scale, arguments.epochs).keep(arguments.out)
     except UsageError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that stages are ended, too
     visit = Visit(arguments.out.resolve(), arguments.data, 60 * arguments.minutes)
     return 0 if visit.run() else 1
 

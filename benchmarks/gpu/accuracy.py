@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.data import data_folder
-from benchmarks.gpu.plan import Run, Settings, runs, settings_of, stage_parser
+from benchmarks.gpu.plan import UNFINISHED, Run, Settings, runs, settings_of, stage_parser
 from benchmarks.gpu.recipes import BALANCES
-from benchmarks.gpu.results import Clock, Table, device, machine, why
+from benchmarks.gpu.results import FAILED, Clock, Table, device, is_failure, machine, why
 from benchmarks.gpu.training import Place, Training, train
 from benchmarks.gpu.ways import Way, best_way
 from lqkd.utils.files import write_json, write_safetensors
@@ -82,7 +82,7 @@ class Keeper:
 
     def fail(self, run: Run, reason: str) -> None:
         """Keep that a run has no result."""
-        self._write(run, {"note": f"failed: {reason}"})
+        self._write(run, {"note": f"{FAILED}{reason}"})
 
     def _write(self, run: Run, result: dict[str, Any]) -> None:
         columns = {"run": run.name, "data": run.data, "bits": run.bits, "method": run.method, "seed": run.seed}
@@ -99,10 +99,18 @@ def tabulate(out: Path) -> None:
     """Make accuracy.csv of all results."""
     found = [result_file(out, run) for run in runs() if result_file(out, run).exists()]
     table = Table(out / "accuracy.csv", "run")
+    known = {row["run"]: row["note"] for row in table.rows}
     for path in found:
         row = json.loads(path.read_text(encoding="utf-8"))
-        if not table.has(row["run"]):
+        if known.get(row["run"]) != row["note"]:
             table.add({key: value for key, value in row.items() if key != "curve"})
+
+
+def forget_failures(out: Path) -> None:
+    """Let the runs that failed on an earlier visit be tried again."""
+    for path in (result_file(out, run) for run in runs()):
+        if path.exists() and is_failure(json.loads(path.read_text(encoding="utf-8"))):
+            path.unlink()
 
 
 def pending(out: Path, settings: Settings) -> list[Run]:
@@ -160,7 +168,7 @@ def processes(place: Place, way: Way, clock: Clock) -> None:
     tabulate(out)
 
 
-def main() -> None:
+def main() -> int:
     parser = stage_parser(__doc__ or "")
     parser.add_argument("--only", help="name of the one run to train, by itself")
     arguments = parser.parse_args()
@@ -179,14 +187,18 @@ def main() -> None:
             raise
         if not training.done and not training.diverged:
             training.save(place.state(run))
-        return
+        return 0
+    forget_failures(out)
     way = best_way(out, None, clock.left())
     print(f"{len(pending(out, settings))} runs can begin, {way.runs} at once in {way.name}", flush=True)
     if way.name == "processes":
         processes(place, way, clock)
     else:
         side_by_side(place, clock)
+    results = [result_file(out, run) for run in runs(settings.seeds)]
+    done = all(path.exists() and not is_failure(json.loads(path.read_text(encoding="utf-8"))) for path in results)
+    return 0 if done else UNFINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

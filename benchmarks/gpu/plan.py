@@ -16,6 +16,8 @@ EPOCHS = 200
 BATCH = 128
 METHODS = ("hints", "kl", "task")
 SEEDS = (0, 1)
+UNFINISHED = 75
+"""Exit status of a stage that has more to do, for a later visit."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import torch
 
 from lqkd.utils.files import atomic_path
 
+FAILED = "failed: "
+"""What the note of a row begins with where something went wrong."""
+
 
 class Table:
     """A CSV file, written anew (beside, then renamed) with each row.
@@ -30,8 +33,8 @@ class Table:
                 self.rows = list(csv.DictReader(stream))
 
     def has(self, *values: Any) -> bool:
-        """Whether there is a row with these values of the key."""
-        return any(self._key(row) == tuple(map(str, values)) for row in self.rows)
+        """Whether there is a row with these values of the key, and not of a failure, which is tried again."""
+        return any(self._key(row) == tuple(map(str, values)) and not is_failure(row) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, in the place of one with the same key."""
@@ -45,6 +48,11 @@ class Table:
 
     def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(name, "")) for name in self.key)
+
+
+def is_failure(row: dict[str, Any]) -> bool:
+    """Whether a row says that something went wrong."""
+    return str(row.get("note", "")).startswith(FAILED)
 
 
 class Clock:

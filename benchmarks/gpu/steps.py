@@ -7,6 +7,7 @@ from a cache. Linear layers of 1024 at W4A8 are compared with torchao, which tra
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import distill_step, qat_step
-from benchmarks.gpu.plan import BATCH, settings_of, stage_parser
-from benchmarks.gpu.results import Clock, Table, device, machine, synchronize, why
+from benchmarks.gpu.plan import BATCH, UNFINISHED, settings_of, stage_parser
+from benchmarks.gpu.results import FAILED, Clock, Table, device, machine, synchronize, why
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from lqkd.teachers.cache import TeacherCache
 
@@ -162,13 +163,14 @@ def measure(step: Step, rounds: int, steps: int) -> tuple[float, float]:
     return 1000 * statistics.median(times[1:]), 1000 * first
 
 
-def main() -> None:
+def main() -> int:
     arguments = stage_parser(__doc__ or "").parse_args()
     clock, settings, target = Clock(arguments.seconds), settings_of(arguments.out), device()
     table = Table(arguments.out / "steps.csv", "step", "how")
     rounds, steps = (5, 20) if settings.whole else (1, 1)
     with tempfile.TemporaryDirectory() as folder:
-        for (name, how), make in contestants(BATCH if settings.whole else 4, target, folder).items():
+        made = contestants(BATCH if settings.whole else 4, target, folder)
+        for (name, how), make in made.items():
             if table.has(name, how) or clock.left() < 0:
                 continue
             row: dict[str, Any] = {
@@ -187,9 +189,10 @@ def main() -> None:
             except ImportError as error:
                 row["note"] = f"left out: {why(error)}"
             except Exception as error:
-                row["note"] = f"failed: {why(error)}"
+                row["note"] = f"{FAILED}{why(error)}"
             table.add(row | machine())
+    return 0 if all(table.has(*key) for key in made) else UNFINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

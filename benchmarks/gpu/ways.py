@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.data import data_folder
-from benchmarks.gpu.plan import Run, settings_of, stage_parser
-from benchmarks.gpu.results import Clock, Table, device, machine, synchronize, why
+from benchmarks.gpu.plan import UNFINISHED, Run, settings_of, stage_parser
+from benchmarks.gpu.results import FAILED, Clock, Table, device, machine, synchronize, why
 from benchmarks.gpu.training import CHUNK, EAGER_STEPS, Place, Training
 from lqkd.data import Batch
 
@@ -125,7 +125,7 @@ def child(place: Place, seconds: float) -> None:
     print(rate([training], batch, seconds), flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = stage_parser(__doc__ or "")
     parser.add_argument("--child", action="store_true", help="be one of several processes that are measured")
     arguments = parser.parse_args()
@@ -134,24 +134,25 @@ def main() -> None:
     place = Place(data, out, settings, device())
     if arguments.child:
         child(place, arguments.seconds)
-        return
+        return 0
     table = Table(out / "ways.csv", "way", "runs")
     seconds = 3.0 if settings.whole else 0.0
-    for name, counts in (COUNTS if settings.whole else COUNTS_OF_REHEARSAL).items():
-        for count in counts:
-            if table.has(name, count) or clock.left() < 4 * seconds:
-                continue
-            found, note = 0.0, ""
-            try:
-                if name == PROCESSES:
-                    found = in_processes(out, data, count, seconds, clock.left())
-                else:
-                    found, note = in_one_process(place, count, name == STREAMS, seconds)
-            except Exception as error:
-                note = f"failed: {why(error)}"
-            told = round(found, 2) if found else ""
-            table.add({"way": name, "runs": count, "steps_per_second": told, "note": note} | machine())
+    wanted = [(name, n) for name, counts in (COUNTS if settings.whole else COUNTS_OF_REHEARSAL).items() for n in counts]
+    for name, count in wanted:
+        if table.has(name, count) or clock.left() < 4 * seconds:
+            continue
+        found, note = 0.0, ""
+        try:
+            if name == PROCESSES:
+                found = in_processes(out, data, count, seconds, clock.left())
+            else:
+                found, note = in_one_process(place, count, name == STREAMS, seconds)
+        except Exception as error:
+            note = f"{FAILED}{why(error)}"
+        told = round(found, 2) if found else ""
+        table.add({"way": name, "runs": count, "steps_per_second": told, "note": note} | machine())
+    return 0 if all(table.has(*key) for key in wanted) else UNFINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
