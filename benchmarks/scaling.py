@@ -95,6 +95,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def measure(axis: str, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     """A row for each size of an axis."""
+    step_of(axis, sizes[0])()  # compiles kernels
     made = {size: seconds(lambda size=size: step_of(axis, size)) for size in sizes}  # type: ignore[misc]
     for _, step in made.values():
         step()
