@@ -44,7 +44,7 @@ TARGETS = {"lqkd, live teacher": 0.85, "lqkd, cached teacher": 0.62}
 
 def naive_step(images: Tensor, labels: Tensor, memory_format: torch.memory_format) -> Callable[[], None]:
     torch.manual_seed(0)
-    teacher, student = (CifarResNet(depth).to(memory_format=memory_format) for depth in (56, 20))
+    teacher, student = (CifarResNet(depth).to(memory_format=memory_format).to(images.device) for depth in (56, 20))
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
     temperature = 4.0
@@ -66,7 +66,7 @@ def lqkd_step(
 ) -> Callable[[], None]:
     """One training step, as DistillModule takes it, without Lightning around it."""
     torch.manual_seed(0)
-    indices = torch.arange(len(labels))
+    indices = torch.arange(len(labels), device=labels.device)
     module = DistillModule(
         FrozenTeacher(CifarResNet(56)),
         CifarResNet(20),
@@ -75,7 +75,7 @@ def lqkd_step(
         balance=BoundedUncertaintyBalance(),
         channels_last=channels_last,
         teacher_cache=cache,
-    )
+    ).to(images.device)
     module.distillation.connect({"distill": ([(1, 10)], [(1, 10)])})
     initialize_quantizers(module.student, images, batch_statistics=True)
     (teacher,) = module.teachers()

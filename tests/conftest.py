@@ -25,9 +25,9 @@ from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher
 from tests.forked import Forks, forks
-from tests.skips import pytest_sessionfinish, pytest_terminal_summary
+from tests.skips import pytest_runtest_setup, pytest_sessionfinish, pytest_terminal_summary
 
-__all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
+__all__ = ["pytest_runtest_setup", "pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
 
 # Compiling takes longer than these networks' training, for the same bits; see the fixture compiled_kernels.
 os.environ.setdefault("LQKD_COMPILE", "0")

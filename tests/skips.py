@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 
+NO_GPU = "there is no CUDA device"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 ACCEPTED = {
     "LQKD_DATA is not set": lambda: "LQKD_DATA" not in os.environ,  # data sets and weights are in no repository
+    NO_GPU: lambda: not _has_gpu(),  # which no package brings; benchmarks.gpu runs these tests where there is one
 }
 """The reason of a skip, and when it is good enough. All else that a machine may lack ``.ci/run`` installs."""
 
@@ -23,6 +33,11 @@ def _refused(terminal: Any) -> list[str]:
     reports = terminal.stats.get("skipped", [])
     skipped = [(report.nodeid, report.longrepr[2].removeprefix("Skipped: ")) for report in reports]
     return [f"{name}: {reason}" for name, reason in skipped if not ACCEPTED.get(reason, lambda: False)()]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not _has_gpu():
+        pytest.skip(NO_GPU)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

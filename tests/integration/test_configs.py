@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,14 @@ def test_a_config_for_many_devices_can_be_added_to_another(config: Path, tmp_pat
 @pytest.mark.parametrize("config", WHOLE + ADDED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_says_how_to_run_it(config: Path) -> None:
     assert f"--config configs/{config.relative_to(CONFIGS)}" in config.read_text()
+
+
+FULL = sorted(CONFIGS.glob("*/full/*.yaml"))
+"""Whole trainings, to be held against the literature."""
+
+
+@pytest.mark.parametrize("config", FULL, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_whole_training_says_what_it_has_to_beat_and_what_it_reached(config: Path) -> None:
+    text = config.read_text()
+    assert re.search(r"^# To beat: (\d+\.\d+ %, [^(]+\([^)]+\)|no published number known to us\.)", text, re.MULTILINE)
+    assert re.search(r"^# Reached: (not yet run\.|\d+\.\d+ %)", text, re.MULTILINE)

@@ -43,3 +43,10 @@ def test_a_skip_is_none_of_ones_own_machine(tmp_path: Path) -> None:
 def test_real_data_may_be_missing_where_no_folder_of_it_is_named(tmp_path: Path) -> None:
     assert run(tmp_path, A_SKIP.format("LQKD_DATA is not set"), CI="true")[0] == 0
     assert run(tmp_path, A_SKIP.format("LQKD_DATA is not set"), CI="true", LQKD_DATA="nowhere")[0] == 1
+
+
+def test_what_needs_a_gpu_is_skipped_without_one_in_ci_too(tmp_path: Path) -> None:
+    needs_one = "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    assert False\n"
+    status, output = run(tmp_path, needs_one, "-rs", CI="true", CUDA_VISIBLE_DEVICES="")
+    assert status == 0
+    assert "there is no CUDA device" in output
