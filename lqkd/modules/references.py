@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from lqkd.data.reading import apart, first_batch
 from lqkd.errors import UsageError
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
@@ -37,9 +41,9 @@ def measure(
 ) -> dict[str, float | None]:
     """Check the teacher on the validation split, then measure teacher and student on the test split.
 
-    The test split selects nothing: its numbers are only reported. A DataModule without one has its validation split
-    stand in for it; without a DataModule nothing is measured and all values are None. What is not done is told in one
-    line, which ``module.warnings`` keeps. Samples without a label (negative) are left out.
+    The test split selects nothing: its numbers are only reported. Where there is none, as with DataLoaders alone, the
+    validation split stands in for it; without any of both all values are None. What is not done is told in one line,
+    which ``module.warnings`` keeps. Samples without a label (negative) are left out.
 
     A student without ``student_weights`` that is no better than chance before quantization has not been trained: there
     is no ``student_float`` of it.
@@ -56,15 +60,15 @@ def measure(
     """
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
-    if data is None:
-        warn(module, f"{UNCHECKED}, and nothing was measured before the training: there is no DataModule")
+    validation = (validation_of(module), trainer.limit_val_batches)
+    if data is None and not _count(*validation):
+        warn(module, f"{UNCHECKED}, and nothing was measured before the training: there is no validation data")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
-    validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
     for name in module.judged:
         on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
         _check_teacher(module, name, *on_validation, _count(*validation))
-    test = loader_of(data, "test_dataloader")
+    test = None if data is None else loader_of(data, "test_dataloader")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
@@ -95,9 +99,26 @@ def loader_of(data: Any, hook: str) -> Any:
     return getattr(data, hook)() if is_overridden(hook, data, LightningDataModule) else None
 
 
+def validation_of(module: Distilling) -> Any:
+    """The validation DataLoader, of the DataModule or handed to the Trainer; None where there is none.
+
+    Of several that were handed to the Trainer it is the first.
+    """
+    trainer: Any = module.trainer
+    if trainer.datamodule is not None:
+        return loader_of(trainer.datamodule, "val_dataloader")
+    loaders = trainer.val_dataloaders if trainer.enable_validation else None  # on_fit_start has set them up
+    while isinstance(loaders, (list, tuple, dict)):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
+    return loaders
+
+
 def _count(loader: Any, limit: float) -> int:
-    """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float)."""
-    if loader is None:
+    """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float).
+
+    Of a loader without a length a part is not known: none, but for a number.
+    """
+    if loader is None or not (isinstance(limit, int) or sized_len(loader)):
         return 0
     return limit if isinstance(limit, int) else int(len(loader) * limit)
 
@@ -124,9 +145,20 @@ def _of_teacher(
     return known[name], known[largest]
 
 
+def _chance(module: Distilling) -> float:
+    """What an untrained network may reach, of as many classes as the DataModule has, or else the teacher's rows."""
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    if data is None and module.task.predicts_classes and (batch := first_batch(validation_of(module), "validation")):
+        batch = module.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        given = module.passes.teacher_inputs(batch, module.inputs(batch))
+        (seen, *_) = module.passes.ask_teachers(given).values()
+        data = SimpleNamespace(class_names=range(module.task.rows(seen.output, batch).logits.shape[1]))
+    return module.task.chance(data)
+
+
 def _is_chance(module: Distilling, found: float | None) -> bool:
     """Whether a student that was given no weights answers like one that has not been trained."""
-    chance = module.task.chance(module.trainer.datamodule)  # type: ignore[attr-defined]
+    chance = _chance(module)
     untrained = module.hparams.get("student_weights") is None  # unless its class brings weights of its own
     return found is not None and untrained and module.task.better(chance, found)
 
@@ -159,7 +191,7 @@ def _check_teacher(
         warn(module, f"{UNCHECKED}: there is no validation data")
         return
     task, minimum = module.task, module.judged[name].minimum_accuracy
-    floor = task.chance(module.trainer.datamodule) if minimum is None else minimum  # type: ignore[attr-defined]
+    floor = _chance(module) if minimum is None else minimum
     advice, does = "check its weights, normalisation (mean, std) and class order", task.described(measured)
     if task.better(floor, measured):
         raise UsageError(
@@ -195,8 +227,14 @@ def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) 
     counted: dict[str, Metric | MetricCollection] = {task.metric: task.metrics()[task.metric]}
     counted |= {} if constant is None else {_CONSTANT: constant}
     metrics = MetricCollection(counted, compute_groups=False).to(module.device)
-    with evaluating(network), in_stage(trainer, RunningStage.TESTING), trainer.precision_plugin.forward_context():
-        taken = islice(loader, batches)
+    with (
+        evaluating(network),
+        in_stage(trainer, RunningStage.TESTING),
+        trainer.precision_plugin.forward_context(),
+        # A DataModule's loader may draw random numbers, as it always has.
+        apart(loader) if trainer.datamodule is None else nullcontext(loader) as own,  # type: ignore[attr-defined]
+    ):
+        taken = islice(own, batches)
         if trainer.is_global_zero:
             taken = track(taken, "measuring before the first step", batches)  # type: ignore[assignment]
         for of_loader in taken:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lqkd.modules.distilling import Distilling
-from lqkd.modules.references import loader_of, value_of
+from lqkd.modules.references import validation_of, value_of
 from lqkd.modules.terms import teacher_label
 from lqkd.tasks.values import shown
 from lqkd.teachers import FrozenTeacher
@@ -45,16 +44,15 @@ def _bf16(module: Distilling, teacher: FrozenTeacher, untouched: Collection[str]
     wanted = bool(module.trainer.strategy.broadcast(teacher.wants_bf16(module.device)))
     if not wanted or teacher.precision == "bf16":
         return wanted
-    data: Any = getattr(module.trainer, "datamodule", None)
     limit = module.trainer.limit_val_batches
-    loader = None if data is None else loader_of(data, "val_dataloader")
+    loader = validation_of(module)
     if loader is None or getattr(module.trainer, "fast_dev_run", False) or limit == 0:
         rank_zero_info(f"the {name} stays in fp32: there are no validation images to check bf16 with")
         return False
     teacher.accelerate(bf16=False, untouched=untouched)
     before, _ = value_of(module, teacher, loader, limit)
     teacher.accelerate(bf16=True, untouched=untouched)
-    after, _ = value_of(module, teacher, data.val_dataloader(), limit)
+    after, _ = value_of(module, teacher, validation_of(module), limit)
     if before is None or after is None:  # no sample has a label, which measure() refuses
         return False
     moved, metric = abs(after - before), module.task.monitor

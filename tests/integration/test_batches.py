@@ -375,10 +375,29 @@ def test_looking_ahead_at_few_labels_is_looking_at_their_samples() -> None:
 # ---- what is not done is said
 
 
-def test_without_a_data_module_it_is_said_that_the_teacher_was_not_checked(make_trainer: MakeTrainer) -> None:
-    module = distiller()
-    with pytest.warns(UserWarning, match="the teacher was not checked, and no accuracy .* there is no DataModule"):
+def test_an_untrained_teacher_is_refused_with_loaders_alone(make_trainer: MakeTrainer) -> None:
+    module = distiller(teacher=FrozenTeacher(network(14)))
+    with pytest.raises(UsageError, match=r"the teacher is right on .*minimum_accuracy=0.15"):
         make_trainer().fit(module, loader(), loader())
+
+
+def test_loaders_alone_give_the_references_of_their_validation_data(make_trainer: MakeTrainer) -> None:
+    """And reading them before the training draws no random number of it."""
+    seen = []
+    for validation in (loader(), None):
+        module, recorder = distiller(), Recorder(lambda trainer, module: torch.rand(()).item())
+        make_trainer(callbacks=[recorder], limit_val_batches=None if validation else 0).fit(
+            module, loader(), validation
+        )
+        seen.append((module.references["teacher"] is not None, recorder.seen))
+    assert [known for known, _ in seen] == [True, False]
+    assert seen[0][1] == seen[1][1]
+
+
+def test_without_a_validation_loader_it_is_said_that_the_teacher_was_not_checked(make_trainer: MakeTrainer) -> None:
+    module = distiller()
+    with pytest.warns(UserWarning, match="the teacher was not checked, and nothing .* there is no validation data"):
+        make_trainer().fit(module, loader())
     assert ["the teacher was not checked" in sentence for sentence in module.warnings] == [True]
 
 
