@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse._parameter_resolvers import get_signature_parameters  # what LightningCLI itself builds settings from
 
 KINDS: list[tuple[str, str, str, str]] = [
-    ("Training: `model`", "lqkd.modules", "ImageClassifier", "lqkd.modules.base"),
+    ("Training: `model`", "lqkd.modules", "TaskModule", "lqkd.modules.base"),
     ("Teachers: `model.init_args.teacher`", "lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
     ("Tasks: `task`", "lqkd.tasks", "Task", "lqkd.tasks"),
     ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", ""),

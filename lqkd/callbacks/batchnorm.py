@@ -13,7 +13,7 @@ from lqkd.callbacks.finishing import Finisher
 from lqkd.callbacks.progress import below_the_bar
 from lqkd.data.reading import apart
 from lqkd.errors import UsageError
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.stages import in_stage
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 
@@ -46,7 +46,7 @@ class BatchNormReestimation(Finisher):
         if stage == "fit":
             refuse_validation_within_epochs(trainer, type(self).__name__)
 
-    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish(self, trainer: Trainer, module: TaskModule) -> None:
         network = module.product()
         with apart(trainer.train_dataloader) as loader, in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite

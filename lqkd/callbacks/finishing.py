@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 
 
 class Finisher(Callback, ABC):
@@ -28,22 +28,22 @@ class Finisher(Callback, ABC):
     _finished: int | None = None  # global step: nothing has moved since, as long as it is the present one
 
     @abstractmethod
-    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish(self, trainer: Trainer, module: TaskModule) -> None:
         """Change ``module.product()``, between two batches; on all processes."""
 
-    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish_copy(self, trainer: Trainer, module: TaskModule) -> None:
         """Change ``module.product()`` for a file, while an epoch is being read; it gets its own tensors back."""
         self.finish(trainer, module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, ImageClassifier):
+        if not isinstance(pl_module, TaskModule):
             raise UsageError(f"{type(self).__name__} needs a module of lqkd: {type(pl_module).__name__} is none")
         self._finished = None
         if stage == "fit":
             pl_module.finish_saved(_Copies())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(pl_module, ImageClassifier):
+        if isinstance(pl_module, TaskModule):
             pl_module.finish_saved(None)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +55,7 @@ class Finisher(Callback, ABC):
 
 
 def _finish(trainer: Trainer, module: LightningModule) -> None:
-    assert isinstance(module, ImageClassifier), "setup refuses others"
+    assert isinstance(module, TaskModule), "setup refuses others"
     for finisher in _due(trainer):
         finisher._finished = trainer.global_step
         finisher.finish(trainer, module)
@@ -75,7 +75,7 @@ class _Copies:
         self._of: tuple[int, ...] = ()  # the step and the state of the network that was finished last
         self._changed: dict[str, Tensor] = {}
 
-    def __call__(self, module: ImageClassifier) -> dict[str, Tensor]:
+    def __call__(self, module: TaskModule) -> dict[str, Tensor]:
         """Those tensors of ``module.product()`` that finishing changes, by name; the network itself stays as it is.
 
         All processes call this together. Several files of one step cost no more than one.
@@ -91,7 +91,7 @@ class _Copies:
             self._of = _moment(trainer, state)
         return self._changed
 
-    def _finish(self, due: list[Finisher], module: ImageClassifier, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _finish(self, due: list[Finisher], module: TaskModule, state: dict[str, Tensor]) -> dict[str, Tensor]:
         before = {key: tensor.clone() for key, tensor in state.items()}
         try:
             for finisher in due:

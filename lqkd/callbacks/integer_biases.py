@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lqkd.callbacks.finishing import Finisher
 from lqkd.errors import UsageError
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners, integer_biases
 
@@ -39,7 +39,7 @@ class IntegerBiases(Finisher):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        assert isinstance(pl_module, ImageClassifier), "setup of all finishers refuses others"
+        assert isinstance(pl_module, TaskModule), "setup of all finishers refuses others"
         try:
             self._folded = foldable(pl_module.product()).folded
         except UsageError as error:
@@ -51,7 +51,7 @@ class IntegerBiases(Finisher):
             )
 
     @torch.no_grad()
-    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish(self, trainer: Trainer, module: TaskModule) -> None:
         network = module.product()
         # Statistics of batch norm may differ between processes; the first one's are saved.
         values: dict[str, Any] = trainer.strategy.broadcast(integer_biases(network, self._folded))

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lqkd.callbacks.batchnorm import BatchNormReestimation, refuse_validation_within_epochs
 from lqkd.callbacks.finishing import Finisher
 from lqkd.errors import UsageError
-from lqkd.modules.base import AVERAGED, ImageClassifier
+from lqkd.modules.base import AVERAGED, TaskModule
 from lqkd.quantization import quantizers
 
 _KEY = "weight_ema"
@@ -58,7 +58,7 @@ class WeightEMA(Finisher):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        assert isinstance(pl_module, ImageClassifier), "setup of all finishers refuses others"
+        assert isinstance(pl_module, TaskModule), "setup of all finishers refuses others"
         pl_module.keep_average(None)
         self._average = deepcopy(pl_module.trained()).eval().requires_grad_(False)
         self._updates = self._step = 0
@@ -76,12 +76,12 @@ class WeightEMA(Finisher):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._update(trainer, pl_module)  # only now: every callback is done with the step before
 
-    def finish(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish(self, trainer: Trainer, module: TaskModule) -> None:
         self._update(trainer, module)
         if self._statistics is not None:
             self._statistics.finish(trainer, module)
 
-    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish_copy(self, trainer: Trainer, module: TaskModule) -> None:
         if self._statistics is not None:
             self._statistics.finish_copy(trainer, module)
 
@@ -89,7 +89,7 @@ class WeightEMA(Finisher):
     def _update(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step == self._step:
             return
-        assert isinstance(module, ImageClassifier)
+        assert isinstance(module, TaskModule)
         assert self._average is not None
         network, average = module.trained(), self._average
         grids = [(quantizer.bits, quantizer.is_ready) for quantizer in quantizers(network).values()]
@@ -105,7 +105,7 @@ class WeightEMA(Finisher):
         self._updates, self._step, self._grids = self._updates + 1, trainer.global_step, grids
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, TaskModule)
         pl_module.trained().load_state_dict(pl_module.product().state_dict())
         pl_module.keep_average(None)
 
@@ -115,7 +115,7 @@ class WeightEMA(Finisher):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if AVERAGED not in checkpoint:  # a test, or a training that has not kept an average until now
             return
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, TaskModule)
         assert self._average is not None
         self._average.load_state_dict(checkpoint[AVERAGED])
         pl_module.keep_average(self._average)

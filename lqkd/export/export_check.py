@@ -11,7 +11,7 @@ from lqkd.errors import first_line
 from lqkd.export import MISSING
 from lqkd.export.deploy import check_deployable
 from lqkd.models.calls import Inputs
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 
 
 class ExportCheck(Callback):
@@ -19,7 +19,7 @@ class ExportCheck(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        inputs = pl_module.example_inputs() if isinstance(pl_module, ImageClassifier) else None
+        inputs = pl_module.example_inputs() if isinstance(pl_module, TaskModule) else None
         if inputs is None or MISSING is not None:
             return
         try:

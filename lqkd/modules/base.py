@@ -33,11 +33,11 @@ AVERAGED = "averaged_weights"
 UNFINISHED = "unfinished"
 """Where a checkpoint keeps those tensors that training goes on from in place of what ``state_dict`` has of them."""
 
-Finish = Callable[["ImageClassifier"], Mapping[str, Tensor]]
+Finish = Callable[["TaskModule"], Mapping[str, Tensor]]
 """Makes tensors of a module's product, by their names, for a file."""
 
 
-class ImageClassifier(LightningModule):
+class TaskModule(LightningModule):
     """Validates, tests and predicts with the network that :meth:`product` names, as its task says.
 
     Logs ``val/NAME`` and ``test/NAME`` of every metric of the task, exact over all ranks.

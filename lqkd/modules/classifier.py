@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lqkd.data.reading import check_collates
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
@@ -21,7 +21,7 @@ from lqkd.tasks import Asked, Inputs, Task
 from lqkd.tasks.trial import enough_samples, refuse_auxiliary, try_network
 
 
-class ClassifierModule(ImageClassifier):
+class ClassifierModule(TaskModule):
     """Trains a network on labels in full precision; the run folder's ``network.safetensors`` holds the result.
 
     Args:

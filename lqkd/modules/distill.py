@@ -18,7 +18,7 @@ from lqkd.balances.equalized_at import AtWeights
 from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.distillation import Distillation, current_names, current_shapes
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
@@ -51,7 +51,7 @@ _STEP_LENGTH_EVERY = 100
 """Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
 
 
-class DistillModule(ImageClassifier):
+class DistillModule(TaskModule):
     """Frozen teachers, quantised student and learnable regularizers, trained by two optimizers in one backward pass.
 
     Each step minimises ``balance(task, term, ...)`` over the student and, in the same backward pass, the regularizers'

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.losses import Losses
 from lqkd.modules.optimizer_checks import GradientsAreThere
@@ -37,7 +37,7 @@ class SharedBackward:
         UsageError: when one of them is out of range.
     """
 
-    def __init__(self, module: ImageClassifier, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
+    def __init__(self, module: TaskModule, gradient_clip_val: float | None, accumulate_grad_batches: int) -> None:
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise UsageError(f"gradient_clip_val={gradient_clip_val!r} is not possible: it must be > 0, or null")
         if accumulate_grad_batches < 1:

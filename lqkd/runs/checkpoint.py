@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lqkd.errors import DivergenceError, UsageError
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.runs import resume_state
 from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.runs.folder import BEST, LAST
@@ -102,7 +102,7 @@ class BestAndLast(ModelCheckpoint):
     def save_soon(self, trainer: Trainer) -> None:
         """Likewise where this process may be killed any moment: first the network as it is, then as files have it."""
         module = trainer.lightning_module
-        if isinstance(module, ImageClassifier) and module.finishes_saved:
+        if isinstance(module, TaskModule) and module.finishes_saved:
             with module.saved_at_once():
                 self.save_resumable(trainer)
         self.save_resumable(trainer)

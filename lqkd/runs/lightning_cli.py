@@ -31,7 +31,7 @@ from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stoppe
 from lqkd.models.finite import not_finite
 from lqkd.models.weight_files import weights_exist
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
@@ -359,7 +359,7 @@ class LqkdCLI(LightningCLI):
             if config.enable_checkpointing is not False:
                 every = self._get(self.config_init, "run").save_every_n_steps
                 folder = self.run_folder / CHECKPOINTS
-                task = self.model.task if isinstance(self.model, ImageClassifier) else Classification()
+                task = self.model.task if isinstance(self.model, TaskModule) else Classification()
                 validates = config.limit_val_batches != 0
                 callbacks.append(BestAndLast(folder, validates, every, task.monitor, task.mode))
         return callbacks
@@ -379,7 +379,7 @@ class LqkdCLI(LightningCLI):
         if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
             _print_summary(self.run_folder)
 
-    def predict(self, model: ImageClassifier, datamodule: LightningDataModule, **kwargs: Any) -> None:
+    def predict(self, model: TaskModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Predict and write ``predictions.csv`` into the run folder of the checkpoint.
 
         Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.quantization import quantizers
 from lqkd.runs.checkpoint_io import read_checkpoint
 from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, resume_command, run_within
@@ -39,7 +39,7 @@ class RunReader(LqkdCLI):
         SystemExit: with status 2, after one line, when the file is no such config.
     """
 
-    model: ImageClassifier
+    model: TaskModule
 
     def __init__(self, config: Path, trained: bool = False) -> None:
         self.trained = trained
@@ -70,7 +70,7 @@ class RunReader(LqkdCLI):
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if not isinstance(self.model, ImageClassifier):
+        if not isinstance(self.model, TaskModule):
             raise UsageError(f"model={type(self.model).__name__} is not possible here: use a DistillModule or another")
         if self.datamodule is None or not is_overridden("val_dataloader", self.datamodule, LightningDataModule):
             raise UsageError("data has no validation split: name a DataModule that holds one out")
@@ -143,10 +143,10 @@ def load_float_weights(network: nn.Module, state: Mapping[str, Tensor], source: 
     network.load_state_dict({key: state[key] for key in own}, strict=False)
 
 
-class _Batches(ImageClassifier):
+class _Batches(TaskModule):
     """Takes batches from a DataModule through a Trainer, preprocessed and on the device, and keeps them."""
 
-    def __init__(self, of: ImageClassifier, train: int, validation: int) -> None:
+    def __init__(self, of: TaskModule, train: int, validation: int) -> None:
         super().__init__(of.task)
         self.network = of.product()
         self.train_batches = train

@@ -18,7 +18,7 @@ from torch import Tensor
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, quantizers, size
 from lqkd.runs.checkpoint import BestAndLast
@@ -89,7 +89,7 @@ class RunSummary(Callback):
         self.images += _samples(pl_module, batch) * trainer.world_size
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, ImageClassifier):
+        if isinstance(pl_module, TaskModule):
             self.values = self._collect(trainer, pl_module)
             self._write(trainer)
             self._write_network(trainer, pl_module)
@@ -109,7 +109,7 @@ class RunSummary(Callback):
             flush_table(trainer)  # first, so that a run that says it is finished has all its metrics
             self._write(trainer)
 
-    def _collect(self, trainer: Trainer, module: ImageClassifier) -> dict[str, Any]:
+    def _collect(self, trainer: Trainer, module: TaskModule) -> dict[str, Any]:
         network = module.product()
         best = self._best_score(trainer, module)
         measured = size(network)
@@ -160,7 +160,7 @@ class RunSummary(Callback):
         write_json(folder / SUMMARY, values)
 
     @rank_zero_only
-    def _write_network(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def _write_network(self, trainer: Trainer, module: TaskModule) -> None:
         folder = run_folder_of(trainer)
         if folder is None:
             return
@@ -182,7 +182,7 @@ class RunSummary(Callback):
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)
 
-    def _best_score(self, trainer: Trainer, module: ImageClassifier) -> float | None:
+    def _best_score(self, trainer: Trainer, module: TaskModule) -> float | None:
         """Of the checkpoint that is the best; without one, of the weights that training ended with."""
         checkpoint = best_checkpoint(trainer)
         score = None if checkpoint is None else checkpoint.best_model_score
@@ -193,7 +193,7 @@ class RunSummary(Callback):
 
 def _samples(module: LightningModule, batch: Any) -> int:
     """Of a training batch."""
-    if isinstance(module, ImageClassifier):
+    if isinstance(module, TaskModule):
         return module.samples_in_batch
     return len(batch if isinstance(batch, Tensor) else batch[0])
 

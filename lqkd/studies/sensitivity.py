@@ -17,7 +17,7 @@ from lqkd.errors import UsageError
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import Asked, heads
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.quantization import (
     Budget,
     Candidate,
@@ -121,7 +121,7 @@ class OfTask(Judge):
     a label do not count.
     """
 
-    def __init__(self, module: ImageClassifier) -> None:
+    def __init__(self, module: TaskModule) -> None:
         self.task, self.metric = module.task, module.task.metric
         self.distance = "KL" if self.task.predicts_classes else "squared difference"
 

@@ -51,6 +51,7 @@ CLASSES = {
         )
     },
     "lqkd.ensemble.TeacherEnsemble": "lqkd.teachers.TeacherEnsemble",
+    "lqkd.modules.base.ImageClassifier": "lqkd.modules.base.TaskModule",
     "lqkd.teacher.FrozenTeacher": "lqkd.teachers.FrozenTeacher",
     **{
         f"lqkd.callbacks.{name}": f"lqkd.runs.{name}"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lqkd.callbacks import BatchNormReestimation, IntegerBiases
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
-from lqkd.modules.base import ImageClassifier
+from lqkd.modules.base import TaskModule
 from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
 from lqkd.quantization.batchnorm import foldable, reestimate_batchnorm
 from lqkd.quantization.biases import integer_biases
@@ -84,7 +84,7 @@ class Counted(BatchNormReestimation):
 
     copies = 0
 
-    def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+    def finish_copy(self, trainer: Trainer, module: TaskModule) -> None:
         self.copies += 1
         super().finish_copy(trainer, module)
 
@@ -163,7 +163,7 @@ def test_a_signal_saves_before_statistics_are_computed_for_which_there_may_be_no
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     class Impatient(BatchNormReestimation):
-        def finish_copy(self, trainer: Trainer, module: ImageClassifier) -> None:
+        def finish_copy(self, trainer: Trainer, module: TaskModule) -> None:
             signal.raise_signal(signal.SIGINT)
 
     class Stopping(Callback):
