@@ -14,6 +14,7 @@ from lqkd.export.runtimes import Kernels
 from lqkd.tasks.values import change_shown, shown
 from lqkd.utils.escaping import code, markdown, terminal
 from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
 
 NAMED = 8
 """Float nodes that the table names; the card names all."""
@@ -136,24 +137,18 @@ def _teacher(settings: dict[str, Any] | None) -> str:
     given = settings.get("init_args", settings)
     if "teachers" in given:
         return f"{len(given['teachers'])} ({given.get('combination')}): {'; '.join(map(_teacher, given['teachers']))}"
+    if not given.keys() & {"network", "class_path"}:  # several by name
+        return "; ".join(f"{code(name)}: {_teacher(one)}" for name, one in given.items())
     network = given.get("network") or {}
     arguments = ", ".join(f"{k}={v}" for k, v in (network.get("init_args") or {}).items() if v is not None)
     weights = f", weights {markdown(given['weights'])}" if given.get("weights") else ""
     return code(f"{str(network.get('class_path')).rpartition('.')[2]}({arguments})") + weights
 
 
-def print_table(summary: Summary, described: dict[str, Any], parity: Parity) -> None:
+def print_card(summary: Summary, described: dict[str, Any], parity: Parity) -> None:
     """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"export to {terminal(summary.path.name)}"), show_header=False)
-    for name, value in rows(summary, described, parity):
-        table.add_row(name, Text(terminal(value)))
-    console = Console()
-    console.print(table)
-    console.print(terminal(f"written to {summary.path}"), soft_wrap=True, markup=False)
+    print_table(f"export to {summary.path.name}", None, rows(summary, described, parity), left=2)
+    print(terminal(f"written to {summary.path}"))
 
 
 def write_card(summary: Summary, described: dict[str, Any], parity: Parity, deployed: Deployed) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report, torch_program
-from lqkd.export.card import Summary, card_path, print_table, write_card
+from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
 from lqkd.export.parity import TEST, VALIDATION, check
@@ -102,7 +102,7 @@ def export(
             temporary.write_bytes(exported.model.SerializeToString())
     weights = size(student)
     summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, found)
-    print_table(summary, described, parity)
+    print_card(summary, described, parity)
     if parity.problem is not None:
         raise ParityError(f"the file fails the comparison and is kept as {target}: {parity.problem}")
     write_card(summary, described, parity, deployed)
@@ -215,7 +215,7 @@ def _about(reader: RunReader, inputs: Inputs) -> dict[str, Any]:
         "class_names": list(getattr(data, "class_names", ())),
         "preprocessing": preprocessing,
         "task": settings.get("task"),
-        "teacher": settings.get("teacher"),
+        "teacher": settings.get("teacher") or settings.get("teachers"),
         "network": settings.get("student", settings.get("network")),
         "data": type(data).__name__,
     }

@@ -19,6 +19,7 @@ from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
 from lqkd.utils.files import write_json
 from lqkd.utils.progress import Progress
+from lqkd.utils.tables import print_table
 
 SUFFIX = ".report.json"
 FLOAT_ONNX = "float32 ONNX"
@@ -103,39 +104,31 @@ def tell(report: dict[str, Any], file: Path) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the layers that cost most and, where measured, the times."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     share = report["bit_operations"] / report["float_bit_operations"]
     operations = f"{report['bit_operations']:.4g} bit operations ({share:.2%} of float)"
-    table = Table(title=f"{report['multiplications']:.4g} MACs, {operations}")
-    for column in ("layer", "bits", "weights", "MACs", "bit operations"):
-        table.add_column(column, justify="left" if column in ("layer", "bits") else "right")
+    rows: list[tuple[str, ...]] = []
     layers = sorted(report["layers"], key=lambda layer: -layer["share"])
     for layer in layers[:SHOWN_LAYERS]:
         bits = "".join(f"{kind}{layer[key]}" for kind, key in (("W", "weight_bits"), ("A", "activation_bits")))
         cells = (f"{layer['weights']:,}", f"{layer['multiplications']:.3g}", f"{layer['share']:.1%}")
-        table.add_row(layer["name"], bits, *cells)
+        rows.append((layer["name"], bits, *cells))
     if len(layers) > SHOWN_LAYERS:
         rest = sum(layer["share"] for layer in layers[SHOWN_LAYERS:])
-        table.add_row(f"{len(layers) - SHOWN_LAYERS} more", "", "", "", f"{rest:.1%}")
-    console.print(table)
+        rows.append((f"{len(layers) - SHOWN_LAYERS} more", "", "", "", f"{rest:.1%}"))
+    title = f"{report['multiplications']:.4g} MACs, {operations}"
+    print_table(title, ("layer", "bits", "weights", "MACs", "bit operations"), rows, left=2)
     if report["latency"] is not None:
-        _print_latency(report["latency"], console)
+        _print_latency(report["latency"])
 
 
-def _print_latency(latency: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"median of {latency['rounds']} alternated runs of {latency['batch']} sample, "
+def _print_latency(latency: dict[str, Any]) -> None:
+    title = (
+        f"median of {latency['rounds']} alternated runs of {latency['batch']} sample, "
         f"{latency['threads']} thread, {latency['machine']}"
     )
-    for column in ("network", "ms", f"of {next(iter(latency['ratios']))}", "peak memory"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    rows = []
     for name, value in latency["milliseconds"].items():
         peak = latency["peak_bytes"].get(name)
         memory = "" if peak is None else f"{peak / 1e6:.1f} MB"
-        table.add_row(name, f"{value:.3f}", f"{latency['ratios'][name]:.2f}x", memory)
-    console.print(table)
+        rows.append((name, f"{value:.3f}", f"{latency['ratios'][name]:.2f}x", memory))
+    print_table(title, ("network", "ms", f"of {next(iter(latency['ratios']))}", "peak memory"), rows)

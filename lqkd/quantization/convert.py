@@ -20,6 +20,7 @@ from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.quantization.trial import refusal
 from lqkd.quantization.wrappers import wrapper
+from lqkd.utils.tables import text_table
 
 _NAMED = 3
 """So many layers of a kind are named where all of them stay in floating point."""
@@ -127,8 +128,7 @@ class CoverageReport:
         for layer in self.layers:
             bits = ["float" if b == FLOAT_BITS else str(b) for b in (layer.weight_bits, layer.activation_bits)]
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [text_table(rows, left=6)]
         lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
         lines += [f"quantised: {join}" for join in self.joins]
         lines += [f"not quantised: {operation}" for operation in self.operations]

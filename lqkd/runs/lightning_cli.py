@@ -60,6 +60,7 @@ from lqkd.runs.verdicts import verdicts
 from lqkd.tasks import Classification
 from lqkd.tasks.values import name_of, shown
 from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
@@ -499,31 +500,25 @@ def _move_into(logger: Any, folder: Path) -> None:
 @rank_zero_only
 def _print_summary(folder: Path) -> None:
     """The table that ends a run: the metric on the test split, sizes, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     metric = summary["metric"]
     bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    table = Table(title=f"{bits}: {name_of(metric)} on the test split")
-    for column in ("network", name_of(metric), "size"):
-        table.add_column(column, justify="left" if column == "network" else "right")
     float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
-    rows = [
+    values = [
         ("teacher", "teacher", ""),
         ("student in float", "student_float", float_size),
         ("student before training", "student_start", packed_size),
         ("student" if summary["weight_bits"] else "network", "test", packed_size),
     ]
-    for name, key, shown_size in rows:
+    rows = []
+    for name, key, shown_size in values:
         if summary[key] is not None:
-            table.add_row(name, shown(metric, summary[key], 2), shown_size)
+            rows.append((name, shown(metric, summary[key], 2), shown_size))
         elif key == "student_float" and summary["student_start"] is not None:
-            table.add_row(name, "not trained", shown_size)
-    console = Console()
-    console.print(table)
+            rows.append((name, "not trained", shown_size))
+    print_table(f"{bits}: {name_of(metric)} on the test split", ("network", name_of(metric), "size"), rows)
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
-        console.print("no regularizer: every element of the distillation loss has the same, fixed weight")
+        print("no regularizer: every element of the distillation loss has the same, fixed weight")
     for told in verdicts(summary).values():
-        console.print(told.sentence, soft_wrap=True, markup=False)
-    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
+        print(told.sentence)
+    print(f"run folder: {folder}")

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from lqkd.runs.folder import lock, remove_partial_files
 from lqkd.studies.bars import StudyProgress
@@ -26,6 +24,7 @@ from lqkd.studies.tables import HEADINGS, cells, heading, write_tables
 from lqkd.studies.variants import Variants
 from lqkd.utils.escaping import terminal
 from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
 
 
 def compare(study: Study, base: dict[str, Any], retry_failed: bool = False) -> None:
@@ -77,13 +76,8 @@ def _compare(study: Study, base: dict[str, Any], retry: bool) -> None:
 def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]]) -> None:
     baseline = study.compared_with
     compared = "" if baseline is None else f" (difference to {baseline}: paired by seed, 95 % interval)"
-    table = Table(title=f"{study.name}: {heading(results)}{compared}")
-    for column, title in enumerate(HEADINGS):
-        table.add_column(title, justify="left" if column == 0 else "right")
-    for row in cells(results, summaries, baseline):
-        table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    title, width = f"{study.name}: {heading(results)}{compared}", None if sys.stdout.isatty() else 120
+    print_table(title, HEADINGS, cells(results, summaries, baseline), width=width)
     for result in results:
         if not result.finished:
             told = f"{result.variant} seed {result.seed} {result.status}: {result.message}"
@@ -91,9 +85,8 @@ def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping
             told = f"{result.variant} seed {result.seed} {result.verdict}: {result.sentence}"
         else:
             continue
-        console.print(terminal(told), soft_wrap=True, markup=False)
-    page = f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page"
-    console.print(page, soft_wrap=True, markup=False)
+        print(terminal(told))
+    print(f"study folder: {study.folder}; python -m lqkd report {study.folder} makes a page")
 
 
 class Runner:

@@ -25,6 +25,7 @@ from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve
 from lqkd.quantization.residual import join_quantizers
+from lqkd.utils.tables import text_table
 
 BITS = ("w8a8", "w4a4", "w2a2")
 """The bits that are tried unless others are asked for."""
@@ -120,11 +121,7 @@ class SensitivityReport:
             last = group[-1]
             change = f"{last.change:+.2%}" if share else f"{last.change:+.4f}"
             rows.append((", ".join(last.layers), *increases, f"{last.distance:.4f}", change))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        )
+        return text_table(rows, left=1)
 
 
 @torch.no_grad()
