@@ -25,6 +25,7 @@ from lqkd.modules.steps import total_epochs, total_steps
 from lqkd.modules.trainer_checks import check_trainer_numbers
 from lqkd.tasks import Asked, Classification, Inputs, Task
 from lqkd.tasks.trial import try_network
+from lqkd.utils.renames import moved_from
 
 TRAINED = "trained_weights"
 """Where a checkpoint keeps the state of the network that is trained, when its average is in ``state_dict``."""
@@ -303,3 +304,6 @@ class TaskModule(LightningModule):
         """
         self.check_state(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
+
+
+__getattr__ = moved_from(__name__)

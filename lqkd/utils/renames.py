@@ -124,7 +124,8 @@ def moved_from(package: str) -> Callable[[str], Any]:
         if new is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         _tell(f"{package}.{name}", new)
-        return getattr(importlib.import_module(new.rpartition(".")[0]), name)
+        module, _, now = new.rpartition(".")
+        return getattr(importlib.import_module(module), now)
 
     return find
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lqkd.export import deploy, metadata
-from lqkd.export.card import Summary, print_table, write_card
+from lqkd.export.card import Summary, print_card, write_card
 from lqkd.export.parity import Parity
 from tests.unit.export.networks import images, quantised
 
@@ -28,7 +28,7 @@ def test_names_from_data_are_text_on_the_card_and_on_the_terminal(
     assert r"classes: &lt;b&gt;cat&lt;/b&gt;, d\|og\\n# new, [x\](http://a)." in card
     assert "teacher: `'b'(x=<i>)`, weights &lt;u&gt;.pt" in card
     assert card.startswith(r"# [red]\\x1b[2J&lt;x&gt;.onnx")
-    print_table(summary, described, Parity())
+    print_card(summary, described, Parity())
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert r"[red]\x1b[2J<x>.onnx" in shown
