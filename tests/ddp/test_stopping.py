@@ -111,7 +111,7 @@ def test_a_process_that_dies_is_told_by_the_other_in_one_sentence(lqkd: Forks, p
     statuses = lqkd.run_ranks(
         *fit(place, run.name), environments=ranks(), meanwhile=lambda pids: send(pids[lost], signal.SIGKILL, seen)
     )
-    assert statuses == [-signal.SIGKILL, 5] if lost == 0 else [5, -signal.SIGKILL]
+    assert statuses == ([-signal.SIGKILL, 5] if lost == 0 else [5, -signal.SIGKILL])
     log = lqkd.log if lost else lqkd.log.with_name(f"{lqkd.log.name}.1")
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("lqkd: ")]
     assert error.startswith("lqkd: error: another process of this training has ended or hangs (")
