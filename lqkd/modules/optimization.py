@@ -50,7 +50,7 @@ class SharedBackward:
         self._watch = LossWatch()
         self._module = module
         self._total_steps: int | None = None
-        self._samples = 0  # of the group of batches that is accumulated
+        self._samples = 0  # of the group of batches that is accumulated; 1 without accumulation
 
     def count_steps(self) -> int | None:
         """Steps of the whole training, None when it has no end; :meth:`progress` tells parts of it from then on."""
@@ -75,7 +75,8 @@ class SharedBackward:
             UsageError: when an optimizer's step asks for gradients a second time.
         """
         self._watch.ask(losses.loss)
-        samples = len(losses.outputs.inputs)
+        # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
+        samples = len(losses.outputs.inputs) if self.accumulate_grad_batches > 1 else 1
         self.length.add(losses.terms, samples)
         last_of_group = self._backward(losses.loss, samples, batch_idx)
         if not self._watch.finite():
@@ -86,10 +87,9 @@ class SharedBackward:
             self._step()
 
     def _backward(self, loss: Tensor, samples: int, batch_idx: int) -> bool:
-        """Accumulate the gradient of one batch and say whether it is the last of a group."""
+        """Accumulate the gradient of one batch, times ``samples``, and say whether it is the last of a group."""
         trainer = self._module.trainer
         last_of_group = (batch_idx + 1) % self.accumulate_grad_batches == 0 or trainer.is_last_batch
-        # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
         strategy = trainer.strategy
         waits = not last_of_group and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]

@@ -69,13 +69,13 @@ class GradientLength:
         self._task: Tensor | None = None  # the sum, over a group of batches, of the gradient of the task's loss
 
     def add(self, losses: Mapping[str, Tensor], samples: int) -> None:
-        """Look at the losses of a batch of so many samples, before its backward pass."""
+        """Look at the losses of a batch, before its backward pass, which counts as so many samples on this process."""
         if self._scale == "task":
-            gradient = samples * gradient_of(losses[TASK], self._parameters)
+            gradient = gradient_of(samples * losses[TASK], self._parameters)
             self._task = gradient if self._task is None else self._task + gradient
 
     def apply(self, samples: Tensor) -> None:
-        """Rescale the gradient that is there, of a group of batches with so many samples."""
+        """Rescale the gradient that is there, of a group of batches with so many samples on a process in the mean."""
         if self._scale == "sum":
             return
         gradients = [p.grad for p in self._parameters if p.grad is not None]

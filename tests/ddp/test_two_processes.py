@@ -118,8 +118,8 @@ def test_ddp_knows_nothing_of_the_teacher(results: dict[str, Any]) -> None:
 
 
 def test_accumulation_trains_both_ranks_alike(lqkd: Forks, tmp_path: Path) -> None:
-    """Also when the ranks' shares of the last batch differ by a sample."""
-    first, second = run_workers(lqkd, tmp_path, 2, batch_size=40, accumulate=2, samples=75)
+    """Also when the ranks' shares of the last batch differ by a sample, and each step is as long as the task's."""
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=40, accumulate=2, samples=75, terms=True)
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     assert first["global_step"] == second["global_step"] == 1
 
