@@ -73,7 +73,8 @@ class DistillationTerm(nn.Module):
             raise UsageError(f"distillation_loss {name} compares features: give at least one pair of taps")
         if regularizer is not None:
             _check_regularizer(regularizer, loss)
-        self.combination: Combination | None = COMBINATIONS[term.combination](len(term.teachers)) if several else None
+        combination = COMBINATIONS[term.combination or "mean"]
+        self.combination: Combination | None = combination(len(term.teachers)) if several else None
         compared = len(term.teachers) if self.combination is not None and self.combination.separate else 1
         pairs = compared * (len(taps) if loss.compares == "features" else 1)
         self.losses = nn.ModuleList(_copies(loss, pairs))

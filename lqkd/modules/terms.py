@@ -19,8 +19,8 @@ from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 TEACHER = "teacher"
 """The name of a teacher that is given without one."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-_TAKEN = (TASK, "loss")
-"""Names under which something else is logged."""
+_TAKEN = (TASK, "loss", "total", "dampening")
+"""Names under which something else is logged, beside the losses of the terms."""
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Term:
         loss: divergence between teacher and student: of outputs, or of the features at ``taps``.
         teacher: name of a teacher, or of several whose outputs are combined; null for the only one, or all of an
             ensemble.
-        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``; see
-            :mod:`lqkd.losses.ensembles`.
+        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``, see
+            :mod:`lqkd.losses.ensembles`; null for what the ensemble says, or ``mean``.
         taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
             of its own.
         weight: multiplies the loss before it is balanced, > 0.
@@ -54,7 +54,7 @@ class Term:
 
     loss: DistillationLoss
     teacher: str | list[str] | None = None
-    combination: str = "mean"
+    combination: str | None = None
     taps: list[Tap] | None = None
     weight: float = 1.0
     regularizer: Regularizer | None = None
@@ -62,7 +62,7 @@ class Term:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise UsageError(f"weight={self.weight!r} of a distillation term is not possible: a finite number > 0")
-        if self.combination not in COMBINATIONS:
+        if self.combination is not None and self.combination not in COMBINATIONS:
             raise UsageError(f"combination={self.combination!r} is unknown: use {', '.join(COMBINATIONS)}")
 
     @property
@@ -112,14 +112,14 @@ def named_terms(
     Raises:
         UsageError: when both forms are used, a term names no teacher of these, or a teacher serves no term.
     """
+    ensemble = isinstance(teacher, TeacherEnsemble)
+    combination = teacher.combination if isinstance(teacher, TeacherEnsemble) else "mean"
     if terms is None:
         if teacher is None:
             raise UsageError(
                 f"teachers ({', '.join(teachers)}) need terms that say what is compared with each: give distillation"
             )
         loss = short["distillation_loss"] or LogitResidual()
-        ensemble = isinstance(teacher, TeacherEnsemble)
-        combination = teacher.combination if isinstance(teacher, TeacherEnsemble) else "mean"
         named = list(teachers) if ensemble else teachers[0]
         return {DISTILL: Term(loss, named, combination, short["taps"], 1.0, short["regularizer"])}
     beside = [name for name, value in short.items() if value is not None]
@@ -131,7 +131,7 @@ def named_terms(
     found = {}
     for name, term in terms.items():
         _check_name("distillation", name)
-        asked = term.teachers or (everyone if isinstance(teacher, TeacherEnsemble) else everyone[:1])
+        asked = term.teachers or (everyone if ensemble else everyone[:1])
         if not term.teachers and teacher is None and len(everyone) > 1:
             raise UsageError(f"distillation.{name} has no teacher: name one of {', '.join(everyone)}")
         unknown = [one for one in asked if one not in everyone]
@@ -141,7 +141,12 @@ def named_terms(
             )
         if len(set(asked)) < len(asked):
             raise UsageError(f"distillation.{name}.teacher={asked} names a teacher twice")
-        found[name] = replace(term, teacher=asked if len(asked) > 1 else asked[0])
+        if len(asked) == 1 and term.combination is not None:
+            raise UsageError(
+                f"distillation.{name}.combination={term.combination!r} is of several teachers: it has {asked[0]} alone"
+            )
+        several = len(asked) > 1
+        found[name] = replace(term, teacher=asked if several else asked[0], combination=term.combination or combination)
     idle = [one for one in everyone if not any(one in term.teachers for term in found.values())]
     if idle:
         raise UsageError(f"teachers.{idle[0]} serves no term of distillation: name it in one, or leave it out")

@@ -188,9 +188,11 @@ def test_a_checkpoint_from_before_terms_had_names_loads() -> None:
         ({"distillation": {"a": Term(HintonKL(), "lrage")}}, "'lrage' is not among the teachers: there are large, own"),
         ({"distillation": {"a": Term(HintonKL(), "large")}}, "teachers.own serves no term"),
         ({"distillation": {"task": Term(HintonKL(), ["large", "own"])}}, "distillation.task is not possible"),
+        ({"distillation": {"total": Term(HintonKL(), ["large", "own"])}}, "distillation.total is not possible"),
         ({"distillation": {"a.b": Term(HintonKL(), ["large", "own"])}}, "distillation.a.b is not possible"),
         ({"distillation": {"items": Term(HintonKL(), ["large", "own"])}}, "distillation.items is not possible"),
         ({"distillation": {"a": Term(HintonKL(), ["own", "own"])}}, "names a teacher twice"),
+        ({"distillation": {"a": Term(HintonKL(), "own", "learned")}}, "combination='learned' is of several teachers"),
         ({"distillation": {"a": Term(Hints(), ["large", "own"])}}, "distillation.a: .* several teachers"),
         ({"balance": FixedBalance(terms={"hints": 2.0})}, "terms.hints is the weight of no distillation loss"),
     ],
@@ -200,6 +202,14 @@ def test_terms_and_teachers_that_do_not_go_together_are_refused(arguments: dict[
         of_terms(**arguments) if "distillation" not in arguments else DistillModule(
             student=network(), teachers=teachers(), **arguments
         )
+
+
+def test_a_term_of_an_ensemble_hears_its_teachers_as_the_ensemble_says() -> None:
+    ensemble = TeacherEnsemble([*teachers().values()], "learned")
+    terms = {"own": Term(HintonKL(), combination="separate"), "its": Term(HintonKL())}
+    module = distiller(teacher=ensemble, regularizer=None, distillation=terms)
+    of = {name: type(term.combination).__name__ for name, term in module.distillation.terms()}
+    assert of == {"own": "SeparateTeachers", "its": "LearnedMixture"}
 
 
 def test_a_term_has_a_weight_above_zero() -> None:
