@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import collate
 
@@ -51,6 +52,24 @@ def first_batch(loader: Any, split: str) -> Any:
             if problem is None:
                 raise
             raise UsageError(f"the {split} DataLoader cannot make a batch: {problem}") from error
+
+
+def only_loader(loaders: Any, split: str) -> Any:
+    """The loader of a split, of what Lightning takes: it alone, or in a list or a dict; None for none.
+
+    Raises:
+        UsageError: when there are several.
+
+    Examples:
+        >>> only_loader({"one": ["loader"]}, "validation")
+        'loader'
+    """
+    found = tree_leaves(loaders)
+    if len(found) > 1:
+        raise UsageError(
+            f"there are {len(found)} {split} DataLoaders: give one, of torch.utils.data.ConcatDataset, say"
+        )
+    return found[0] if found else None
 
 
 def check_collates(loader: Any, split: str) -> None:

@@ -11,10 +11,9 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 
-from lqkd.data.reading import check_collates
+from lqkd.data.reading import check_collates, only_loader
 from lqkd.errors import UsageError
 from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
@@ -214,7 +213,7 @@ class TaskModule(LightningModule):
         return next(f"{name}." for name, module in self.named_modules() if module is self.trained())
 
     def on_fit_start(self) -> None:
-        """Refuse validation data of which no batch can be made, before the first step.
+        """Refuse validation data of several loaders, or of which no batch can be made, before the first step.
 
         Raises:
             UsageError: then.
@@ -222,8 +221,7 @@ class TaskModule(LightningModule):
         if self.trainer.enable_validation:
             with in_stage(self.trainer, RunningStage.VALIDATING):
                 self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            for loader in tree_leaves(self.trainer.val_dataloaders):
-                check_collates(loader, "validation")
+            check_collates(only_loader(self.trainer.val_dataloaders, "validation"), "validation")
 
     def on_train_start(self) -> None:
         if (

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lqkd.data.reading import apart, first_batch
+from lqkd.data.reading import apart, first_batch, only_loader
 from lqkd.errors import UsageError
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
@@ -68,7 +68,7 @@ def measure(
     for name in module.judged:
         on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
         _check_teacher(module, name, *on_validation, _count(*validation))
-    test = None if data is None else loader_of(data, "test_dataloader")
+    test = None if data is None else loader_of(data, "test_dataloader", "test")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
     measured = dict(known)
@@ -94,33 +94,33 @@ def logged(references: Mapping[str, float | None], task: Task) -> dict[str, floa
     return known if teacher is None else known | {f"teacher/{task.metric}": teacher}
 
 
-def loader_of(data: Any, hook: str) -> Any:
-    """What ``hook`` of a DataModule gives; None where the class has none of its own."""
-    return getattr(data, hook)() if is_overridden(hook, data, LightningDataModule) else None
+def loader_of(data: Any, hook: str, split: str) -> Any:
+    """The DataLoader that ``hook`` of a DataModule gives; None where the class has none of its own.
+
+    Raises:
+        UsageError: when it gives several.
+    """
+    return only_loader(getattr(data, hook)(), split) if is_overridden(hook, data, LightningDataModule) else None
 
 
 def validation_of(module: Distilling) -> Any:
-    """The validation DataLoader, of the DataModule or handed to the Trainer; None where there is none.
-
-    Of several that were handed to the Trainer it is the first.
-    """
+    """The validation DataLoader, of the DataModule or handed to the Trainer; None where there is none."""
     trainer: Any = module.trainer
     if trainer.datamodule is not None:
-        return loader_of(trainer.datamodule, "val_dataloader")
-    loaders = trainer.val_dataloaders if trainer.enable_validation else None  # on_fit_start has set them up
-    while isinstance(loaders, (list, tuple, dict)):
-        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
-    return loaders
+        return loader_of(trainer.datamodule, "val_dataloader", "validation")
+    # on_fit_start has set them up
+    return only_loader(trainer.val_dataloaders, "validation") if trainer.enable_validation else None
 
 
-def _count(loader: Any, limit: float) -> int:
+def _count(loader: Any, limit: float) -> float:
     """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float).
 
-    Of a loader without a length a part is not known: none, but for a number.
+    Infinity for all of a loader without a length, of which Lightning takes no other part.
     """
-    if loader is None or not (isinstance(limit, int) or sized_len(loader)):
-        return 0
-    return limit if isinstance(limit, int) else int(len(loader) * limit)
+    if loader is None or isinstance(limit, int) or limit == 0:
+        return 0 if loader is None else limit
+    length = sized_len(loader)
+    return math.inf if length is None else int(length * limit)
 
 
 def warn(module: Distilling, sentence: str) -> None:
@@ -177,7 +177,7 @@ def evaluated(module: Distilling, limit: float) -> str:
 
 
 def _check_teacher(
-    module: Distilling, name: str, measured: float | None, same_answer: float | None, batches: int
+    module: Distilling, name: str, measured: float | None, same_answer: float | None, batches: float
 ) -> None:
     if getattr(module.trainer, "fast_dev_run", False):
         rank_zero_info(f"{UNCHECKED}: trainer.fast_dev_run")
@@ -234,9 +234,10 @@ def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         # A DataModule's loader may draw random numbers, as it always has.
         apart(loader) if trainer.datamodule is None else nullcontext(loader) as own,  # type: ignore[attr-defined]
     ):
-        taken = islice(own, batches)
+        known = int(batches) if math.isfinite(batches) else None
+        taken = islice(own, known)
         if trainer.is_global_zero:
-            taken = track(taken, "measuring before the first step", batches)  # type: ignore[assignment]
+            taken = track(taken, "measuring before the first step", known)  # type: ignore[assignment]
         for of_loader in taken:
             batch = trainer.strategy.batch_to_device(of_loader, dataloader_idx=0)
             inputs = module.inputs(batch)

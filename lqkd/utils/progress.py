@@ -26,7 +26,7 @@ class _Display:
         self._progress: Any = None
         self._drawn = 0.0
 
-    def add(self, text: str, total: int) -> Any:
+    def add(self, text: str, total: int | None) -> Any:
         """A new bar, and what names it."""
         if self._progress is None:
             self._progress = _progress()
@@ -71,7 +71,7 @@ class Progress:
             _display.remove(self._bar)
             self._bar = None
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int | None) -> None:
         """So much is done."""
         if self._bar is None and _is_looked_at() and time.monotonic() - self._started > self._patience:
             self._bar = _display.add(self.text, total)
@@ -102,8 +102,8 @@ class Stages(Progress):
         self._begun += 1
 
 
-def track(items: Iterable[T], text: str, total: int) -> Iterator[T]:
-    """The items, with a bar that says how many of ``total`` have been dealt with."""
+def track(items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
+    """The items, with a bar that says how many of ``total``, None where that is not known, have been dealt with."""
     with Progress(text) as bar:
         for done, item in enumerate(items):
             bar.update(done, total)

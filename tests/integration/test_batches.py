@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lqkd.balances import FixedBalance
 from lqkd.errors import UsageError
@@ -379,6 +379,21 @@ def test_an_untrained_teacher_is_refused_with_loaders_alone(make_trainer: MakeTr
     module = distiller(teacher=FrozenTeacher(network(14)))
     with pytest.raises(UsageError, match=r"the teacher is right on .*minimum_accuracy=0.15"):
         make_trainer().fit(module, loader(), loader())
+
+
+def test_validation_data_without_a_length_check_the_teacher_too(make_trainer: MakeTrainer) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(loader().dataset)
+
+    with pytest.raises(UsageError, match=r"the teacher is right on .*minimum_accuracy=0.15"):
+        make_trainer().fit(distiller(teacher=FrozenTeacher(network(14))), loader(), DataLoader(Stream(), batch_size=16))
+
+
+def test_several_validation_loaders_are_refused(make_trainer: MakeTrainer) -> None:
+    make_trainer(max_steps=1).fit(distiller(), loader(), [loader()])
+    with pytest.raises(UsageError, match="there are 2 validation DataLoaders: give one"):
+        make_trainer().fit(distiller(), loader(), {"one": loader(), "two": loader()})
 
 
 def test_loaders_alone_give_the_references_of_their_validation_data(make_trainer: MakeTrainer) -> None:
