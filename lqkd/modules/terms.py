@@ -154,7 +154,7 @@ def named_terms(
 
 
 def _check_name(setting: str, name: str) -> None:
-    if not _NAME.fullmatch(name) or name in _TAKEN:
+    if not _NAME.fullmatch(str(name)) or name in _TAKEN:  # YAML may have a number
         raise UsageError(
             f"{setting}.{name} is not possible: a name is made of letters, digits, - and _, begins with a letter, and "
             f"is none of {', '.join(_TAKEN)}"

@@ -30,6 +30,8 @@ from lqkd.utils.yaml_text import check_yaml
 
 _NAMES = 44
 """Columns for the name of an option."""
+_LONGEST_VALUE = 300
+"""Characters of a value that a complaint repeats; one with more says nothing."""
 _GROUPS = {"trainer": "trainer (Lightning's)", "run": "run (its folder)", "ckpt_path": "checkpoint"}
 _TEXTS = {
     "config": "YAML file with settings; may be given several times, later ones win.",
@@ -128,6 +130,7 @@ def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str
         (len(line) - len(line.lstrip(" -")), line.strip(" -"))
         for line in message.splitlines()
         if not re.match(r"[ -]*(Does not validate|Subtypes|Errors:|Given value|Problem with given|$)", line)
+        and not re.match(r"[ -]*(Subclass types expect|a class path \(str\)|a dict with)", line)
         and "NoneType'>" not in line
         and not re.fullmatch(r'[ -]*Parser key "[^"]+":', line)
     ]
@@ -137,10 +140,26 @@ def condense(message: str, parser: argparse.ArgumentParser | None = None) -> str
     cause = re.sub(r"^Type .* callable class: (Option '.*' is not accepted).*", r"\1", cause)
     if re.match(r"No module named '", cause):
         return f"{'.'.join(keys)}: {cause}: start lqkd in the folder of that file, or name the folder in PYTHONPATH"
+    cause = re.sub(r" To accept subclasses use set_parsing_settings.*", "", cause)
+    keys += _entry_without(cause, message)
     near = suggestion(message, parser)
-    given = re.findall(r"Given value: (?!NestedArg|Namespace)(.+)", message)
+    given = [
+        value
+        for value in re.findall(r"Given value: (.+)", message)
+        if not re.search(r"\b(NestedArg|Namespace)\(", value) and len(value) <= _LONGEST_VALUE
+    ]
     value = f"; got {given[-1]}" if given and "Got value" not in cause and not near else ""
     return f"{'.'.join(keys)}: {cause}{near}{value}" if keys else f"{cause}{near}{value}"
+
+
+def _entry_without(cause: str, message: str) -> list[str]:
+    """The name of the entry of a mapping that lacks what ``cause`` says is required; empty elsewhere."""
+    required = re.match(r"the following arguments are required: (\w+)", cause)
+    if required is None:
+        return []
+    return re.findall(
+        rf"'([^']+)': Namespace\(class_path='[^']+', init_args=Namespace\([^()]*\b{required[1]}=None", message
+    )[:1]
 
 
 def of_constructor(error: BaseException) -> str | None:

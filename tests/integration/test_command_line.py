@@ -140,6 +140,23 @@ def test_an_unknown_setting_suggests_the_nearest(
     assert f": did you mean {meant}?" in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["feature.weight", "2"], "model.distillation.feature: the following arguments are required: loss (see"),
+        (["logits", "null"], "model.distillation: Not a valid subclass of Term. Got value: None (see"),
+    ],
+)
+def test_a_mistake_in_a_named_term_is_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = arguments
+    config = str(Path(QUICKSTART).with_name("several_terms.yaml"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", config, f"--model.init_args.distillation.{name}", value])
+    assert f"lqkd: error: {told}" in capsys.readouterr().err
+
+
 def test_a_setting_like_none_suggests_nothing_but_the_help_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", QUICKSTART, "--model.init_args.qqqqq", "3"])

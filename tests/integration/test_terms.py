@@ -189,6 +189,7 @@ def test_a_checkpoint_from_before_terms_had_names_loads() -> None:
         ({"distillation": {"a": Term(HintonKL(), "large")}}, "teachers.own serves no term"),
         ({"distillation": {"task": Term(HintonKL(), ["large", "own"])}}, "distillation.task is not possible"),
         ({"distillation": {"total": Term(HintonKL(), ["large", "own"])}}, "distillation.total is not possible"),
+        ({"distillation": {1: Term(HintonKL(), ["large", "own"])}}, "distillation.1 is not possible"),
         ({"distillation": {"a.b": Term(HintonKL(), ["large", "own"])}}, "distillation.a.b is not possible"),
         ({"distillation": {"items": Term(HintonKL(), ["large", "own"])}}, "distillation.items is not possible"),
         ({"distillation": {"a": Term(HintonKL(), ["own", "own"])}}, "names a teacher twice"),
