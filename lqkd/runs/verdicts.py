@@ -24,9 +24,12 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, Told]:
     Examples:
         >>> verdicts({"regularizer": {"verdict": "healthy", "sentence": "fine"}})
         {'': Told(verdict='healthy', sentence='fine')}
+        >>> verdicts({"regularizer": {"verdict": {"verdict": "healthy", "sentence": "of a term with that name"}}})
+        {'verdict': Told(verdict='healthy', sentence='of a term with that name')}
     """
     found = summary.get("regularizer") or {}
-    terms = {"": found} if "verdict" in found or "sentence" in found else found
+    only = any(key in found and not isinstance(found[key], Mapping) for key in ("verdict", "sentence"))
+    terms = {"": found} if only else found
     return {
         name: Told(_text(of_term.get("verdict")), _text(of_term.get("sentence")) or "")
         for name, of_term in terms.items()

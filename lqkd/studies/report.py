@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lqkd.balances.base import DISTILL, TASK
 from lqkd.errors import UsageError
 from lqkd.runs.folder import CONFIG, has_ended, resume_command
 from lqkd.runs.verdicts import verdicts
@@ -256,7 +257,7 @@ def _figures(material: Material) -> Iterator[tuple[Figure | None, str, str]]:
         (metric, f"{name} on the validation split"),
         ("train/loss", "training loss"),
         ("train/task", "task loss in training"),
-        ("train/distill", "distillation loss in training"),
+        *((f"train/{of}", f"{_of_term(of)} in training") for of in _distillation_losses(material.runs)),
     ):
         caption = f"Learning curves: {words}; mean over seeds, and the range of the seeds."
         last = _last_values(material.runs, key)
@@ -266,6 +267,17 @@ def _figures(material: Material) -> Iterator[tuple[Figure | None, str, str]]:
         caption = f"Best validation {name} against {words}; the line joins what nothing else beats in both."
         told = "; ".join(f"{variant}: {x:.1f}, {written(y)}" for variant, (x, y) in points.items())
         yield plots.pareto(points, words, f"best validation {name}{unit}", mode), f"{caption} {told}.", caption
+
+
+def _distillation_losses(runs: Sequence[Run]) -> list[str]:
+    """Names of what was weighed beside the task's loss in any of the runs, in the order in which they are met."""
+    logged = (key.removeprefix("train/") for run in runs for key in run.curves if key.startswith("train/"))
+    known = {key.removeprefix("balance/") for run in runs for key in run.curves if key.startswith("balance/")}
+    return [name for name in dict.fromkeys(logged) if name == DISTILL or name in known - {TASK}]
+
+
+def _of_term(name: str) -> str:
+    return "distillation loss" if name == DISTILL else f"distillation loss {name}"
 
 
 def _last_values(runs: Sequence[Run], metric: str) -> str:

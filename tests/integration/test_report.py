@@ -192,6 +192,18 @@ def test_a_run_alone_has_a_report(study: Path) -> None:
     assert "Layers of kl/seed_0" in page
 
 
+def test_every_named_loss_has_its_curve_in_the_report_of_a_run(study: Path) -> None:
+    run = next(study.rglob("summary.json")).parent
+    table = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(
+        table.replace("train/distill", "train/hints").replace("train/loss", "balance/hints")
+    )
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "distillation loss hints in training" in page
+    assert "distillation loss in training" not in page
+
+
 def test_another_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is neither a run folder (with config.yaml) nor that of a study" in capsys.readouterr().err
