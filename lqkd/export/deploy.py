@@ -155,7 +155,8 @@ def _names(network: fx.GraphModule, inputs: Inputs) -> tuple[tuple[str, ...], tu
     returned = heads(result, OUTPUT)
     for name, node in returned.items():
         if not isinstance(node, fx.Node) or not hasattr(node.meta.get("tensor_meta"), "shape"):
-            what = type(result).__name__ if isinstance(node, fx.Node) and node is result else f"{name!r}"
+            made = isinstance(node, fx.Node) and node is result  # by a class of the user's, say
+            what = getattr(node.target, "__name__", type(result).__name__) if made else f"{name!r}"
             raise UsageError(
                 f"the network returns {what}, which is no tensor: export takes networks that return a tensor, or "
                 "tensors in a dict or a tuple"

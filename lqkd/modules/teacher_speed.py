@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lqkd.errors import first_line
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.references import validation_of, value_of
 from lqkd.modules.terms import teacher_label
@@ -52,7 +53,13 @@ def _bf16(module: Distilling, teacher: FrozenTeacher, untouched: Collection[str]
     teacher.accelerate(bf16=False, untouched=untouched)
     before, _ = value_of(module, teacher, loader, limit)
     teacher.accelerate(bf16=True, untouched=untouched)
-    after, _ = value_of(module, teacher, validation_of(module), limit)
+    try:
+        after, _ = value_of(module, teacher, validation_of(module), limit)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a network that converts to float32 within, say
+        rank_zero_info(f"the {name} stays in fp32: in bf16 it cannot answer ({first_line(error)})")
+        return False
     if before is None or after is None:  # no sample has a label, which measure() refuses
         return False
     moved, metric = abs(after - before), module.task.monitor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lqkd.studies.job import FINISHED, Task
 from lqkd.studies.results import read
+from lqkd.tasks.values import shown
 
 _EVERY = 60.0
 """Seconds from one line to the next while no run ends."""
@@ -34,8 +35,8 @@ class StudyProgress:
         run = read(task.folder, task.variant, task.seed, status, message)
         told = f"{status}: {message}"
         if status == FINISHED:
-            told = f"val best {run.best:.2%}" if run.best is not None else FINISHED
-            told += "" if run.last is None else f", last {run.last:.2%}"
+            told = FINISHED if run.best is None else f"val best {shown(run.metric, run.best, 2)}"
+            told += "" if run.last is None else f", last {shown(run.metric, run.last, 2)}"
             told += "" if run.verdict is None else f"; regularizer {run.verdict}"
         self._print(f"[{self.total - self.left}/{self.total}] {task}: {told}{self._time_left()}")
 

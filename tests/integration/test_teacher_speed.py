@@ -60,6 +60,17 @@ class Precise(nn.Module):
         )
 
 
+class Converting(nn.Module):
+    """A network that converts what it is given, so that its weights cannot be in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1).float())
+
+
 def test_a_fast_teacher_answers_as_before_and_its_network_stays_as_it_was() -> None:
     teacher = FrozenTeacher(trained_norms(network(14)), mean=[0.4], std=[0.2])
     teacher.convert_from([0.3], [0.5])
@@ -134,7 +145,7 @@ def test_bfloat16_is_left_where_it_costs_accuracy(
 ) -> None:
     monkeypatch.setattr("lqkd.teachers.frozen.computes_bf16", lambda device: True)
     seen: dict[type, set[torch.dtype]] = {}
-    for model in (network(14), Precise()):
+    for model in (network(14), Precise(), Converting()):
         dtypes = seen.setdefault(type(model), set())
         module = distiller(teacher=FrozenTeacher(model, minimum_accuracy=0.0))
         look = Recorder(
@@ -143,7 +154,8 @@ def test_bfloat16_is_left_where_it_costs_accuracy(
         data = digits(2)
         with caplog.at_level("INFO"):
             make_trainer(callbacks=[look]).fit(module, datamodule=data)
-    assert seen[Precise] == {torch.float32}
+    assert seen[Precise] == seen[Converting] == {torch.float32}
+    assert "the teacher stays in fp32: in bf16 it cannot answer (mat1 and mat2 must have the same dtype" in caplog.text
     assert "the teacher stays in fp32: in bf16 its val/acc would move from" in caplog.text
     assert module.teacher.running(torch.zeros(1)) is module.teacher.network  # after the training
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 import pytest
 import torch
@@ -102,6 +104,23 @@ def test_inputs_that_a_file_cannot_have_are_refused(inputs: tuple, told: str) ->
     initialize_quantizers(network, *inputs)
     with pytest.raises(UsageError, match=told):
         to_onnx(network.eval(), inputs)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+class Boxed(nn.Sequential):
+    def forward(self, image: Tensor) -> Answer:  # type: ignore[override]
+        return Answer(super().forward(image))
+
+
+def test_an_object_of_the_networks_own_is_refused_by_name() -> None:
+    network, _ = quantize_model(Boxed(nn.Linear(6, 3)), Recipe(bits="w4a4"))
+    initialize_quantizers(network, torch.randn(2, 6))
+    with pytest.raises(UsageError, match="returns Answer, which is no tensor: export takes networks that return"):
+        to_onnx(network.eval(), torch.randn(2, 6))
 
 
 # ---- segmentation

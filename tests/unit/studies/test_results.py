@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lqkd.studies.bars import StudyProgress
+from lqkd.studies.job import Task
 from lqkd.studies.results import Run, metric_of, read
 from lqkd.studies.statistics import summarize
 from lqkd.studies.tables import cells, heading, note
@@ -28,6 +30,23 @@ def test_a_summary_that_an_earlier_version_wrote_is_read_as_one_of_accuracies(tm
     assert (run.best, run.last, run.test) == (0.9, 0.8, 0.88)
     assert [run.summary[key] for key in ("teacher", "student_float", "student_start")] == [0.97, 0.95, 0.4]
     assert heading([run]) == "accuracy in %"
+
+
+def test_the_line_of_a_run_that_ends_has_its_metric_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, summary in enumerate((OLD, {"metric": "val/mae", "mode": "min", "val": 12.5})):
+        task = Task(tmp_path, "a", seed)
+        for path, content in (
+            (task.outcome, {"status": "finished", "message": ""}),
+            (task.folder / "summary.json", summary),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+        StudyProgress(2, 2 - seed, 1).ended(task)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[1/2] a seed 0: val best 90.00%;")
+    assert second == "[2/2] a seed 1: val best 12.5"
 
 
 def errors(variant: str, seed: int, error: float) -> Run:
