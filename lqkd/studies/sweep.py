@@ -10,7 +10,7 @@ import yaml
 
 from lqkd.errors import UsageError
 from lqkd.studies.job import Task, tasks_of
-from lqkd.studies.results import metric_of, read_runs
+from lqkd.studies.results import Run, metric_of, read_runs
 from lqkd.studies.settings import Study, Sweep
 from lqkd.studies.variants import Variants
 from lqkd.utils.files import write_text
@@ -56,7 +56,7 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
     sampler = optuna.samplers.TPESampler(seed=study.sweep.sampler_seed)
     trials = optuna.create_study(direction="maximize", sampler=sampler)
     rows: list[dict[str, Any]] = []
-    metric, mode = metric_of([])
+    everything: list[Run] = []
     for number in range(study.sweep.trials):
         trial = trials.ask()
         point = {key: _suggest(trial, key, space) for key, space in study.sweep.parameters.items()}
@@ -65,7 +65,8 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
         tasks = [task for seed in study.seeds for task in tasks_of(study, [name], seed)]
         run(tasks)
         results = read_runs(tasks)
-        metric, mode = metric_of(results)
+        everything += results  # of which a run that failed does not tell the metric
+        _, mode = metric_of(everything)
         scores = [result.best for result in results if result.finished and result.best is not None]
         mean = sum(scores) / len(scores) if len(scores) == len(tasks) else None
         if mean is None:
@@ -73,6 +74,7 @@ def search(study: Study, variants: Variants, run: Callable[[Sequence[Task]], Non
         else:
             trials.tell(trial, mean if mode == "max" else -mean)
         rows.append({"trial": number, **point, "val_best_mean": mean})
+    metric, mode = metric_of(everything)
     write_text(study.folder / WANDB, wandb_sweep(study, metric, mode))
     write_csv(study.folder / TRIALS, rows)
     scored = [row for row in rows if row["val_best_mean"] is not None]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lqkd.studies.bars import StudyProgress
 from lqkd.studies.job import Task
 from lqkd.studies.results import Run, metric_of, read
+from lqkd.studies.settings import Study, Sweep
 from lqkd.studies.statistics import summarize
+from lqkd.studies.sweep import BEST, search
 from lqkd.studies.tables import cells, heading, note
+from lqkd.studies.variants import Variants
 
 OLD = {
     "val_accuracy": 0.9,
@@ -47,6 +52,24 @@ def test_the_line_of_a_run_that_ends_has_its_metric_as_it_is(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("[1/2] a seed 0: val best 90.00%;")
     assert second == "[2/2] a seed 1: val best 12.5"
+
+
+def test_a_sweep_whose_last_trial_fails_chooses_the_least_error(tmp_path: Path) -> None:
+    base = yaml.safe_load((Path(__file__).parents[3] / "configs" / "quickstart.yaml").read_text())
+    parameters = {"trainer.max_epochs": {"low": 1, "high": 1000}}
+    study = Study("errors", "base.yaml", seeds=[0], root=str(tmp_path), sweep=Sweep(parameters, trials=3))
+    left = [2.5, 1.5, None]
+
+    def run(tasks: Sequence[Task]) -> None:
+        (task,), error = tasks, left.pop(0)
+        task.outcome.parent.mkdir(parents=True)
+        task.outcome.write_text(json.dumps({"status": "finished" if error else "failed", "message": ""}))
+        if error is not None:
+            task.folder.mkdir(parents=True)
+            (task.folder / "summary.json").write_text(json.dumps({"metric": "val/mae", "mode": "min", "val": error}))
+
+    search(study, Variants(study.folder, base), run)
+    assert (study.folder / BEST).read_text().startswith("# trial 1 of 3: best mean val/mae, 1.5000")
 
 
 def errors(variant: str, seed: int, error: float) -> Run:
