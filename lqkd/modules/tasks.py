@@ -48,7 +48,7 @@ def check_term(task: Task, term: Term) -> None:
         raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
     if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
-    if loss is not None and loss.compares_predictions and not task.predicts_classes:
+    if loss.compares_predictions and not task.predicts_classes:
         raise UsageError(
             f"distillation_loss {type(loss).__name__} compares the softmax of logits, which is no prediction of task "
             f"{name}: take LogitResidual, or BinaryKL where each logit is a class that is there or not"
