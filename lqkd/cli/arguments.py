@@ -47,8 +47,8 @@ class Predict:
     """image files of any size"""
     top_k: int = argument(1, metavar="K")
     """classes for each image"""
-    output: str | None = argument(None, metavar="FOLDER", shown="needed for such a task only")
-    """folder for a mask (.png) or an array (.npy) for each image, where the task is no classification"""
+    output: str | None = argument(None, metavar="FOLDER", shown="needed by other tasks only")
+    """folder for masks (.png) or arrays (.npy), of other tasks"""
     json: bool = argument(False)
     """print a JSON list, one entry for each image"""
     allow_code: bool = argument(False)
