@@ -36,6 +36,7 @@ from lqkd.modules.teacher_outputs import indices_of, prepare_teacher
 from lqkd.modules.term import Compared, DistillationTerm, Shapes
 from lqkd.modules.terms import Tap, Term, named_teachers, named_terms
 from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.modules.trust import check_held_out, fit_trust
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import LookAhead, Regularizer
@@ -91,6 +92,7 @@ class DistillModule(ImageClassifier):
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
         warnings: what was noticed before the first step, for ``summary.json``.
+        trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
@@ -194,6 +196,7 @@ class DistillModule(ImageClassifier):
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
+        self.trust: dict[str, dict[str, Any]] = {}
         self._followers: list[Any] = []
         self._watch = LossWatch()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -260,6 +263,7 @@ class DistillModule(ImageClassifier):
             self._connect(example)
             self._settle_balance(self.inputs(example))
         if stage == "fit":
+            check_held_out(self)
             self._tell_passed_over(self.example_inputs())
 
     def _tell_passed_over(self, inputs: Inputs | None) -> None:
@@ -373,6 +377,8 @@ class DistillModule(ImageClassifier):
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
         self.opened_cache, of_teacher = prepare_teacher(self)
+        if not self._resumed:  # a checkpoint has what was fitted
+            fit_trust(self)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()
@@ -632,6 +638,7 @@ class DistillModule(ImageClassifier):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
+        checkpoint["trust"] = self.trust
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.
@@ -641,6 +648,7 @@ class DistillModule(ImageClassifier):
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = checkpoint.get("references", self.references)
+        self.trust = checkpoint.get("trust", {})
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:

@@ -1,0 +1,8 @@
+"""How far teachers can be believed, learned from labels of rows that no training step sees. Pure torch."""
+
+from __future__ import annotations
+
+from lqkd.losses.trust.map import TrustMap
+from lqkd.losses.trust.report import TrustReport
+
+__all__ = ["TrustMap", "TrustReport"]
