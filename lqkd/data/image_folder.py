@@ -126,8 +126,8 @@ class ImageFolder(DecodingDataModule):
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation, testing or trust.
 
-        Needs ``setup``. Columns: ``split`` (``train``, ``val``, ``test``, or ``trust``, by ``trust_fraction``), ``class``
-        and ``file``, its name below ``root``; names are escaped as :func:`lqkd.utils.escaping.csv_cell` says.
+        Needs ``setup``. Columns: ``split`` (``train``, ``val``, ``test``, or ``trust`` for ``trust_fraction``),
+        ``class`` and ``file``, its name below ``root``; names are escaped as :func:`lqkd.utils.escaping.csv_cell` says.
         """
         images = self._loaded()
         trained = self._files(images.train_images), images.train_labels

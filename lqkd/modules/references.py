@@ -61,7 +61,7 @@ def measure(
     validation = (loader_of(data, "val_dataloader"), trainer.limit_val_batches)
     for name in module.judged:
         on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
-        _check_teacher(module, name, *on_validation, _count(*validation))
+        _check_teacher(module, name, *on_validation, batches_of(*validation))
     test = loader_of(data, "test_dataloader")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
@@ -86,7 +86,7 @@ def loader_of(data: Any, hook: str) -> Any:
     return getattr(data, hook)() if is_overridden(hook, data, LightningDataModule) else None
 
 
-def _count(loader: Any, limit: float) -> int:
+def batches_of(loader: Any, limit: float) -> int:
     """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float)."""
     if loader is None:
         return 0
@@ -178,7 +178,7 @@ def accuracy(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice, and so does a
             split without a labelled sample. The second is None for a task that does not know.
     """
-    batches = _count(loader, limit)
+    batches = batches_of(loader, limit)
     if batches == 0:
         return None, None
     trainer, task = module.trainer, module.task

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import TrustMap
+from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
 from lqkd.modules.distillation import Distillation, teacher_label
 from lqkd.modules.distilling import Distilling
+from lqkd.modules.references import batches_of, loader_of, warn
+from lqkd.modules.stages import in_stage
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
 _MOST_ROWS = 20_000
@@ -65,16 +70,25 @@ def fit_trust(module: Trusting) -> None:
         return
     module.trust.clear()
     found: dict[str, Any] | str = {}
-    if module.trainer.is_global_zero:
-        rank_zero_info("asking teachers about held-out rows")
-        logits, labels = _asked(module)
+    rank_zero_info("asking teachers about held-out rows")
+    told: list[str] = []
+    with isolate_rng():  # loaders draw, which must not move the random numbers of the training
+        unseen = _on_validation(module)
+        asked = _held_out(module) if module.trainer.is_global_zero else None
+    if asked is not None:
+        logits, labels = asked
+        known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
+        by_heart = [name for name in known if name in unseen and memorised(known[name], unseen[name])]
+        told = [memorised_sentence(_label(module, name), known[name], unseen[name]) for name in by_heart]
         try:
-            found = {name: _fitted(module, name, one, logits, labels) for name, one in trusted.items()}
+            found = {name: _fitted(module, name, one, logits, labels, by_heart) for name, one in trusted.items()}
         except UsageError as error:
             found = str(error)  # for all processes
-    found = module.trainer.strategy.broadcast(found)
+    found, told = module.trainer.strategy.broadcast((found, told))
     if isinstance(found, str):
         raise UsageError(found)
+    for sentence in told:
+        warn(module, sentence)
     for name, (state, report) in found.items():
         cast(TrustMap, trusted[name].map).load_state_dict(state)
         module.trust[name] = report
@@ -89,35 +103,68 @@ def _trusted(module: Trusting) -> Iterator[tuple[str, TrustedTeachers]]:
 
 
 def _fitted(
-    module: Trusting, name: str, combination: TrustedTeachers, logits: dict[str, Tensor], labels: Tensor
+    module: Trusting,
+    name: str,
+    combination: TrustedTeachers,
+    logits: dict[str, Tensor],
+    labels: Tensor,
+    by_heart: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a term's map, on the CPU, and what is told of it."""
     teachers = cast("tuple[str, ...]", module.distillation[name].teachers)
     fitted = cast(TrustMap, combination.map)
     with module.distillation.told(name):
-        report = fitted.fit(torch.stack([logits[teacher] for teacher in teachers]), labels)
-    names = [teacher_label(teacher, module.named_teachers) for teacher in teachers]
+        together = torch.stack([logits[teacher] for teacher in teachers])
+        report = fitted.fit(together, labels, memorised=any(teacher in by_heart for teacher in teachers))
+    names = [_label(module, teacher) for teacher in teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
     return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes)
 
 
+def _label(module: Trusting, teacher: str) -> str:
+    return teacher_label(teacher, module.named_teachers)
+
+
+def _answers(logits: Tensor, labels: Tensor) -> Answers:
+    known = labels >= 0
+    return Answers(int((logits.argmax(1) == labels)[known].sum()), int(known.sum()))
+
+
+def _on_validation(module: Trusting) -> dict[str, Answers]:
+    """Answers of every teacher on the validation split, of all processes; nothing where there is none."""
+    trainer = module.trainer
+    loader = loader_of(trainer.datamodule, "val_dataloader")  # type: ignore[attr-defined]
+    batches = batches_of(loader, trainer.limit_val_batches)
+    counts = torch.zeros(len(module.named_teachers), 2, device=module.device)
+    with in_stage(trainer, RunningStage.TESTING):
+        moved = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in islice(loader or (), batches))
+        for logits, labels in _asked(module, moved):
+            counts += torch.tensor([_answers(x, labels) for x in logits.values()], device=module.device)
+    counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
+    found = zip(module.named_teachers, counts.tolist(), strict=True)
+    return {name: Answers(int(right), int(rows)) for name, (right, rows) in found if rows}
+
+
 @torch.no_grad()
-def _asked(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
+def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Of every batch the rows' logits (N, C) of every teacher, by name, and their labels (N,)."""
+    for batch in batches:
+        inputs = module.inputs(batch)
+        with module.trainer.precision_plugin.forward_context():
+            outputs = module.ask_teachers(module.teacher_inputs(batch, inputs))
+        rows = {name: module.task.rows(seen.output, batch) for name, seen in outputs.items()}
+        labels = next(iter(rows.values())).labels
+        assert labels is not None, "check_term has seen to it"
+        yield {name: of_teacher.logits.float() for name, of_teacher in rows.items()}, labels
+
+
+def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
     """Logits (N, C) of every teacher, by name, and labels (N,) of the held-out rows."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    logits: dict[str, list[Tensor]] = {name: [] for name in module.named_teachers}
-    labels = []
-    with module.trainer.precision_plugin.forward_context():
-        for batch in data.trust_batches(module.device):
-            inputs = module.inputs(batch)
-            rows = None
-            for name, seen in module.ask_teachers(module.teacher_inputs(batch, inputs)).items():
-                rows = module.task.rows(seen.output, batch)
-                logits[name].append(rows.logits.float())
-            assert rows is not None
-            assert rows.labels is not None, "check_term has seen to it"
-            labels.append(rows.labels)
+    asked = [*_asked(module, data.trust_batches(module.device))]
+    labels = [of_batch for _, of_batch in asked]
+    logits = {name: [of_batch[name] for of_batch, _ in asked] for name in module.named_teachers}
     together = torch.cat(labels)
     order = random_bits(0, 0, torch.arange(len(together)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
     chosen = order.sort().values.to(together.device)

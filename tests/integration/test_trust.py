@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqkd.data import Digits
 from lqkd.data.augmentation import Augmentation
@@ -77,6 +77,7 @@ def test_another_order_of_classes_is_found_told_and_in_the_summary(make_trainer:
     assert found["read_as"] == {"teacher large": {"0": "1", "1": "2", "2": "0"}, "teacher random": {}}
     assert 0.8 < found["believed"]["teacher large"] < 1.2
     assert found["believed"]["teacher random"] < 0.05
+    assert not found["memorised"]
     right = torch.cat([answers == labels for answers, labels in targets]).double().mean()
     assert right > 0.9
     assert json.loads((tmp_path / "summary.json").read_text())["trust"]["logits"] == found
@@ -149,6 +150,34 @@ def test_answers_from_the_cache_train_the_same_and_its_key_knows_the_held_out_ro
     for data in (with_trust, other):
         data.setup("fit")
     assert data_key(with_trust) != data_key(other)
+
+
+class Remembering(nn.Module):
+    """A network that knows some images by heart, and of others little: it looks at three directions of their pixels."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("directions", torch.randn(images[0].numel(), 3, generator=generator))
+        self.register_buffer("known", images.flatten(1) @ self.directions)
+        self.register_buffer("others", 1e4 * (1 - nn.functional.one_hot(labels, 10).float()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        distances = torch.cdist(images.flatten(1) @ self.directions, self.known)
+        return -(distances.unsqueeze(2) + self.others).amin(1)
+
+
+def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_told(make_trainer: MakeTrainer) -> None:
+    data = held_out(eval_batch_size=300)
+    data.setup("fit")
+    (rows,) = tuple(data.trust_batches(torch.device("cpu")))
+    module = trusting(
+        "calibrated", large=FrozenTeacher(Remembering(rows.images, rows.labels), minimum_accuracy=0.0, precision="fp32")
+    )
+    make_trainer(max_steps=1).fit(module, datamodule=data)
+    assert any("teacher large knows its training rows by heart" in warning for warning in module.warnings)
+    assert module.trust["logits"]["memorised"]
+    assert "rows known by heart, so that temperatures are kept" in module.trust["logits"]["sentence"]
 
 
 def test_an_ensemble_of_the_short_form_can_be_trusted(make_trainer: MakeTrainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqkd.losses.trust.map import TrustMap
+from lqkd.losses.trust.memorised import Answers, memorised, memorised_sentence
 from lqkd.losses.trust.report import TrustReport
 
-__all__ = ["TrustMap", "TrustReport"]
+__all__ = ["Answers", "TrustMap", "TrustReport", "memorised", "memorised_sentence"]

@@ -77,6 +77,8 @@ class TrustReport:
                 named = ", ".join(f"{classes[i]} is {classes[c]}" for i, c in [*read_as.items()][:_MOST_NAMED])
                 more = len(read_as) - _MOST_NAMED
                 parts.append(f"what {name} calls {named}{f' and {more} more' if more > 0 else ''}")
+        if self.memorised:
+            parts.append("rows known by heart, so that temperatures are kept")
         parts.append(f"worth {self.worth:.3f} nats on {self.rows} held-out rows ({self.form})")
         return "; ".join(parts)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import MeanPrediction
-from lqkd.losses.trust import TrustMap
+from lqkd.losses.trust import Answers, TrustMap, memorised
 from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions
 
 ORDER = torch.tensor([1, 2, 0, 3, 4, 5, 6, 7, 8, 9])
@@ -198,3 +198,25 @@ def test_too_few_rows_are_refused() -> None:
     labels[5:] = -1
     with pytest.raises(UsageError, match="5 held-out rows with a label are too few"):
         TrustMap(1, 10).fit(logits[None], labels)
+
+
+def test_rows_are_known_by_heart_when_few_are_wrong_beside_new_ones() -> None:
+    by_heart = [(1986, 2000, 1892, 2000), (1962, 2000, 1866, 2000), (300, 300, 4500, 5000)]
+    otherwise = [(1834, 2000, 1834, 2000), (1880, 2000, 1834, 2000), (100, 100, 141, 144), (200, 2000, 200, 2000)]
+    for right, rows_, new_right, new in by_heart + otherwise:
+        found = memorised(Answers(right, rows_), Answers(new_right, new))
+        assert found == ((right, rows_, new_right, new) in by_heart), (right, rows_, new_right, new)
+
+
+def test_of_rows_known_by_heart_order_is_learned_and_the_temperature_kept() -> None:
+    """A fitted temperature would make labels of a teacher that is right on all of them."""
+    logits, _ = rows(600, sharp=6.0)
+    teacher, labels = logits[:, ORDER][None], logits.argmax(1)
+    kept, fitted = (TrustMap(1, 10, spread="fitted") for _ in range(2))
+    assert kept.fit(teacher, labels, memorised=True).read_as == [{0: 1, 1: 2, 2: 0}]
+    fitted.fit(teacher, labels)
+    before, by_heart, naive = (
+        float(values.var(-1, correction=0).mean().sqrt()) for values in (logits, kept(teacher), fitted(teacher))
+    )
+    assert before < by_heart < 1.25 * before
+    assert naive > 1.5 * before
