@@ -377,8 +377,7 @@ class DistillModule(ImageClassifier):
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
         self.opened_cache, of_teacher = prepare_teacher(self)
-        if not self._resumed:  # a checkpoint has what was fitted
-            fit_trust(self)
+        fit_trust(self, known=self._resumed)
         self.references = measure(self, self.references, of_teacher.accuracies)
         of_teacher.save()
         self._report_references()

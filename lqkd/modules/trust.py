@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -57,43 +57,54 @@ def check_held_out(module: Trusting) -> None:
                 )
 
 
-def fit_trust(module: Trusting) -> None:
+def fit_trust(module: Trusting, known: bool) -> None:
     """Fit every trusted term, on the first process for all of them, and tell what was found.
 
     ``module.trust`` then has a report a term, as JSON values.
+
+    Args:
+        module: the module, attached to a Trainer, before its first step.
+        known: whether a checkpoint has brought what was found.
 
     Raises:
         UsageError: when too few rows have a label.
     """
     trusted = dict(_trusted(module))
-    if not trusted:
-        return
-    module.trust.clear()
-    found: dict[str, Any] | str = {}
-    rank_zero_info("asking teachers about held-out rows")
-    told: list[str] = []
+    if trusted and not known:
+        rank_zero_info("asking teachers about held-out rows")
+        for name, (state, report) in _learned(module, trusted).items():
+            cast(TrustMap, trusted[name].map).load_state_dict(state)
+            module.trust[name] = report
+    for name, report in module.trust.items():
+        prefix = f"distillation.{name}" if module.distillation.named else "trust"
+        rank_zero_info(f"{prefix}: {report['sentence']}")
+        for sentence in report["warnings"]:
+            if sentence not in module.warnings:  # two terms may have a teacher in common
+                warn(module, sentence)
+
+
+def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, tuple[dict[str, Tensor], Any]]:
+    """By term the state of its map and a report, the same on all processes."""
     with isolate_rng():  # loaders draw, which must not move the random numbers of the training
         unseen = _on_validation(module)
         asked = _held_out(module) if module.trainer.is_global_zero else None
+    found: dict[str, Any] | str = {}
     if asked is not None:
         logits, labels = asked
         known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
-        by_heart = [name for name in known if name in unseen and memorised(known[name], unseen[name])]
-        told = [memorised_sentence(_label(module, name), known[name], unseen[name]) for name in by_heart]
+        by_heart = {
+            name: memorised_sentence(_label(module, name), known[name], unseen[name])
+            for name in known
+            if name in unseen and memorised(known[name], unseen[name])
+        }
         try:
             found = {name: _fitted(module, name, one, logits, labels, by_heart) for name, one in trusted.items()}
         except UsageError as error:
             found = str(error)  # for all processes
-    found, told = module.trainer.strategy.broadcast((found, told))
+    found = module.trainer.strategy.broadcast(found)
     if isinstance(found, str):
         raise UsageError(found)
-    for sentence in told:
-        warn(module, sentence)
-    for name, (state, report) in found.items():
-        cast(TrustMap, trusted[name].map).load_state_dict(state)
-        module.trust[name] = report
-        prefix = f"distillation.{name}" if module.distillation.named else "trust"
-        rank_zero_info(f"{prefix}: {report['sentence']}")
+    return found
 
 
 def _trusted(module: Trusting) -> Iterator[tuple[str, TrustedTeachers]]:
@@ -108,18 +119,21 @@ def _fitted(
     combination: TrustedTeachers,
     logits: dict[str, Tensor],
     labels: Tensor,
-    by_heart: Collection[str],
+    by_heart: Mapping[str, str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a term's map, on the CPU, and what is told of it."""
     teachers = cast("tuple[str, ...]", module.distillation[name].teachers)
     fitted = cast(TrustMap, combination.map)
     with module.distillation.told(name):
         together = torch.stack([logits[teacher] for teacher in teachers])
-        report = fitted.fit(together, labels, memorised=any(teacher in by_heart for teacher in teachers))
+        warnings = [by_heart[teacher] for teacher in teachers if teacher in by_heart]
+        report = fitted.fit(together, labels, memorised=bool(warnings))
     names = [_label(module, teacher) for teacher in teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
-    return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes)
+    return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes) | {
+        "warnings": warnings
+    }
 
 
 def _label(module: Trusting, teacher: str) -> str:

@@ -49,6 +49,29 @@ def trained_teacher(order: list[int] | None = None) -> FrozenTeacher:
     return FrozenTeacher(teacher, minimum_accuracy=0.0)
 
 
+class Remembering(nn.Module):
+    """A network that knows some images by heart, and of others little: it looks at three directions of their pixels."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("directions", torch.randn(images[0].numel(), 3, generator=generator))
+        self.register_buffer("known", images.flatten(1) @ self.directions)
+        self.register_buffer("others", 1e4 * (1 - nn.functional.one_hot(labels, 10).float()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        distances = torch.cdist(images.flatten(1) @ self.directions, self.known)
+        return -(distances.unsqueeze(2) + self.others).amin(1)
+
+
+def remembering_teacher() -> FrozenTeacher:
+    """One that knows the held-out rows by heart."""
+    data = held_out(eval_batch_size=300)
+    data.setup("fit")
+    (rows,) = tuple(data.trust_batches(torch.device("cpu")))
+    return FrozenTeacher(Remembering(rows.images, rows.labels), minimum_accuracy=0.0, precision="fp32")
+
+
 def trusting(combination: str = "trust", **teachers: FrozenTeacher) -> DistillModule:
     """A module with one term, ``logits``, of all the teachers."""
     torch.manual_seed(0)
@@ -116,7 +139,7 @@ def test_held_out_rows_are_in_no_gradient_of_the_student(make_trainer: MakeTrain
 
 def test_a_resumed_training_keeps_what_was_fitted_and_ends_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def run(folder: Path, stop: tuple[int, int] | None = None, data: Digits | None = None) -> DistillModule:
-        module = trusting()
+        module = trusting(large=trained_teacher(ORDER), known=remembering_teacher())
         last = folder / "last.ckpt"
         resume = last if last.exists() else None
         callbacks: list[Any] = [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
@@ -134,6 +157,8 @@ def test_a_resumed_training_keeps_what_was_fitted_and_ends_the_same(make_trainer
     resumed = run(tmp_path / "cut", data=held_out(NotAgain))
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
     assert resumed.trust == whole.trust
+    assert resumed.warnings == whole.warnings
+    assert "teacher known knows its training rows by heart" in whole.warnings[0]
     for name, kept in whole.distillation.state_dict().items():
         assert torch.equal(kept, resumed.distillation.state_dict()[name]), name
 
@@ -152,29 +177,9 @@ def test_answers_from_the_cache_train_the_same_and_its_key_knows_the_held_out_ro
     assert data_key(with_trust) != data_key(other)
 
 
-class Remembering(nn.Module):
-    """A network that knows some images by heart, and of others little: it looks at three directions of their pixels."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("directions", torch.randn(images[0].numel(), 3, generator=generator))
-        self.register_buffer("known", images.flatten(1) @ self.directions)
-        self.register_buffer("others", 1e4 * (1 - nn.functional.one_hot(labels, 10).float()))
-
-    def forward(self, images: Tensor) -> Tensor:
-        distances = torch.cdist(images.flatten(1) @ self.directions, self.known)
-        return -(distances.unsqueeze(2) + self.others).amin(1)
-
-
 def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_told(make_trainer: MakeTrainer) -> None:
-    data = held_out(eval_batch_size=300)
-    data.setup("fit")
-    (rows,) = tuple(data.trust_batches(torch.device("cpu")))
-    module = trusting(
-        "calibrated", large=FrozenTeacher(Remembering(rows.images, rows.labels), minimum_accuracy=0.0, precision="fp32")
-    )
-    make_trainer(max_steps=1).fit(module, datamodule=data)
+    module = trusting("calibrated", large=remembering_teacher())
+    make_trainer(max_steps=1).fit(module, datamodule=held_out())
     assert any("teacher large knows its training rows by heart" in warning for warning in module.warnings)
     assert module.trust["logits"]["memorised"]
     assert "rows known by heart, so that temperatures are kept" in module.trust["logits"]["sentence"]
