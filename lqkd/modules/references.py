@@ -61,13 +61,13 @@ def measure(
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
     validation = (validation_of(module), trainer.limit_val_batches)
-    if data is None and not _count(*validation):
+    if data is None and not batches_of(*validation):
         warn(module, f"{UNCHECKED}, and nothing was measured before the training: there is no validation data")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     for name in module.judged:
         on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
-        _check_teacher(module, name, *on_validation, _count(*validation))
+        _check_teacher(module, name, *on_validation, batches_of(*validation))
     test = None if data is None else loader_of(data, "test_dataloader")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
@@ -113,7 +113,7 @@ def validation_of(module: Distilling) -> Any:
     return loaders
 
 
-def _count(loader: Any, limit: float) -> int:
+def batches_of(loader: Any, limit: float) -> int:
     """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float).
 
     Of a loader without a length a part is not known: none, but for a number.
@@ -219,7 +219,7 @@ def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice, and so does a
             split without a labelled sample. The second is None for a task that does not know.
     """
-    batches = _count(loader, limit)
+    batches = batches_of(loader, limit)
     if batches == 0:
         return None, None
     trainer, task = module.trainer, module.task

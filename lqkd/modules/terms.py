@@ -44,8 +44,9 @@ class Term:
         loss: divergence between teacher and student: of outputs, or of the features at ``taps``.
         teacher: name of a teacher, or of several whose outputs are combined; null for the only one, or all of an
             ensemble.
-        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``; see
-            :mod:`lqkd.losses.ensembles`.
+        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``; or, of one
+            teacher too, what held-out rows say can be believed: ``trust`` or, as sure as these justify, ``calibrated``;
+            see :mod:`lqkd.losses.ensembles`.
         taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
             of its own.
         weight: multiplies the loss before it is balanced, > 0.
@@ -64,6 +65,16 @@ class Term:
             raise UsageError(f"weight={self.weight!r} of a distillation term is not possible: a finite number > 0")
         if self.combination not in COMBINATIONS:
             raise UsageError(f"combination={self.combination!r} is unknown: use {', '.join(COMBINATIONS)}")
+        if self.trusted and self.loss.compares != "logits":
+            raise UsageError(
+                f"combination={self.combination!r} is not possible with distillation_loss {type(self.loss).__name__}, "
+                "which compares features: what can be believed is learned of logits"
+            )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether held-out rows say what can be believed of its teachers."""
+        return COMBINATIONS[self.combination].trusted
 
     @property
     def teachers(self) -> list[str]:
