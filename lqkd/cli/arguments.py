@@ -47,8 +47,8 @@ class Predict:
     """image files of any size"""
     top_k: int = argument(1, metavar="K")
     """classes for each image"""
-    output: str | None = argument(None, metavar="FOLDER", shown="needed where there are no classes")
-    """folder for each image's mask (.png) or array (.npy)"""
+    output: str | None = argument(None, metavar="FOLDER", shown="needed by other tasks only")
+    """folder for masks (.png) or arrays (.npy), of other tasks"""
     json: bool = argument(False)
     """print a JSON list, one entry for each image"""
     allow_code: bool = argument(False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
-from lqkd.utils.counter_rng import STREAM_LIMIT, STREAM_VALIDATION
+from lqkd.utils.counter_rng import STREAM_HELD_OUT, STREAM_LIMIT, STREAM_VALIDATION
 
 if TYPE_CHECKING:
     from lqkd.data.encoded import EncodedImages
@@ -77,6 +79,8 @@ class ImageDataModule(LightningDataModule):
         mean: Channel means on the [0, 1] scale that are subtracted; null means the data set's own.
         std: Channel standard deviations on the [0, 1] scale to divide by; null means the data set's own.
         limit_train: Train on only this many images, all classes in proportion, for quick studies; null means all.
+        trust_fraction: Share of these training images, stratified by class, that are in no training batch: their labels
+            say how far teachers can be believed (``combination: trust`` of a distillation); in [0, 1), 0 means none.
 
     Raises:
         UsageError: when a setting is out of range, here or, where the data decide, in ``setup``.
@@ -101,6 +105,8 @@ class ImageDataModule(LightningDataModule):
     """Sorted int64 positions of the training images in the training set; known after ``setup``."""
     val_indices: Tensor
     """Sorted int64 positions of the validation images in the training set; known after ``setup``."""
+    trust_indices: Tensor
+    """Sorted int64 positions of the images of :meth:`trust_batches` in the training set; known after ``setup``."""
 
     def __init__(
         self,
@@ -120,6 +126,7 @@ class ImageDataModule(LightningDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         limit_train: int | None = None,
+        trust_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -139,6 +146,7 @@ class ImageDataModule(LightningDataModule):
         self.mean = self.default_mean if mean is None else tuple(mean)
         self.std = self.default_std if std is None else tuple(std)
         self.limit_train = limit_train
+        self.trust_fraction = trust_fraction
         self._images: ImageSet | None = None
         self._fingerprint: str | None = None
         self._check_settings()
@@ -159,6 +167,8 @@ class ImageDataModule(LightningDataModule):
                 f"validation_fraction={self.validation_fraction} is not accepted: it must lie between 0 and 1,"
                 " both excluded."
             )
+        if not 0 <= self.trust_fraction < 1:
+            raise UsageError(f"trust_fraction={self.trust_fraction} is not accepted: it must be in [0, 1).")
         for name in ("mean", "std"):
             values, channels = getattr(self, name), len(self.default_mean)
             if len(values) != channels:
@@ -209,6 +219,18 @@ class ImageDataModule(LightningDataModule):
 
     def _split(self, labels: Tensor) -> None:
         self.val_indices, self.train_indices = self._hold_out(labels)
+        self._limit(labels)
+        held_out = round(self.trust_fraction * len(self.train_indices))
+        if self.trust_fraction and not 0 < held_out < len(self.train_indices):
+            raise UsageError(
+                f"trust_fraction={self.trust_fraction} holds out {held_out} of {len(self.train_indices)} training"
+                " images: at least one must be held out and one left."
+            )
+        self.trust_indices, self.train_indices = stratified_split(
+            self.train_indices, labels[self.train_indices], held_out, seed=self.run_seed, stream=STREAM_HELD_OUT
+        )
+
+    def _limit(self, labels: Tensor) -> None:
         if self.limit_train is None:
             return
         if self.limit_train > len(self.train_indices):
@@ -241,6 +263,25 @@ class ImageDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+
+    def trust_batches(self, device: torch.device) -> Iterator[Batch]:
+        """All images of ``trust_fraction``, on every process, augmented as in the first epoch but not mixed."""
+        if not len(self.trust_indices):
+            return
+        images = self._loaded()
+        loader = self._batches(
+            images.train_images,
+            images.train_labels,
+            self.trust_indices,
+            train=True,
+            batch_size=self.eval_batch_size,
+            shuffle=False,
+        )
+        unmixed = copy.copy(self)
+        unmixed.augmentation = dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0, mix_probability=None)
+        for batch in loader:
+            on_device = Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device))
+            yield unmixed.preprocess(on_device, train=True, epoch=0)
 
     def val_dataloader(self) -> TensorBatches | WorkerBatches:
         """Return this process's share of the validation images."""

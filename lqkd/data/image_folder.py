@@ -107,10 +107,10 @@ class ImageFolder(DecodingDataModule):
             rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
 
     def write_split(self, target: Path) -> None:
-        """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
+        """Write a table that says of each image whether it is for training, validation, testing or trust.
 
-        Columns: ``split`` (``train``, ``val`` or ``test``), ``class`` and ``file``, its name below ``root``; names are
-        escaped as :func:`lqkd.utils.escaping.csv_cell` says.
+        Needs ``setup``. Columns: ``split`` (``train``, ``val``, ``test``, or ``trust`` for ``trust_fraction``),
+        ``class`` and ``file``, its name below ``root``; names are escaped as :func:`lqkd.utils.escaping.csv_cell` says.
         """
         images = self._loaded()
         trained = self._files(images.train_images), images.train_labels
@@ -118,6 +118,7 @@ class ImageFolder(DecodingDataModule):
         splits = (
             ("train", trained, self.train_indices),
             ("val", trained, self.val_indices),
+            ("trust", trained, self.trust_indices),
             ("test", tested, torch.arange(len(images.test_labels))),
         )
         rows = [

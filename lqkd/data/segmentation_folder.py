@@ -119,11 +119,10 @@ class SegmentationFolder(ImageDataModule):
                 f"ignore_index={ignore_index} is not accepted: it must lie beyond the {len(classes)} classes, from"
                 f" {len(classes)} to 255."
             )
-        height, width = image_size
-        if height < 1 or width < 1:
-            raise UsageError(f"image_size={list(image_size)} is not accepted: both must be at least 1 pixel.")
+        if not isinstance(image_size, (tuple, list)) or len(image_size) != 2 or min(image_size) < 1:
+            raise UsageError(f"image_size={image_size!r} is not accepted: two numbers >= 1, height and width.")
         self.root = Path(root).expanduser()
-        self.classes, self.image_size, self.ignore_index = tuple(classes), (height, width), ignore_index
+        self.classes, self.image_size, self.ignore_index = tuple(classes), (image_size[0], image_size[1]), ignore_index
         self.crop_scale = check_crop_scale(crop_scale)
         self.test_fraction = test_fraction
         self.num_workers = check_workers(num_workers)

@@ -6,14 +6,13 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
 from lqkd.export.differences import EndToEnd, Forced, LayerDifference
@@ -24,6 +23,9 @@ from lqkd.export.runtimes import Runner, is_qonnx
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import Asked, heads, returned_by
 from lqkd.tasks import Classification, Task
+
+if TYPE_CHECKING:  # which a prediction does without
+    from torchmetrics import MetricCollection
 
 BATCHES = (1, 7, 32)
 UNOPTIMISED_FRACTION = 1e-3

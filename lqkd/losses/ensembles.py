@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.losses.task import mean_of_labelled
+from lqkd.losses.trust import TrustMap
+from lqkd.losses.trust.map import Spread
 
 
 class Combination(nn.Module, ABC):
@@ -24,10 +26,15 @@ class Combination(nn.Module, ABC):
 
     separate = False
     """Whether every teacher is compared with the student by itself."""
+    trusted = False
+    """Whether it is fitted to held-out rows before the training, and takes a single teacher too."""
 
     def __init__(self, teachers: int) -> None:
         super().__init__()
         self.count = teachers
+
+    def connect(self, classes: int) -> None:
+        """Make what depends on the number of classes, once."""
 
     @abstractmethod
     def forward(self, teachers: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -83,11 +90,43 @@ class SeparateTeachers(Combination):
         return list(teachers), None
 
 
+class TrustedTeachers(Combination):
+    """What can be believed of the teachers: a :class:`~lqkd.losses.trust.TrustMap` of their logits.
+
+    The map is fitted to held-out rows before the training; until then it gives the mean of predictions.
+    """
+
+    trusted = True
+    spread: Spread = "keep"
+    map: TrustMap | None
+
+    def __init__(self, teachers: int) -> None:
+        super().__init__(teachers)
+        self.map = None
+
+    def connect(self, classes: int) -> None:
+        if self.map is None:
+            self.map = TrustMap(self.count, classes, self.spread)
+
+    def forward(self, teachers: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        self.connect(teachers.shape[2])
+        assert self.map is not None
+        return [self.map(teachers)], None
+
+
+class CalibratedTeachers(TrustedTeachers):
+    """The same, as sure as labels justify: see ``spread`` of :class:`~lqkd.losses.trust.TrustMap`."""
+
+    spread = "fitted"
+
+
 COMBINATIONS: dict[str, type[Combination]] = {
     "mean": MeanPrediction,
     "learned": LearnedMixture,
     "confidence": ConfidentTeachers,
     "separate": SeparateTeachers,
+    "trust": TrustedTeachers,
+    "calibrated": CalibratedTeachers,
 }
 """Short names accepted where a combination is asked for."""
 

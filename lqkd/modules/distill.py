@@ -37,6 +37,7 @@ from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
 from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
+from lqkd.modules.trust import check_held_out, fit_trust
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Regularizer
@@ -73,6 +74,7 @@ class DistillModule(TaskModule):
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
         warnings: what was noticed before the first step, for ``summary.json``.
+        trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
@@ -176,6 +178,7 @@ class DistillModule(TaskModule):
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
+        self.trust: dict[str, dict[str, Any]] = {}
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -242,6 +245,7 @@ class DistillModule(TaskModule):
             self._connect(example)
             self._settle_balance(self.inputs(example))
         if stage == "fit":
+            check_held_out(self)
             self._tell_passed_over(self.example_inputs())
 
     def _tell_passed_over(self, inputs: Inputs | None) -> None:
@@ -356,6 +360,7 @@ class DistillModule(TaskModule):
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
         self.passes.cache, of_teacher = prepare_teacher(self)
+        fit_trust(self, known=self._resumed)
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
@@ -530,6 +535,7 @@ class DistillModule(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
+        checkpoint["trust"] = self.trust
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.
@@ -539,6 +545,7 @@ class DistillModule(TaskModule):
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
+        self.trust = checkpoint.get("trust", {})
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         if checkpoint.get("distillation_shapes") is not None:

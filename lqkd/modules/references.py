@@ -61,13 +61,13 @@ def measure(
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
     validation = (validation_of(module), trainer.limit_val_batches)
-    if data is None and not _count(*validation):
+    if data is None and not batches_of(*validation):
         warn(module, f"{UNCHECKED}, and nothing was measured before the training: there is no validation data")
         return dict.fromkeys(REFERENCES)
     rank_zero_info("measuring teacher and student before the first step")
     for name in module.judged:
         on_validation = _of_teacher(module, name, "validation", validation, of_teacher)
-        _check_teacher(module, name, *on_validation, _count(*validation))
+        _check_teacher(module, name, *on_validation, batches_of(*validation))
     test = None if data is None else loader_of(data, "test_dataloader", "test")
     has_test = test is not None
     split = (test, trainer.limit_test_batches) if has_test else validation
@@ -112,7 +112,7 @@ def validation_of(module: Distilling) -> Any:
     return only_loader(trainer.val_dataloaders, "validation") if trainer.enable_validation else None
 
 
-def _count(loader: Any, limit: float) -> float:
+def batches_of(loader: Any, limit: float) -> float:
     """How many batches of a loader are meant by ``limit``: a number (int) or a part of them (float).
 
     Infinity for all of a loader without a length, of which Lightning takes no other part.
@@ -121,6 +121,11 @@ def _count(loader: Any, limit: float) -> float:
         return 0 if loader is None else limit
     length = sized_len(loader)
     return math.inf if length is None else int(length * limit)
+
+
+def as_stop(batches: float) -> int | None:
+    """The number of batches as :func:`itertools.islice` takes it: None for infinity."""
+    return int(batches) if math.isfinite(batches) else None
 
 
 def warn(module: Distilling, sentence: str) -> None:
@@ -219,7 +224,7 @@ def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         limit: number of batches (int) or part of them (float), as Trainer's limits; 0 gives None twice, and so does a
             split without a labelled sample. The second is None for a task that does not know.
     """
-    batches = _count(loader, limit)
+    batches = batches_of(loader, limit)
     if batches == 0:
         return None, None
     trainer, task = module.trainer, module.task
@@ -234,7 +239,7 @@ def value_of(module: Distilling, network: nn.Module, loader: Any, limit: float) 
         # A DataModule's loader may draw random numbers, as it always has.
         apart(loader) if trainer.datamodule is None else nullcontext(loader) as own,  # type: ignore[attr-defined]
     ):
-        known = int(batches) if math.isfinite(batches) else None
+        known = as_stop(batches)
         taken = islice(own, known)
         if trainer.is_global_zero:
             taken = track(taken, "measuring before the first step", known)  # type: ignore[assignment]

@@ -46,6 +46,8 @@ def check_term(task: Task, term: Term) -> None:
     name, loss, regularizer = type(task).__name__, term.loss, term.regularizer
     if len(term.teachers) > 1 and not task.predicts_classes:
         raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
+    if term.trusted and not task.predicts_classes:
+        raise UsageError(f"combination={term.combination!r} needs labels, which task {name} has not: use mean")
     if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
     if loss.compares_predictions and not task.predicts_classes:

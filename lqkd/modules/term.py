@@ -73,8 +73,9 @@ class DistillationTerm(nn.Module):
             raise UsageError(f"distillation_loss {name} compares features: give at least one pair of taps")
         if regularizer is not None:
             _check_regularizer(regularizer, loss)
+        combines = several or term.trusted
         combination = COMBINATIONS[term.combination or "mean"]
-        self.combination: Combination | None = combination(len(term.teachers)) if several else None
+        self.combination: Combination | None = combination(len(term.teachers)) if combines else None
         compared = len(term.teachers) if self.combination is not None and self.combination.separate else 1
         pairs = compared * (len(taps) if loss.compares == "features" else 1)
         self.losses = nn.ModuleList(_copies(loss, pairs))
@@ -111,6 +112,8 @@ class DistillationTerm(nn.Module):
         if self.shapes is not None:
             return
         self.shapes = (teacher, student)
+        if self.combination is not None:
+            self.combination.connect(teacher[0][1])
         pairs = list(zip(teacher, student, strict=True))
         groups = [pairs] if self.compares == "pyramids" else [[pair] for pair in pairs]
         for index, (module, group) in enumerate(zip(self.losses, groups, strict=True)):

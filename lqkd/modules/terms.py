@@ -44,8 +44,9 @@ class Term:
         loss: divergence between teacher and student: of outputs, or of the features at ``taps``.
         teacher: name of a teacher, or of several whose outputs are combined; null for the only one, or all of an
             ensemble.
-        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``, see
-            :mod:`lqkd.losses.ensembles`; null for what the ensemble says, or ``mean``.
+        combination: how several teachers speak: ``mean``, ``learned``, ``confidence`` or ``separate``; or, of one
+            teacher too, what held-out rows say can be believed: ``trust`` or, as sure as these justify, ``calibrated``;
+            see :mod:`lqkd.losses.ensembles`. Null for what the ensemble says, or ``mean``.
         taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
             of its own.
         weight: multiplies the loss before it is balanced, > 0.
@@ -64,6 +65,16 @@ class Term:
             raise UsageError(f"weight={self.weight!r} of a distillation term is not possible: a finite number > 0")
         if self.combination is not None and self.combination not in COMBINATIONS:
             raise UsageError(f"combination={self.combination!r} is unknown: use {', '.join(COMBINATIONS)}")
+        if self.trusted and self.loss.compares != "logits":
+            raise UsageError(
+                f"combination={self.combination!r} is not possible with distillation_loss {type(self.loss).__name__}, "
+                "which compares features: what can be believed is learned of logits"
+            )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether held-out rows say what can be believed of its teachers."""
+        return COMBINATIONS[self.combination or "mean"].trusted
 
     @property
     def teachers(self) -> list[str]:
@@ -141,12 +152,13 @@ def named_terms(
             )
         if len(set(asked)) < len(asked):
             raise UsageError(f"distillation.{name}.teacher={asked} names a teacher twice")
-        if len(asked) == 1 and term.combination is not None:
+        several = len(asked) > 1
+        if not several and term.combination is not None and not term.trusted:
             raise UsageError(
                 f"distillation.{name}.combination={term.combination!r} is of several teachers: it has {asked[0]} alone"
             )
-        several = len(asked) > 1
-        found[name] = replace(term, teacher=asked if several else asked[0], combination=term.combination or combination)
+        spoken = term.combination or (combination if several else "mean")
+        found[name] = replace(term, teacher=asked if several else asked[0], combination=spoken)
     idle = [one for one in everyone if not any(one in term.teachers for term in found.values())]
     if idle:
         raise UsageError(f"teachers.{idle[0]} serves no term of distillation: name it in one, or leave it out")

@@ -105,8 +105,8 @@ def check_goes_on(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if before is not None and before != split(trainer):
         raise UsageError(
             "the checkpoint was trained on another split into training and validation images, so that images it has "
-            "seen could be validated: keep seed_everything and the data's root, seed, validation_fraction and "
-            "limit_train"
+            "seen could be validated: keep seed_everything and the data's root, seed, validation_fraction, "
+            "limit_train and trust_fraction"
         )
     within = bool(checkpoint.get(KEY, {}).get("batches"))
     for name, limit, reached in (

@@ -143,6 +143,7 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,
             "balance": self._balance if distills else None,
+            "trust": module.trust or None if isinstance(module, DistillModule) else None,
             "finished": False,
             "warnings": [text for source in (module, *callbacks) for text in getattr(source, "warnings", [])],
         }

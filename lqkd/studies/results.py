@@ -16,7 +16,7 @@ from lqkd.runs.provenance import outdated_exports
 from lqkd.runs.verdicts import verdicts
 from lqkd.studies import job
 from lqkd.studies.job import FINISHED
-from lqkd.tasks import Task
+from lqkd.tasks.values import MODE, MONITOR
 from lqkd.utils.files import is_own_file
 from lqkd.utils.renames import current_keys
 from lqkd.utils.schema import SUMMARY as SCHEMA
@@ -72,12 +72,12 @@ class Run:
     @property
     def metric(self) -> str:
         """The metric that chose the checkpoint; earlier summaries, of accuracies, do not tell."""
-        return self.summary.get("metric") or Task.monitor
+        return self.summary.get("metric") or MONITOR
 
     @property
     def mode(self) -> str:
         """Whether the least or the largest of it is the best."""
-        return self.summary.get("mode") or Task.mode
+        return self.summary.get("mode") or MODE
 
     @property
     def best(self) -> float | None:
@@ -99,7 +99,7 @@ class Run:
 def metric_of(runs: Iterable[Run]) -> tuple[str, str]:
     """The metric of a study and its mode: those of the first run that has a summary."""
     found = next((run for run in runs if run.summary), None)
-    return (Task.monitor, Task.mode) if found is None else (found.metric, found.mode)
+    return (MONITOR, MODE) if found is None else (found.metric, found.mode)
 
 
 def read_runs(tasks: Iterable[job.Task]) -> list[Run]:

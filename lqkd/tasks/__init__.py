@@ -1,13 +1,36 @@
-"""What networks are trained for: everything that is true of one kind of task only."""
+"""What networks are trained for: everything that is true of one kind of task only.
+
+Imported when first used: how values of a metric are written needs no PyTorch.
+"""
 
 from __future__ import annotations
 
-from lqkd.models.calls import Inputs
-from lqkd.models.outputs import Asked, main_tensor
-from lqkd.tasks.base import Rows, Task
-from lqkd.tasks.classification import Classification
-from lqkd.tasks.labels import Samples
-from lqkd.tasks.multi_label import MultiLabel
-from lqkd.tasks.segmentation import Segmentation
+from typing import TYPE_CHECKING
 
-__all__ = ["Asked", "Classification", "Inputs", "MultiLabel", "Rows", "Samples", "Segmentation", "Task", "main_tensor"]
+from lqkd.utils.lazy import offers
+
+if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
+    from lqkd.models.calls import Inputs as Inputs
+    from lqkd.models.outputs import Asked as Asked
+    from lqkd.models.outputs import main_tensor as main_tensor
+    from lqkd.tasks.base import Rows as Rows
+    from lqkd.tasks.base import Task as Task
+    from lqkd.tasks.classification import Classification as Classification
+    from lqkd.tasks.labels import Samples as Samples
+    from lqkd.tasks.multi_label import MultiLabel as MultiLabel
+    from lqkd.tasks.segmentation import Segmentation as Segmentation
+
+_WHERE = {
+    "Asked": "lqkd.models.outputs",
+    "Classification": "lqkd.tasks.classification",
+    "Inputs": "lqkd.models.calls",
+    "MultiLabel": "lqkd.tasks.multi_label",
+    "Rows": "lqkd.tasks.base",
+    "Samples": "lqkd.tasks.labels",
+    "Segmentation": "lqkd.tasks.segmentation",
+    "Task": "lqkd.tasks.base",
+    "main_tensor": "lqkd.models.outputs",
+}
+
+__all__ = [*_WHERE]  # noqa: PLE0604
+__getattr__, __dir__ = offers(__name__, _WHERE)

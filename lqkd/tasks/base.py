@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
 from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked, heads, main_tensor
-from lqkd.tasks.values import shown
+from lqkd.tasks.values import MODE, MONITOR, shown
 
 TOLERANCE = 0.01
 """How far what two networks return may lie apart, by the root mean square, to count as the same answer."""
+
+if TYPE_CHECKING:  # which takes a second to import, and a prediction does without
+    from torchmetrics import MetricCollection
+
+    from lqkd.tasks.metrics import SameAnswer
 
 
 class Rows(NamedTuple):
@@ -27,13 +31,6 @@ class Rows(NamedTuple):
     """(N,) int64 classes, negative where a row has none; None for a task without classes."""
 
 
-class SameAnswer(Metric):
-    """What a network would reach that always gives the same answer, counted as the task's metrics are."""
-
-    name: str
-    """What it does, for a message."""
-
-
 class Task(nn.Module, ABC):
     """Everything that is true of one kind of task only, such as the classification of images.
 
@@ -42,9 +39,9 @@ class Task(nn.Module, ABC):
     may wait for the device: they run in every step.
     """
 
-    monitor: str = "val/acc"
+    monitor: str = MONITOR
     """The metric that chooses the best checkpoint: ``val/`` and a name of :meth:`metrics`."""
-    mode: Literal["min", "max"] = "max"
+    mode: Literal["min", "max"] = MODE
     """Whether the least or the largest of it is the best."""
     one_row_a_sample: ClassVar[bool] = True
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
 
 from lqkd.errors import UsageError
-from lqkd.losses.task import UNLABELLED, task_loss, task_losses
+from lqkd.losses.task import UNLABELLED, task_loss
 from lqkd.models.outputs import Asked, main_tensor
-from lqkd.tasks.base import Rows, SameAnswer, Task, example_input
+from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.labels import Samples, check_range, samples_of
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+    from lqkd.tasks.metrics import SameAnswer
 
 
 class Classification(Task):
@@ -95,6 +99,10 @@ class Classification(Task):
     # ---- evaluation
 
     def metrics(self) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from lqkd.tasks.metrics import Accuracy, CrossEntropy
+
         return MetricCollection({"loss": CrossEntropy(), "acc": Accuracy()}, compute_groups=False)
 
     def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -113,6 +121,8 @@ class Classification(Task):
         return lowest_accuracy(0 if classes is None else len(classes))
 
     def constant(self) -> SameAnswer:
+        from lqkd.tasks.metrics import LargestClass
+
         return LargestClass()
 
     def described(self, value: float) -> str:
@@ -183,35 +193,3 @@ def lowest_accuracy(classes: int) -> float:
     """
     chance = 1.0 / classes if classes else 0.0
     return min(1.5 * chance, chance + 0.1)
-
-
-class CrossEntropy(MeanMetric):
-    """The mean cross-entropy of logits (B, C) with those of the labels (B,) that are not negative."""
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
-        super().update(*task_losses(logits, labels))
-
-
-class Accuracy(MeanMetric):
-    """The share of labels (B,), of those that are not negative, that logits (B, C) put first."""
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
-        super().update((logits.argmax(dim=1) == labels).float(), (labels >= 0).float())
-
-
-class LargestClass(SameAnswer):
-    """The share of the largest class among the labels (B,) that are not negative; NaN without any."""
-
-    counts: Tensor
-    name = "always naming the largest class"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(1), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        counts = torch.zeros(logits.shape[1], device=logits.device)
-        self.counts = self.counts + counts.index_add_(0, labels.clamp_min(0), (labels >= 0).float())
-
-    def compute(self) -> Tensor:
-        return self.counts.max() / self.counts.sum()

@@ -14,8 +14,9 @@ from torchmetrics.classification import MultilabelAveragePrecision
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED
 from lqkd.models.outputs import Asked, main_tensor
-from lqkd.tasks.base import Rows, SameAnswer, Task, example_input
+from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.classification import checked_weights
+from lqkd.tasks.metrics import SameAnswer
 
 
 class Marked(NamedTuple):

@@ -15,7 +15,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED, mean_of_labelled
 from lqkd.models.outputs import Asked, main_tensor
 from lqkd.tasks.base import Rows, Task, example_input
-from lqkd.tasks.classification import Accuracy, CrossEntropy
+from lqkd.tasks.metrics import Accuracy, CrossEntropy
 
 
 class Masks(NamedTuple):

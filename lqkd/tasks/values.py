@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+MONITOR = "val/acc"
+"""The metric that chooses the best checkpoint unless a task says otherwise, as it always did in earlier versions."""
+MODE: Literal["min", "max"] = "max"
+"""Whether the least or the largest of it is the best."""
+
 
 def is_share(metric: str) -> bool:
     """Whether values of the metric, with ``val/`` or without, are written in percent: accuracies are."""

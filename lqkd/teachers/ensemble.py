@@ -23,8 +23,8 @@ class TeacherEnsemble(nn.Module):
 
     Args:
         teachers: at least two.
-        combination: how they speak: see :mod:`lqkd.losses.ensembles`; ``mean``, ``learned``, ``confidence`` or
-            ``separate``.
+        combination: how they speak: see :mod:`lqkd.losses.ensembles`; ``mean``, ``learned``, ``confidence``,
+            ``separate``, ``trust`` or ``calibrated``.
         minimum_accuracy: accuracy of the ensemble below which training refuses to start; null as for one
             teacher.
 

@@ -87,6 +87,19 @@ def test_several_terms_train_two_processes_like_one(lqkd: Forks, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path) -> None:
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, samples=384, trust=True)
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, samples=384, trust=True)[0]
+    assert first["trust"]["distill"]["read_as"]["teacher 1"] == {"0": "1", "1": "0"}
+    assert first["trust"] == second["trust"] == one["trust"]
+    for name, kept in first["map"].items():
+        assert torch.equal(kept, second["map"][name]), name
+        assert torch.equal(kept, one["map"][name]), name
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_gradients_measured_in_weights_train_two_processes_like_one(lqkd: Forks, tmp_path: Path) -> None:
     """To the tolerance of the tests above; what is measured must not be what DDP averages for the step."""
     first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, shared="1")

@@ -15,10 +15,11 @@ from lqkd.balances import BoundedUncertaintyBalance, GradNorm
 from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationFreezing, OscillationMonitor, Stage
 from lqkd.data import Augmentation, Batch, Digits
 from lqkd.losses import HintonKL, Hints, LogitResidual
+from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import Tap, Term
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP, SampleWeight
-from lqkd.teachers import FrozenTeacher
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of
 
@@ -67,6 +68,16 @@ def _terms(student: nn.Module) -> dict[str, Any]:
     }
 
 
+def _swapping() -> FrozenTeacher:
+    """A teacher that knows digits, two of them by each other's name."""
+    network = CifarResNet(14, num_classes=10, width=8, in_channels=1)
+    load_weights(network, "builtin:digits_teacher")
+    with torch.no_grad():
+        network.linear.bias[[0, 1]] = network.linear.bias[[1, 0]]
+        network.linear.weight[[0, 1]] = network.linear.weight[[1, 0]]
+    return FrozenTeacher(network, minimum_accuracy=0.0)
+
+
 def main(
     output: str,
     processes: int,
@@ -80,6 +91,7 @@ def main(
     shared: str | None = None,
     unlabelled_rank: int | None = None,
     terms: bool = False,
+    trust: bool = False,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -95,12 +107,15 @@ def main(
         "teacher_cache": None if cache is None else TeacherCache(cache, dtype="float32"),
         "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     }
+    if trust:
+        arguments |= {"teacher": TeacherEnsemble([_swapping(), _swapping()], "trust"), "distillation_loss": HintonKL()}
     module = distiller(**arguments | (_terms(student) if terms else {}))
     data = digits(1, batch_size)
     if unlabelled_rank is not None:
         data = UnlabelledRank(batch_size=batch_size, eval_batch_size=256)
         data.rank = unlabelled_rank
     data.limit_train = samples
+    data.trust_fraction = 0.5 if trust else 0.0
     data.augmentation = Augmentation()
     data.validation_fraction = 0.0994  # 143 images, an odd number
     watch = Watch()
@@ -135,6 +150,8 @@ def main(
         "synchronised": synchronised,
         "global_step": global_step,
         "asked": watch.asked,
+        "trust": module.trust,
+        "map": {name: kept for name, kept in module.distillation.state_dict().items() if "combination" in name},
         "oscillating": [row.oscillating for row in monitor.history],
         "flipping": [row.flipping for row in monitor.history],
         "frozen": [state.tensors["frozen"] for state in freezing._states.values()],

@@ -69,9 +69,10 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 TABLES = (
-    "weights", "distribution", "label", "output", "confidence", "divergence", "agreement", "balance", "share"
+    "weights", "distribution", "label", "output", "confidence", "divergence", "agreement", "balance", "share",
+    "step_length",
 )  # fmt: skip
-PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance")
+PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance", "step_length")
 
 
 def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:

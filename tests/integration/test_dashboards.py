@@ -70,7 +70,7 @@ def test_loggers_get_the_same_keys(run: Path) -> None:
 
 
 def test_every_chart_draws_documented_keys() -> None:
-    drawn = [key for charts in sections().values() for chart in charts for key in chart.keys]
+    drawn = [key for charts in sections("val/acc").values() for chart in charts for key in chart.keys]
     assert set(drawn) <= DOCUMENTED
     assert len(drawn) == len(set(drawn))
 
@@ -80,11 +80,11 @@ def test_tensorboard_finds_the_layout_and_what_it_draws(run: Path) -> None:
     events.Reload()
     (event,) = events.Tensors(metadata.CONFIG_SUMMARY_TAG)
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(sections())
+    assert [category.title for category in layout.category] == list(sections("val/acc"))
     scalars = events.Tags()["scalars"]
     for category in layout.category:
         for chart in category.chart:
-            wanted = sections()[category.title][list(category.chart).index(chart)]
+            wanted = sections("val/acc")[category.title][list(category.chart).index(chart)]
             if chart.HasField("margin"):
                 (series,) = chart.margin.series
                 found = {series.value, series.lower, series.upper} & set(scalars)
@@ -97,7 +97,7 @@ def test_the_report_for_wandb_draws_every_chart_and_picture() -> None:
     grids = [block for block in wandb_report.report("someone", "lqkd").blocks if isinstance(block, wr.PanelGrid)]
     lines, media = ([panel for grid in grids for panel in grid.panels if isinstance(panel, kind)] for kind in PANELS)
     drawn = {line.title: tuple(key if isinstance(key, str) else key.name for key in line.y) for line in lines}
-    assert drawn == {chart.title: chart.keys for charts in sections().values() for chart in charts}
+    assert drawn == {chart.title: chart.keys for charts in sections("val/acc").values() for chart in charts}
     assert [key for panel in media for key in panel.media_keys] == [
         f"regularizer/pictures/{name}" for name in wandb_report.PICTURES
     ]

@@ -57,7 +57,7 @@ def test_an_extension_takes_few_lines(example: str, most: int) -> None:
     assert 0 < len([line for line in of_class.splitlines() if line.strip()]) <= most
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, "features", "channels", "careful", "fixed"])
+@pytest.mark.parametrize("example", [*EXAMPLES, "features", "channels", "careful", "fixed", "believed"])
 def test_an_example_trains(example: str, outside: Path) -> None:
     assert main([*QUICKSTART, "--config", f"{example}.yaml", *STEPS]) == 0
     (run,) = (outside / "runs" / "quickstart").iterdir()

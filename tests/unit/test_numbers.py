@@ -49,7 +49,8 @@ def needed(kind: type) -> dict[str, Any]:
     """Arguments without which a class cannot be made."""
     given: dict[str, Callable[[], Any]] = {
         "network": network,
-        "classes": lambda: 3,
+        "classes": lambda: 3 if issubclass(kind, lqkd.tasks.Task) else ["a", "b"],
+        "loss": lqkd.losses.HintonKL,
         "student": network,
         "root": lambda: "nowhere",
         "folder": lambda: Path("nowhere"),
@@ -58,6 +59,7 @@ def needed(kind: type) -> dict[str, Any]:
     }
     parameters = inspect.signature(kind).parameters.values()
     names = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names += ["teacher", "student"] * (kind is lqkd.modules.DistillModule)  # the one or teachers, by name
     return {name: given[name]() for name in names}
 
 

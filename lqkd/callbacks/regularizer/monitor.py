@@ -27,6 +27,7 @@ from lqkd.callbacks.regularizer.verdict import Verdict, verdict
 from lqkd.errors import Stopped, UsageError
 from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import Regularizer
+from lqkd.tasks.values import MONITOR
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
 
@@ -134,8 +135,8 @@ class RegularizerMonitor(Callback):
         self._drawings.start()
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
-                names = str(getattr(pl_module.task, "monitor", "")), self._names(pl_module)
-                logger.experiment.add_custom_scalars(tensorboard_layout(*names))
+                metric = str(getattr(getattr(pl_module, "task", None), "monitor", MONITOR))
+                logger.experiment.add_custom_scalars(tensorboard_layout(metric, self._names(pl_module)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for record in self.records.values():

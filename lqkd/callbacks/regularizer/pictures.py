@@ -189,7 +189,7 @@ def step_length(history: History) -> Figure:
     """Norm of what each loss puts into the gradient of the student's parameters, and of the sum, over the epochs."""
     figure, (axes,) = _canvas("Length of a step: gradients in the student's parameters", 1)
     for name in dict.fromkeys(name for epoch in history for name in epoch.bins):
-        style, color = ("--", "black") if name == TOTAL else ("o-", None)
+        style, color = ("o--", "black") if name == TOTAL else ("o-", None)
         axes.plot(*_of(history, name), style, color=color, markersize=3, label=name)
     axes.set_yscale("log", nonpositive="mask")
     _over_epochs(axes, "norm of the gradient")

@@ -97,6 +97,37 @@ def test_limit_train_takes_that_many_training_images_of_all_classes_and_no_valid
     assert torch.equal(limited.val_indices, make_data().val_indices)
 
 
+def test_rows_of_trust_are_of_all_classes_and_in_no_training_or_validation_batch() -> None:
+    data, plain = make_data(trust_fraction=0.2), make_data()
+    trusted = data.trust_indices
+    labels = data.load().train_labels
+    assert torch.bincount(labels[trusted]).tolist() == [13, 5]
+    assert torch.equal(data.val_indices, plain.val_indices)
+    assert torch.equal(torch.cat([data.train_indices, trusted]).sort().values, plain.train_indices)
+    trained = {int(index) for batch in data.train_dataloader() for index in batch.indices}
+    assert not trained & set(trusted.tolist())
+    assert torch.equal(trusted, make_data(trust_fraction=0.2).trust_indices)
+    assert not torch.equal(trusted, make_data(trust_fraction=0.2, seed=1).trust_indices)
+    assert not len(plain.trust_indices)
+
+
+def test_rows_of_trust_come_augmented_as_in_the_first_epoch_but_not_mixed() -> None:
+    data, mixing = (
+        make_data(trust_fraction=0.2, eval_batch_size=7),
+        make_data(trust_fraction=0.2, cutmix=1.0, eval_batch_size=99),
+    )
+    batches = list(data.trust_batches(torch.device("cpu")))
+    indices = torch.cat([batch.indices for batch in batches])
+    assert torch.equal(indices, data.trust_indices)
+    images = torch.cat([batch.images for batch in batches])
+    raw = Batch(data.load().train_images[indices], data.load().train_labels[indices], indices)
+    assert torch.equal(images, data.preprocess(raw, train=True, epoch=0).images)
+    assert not torch.equal(images, data.preprocess(raw, train=False, epoch=0).images)
+    (unmixed,) = mixing.trust_batches(torch.device("cpu"))
+    assert unmixed.targets is None
+    assert torch.equal(unmixed.images, images)
+
+
 def test_a_training_set_smaller_than_a_batch_is_one_batch() -> None:
     assert [len(batch.labels) for batch in make_data(batch_size=500).train_dataloader()] == [90]
 

@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lqkd.errors import UsageError
 from lqkd.tasks import Asked, Classification
-from lqkd.tasks.classification import LargestClass
 from lqkd.tasks.labels import Samples
+from lqkd.tasks.metrics import LargestClass
 
 LOGITS = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(-1, 5, (40,), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,10 @@
+"""How far teachers can be believed, learned from labels of rows that no training step sees. Pure torch."""
+
+from __future__ import annotations
+
+from lqkd.losses.trust.interpolation import Interpolation
+from lqkd.losses.trust.map import TrustMap
+from lqkd.losses.trust.memorised import Answers, memorised, memorised_sentence
+from lqkd.losses.trust.report import TrustReport
+
+__all__ = ["Answers", "Interpolation", "TrustMap", "TrustReport", "memorised", "memorised_sentence"]

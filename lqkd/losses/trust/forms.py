@@ -1,0 +1,156 @@
+"""The forms of a trust map, from few to many parameters, and what minimises cross-entropy in each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GIVEN = "as given"
+"""The form without parameters: the mean of the teachers' predictions."""
+FORMS: dict[str, tuple[str, ...]] = {
+    "temperature": ("scale",),
+    "bias": ("scale", "bias"),
+    "diagonal": ("scale", "bias", "diagonal"),
+    "linear": ("scale", "bias", "diagonal", "linear"),
+}
+"""By name, what is fitted: a factor a teacher, which is its temperature and its share in one, a bias a class, a factor
+a teacher and class, and what every class says about every other."""
+BY_CLASS = ("bias", "diagonal", "linear")
+"""What is fitted for each class by itself."""
+FULL_CLASSES = 128
+"""Above so many classes the linear form looks at the ``RANK`` directions in which teachers differ most."""
+RANK = 32
+
+_MOST_ITERATIONS = 500
+
+Parts = dict[str, Tensor]
+
+
+@dataclass
+class Problem:
+    """Held-out rows, in units in which all parameters are alike: the teachers' logits have a root mean square of 1."""
+
+    seen: Tensor
+    """(K, N, C) float64: logits without their mean over classes, divided by ``unit``."""
+    reduced: Tensor
+    """(K, N, R): the same in the directions of the linear form."""
+    labels: Tensor
+    """(N,) int64."""
+    unit: float
+
+    @classmethod
+    def of(cls, teachers: Tensor, labels: Tensor, basis: Tensor) -> Problem:
+        """Of logits (K, N, C), labels (N,) and directions (C, R)."""
+        centred = centred_logits(teachers.double())
+        unit = float(centred.square().mean().sqrt().clamp_min(1e-12))
+        seen = centred / unit
+        return cls(seen, seen @ basis.double(), labels, unit)
+
+    def rows(self, chosen: Tensor) -> Problem:
+        """Some of the rows."""
+        return Problem(self.seen[:, chosen], self.reduced[:, chosen], self.labels[chosen], self.unit)
+
+    def start(self, form: str) -> Parts:
+        """No change to the mean of the teachers' log-probabilities."""
+        teachers, _, classes = self.seen.shape
+        shapes = {
+            "scale": (teachers,),
+            "bias": (classes,),
+            "diagonal": (teachers, classes),
+            "linear": (teachers, classes, self.reduced.shape[2]),
+        }
+        return {name: self.seen.new_zeros(shapes[name]) for name in FORMS[form]}
+
+    def logits(self, parts: Parts) -> Tensor:
+        """(N, C) of the map, whose ``parts`` are differences from the start."""
+        factors = self.unit / len(self.seen) + parts["scale"].view(-1, 1, 1)
+        if "diagonal" in parts:
+            factors = factors + parts["diagonal"].unsqueeze(1)
+        logits = (factors * self.seen).sum(0)
+        if "linear" in parts:
+            logits = logits + (self.reduced @ parts["linear"].mT).sum(0)
+        return logits + parts["bias"] if "bias" in parts else logits
+
+    def minimise(self, parts: Parts, strength: float, accuracy: float = 1e-9) -> Parts:
+        """What minimises ``sum CE + strength / 2 * |parts|^2``, which is convex, from ``parts`` on.
+
+        Args:
+            parts: where to begin: of the same form.
+            strength: > 0: the number of rows that a prior of unit variance is worth.
+            accuracy: the largest gradient, of the mean over the rows, that is left.
+        """
+        values = {name: value.clone().requires_grad_() for name, value in parts.items()}
+        optimizer = torch.optim.LBFGS(
+            [*values.values()],
+            max_iter=_MOST_ITERATIONS,
+            tolerance_grad=accuracy,
+            tolerance_change=1e-15,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            price = sum((value.square().sum() for value in values.values()), torch.zeros_like(self.seen[0, 0, 0]))
+            loss = F.cross_entropy(self.logits(values), self.labels) + strength / (2 * len(self.labels)) * price
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(objective)  # type: ignore[arg-type]
+        return {name: value.detach() for name, value in values.items()}
+
+
+def centred_logits(teachers: Tensor) -> Tensor:
+    """Logits (..., C) without their mean over classes, which no prediction depends on; -inf becomes finite."""
+    finite = teachers.log_softmax(-1).clamp_min(-1000.0)
+    return finite - finite.mean(-1, keepdim=True)
+
+
+def mean_prediction(teachers: Tensor) -> Tensor:
+    """Log-probabilities (N, C) of the mean prediction of logits (K, N, C)."""
+    predictions = teachers.log_softmax(-1).clamp_min(-1000.0)
+    return (predictions.logsumexp(0) - torch.tensor(len(teachers), dtype=predictions.dtype).log()).log_softmax(-1)
+
+
+def directions(teachers: Tensor) -> Tensor:
+    """(C, R) orthonormal directions that the linear form looks at: all, or the first principal ones of (K, N, C)."""
+    classes = teachers.shape[2]
+    if classes <= FULL_CLASSES:
+        return torch.eye(classes, dtype=torch.float64, device=teachers.device)
+    centred = centred_logits(teachers.double()).flatten(0, 1)
+    return torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -RANK:].flip(1)
+
+
+def rank(classes: int) -> int:
+    """R of :func:`directions`."""
+    return classes if classes <= FULL_CLASSES else RANK
+
+
+def folds_of(labels: Tensor, folds: int, order: Tensor) -> Tensor:
+    """(N,) the fold of every row: each class is shared out evenly, in the random ``order`` (N,)."""
+    shuffled = order.argsort(stable=True)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    found = torch.empty_like(labels)
+    found[by_class] = torch.arange(len(labels), device=labels.device) % folds
+    return found
+
+
+def simplest_of_the_best(losses: Sequence[Tensor]) -> int:
+    """The first of (N,) losses by row, given from simple to complex, that is within one standard error of the best.
+
+    The standard error is that of the mean difference, row by row (the rule of Breiman et al., "Classification and
+    Regression Trees", 1984, with paired differences). The first, which fits nothing, stays within two of them: it is
+    compared with the best of many.
+    """
+    best = min(losses, key=lambda loss: float(loss.mean()))
+    for index, loss in enumerate(losses):
+        difference = loss - best
+        margin = float(difference.std(correction=0)) / len(loss) ** 0.5
+        if float(difference.mean()) <= (1 if index else 2) * margin:
+            return index
+    raise AssertionError("the best is no worse than itself")

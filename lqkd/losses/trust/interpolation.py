@@ -1,0 +1,122 @@
+"""A target between teacher and student, by who of them is right on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+
+WeightOf = Literal["all", "class", "sample"]
+_FURTHER = 7
+"""Features of a sample besides both log-probabilities."""
+
+
+class Interpolation(nn.Module):
+    """``Z = S + w (T - S)`` of log-probabilities, with w in (0, 1) that makes labels of held-out rows most likely.
+
+    Where the student is as good as its teacher, w falls and distillation ends by itself: the residual that the student
+    sees is ``w (T - S)``. It cannot gain from a small distillation loss, since :meth:`objective` does not contain one.
+
+    Args:
+        classes: how many.
+        of: whether there is one w for ``all``, one a ``class``, or one a ``sample``, from a small network that looks at
+            both log-probabilities, their entropies and margins, whether both answer the same, and how much teacher and
+            student, and teachers among themselves, agree.
+        start: w before training: believe the teacher, nearly.
+        strength: of the pull of logit(w) towards its start.
+        hidden: units of the small network.
+
+    Raises:
+        UsageError: when the start is not between 0 and 1 or the strength is negative.
+
+    Examples:
+        >>> both = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> target, weights = Interpolation(2, of="all")(*both)
+        >>> weights.detach(), target.argmax().item()
+        (tensor([[0.8800]]), 0)
+    """
+
+    def __init__(
+        self, classes: int, of: WeightOf = "sample", start: float = 0.88, strength: float = 0.01, hidden: int = 16
+    ) -> None:
+        super().__init__()
+        if not 0 < start < 1:
+            raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
+        if not strength >= 0:
+            raise UsageError(f"strength={strength!r} is not possible: it must be at least 0")
+        self.of, self.strength = of, strength
+        self.start = math.log(start / (1 - start))
+        self.moved: nn.Module | nn.Parameter
+        if of == "sample":
+            last = nn.Linear(hidden, 1)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.moved = nn.Sequential(nn.Linear(2 * classes + _FURTHER, hidden), nn.Tanh(), last)
+        else:
+            self.moved = nn.Parameter(torch.zeros(1 if of == "all" else classes))
+
+    def forward(self, teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities Z (N, C) and weights w, (N, 1) or (N, C), float32, differentiable in phi alone.
+
+        Args:
+            teacher: (N, C) logits, those of a :class:`~lqkd.losses.trust.TrustMap` say.
+            student: (N, C) logits.
+            teachers: (K, N, C) logits of each teacher, where there are several: whether they agree is looked at.
+        """
+        target, moved = self._between(teacher, student, teachers)
+        return target, (self.start + moved).sigmoid()
+
+    def objective(self, teacher: Tensor, student: Tensor, labels: Tensor, teachers: Tensor | None = None) -> Tensor:
+        """What phi minimises on held-out rows, 0-dim: ``CE(Z, y) + strength / 2 * mean (logit w - logit start)^2``.
+
+        Args:
+            teacher, student, teachers: see :meth:`forward`.
+            labels: (N,) int64; rows with a negative one are left out, and where all are it is 0.
+        """
+        target, moved = self._between(teacher, student, teachers)
+        known = (labels >= 0).to(target)
+        losses = F.nll_loss(target, labels.clamp_min(0), reduction="none")
+        price = moved.square().mean(1)
+        return (known * (losses + self.strength / 2 * price)).sum() / known.sum().clamp_min(1.0)
+
+    def _between(self, teacher: Tensor, student: Tensor, teachers: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Z (N, C), and how far logit(w) is from its start, (N, 1) or (N, C)."""
+        with torch.autocast(teacher.device.type, enabled=False):
+            t, s = teacher.detach().float().log_softmax(-1), student.detach().float().log_softmax(-1)
+            if isinstance(self.moved, nn.Parameter):
+                moved: Tensor = self.moved.expand(len(t), -1)
+            else:
+                moved = self.moved(features(t, s, teachers))
+            return (s + (self.start + moved).sigmoid() * (t - s)).log_softmax(-1), moved
+
+
+def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
+    """What is looked at of a sample, (N, 2 C + 7).
+
+    Args:
+        t, s: log-probabilities (N, C) of the target and of the student.
+        teachers: logits (K, N, C), where there are several.
+    """
+    scale = math.log(t.shape[1])
+    p, q = t.exp(), s.exp()
+    top_t, top_s = p.topk(2, -1).values, q.topk(2, -1).values
+    apart = t.new_zeros(len(t))
+    if teachers is not None:
+        each = teachers.detach().float().softmax(-1)
+        apart = (each - each.mean(0)).abs().sum(-1).mean(0) / 2  # total variation from their mean
+    further = [
+        -(p * t).sum(-1) / scale,
+        -(q * s).sum(-1) / scale,
+        top_t[:, 0] - top_t[:, 1],
+        top_s[:, 0] - top_s[:, 1],
+        (t.argmax(-1) == s.argmax(-1)).to(t),
+        (p * q).sum(-1),
+        apart,
+    ]
+    both = (torch.cat([t, s], 1) / scale).clamp_min(-10.0)
+    return torch.cat([both, torch.stack(further, 1)], 1)

@@ -1,0 +1,171 @@
+"""A map from what teachers say to what can be believed of it."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.losses.trust import forms
+from lqkd.losses.trust.forms import BY_CLASS, FORMS, GIVEN, Parts, Problem
+from lqkd.losses.trust.report import TrustReport, report
+from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
+
+Spread = Literal["keep", "fitted"]
+
+STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
+"""Of the pull towards the start that cross-validation chooses from, in rows."""
+FEWEST_ROWS = 20
+"""Held-out rows with a label that a fit needs."""
+
+
+class TrustMap(nn.Module):
+    """Log-probabilities ``log softmax(sum_k A_k L_k + b)`` of the logits L_k of K teachers, that labels agree with.
+
+    A and b minimise cross-entropy on held-out rows (stacking; Wolpert 1992; for one teacher and a scalar A temperature
+    scaling, Guo et al., arXiv 1706.04599), with a squared penalty on the distance from the mean of the teachers. Which
+    of the forms of :data:`~lqkd.losses.trust.forms.FORMS` is fitted, and how strong the penalty is, is chosen by
+    cross-validation within these rows: the simplest within one standard error of the best. Where none is better than
+    the mean of the teachers' predictions, it stays at that, as before a fit.
+
+    Args:
+        teachers: how many.
+        classes: how many.
+        spread: ``fitted`` gives predictions as sure as labels justify; ``keep`` stretches their logits, by one number,
+            to the standard deviation that those of the teachers have, as far as each of them is believed: labels say
+            what is believed, and the loss with its temperature how it is compared.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> labels = torch.randint(3, (600,))
+        >>> right = 4.0 * torch.nn.functional.one_hot(labels, 3)
+        >>> swapped = right[:, [1, 0, 2]] + torch.randn(600, 3)
+        >>> trusted = TrustMap(1, 3)
+        >>> report = trusted.fit(swapped[None], labels)
+        >>> report.form, report.read_as
+        ('linear', [{0: 1, 1: 0}])
+        >>> trusted(torch.tensor([[[4.0, 0.0, 0.0]]])).argmax().item()
+        1
+    """
+
+    given: Tensor
+    scale: Tensor
+    diagonal: Tensor
+    linear: Tensor
+    basis: Tensor
+    bias: Tensor
+    stretch: Tensor
+
+    def __init__(self, teachers: int, classes: int, spread: Spread = "keep") -> None:
+        super().__init__()
+        self.spread = spread
+        rank = forms.rank(classes)
+        self.register_buffer("given", torch.tensor(True))
+        self.register_buffer("scale", torch.full((teachers,), 1 / max(1, teachers)))
+        self.register_buffer("diagonal", torch.zeros(teachers, classes))
+        self.register_buffer("linear", torch.zeros(teachers, classes, rank))
+        self.register_buffer("basis", torch.zeros(classes, rank))
+        self.register_buffer("bias", torch.zeros(classes))
+        self.register_buffer("stretch", torch.tensor(1.0))
+
+    def forward(self, teachers: Tensor) -> Tensor:
+        """Log-probabilities (N, C) in float32 of the teachers' logits (K, N, C); no gradient reaches the teachers."""
+        with torch.autocast(teachers.device.type, enabled=False):
+            teachers = teachers.detach().float()
+            mapped = self.stretch * (self.contributions(teachers).sum(0) + self.bias)
+            return torch.where(self.given, forms.mean_prediction(teachers), mapped.log_softmax(-1))
+
+    def contributions(self, teachers: Tensor) -> Tensor:
+        """What each teacher adds to the logits of the map, (K, N, C), in the dtype of its logits."""
+        seen = forms.centred_logits(teachers)
+        factors = (self.scale.view(-1, 1, 1) + self.diagonal.unsqueeze(1)).to(seen)
+        return factors * seen + (seen @ self.basis.to(seen)) @ self.linear.to(seen).mT
+
+    @torch.no_grad()
+    def fit(
+        self, teachers: Tensor, labels: Tensor, folds: int = 5, seed: int = 0, memorised: bool = False
+    ) -> TrustReport:
+        """Fit to held-out rows, in float64 and the same for the same arguments.
+
+        Args:
+            teachers: (K, N, C) logits of any floating dtype.
+            labels: (N,) int64; rows with a negative one are left out. Where a class has no row, or fewer than two,
+                nothing is fitted by class, since nothing is known of it: only a factor a teacher.
+            folds: of the cross-validation, >= 2; stratified by class.
+            seed: of the folds.
+            memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
+                nothing of others: their spread is kept, and factors a class are not fitted.
+
+        Raises:
+            UsageError: when fewer than 20 rows have a label.
+        """
+        known = labels >= 0
+        teachers, labels = teachers[:, known].double(), labels[known]
+        if len(labels) < FEWEST_ROWS:
+            raise UsageError(
+                f"{len(labels)} held-out rows with a label are too few to learn from how far teachers can be believed: "
+                f"at least {FEWEST_ROWS} are needed"
+            )
+        basis = forms.directions(teachers)
+        problem = Problem.of(teachers, labels, basis)
+        order = random_bits(seed, 0, torch.arange(len(labels)), STREAM_TRUST).to(labels.device)
+        losses = self._cross_validated(problem, teachers, forms.folds_of(labels, folds, order), memorised)
+        form, strength = [*losses][forms.simplest_of_the_best([*losses.values()])]
+        self._take(problem, form, strength, basis)
+        self.stretch.fill_(1.0)
+        trusted = self._exactly(teachers)
+        found = report(teachers, labels, trusted, self.contributions(teachers), form)
+        found.worth = float((losses[GIVEN, 0.0] - losses[form, strength]).mean())
+        found.cross_entropy, found.memorised = float(losses[form, strength].mean()), memorised
+        if (self.spread == "keep" or memorised) and form != GIVEN:
+            spreads = [_spread(teacher) for teacher in teachers]
+            wanted = sum(part * spread for part, spread in zip(found.believed, spreads, strict=True))
+            self.stretch.fill_(wanted / max(_spread(trusted), 1e-6))
+        return found
+
+    def _cross_validated(
+        self, problem: Problem, teachers: Tensor, folds: Tensor, memorised: bool
+    ) -> dict[tuple[str, float], Tensor]:
+        """By form and strength, from simple to complex, the loss (N,) of every row when it was left out of the fit."""
+        candidates = {(GIVEN, 0.0): F.nll_loss(forms.mean_prediction(teachers), problem.labels, reduction="none")}
+        counts = torch.bincount(problem.labels, minlength=teachers.shape[2])
+        for form, parts in FORMS.items():
+            by_class = any(part in BY_CLASS for part in parts)
+            if (by_class and int(counts.min()) < 2) or (memorised and form == "diagonal"):
+                continue
+            of_form = {strength: torch.empty_like(candidates[GIVEN, 0.0]) for strength in STRENGTHS}
+            for fold in folds.unique():
+                inside, outside = problem.rows(folds != fold), problem.rows(folds == fold)
+                fitted: Parts = problem.start(form)
+                for strength in STRENGTHS:  # from the start on, each from the one before
+                    fitted = inside.minimise(fitted, strength, accuracy=1e-6)
+                    loss = F.cross_entropy(outside.logits(fitted), outside.labels, reduction="none")
+                    of_form[strength][folds == fold] = loss
+            candidates |= {(form, strength): loss for strength, loss in of_form.items()}
+        return candidates
+
+    def _take(self, problem: Problem, form: str, strength: float, basis: Tensor) -> None:
+        """Fit to all rows and keep what is found, in units of the teachers' logits."""
+        self.given.fill_(form == GIVEN)
+        parts = {} if form == GIVEN else problem.minimise(problem.start(form), strength)
+        self.scale.fill_(1 / len(self.scale))
+        self.basis.copy_(basis)
+        for name in ("scale", "diagonal", "linear", "bias"):
+            kept = cast(Tensor, getattr(self, name))
+            if name != "scale":
+                kept.zero_()
+            if name in parts:
+                kept.add_(parts[name] / (1.0 if name == "bias" else problem.unit))
+
+    def _exactly(self, teachers: Tensor) -> Tensor:
+        """As :meth:`forward`, in float64 and as fitted."""
+        mapped = self.contributions(teachers).sum(0) + self.bias
+        return forms.mean_prediction(teachers) if bool(self.given) else mapped.log_softmax(-1)
+
+
+def _spread(logits: Tensor) -> float:
+    """Standard deviation of logits over the classes, as the root of the mean variance of the rows."""
+    return float(logits.var(-1, correction=0).mean().sqrt())

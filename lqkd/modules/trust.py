@@ -1,0 +1,186 @@
+"""Learning, before the first step, how far the teachers of a distillation can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.ensembles import TrustedTeachers
+from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
+from lqkd.modules.distillation import Distillation
+from lqkd.modules.distilling import Distilling
+from lqkd.modules.references import as_stop, batches_of, loader_of, warn
+from lqkd.modules.stages import in_stage
+from lqkd.modules.terms import teacher_label
+from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
+
+_MOST_ROWS = 20_000
+"""Pixels or tokens of a few samples are many rows: so many of them are fitted to."""
+
+
+class Trusting(Distilling, Protocol):
+    """A module that distils, with terms that may have to be fitted."""
+
+    distillation: Distillation
+    trust: dict[str, dict[str, Any]]
+
+
+def check_held_out(module: Trusting) -> None:
+    """See that there are held-out rows where a term asks for them.
+
+    Raises:
+        UsageError: when there are none.
+    """
+    data: Any = getattr(module.trainer, "datamodule", None)
+    for name, combination in _trusted(module):
+        with module.distillation.told(name):
+            if not hasattr(data, "trust_batches"):
+                raise UsageError(
+                    "combination: trust needs a DataModule with trust_batches(device), which yields batches of "
+                    "training rows that are in no training batch"
+                )
+            if not len(getattr(data, "trust_indices", (None,))):
+                raise UsageError(
+                    "combination: trust needs training rows that are in no training batch, and there are none: set "
+                    "data.init_args.trust_fraction, to 0.05 say"
+                )
+            if combination.map is None:
+                raise UsageError(
+                    "combination: trust needs to know the shape of images: use a DataModule that tells its image_shape"
+                )
+
+
+def fit_trust(module: Trusting, known: bool) -> None:
+    """Fit every trusted term, on the first process for all of them, and tell what was found.
+
+    ``module.trust`` then has a report a term, as JSON values.
+
+    Args:
+        module: the module, attached to a Trainer, before its first step.
+        known: whether a checkpoint has brought what was found.
+
+    Raises:
+        UsageError: when too few rows have a label.
+    """
+    trusted = dict(_trusted(module))
+    if trusted and not known:
+        rank_zero_info("asking teachers about held-out rows")
+        for name, (state, report) in _learned(module, trusted).items():
+            cast(TrustMap, trusted[name].map).load_state_dict(state)
+            module.trust[name] = report
+    for name, report in module.trust.items():
+        prefix = f"distillation.{name}" if module.distillation.named else "trust"
+        rank_zero_info(f"{prefix}: {report['sentence']}")
+        for sentence in report["warnings"]:
+            if sentence not in module.warnings:  # two terms may have a teacher in common
+                warn(module, sentence)
+
+
+def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, tuple[dict[str, Tensor], Any]]:
+    """By term the state of its map and a report, the same on all processes."""
+    with isolate_rng():  # loaders draw, which must not move the random numbers of the training
+        unseen = _on_validation(module)
+        asked = _held_out(module) if module.trainer.is_global_zero else None
+    found: dict[str, Any] | str = {}
+    if asked is not None:
+        logits, labels = asked
+        known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
+        by_heart = {
+            name: memorised_sentence(_label(module, name), known[name], unseen[name])
+            for name in known
+            if name in unseen and memorised(known[name], unseen[name])
+        }
+        try:
+            found = {name: _fitted(module, name, one, logits, labels, by_heart) for name, one in trusted.items()}
+        except UsageError as error:
+            found = str(error)  # for all processes
+    found = module.trainer.strategy.broadcast(found)
+    if isinstance(found, str):
+        raise UsageError(found)
+    return found
+
+
+def _trusted(module: Trusting) -> Iterator[tuple[str, TrustedTeachers]]:
+    for name, term in module.distillation.terms():
+        if isinstance(term.combination, TrustedTeachers):
+            yield name, term.combination
+
+
+def _fitted(
+    module: Trusting,
+    name: str,
+    combination: TrustedTeachers,
+    logits: dict[str, Tensor],
+    labels: Tensor,
+    by_heart: Mapping[str, str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a term's map, on the CPU, and what is told of it."""
+    teachers = cast("tuple[str, ...]", module.distillation[name].teachers)
+    fitted = cast(TrustMap, combination.map)
+    with module.distillation.told(name):
+        together = torch.stack([logits[teacher] for teacher in teachers])
+        warnings = [by_heart[teacher] for teacher in teachers if teacher in by_heart]
+        report = fitted.fit(together, labels, memorised=bool(warnings))
+    names = [_label(module, teacher) for teacher in teachers]
+    data: Any = getattr(module.trainer, "datamodule", None)
+    classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
+    return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes) | {
+        "warnings": warnings
+    }
+
+
+def _label(module: Trusting, teacher: str) -> str:
+    return teacher_label(teacher, module.named_teachers)
+
+
+def _answers(logits: Tensor, labels: Tensor) -> Answers:
+    known = labels >= 0
+    return Answers(int((logits.argmax(1) == labels)[known].sum()), int(known.sum()))
+
+
+def _on_validation(module: Trusting) -> dict[str, Answers]:
+    """Answers of every teacher on the validation split, of all processes; nothing where there is none."""
+    trainer = module.trainer
+    loader = loader_of(trainer.datamodule, "val_dataloader", "validation")  # type: ignore[attr-defined]
+    batches = as_stop(batches_of(loader, trainer.limit_val_batches))
+    counts = torch.zeros(len(module.named_teachers), 2, device=module.device)
+    with in_stage(trainer, RunningStage.TESTING):
+        moved = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in islice(loader or (), batches))
+        for logits, labels in _asked(module, moved):
+            counts += torch.tensor([_answers(x, labels) for x in logits.values()], device=module.device)
+    counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
+    found = zip(module.named_teachers, counts.tolist(), strict=True)
+    return {name: Answers(int(right), int(rows)) for name, (right, rows) in found if rows}
+
+
+@torch.no_grad()
+def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Of every batch the rows' logits (N, C) of every teacher, by name, and their labels (N,)."""
+    for batch in batches:
+        inputs = module.inputs(batch)
+        with module.trainer.precision_plugin.forward_context():
+            outputs = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs))
+        rows = {name: module.task.rows(seen.output, batch) for name, seen in outputs.items()}
+        labels = next(iter(rows.values())).labels
+        assert labels is not None, "check_term has seen to it"
+        yield {name: of_teacher.logits.float() for name, of_teacher in rows.items()}, labels
+
+
+def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits (N, C) of every teacher, by name, and labels (N,) of the held-out rows."""
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    asked = [*_asked(module, data.trust_batches(module.device))]
+    labels = [of_batch for _, of_batch in asked]
+    logits = {name: [of_batch[name] for of_batch, _ in asked] for name in module.named_teachers}
+    together = torch.cat(labels)
+    order = random_bits(0, 0, torch.arange(len(together)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
+    chosen = order.sort().values.to(together.device)
+    return {name: torch.cat(parts)[chosen] for name, parts in logits.items()}, together[chosen]

@@ -1,0 +1,220 @@
+"""How far teachers can be believed, learned on held-out rows before a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lqkd.data import Digits
+from lqkd.data.augmentation import Augmentation
+from lqkd.errors import UsageError
+from lqkd.losses import HintonKL, Hints
+from lqkd.models import CifarResNet, load_weights
+from lqkd.modules import DistillModule, Tap, Term
+from lqkd.quantization import Recipe
+from lqkd.runs import BestAndLast, RunLogger
+from lqkd.runs.summary import RunSummary
+from lqkd.teachers import FrozenTeacher, TeacherEnsemble
+from lqkd.teachers.cache import TeacherCache
+from lqkd.teachers.cache.keys import data_key
+from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.integration.test_exact_resume import StopAt
+
+MakeTrainer = Callable[..., Trainer]
+ORDER = [1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
+
+
+def held_out(kind: type[Digits] = Digits, **settings: Any) -> Digits:
+    """Digits with seven batches of 16 an epoch and about 300 rows of trust."""
+    data = kind(**{"batch_size": 16, "eval_batch_size": 256, "limit_train": 412, "trust_fraction": 0.727} | settings)
+    data.augmentation = Augmentation()
+    return data
+
+
+def trained_teacher(order: list[int] | None = None) -> FrozenTeacher:
+    """A network that knows digits, but by other names where there is an order."""
+    teacher = CifarResNet(14, num_classes=10, width=8, in_channels=1)
+    load_weights(teacher, "builtin:digits_teacher")
+    if order is not None:
+        with torch.no_grad():
+            teacher.linear.weight.copy_(teacher.linear.weight[order])
+            teacher.linear.bias.copy_(teacher.linear.bias[order])
+    return FrozenTeacher(teacher, minimum_accuracy=0.0)
+
+
+class Remembering(nn.Module):
+    """A network that knows some images by heart, and of others little: it looks at three directions of their pixels."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("directions", torch.randn(images[0].numel(), 3, generator=generator))
+        self.register_buffer("known", images.flatten(1) @ self.directions)
+        self.register_buffer("others", 1e4 * (1 - nn.functional.one_hot(labels, 10).float()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        distances = torch.cdist(images.flatten(1) @ self.directions, self.known)
+        return -(distances.unsqueeze(2) + self.others).amin(1)
+
+
+def remembering_teacher() -> FrozenTeacher:
+    """One that knows the held-out rows by heart."""
+    data = held_out(eval_batch_size=300)
+    data.setup("fit")
+    (rows,) = tuple(data.trust_batches(torch.device("cpu")))
+    return FrozenTeacher(Remembering(rows.images, rows.labels), minimum_accuracy=0.0, precision="fp32")
+
+
+def trusting(combination: str = "trust", **teachers: FrozenTeacher) -> DistillModule:
+    """A module with one term, ``logits``, of all the teachers."""
+    torch.manual_seed(0)
+    teachers = teachers or {"large": trained_teacher(ORDER)}
+    return DistillModule(
+        student=network(),
+        quantization=Recipe(bits="w4a4"),
+        teachers=teachers,
+        distillation={"logits": Term(HintonKL(), [*teachers], combination)},
+        student_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    )
+
+
+def test_another_order_of_classes_is_found_told_and_in_the_summary(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    module = trusting(large=trained_teacher(ORDER), random=FrozenTeacher(network(), minimum_accuracy=0.0))
+    targets: list[tuple[Tensor, Tensor]] = []
+
+    class Watch(Recorder):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            targets.append((outputs["terms"]["logits"]["teacher"].argmax(1), batch.labels))
+
+    trainer = make_trainer(callbacks=[RunSummary(), Watch(lambda *_: None)], logger=RunLogger(tmp_path))
+    trainer.fit(module, datamodule=held_out())
+    found = module.trust["logits"]
+    assert found["read_as"] == {"teacher large": {"0": "1", "1": "2", "2": "0"}, "teacher random": {}}
+    assert 0.8 < found["believed"]["teacher large"] < 1.2
+    assert found["believed"]["teacher random"] < 0.05
+    assert not found["memorised"]
+    right = torch.cat([answers == labels for answers, labels in targets]).double().mean()
+    assert right > 0.9
+    assert json.loads((tmp_path / "summary.json").read_text())["trust"]["logits"] == found
+
+
+def test_held_out_rows_are_in_no_gradient_of_the_student(make_trainer: MakeTrainer) -> None:
+    """They have a white corner, which the student never sees while it has a gradient, and teachers see."""
+
+    class Marked(Digits):
+        def setup(self, stage: str | None = None) -> None:
+            super().setup(stage)
+            images = self._loaded().train_images
+            assert isinstance(images, Tensor)
+            images[..., 0, 0] = 0
+            images[self.trust_indices, :, 0, 0] = 255
+
+    data = held_out(Marked)
+    module = trusting()
+    seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+
+    def watch(name: str, needs_gradient: bool) -> Callable[..., None]:
+        def hook(network: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad == needs_gradient:
+                seen[name].append(arguments[0][:, 0, 0, 0])
+
+        return hook
+
+    module.student.register_forward_hook(watch("student", True))
+    module.named_teachers["large"].network.register_forward_hook(watch("teacher", False))
+    make_trainer().fit(module, datamodule=data)
+    student, teacher = torch.cat(seen["student"]), torch.cat(seen["teacher"])
+    assert len(student) >= 7 * 16
+    assert student.unique().numel() == 1
+    assert int((teacher == teacher.max()).sum()) == len(data.trust_indices)
+
+
+def test_a_resumed_training_keeps_what_was_fitted_and_ends_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def run(folder: Path, stop: tuple[int, int] | None = None, data: Digits | None = None) -> DistillModule:
+        module = trusting(large=trained_teacher(ORDER), known=remembering_teacher())
+        last = folder / "last.ckpt"
+        resume = last if last.exists() else None
+        callbacks: list[Any] = [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True, logger=RunLogger(folder))
+        trainer.fit(module, datamodule=data or held_out(), ckpt_path=resume, weights_only=True)
+        return module
+
+    class NotAgain(Digits):
+        def trust_batches(self, device: torch.device) -> Any:
+            raise AssertionError("it is fitted once")
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", (1, 1))
+    resumed = run(tmp_path / "cut", data=held_out(NotAgain))
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    assert resumed.trust == whole.trust
+    assert resumed.warnings == whole.warnings
+    assert "teacher known knows its training rows by heart" in whole.warnings[0]
+    for name, kept in whole.distillation.state_dict().items():
+        assert torch.equal(kept, resumed.distillation.state_dict()[name]), name
+
+
+def test_answers_from_the_cache_train_the_same_and_its_key_knows_the_held_out_rows(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    live, cached = trusting(), trusting()
+    cached.teacher_cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
+    for module in (live, cached):
+        make_trainer().fit(module, datamodule=held_out())
+    assert torch.equal(parameters_of(live), parameters_of(cached))
+    with_trust, other = held_out(), held_out(trust_fraction=0.5)
+    for data in (with_trust, other):
+        data.setup("fit")
+    assert data_key(with_trust) != data_key(other)
+
+
+def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_told(make_trainer: MakeTrainer) -> None:
+    module = trusting("calibrated", large=remembering_teacher())
+    make_trainer(max_steps=1).fit(module, datamodule=held_out())
+    assert any("teacher large knows its training rows by heart" in warning for warning in module.warnings)
+    assert module.trust["logits"]["memorised"]
+    assert "rows known by heart, so that temperatures are kept" in module.trust["logits"]["sentence"]
+
+
+def test_an_ensemble_of_the_short_form_can_be_trusted(make_trainer: MakeTrainer) -> None:
+    pair = [trained_teacher(), trained_teacher(ORDER)]
+    module = distiller(teacher=TeacherEnsemble(pair, "calibrated"), distillation_loss=HintonKL())
+    make_trainer(max_steps=1).fit(module, datamodule=held_out())
+    assert set(module.trust["distill"]["believed"]) == {"teacher 1", "teacher 2"}
+    assert module.trust["distill"]["worth"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (digits(), r"distillation.logits: .* set data.init_args.trust_fraction"),
+        (held_out(trust_fraction=0.01), r"distillation.logits: 4 held-out rows with a label are too few"),
+        (held_out(trust_fraction=0.0001), r"trust_fraction=0.0001 holds out 0 of 412"),
+    ],
+)
+def test_too_few_held_out_rows_are_refused_before_the_first_batch(
+    make_trainer: MakeTrainer, data: Digits, message: str
+) -> None:
+    steps = Recorder(lambda *_: None)
+    with pytest.raises(UsageError, match=message):
+        make_trainer(callbacks=[steps]).fit(trusting(), datamodule=data)
+    assert not steps.seen
+
+
+def test_features_cannot_be_trusted_by_labels() -> None:
+    with pytest.raises(UsageError, match="combination='trust' is not possible with distillation_loss Hints"):
+        Term(Hints(), "own", "trust", [Tap("layer1", "layer1")])
+
+
+def test_a_share_of_all_rows_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"trust_fraction=1.0 is not accepted"):
+        Digits(trust_fraction=1.0)

@@ -1,0 +1,90 @@
+"""A weight between teacher and student that labels of held-out rows decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit, log_softmax
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.trust import Interpolation
+from tests.unit.losses.test_trust import noise, rows
+
+OF = ("all", "class", "sample")
+
+
+def learned(interpolation: Interpolation, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """The weights after phi has minimised its objective."""
+    optimizer = torch.optim.LBFGS(interpolation.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = interpolation.objective(teacher, student, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return interpolation(teacher, student)[1].detach()
+
+
+@pytest.mark.parametrize("of", ["all", "class"])
+def test_weights_are_what_scipy_finds_from_the_formula(of: str) -> None:
+    teacher, labels = rows(200, 4)
+    student = 0.5 * teacher + noise(200, 4)
+    labels[:20] = -1
+    found = learned(Interpolation(4, of=of, strength=0.1), teacher, student, labels)  # type: ignore[arg-type]
+    t, s, y = log_softmax(teacher.numpy(), 1)[20:], log_softmax(student.numpy(), 1)[20:], labels.numpy()[20:]
+    start = np.log(0.88 / 0.12)
+
+    def objective(moved: np.ndarray) -> float:
+        z = log_softmax(s + expit(start + moved) * (t - s), axis=1)
+        return float(-z[np.arange(180), y].mean() + 0.1 / 2 * (moved**2).mean())
+
+    expected = minimize(objective, np.zeros(1 if of == "all" else 4), options={"gtol": 1e-7}).x
+    np.testing.assert_allclose(found[0].numpy(), expit(start + expected), atol=2e-3)
+
+
+@pytest.mark.parametrize("of", OF)
+def test_before_training_the_teacher_is_nearly_believed_and_phi_alone_has_gradients(of: str) -> None:
+    teacher, labels = rows(50)
+    student = noise(50).requires_grad_()
+    interpolation = Interpolation(10, of=of)  # type: ignore[arg-type]
+    target, weights = interpolation(teacher.requires_grad_(), student)
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.88))
+    expected = (0.12 * student.log_softmax(-1) + 0.88 * teacher.log_softmax(-1)).log_softmax(-1)
+    torch.testing.assert_close(target, expected.detach().float(), check_dtype=False)
+    interpolation.objective(teacher, student, labels).backward()
+    assert teacher.grad is None
+    assert student.grad is None
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in interpolation.parameters())
+
+
+@pytest.mark.parametrize("of", OF)
+def test_a_student_that_is_right_ends_distillation_and_a_teacher_that_is_right_keeps_it(of: str) -> None:
+    right, labels = rows(1000)
+    for teacher, student, low, high in ((right, noise(1000), 0.88, 1.0), (noise(1000), right, 0.0, 0.2)):
+        weights = learned(Interpolation(10, of=of), teacher, student, labels)  # type: ignore[arg-type]
+        assert low < weights.mean() < high
+
+
+def test_a_weight_a_sample_tells_where_the_teacher_is_lost() -> None:
+    right, labels = rows(1000, sharp=6.0)
+    flat, student = 0.1 * noise(1000), 0.5 * right
+    teacher = torch.where(torch.arange(1000)[:, None] < 500, right, flat)
+    torch.manual_seed(0)
+    weights = learned(Interpolation(10), teacher, student, labels)
+    assert weights[:500].mean() > weights[500:].mean() + 0.3
+
+
+def test_without_a_label_the_objective_is_zero() -> None:
+    teacher, labels = rows(5)
+    assert Interpolation(10).objective(teacher, noise(5), torch.full_like(labels, -1)).item() == 0.0
+
+
+@pytest.mark.parametrize("settings", [{"start": 1.0}, {"strength": -1.0}])
+def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="is not possible"):
+        Interpolation(10, **settings)

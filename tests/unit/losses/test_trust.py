@@ -1,0 +1,222 @@
+"""How far teachers can be believed, against scipy in float64, closed forms and teachers of known worth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.ensembles import MeanPrediction
+from lqkd.losses.trust import Answers, TrustMap, memorised
+from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions
+
+ORDER = torch.tensor([1, 2, 0, 3, 4, 5, 6, 7, 8, 9])
+
+
+def rows(count: int, classes: int = 10, seed: int = 0, sharp: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Logits of a teacher that knows all that can be known, and labels drawn from its predictions."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = sharp * torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    return logits, torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def noise(count: int, classes: int = 10, seed: int = 99) -> Tensor:
+    return 3 * torch.randn(count, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cross_entropy(trusted: TrustMap, teachers: Tensor, labels: Tensor) -> float:
+    return float(F.nll_loss(trusted(teachers).double(), labels))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_what_scipy_finds_from_the_formula(form: str) -> None:
+    logits, labels = rows(150, 4)
+    teachers, strength = torch.stack([logits[:, [1, 0, 2, 3]], 2 * logits + noise(150, 4)]), 2.0
+    problem = Problem.of(teachers, labels, directions(teachers))
+    found = problem.minimise(problem.start(form), strength)
+
+    seen = teachers.numpy() - teachers.numpy().mean(2, keepdims=True)
+    unit = math.sqrt((seen**2).mean())
+    seen, parts = seen / unit, FORMS[form]
+    sizes = {"scale": 2, "bias": 4, "diagonal": 8, "linear": 32}
+
+    def unpacked(flat: np.ndarray) -> dict[str, np.ndarray]:
+        pieces = np.split(flat, np.cumsum([sizes[part] for part in parts])[:-1])
+        return {part: pieces[parts.index(part)] if part in parts else np.zeros(sizes[part]) for part in sizes}
+
+    def objective(flat: np.ndarray) -> float:
+        p = unpacked(flat)
+        z = np.zeros((150, 4)) + p["bias"]
+        for k in range(2):
+            a = np.diag(unit / 2 + p["scale"][k] + p["diagonal"].reshape(2, 4)[k]) + p["linear"].reshape(2, 4, 4)[k]
+            z = z + seen[k] @ a.T
+        chosen = log_softmax(z, axis=1)[np.arange(150), labels.numpy()]
+        return float(-chosen.sum() + strength / 2 * (flat**2).sum())
+
+    count = sum(sizes[part] for part in parts)
+    expected = minimize(objective, np.zeros(count), method="BFGS", options={"gtol": 1e-4, "maxiter": 2000}).x
+    ours = torch.cat([found[part].flatten() for part in parts]).numpy()
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
+
+
+def test_two_teachers_of_whom_one_is_right_with_known_probability_get_the_factors_of_the_closed_form() -> None:
+    """Answers always differ. A class outside of both is right with 1 - p - q: a d = ln(p (C - 2) / (1 - p - q))."""
+    classes, (p, q), margin = 5, (0.6, 0.3), 2.0
+    answers, labels = [], []
+    for first in range(classes):
+        for second in range(classes):
+            others = [c for c in range(classes) if c not in (first, second)]
+            right = [first] * 18 + [second] * 9 + others if first != second else []  # 0.6, 0.3 and 0.1 of thirty
+            answers += [(first, second)] * len(right)
+            labels += right
+    teachers = margin * F.one_hot(torch.tensor(answers).T, classes).double()
+    problem = Problem.of(teachers, torch.tensor(labels), directions(teachers))
+    scale = problem.minimise(problem.start("temperature"), 1e-9)["scale"] / problem.unit + 0.5
+    expected = [math.log(share * (classes - 2) / (1 - p - q)) / margin for share in (p, q)]
+    assert scale.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_known_temperature_is_recovered_and_as_fitted_targets_are_calibrated() -> None:
+    logits, labels = rows(2000)
+    trusted = TrustMap(1, 10, spread="fitted")
+    report = trusted.fit(2.5 * logits[None], labels)
+    assert report.form == "temperature"
+    assert float(trusted.scale) == pytest.approx(1 / 2.5, rel=0.05)
+    assert (trusted(2.5 * logits[None]).exp() - logits.softmax(-1)).abs().sum(1).mean() / 2 < 0.02
+    assert report.worth == pytest.approx(report.of_mean - float(F.cross_entropy(logits, labels)), abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("count", [200, 1000])
+def test_a_teacher_that_is_right_about_everything_is_left_as_it_is_within_a_percent(count: int, seed: int) -> None:
+    logits, labels = rows(count, seed=seed)
+    trusted = TrustMap(1, 10)
+    report = trusted.fit(logits[None], labels)
+    assert (trusted(logits[None]).exp() - logits.softmax(-1)).abs().sum(1).mean() / 2 < 0.01
+    assert report.believed == pytest.approx([1.0], abs=0.01)
+
+
+def test_another_order_of_classes_is_found_from_500_rows_and_told() -> None:
+    logits, labels = rows(500, sharp=6.0)
+    trusted = TrustMap(1, 10)
+    report = trusted.fit(logits[:, ORDER][None], labels)
+    assert report.read_as == [{0: 1, 1: 2, 2: 0}]
+    assert "what large calls a is b, b is c, c is a" in report.sentence(["large"], "abcdefghij")
+    fresh, its_labels = rows(2000, seed=1, sharp=6.0)
+    mapped = trusted(fresh[:, ORDER][None]).argmax(1)
+    best, right, as_given = (
+        float((answers == its_labels).double().mean())
+        for answers in (fresh.argmax(1), mapped, fresh[:, ORDER].argmax(1))
+    )
+    assert right > best - 0.06
+    assert as_given < best - 0.2
+
+
+def test_a_teacher_of_random_outputs_gets_next_to_no_weight_beside_a_good_one() -> None:
+    logits, labels = rows(500)
+    teachers = torch.stack([noise(500), logits])
+    trusted = TrustMap(2, 10)
+    report = trusted.fit(teachers, labels)
+    random, good = report.believed
+    assert random < 0.01
+    assert 0.9 < good < 1.1
+    alone = TrustMap(1, 10)
+    assert alone.fit(noise(500)[None], labels).believed[0] < 0.1
+    assert alone(noise(500)[None]).std() < 0.5  # as sure as it is believed, also with its spread kept
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_hundred_rows_are_never_worse_than_the_mean_by_more_than_noise(seed: int) -> None:
+    logits, labels = rows(200, seed=seed)
+    fresh, its_labels = rows(4000, seed=100 + seed)
+    for kind in ("good", "good and noisy"):
+        make = [lambda x: x, lambda x: x + 0.5 * noise(len(x))][: 1 if kind == "good" else 2]
+        trusted = TrustMap(len(make), 10, spread="fitted")
+        trusted.fit(torch.stack([f(logits) for f in make]), labels)
+        teachers = torch.stack([f(fresh) for f in make])
+        as_given = cross_entropy(TrustMap(len(make), 10), teachers, its_labels)
+        assert cross_entropy(trusted, teachers, its_labels) < as_given + 0.02
+
+
+def test_before_a_fit_it_is_the_mean_of_predictions() -> None:
+    teachers = torch.stack([rows(6)[0], noise(6)]).float()
+    (expected,), _ = MeanPrediction(2)(teachers, torch.zeros(6))
+    torch.testing.assert_close(TrustMap(2, 10)(teachers), expected)
+
+
+def test_the_spread_of_the_teachers_is_given_back_as_far_as_they_are_believed() -> None:
+    logits, labels = rows(1000)
+    teachers = 2.5 * logits[None]
+    kept, fitted = TrustMap(1, 10), TrustMap(1, 10, spread="fitted")
+    believed = kept.fit(teachers, labels).believed[0]
+    fitted.fit(teachers, labels)
+    spread = kept(teachers).var(-1, correction=0).mean().sqrt()
+    assert float(spread) == pytest.approx(believed * float(teachers.var(-1, correction=0).mean().sqrt()), rel=1e-4)
+    torch.testing.assert_close(fitted(teachers).mul(kept.stretch).log_softmax(-1), kept(teachers), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_without_a_label_are_left_out_and_a_fit_is_the_same_again() -> None:
+    logits, labels = rows(300)
+    both = torch.cat([logits[:, ORDER], noise(50)]), torch.cat([labels, torch.full((50,), -1)])
+    first, again = TrustMap(1, 10), TrustMap(1, 10)
+    report = first.fit(both[0][None], both[1])
+    assert again.fit(logits[:, ORDER][None], labels) == report
+    for name, kept in first.state_dict().items():
+        assert torch.equal(kept, again.state_dict()[name]), name
+    assert report.rows == 300
+
+
+def test_where_a_class_has_no_row_nothing_is_fitted_by_class() -> None:
+    logits, labels = rows(500)
+    labels[labels == 3] = -1
+    trusted = TrustMap(1, 10)
+    assert trusted.fit(2.5 * logits[:, ORDER][None], labels).form == "temperature"
+    assert not trusted.bias.any()
+
+
+def test_of_many_classes_the_linear_form_looks_at_the_directions_in_which_teachers_differ() -> None:
+    classes = FULL_CLASSES + 12
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, classes, generator=generator, dtype=torch.float64)
+    logits = 2 * torch.randn(600, 6, generator=generator, dtype=torch.float64) @ mix
+    basis = directions(logits[None])
+    assert basis.shape == (classes, RANK)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64))
+    centred = logits - logits.mean(1, keepdim=True)
+    torch.testing.assert_close(centred @ basis @ basis.mT, centred)
+
+
+def test_too_few_rows_are_refused() -> None:
+    logits, labels = rows(30)
+    labels[5:] = -1
+    with pytest.raises(UsageError, match="5 held-out rows with a label are too few"):
+        TrustMap(1, 10).fit(logits[None], labels)
+
+
+def test_rows_are_known_by_heart_when_few_are_wrong_beside_new_ones() -> None:
+    by_heart = [(1986, 2000, 1892, 2000), (1962, 2000, 1866, 2000), (300, 300, 4500, 5000)]
+    otherwise = [(1834, 2000, 1834, 2000), (1880, 2000, 1834, 2000), (100, 100, 141, 144), (200, 2000, 200, 2000)]
+    for right, rows_, new_right, new in by_heart + otherwise:
+        found = memorised(Answers(right, rows_), Answers(new_right, new))
+        assert found == ((right, rows_, new_right, new) in by_heart), (right, rows_, new_right, new)
+
+
+def test_of_rows_known_by_heart_order_is_learned_and_the_temperature_kept() -> None:
+    """A fitted temperature would make labels of a teacher that is right on all of them."""
+    logits, _ = rows(600, sharp=6.0)
+    teacher, labels = logits[:, ORDER][None], logits.argmax(1)
+    kept, fitted = (TrustMap(1, 10, spread="fitted") for _ in range(2))
+    assert kept.fit(teacher, labels, memorised=True).read_as == [{0: 1, 1: 2, 2: 0}]
+    fitted.fit(teacher, labels)
+    before, by_heart, naive = (
+        float(values.var(-1, correction=0).mean().sqrt()) for values in (logits, kept(teacher), fitted(teacher))
+    )
+    assert before < by_heart < 1.25 * before
+    assert naive > 1.5 * before
