@@ -83,4 +83,5 @@ class GradientLength:
         wanted = torch.ones_like(length)
         if self._task is not None:
             wanted, self._task = (self._task / samples).norm().to(length), None
-        torch._foreach_mul_(gradients, wanted / length.clamp_min(torch.finfo(length.dtype).tiny))
+        factor = torch.where(length > 0, wanted / length, torch.zeros_like(length))  # of nothing, nothing is made
+        torch._foreach_mul_(gradients, factor)
