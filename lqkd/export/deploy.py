@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
-from lqkd.export.integer import IntegerLayer, integer_layer
+from lqkd.export.integer import integer_layer
 from lqkd.export.operations import KEEPS_GRID, operation
 from lqkd.export.placement import check_takes, parameters, place_grids, propagate_shapes, recompile
 from lqkd.models.calls import Inputs
@@ -52,11 +52,6 @@ class Deployed:
     rerouted: list[str] = field(default_factory=list)
     folded: int = 0
     kept: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def changed_weights(self) -> int:
-        """How many weights moved by one step, because a negative batch norm factor turns -128 into 128."""
-        return sum(module.changed for module in self.network.modules() if isinstance(module, IntegerLayer))
 
     def in_order(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The tensors of ``inputs`` in the order of the network's inputs."""
