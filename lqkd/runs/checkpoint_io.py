@@ -42,11 +42,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r} is not possible: {type(self).__name__} has none")
-        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            try:
+        try:
+            with atomic_path(path) as temporary, open(temporary, "wb") as stream:
                 torch.save(checkpoint, stream)
-            except RuntimeError as error:  # torch hides the error of a full disk behind one about its zip file
-                cause = error.__context__
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror, str(path)) from error
-                raise
+        except (RuntimeError, OSError) as error:
+            # torch hides that of a full disk behind one about its zip file; the stream, at its end, gives no name
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise

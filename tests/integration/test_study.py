@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "base": str(CONFIGS / "quickstart.yaml"),
     "seeds": [0, 1],
     "settings": {
-        "trainer.max_epochs": 12,  # of 4 steps: long enough to be killed within
+        "trainer.max_epochs": 40,  # of 4 steps: long enough to be killed within
         "trainer.log_every_n_steps": 1,
         "trainer.callbacks": None,
         "run.save_every_n_steps": 2,
@@ -121,7 +121,7 @@ def test_a_variant_with_runs_cannot_change(lqkd: Forks, finished: Path) -> None:
     described["settings"]["trainer.max_epochs"] = 3
     assert compare(lqkd, finished.parent, described) == 2
     assert "variants.plain has runs in" in lqkd.log.read_text()
-    assert "trainer.max_epochs was 12 and is now 3" in lqkd.log.read_text()
+    assert "trainer.max_epochs was 40 and is now 3" in lqkd.log.read_text()
 
 
 def test_a_mistake_in_a_variant_is_told_before_the_first_run(lqkd: Forks, tmp_path: Path) -> None:
