@@ -14,7 +14,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lqkd.balances.base import DISTILL, TASK
 from lqkd.errors import UsageError
 from lqkd.runs.folder import CONFIG, has_ended, resume_command
 from lqkd.runs.verdicts import verdicts
@@ -43,6 +42,9 @@ from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import escaping
 from lqkd.utils.files import check_inside, is_own_file, write_text
 from lqkd.utils.progress import track
+
+TASK, DISTILL = "task", "distill"
+"""Names of losses as balances have them, which would load PyTorch."""
 
 HTML = "report.html"
 MARKDOWN = "report.md"
