@@ -246,9 +246,12 @@ class TaskModule(LightningModule):
     def on_validation_start(self) -> None:
         # What an evaluation in inference mode left behind cannot be updated by one outside of it, as within a training.
         self.val_metrics.reset()
+        if self.trainer.state.fn == TrainerFn.VALIDATING:  # a training has looked at them before its first step
+            check_collates(only_loader(self.trainer.val_dataloaders, "validation"), "validation")
 
     def on_test_start(self) -> None:
         self.test_metrics.reset()
+        check_collates(only_loader(self.trainer.test_dataloaders, "test"), "test")
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:

@@ -132,6 +132,14 @@ def test_images_that_are_no_tensors_are_refused_before_the_first_step(
     assert trainer.global_step == 0
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_images_that_are_no_tensors_are_told_in_an_evaluation_too(make_trainer: MakeTrainer, split: str) -> None:
+    trainer = make_trainer()
+    evaluate = trainer.validate if split == "validation" else trainer.test
+    with pytest.raises(UsageError, match=f"the {split} DataLoader cannot make a batch: its samples hold images"):
+        evaluate(ClassifierModule(network()), loader(image=lambda i: Image.new("L", (8, 8))), verbose=False)
+
+
 def test_looking_at_the_first_batch_takes_none_from_a_loader_with_workers_that_stay(make_trainer: MakeTrainer) -> None:
     workers = DataLoader(list(loader().dataset), batch_size=8, num_workers=1, persistent_workers=True)
     assert len(train(make_trainer, distiller(), workers)) == 3
