@@ -150,13 +150,13 @@ def test_checkpoints_of_compiled_and_plain_trainings_load_into_each_other(
 
     plain = small()
     trainer = make_trainer(max_epochs=1)
-    trainer.fit(plain, datamodule=digits(1))
+    trainer.fit(plain, datamodule=digits(3))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    trainer = make_trainer(max_epochs=2, limit_val_batches=0)  # a graph less to compile
-    trainer.fit(compiled(small()), datamodule=digits(1), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(compiled(small()), datamodule=digits(3), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
     trainer.save_checkpoint(tmp_path / "compiled.ckpt")
     keys = list(torch.load(tmp_path / "compiled.ckpt", weights_only=True)["state_dict"])
     assert keys == list(plain.state_dict())
     trainer = make_trainer(max_epochs=3)
-    trainer.fit(small(), datamodule=digits(1), ckpt_path=tmp_path / "compiled.ckpt", weights_only=True)
-    assert trainer.global_step == 3
+    trainer.fit(small(), datamodule=digits(3), ckpt_path=tmp_path / "compiled.ckpt", weights_only=True)
+    assert trainer.global_step == 9
