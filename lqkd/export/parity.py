@@ -283,7 +283,7 @@ def agree(
     networks = {"deployed": in_pytorch, "exported": in_file}
     if student is not None:
         networks["trained"] = lambda given: given.call(student)
-    metrics = {name: task.metrics() for name in networks}
+    metrics = {name: task.metrics().set_dtype(torch.float64) for name in networks}  # what users compute from the file
     for batch in test:
         given = as_float32(task.inputs(batch), "a batch")
         asked = Asked("network", len(given))

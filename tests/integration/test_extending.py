@@ -31,6 +31,7 @@ STEPS = [
 ]
 SCRIPT = "from lqkd.__main__ import main; sys.exit(main())"
 """What pip writes into the command ``lqkd``, which has another folder than the current one in front."""
+CONFIGURATIONS = sorted(name.removesuffix(".yaml") for name in FILES if name.endswith(".yaml"))
 EXAMPLES = sorted(name.removesuffix(".py") for name in FILES if name.endswith(".py"))
 
 
@@ -57,7 +58,7 @@ def test_an_extension_takes_few_lines(example: str, most: int) -> None:
     assert 0 < len([line for line in of_class.splitlines() if line.strip()]) <= most
 
 
-@pytest.mark.parametrize("example", [*EXAMPLES, "features", "channels", "careful", "fixed", "believed"])
+@pytest.mark.parametrize("example", CONFIGURATIONS)
 def test_an_example_trains(example: str, outside: Path) -> None:
     assert main([*QUICKSTART, "--config", f"{example}.yaml", *STEPS]) == 0
     (run,) = (outside / "runs" / "quickstart").iterdir()
