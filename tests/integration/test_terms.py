@@ -138,7 +138,9 @@ def test_every_table_and_verdict_is_by_term(make_trainer: MakeTrainer, tmp_path:
     assert set(rows) == {*LOSSES, "total"}
     assert rows["total"] <= sum(rows[name] for name in LOSSES) * (1 + 1e-6)
     summary = monitor.summary()
-    assert set(verdicts({"regularizer": summary})) == {"logits", "features"}
+    told = verdicts({"regularizer": summary})
+    assert set(told) == {"logits", "features"}
+    assert all(of_term.sentence.startswith(f"{name}: ") for name, of_term in told.items())
     resumed = RegularizerMonitor()
     resumed.load_state_dict(monitor.state_dict())
     assert resumed.summary() == summary

@@ -87,3 +87,9 @@ def test_every_advised_option_is_one_of_the_command_line(capsys: pytest.CaptureF
         for key in option.split("."):
             assert key in place, option
             place = place[key]
+
+
+def test_the_verdict_of_a_named_term_names_it_and_its_own_settings() -> None:
+    sentence = verdict([replace(HEALTHY, at_maximum=0.95)], "logits").sentence
+    assert sentence.startswith("logits: ")
+    assert "model.init_args.distillation.logits.regularizer.init_args.max_weight" in sentence

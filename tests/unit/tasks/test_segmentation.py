@@ -96,3 +96,9 @@ def test_a_network_with_other_classes_is_refused() -> None:
 def test_data_with_other_classes_are_refused() -> None:
     with pytest.raises(UsageError, match=r"numbers of classes differ \(task 4, data 3\)"):
         Segmentation(4).check({}, SimpleNamespace(class_names=("sky", "road", "car")))
+
+
+def test_answers_agree_by_the_share_of_pixels_of_each_image() -> None:
+    ours = F.one_hot(torch.tensor([[[0, 1], [2, 2]], [[0, 0], [0, 0]]]), 3).movedim(-1, 1).float()
+    theirs = F.one_hot(torch.tensor([[[0, 1], [2, 0]], [[0, 0], [0, 0]]]), 3).movedim(-1, 1).float()
+    assert Segmentation(3).agreement(ours, theirs).tolist() == [0.75, 1.0]
