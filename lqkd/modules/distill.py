@@ -19,7 +19,7 @@ from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
-from lqkd.modules.distillation import Distillation, current_names, current_shapes
+from lqkd.modules.distillation import Distillation
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
 from lqkd.modules.metrics import is_due, send, show
@@ -46,7 +46,7 @@ from lqkd.tasks.trial import leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from lqkd.utils.progress import Progress
-from lqkd.utils.renames import current_keys
+from lqkd.utils.renames import current_keys, current_terms
 
 _STEP_LENGTH_EVERY = 100
 """Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
@@ -527,7 +527,7 @@ class DistillModule(TaskModule):
         Raises:
             UsageError: when it is that of another architecture or of other bits.
         """
-        return super().load_state_dict(current_names(state_dict), strict, assign)
+        return super().load_state_dict(current_terms(state_dict), strict, assign)
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         check_state(self, state_dict, any_bits={f"student.{name}" for name in self.scheduled_layers})
@@ -548,8 +548,9 @@ class DistillModule(TaskModule):
         self.trust = checkpoint.get("trust", {})
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
-        if checkpoint.get("distillation_shapes") is not None:
-            self.distillation.connect(current_shapes(checkpoint["distillation_shapes"]))
+        shapes = checkpoint.get("distillation_shapes")
+        if shapes is not None:  # in earlier versions of one term without a name
+            self.distillation.connect(shapes if isinstance(shapes, dict) else {DISTILL: shapes})
 
 
 def plain(name: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lqkd.balances.base import DISTILL
 from lqkd.errors import UsageError
 from lqkd.losses.taps import Taps
 from lqkd.modules.passes import Outputs
@@ -44,9 +44,15 @@ class Distillation(nn.ModuleDict):
             with self.told(name):
                 self[name] = DistillationTerm(term)
 
-    def told(self, name: str) -> _Told:
+    @contextmanager
+    def told(self, name: str) -> Iterator[None]:
         """A block whose :class:`UsageError` says which term it is about."""
-        return _Told(f"distillation.{name}: " if self.named else "")
+        try:
+            yield
+        except UsageError as error:
+            if not self.named:
+                raise
+            raise UsageError(f"distillation.{name}: {error}") from error
 
     def terms(self) -> Iterator[tuple[str, DistillationTerm]]:
         """Name and term, in order."""
@@ -177,40 +183,5 @@ def look_ahead(
     term.look_ahead_exactly(compared.maps, student, compared.teachers, image, rows.labels, loss_of)
 
 
-class _Told:
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.prefix and isinstance(error, UsageError):
-            raise UsageError(f"{self.prefix}{error}") from error
-
-
 def _unique(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(paths))
-
-
-def current_shapes(saved: object) -> Mapping[str, tuple[Shapes, Shapes]]:
-    """Shapes of a checkpoint; those of earlier versions had a single term without its name."""
-    return cast("Mapping[str, tuple[Shapes, Shapes]]", saved if isinstance(saved, Mapping) else {DISTILL: saved})
-
-
-_EARLIER = ("losses", "regularizers")
-
-
-def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with today's names of what the terms learned; earlier versions had a single term without its name.
-
-    Examples:
-        >>> list(current_names({"distillation.losses.0.x": torch.ones(1), "combination.scores": torch.ones(2)}))
-        ['distillation.distill.losses.0.x', 'distillation.distill.combination.scores']
-    """
-    own = {f"distillation.{name}.": f"distillation.{DISTILL}.{name}." for name in _EARLIER}
-    own["combination."] = f"distillation.{DISTILL}.combination."
-
-    def current(key: str) -> str:
-        return next((new + key.removeprefix(old) for old, new in own.items() if key.startswith(old)), key)
-
-    return {current(key): value for key, value in state.items()}

@@ -67,6 +67,12 @@ KEYS = {
     "test_accuracy": "test",
 }
 """What ``summary.json`` and checkpoints called the values of the metric when it was always the accuracy."""
+TERMS = {
+    "distillation.losses.": "distillation.distill.losses.",
+    "distillation.regularizers.": "distillation.distill.regularizers.",
+    "combination.": "distillation.distill.combination.",
+}
+"""Beginnings of names in the state of a module whose distillation was one term without a name."""
 _CLASS = re.compile(r"(?<![\w./-])lqkd(?:\.\w+)*\.[A-Z]\w*")
 
 
@@ -92,6 +98,20 @@ def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         {'teacher': 0.97, 'epochs': 3}
     """
     return {KEYS.get(key, key): value for key, value in values.items()}
+
+
+def current_terms(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``state_dict`` with today's names of what a distillation learned, when it had one term without a name.
+
+    Examples:
+        >>> [*current_terms({"distillation.losses.0.x": 1, "combination.scores": 2})]
+        ['distillation.distill.losses.0.x', 'distillation.distill.combination.scores']
+    """
+
+    def now(key: str) -> str:
+        return next((new + key.removeprefix(old) for old, new in TERMS.items() if key.startswith(old)), key)
+
+    return {now(key): value for key, value in state.items()}
 
 
 def renewed(text: str) -> tuple[str, dict[str, str]]:
