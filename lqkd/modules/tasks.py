@@ -47,7 +47,12 @@ def check_term(task: Task, term: Term) -> None:
     if len(term.teachers) > 1 and not task.predicts_classes:
         raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
     if term.trusted and not task.predicts_classes:
-        raise UsageError(f"combination={term.combination!r} needs labels, which task {name} has not: use mean")
+        raise UsageError(f"combination={term.combination!r} needs labels, which task {name} has not: leave it out")
+    if term.trusted and not task.one_row_a_sample:
+        raise UsageError(
+            f"combination={term.combination!r} is chosen by cross-validation over rows, of which task {name} has "
+            "several a sample that are alike: leave it out"
+        )
     if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
     if loss.compares_predictions and not task.predicts_classes:

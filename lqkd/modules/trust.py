@@ -23,7 +23,7 @@ from lqkd.modules.terms import teacher_label
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
 _MOST_ROWS = 20_000
-"""Pixels or tokens of a few samples are many rows: so many of them are fitted to."""
+"""So many held-out rows are fitted to, at most."""
 
 
 class Trusting(Distilling, Protocol):

@@ -21,6 +21,7 @@ from lqkd.modules import DistillModule, Tap, Term
 from lqkd.quantization import Recipe
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
+from lqkd.tasks import Segmentation
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from lqkd.teachers.cache.keys import data_key
@@ -213,6 +214,13 @@ def test_too_few_held_out_rows_are_refused_before_the_first_batch(
 def test_features_cannot_be_trusted_by_labels() -> None:
     with pytest.raises(UsageError, match="combination='trust' is not possible with distillation_loss Hints"):
         Term(Hints(), "own", "trust", [Tap("layer1", "layer1")])
+
+
+def test_rows_that_are_alike_are_not_cross_validated() -> None:
+    """Pixels of one image would be on both sides of a fold."""
+    teachers, terms = {"large": FrozenTeacher(network())}, {"a": Term(HintonKL(), "large", "trust")}
+    with pytest.raises(UsageError, match=r"trust.* over rows, of which task Segmentation has several"):
+        DistillModule(student=network(), teachers=teachers, distillation=terms, task=Segmentation(10))
 
 
 def test_a_share_of_all_rows_is_refused() -> None:
