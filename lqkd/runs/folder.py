@@ -32,7 +32,10 @@ NETWORKS = ("student.safetensors", "network.safetensors")
 """The trained network alone, of a distillation and of a float training."""
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
-"""How the first process of a run tells the folder to the processes that it launches for the other devices."""
+"""How the first process of a run tells the folder to the processes that it launches for the other devices.
+
+It is set while that run lasts only: the processes of a later one, started from the same notebook, have another folder.
+"""
 
 
 @dataclass
@@ -88,6 +91,11 @@ def claim(settings: RunSettings, config: str) -> Path:
     folder = _make(parent, version, config)
     os.environ[_ENVIRONMENT] = str(folder.resolve())
     return folder
+
+
+def forget_claimed() -> None:
+    """The run of :func:`claim` is over: processes that are launched from now on belong to others."""
+    os.environ.pop(_ENVIRONMENT, None)
 
 
 def _check_names(settings: RunSettings) -> None:

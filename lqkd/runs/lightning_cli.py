@@ -46,6 +46,7 @@ from lqkd.runs.folder import (
     RunSettings,
     check_seed,
     claim,
+    forget_claimed,
     lock,
     remove_partial_files,
     restarted,
@@ -134,6 +135,8 @@ class LqkdCLI(LightningCLI):
         finally:
             if self.locked is not None:
                 os.close(self.locked)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                forget_claimed()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's knows no instance
         """The verb that is run alone: each parser is built at every start, and looked through for every setting."""

@@ -162,6 +162,12 @@ def test_bits_are_chosen_on_the_command_line(tmp_path: Path) -> None:
     assert summary_of(fit(tmp_path, "--model.quantization.bits", "w4a4"))["weight_bits"].startswith("4")
 
 
+def test_a_run_tells_no_folder_to_processes_that_are_launched_after_it(run: Path) -> None:
+    """Those of a second training of the same notebook would take it for theirs."""
+    assert run.is_dir()
+    assert "LQKD_RUN_FOLDER" not in os.environ
+
+
 def test_a_second_run_gets_a_folder_of_its_own(twice: list[Path]) -> None:
     assert [folder.name for folder in twice] == ["version_0", "version_1"]
 
