@@ -15,7 +15,11 @@ from lqkd.models import CifarResNet, load_weights
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 
 DATA = Path(os.environ.get("LQKD_DATA", "missing"))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="LQKD_DATA is not set")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason="LQKD_DATA is not set"),
+    pytest.mark.usefixtures("compiled_kernels"),
+]
 
 
 @pytest.fixture(scope="module")
