@@ -39,7 +39,7 @@ class Export:
 class Predict:
     """Print the classes of image files, or write what another task predicts for them into a folder. Images are prepared
     as validation prepares them; those of another size are resized. predict --config CONFIG is another verb, which
-    writes the classes of the run's own test split: see predict --config CONFIG --help."""
+    writes a table of what a run predicts for its own test split: see predict --config CONFIG --help."""
 
     run: str
     """run folder, or file that export wrote (.onnx or .pt2)"""
