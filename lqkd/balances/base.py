@@ -160,10 +160,10 @@ class Balance(nn.Module, ABC):
         values = torch.stack([*losses.values()])
         wanted, term = self.propose(values.detach(), gradients)
         weights = self._bounded(self._led(self._bounded(wanted)))
-        total = (weights * values).sum()
+        loss = (weights * values).sum()
         if term is not None:
-            total = total + term
-        return total, dict(zip(self.names, weights.unbind(), strict=True))
+            loss = loss + term
+        return loss, dict(zip(self.names, weights.unbind(), strict=True))
 
     def learned(self) -> dict[str, Tensor]:
         """What it has learned that the weights do not say, by name, 0-dim and detached, to be logged."""

@@ -1,4 +1,4 @@
-"""What a network says of every image of a split, as a table."""
+"""What a network says of every sample of a split, as a table."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.tasks import Classification
+from lqkd.tasks import Inputs, Task
+from lqkd.tasks.predictions import by_sample, write_array
 from lqkd.utils.tables import write_csv
-
-COLUMNS = ("index", "file", "label", "class", "confidence")
 
 
 class Predictions(Callback):
-    """Keeps the winning class of each image that ``trainer.predict`` asks about, with its label where that is known.
+    """Keeps what the task tells of each sample that ``trainer.predict`` asks about; see :meth:`lqkd.tasks.Task.table`.
 
-    Labels and positions are those of the batches (images, labels, indices, ...); positions count up where a batch has
-    none.
+    Positions are those of the batches' attribute ``indices``; they count up where a batch has none.
+
+    Args:
+        task: what the network was trained for.
+        folder: for files of predictions that are arrays; made where there are any.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int | None, int, float]] = []
+    def __init__(self, task: Task, folder: Path) -> None:
+        self.task, self.folder = task, folder
+        self.names: Sequence[str] = ()
+        self.positions: list[int] = []
+        self.rows: list[dict[str, Any]] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        task = getattr(pl_module, "task", None)
-        if task is not None and not isinstance(task, Classification):
-            raise UsageError(f"predict writes classes of images, which task {type(task).__name__} does not tell")
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what the data call the classes, once they are set up."""
+        self.names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
 
     def on_predict_batch_end(
         self,
@@ -40,26 +43,27 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        confidence, winner = outputs.max(dim=1)
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        samples, first = len(Inputs.of(self.task.inputs(batch))), len(self.rows)
+        rows = self.task.table(outputs, batch, self.names)
+        if rows is None:
+            arrays = enumerate(by_sample(self.task, outputs, samples).cpu(), first)
+            written = [write_array(array, self.folder, f"{number:06d}") for number, array in arrays]
+            rows = [{"output": f"{self.folder.name}/{path.name}"} for path in written]
+        elif len(rows) != samples:
+            raise UsageError(
+                f"task {type(self.task).__name__} makes a table of {len(rows)} rows for {samples} samples: its method "
+                "table(predictions, batch, names) must make one for each"
+            )
         indices = getattr(batch, "indices", None)
-        positions = range(len(self.rows), len(self.rows) + len(winner)) if indices is None else indices.tolist()
-        known: list[int | None] = [None] * len(winner)
-        if isinstance(labels, Tensor) and labels.numel() == len(winner):  # a negative number says that there is none
-            known = [label if label >= 0 else None for label in labels.flatten().tolist()]
-        self.rows += zip(positions, known, winner.tolist(), confidence.tolist(), strict=True)
+        self.positions += range(first, first + samples) if indices is None else indices.tolist()
+        self.rows += rows
 
-    def write(self, target: Path, names: Sequence[str], files: Sequence[str]) -> None:
-        """Write the table; classes by name and images by file as far as these are known, escaped for CSV."""
-
-        def name(label: int | None) -> Any:
-            return names[label] if names and label is not None else label
-
+    def write(self, target: Path, files: Sequence[str]) -> None:
+        """Write the table, escaped for CSV, with the name of each sample's file where ``files`` has them."""
         rows = [
-            (index, files[index] if files else None, name(label), name(winner), f"{confidence:.6f}")
-            for index, label, winner, confidence in self.rows
+            {"index": index, "file": files[index] if files else None, **row}
+            for index, row in zip(self.positions, self.rows, strict=True)
         ]
-        write_csv(target, [dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS)
-        right = [label == winner for _, label, winner, _ in self.rows if label is not None]
-        told = f", {sum(right)} of them right" if right else ""
-        print(f"{len(self.rows)} predictions written to {target}{told}")
+        write_csv(target, rows)
+        told = self.task.tally(self.rows)
+        print(f"{len(rows)} predictions written to {target}{told and f', {told}'}")

@@ -14,6 +14,7 @@ from typing import Any
 from lqkd.cli.verb_parser import argument, read, read_known
 from lqkd.errors import UsageError
 from lqkd.runs.folder import check_resumable
+from lqkd.tasks.values import MONITOR
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Export:
 class Predict:
     """Print the classes of image files, or write what another task predicts for them into a folder. Images are prepared
     as validation prepares them; those of another size are resized. predict --config CONFIG is another verb, which
-    writes the classes of the run's own test split: see predict --config CONFIG --help."""
+    writes a table of what a run predicts for its own test split: see predict --config CONFIG --help."""
 
     run: str
     """run folder, or file that export wrote (.onnx or .pt2)"""
@@ -105,6 +106,32 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class MakeShards:
+    """Pack folders of images, one for each class, into tar shards for lqkd.data.StreamedImageNet, in the format of
+    WebDataset, with an index beside them."""
+
+    source: Path
+    """folder with train/CLASS/IMAGE and val/CLASS/IMAGE"""
+    dest: Path
+    """folder for the shards, without any"""
+    shard_mb: int = argument(512, metavar="MB")
+    """size of a shard"""
+
+
+@dataclass(frozen=True)
+class WandbReport:
+    """Save a draft of a W&B report of a project's runs, what the regularizers learned beside the losses and the bits,
+    and print its address."""
+
+    project: str
+    """ENTITY/PROJECT of W&B: a user or team, and its project"""
+    monitor: str = argument(MONITOR, metavar="METRIC")
+    """metric that chose the best checkpoints"""
+    terms: tuple[str, ...] = argument((), metavar="NAME")
+    """distillation terms with names"""
+
+
+@dataclass(frozen=True)
 class Resume:
     """Go on with a run that was stopped or killed, in its own folder, from checkpoints/last.ckpt, or from the start
     when there is none yet. On the CPU the result is bit for bit that of a run that was never stopped. Further arguments
@@ -133,6 +160,18 @@ def of(verb: str, args: Sequence[str]) -> Any:
         report = read(verb, Report, args)
         _check_exists(report.folder, "the folder of a run or a study")
         return report
+    if verb == "wandb-report":
+        asked = read(verb, WandbReport, args)
+        entity, _, project = asked.project.partition("/")
+        if not (entity and project):
+            raise UsageError(f"{asked.project!r} names no project of W&B: give ENTITY/PROJECT")
+        return entity, project, asked.monitor, asked.terms
+    if verb == "make-shards":
+        packed = read(verb, MakeShards, args)
+        _check_exists(packed.source, "a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+        if packed.shard_mb < 1:
+            raise UsageError(f"--shard-mb {packed.shard_mb} is not possible: it must be at least 1")
+        return packed
     kind, wanted = {
         "export": (Export, "the folder of a finished training"),
         "predict": (Predict, "a run folder, or a file that export wrote"),

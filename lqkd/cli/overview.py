@@ -14,11 +14,15 @@ VERBS = {
         "validate": "measure a run on its validation split: validate --config RUN/config.yaml",
         "test": "measure a run on its test split: test --config RUN/config.yaml",
         "report": "make one page of a run or a study: report FOLDER",
+        "wandb-report": "draft a W&B report of a project's runs: wandb-report ENTITY/PROJECT",
         "sensitivity": "rank the layers by what few bits cost, find bits under a budget: sensitivity RUN",
+    },
+    "Preparing data": {
+        "make-shards": "pack folders of images into tar shards: make-shards SOURCE DEST",
     },
     "Using a student": {
         "export": "write a run's student as a verified file: export RUN",
-        "predict": "tell the classes of image files: predict RUN IMAGE...",
+        "predict": "tell what a run or an exported file says of image files: predict RUN IMAGE...",
     },
 }
 """Group -> verb -> what it does."""

@@ -22,6 +22,11 @@ def _export(export: Any, given: arguments.Export) -> int:
     return 0
 
 
+def _make_shards(data: Any, given: arguments.MakeShards) -> int:
+    data.make_shards(given.source, given.dest, given.shard_mb * 10**6)
+    return 0
+
+
 def _predict(export: Any, given: arguments.Predict) -> int:
     """Status 2 when an image could not be read, which is told in one line; the others are predicted."""
     found = []
@@ -48,12 +53,19 @@ def _sensitivity(studies: Any, given: arguments.Sensitivity) -> int:
     return 0
 
 
+def _wandb_report(studies: Any, given: tuple[str, str, str, tuple[str, ...]]) -> int:
+    studies.wandb_report(*given)
+    return 0
+
+
 VERBS: dict[str, tuple[str, Callable[[Any, Any], int]]] = {
     "compare": ("lqkd.studies.compare", _compare),
     "export": ("lqkd.export.command", _export),
+    "make-shards": ("lqkd.data.shards", _make_shards),
     "predict": ("lqkd.export.predict", _predict),
     "report": ("lqkd.studies.report", _report),
     "sensitivity": ("lqkd.studies.sensitivity", _sensitivity),
+    "wandb-report": ("lqkd.studies.wandb_report", _wandb_report),
 }
 """The module with what a verb does, which is loaded when it is asked for, and the door to it; ``predict`` is one of
 these where it is given images."""

@@ -182,6 +182,11 @@ class SegmentationFolder(ImageDataModule):
         ]
         write_csv(target, rows, ("split", "file", "mask"))
 
+    def test_files(self) -> list[str]:
+        """Names of the test images below ``root``, in their order; needs ``setup``."""
+        images = self._loaded()
+        return [self._pair(images.test_images, index)[0] for index in range(len(images.test_labels))]
+
     def preprocess(self, batch: Batch, *, train: bool, epoch: int) -> Batch:
         """Mirror (in training), normalise, and take the masks off; needs ``setup``, but no trainer.
 

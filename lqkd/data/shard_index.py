@@ -62,7 +62,7 @@ def parse_index(content: bytes, name: str) -> ShardIndex:
     except Exception as error:  # a damaged archive raises almost anything
         raise UsageError(f"{name} is damaged or no index of shards ({first_line(error)}): make it again.") from error
     if not (_is_typed(index) and _is_consistent(index)):
-        raise UsageError(f"{name} contradicts itself: make it again with python -m lqkd.data.shards.")
+        raise UsageError(f"{name} contradicts itself: make it again with python -m lqkd make-shards.")
     return index
 
 

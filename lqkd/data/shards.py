@@ -1,17 +1,14 @@
 """Pack folders of images into tar shards for :class:`~lqkd.data.StreamedImageNet`.
 
-``python -m lqkd.data.shards SOURCE DEST`` reads ``SOURCE/{train,val}/<class>/<image>`` and writes
+``python -m lqkd make-shards SOURCE DEST`` reads ``SOURCE/{train,val}/<class>/<image>`` and writes
 ``DEST/{train,val}/<part>-000000.tar ...``, in the format of WebDataset, and an index beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
-import sys
 import tarfile
-from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -23,9 +20,9 @@ from lqkd.data.decode import decode
 from lqkd.data.shard_index import INDEX, PARTS, ShardIndex, import_webdataset, write_index
 from lqkd.errors import UsageError
 from lqkd.utils.counter_rng import STREAM_SHARDING, random_bits
-from lqkd.utils.escaping import terminal
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress
+from lqkd.utils.renames import moved_command
 
 _AT_ONCE = 256  # images in memory
 
@@ -112,22 +109,5 @@ def _places(shard: Path, images: list[tuple[str, int]], start: int) -> list[tupl
     return [(member.offset_data, member.size, label) for member, label in zip(members, labels, strict=True)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 after a user's mistake, told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m lqkd.data.shards", description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    parser.add_argument("dest", type=Path, help="folder for the shards")
-    parser.add_argument("--shard-mb", type=int, default=512, help="size of a shard in MB (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    if given.shard_mb < 1:
-        parser.error(f"--shard-mb {given.shard_mb} is not accepted: it must be at least 1")
-    try:
-        make_shards(given.source, given.dest, given.shard_mb * 10**6)
-    except UsageError as error:
-        print(f"lqkd: error: {terminal(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    moved_command("lqkd.data.shards", "make-shards")

@@ -27,7 +27,7 @@ _BLOCK = 512  # bytes, of a tar file
 
 
 class StreamedImageNet(DecodingDataModule):
-    """ImageNet, or any set with train and val, from the tar shards that ``python -m lqkd.data.shards`` makes.
+    """ImageNet, or any set with train and val, from the tar shards that ``python -m lqkd make-shards`` makes.
 
     For clusters: a few hundred large files instead of a million small ones. The shards are in the format of WebDataset;
     an index beside them says where each image lies, so that batches, splits and resuming are as exact as for images in
@@ -176,7 +176,7 @@ class ImageShards(EncodedImages):
                 return content
         except OSError as error:
             raise UsageError(
-                f"{name} cannot be read ({first_line(error)}): python -m lqkd.data.shards SOURCE DEST makes shards."
+                f"{name} cannot be read ({first_line(error)}): python -m lqkd make-shards SOURCE DEST makes shards."
             ) from error
 
     def _descriptor(self, shard: int) -> int:

@@ -19,15 +19,13 @@ from lqkd.models.outputs import Asked
 from lqkd.runs.provenance import check_code, outdated
 from lqkd.runs.student import describe_student, load_student
 from lqkd.tasks import Classification, Task
+from lqkd.tasks.predictions import by_sample, write_array
 from lqkd.utils.escaping import terminal
-from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import track
 from lqkd.utils.schema import EXPORTED_FILE, check
 
 BATCH = 32
 """Images that are held in memory at once."""
-MOST_OF_A_MASK = 255
-"""The largest class that a grey image of 8 bits can hold."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,12 @@ class Predictor:
     class_names: tuple[str, ...]
     source: str
 
-    def predict(self, images: np.ndarray) -> Any:
-        """What the task predicts for images (B, C, H, W).
+    def predict(self, images: np.ndarray) -> Tensor:
+        """What the task predicts for images (B, C, H, W): (B, ...).
 
         Raises:
             UsageError: when the network does not take such images, or its logits are not those of the classes, or not
-                finite.
+                finite, or the task predicts no tensor.
         """
         tensor = torch.from_numpy(images)
         try:
@@ -71,7 +69,7 @@ class Predictor:
         if isinstance(outputs, Tensor):
             self._check(outputs)
             outputs = outputs.double()
-        return self.task.predictions(outputs, tensor)
+        return by_sample(self.task, self.task.predictions(outputs, tensor), len(images))
 
     def _check(self, outputs: Tensor) -> None:
         classes = len(self.class_names)
@@ -128,7 +126,7 @@ def predict(
         elif folder is None:
             yield {"image": path, "predictions": predictor.classes(found, top_k)}
         else:
-            yield {"image": path, "output": str(_write(found, folder, Path(path).stem))}
+            yield {"image": path, "output": str(write_array(found, folder, Path(path).stem))}
 
 
 def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | None) -> Path | None:
@@ -157,21 +155,6 @@ def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | Non
     return folder
 
 
-def _write(found: Tensor, folder: Path, stem: str) -> Path:
-    """Write what was predicted for one image: classes (H, W) as a grey image, everything else as it is."""
-    values = found.numpy()
-    mask = values.ndim == 2 and values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= MOST_OF_A_MASK
-    path = folder / f"{stem}{'.png' if mask else '.npy'}"
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        if mask:
-            from PIL import Image
-
-            Image.fromarray(values.astype(np.uint8)).save(stream, "PNG")
-        else:
-            np.save(stream, values.astype(np.float32) if values.dtype == np.float64 else values)
-    return path
-
-
 def _predictions(predictor: Predictor, paths: Sequence[str]) -> Iterator[tuple[str, Tensor | UsageError]]:
     """Path and what is predicted for it, or what is wrong with it, in the order given."""
     for start in range(0, len(paths), BATCH):
@@ -182,18 +165,9 @@ def _predictions(predictor: Predictor, paths: Sequence[str]) -> Iterator[tuple[s
             except UsageError as error:
                 read.append(error)
         images = [image for image in read if not isinstance(image, UsageError)]
-        predicted = iter(_by_image(predictor, np.stack(images)) if images else ())
+        predicted = iter(predictor.predict(np.stack(images)) if images else ())
         for path, image in zip(paths[start : start + BATCH], read, strict=True):
             yield path, image if isinstance(image, UsageError) else next(predicted)
-
-
-def _by_image(predictor: Predictor, images: np.ndarray) -> Tensor:
-    found = predictor.predict(images)
-    if not isinstance(found, Tensor) or found.ndim == 0 or len(found) != len(images):
-        raise UsageError(
-            f"task {type(predictor.task).__name__} predicts a {type(found).__name__}: predict needs a tensor (B, ...)"
-        )
-    return found
 
 
 def load_predictor(path: str | Path, allow_code: bool = False) -> Predictor:

@@ -436,19 +436,19 @@ class DistillModule(TaskModule):
         inputs = self.inputs(batch)
         self.samples_in_batch = len(inputs)
         outputs = self.passes.run(batch, inputs, self.current_epoch, cached)
-        task = self.task.loss(outputs.student.output, batch)
-        compared = self.distillation(outputs, task, batch, self.task, self.student)
-        terms = {TASK: task, **self.distillation.reduce(compared)}
-        loss, balance = self.balance(terms, outputs.student.output)
+        losses = {TASK: self.task.loss(outputs.student.output, batch)}
+        divergences = self.distillation(outputs, losses[TASK], batch, self.task, self.student)
+        losses |= self.distillation.reduce(divergences)
+        loss, balance = self.balance(losses, outputs.student.output)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for term in (*self.distillation.objectives(compared), *penalties.values()):
-            loss = loss + term
-        return Losses(loss, terms, compared, outputs, balance, penalties)
+        for further in (*self.distillation.objectives(divergences), *penalties.values()):
+            loss = loss + further
+        return Losses(loss, losses, divergences, outputs, balance, penalties)
 
     def _numbers(self, losses: Losses) -> dict[str, Tensor]:
         """What is logged of a batch, detached."""
         numbers = {"train/loss": losses.loss}
-        numbers |= {f"train/{name}": value for name, value in (losses.terms | losses.penalties).items()}
+        numbers |= {f"train/{name}": value for name, value in (losses.by_name | losses.penalties).items()}
         numbers |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         return {name: value.detach().clone() for name, value in numbers.items()}  # some are parameters
 
@@ -461,11 +461,11 @@ class DistillModule(TaskModule):
         reports, labels = {}, losses.outputs.rows.labels
         student = losses.outputs.rows.logits.detach()
         for name, term in self.distillation.terms():
-            maps, sees_rows = losses.compared[name].maps, term.sees_rows(self.task)
+            divergences, sees_rows = losses.divergences[name], term.sees_rows(self.task)
             reports[name] = {
-                "divergence": _alone([of_pair.divergence.detach() for of_pair in maps]),
-                "weights": _alone([of_pair.weights.detach() for of_pair in maps if of_pair.weights is not None]),
-                "teacher": losses.compared[name].teachers[0] if sees_rows else None,
+                "divergence": _alone([each.divergence.detach() for each in divergences.maps]),
+                "weights": _alone([each.weights.detach() for each in divergences.maps if each.weights is not None]),
+                "teacher": divergences.teachers[0] if sees_rows else None,
                 "student": student if sees_rows else None,
                 "labels": labels if sees_rows else None,
             }
@@ -476,7 +476,7 @@ class DistillModule(TaskModule):
             report["gradients"] = self._gradients(losses)
             if batch_idx % _STEP_LENGTH_EVERY == 0:  # which takes a backward pass for each loss
                 report["gradient_norms"] = gradient_norms(
-                    losses.terms | losses.penalties, losses.balance, self._student_parameters()
+                    losses.by_name | losses.penalties, losses.balance, self._student_parameters()
                 )
         return report
 
@@ -487,9 +487,9 @@ class DistillModule(TaskModule):
         """
         if not isinstance(losses.outputs.student.output, Tensor):
             return {}
-        wanted = dict(losses.terms)
+        wanted = dict(losses.by_name)
         for name, term in self.distillation.terms():
-            wanted[plain(name)] = term.reduce(losses.compared[name].maps, weighted=False)
+            wanted[plain(name)] = term.reduce(losses.divergences[name].maps, weighted=False)
         found = {
             name: torch.autograd.grad(loss, losses.outputs.student.output, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.losses.taps import Taps
 from lqkd.modules.passes import Outputs
-from lqkd.modules.term import Compared, DistillationTerm, Shapes
+from lqkd.modules.term import DistillationTerm, Divergences, Shapes
 from lqkd.modules.terms import Tap, Term, teacher_label
 from lqkd.regularizers import LookAhead
 from lqkd.tasks import Task
@@ -85,34 +85,37 @@ class Distillation(nn.ModuleDict):
                 term.bind(student)
 
     def forward(
-        self, outputs: Outputs, task_loss: Tensor, batch: Any, task: Task, student: nn.Module
-    ) -> dict[str, Compared]:
+        self, outputs: Outputs, loss: Tensor, batch: Any, task: Task, student: nn.Module
+    ) -> dict[str, Divergences]:
         """What every term gives for a batch, by its name.
 
         Args:
             outputs: of the networks.
-            task_loss: 0-dim, differentiable, for players that look ahead.
+            loss: the task's, 0-dim and differentiable, for players that look ahead.
             batch: what the task takes.
             task: what the networks are trained for.
             student: the network that is trained.
         """
-        found = {}
+        divergences = {}
         for name, term in self.terms():
-            features = outputs.teachers[term.teachers[0]].features, outputs.student.features
-            found[name] = term(outputs.logits, outputs.rows, features, term.sees_rows(task))
-            look_ahead(term, found[name], outputs, task_loss, batch, task, student)
-        return found
+            teachers = [outputs.teachers[teacher] for teacher in term.teachers]
+            features = outputs.features[term.teachers[0]], outputs.student.features
+            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task))
+            look_ahead(term, divergences[name], outputs, loss, batch, task, student)
+        return divergences
 
-    def reduce(self, compared: Mapping[str, Compared]) -> dict[str, Tensor]:
+    def reduce(self, divergences: Mapping[str, Divergences]) -> dict[str, Tensor]:
         """The loss of every term, 0-dim, modulated."""
-        return {name: term.reduce(compared[name].maps) for name, term in self.terms()}
+        return {name: term.reduce(divergences[name].maps) for name, term in self.terms()}
 
-    def objectives(self, compared: Mapping[str, Compared]) -> list[Tensor]:
+    def objectives(self, divergences: Mapping[str, Divergences]) -> list[Tensor]:
         """What the regularizers and combinations minimise, 0-dim each."""
-        found = [
-            t for name, term in self.terms() for t in (term.objective(compared[name].maps), compared[name].mixture)
+        losses = [
+            loss
+            for name, term in self.terms()
+            for loss in (term.objective(divergences[name].maps), divergences[name].loss)
         ]
-        return [objective for objective in found if objective is not None]
+        return [loss for loss in losses if loss is not None]
 
     def taps_of_teachers(self, teachers: Mapping[str, FrozenTeacher]) -> dict[str, Taps]:
         """What has to be looked at in each teacher that a term compares features of, by its name.
@@ -156,9 +159,9 @@ class Distillation(nn.ModuleDict):
 
 def look_ahead(
     term: DistillationTerm,
-    compared: Compared,
+    divergences: Divergences,
     outputs: Outputs,
-    task_loss: Tensor,
+    loss: Tensor,
     batch: Any,
     task: Task,
     student: nn.Module,
@@ -169,18 +172,18 @@ def look_ahead(
         return
     rows = outputs.rows
     if not player.exact:
-        (gradient,) = torch.autograd.grad(task_loss, rows.logits, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, rows.logits, retain_graph=True)
         counted = task.counted(rows, batch)
-        term.look_ahead(compared.maps, compared.teachers, rows.logits, rows.labels, gradient * counted)
+        term.look_ahead(divergences.maps, divergences.teachers, rows.logits, rows.labels, gradient * counted)
         return
-    image = outputs.inputs.alone()
-    if image is None:
+    alone = outputs.inputs.alone()
+    if alone is None:
         raise UsageError("player LookAhead(exact=True) needs networks that are called with one tensor alone")
 
     def loss_of(logits: Tensor, part: slice) -> Tensor:
         return task.loss(logits, task.part(batch, part))
 
-    term.look_ahead_exactly(compared.maps, student, compared.teachers, image, rows.labels, loss_of)
+    term.look_ahead_exactly(divergences.maps, student, divergences.teachers, alone, rows.labels, loss_of)
 
 
 def _unique(paths: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lqkd.modules.passes import Outputs
-from lqkd.modules.term import Compared
+from lqkd.modules.term import Divergences
 
 
 @dataclass
@@ -16,9 +16,9 @@ class Losses:
 
     loss: Tensor
     """0-dim, differentiable: the balanced losses of the student plus its penalties and the regularizer's objective."""
-    terms: dict[str, Tensor]
+    by_name: dict[str, Tensor]
     """0-dim loss of the task and of every distillation term, modulated, by the names of the balance."""
-    compared: dict[str, Compared]
+    divergences: dict[str, Divergences]
     """By distillation term: divergence maps before modulation, the regularizer's weights, and the teachers' logits."""
     outputs: Outputs
     """What the networks have made of the batch: all losses come from it."""

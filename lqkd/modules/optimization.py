@@ -77,11 +77,11 @@ class SharedBackward:
         self._watch.ask(losses.loss)
         # Gradients are summed over samples and divided at the end: exact for groups and batches of unequal size.
         samples = len(losses.outputs.inputs) if self.accumulate_grad_batches > 1 else 1
-        self.length.add(losses.terms, samples)
+        self.length.add(losses.by_name, samples)
         last_of_group = self._backward(losses.loss, samples, batch_idx)
         if not self._watch.finite():
             self._module.task.check_batch(losses.outputs.student.output, batch)
-            named = {"the loss": losses.loss, **losses.terms, **losses.penalties}
+            named = {"the loss": losses.loss, **losses.by_name, **losses.penalties}
             diverged(self._module, named, self._module.trained(), losses.outputs.inputs)
         if last_of_group:
             self._step()

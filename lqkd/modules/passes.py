@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,14 @@ class Outputs:
 
     inputs: Inputs
     """What the student was called with."""
-    teachers: TeacherOutputs
-    """What is seen of every teacher, by its name."""
     student: Seen
     """What is seen of the student, differentiable in it."""
     rows: Rows
     """The student's rows: logits (N, C), differentiable, and the labels (N,)."""
-    logits: dict[str, Tensor]
-    """(N, C) rows of every teacher, by its name."""
+    teachers: dict[str, Tensor]
+    """Logits (N, C) of the same rows of every teacher, by its name."""
+    features: dict[str, Mapping[str, Tensor]]
+    """What the taps saw of every teacher, by its name."""
 
 
 class Passes:
@@ -74,10 +75,16 @@ class Passes:
         teachers = self._of_teachers(batch, inputs, epoch, cached)
         student = self.of_student(inputs)
         rows = self._task.rows(student.output, batch)
-        logits = {name: self._task.rows(seen.output, batch).logits for name, seen in teachers.items()}
-        for of_teacher in logits.values():
-            _check_rows(self._task, of_teacher.shape, rows.logits.shape)
-        return Outputs(inputs, teachers, student, rows, logits)
+        outputs = Outputs(
+            inputs,
+            student,
+            rows,
+            {name: self._task.rows(teacher.output, batch).logits for name, teacher in teachers.items()},
+            {name: teacher.features for name, teacher in teachers.items()},
+        )
+        for teacher in outputs.teachers.values():
+            _check_rows(self._task, teacher.shape, rows.logits.shape)
+        return outputs
 
     def teacher_inputs(self, batch: Any, inputs: Inputs) -> Inputs:
         """What teachers are called with for a batch of which the student is called with ``inputs``."""
@@ -85,11 +92,11 @@ class Passes:
         return inputs if given is inputs else Inputs.of(given).fit(self._student)
 
     def _of_teachers(self, batch: Any, inputs: Inputs, epoch: int, cached: bool) -> TeacherOutputs:
-        given = self.teacher_inputs(batch, inputs)
-        image = given.alone()
-        if self.cache is None or not cached or image is None:
-            return self.ask_teachers(given)
-        return self.cache.answers(image, indices_of(batch), epoch, lambda: self.ask_teachers(given))
+        inputs = self.teacher_inputs(batch, inputs)
+        alone = inputs.alone()
+        if self.cache is None or not cached or alone is None:
+            return self.ask_teachers(inputs)
+        return self.cache.answers(alone, indices_of(batch), epoch, lambda: self.ask_teachers(inputs))
 
     def ask_teachers(self, inputs: Inputs) -> TeacherOutputs:
         """What is seen of every teacher, called with ``inputs``."""
@@ -105,16 +112,13 @@ class Passes:
 
     def of_student(self, inputs: Inputs) -> Seen:
         """What is seen of the student, called with ``inputs``."""
-        taps, features = self._taps_of_student, {}
+        asked, taps = Asked("student", len(inputs), self._student.training), self._taps_of_student
         with enough_samples("student", len(inputs)):
             if taps is None:
-                returned = inputs.call(self._student)
-            else:
-                with taps.recording() as recorded:
-                    returned = inputs.call(self._student)
-                features = dict(zip(taps.paths, recorded, strict=True))
-        asked = Asked("student", len(inputs), self._student.training)
-        return Seen(self._task.outputs(returned, asked), features)
+                return Seen(self._task.outputs(inputs.call(self._student), asked), {})
+            with taps.recording() as features:
+                output = inputs.call(self._student)
+        return Seen(self._task.outputs(output, asked), dict(zip(taps.paths, features, strict=True)))
 
 
 def indices_of(batch: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,14 +35,14 @@ class DivergenceMap:
 
 
 @dataclass
-class Compared:
+class Divergences:
     """What one term gives for a batch."""
 
     maps: list[DivergenceMap]
     """One, or one a pair of taps, or one a teacher that is compared by itself."""
     teachers: list[Tensor]
     """Logits (N, C) of each teacher that is compared by itself: of one, or of several combined, a single entry."""
-    mixture: Tensor | None
+    loss: Tensor | None
     """What the combination of the teachers learns from, 0-dim; None where it learns nothing."""
 
 
@@ -142,39 +142,40 @@ class DistillationTerm(nn.Module):
 
     def forward(
         self,
-        logits: Mapping[str, Tensor],
+        teachers: Sequence[Tensor],
         rows: Rows,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         sees_labels: bool = True,
-    ) -> Compared:
+    ) -> Divergences:
         """The divergence maps of one batch.
 
         Args:
-            logits: (N, C) of every teacher by name.
+            teachers: logits (N, C) of each of the term's teachers.
             rows: the student's logits (N, C), and labels.
             features: what the taps saw, of the term's teacher and of the student, by name of the module.
             sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
         """
-        teachers, mixture = [logits[name] for name in self.teachers], None
+        divergences = Divergences([], [*teachers], None)
         if self.combination is not None:
             assert rows.labels is not None, "check_term has seen to it"
-            teachers, mixture = self.combination(torch.stack(teachers), rows.labels)
-        student, labels = rows.logits, rows.labels if sees_labels else None
-        maps = []
-        for index, (module, (t, s)) in enumerate(
-            zip(self.losses, self._pairs(teachers, student, features), strict=True)
-        ):
-            loss = cast(DistillationLoss, module)
-            divergence = loss(t, s, labels)
-            weights = None
+            divergences.teachers, divergences.loss = self.combination(torch.stack(divergences.teachers), rows.labels)
+        if not sees_labels:
+            rows = rows._replace(labels=None)
+        pairs = self._pairs(divergences.teachers, rows.logits, features)
+        for index, (module, (teacher, student)) in enumerate(zip(self.losses, pairs, strict=True)):
+            compare, weights = cast(DistillationLoss, module), None
+            divergence = compare(teacher, student, rows.labels)
             if self.regularizers:
                 regularizer = cast(Regularizer, self.regularizers[index])
-                both = (teachers[min(index, len(teachers) - 1)], student)
-                weights = regularizer(*(both if regularizer.sees_logits else loss.pair(t, s)), labels)
+                if regularizer.sees_logits:
+                    pair = divergences.teachers[min(index, len(divergences.teachers) - 1)], rows.logits
+                else:
+                    pair = compare.pair(teacher, student)
+                weights = regularizer(*pair, rows.labels)
                 if weights.ndim == 1:
                     weights = weights.view(-1, *[1] * (divergence.ndim - 1))
-            maps.append(DivergenceMap(divergence, weights))
-        return Compared(maps, teachers, mixture)
+            divergences.maps.append(DivergenceMap(divergence, weights))
+        return divergences
 
     def look_ahead(
         self,
@@ -185,12 +186,12 @@ class DistillationTerm(nn.Module):
         task_gradient: Tensor,
     ) -> None:
         """Set every map's alignment from the gradient of each sample's task loss at the logits, (B, C)."""
-        for module, of_pair, teacher in zip(self.losses, maps, teachers, strict=True):
+        for module, each, teacher in zip(self.losses, maps, teachers, strict=True):
 
             def divergence(logits: Tensor, loss: nn.Module = module, teacher: Tensor = teacher) -> Tensor:
                 return cast(Tensor, loss(teacher, logits, labels))
 
-            of_pair.alignment = alignment(divergence, student, task_gradient)
+            each.alignment = alignment(divergence, student, task_gradient)
 
     def look_ahead_exactly(
         self,
@@ -207,9 +208,9 @@ class DistillationTerm(nn.Module):
         the logits (B', C) of a part of the batch.
         """
         middle = len(images) // 2
-        for module, regularizer, of_pair, teacher in zip(self.losses, self.regularizers, maps, teachers, strict=True):
+        for module, regularizer, each, teacher in zip(self.losses, self.regularizers, maps, teachers, strict=True):
             player = cast(LookAhead, cast(Regularizer, regularizer).player)
-            weights = cast(Tensor, of_pair.weights).detach().expand_as(of_pair.divergence)
+            weights = cast(Tensor, each.weights).detach().expand_as(each.divergence)
             everything = slice(None)
             halves = [(slice(middle), slice(middle, None)), (slice(middle, None), slice(middle))]
             aligned = torch.zeros_like(weights)
@@ -233,7 +234,7 @@ class DistillationTerm(nn.Module):
                     (images[there], task_there),
                     player.step_size,
                 )
-            of_pair.alignment = aligned
+            each.alignment = aligned
 
     def _pairs(
         self, teachers: list[Tensor], student: Tensor, features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -248,29 +249,27 @@ class DistillationTerm(nn.Module):
 
     def reduce(self, maps: list[DivergenceMap], weighted: bool = True) -> Tensor:
         """The distillation loss, 0-dim: the mean over the maps; the student sees the weights as constants."""
-        values = [
-            cast(DistillationLoss, loss).reduce(
-                of_pair.weights.detach() * of_pair.divergence
-                if weighted and of_pair.weights is not None
-                else of_pair.divergence
+        losses = [
+            cast(DistillationLoss, compare).reduce(
+                each.weights.detach() * each.divergence if weighted and each.weights is not None else each.divergence
             )
-            for loss, of_pair in zip(self.losses, maps, strict=True)
+            for compare, each in zip(self.losses, maps, strict=True)
         ]
-        mean = torch.stack(values).mean()
-        return mean if self.weight == 1 else self.weight * mean
+        loss = torch.stack(losses).mean()
+        return loss if self.weight == 1 else self.weight * loss
 
     def objective(self, maps: list[DivergenceMap]) -> Tensor | None:
         """What phi minimises, 0-dim; None when there is nothing to learn."""
-        terms = (
+        losses = (
             [
-                cast(Regularizer, regularizer).objective(of_pair.weights, of_pair.divergence, of_pair.alignment)
-                for regularizer, of_pair in zip(self.regularizers, maps, strict=True)
-                if of_pair.weights is not None
+                cast(Regularizer, regularizer).objective(each.weights, each.divergence, each.alignment)
+                for regularizer, each in zip(self.regularizers, maps, strict=True)
+                if each.weights is not None
             ]
             if self.regularizers
             else []
         )
-        return torch.stack(terms).mean() if terms else None
+        return torch.stack(losses).mean() if losses else None
 
 
 def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
-from lqkd.data import DecodingDataModule, ImageFolder, SegmentationFolder
+from lqkd.data import ImageFolder, SegmentationFolder
 from lqkd.data.reading import collation_problem
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.models.finite import not_finite
@@ -58,7 +58,7 @@ from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
 from lqkd.runs.verdicts import verdicts
-from lqkd.tasks import Classification
+from lqkd.tasks import Classification, Task
 from lqkd.tasks.values import name_of, shown
 from lqkd.utils.files import write_text
 from lqkd.utils.tables import print_table
@@ -78,7 +78,10 @@ _ABOUT = {
         "epilog": _MORE,
     },
     "test": {"description": "Measure the best checkpoint beside a config on its test split.", "epilog": _MORE},
-    "predict": {"description": "Write the classes of a run's own test split into predictions.csv.", "epilog": _MORE},
+    "predict": {
+        "description": "Write what a run predicts for its own test split into predictions.csv, and arrays beside it.",
+        "epilog": _MORE,
+    },
 }
 """What the help of Lightning's verbs says."""
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -89,8 +92,8 @@ class LqkdCLI(LightningCLI):
 
     ``fit`` claims a new run folder, keeps its config, checkpoints, metrics and summary there and ends with a test of
     the checkpoint that was best on the validation split. The other verbs read a run folder and never write to it,
-    but for ``predict``, which adds ``predictions.csv``. Settings from the command line and the config win over those
-    in a checkpoint.
+    but for ``predict``, which adds ``predictions.csv`` and what it names. Settings from the command line and the config
+    win over those in a checkpoint.
 
     Args:
         args: the verb and what follows it.
@@ -363,7 +366,7 @@ class LqkdCLI(LightningCLI):
             if config.enable_checkpointing is not False:
                 every = self._get(self.config_init, "run").save_every_n_steps
                 folder = self.run_folder / CHECKPOINTS
-                task = self.model.task if isinstance(self.model, TaskModule) else Classification()
+                task = _task_of(self.model)
                 validates = config.limit_val_batches != 0
                 callbacks.append(BestAndLast(folder, validates, every, task.monitor, task.mode))
         return callbacks
@@ -384,7 +387,9 @@ class LqkdCLI(LightningCLI):
             _print_summary(self.run_folder)
 
     def predict(self, model: TaskModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        """Predict and write ``predictions.csv`` into the run folder of the checkpoint.
+        """Predict and write ``predictions.csv`` into the run folder of the checkpoint; see :class:`Predictions`.
+
+        Predictions that are arrays go into its folder ``predictions``.
 
         Raises:
             UsageError: when the data have no test split.
@@ -393,13 +398,13 @@ class LqkdCLI(LightningCLI):
             if not is_overridden("test_dataloader", datamodule, LightningDataModule):
                 raise UsageError("data has no test split to predict: give the DataModule a test_dataloader")
             datamodule.predict_dataloader = lambda: _test_batches(datamodule)  # type: ignore[method-assign]
-        predictions = Predictions()
-        self.trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
-        self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
         checkpoint = Path(str(kwargs.get("ckpt_path"))).resolve()
         folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else Path.cwd()
-        files = datamodule.test_files() if isinstance(datamodule, DecodingDataModule) else ()
-        predictions.write(folder / "predictions.csv", getattr(datamodule, "class_names", ()), files)
+        predictions = Predictions(_task_of(model), folder / "predictions")
+        self.trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+        self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
+        files = datamodule.test_files() if hasattr(datamodule, "test_files") else ()
+        predictions.write(folder / "predictions.csv", files)
 
 
 class _LogEveryEpoch(Callback):
@@ -456,6 +461,11 @@ class _KeepRun(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return next(logger.run_folder for logger in trainer.loggers if isinstance(logger, RunLogger))
+
+
+def _task_of(model: Any) -> Task:
+    """What a module was trained for; images are classified by one that is not lqkd's."""
+    return model.task if isinstance(model, TaskModule) else Classification()
 
 
 def _test_batches(datamodule: LightningDataModule) -> Iterator[Any]:

@@ -1,18 +1,17 @@
 """A W&B report of a project's runs: what the regularizers learned, beside the losses and the bits.
 
-``python -m lqkd.studies.wandb_report ENTITY/PROJECT`` saves it as a draft of that project and prints its address.
+``python -m lqkd wandb-report ENTITY/PROJECT`` saves it as a draft of that project and prints its address.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lqkd.callbacks.dashboard import sections
 from lqkd.errors import UsageError, first_line
 from lqkd.tasks import Task
+from lqkd.utils.renames import moved_command
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -61,28 +60,20 @@ def report(entity: str, project: str, monitor: str = Task.monitor, terms: Sequen
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 after a user's mistake, told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m lqkd.studies.wandb_report", description=__doc__.splitlines()[0])
-    parser.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and project, of W&B")
-    parser.add_argument("--monitor", default=Task.monitor, help="the metric that chose the best checkpoints")
-    parser.add_argument("--terms", nargs="+", default=(), metavar="NAME", help="distillation terms with names")
-    given = parser.parse_args(arguments)
-    entity, slash, project = given.project.partition("/")
-    if not (entity and slash and project):
-        parser.error("name user or team and project: ENTITY/PROJECT")
+def wandb_report(entity: str, project: str, monitor: str = Task.monitor, terms: Sequence[str] = ()) -> str:
+    """Save the report as a draft of its project, and print and return its address; the arguments are :func:`report`'s.
+
+    Raises:
+        UsageError: when wandb-workspaces is not installed, or W&B does not take the report.
+    """
+    made = report(entity, project, monitor, terms)
     try:
-        made = report(entity, project, given.monitor, given.terms)
         made.save(draft=True)
-    except UsageError as error:
-        print(f"lqkd: error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:  # wandb-workspaces raises many types, and Exception itself for want of a login
-        print(f"lqkd: error: W&B does not take the report: {first_line(error)}", file=sys.stderr)
-        return 2
+        raise UsageError(f"W&B does not take the report: {first_line(error)}") from error
     print(made.url)
-    return 0
+    return str(made.url)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    moved_command("lqkd.studies.wandb_report", "wandb-report")

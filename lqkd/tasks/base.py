@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -109,6 +109,26 @@ class Task(nn.Module, ABC):
         """What ``predict`` gives."""
         return outputs
 
+    def table(self, predictions: Any, batch: Any, names: Sequence[str]) -> list[dict[str, Any]] | None:
+        """What a table of predictions says of each sample, by column; None where a sample's is a file beside the table.
+
+        By default numbers (B,) and (B, K) are columns, with six digits, and everything else is a file.
+
+        Args:
+            predictions: what :meth:`predictions` gives.
+            batch: what it was given for.
+            names: of the classes; empty where the data tell none.
+        """
+        if not isinstance(predictions, Tensor) or predictions.ndim not in (1, 2):
+            return None
+        rows = predictions.reshape(len(predictions), -1).tolist()
+        columns = ["output"] if predictions.ndim == 1 else [f"output_{number}" for number in range(len(rows[0]))]
+        return [dict(zip(columns, map(_six_digits, row), strict=True)) for row in rows]
+
+    def tally(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """What is worth saying of all rows of a table of predictions; nothing by default."""
+        return ""
+
     def agreement(self, ours: Any, theirs: Any) -> Tensor:
         """To what share two networks, of which one is the export of the other, give the same answer to each sample.
 
@@ -185,6 +205,10 @@ class Task(nn.Module, ABC):
 def _apart(a: Tensor, b: Tensor) -> Tensor:
     """The root mean square (B,) of the difference of each sample."""
     return (a.float() - b.float()).flatten(1).square().mean(dim=1).sqrt()
+
+
+def _six_digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _name(task: Task) -> str:

@@ -109,6 +109,23 @@ class Classification(Task):
         """Class probabilities (B, C)."""
         return outputs.softmax(dim=-1)
 
+    def table(self, predictions: Tensor, batch: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The true class of each sample, if it has a label, and the most probable one with its confidence."""
+
+        def name(label: int) -> Any:
+            return names[label] if names else label
+
+        confidence, winner = predictions.max(dim=1)
+        parts = self._samples(batch).labels.tolist(), winner.tolist(), confidence.tolist()
+        return [
+            {"label": name(label) if label >= 0 else None, "class": name(best), "confidence": f"{value:.6f}"}
+            for label, best, value in zip(*parts, strict=True)
+        ]
+
+    def tally(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        right = [row["label"] == row["class"] for row in rows if row["label"] is not None]
+        return f"{sum(right)} of them right" if right else ""
+
     def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """1 where both put the same class first, 0 elsewhere (B,)."""
         return (ours.argmax(dim=1) == theirs.argmax(dim=1)).float()

@@ -117,6 +117,24 @@ class MultiLabel(Task):
         """The probability (B, C) of each class."""
         return outputs.sigmoid()
 
+    def table(self, predictions: Tensor, batch: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The classes that are known to be there, and those of a probability of a half or more, with it."""
+
+        def joined(classes: Sequence[int]) -> str:
+            return "; ".join(str(names[index] if names else index) for index in classes)
+
+        rows = []
+        for labels, values in zip(self._known(predictions, batch).tolist(), predictions.tolist(), strict=True):
+            found = [index for index, value in enumerate(values) if value >= 0.5]
+            rows.append(
+                {
+                    "labels": joined([index for index, label in enumerate(labels) if label > 0]),
+                    "classes": joined(found),
+                    "confidences": "; ".join(f"{values[index]:.6f}" for index in found),
+                }
+            )
+        return rows
+
     def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """1 where both see the same classes, those of a probability of a half or more, 0 elsewhere (B,)."""
         return ((ours >= 0) == (theirs >= 0)).all(dim=1).float()

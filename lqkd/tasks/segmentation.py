@@ -32,7 +32,8 @@ class Segmentation(Task):
 
     Networks return logits (B, C, h, w), or torchvision's dict with them under ``out``; another size than the masks' is
     interpolated to it (bilinear). Masks are (B, H, W) or (B, 1, H, W) of any integer type. Every pixel that is not
-    ignored is a row; which they are is read from the device in every batch, since their number decides shapes.
+    ignored is a row; which they are is read from the device in every batch, since their number decides shapes: losses
+    and guards average over all rows that they see, and some correlate them, so that a row of no weight would count.
 
     Logs ``loss``, ``acc`` and ``miou``: cross-entropy and accuracy of the pixels, and the mean over classes of
     intersection over union, exact over all ranks.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 MODULES = {
     "lqkd.callbacks.checkpoint": "lqkd.runs.checkpoint",
@@ -154,6 +154,12 @@ def install() -> None:
     """Let imports of old modules find the new ones, with a :class:`FutureWarning`."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
+
+
+def moved_command(module: str, verb: str) -> NoReturn:
+    """End ``python -m MODULE``, which is a verb of ``python -m lqkd`` now, with that in one line and status 2."""
+    print(f"lqkd: error: python -m {module} is now python -m lqkd {verb}", file=sys.stderr)
+    sys.exit(2)
 
 
 class _OldModules(MetaPathFinder, Loader):

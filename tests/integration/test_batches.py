@@ -363,7 +363,7 @@ def test_looking_ahead_exactly_heeds_label_smoothing() -> None:
         regularizer = ElementwiseMLP(hidden=8, guard="mean_one", player=LookAhead(exact=True))
         module = distiller(regularizer=regularizer, label_smoothing=smoothing)
         module._connect_unseen()
-        found.append(module.losses((IMAGES[:8], torch.arange(8))).compared["distill"].maps[0].alignment)
+        found.append(module.losses((IMAGES[:8], torch.arange(8))).divergences["distill"].maps[0].alignment)
     assert not torch.allclose(*found)
 
 
@@ -375,7 +375,7 @@ def test_looking_ahead_at_few_labels_is_looking_at_their_samples() -> None:
         module: DistillModule = distiller(regularizer=ElementwiseMLP(hidden=8, guard="mean_one", player="look_ahead"))
         module._connect_unseen()
         module.student.eval()
-        found.append(module.losses((IMAGES[:8], given)).compared["distill"].maps[0].alignment)
+        found.append(module.losses((IMAGES[:8], given)).divergences["distill"].maps[0].alignment)
     torch.testing.assert_close(found[0][:4], found[1][:4])
     assert not found[1][4:].any()
 

@@ -103,10 +103,21 @@ def test_the_report_for_wandb_draws_every_chart_and_picture() -> None:
     ]
 
 
-def test_the_report_needs_a_project_of_someone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        wandb_report.main(["lqkd"])
-    assert "ENTITY/PROJECT" in capsys.readouterr().err
+@pytest.mark.parametrize("project", ["lqkd", "/lqkd", "someone/"])
+def test_the_report_needs_a_project_of_someone(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wandb-report", project]) == 2
+    assert f"{project!r} names no project of W&B: give ENTITY/PROJECT" in capsys.readouterr().err
+
+
+def test_the_report_is_saved_as_a_draft_and_its_address_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    monkeypatch.setattr(wr.Report, "save", lambda self, draft: saved.append((self.entity, self.project, draft)))
+    monkeypatch.setattr(wr.Report, "url", "https://wandb.ai/someone/lqkd/reports/x")
+    assert main(["wandb-report", "someone/lqkd", "--terms", "hints", "logits"]) == 0
+    assert saved == [("someone", "lqkd", True)]
+    assert capsys.readouterr().out == "https://wandb.ai/someone/lqkd/reports/x\n"
 
 
 def test_a_report_that_wandb_does_not_take_is_told_in_one_line(
@@ -116,6 +127,6 @@ def test_a_report_that_wandb_does_not_take_is_told_in_one_line(
         raise Exception("not logged in to W&B")
 
     monkeypatch.setattr(wr.Report, "save", refuse)
-    assert wandb_report.main(["someone/lqkd"]) == 2
+    assert main(["wandb-report", "someone/lqkd"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "lqkd: error: W&B does not take the report: not logged in to W&B"

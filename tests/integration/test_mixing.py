@@ -80,7 +80,7 @@ def look_ahead(
     module: DistillModule, images: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None
 ) -> torch.Tensor:
     module._connect_unseen()
-    alignment = module.losses(Samples(images, labels, targets)).compared["distill"].maps[0].alignment
+    alignment = module.losses(Samples(images, labels, targets)).divergences["distill"].maps[0].alignment
     assert alignment is not None
     return alignment
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
@@ -50,6 +51,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logged(run: Path, name: str) -> list[float]:
     with open(run / "metrics.csv", newline="", encoding="utf-8") as stream:
         return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+
+
+def test_a_run_predicts_the_masks_of_its_own_test_images(folder: Path) -> None:
+    run = folder / "runs" / "segmentation_teacher" / "version_0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["predict", "--config", str(run / "config.yaml")]) == 0
+    with open(run / "predictions.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    with open(run / "split.csv", newline="", encoding="utf-8") as stream:
+        tested = [row["file"] for row in csv.DictReader(stream) if row["split"] == "test"]
+    assert [row["file"] for row in rows] == tested
+    for row in rows:
+        with Image.open(run / row["output"]) as mask:
+            assert (mask.size, mask.mode) == ((32, 32), "L")
+            assert max(mask.tobytes()) < len(CLASSES)
 
 
 def test_a_training_logs_the_miou_and_keeps_the_best_by_it(folder: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanAbsoluteError, MetricCollection
 
 from lqkd.cli import main
 from lqkd.errors import UsageError
@@ -24,7 +25,7 @@ from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.runs import RunSummary
 from lqkd.runs.checkpoint import BestAndLast
-from lqkd.tasks import Classification, Samples, Segmentation
+from lqkd.tasks import Classification, Rows, Samples, Segmentation, Task
 from lqkd.teachers import FrozenTeacher
 from tests.conftest import parameters_of
 from tests.documentation import blocks
@@ -261,6 +262,63 @@ def test_the_task_of_the_page_trains_a_teacher_and_a_student(capsys: pytest.Capt
 
 
 # ---- the command line
+
+
+class Halves(Task):
+    """The mean of each half of a vector."""
+
+    monitor, mode = "val/mae", "min"
+
+    def inputs(self, batch: Any) -> Tensor:
+        return batch[0]
+
+    def truth(self, batch: Any) -> Tensor:
+        return batch[0].unflatten(1, (2, 3)).mean(2)
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, self.truth(batch))
+
+    def rows(self, outputs: Tensor, batch: Any) -> Rows:
+        return Rows(outputs, None)
+
+    def metrics(self) -> MetricCollection:
+        return MetricCollection({"mae": MeanAbsoluteError()})
+
+    def update(self, metrics: MetricCollection, outputs: Tensor, batch: Any) -> None:
+        metrics.update(outputs, self.truth(batch))
+
+
+class Signs(LightningDataModule):
+    """Vectors, with two labels each: whether the first two numbers are positive."""
+
+    def train_dataloader(self) -> DataLoader:
+        vectors = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+        return DataLoader(list(zip(vectors, (vectors[:, :2] > 0).long(), strict=True)), batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        ({"class_path": "lqkd.tasks.MultiLabel", "init_args": {"classes": 2}}, ["labels", "classes", "confidences"]),
+        ({"class_path": "tests.integration.test_tasks.Halves"}, ["output_0", "output_1"]),
+    ],
+)
+def test_a_run_of_any_task_predicts_its_own_test_split(tmp_path: Path, task: dict[str, Any], columns: Any) -> None:
+    network = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 6, "out_features": 2}}
+    config = {
+        "model": {"class_path": "lqkd.modules.ClassifierModule", "init_args": {"network": network, "task": task}},
+        "data": {"class_path": "tests.integration.test_tasks.Signs"},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        "run": {"root": str(tmp_path), "name": "any", "version": "a"},
+    }
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "any.yaml")]) == 0
+    assert main(["predict", "--config", str(tmp_path / "any" / "a" / "config.yaml")]) == 0
+    heading, *rows = (tmp_path / "any" / "a" / "predictions.csv").read_text().splitlines()
+    assert heading.split(",") == ["index", "file", *columns]
+    assert len(rows) == 32
 
 
 @pytest.mark.slow

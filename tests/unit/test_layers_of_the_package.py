@@ -15,6 +15,8 @@ import lqkd
 PURE = ("lqkd.quantization", "lqkd.balances", "lqkd.regularizers", "lqkd.losses", "lqkd.models")
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lqkd.__path__, "lqkd.") if m.name != "lqkd.__main__")
 
+DOOR = re.compile(r"^def main\(|\bargparse\.ArgumentParser\(|argparse\.ArgumentParser\):", flags=re.MULTILINE)
+
 
 @pytest.mark.parametrize("room", PURE)
 def test_a_pure_torch_room_imports_nothing_above_it(room: str) -> None:
@@ -54,3 +56,11 @@ def test_export_needs_no_lightning_but_for_its_command() -> None:
     above = ("lightning", "lqkd.runs.lightning_cli")
     code = f"import sys, lqkd.export; assert not [m for m in sys.modules if m in {above} or m.startswith('lightning.')]"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_library_has_no_command_line_of_its_own() -> None:
+    package = Path(lqkd.__file__).parent
+    doors = {
+        path.relative_to(package).parts[0] for path in package.rglob("*.py") if DOOR.search(path.read_text("utf-8"))
+    }
+    assert doors == {"cli", "__main__.py"}

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 HEAVY = ("torch", "lightning", "numpy", "jsonargparse", "onnx", "matplotlib", "rich")
+VERBS = ("export", "predict", "report", "sensitivity", "compare", "resume", "make-shards", "wandb-report")
 TOLD_AT_ONCE = [
     (["--help"], 0),
-    *(([verb, "--help"], 0) for verb in ("export", "predict", "report", "sensitivity", "compare", "resume")),
+    *(([verb, "--help"], 0) for verb in VERBS),
     (["exprot", "runs"], 2),
     (["export", "runs", "--laten"], 2),
     (["fit"], 2),
@@ -16,6 +17,9 @@ TOLD_AT_ONCE = [
     (["compare", "--config", "missing.yaml"], 2),
     *(([verb, "missing"], 2) for verb in ("export", "report", "sensitivity", "resume")),
     (["predict", "missing.onnx", "cat.jpg"], 2),
+    (["make-shards", "missing", "shards"], 2),
+    (["make-shards", ".", "shards", "--shard-mb", "0"], 2),
+    (["wandb-report", "lqkd"], 2),
 ]
 CODE = f"""
 import sys

@@ -15,6 +15,7 @@ from lqkd.callbacks.predictions import Predictions
 from lqkd.data import Batch, ImageFolder
 from lqkd.data.encoded import ImageFiles
 from lqkd.errors import UsageError
+from lqkd.tasks import Classification
 from tests.unit.data.images import write_classes
 
 
@@ -88,9 +89,10 @@ def test_a_class_called_like_a_formula_or_a_terminal_code_is_neither_in_the_tabl
     with open(tmp_path / "split.csv", newline="", encoding="utf-8") as stream:
         names = {row["class"] for row in csv.DictReader(stream)}
     assert names == {f"'{formula}", r"\x1b[2Jcat"}
-    predictions = Predictions()
-    predictions.rows = [(0, 0, 1, 0.5)]
-    predictions.write(tmp_path / "predictions.csv", data.class_names, data.test_files())
+    task, batch = Classification(), (torch.zeros(1, 3, 16, 16), torch.tensor([0]))
+    predictions = Predictions(task, tmp_path)
+    predictions.positions, predictions.rows = [0], task.table(torch.eye(2)[1:], batch, data.class_names)
+    predictions.write(tmp_path / "predictions.csv", data.test_files())
     with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as stream:
         (row,) = csv.DictReader(stream)
     assert {row["label"], row["class"]} == names

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from lqkd.cli import main
 from lqkd.data import ImageNet, StreamedImageNet
-from lqkd.data.shards import main, make_shards
+from lqkd.data.shards import make_shards
 from lqkd.data.streamed import ShardShuffle
 from lqkd.errors import UsageError
 from tests.unit.data.images import write_classes
@@ -200,7 +201,7 @@ def test_a_damaged_index_is_named(shards: Path) -> None:
 
 @pytest.mark.parametrize("address", ["{}", "file://{}"])
 def test_a_root_without_shards_says_how_to_make_them(tmp_path: Path, address: str) -> None:
-    assert "python -m lqkd.data.shards SOURCE DEST makes shards" in refusal(address.format(tmp_path))
+    assert "python -m lqkd make-shards SOURCE DEST makes shards" in refusal(address.format(tmp_path))
 
 
 def test_parts_with_other_classes_are_refused(shards: Path, tmp_path: Path) -> None:
@@ -219,11 +220,11 @@ def test_the_command_names_a_damaged_image_and_leaves_no_index(
         write_classes(tmp_path / "source" / part, {"n00000001": 2, "n00000002": 2})
     path = tmp_path / "source" / "train" / "n00000002" / "1.png"
     os.truncate(path, 100)
-    assert main([str(tmp_path / "source"), str(tmp_path / "shards")]) == 2
+    assert main(["make-shards", str(tmp_path / "source"), str(tmp_path / "shards")]) == 2
     assert capsys.readouterr().err.startswith(f"lqkd: error: {path} cannot be read as an image")
     assert not [file for file in tmp_path.glob("shards/**/*") if file.is_file()]
 
 
 def test_the_command_overwrites_no_shards(source: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(source), str(shards)]) == 2
+    assert main(["make-shards", str(source), str(shards)]) == 2
     assert "holds shards already" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -150,3 +151,13 @@ def test_the_references_of_a_checkpoint_of_a_former_release_go_on() -> None:
     checkpoint["references"] = {"teacher_accuracy": 0.9, "student_initial_quantized_accuracy": 0.1}
     module.on_load_checkpoint(checkpoint)
     assert module.references == {"teacher": 0.9, "student_start": 0.1}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    ("module", "verb"), [("lqkd.data.shards", "make-shards"), ("lqkd.studies.wandb_report", "wandb-report")]
+)
+def test_a_command_that_is_a_verb_now_says_so(module: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().err == f"lqkd: error: python -m {module} is now python -m lqkd {verb}\n"
