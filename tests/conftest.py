@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from lqkd.callbacks.regularizer import pictures
 from lqkd.data import Digits
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
@@ -68,6 +69,15 @@ def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Runs command lines in processes of their own; one for all files, since it imports everything."""
     with forks(tmp_path_factory.mktemp("forks") / "log") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Iterator[Callable[..., Any]]:
+    """Draw no pictures, which takes half of the time of a short run; the function that would draw them."""
+    with pytest.MonkeyPatch.context() as patched:
+        drawing = pictures.pictures
+        patched.setattr(pictures, "pictures", lambda *history: iter(()))
+        yield drawing
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from lqkd.runs.logger import RunLogger
 
 from .dummy import BATCHES, Dummy, Play
 
+pytestmark = pytest.mark.usefixtures("drawing")  # tables alone are looked at here, but for one test
 MakeTrainer = Callable[..., Trainer]
 SAMPLES, CLASSES = 8, 5
 
@@ -328,7 +329,10 @@ def test_a_loss_whose_gradient_is_not_known_leaves_no_shares(make_trainer: MakeT
     assert set(_rows(tmp_path, "balance")) == {"task", "distill", "features"}
 
 
-def test_a_balance_is_watched_without_a_regularizer_too(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_balance_is_watched_without_a_regularizer_too(
+    make_trainer: MakeTrainer, tmp_path: Path, drawing: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pictures", drawing)
     monitor, _ = _fit(make_trainer, tmp_path, Dummy(None, more=_more))
     assert {path.name for path in (tmp_path / "regularizer").iterdir()} == {
         "agreement.csv", "agreement.png", "balance.csv", "balance.png", "share.csv",
