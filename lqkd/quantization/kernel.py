@@ -6,7 +6,8 @@ function, the reduction of the parameters' gradients included, into one pass ove
 where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eagerly and give the same values bit for
 bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
 8-bit grid stays exact under bfloat16. ``torch.jit.trace`` records the functions themselves, for inference: their
-straight-through gradients are not recorded.
+straight-through gradients are not recorded. A family may have a third form, in C++
+(:mod:`lqkd.quantization.native`), which takes the place of the compiled one for float32 on a CPU.
 
 The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
 (channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lqkd.quantization import native
+
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
 
@@ -42,10 +45,12 @@ class Kernel:
         forward: ``(x, *parameters, *constants, *tables) -> x_hat``.
         backward: ``(gradient, x, *parameters, *constants, *tables) -> (gradient of x, *gradients of parameters)``,
             the latter summed over the elements that share a parameter.
+        native: both in C++, where the family has them.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
+    native: native.LearnedStep | None = None
 
     def __call__(
         self,
@@ -86,13 +91,17 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
-        order = _memory_order(x, channel_axis)
-        flat = _flatten(x, order, channel_axis)
-        return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
+        return _quantized(kernel, constants, tables, channel_axis, x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
+        in_cpp = None if torch.is_grad_enabled() else _native(ctx.kernel, ctx.channel_axis, x, parameters)
+        if in_cpp is not None:
+            gradient = gradients[0]
+            if gradient.stride() != x.stride():
+                gradient = torch.empty_like(x).copy_(gradient)
+            return None, None, None, None, *in_cpp.backward(gradient, x, parameters[0], ctx.constants)
         order = _memory_order(x, ctx.channel_axis)
         flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
         operands = _operands(x, parameters, ctx.constants, ctx.tables)
@@ -106,6 +115,55 @@ class _Quantize(torch.autograd.Function):
         reduced = [g.view(p.shape).to(p.dtype) for g, p in zip(gradients_p, parameters, strict=True)]
         unflatten = _view_as if torch.is_grad_enabled() else _unflatten
         return None, None, None, None, unflatten(gradient_x, x, order), *reduced
+
+
+def _quantized(
+    kernel: Kernel,
+    constants: tuple[float, ...],
+    tables: tuple[Tensor, ...],
+    channel_axis: int | None,
+    x: Tensor,
+    *parameters: Tensor,
+) -> Tensor:
+    in_cpp = _native(kernel, channel_axis, x, parameters)
+    if in_cpp is not None:
+        return in_cpp.forward(x, parameters[0], constants)
+    order = _memory_order(x, channel_axis)
+    flat = _flatten(x, order, channel_axis)
+    return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
+
+
+def _native(
+    kernel: Kernel, channel_axis: int | None, x: Tensor, parameters: Sequence[Tensor]
+) -> native.LearnedStep | None:
+    """The kernel in C++ where it has one that takes these operands."""
+    if kernel.native is None or not _compiles(x, 1) or x.dtype != torch.float32 or x.device.type != "cpu":
+        return None
+    dense = x.is_contiguous() or (channel_axis is None and x.is_contiguous(memory_format=torch.channels_last))
+    fits = dense and channel_axis in (None, 0) and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return kernel.native if fits and native.available() else None
+
+
+def call_of(x_hat: Tensor) -> Any:
+    """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that was not recorded.
+
+    Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
+    gradient; :func:`recompute` and :func:`native_of` take it.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
+        return None
+    return x_hat.grad_fn if isinstance(getattr(x_hat.grad_fn, "kernel", None), Kernel) else None
+
+
+def recompute(call: Any) -> Tensor:
+    """The result of a call, anew and bit for bit."""
+    return _quantized(call.kernel, call.constants, call.tables, call.channel_axis, *call.saved_tensors)
+
+
+def native_of(call: Any) -> native.LearnedStep | None:
+    """What runs a call in C++, where something does."""
+    x, *parameters = call.saved_tensors
+    return _native(call.kernel, call.channel_axis, x, parameters)
 
 
 def _operands(
@@ -167,7 +225,7 @@ def _view_as(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     x = arguments[0]
-    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling() or not _is_real(x):
+    if not _compiles(x, COMPILE_FROM):
         return function(*arguments)
     try:
         return _compiled(function, x.device.type)(*arguments)
@@ -176,6 +234,11 @@ def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     except Exception as error:
         _compiler.give_up(error)
         return function(*arguments)
+
+
+def _compiles(x: Tensor, elements: int) -> bool:
+    """Whether a compiled form may be called for ``x``, which is worth it from so many elements on."""
+    return x.numel() >= elements and _compiler.usable() and not torch.compiler.is_compiling() and _is_real(x)
 
 
 @functools.cache
