@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqkd.quantization.kernel import call_of, native_of, recompute
+from lqkd.quantization.kernel import call_of, recompute
 from lqkd.quantization.kernels import positive_step
 
 
@@ -61,7 +61,7 @@ def _recomputed(x_hat: Tensor, call: Any) -> AbstractContextManager[Any]:
 
 def _is_first(layer: Any, call: Any) -> bool:
     """Whether the grid's step needs a gradient and what lies before it does not, in a case that is handled here."""
-    if native_of(call) is None or call.channel_axis is not None or call.needs_input_grad[-2:] != (False, True):
+    if call.native is None or call.needs_input_grad[-2:] != (False, True) or call.channel_axis is not None:
         return False
     simple = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     # A hook may have taken the quantised input, to ask for its gradient.
@@ -79,7 +79,7 @@ class _StepGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, weight: Tensor, scale: Tensor, call: Any, layer: Any) -> Tensor:
         ctx.save_for_backward(call.saved_tensors[0], weight, scale)
-        ctx.native, ctx.constants = native_of(call), call.constants
+        ctx.native, ctx.constants = call.native, call.constants
         ctx.geometry = layer.stride, layer.padding, layer.dilation, False, [0] * len(layer.stride), layer.groups
         ctx.mark_dirty(output)  # the same tensor, not a view, which nothing could change in place
         return output

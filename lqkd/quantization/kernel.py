@@ -91,17 +91,17 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
-        return _quantized(kernel, constants, tables, channel_axis, x, *parameters)
+        ctx.native = kernel.native if _takes(kernel.native, channel_axis, x, *parameters) else None
+        return _quantized(ctx, x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        in_cpp = None if torch.is_grad_enabled() else _native(ctx.kernel, ctx.channel_axis, x, parameters)
-        if in_cpp is not None:
+        if ctx.native is not None and not torch.is_grad_enabled():
             gradient = gradients[0]
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
-            return None, None, None, None, *in_cpp.backward(gradient, x, parameters[0], ctx.constants)
+            return None, None, None, None, *ctx.native.backward(gradient, x, *parameters, ctx.constants)
         order = _memory_order(x, ctx.channel_axis)
         flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
         operands = _operands(x, parameters, ctx.constants, ctx.tables)
@@ -117,53 +117,40 @@ class _Quantize(torch.autograd.Function):
         return None, None, None, None, unflatten(gradient_x, x, order), *reduced
 
 
-def _quantized(
-    kernel: Kernel,
-    constants: tuple[float, ...],
-    tables: tuple[Tensor, ...],
-    channel_axis: int | None,
-    x: Tensor,
-    *parameters: Tensor,
-) -> Tensor:
-    in_cpp = _native(kernel, channel_axis, x, parameters)
-    if in_cpp is not None:
-        return in_cpp.forward(x, parameters[0], constants)
-    order = _memory_order(x, channel_axis)
-    flat = _flatten(x, order, channel_axis)
-    return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
-
-
-def _native(
-    kernel: Kernel, channel_axis: int | None, x: Tensor, parameters: Sequence[Tensor]
-) -> native.LearnedStep | None:
-    """The kernel in C++ where it has one that takes these operands."""
-    if kernel.native is None or not _compiles(x, 1) or x.dtype != torch.float32 or x.device.type != "cpu":
-        return None
+def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether there is a form in C++, and it runs with these operands."""
+    if form is None or x.dtype != torch.float32 or x.device.type != "cpu" or not _compiles(x, 1):
+        return False
     dense = x.is_contiguous() or (channel_axis is None and x.is_contiguous(memory_format=torch.channels_last))
-    fits = dense and channel_axis in (None, 0) and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-    return kernel.native if fits and native.available() else None
+    (scale,) = parameters
+    fits = dense and channel_axis in (None, 0) and scale.dtype == torch.float32 and scale.is_contiguous()
+    return fits and native.available()
+
+
+def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    if call.native is not None:
+        return call.native.forward(x, *parameters, call.constants)
+    order = _memory_order(x, call.channel_axis)
+    flat = _flatten(x, order, call.channel_axis)
+    operands = _operands(x, parameters, call.constants, call.tables)
+    return _unflatten(_run(call.kernel.forward, flat, *operands), x, order)
 
 
 def call_of(x_hat: Tensor) -> Any:
     """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that was not recorded.
 
     Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
-    gradient; :func:`recompute` and :func:`native_of` take it.
+    gradient, ``native`` is what runs it in C++, if anything does; :func:`recompute` takes it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
         return None
-    return x_hat.grad_fn if isinstance(getattr(x_hat.grad_fn, "kernel", None), Kernel) else None
+    node = x_hat.grad_fn
+    return node if isinstance(getattr(node, "kernel", None), Kernel) else None
 
 
 def recompute(call: Any) -> Tensor:
     """The result of a call, anew and bit for bit."""
-    return _quantized(call.kernel, call.constants, call.tables, call.channel_axis, *call.saved_tensors)
-
-
-def native_of(call: Any) -> native.LearnedStep | None:
-    """What runs a call in C++, where something does."""
-    x, *parameters = call.saved_tensors
-    return _native(call.kernel, call.channel_axis, x, parameters)
+    return _quantized(call, *call.saved_tensors)
 
 
 def _operands(
