@@ -176,7 +176,9 @@ def measure(name: str, bits: str, rounds: int, batch: int, wanted: Sequence[str]
     for _ in range(rounds):
         for label, run in steps.items():
             times[label].append(seconds(run))
-    medians = {label: [statistics.median(column) for column in zip(*rows, strict=True)] for label, rows in times.items()}
+    medians = {
+        label: [statistics.median(column) for column in zip(*rows, strict=True)] for label, rows in times.items()
+    }
     of_fp32 = medians["fp32"]
     return [
         {
@@ -234,10 +236,11 @@ def main() -> None:
             writer = csv.DictWriter(stream, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{name} {bits:8}{'ms':>16}{'ratio':>8}{'processor':>11}{'memory':>8}{'first step s':>14}")
+        print(f"{name} {bits:8}{'ms':>16}{'ratio':>9}{'processor':>10}{'memory':>8}{'first step s':>14}")
         for row in new:
-            ratios = f"{row['ratio_to_fp32']:8.3f}{row['processor_ratio_to_fp32']:11.3f}{row['memory_ratio_to_fp32']:8.2f}"
-            print(f"{row['contestant']:24}{row['milliseconds']:8.1f}{ratios}{row['first_step_seconds']:14.1f}", flush=True)
+            ratios = [row[f"{kind}ratio_to_fp32"] for kind in ("", "processor_", "memory_")]
+            print(f"{row['contestant']:24}{row['milliseconds']:8.1f}", *(f"{ratio:8.3f}" for ratio in ratios), end="")
+            print(f"{row['first_step_seconds']:12.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ def _is_first(layer: Any, call: Any) -> bool:
 class _StepGradient(torch.autograd.Function):
     """Gives the output of a convolution as it is, and the step of its input's grid a gradient.
 
-    With x_hat a function of the step s, and o the gradient of the output, which is linear in x_hat: the gradient of s is
-    ``<o, conv(d x_hat / d s, w)> = <conv_backward_weight(o, d x_hat / d s), w>``. Its sums run in another order than
-    those over the gradient of x_hat.
+    With o the gradient of the output, which is linear in x_hat, that of the step s is ``<o, conv(d x_hat / d s, w)>``,
+    which is ``<conv_backward_weight(o, d x_hat / d s), w>``. Its sums run in another order than those over the gradient
+    of x_hat.
     """
 
     @staticmethod

@@ -137,12 +137,18 @@ def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 def call_of(x_hat: Tensor) -> Any:
-    """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that was not recorded.
+    """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that can be made again.
+
+    That is not so where a graph is recorded, nor where something else decides what is kept for the backward pass, such
+    as a checkpoint, which gives out once what it has computed once more; PyTorch tells that from 2.8 on.
 
     Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
     gradient, ``native`` is what runs it in C++, if anything does; :func:`recompute` takes it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
+        return None
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or hooks(True) is not None:
         return None
     node = x_hat.grad_fn
     return node if isinstance(getattr(node, "kernel", None), Kernel) else None

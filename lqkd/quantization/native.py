@@ -1,8 +1,8 @@
 """The learned step in C++: what a quantizer of the default family costs on a CPU, where a compiler is at hand.
 
 ``native.cpp`` is compiled once per machine, in about a second, with the compiler that ``torch.compile`` uses (``CXX``,
-else ``g++``), and kept with what else can be made again (``$LQKD_CACHE``, else ``~/.cache/lqkd``). Beside a graph of ``torch.compile`` it reads and
-writes the same memory with a third of the instructions, and it is called without the checks of a graph, which take
+else ``g++``), and kept with what else can be made again (``$LQKD_CACHE``, else ``~/.cache/lqkd``). Beside a graph of
+``torch.compile`` it takes a third of the instructions, and it is called without the checks of a graph, which take
 longer than a small weight's quantization. Where it cannot be compiled, :mod:`lqkd.quantization.kernel` runs the same
 functions by other means.
 """
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class LearnedStep:
         gradient_x, gradient_scale, rows = torch.empty_like(x), torch.empty_like(scale), scale.numel()
         columns, threads = x.numel() // rows, torch.get_num_threads()
         pointers = [tensor.data_ptr() for tensor in (gradient, x, gradient_x, scale, gradient_scale)]
-        getattr(_library(), "learned_step_backward")(*pointers, rows, columns, *constants, threads)
+        _library().learned_step_backward(*pointers, rows, columns, *constants, threads)
         return gradient_x, gradient_scale
 
 
@@ -71,7 +72,8 @@ def available() -> bool:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
+    """The functions of ``native.cpp``; None where they cannot be had."""
     if not sys.platform.startswith("linux"):
         return None
     try:

@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     of it back to the system in between, which then clears every page anew; from now on it does so with single
     allocations of a gigabyte and more. The process keeps the most memory that it ever had.
 
-    Nothing is done on other systems than Linux with this library, nor where the environment has a choice of its own: one
-    of the variables ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_`` and
+    Nothing is done on other systems than Linux with this library, nor where the environment has a choice of its own:
+    one of the variables ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_`` and
     ``MALLOC_MMAP_MAX_``, or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
     """
     chosen = any(name in os.environ for name in _CHOICES) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

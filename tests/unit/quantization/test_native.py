@@ -1,4 +1,4 @@
-"""The learned step in C++: the bits of the eager functions, sums that hold in float64, and a machine without compiler."""
+"""The learned step in C++: the bits of the eager functions, sums as of float64, and a machine without compiler."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_values_and_gradients_are_those_of_the_eager_functions_bit_for_bit(
         monkeypatch.setenv("LQKD_COMPILE", "0")
         slow = step(x, scale, upstream, bits, signed)
         monkeypatch.setenv("LQKD_COMPILE", "1")
-        assert same_bits(fast[0], slow[0]) and same_bits(fast[1], slow[1])
+        assert same_bits(fast[0], slow[0])
+        assert same_bits(fast[1], slow[1])
 
 
 def test_a_nan_stays_where_it_is_and_reaches_the_step() -> None:
@@ -69,7 +70,8 @@ def test_a_nan_stays_where_it_is_and_reaches_the_step() -> None:
     x[7] = float("nan")
     x_hat, gradient, of_scale = step(x, torch.tensor(0.3), torch.ones(5000), 4, True)
     assert x_hat.isnan().nonzero().tolist() == [[7]]
-    assert gradient.isfinite().all() and of_scale.isnan()
+    assert gradient.isfinite().all()
+    assert of_scale.isnan()
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.tensor([0.3, 0.1, 0.7])])
@@ -83,7 +85,8 @@ def test_the_gradient_of_the_step_is_summed_as_in_float64_and_the_same_for_any_n
         torch.set_num_threads(threads)
         found.append(step(x, scale, upstream, 4, True)[2])
     torch.set_num_threads(before)
-    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+    assert same_bits(found[0], found[1])
+    assert same_bits(found[0], found[2])
     axes = (0, 1) if scale.ndim == 0 else 1
     assert ((found[0].double() - terms.sum(axes)).abs() < 1e-6 * terms.abs().sum(axes)).all()
 
@@ -92,7 +95,8 @@ def test_another_layout_gives_the_same_numbers_and_keeps_it() -> None:
     x, upstream = torch.randn(4, 16, 9, 9), torch.randn(4, 16, 9, 9)
     plain = step(x, torch.tensor(0.3), upstream, 4, True)
     last = step(x.to(memory_format=torch.channels_last), torch.tensor(0.3), upstream, 4, True)
-    assert torch.equal(plain[0], last[0]) and torch.equal(plain[1], last[1])
+    assert torch.equal(plain[0], last[0])
+    assert torch.equal(plain[1], last[1])
     assert last[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(plain[2], last[2])
 
