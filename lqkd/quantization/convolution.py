@@ -1,7 +1,7 @@
 """What the backward pass of a layer does otherwise because its input came from a quantizer: less memory, less time.
 
-* A layer keeps its input for the gradient of its weight. A quantised input is not kept: the quantizer keeps its own
-  input, which the layer before it mostly keeps anyway, and quantizes it once more when the backward pass gets there.
+* A layer keeps its input for the gradient of its weight. A large quantised input is not kept: the quantizer keeps its
+  own input, which the layer before it mostly keeps anyway, and quantizes it once more when the backward pass gets there.
 * The gradient of the step of a first layer's grid goes through no gradient of the images, which nobody asks for and
   which takes longer to compute than the layer itself.
 """
@@ -18,8 +18,12 @@ from lqkd.quantization.kernel import call_of, recompute
 from lqkd.quantization.kernels import positive_step
 
 
+ONCE_MORE_FROM = 2**20
+"""Number of elements from which the memory of a quantised input is worth the time of quantizing once more."""
+
+
 def not_keeping(x_hat: Tensor) -> AbstractContextManager[Any]:
-    """A context in which layers do not keep ``x_hat``, the result of a quantizer, for their backward pass.
+    """A context in which layers do not keep ``x_hat``, the large result of a quantizer, for their backward pass.
 
     Examples:
         >>> from lqkd.quantization import LSQ
@@ -48,6 +52,8 @@ def convolve(layer: Any, x_hat: Tensor, weight: Tensor) -> Tensor:
 
 def _recomputed(x_hat: Tensor, call: Any) -> AbstractContextManager[Any]:
     place, elements, dtype = x_hat.data_ptr(), x_hat.numel(), x_hat.dtype
+    if elements < ONCE_MORE_FROM:
+        return nullcontext()
 
     def pack(tensor: Tensor) -> Any:  # a linear layer keeps a view of its input
         same = tensor.data_ptr() == place and tensor.numel() == elements and tensor.dtype == dtype

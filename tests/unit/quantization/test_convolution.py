@@ -13,9 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lqkd.quantization import Recipe, convolution, initialize_quantizers, native, quantize_model
 
-pytestmark = pytest.mark.usefixtures("compiled_kernels")
+pytestmark = pytest.mark.usefixtures("compiled_kernels", "every_size")
 
 compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small inputs are quantised once more too."""
+    monkeypatch.setattr(convolution, "ONCE_MORE_FROM", 1)
 
 
 def quantised(*modules: nn.Module, inputs: Tensor, **recipe: Any) -> nn.Module:
