@@ -1,7 +1,7 @@
 """What the backward pass of a layer does otherwise because its input came from a quantizer: less memory, less time.
 
 * A layer keeps its input for the gradient of its weight. A large quantised input is not kept: the quantizer keeps its
-  own input, which the layer before it mostly keeps anyway, and quantizes it once more when the backward pass gets there.
+  own input, which the layer before it mostly keeps anyway, and quantizes it once more in the backward pass.
 * The gradient of the step of a first layer's grid goes through no gradient of the images, which nobody asks for and
   which takes longer to compute than the layer itself.
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lqkd.quantization.kernel import call_of, recompute
 from lqkd.quantization.kernels import positive_step
-
 
 ONCE_MORE_FROM = 2**20
 """Number of elements from which the memory of a quantised input is worth the time of quantizing once more."""
