@@ -92,13 +92,16 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, *parameters)
         ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
         ctx.native = kernel.native if _takes(kernel.native, channel_axis, x, *parameters) else None
+        ctx.set_materialize_grads(False)  # a layer may have given the step its gradient already
         return _quantized(ctx, x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
+        if gradients[0] is None:
+            return (None,) * (5 + len(parameters))
         if ctx.native is not None and not torch.is_grad_enabled():
-            gradient = gradients[0]
+            gradient = gradients[0].resolve_neg()
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
             return None, None, None, None, *ctx.native.backward(gradient, x, *parameters, ctx.constants)
@@ -118,13 +121,16 @@ class _Quantize(torch.autograd.Function):
 
 
 def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
-    """Whether there is a form in C++, and it runs with these operands."""
-    if form is None or x.dtype != torch.float32 or x.device.type != "cpu" or not _compiles(x, 1):
+    """Whether there is a form in C++, and it runs with these operands, of which it sees nothing but the memory."""
+    if form is None or not _compiles(x, 1) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    dense = x.is_contiguous() or (channel_axis is None and x.is_contiguous(memory_format=torch.channels_last))
     (scale,) = parameters
-    fits = dense and channel_axis in (None, 0) and scale.dtype == torch.float32 and scale.is_contiguous()
-    return fits and native.available()
+    if not _is_real(scale) or any(operand.is_neg() or operand.device.type != "cpu" for operand in (x, scale)):
+        return False
+    shared = scale.numel() == 1 or (channel_axis == 0 and scale.shape == x.shape[:1])
+    dense = x.is_contiguous() or (scale.numel() == 1 and x.is_contiguous(memory_format=torch.channels_last))
+    single = x.dtype == torch.float32 and scale.dtype == torch.float32
+    return shared and dense and single and scale.is_contiguous() and native.available()
 
 
 def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -140,23 +146,24 @@ def call_of(x_hat: Tensor) -> Any:
     """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that can be made again.
 
     That is not so where a graph is recorded, nor where something else decides what is kept for the backward pass, such
-    as a checkpoint, which gives out once what it has computed once more; PyTorch tells that from 2.8 on.
+    as a checkpoint, which gives out once what it has computed once more; PyTorch tells that from 2.8 on. Nor where the
+    result has been changed in place since.
 
     Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
     gradient, ``native`` is what runs it in C++, if anything does; :func:`recompute` takes it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat) or x_hat._version > 0:
         return None
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or hooks(True) is not None:
+    if hooks is None or not torch._C._autograd._saved_tensors_hooks_is_enabled() or hooks(True) is not None:
         return None
     node = x_hat.grad_fn
     return node if isinstance(getattr(node, "kernel", None), Kernel) else None
 
 
-def recompute(call: Any) -> Tensor:
-    """The result of a call, anew and bit for bit."""
-    return _quantized(call, *call.saved_tensors)
+def recompute(call: Any, operands: Sequence[Tensor]) -> Tensor:
+    """The result of a call, whose ``saved_tensors`` the operands were, anew and bit for bit."""
+    return _quantized(call, *operands)
 
 
 def _operands(

@@ -14,10 +14,14 @@ import functools
 import hashlib
 import logging
 import os
+import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +77,40 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> Any:
-    """The functions of ``native.cpp``; None where they cannot be had."""
+    """The functions of ``native.cpp``; None where they cannot be had, for whatever reason: others do the same."""
     if not sys.platform.startswith("linux"):
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+        library = _loaded()
+        for name, pointers, numbers in (("", 3, 2), ("_slope", 3, 2), ("_backward", 5, 3)):
+            function, sizes = getattr(library, f"learned_step{name}"), [ctypes.c_int64] * 2
+            function.argtypes = [*[ctypes.c_void_p] * pointers, *sizes, *[ctypes.c_float] * numbers, ctypes.c_int]
+            function.restype = None
+    except Exception as error:
         reason = getattr(error, "stderr", None) or error
         logging.getLogger(__name__).info("the learned step is not compiled from C++ in this process: %s", reason)
         return None
-    for name, pointers, numbers in (("", 3, 2), ("_slope", 3, 2), ("_backward", 5, 3)):
-        function, sizes = getattr(library, f"learned_step{name}"), [ctypes.c_int64] * 2
-        function.argtypes = [*[ctypes.c_void_p] * pointers, *sizes, *[ctypes.c_float] * numbers, ctypes.c_int]
-        function.restype = None
     return library
 
 
-def _compiled() -> Path:
-    """The compiled library, from the cache or new."""
-    source = SOURCE.read_bytes()
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    name = f"learned_step_{hashlib.sha256(source + repr(command).encode()).hexdigest()[:16]}.so"
-    try:
-        return _made(default_cache_dir() / "native" / name, command)
-    except OSError:  # a home that cannot be written to: for this process alone
-        return _made(Path(tempfile.mkdtemp(prefix="lqkd_")) / name, command)
-
-
-def _made(library: Path, command: Sequence[str]) -> Path:
-    if not library.is_file():
-        with atomic_path(library) as temporary:
-            call = [*command, "-x", "c++", str(SOURCE), "-o", str(temporary)]
-            subprocess.run(call, check=True, capture_output=True, text=True, timeout=120)
+def _loaded() -> ctypes.CDLL:
+    """The library that was kept, or a new one, which is kept where that is possible."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
+    command += VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
+    made_of = SOURCE.read_bytes() + repr((command, platform.machine())).encode()
+    name = f"learned_step_{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    kept = None
+    with suppress(RuntimeError):  # of a user without a home
+        kept = default_cache_dir() / "native" / name
+    if kept is not None and kept.is_file():
+        with suppress(OSError):  # cut off, or of a machine with other libraries
+            return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="lqkd_") as folder:
+        made = Path(folder) / name
+        call = [*command, "-x", "c++", str(SOURCE), "-o", str(made)]
+        subprocess.run(call, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+        library = ctypes.CDLL(str(made))  # stays when the file is gone
+        if kept is not None:
+            with suppress(OSError), atomic_path(kept) as temporary:  # a home that cannot be written to
+                shutil.copyfile(made, temporary)
     return library

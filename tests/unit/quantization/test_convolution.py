@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from lqkd.quantization import Recipe, convolution, initialize_quantizers, native, quantize_model
+from lqkd.quantization import LSQ, Recipe, convolution, initialize_quantizers, native, quantize_model
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels", "every_size")
 
@@ -98,7 +98,7 @@ def test_the_step_of_a_first_layer_gets_the_gradient_that_goes_through_the_image
     x = torch.randn(5, 3, 12, 12).to(memory_format=torch.channels_last if sign < 0 else torch.contiguous_format)
     model = quantised(nn.Conv2d(3, 6, 3, **geometry), nn.ReLU(inplace=True), bits="w4a4", inputs=x)
     model[0].input_quantizer.scale.data *= sign
-    assert type(model[0](x).grad_fn).__name__ == "_StepGradientBackward"
+    assert type(model[0](x).grad_fn).__name__ == "_FirstConvolutionBackward"
     short, through = gradients(model, x), gradients(model, x.clone().requires_grad_())
     step = "0.input_quantizer.scale"
     assert all(torch.equal(short[name], through[name]) for name in through if name != step)
@@ -107,17 +107,78 @@ def test_the_step_of_a_first_layer_gets_the_gradient_that_goes_through_the_image
 
 
 @compiler
-def test_the_gradient_of_a_first_layer_has_a_gradient_itself() -> None:
-    x = torch.randn(5, 3, 8, 8)
+@pytest.mark.parametrize(("first", "second"), [("scale", "weight"), ("weight", "scale"), ("weight", "weight")])
+def test_the_gradient_of_a_first_layer_has_a_gradient_itself(first: str, second: str) -> None:
+    x, found = torch.randn(5, 3, 8, 8), []
     model = quantised(nn.Conv2d(3, 6, 3), nn.Tanh(), bits="w4a4", inputs=x)
-    second = []
+    parameters = {"scale": model[0].input_quantizer.scale, "weight": model[0].weight}
     for inputs in (x, x.clone().requires_grad_()):
         model.zero_grad()
-        of_step = torch.autograd.grad(model(inputs).square().sum(), model[0].input_quantizer.scale, create_graph=True)
-        of_step[0].square().backward()
-        second.append(model[0].weight.grad)
-    assert second[0].abs().max() > 0
-    torch.testing.assert_close(second[0], second[1], rtol=1e-4, atol=1e-5)
+        once = torch.autograd.grad(model(inputs).square().sum(), parameters[first], create_graph=True)
+        once[0].square().sum().backward()
+        found.append(parameters[second].grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@compiler
+def test_a_quantised_tensor_that_others_read_keeps_all_of_its_gradient() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.conv = nn.AvgPool2d(2), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = self.pool(x)
+            return self.conv(pooled) + pooled
+
+    x = torch.randn(5, 3, 8, 8)
+    recipe = Recipe(bits="w4a32", first_layer_bits=None, last_layer_bits=None, residual_bits=8)
+    model, _ = quantize_model(Net(), recipe)
+    initialize_quantizers(model, x)
+    short, through = gradients(model.train(), x), gradients(model, x.clone().requires_grad_())
+    assert all(torch.equal(short[name], through[name]) for name in through)
+
+
+@compiler
+def test_a_single_image_without_a_batch_has_gradients() -> None:
+    model = quantised(nn.Conv2d(3, 6, 3), bits="w4a4", inputs=torch.randn(5, 3, 8, 8))
+    assert gradients(model, torch.randn(3, 8, 8))["0.input_quantizer.scale"].isfinite()
+
+
+@pytest.mark.parametrize("changed", ["weight", "scale"])
+def test_a_parameter_that_is_changed_before_the_backward_pass_is_an_error_as_everywhere(changed: str) -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    model = quantised(nn.Tanh(), nn.Linear(6, 3), bits="w32a4", inputs=x.detach())
+    output = model(x).sum()
+    with torch.no_grad():
+        {"weight": model[1].weight, "scale": model[1].input_quantizer.scale}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_a_fault_that_is_put_into_a_quantised_input_stays_in_it() -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    model = quantised(nn.Tanh(), nn.Linear(6, 3), bits="w32a4", inputs=x.detach())
+
+    def fault(_: nn.Module, __: Any, x_hat: Tensor) -> None:
+        with torch.no_grad():
+            x_hat.fill_(1.0)
+
+    model[1].input_quantizer.register_forward_hook(fault)
+    of_weight = gradients(model, x)["1.weight"]
+    assert torch.equal(of_weight, of_weight[:, :1].expand(3, 6))
+
+
+def test_parts_of_a_graph_are_differentiated_one_after_the_other() -> None:
+    x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    x_hat = LSQ(4, batched=True)(x)
+    with convolution.not_keeping(x_hat):
+        first, second = (nn.functional.linear(x_hat, weight).sum() for _ in range(2))
+    first.backward()
+    second.backward(inputs=[weight])
+    assert torch.equal(weight.grad[0], 2 * x_hat.detach().sum(0))
+
 
 
 @compiler

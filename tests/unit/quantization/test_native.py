@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lqkd.quantization import LSQ, native
 from lqkd.quantization.kernels import learned_step_quantize
@@ -99,6 +102,51 @@ def test_another_layout_gives_the_same_numbers_and_keeps_it() -> None:
     assert torch.equal(plain[1], last[1])
     assert last[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(plain[2], last[2])
+
+
+def test_operands_that_are_not_what_memory_says_run_in_another_form() -> None:
+    """Elsewhere, of another number of channels, of a trace, of the other sign: all that a pointer does not tell."""
+    scale, constants = torch.tensor(0.3), (0.01, -8, 7)
+    with pytest.raises(RuntimeError, match="device"):
+        learned_step_quantize(torch.randn(100), scale.to("meta"), constants=constants)
+    for channels, axis in ((4, 0), (6, 0), (2, 0)):
+        with pytest.raises(RuntimeError, match="size"):
+            learned_step_quantize(
+                torch.randn(channels, 5), torch.full((3,), 0.3), constants=constants, channel_axis=axis
+            )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(learned_step_quantize(torch.randn(100), scale, constants=constants), FakeTensor)
+    x = torch.randn(100)
+    recorded = make_fx(lambda x: learned_step_quantize(x, scale, constants=constants))(torch.randn(100))
+    expected = learned_step_quantize(x, scale, constants=constants)
+    assert torch.equal(recorded(x), expected)
+    assert torch.equal(learned_step_quantize(torch._neg_view(-x), scale, constants=constants), expected)
+
+
+def test_a_library_that_is_broken_or_cannot_be_kept_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("LQKD_CACHE", str(tmp_path / "cache"))
+    try:
+        for _ in range(2):
+            native._library.cache_clear()
+            assert native.available()
+            (kept,) = (tmp_path / "cache").rglob("*.so")
+            kept.unlink()  # not changed: it is mapped
+            kept.write_bytes(b"cut off")
+        monkeypatch.setattr(native, "default_cache_dir", _no_home)
+        native._library.cache_clear()
+        assert native.available()
+        assert not list(folder.iterdir())
+    finally:
+        native._library.cache_clear()
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_without_a_working_compiler_the_other_forms_run(
