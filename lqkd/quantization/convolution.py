@@ -17,7 +17,7 @@ from torch import Tensor
 from lqkd.quantization.kernel import call_of, recompute
 from lqkd.quantization.kernels import positive_step
 
-ONCE_MORE_FROM = 2**20
+ONCE_MORE_FROM = 2**21
 """Number of elements from which the memory of a quantised input is worth the time of quantizing once more."""
 
 
