@@ -154,8 +154,9 @@ def call_of(x_hat: Tensor) -> Any:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat) or x_hat._version > 0:
         return None
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or not torch._C._autograd._saved_tensors_hooks_is_enabled() or hooks(True) is not None:
+    autograd: Any = torch._C._autograd
+    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or not autograd._saved_tensors_hooks_is_enabled() or hooks(True) is not None:
         return None
     node = x_hat.grad_fn
     return node if isinstance(getattr(node, "kernel", None), Kernel) else None

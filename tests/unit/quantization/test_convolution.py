@@ -180,7 +180,6 @@ def test_parts_of_a_graph_are_differentiated_one_after_the_other() -> None:
     assert torch.equal(weight.grad[0], 2 * x_hat.detach().sum(0))
 
 
-
 @compiler
 def test_who_watches_a_first_layers_quantised_input_gets_its_gradient() -> None:
     x, seen = torch.randn(5, 3, 8, 8), []
