@@ -152,14 +152,16 @@ def call_of(x_hat: Tensor) -> Any:
     Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
     gradient, ``native`` is what runs it in C++, if anything does; :func:`recompute` takes it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat) or x_hat._version > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
+        return None
+    node = x_hat.grad_fn
+    if not isinstance(getattr(node, "kernel", None), Kernel) or x_hat._version > 0:
         return None
     autograd: Any = torch._C._autograd
     hooks = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     if hooks is None or not autograd._saved_tensors_hooks_is_enabled() or hooks(True) is not None:
         return None
-    node = x_hat.grad_fn
-    return node if isinstance(getattr(node, "kernel", None), Kernel) else None
+    return node
 
 
 def recompute(call: Any, operands: Sequence[Tensor]) -> Tensor:

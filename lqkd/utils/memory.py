@@ -17,7 +17,8 @@ def keep_freed_memory() -> bool:
 
     A training step frees what it has allocated, and the next one allocates the same again. The GNU C library gives much
     of it back to the system in between, which then clears every page anew; from now on it does so with single
-    allocations of a gigabyte and more (32 MiB with older libraries). The process keeps the most memory that it ever had.
+    allocations of a gigabyte and more (32 MiB with older libraries). The process keeps the most memory that it ever
+    had.
 
     Nothing is done on other systems than Linux with this library, nor where the environment has a choice of its own:
     one of the variables ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_`` and

@@ -200,6 +200,8 @@ def test_nothing_is_left_to_a_layer_that_was_not_asked_for_gradients() -> None:
     expected = model(x).detach()
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
     model.requires_grad_(False)
     assert torch.equal(model(x), expected)
     assert not model(x).requires_grad
