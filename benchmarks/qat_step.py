@@ -1,21 +1,23 @@
-"""The cost of quantization-aware training: one training step at W4A4 against the same step in fp32 and by others.
+"""The cost of quantization-aware training: one quantised training step against the same step in fp32 and by others.
 
-    python -m benchmarks.qat_step --json FILE [--networks resnet20 mobilenet_v2] [--rounds N] [--batch B]
+    python -m benchmarks.qat_step --csv FILE [--networks resnet20 mobilenet_v2] [--bits w4a4 w2a2] [--rounds N]
+        [--batch B] [--contestants fp32 lqkd]
 
 All contestants run in one process and in alternation, since timings on shared machines drift; what counts are the
-ratios of the medians. Every convolution and linear layer is quantised. Memory is the peak of what one step allocates on
-top of network and optimizer, by PyTorch's own profiler. Brevitas takes part where it is installed.
+ratios of the medians. Where other work runs beside it, the processor's time is steadier than that of the clock, for
+one thread (``OMP_NUM_THREADS=1``). Freed memory is kept, as the command line keeps it. Every convolution and linear
+layer is quantised. Memory is the peak of what one step allocates on top of network and optimizer, by PyTorch's own
+profiler. Brevitas takes part where it is installed, at four bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from lqkd.export.latency import machine
 from lqkd.models import CifarResNet, build_model
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
+from lqkd.utils.memory import keep_freed_memory
 
-RECIPE = Recipe(bits="w4a4", weight_quantizer="lsq", activation_quantizer="lsq", first_layer_bits=4, last_layer_bits=4)
-
-NETWORKS = ["resnet20", "mobilenet_v2"]
+PIXELS = {"resnet20": 32, "mobilenet_v2": 64, "resnet18": 224}
+BITS = {"w4a4": 4, "w2a2": 2}
+CONTESTANTS = ["fp32", "lqkd", "eager LSQ", "ATen learnable", "Brevitas"]
 
 
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return CifarResNet(20) if name == "resnet20" else build_model("torchvision/mobilenet_v2", num_classes=10)
+    return CifarResNet(20) if name == "resnet20" else build_model(f"torchvision/{name}", num_classes=10)
 
 
-def lqkd_network(name: str, images: Tensor) -> nn.Module:
-    model, _ = quantize_model(network(name), RECIPE)
+def lqkd_network(name: str, images: Tensor, bits: str = "w4a4") -> nn.Module:
+    recipe = Recipe(
+        bits=bits,
+        weight_quantizer="lsq",
+        activation_quantizer="lsq",
+        first_layer_bits=BITS[bits],
+        last_layer_bits=BITS[bits],
+    )
+    model, _ = quantize_model(network(name), recipe)
     initialize_quantizers(model, images)
     return model
 
@@ -74,9 +85,9 @@ class ATenLearnable(EagerLSQ):
         )
 
 
-def with_quantizers(kind: type[EagerLSQ], name: str, images: Tensor) -> nn.Module:
+def with_quantizers(kind: type[EagerLSQ], name: str, images: Tensor, bits: str = "w4a4") -> nn.Module:
     """The network of lqkd with each of its quantizers replaced by another implementation of the same grid."""
-    model = lqkd_network(name, images)
+    model = lqkd_network(name, images, bits)
     for path, quantizer in quantizers(model).items():
         ours: Any = quantizer
         parent, _, attribute = path.rpartition(".")
@@ -124,29 +135,30 @@ def brevitas_network(name: str, images: Tensor) -> nn.Module:
     return model
 
 
-def contestants(name: str, images: Tensor) -> dict[str, nn.Module]:
+def contestants(name: str, images: Tensor, bits: str, wanted: Sequence[str]) -> dict[str, nn.Module]:
     made: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: network(name),
-        "lqkd": lambda: lqkd_network(name, images),
-        "eager LSQ": lambda: with_quantizers(EagerLSQ, name, images),
-        "ATen learnable": lambda: with_quantizers(ATenLearnable, name, images),
+        "lqkd": lambda: lqkd_network(name, images, bits),
+        "eager LSQ": lambda: with_quantizers(EagerLSQ, name, images, bits),
+        "ATen learnable": lambda: with_quantizers(ATenLearnable, name, images, bits),
         "Brevitas": lambda: brevitas_network(name, images),
     }
     models = {}
-    for label, make in made.items():
+    for label in wanted:
         try:
-            models[label] = make()
+            models[label] = made[label]()
         except ImportError as error:
             print(f"{label} left out: {error}")
     return models
 
 
-def measure(name: str, rounds: int, batch: int) -> dict[str, Any]:
+def measure(name: str, bits: str, rounds: int, batch: int, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each contestant."""
     torch.manual_seed(1)
-    images = torch.randn(batch, 3, 32, 32) if name == "resnet20" else torch.randn(batch, 3, 64, 64)
+    images = torch.randn(batch, 3, PIXELS[name], PIXELS[name])
     labels = torch.randint(10, (batch,))
     steps: dict[str, Callable[[], None]] = {}
-    for label, model in contestants(name, images).items():
+    for label, model in contestants(name, images, bits, wanted).items():
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -156,32 +168,46 @@ def measure(name: str, rounds: int, batch: int) -> dict[str, Any]:
             optimizer.step()
 
         steps[label] = step
-    first = {label: seconds(step) for label, step in steps.items()}  # lqkd's compiles its kernels
+    first = {label: seconds(step)[0] for label, step in steps.items()}  # lqkd's makes its kernels
     for run in steps.values():
         run()
-    memory = {label: round(peak_memory(step) / 2**20, 1) for label, step in steps.items()}
-    times: dict[str, list[float]] = {label: [] for label in steps}
+    memory = {label: peak_memory(step) for label, step in steps.items()}
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in steps}
     for _ in range(rounds):
         for label, run in steps.items():
             times[label].append(seconds(run))
-    medians = {label: statistics.median(values) for label, values in times.items()}
-    return {
-        "network": name,
-        "batch": batch,
-        "rounds": rounds,
-        "milliseconds": {label: round(1000 * value, 1) for label, value in medians.items()},
-        "ratio_to_fp32": {label: round(value / medians["fp32"], 3) for label, value in medians.items()},
-        "first_step_seconds": {label: round(value, 2) for label, value in first.items()},
-        "peak_memory_mb": memory,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    medians = {
+        label: [statistics.median(column) for column in zip(*rows, strict=True)] for label, rows in times.items()
     }
+    of_fp32 = medians["fp32"]
+    return [
+        {
+            "network": name,
+            "bits": bits,
+            "batch": batch,
+            "rounds": rounds,
+            "contestant": label,
+            "milliseconds": round(1000 * wall, 1),
+            "ratio_to_fp32": round(wall / of_fp32[0], 3),
+            "peak_memory_mb": round(memory[label] / 2**20, 1),
+            "first_step_seconds": round(first[label], 2),
+            "processor_milliseconds": round(1000 * processed, 1),
+            "processor_ratio_to_fp32": round(processed / of_fp32[1], 3),
+            "memory_ratio_to_fp32": round(memory[label] / memory["fp32"], 3),
+            "pixels": PIXELS[name],
+            "threads": torch.get_num_threads(),
+            "machine": machine(),
+            "torch": torch.__version__,
+        }
+        for label, (wall, processed) in medians.items()
+    ]
 
 
-def seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
+def seconds(step: Callable[[], None]) -> tuple[float, float]:
+    """By the clock, and of the processor."""
+    started = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def peak_memory(step: Callable[[], None]) -> int:
@@ -194,20 +220,27 @@ def peak_memory(step: Callable[[], None]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="file for the result")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: %(default)s")
+    parser.add_argument("--csv", type=Path, required=True, help="file for the result")
+    parser.add_argument("--networks", nargs="+", choices=PIXELS, default=["resnet20", "mobilenet_v2"])
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=["w4a4"])
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="fp32 among them")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each contestant that are timed")
     parser.add_argument("--batch", type=int, default=128, help="images in a step")
     arguments = parser.parse_args()
-    results = []
-    for name in arguments.networks:
-        result = measure(name, arguments.rounds, arguments.batch)
-        results.append(result)
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"{name:16}{'ms':>8}{'ratio':>8}{'MB':>8}{'first step s':>14}")
-        for label, milliseconds in result["milliseconds"].items():
-            ratio, memory = result["ratio_to_fp32"][label], result["peak_memory_mb"][label]
-            print(f"{label:16}{milliseconds:8.1f}{ratio:8.2f}{memory:8.1f}{result['first_step_seconds'][label]:14.1f}")
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    for name, bits in itertools.product(arguments.networks, arguments.bits):
+        new = measure(name, bits, arguments.rounds, arguments.batch, arguments.contestants)
+        rows += new
+        with open(arguments.csv, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"{name} {bits:8}{'ms':>16}{'ratio':>9}{'processor':>10}{'memory':>8}{'first step s':>14}")
+        for row in new:
+            ratios = [row[f"{kind}ratio_to_fp32"] for kind in ("", "processor_", "memory_")]
+            print(f"{row['contestant']:24}{row['milliseconds']:8.1f}", *(f"{ratio:8.3f}" for ratio in ratios), end="")
+            print(f"{row['first_step_seconds']:12.1f}", flush=True)
 
 
 if __name__ == "__main__":

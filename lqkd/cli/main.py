@@ -17,6 +17,7 @@ from lqkd.cli.overview import overview, unknown
 from lqkd.cli.verbs import VERBS
 from lqkd.errors import UsageError
 from lqkd.runs.status import exit_status
+from lqkd.utils.memory import keep_freed_memory
 from lqkd.utils.progress import Stages
 
 _TRAINING = "lqkd.runs.train"
@@ -39,6 +40,7 @@ def _run(given: list[str]) -> int:
     if given[:1] in (["--help"], ["-h"]):
         print(overview())
         return 0
+    keep_freed_memory()
     problem = unknown(given[0]) if given else "a verb is missing: fit, for instance"
     if problem is not None:
         raise UsageError(f"{problem} (see python -m lqkd --help)")

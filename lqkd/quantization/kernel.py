@@ -6,7 +6,8 @@ function, the reduction of the parameters' gradients included, into one pass ove
 where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eagerly and give the same values bit for
 bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
 8-bit grid stays exact under bfloat16. ``torch.jit.trace`` records the functions themselves, for inference: their
-straight-through gradients are not recorded.
+straight-through gradients are not recorded. A family may have a third form, in C++
+(:mod:`lqkd.quantization.native`), which takes the place of the compiled one for float32 on a CPU.
 
 The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
 (channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lqkd.quantization import native
+
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
 
@@ -42,10 +45,12 @@ class Kernel:
         forward: ``(x, *parameters, *constants, *tables) -> x_hat``.
         backward: ``(gradient, x, *parameters, *constants, *tables) -> (gradient of x, *gradients of parameters)``,
             the latter summed over the elements that share a parameter.
+        native: both in C++, where the family has them.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
+    native: native.LearnedStep | None = None
 
     def __call__(
         self,
@@ -86,13 +91,20 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.kernel, ctx.constants, ctx.tables, ctx.channel_axis = kernel, constants, tables, channel_axis
-        order = _memory_order(x, channel_axis)
-        flat = _flatten(x, order, channel_axis)
-        return _unflatten(_run(kernel.forward, flat, *_operands(x, parameters, constants, tables)), x, order)
+        ctx.native = kernel.native if _takes(kernel.native, channel_axis, x, *parameters) else None
+        ctx.set_materialize_grads(False)  # a layer may have given the step its gradient already
+        return _quantized(ctx, x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
+        if gradients[0] is None:
+            return (None,) * (5 + len(parameters))
+        if ctx.native is not None and not torch.is_grad_enabled():
+            gradient = gradients[0].resolve_neg()
+            if gradient.stride() != x.stride():
+                gradient = torch.empty_like(x).copy_(gradient)
+            return None, None, None, None, *ctx.native.backward(gradient, x, *parameters, ctx.constants)
         order = _memory_order(x, ctx.channel_axis)
         flat, gradient = (_flatten(tensor, order, ctx.channel_axis) for tensor in (x, gradients[0]))
         operands = _operands(x, parameters, ctx.constants, ctx.tables)
@@ -106,6 +118,55 @@ class _Quantize(torch.autograd.Function):
         reduced = [g.view(p.shape).to(p.dtype) for g, p in zip(gradients_p, parameters, strict=True)]
         unflatten = _view_as if torch.is_grad_enabled() else _unflatten
         return None, None, None, None, unflatten(gradient_x, x, order), *reduced
+
+
+def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether there is a form in C++, and it runs with these operands, of which it sees nothing but the memory."""
+    if form is None or not _compiles(x, 1) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    (scale,) = parameters
+    if not _is_real(scale) or any(operand.is_neg() or operand.device.type != "cpu" for operand in (x, scale)):
+        return False
+    shared = scale.numel() == 1 or (channel_axis == 0 and scale.shape == x.shape[:1])
+    dense = x.is_contiguous() or (scale.numel() == 1 and x.is_contiguous(memory_format=torch.channels_last))
+    single = x.dtype == torch.float32 and scale.dtype == torch.float32
+    return shared and dense and single and scale.is_contiguous() and native.available()
+
+
+def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    if call.native is not None:
+        return call.native.forward(x, *parameters, call.constants)
+    order = _memory_order(x, call.channel_axis)
+    flat = _flatten(x, order, call.channel_axis)
+    operands = _operands(x, parameters, call.constants, call.tables)
+    return _unflatten(_run(call.kernel.forward, flat, *operands), x, order)
+
+
+def call_of(x_hat: Tensor) -> Any:
+    """The node of the autograd graph whose result ``x_hat`` is, where that is a kernel's call that can be made again.
+
+    That is not so where a graph is recorded, nor where something else decides what is kept for the backward pass, such
+    as a checkpoint, which gives out once what it has computed once more; PyTorch tells that from 2.8 on. Nor where the
+    result has been changed in place since.
+
+    Its ``saved_tensors`` are the input and the parameters, ``needs_input_grad[-n:]`` says which of these n have a
+    gradient, ``native`` is what runs it in C++, if anything does; :func:`recompute` takes it.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x_hat):
+        return None
+    node = x_hat.grad_fn
+    if not isinstance(getattr(node, "kernel", None), Kernel) or x_hat._version > 0:
+        return None
+    autograd: Any = torch._C._autograd
+    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or not autograd._saved_tensors_hooks_is_enabled() or hooks(True) is not None:
+        return None
+    return node
+
+
+def recompute(call: Any, operands: Sequence[Tensor]) -> Tensor:
+    """The result of a call, whose ``saved_tensors`` the operands were, anew and bit for bit."""
+    return _quantized(call, *operands)
 
 
 def _operands(
@@ -167,7 +228,7 @@ def _view_as(flat: Tensor, like: Tensor, order: list[int]) -> Tensor:
 
 def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     x = arguments[0]
-    if x.numel() < COMPILE_FROM or not _compiler.usable() or torch.compiler.is_compiling() or not _is_real(x):
+    if not _compiles(x, COMPILE_FROM):
         return function(*arguments)
     try:
         return _compiled(function, x.device.type)(*arguments)
@@ -176,6 +237,11 @@ def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
     except Exception as error:
         _compiler.give_up(error)
         return function(*arguments)
+
+
+def _compiles(x: Tensor, elements: int) -> bool:
+    """Whether a compiled form may be called for ``x``, which is worth it from so many elements on."""
+    return x.numel() >= elements and _compiler.usable() and not torch.compiler.is_compiling() and _is_real(x)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lqkd.quantization.kernel import Kernel, compute_dtype
+from lqkd.quantization.native import LearnedStep
 
 
 def uniform_codes(x: Tensor, scale: Tensor, qmin: Any, qmax: Any) -> Tensor:
@@ -56,7 +57,7 @@ def _learned_step_backward(
     return torch.where(inside, gradient, 0.0), _total(gradient * slope) * gradient_scale * towards_scale
 
 
-learned_step_quantize = Kernel(_learned_step, _learned_step_backward)
+learned_step_quantize = Kernel(_learned_step, _learned_step_backward, LearnedStep())
 """``x_hat = round(clamp(x / s, qmin, qmax)) * s`` with the gradients of LSQ: parameter scale, of which s is the
 :func:`positive_step`; constants gradient_scale, qmin, qmax.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lqkd.quantization.convolution import convolve, not_keeping
 from lqkd.quantization.quantizers import Quantizer
 
 
@@ -88,7 +89,7 @@ class _QuantConv(QuantizedLayer):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return convolve(self, self.quantized_input(input), self.quantized_weight())
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -160,9 +161,10 @@ class _QuantConvTranspose(_TransposedWeight):
             input, output_size, self.stride, self.padding, self.kernel_size, dimensions, self.dilation
         )
         x, weight = self.quantized_input(input), self.quantized_weight()
-        return type(self)._function(
-            x, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+        with not_keeping(x):
+            return type(self)._function(
+                x, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            )
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
@@ -215,7 +217,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        with not_keeping(x):
+            return F.linear(x, weight, self.bias)
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):

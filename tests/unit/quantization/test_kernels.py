@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, kernel, quantize_model
+from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, kernel, native, quantize_model
 
 LARGE = (4, 32, 32, 32)
 
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 @pytest.fixture
-def compiled() -> Iterator[None]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By ``torch.compile`` alone."""
+    monkeypatch.setattr(native, "available", lambda: False)
     torch._dynamo.reset()
     kernel._compiled.cache_clear()
     counters.clear()
@@ -132,6 +134,7 @@ def test_without_a_working_compiler_one_warning_and_eager_results(monkeypatch: p
 
     monkeypatch.setattr(kernel, "_compiler", kernel._Compiler())
     monkeypatch.setattr(kernel, "_compiled", broken)
+    monkeypatch.setattr(native, "available", lambda: False)
     quantizer, x = lsq(4, True), torch.randn(LARGE)
     with pytest.warns(UserWarning, match=r"without torch.compile .*: InvalidCxxCompiler: no compiler\. Set LQKD"):
         first = quantizer(x)
