@@ -26,6 +26,7 @@ from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
+from lqkd.modules.own import join_own, leave_own
 from lqkd.modules.passes import Passes
 from lqkd.modules.references import REFERENCES, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
@@ -35,7 +36,7 @@ from lqkd.modules.step_length import GradientLength, gradient_norms
 from lqkd.modules.tasks import check_teacher, check_term, task_of
 from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
-from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
+from lqkd.modules.terms import STUDENT_FLOAT, Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.modules.trust import check_held_out, fit_trust
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
@@ -75,6 +76,8 @@ class DistillModule(TaskModule):
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
         warnings: what was noticed before the first step, for ``summary.json``.
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
+        own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
+            was added to them.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
@@ -141,13 +144,15 @@ class DistillModule(TaskModule):
         short = {"distillation_loss": distillation_loss, "taps": taps or None, "regularizer": regularizer}
         self.named_teachers = named_teachers(teacher, teachers)  # a plain dict: no submodules, see the class docstring
         terms = named_terms(distillation, teacher, [*self.named_teachers], short)
+        start_from(student, student_weights, replace_head)
+        starts = student_weights is not None and not replace_head
+        terms, self.named_teachers, self.own_joined = join_own(terms, self.named_teachers, student, starts)
         for one in (*self.named_teachers.values(), teacher):
             check_teacher(self.task, one)
         self.distillation = Distillation(terms, named=distillation is not None)
         for name, term in terms.items():
             with self.distillation.told(name):
                 check_term(self.task, term)
-        start_from(student, student_weights, replace_head)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.student, self.coverage = quantize_model(student, quantization)
         # Weights decide: the first convolution turns images of any format into theirs.
@@ -224,7 +229,12 @@ class DistillModule(TaskModule):
         """What must be better than chance, by what messages call it: every teacher, or an ensemble as one."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
-        return {teacher_label(name, self.named_teachers): one for name, one in self.named_teachers.items()}
+        named = {name: one for name, one in self.named_teachers.items() if not self._added(name)}
+        return {teacher_label(name, named): one for name, one in named.items()}
+
+    def _added(self, teacher: str) -> bool:
+        """Whether a teacher is none of the user's: it need not be good, and is measured as ``student_float``."""
+        return teacher == STUDENT_FLOAT and teacher in self.own_joined.values()
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         for name, teacher in self.named_teachers.items():
@@ -546,6 +556,7 @@ class DistillModule(TaskModule):
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
         self.trust = checkpoint.get("trust", {})
+        leave_own(self, checkpoint["state_dict"])
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         shapes = checkpoint.get("distillation_shapes")

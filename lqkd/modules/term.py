@@ -129,6 +129,16 @@ class DistillationTerm(nn.Module):
                     channels = matched.shape[2 if matched.ndim == 3 else 1]
                 regularizer.connect(loss.kind, channels)
 
+    def leave(self, teacher: str) -> None:
+        """Do without one of the teachers that are combined; what is learned of the others begins anew."""
+        assert self.combination is not None
+        before = self.combination
+        self.teachers = tuple(name for name in self.teachers if name != teacher)
+        self.combination = type(before)(len(self.teachers))
+        if self.shapes is not None:
+            self.combination.connect(self.shapes[0][0][1])
+            self.combination.to(next(before.buffers()).device)
+
     def sees_rows(self, task: Task) -> bool:
         """Whether the elements of its maps belong to the rows of the task."""
         return task.one_row_a_sample or self.compares == "logits"

@@ -17,6 +17,7 @@ from lqkd.losses.ensembles import TrustedTeachers
 from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.distilling import Distilling
+from lqkd.modules.own import joined_sentence
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
 from lqkd.modules.terms import teacher_label
@@ -71,17 +72,23 @@ def fit_trust(module: Trusting, known: bool) -> None:
         UsageError: when too few rows have a label.
     """
     trusted = dict(_trusted(module))
+    for name, own in module.own_joined.items():
+        rank_zero_info(f"{_prefix(module, name)}: {joined_sentence(own)}")
     if trusted and not known:
         rank_zero_info("asking teachers about held-out rows")
         for name, (state, report) in _learned(module, trusted).items():
             cast(TrustMap, trusted[name].map).load_state_dict(state)
             module.trust[name] = report
     for name, report in module.trust.items():
-        prefix = f"distillation.{name}" if module.distillation.named else "trust"
-        rank_zero_info(f"{prefix}: {report['sentence']}")
+        rank_zero_info(f"{_prefix(module, name)}: {report['sentence']}")
         for sentence in report["warnings"]:
             if sentence not in module.warnings:  # two terms may have a teacher in common
                 warn(module, sentence)
+
+
+def _prefix(module: Trusting, name: str) -> str:
+    """What messages about a term begin with."""
+    return f"distillation.{name}" if module.distillation.named else "trust"
 
 
 def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, tuple[dict[str, Tensor], Any]]:

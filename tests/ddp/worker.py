@@ -108,7 +108,10 @@ def main(
         "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     }
     if trust:
-        arguments |= {"teacher": TeacherEnsemble([_swapping(), _swapping()], "trust"), "distillation_loss": HintonKL()}
+        arguments |= {
+            "teacher": TeacherEnsemble([_swapping(), _swapping()], "trust", own=True),
+            "distillation_loss": HintonKL(),
+        }
     module = distiller(**arguments | (_terms(student) if terms else {}))
     data = digits(1, batch_size)
     if unlabelled_rank is not None:

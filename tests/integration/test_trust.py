@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lqkd.data import Digits
@@ -29,6 +30,7 @@ from tests.conftest import Recorder, digits, distiller, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
 
 MakeTrainer = Callable[..., Trainer]
+STUDENT = "builtin:digits_student"
 ORDER = [1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
 
 
@@ -73,15 +75,18 @@ def remembering_teacher() -> FrozenTeacher:
     return FrozenTeacher(Remembering(rows.images, rows.labels), minimum_accuracy=0.0, precision="fp32")
 
 
-def trusting(combination: str = "trust", **teachers: FrozenTeacher) -> DistillModule:
-    """A module with one term, ``logits``, of all the teachers."""
+def trusting(
+    combination: str = "trust", weights: str | None = None, own: bool | None = None, **teachers: FrozenTeacher
+) -> DistillModule:
+    """A module with one term, ``logits``, of all the teachers; its student knows digits where it has weights."""
     torch.manual_seed(0)
     teachers = teachers or {"large": trained_teacher(ORDER)}
     return DistillModule(
-        student=network(),
+        student=network() if weights is None else CifarResNet(8, num_classes=10, width=8, in_channels=1),
+        student_weights=weights,
         quantization=Recipe(bits="w4a4"),
         teachers=teachers,
-        distillation={"logits": Term(HintonKL(), [*teachers], combination)},
+        distillation={"logits": Term(HintonKL(), [*teachers], combination, own=own)},
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     )
 
@@ -140,7 +145,7 @@ def test_held_out_rows_are_in_no_gradient_of_the_student(make_trainer: MakeTrain
 
 def test_a_resumed_training_keeps_what_was_fitted_and_ends_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def run(folder: Path, stop: tuple[int, int] | None = None, data: Digits | None = None) -> DistillModule:
-        module = trusting(large=trained_teacher(ORDER), known=remembering_teacher())
+        module = trusting(weights=STUDENT, large=trained_teacher(ORDER), known=remembering_teacher())
         last = folder / "last.ckpt"
         resume = last if last.exists() else None
         callbacks: list[Any] = [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
@@ -167,7 +172,7 @@ def test_a_resumed_training_keeps_what_was_fitted_and_ends_the_same(make_trainer
 def test_answers_from_the_cache_train_the_same_and_its_key_knows_the_held_out_rows(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    live, cached = trusting(), trusting()
+    live, cached = trusting(weights=STUDENT), trusting(weights=STUDENT)
     cached.teacher_cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
     for module in (live, cached):
         make_trainer().fit(module, datamodule=held_out())
@@ -176,6 +181,70 @@ def test_answers_from_the_cache_train_the_same_and_its_key_knows_the_held_out_ro
     for data in (with_trust, other):
         data.setup("fit")
     assert data_key(with_trust) != data_key(other)
+
+
+def test_the_float_network_of_the_student_is_believed_beside_a_weak_teacher(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    module = trusting(weights=STUDENT, weak=FrozenTeacher(network(), minimum_accuracy=0.0))
+    trainer = make_trainer(max_steps=1, callbacks=[RunSummary()], logger=RunLogger(tmp_path))
+    with caplog.at_level("INFO"):
+        trainer.fit(module, datamodule=held_out())
+    assert "distillation.logits: student_float, the float network that the student starts from, is among" in caplog.text
+    believed = module.trust["logits"]["believed"]
+    assert believed["student_float"] > 0.8
+    assert believed["teacher weak"] < 0.05
+    assert [*module.judged] == ["teacher weak"]  # it is no teacher of the user's that has to be good
+    assert not [name for name in module.state_dict() if "student_float" in name]
+    assert load_file(tmp_path / "student.safetensors").keys() == module.student.state_dict().keys()
+
+
+def test_the_float_network_is_one_for_all_terms_and_a_teacher_that_is_it_already_serves() -> None:
+    student = CifarResNet(8, num_classes=10, width=8, in_channels=1)
+    load_weights(student, STUDENT)
+    twice = {name: Term(HintonKL(), "large", "trust") for name in ("a", "b")}
+    for further, called in (({}, "student_float"), ({"same": FrozenTeacher(student)}, "same")):
+        terms = twice | ({"c": Term(HintonKL(), "same")} if further else {})
+        module = DistillModule(
+            student=CifarResNet(8, num_classes=10, width=8, in_channels=1),
+            student_weights=STUDENT,
+            teachers={"large": trained_teacher()} | further,
+            distillation=terms,
+        )
+        assert module.own_joined == {"a": called, "b": called}
+        assert [*module.named_teachers] == ["large", called]
+        assert module.named_teachers[called].network is not module.student
+
+
+@pytest.mark.parametrize(
+    ("weights", "own", "joins"),
+    [(STUDENT, None, True), (STUDENT, False, False), (None, None, False), (None, True, True)],
+)
+def test_the_float_network_joins_where_it_has_weights_or_is_asked_to(
+    weights: str | None, own: bool | None, joins: bool
+) -> None:
+    assert ("student_float" in trusting(weights=weights, own=own).distillation["logits"].teachers) == joins
+
+
+def test_a_term_that_no_held_out_rows_judge_cannot_ask_for_the_float_network() -> None:
+    with pytest.raises(UsageError, match=r"own=True of distillation logits .* combination='mean'"):
+        trusting("mean", own=True, a=trained_teacher(), b=trained_teacher())
+
+
+def test_a_checkpoint_without_the_float_network_among_the_teachers_goes_on_without_it(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """As all had that are older than it; it is taken away on the way to the checkpoint's own map."""
+    before, after = trusting(weights=STUDENT, own=False), trusting(weights=STUDENT)
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(before, datamodule=held_out())
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    trainer = make_trainer(limit_train_batches=1, max_epochs=2)
+    trainer.fit(after, datamodule=held_out(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert [*after.named_teachers] == ["large"]
+    assert after.trust == before.trust
+    assert trainer.global_step == 2
 
 
 def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_told(make_trainer: MakeTrainer) -> None:
