@@ -20,6 +20,7 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
 from lqkd.modules.distillation import Distillation
+from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
 from lqkd.modules.metrics import is_due, send, show
@@ -38,7 +39,7 @@ from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
 from lqkd.modules.terms import STUDENT_FLOAT, Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.modules.trust import check_held_out, fit_trust
+from lqkd.modules.trust import check_held_out, fit_trust, report_held_out
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Regularizer
@@ -184,6 +185,8 @@ class DistillModule(TaskModule):
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self.trust: dict[str, dict[str, Any]] = {}
+        self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
+        self.known_of_held_out: dict[str, Known] = {}  # that a checkpoint has brought, until then
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -408,6 +411,7 @@ class DistillModule(TaskModule):
             )
 
     def teardown(self, stage: str) -> None:
+        self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
         self.passes.cache = None
@@ -429,6 +433,8 @@ class DistillModule(TaskModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         self._tell_progress()
+        for rows in self.held_out.values():
+            rows.before_batch()
         losses = self.losses(batch, cached=True)
         report = self._report(losses, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
@@ -451,7 +457,8 @@ class DistillModule(TaskModule):
         terms = {TASK: task, **self.distillation.reduce(compared)}
         loss, balance = self.balance(terms, outputs.student.output)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for term in (*self.distillation.objectives(compared), *penalties.values()):
+        learned = [rows.objective() for rows in self.held_out.values()]
+        for term in (*self.distillation.objectives(compared), *learned, *penalties.values()):
             loss = loss + term
         return Losses(loss, terms, compared, outputs, balance, penalties)
 
@@ -499,7 +506,8 @@ class DistillModule(TaskModule):
             return {}
         wanted = dict(losses.terms)
         for name, term in self.distillation.terms():
-            wanted[plain(name)] = term.reduce(losses.compared[name].maps, weighted=False)
+            if term.interpolation is None:  # which moves the target, and leaves no weights to take away
+                wanted[plain(name)] = term.reduce(losses.compared[name].maps, weighted=False)
         found = {
             name: torch.autograd.grad(loss, losses.outputs.student.output, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()
@@ -522,6 +530,11 @@ class DistillModule(TaskModule):
         self._signs.end_epoch(self)
         self.balance.on_epoch_end()
         self.optimization.step_schedules("epoch")
+        if self.held_out:
+            send(self.trainer, numbers(self.held_out, self.distillation.named))
+
+    def on_train_end(self) -> None:
+        report_held_out(self)
 
     # ---- state
 
@@ -546,6 +559,8 @@ class DistillModule(TaskModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
         checkpoint["trust"] = self.trust
+        if self.held_out:
+            checkpoint["held_out"] = {name: vars(rows.known) for name, rows in self.held_out.items()}
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.
@@ -556,6 +571,7 @@ class DistillModule(TaskModule):
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
         self.trust = checkpoint.get("trust", {})
+        self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
         leave_own(self, checkpoint["state_dict"])
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())

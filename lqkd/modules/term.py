@@ -15,7 +15,7 @@ from lqkd.losses import DistillationLoss
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
-from lqkd.regularizers import LookAhead, Regularizer, alignment
+from lqkd.regularizers import HeldOutInterpolation, LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -72,7 +72,7 @@ class DistillationTerm(nn.Module):
         if loss.compares != "logits" and not taps:
             raise UsageError(f"distillation_loss {name} compares features: give at least one pair of taps")
         if regularizer is not None:
-            _check_regularizer(regularizer, loss)
+            _check_regularizer(regularizer, term)
         combines = several or term.trusted
         combination = COMBINATIONS[term.combination or "mean"]
         self.combination: Combination | None = combination(len(term.teachers)) if combines else None
@@ -90,6 +90,11 @@ class DistillationTerm(nn.Module):
     def regularizer(self) -> Regularizer | None:
         """The regularizer, the first of them where every pair of taps or teacher has its own."""
         return cast(Regularizer, self.regularizers[0]) if self.regularizers else None
+
+    @property
+    def interpolation(self) -> HeldOutInterpolation | None:
+        """The regularizer, where held-out rows teach it what lies between teachers and student."""
+        return self.regularizer if isinstance(self.regularizer, HeldOutInterpolation) else None
 
     def bind(self, student: nn.Module) -> None:
         """Let the losses look at the student, before :meth:`connect`.
@@ -123,7 +128,9 @@ class DistillationTerm(nn.Module):
                 regularizer = cast(Regularizer, self.regularizers[index])
                 channels = 0
                 (t, s), *_ = group
-                if loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
+                if self.interpolation is not None:
+                    channels = t[1]
+                elif loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
                     with torch.no_grad():
                         matched = loss.pair(torch.zeros(t), torch.zeros(s))[1]
                     channels = matched.shape[2 if matched.ndim == 3 else 1]
@@ -166,15 +173,21 @@ class DistillationTerm(nn.Module):
             sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
         """
         teachers, mixture = [logits[name] for name in self.teachers], None
+        each = torch.stack(teachers) if self.combination is not None else None
         if self.combination is not None:
             assert rows.labels is not None, "check_term has seen to it"
-            teachers, mixture = self.combination(torch.stack(teachers), rows.labels)
+            teachers, mixture = self.combination(each, rows.labels)
         student, labels = rows.logits, rows.labels if sees_labels else None
         maps = []
         for index, (module, (t, s)) in enumerate(
             zip(self.losses, self._pairs(teachers, student, features), strict=True)
         ):
             loss = cast(DistillationLoss, module)
+            if self.interpolation is not None:
+                target, weights = self.interpolation.between(t, s, each)
+                divergence = loss(target, s, labels)
+                maps.append(DivergenceMap(divergence, _of_map(weights, divergence)))
+                continue
             divergence = loss(t, s, labels)
             weights = None
             if self.regularizers:
@@ -261,7 +274,7 @@ class DistillationTerm(nn.Module):
         values = [
             cast(DistillationLoss, loss).reduce(
                 of_pair.weights.detach() * of_pair.divergence
-                if weighted and of_pair.weights is not None
+                if weighted and of_pair.weights is not None and self.interpolation is None
                 else of_pair.divergence
             )
             for loss, of_pair in zip(self.losses, maps, strict=True)
@@ -277,14 +290,20 @@ class DistillationTerm(nn.Module):
                 for regularizer, of_pair in zip(self.regularizers, maps, strict=True)
                 if of_pair.weights is not None
             ]
-            if self.regularizers
+            if self.regularizers and self.interpolation is None
             else []
         )
         return torch.stack(terms).mean() if terms else None
 
 
-def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None:
+def _check_regularizer(regularizer: Regularizer, term: Term) -> None:
+    loss = term.loss
     name = type(loss).__name__
+    if isinstance(regularizer, HeldOutInterpolation) and not term.trusted:
+        raise UsageError(
+            f"regularizer HeldOutInterpolation is not possible with combination={term.combination!r}: it weighs what "
+            "held-out rows say can be believed of the teachers, so take trust or calibrated"
+        )
     if loss.kind not in regularizer.maps:
         raise UsageError(
             f"regularizer {type(regularizer).__name__} cannot weigh distillation_loss {name}, which has a map "
@@ -295,6 +314,13 @@ def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None
             f"player {type(regularizer.player).__name__} cannot look ahead from features: it needs a "
             "distillation_loss that compares logits"
         )
+
+
+def _of_map(weights: Tensor, divergence: Tensor) -> Tensor:
+    """Weights (N, 1) or (N, C) as they broadcast to a map over classes, samples, or nothing."""
+    if divergence.ndim == 2:
+        return weights
+    return weights.mean(1) if divergence.ndim == 1 else weights.mean()
 
 
 def _copies(module: nn.Module, count: int) -> list[nn.Module]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any, Protocol, cast
+from itertools import chain, islice
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from lightning.pytorch.trainer.states import RunningStage
@@ -15,11 +15,11 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
 from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
-from lqkd.modules.distillation import Distillation
-from lqkd.modules.distilling import Distilling
+from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, rows_that_fit
 from lqkd.modules.own import joined_sentence
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
+from lqkd.modules.term import DistillationTerm
 from lqkd.modules.terms import teacher_label
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
@@ -27,11 +27,12 @@ _MOST_ROWS = 20_000
 """So many held-out rows are fitted to, at most."""
 
 
-class Trusting(Distilling, Protocol):
+class Trusting(Learning, Protocol):
     """A module that distils, with terms that may have to be fitted."""
 
-    distillation: Distillation
     trust: dict[str, dict[str, Any]]
+    held_out: dict[str, HeldOutRows]
+    known_of_held_out: dict[str, Known]
 
 
 def check_held_out(module: Trusting) -> None:
@@ -76,9 +77,12 @@ def fit_trust(module: Trusting, known: bool) -> None:
         rank_zero_info(f"{_prefix(module, name)}: {joined_sentence(own)}")
     if trusted and not known:
         rank_zero_info("asking teachers about held-out rows")
-        for name, (state, report) in _learned(module, trusted).items():
-            cast(TrustMap, trusted[name].map).load_state_dict(state)
-            module.trust[name] = report
+        for name, found in _learned(module, trusted).items():
+            cast(TrustMap, trusted[name].map).load_state_dict(found.state)
+            module.trust[name] = found.report
+            if found.known is not None:
+                module.known_of_held_out[name] = found.known
+    keep_held_out(module)
     for name, report in module.trust.items():
         rank_zero_info(f"{_prefix(module, name)}: {report['sentence']}")
         for sentence in report["warnings"]:
@@ -86,19 +90,52 @@ def fit_trust(module: Trusting, known: bool) -> None:
                 warn(module, sentence)
 
 
+def keep_held_out(module: Trusting) -> None:
+    """Keep the held-out rows that teach a term's regularizer, so that the student can be asked about them."""
+    module.held_out = {}
+    for name, regularizer in interpolated(module.distillation).items():
+        with isolate_rng():
+            data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+            batches = iter(data.trust_batches(module.device))
+            first = next(batches)
+            known = module.known_of_held_out.pop(name).first(rows_that_fit(first)).to(module.device)
+            batch = chosen_of(chain([first], batches), known.positions.cpu(), lambda b: len(module.inputs(b)))
+        module.held_out[name] = HeldOutRows(module, regularizer, known, batch)
+
+
+def report_held_out(module: Trusting) -> None:
+    """At the end of a training: what regularizers have learned from held-out rows, of the student as it is now."""
+    for name, rows in module.held_out.items():
+        rows.ask_all()
+        report = module.trust[name]
+        report["interpolation"] = rows.believed().named([*report["by_class"]])
+        rows.regularizer.told = report["interpolation"]["sentence"]
+        rank_zero_info(f"{_prefix(module, name)}: {rows.regularizer.told}")
+
+
 def _prefix(module: Trusting, name: str) -> str:
     """What messages about a term begin with."""
     return f"distillation.{name}" if module.distillation.named else "trust"
 
 
-def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, tuple[dict[str, Tensor], Any]]:
-    """By term the state of its map and a report, the same on all processes."""
+class _Found(NamedTuple):
+    """Of one term."""
+
+    state: dict[str, Tensor]
+    """Of its map, on the CPU."""
+    report: dict[str, Any]
+    known: Known | None
+    """Of the rows, on the CPU, where its regularizer learns from them."""
+
+
+def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, _Found]:
+    """What was found by term, the same on all processes."""
     with isolate_rng():  # loaders draw, which must not move the random numbers of the training
         unseen = _on_validation(module)
         asked = _held_out(module) if module.trainer.is_global_zero else None
     found: dict[str, Any] | str = {}
     if asked is not None:
-        logits, labels = asked
+        logits, labels, _ = asked
         known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
         by_heart = {
             name: memorised_sentence(_label(module, name), known[name], unseen[name])
@@ -106,7 +143,7 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
             if name in unseen and memorised(known[name], unseen[name])
         }
         try:
-            found = {name: _fitted(module, name, one, logits, labels, by_heart) for name, one in trusted.items()}
+            found = {name: _fitted(module, name, one, asked, by_heart) for name, one in trusted.items()}
         except UsageError as error:
             found = str(error)  # for all processes
     found = module.trainer.strategy.broadcast(found)
@@ -125,23 +162,26 @@ def _fitted(
     module: Trusting,
     name: str,
     combination: TrustedTeachers,
-    logits: dict[str, Tensor],
-    labels: Tensor,
+    asked: tuple[dict[str, Tensor], Tensor, Tensor],
     by_heart: Mapping[str, str],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a term's map, on the CPU, and what is told of it."""
-    teachers = cast("tuple[str, ...]", module.distillation[name].teachers)
+) -> _Found:
+    """Of one term."""
+    term, (logits, labels, positions) = cast(DistillationTerm, module.distillation[name]), asked
     fitted = cast(TrustMap, combination.map)
     with module.distillation.told(name):
-        together = torch.stack([logits[teacher] for teacher in teachers])
-        warnings = [by_heart[teacher] for teacher in teachers if teacher in by_heart]
+        together = torch.stack([logits[teacher] for teacher in term.teachers])
+        warnings = [by_heart[teacher] for teacher in term.teachers if teacher in by_heart]
         report = fitted.fit(together, labels, memorised=bool(warnings))
-    names = [_label(module, teacher) for teacher in teachers]
+    names = [_label(module, teacher) for teacher in term.teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
-    return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes) | {
-        "warnings": warnings
-    }
+    state = {key: value.cpu() for key, value in fitted.state_dict().items()}
+    known = None
+    if term.interpolation is not None:
+        rows = labels >= 0
+        said = fitted.left_out(together[:, rows], labels[rows])
+        known = Known.of(said, together[:, rows], labels[rows], positions[rows]).to(torch.device("cpu"))
+    return _Found(state, report.named(names, classes) | {"warnings": warnings}, known)
 
 
 def _label(module: Trusting, teacher: str) -> str:
@@ -181,8 +221,8 @@ def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[tuple[dict[str,
         yield {name: of_teacher.logits.float() for name, of_teacher in rows.items()}, labels
 
 
-def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (N, C) of every teacher, by name, and labels (N,) of the held-out rows."""
+def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Logits (N, C) of every teacher, by name, labels (N,) and places (N,) of the held-out rows among all of them."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     asked = [*_asked(module, data.trust_batches(module.device))]
     labels = [of_batch for _, of_batch in asked]
@@ -190,4 +230,4 @@ def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
     together = torch.cat(labels)
     order = random_bits(0, 0, torch.arange(len(together)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
     chosen = order.sort().values.to(together.device)
-    return {name: torch.cat(parts)[chosen] for name, parts in logits.items()}, together[chosen]
+    return {name: torch.cat(parts)[chosen] for name, parts in logits.items()}, together[chosen], chosen

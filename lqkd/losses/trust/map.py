@@ -63,6 +63,7 @@ class TrustMap(nn.Module):
         super().__init__()
         self.spread = spread
         rank = forms.rank(classes)
+        self._chosen = (GIVEN, 0.0)
         self.register_buffer("given", torch.tensor(True))
         self.register_buffer("scale", torch.full((teachers,), 1 / max(1, teachers)))
         self.register_buffer("diagonal", torch.zeros(teachers, classes))
@@ -111,9 +112,9 @@ class TrustMap(nn.Module):
             )
         basis = forms.directions(teachers)
         problem = Problem.of(teachers, labels, basis)
-        order = random_bits(seed, 0, torch.arange(len(labels)), STREAM_TRUST).to(labels.device)
-        losses = self._cross_validated(problem, teachers, forms.folds_of(labels, folds, order), memorised)
+        losses = self._cross_validated(problem, teachers, _folds(labels, folds, seed), memorised)
         form, strength = [*losses][forms.simplest_of_the_best([*losses.values()])]
+        self._chosen = (form, strength)
         self._take(problem, form, strength, basis)
         self.stretch.fill_(1.0)
         trusted = self._exactly(teachers)
@@ -125,6 +126,27 @@ class TrustMap(nn.Module):
             wanted = sum(part * spread for part, spread in zip(found.believed, spreads, strict=True))
             self.stretch.fill_(wanted / max(_spread(trusted), 1e-6))
         return found
+
+    @torch.no_grad()
+    def left_out(self, teachers: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> Tensor:
+        """What the map would say of each row had it been fitted to the others, log-probabilities (N, C) float32.
+
+        What is learned further of these rows must not see a map that has been fitted to their labels: it would believe
+        it too much.
+
+        Args:
+            teachers, labels, folds, seed: as :meth:`fit` was called with, no label negative.
+        """
+        teachers, (form, strength) = teachers.double(), self._chosen
+        if form == GIVEN:
+            return forms.mean_prediction(teachers).float()
+        problem = Problem.of(teachers, labels, forms.directions(teachers))
+        fold_of = _folds(labels, folds, seed)
+        said = torch.empty_like(teachers[0])
+        for fold in fold_of.unique():
+            inside, outside = problem.rows(fold_of != fold), problem.rows(fold_of == fold)
+            said[fold_of == fold] = outside.logits(inside.minimise(inside.start(form), strength))
+        return (self.stretch.double() * said).log_softmax(-1).float()
 
     def _cross_validated(
         self, problem: Problem, teachers: Tensor, folds: Tensor, memorised: bool
@@ -164,6 +186,12 @@ class TrustMap(nn.Module):
         """As :meth:`forward`, in float64 and as fitted."""
         mapped = self.contributions(teachers).sum(0) + self.bias
         return forms.mean_prediction(teachers) if bool(self.given) else mapped.log_softmax(-1)
+
+
+def _folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """(N,) the fold of every row."""
+    order = random_bits(seed, 0, torch.arange(len(labels)), STREAM_TRUST).to(labels.device)
+    return forms.folds_of(labels, folds, order)
 
 
 def _spread(logits: Tensor) -> float:

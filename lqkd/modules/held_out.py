@@ -1,0 +1,214 @@
+"""What labels of held-out rows teach during a training: how far teachers are believed against the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from lqkd.losses.trust.believed import Believed, believed
+from lqkd.losses.trust.interpolation import Interpolation, Seen, seen
+from lqkd.modules.distillation import Distillation
+from lqkd.modules.distilling import Distilling
+from lqkd.quantization.modes import evaluating
+from lqkd.regularizers import HeldOutInterpolation
+from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
+
+WINDOW = 512
+"""So many answers of the student, the last ones, phi learns from."""
+JUDGED = 5
+"""Of so many rows one is never learned from."""
+MOST_ROWS = 4096
+MOST_BYTES = 2**28
+"""So many held-out rows are kept on the device, and so many bytes of their inputs, at most."""
+
+
+@dataclass
+class Known:
+    """What is known of the held-out rows of one term, N of them in a random order; plain values, for checkpoints."""
+
+    positions: Tensor
+    """(N,) int64 of each row among all rows of ``trust_batches``."""
+    labels: Tensor
+    """(N,) int64, none negative."""
+    target: Tensor
+    """(N, C) log-probabilities of what is believed of the teachers, by a map that was not fitted to the row."""
+    teachers: Tensor
+    """(K, N, C) logits of each of them."""
+    student: Tensor
+    """(N, C) logits, as it last answered; 0 where it has not."""
+    asked: int = 0
+    """How many rows it has answered, over and over in their order."""
+    batches: int = 0
+    """How many training batches there were."""
+
+    @classmethod
+    def of(cls, target: Tensor, teachers: Tensor, labels: Tensor, positions: Tensor) -> Known:
+        """Of rows with a label, in whatever order."""
+        order = random_bits(1, 0, torch.arange(len(labels)), STREAM_TRUST).argsort(stable=True)[:MOST_ROWS]
+        order = order.to(labels.device)
+        target, teachers = target[order], teachers[:, order]
+        return cls(positions[order], labels[order], target, teachers, torch.zeros_like(target))
+
+    def first(self, count: int) -> Known:
+        """Of no more than so many rows."""
+        rows = (self.positions[:count], self.labels[:count], self.target[:count], self.teachers[:, :count])
+        return Known(*rows, self.student[:count], self.asked, self.batches)
+
+    def to(self, device: torch.device) -> Known:
+        """On a device."""
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Known(**moved)
+
+
+class Learning(Distilling, Protocol):
+    """A module whose regularizers learn from held-out rows."""
+
+    distillation: Distillation
+
+    def all_gather(self, data: Tensor) -> Any: ...
+
+
+class HeldOutRows:
+    """The held-out rows of one term: asks the student about some of them now and then, and says what phi minimises.
+
+    All processes hold the same of them, and ask the student about a part each.
+
+    Args:
+        module: attached to a Trainer, before its first step.
+        regularizer: that of the term.
+        known: of the rows, on the module's device.
+        batch: what the task takes, of these rows and in their order, on the device.
+    """
+
+    def __init__(self, module: Learning, regularizer: HeldOutInterpolation, known: Known, batch: Any) -> None:
+        self.known = known
+        self.regularizer = regularizer
+        self._module, self._batch = module, batch
+        self._window: tuple[Seen, Tensor] | None = None
+        if known.asked:
+            self._look()
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """What learns."""
+        assert self.regularizer.interpolation is not None
+        return self.regularizer.interpolation
+
+    def before_batch(self) -> None:
+        """Ask the student, where it is time."""
+        if self.known.batches % self.regularizer.every == 0:
+            size = len(self.known.labels)
+            count = self.regularizer.rows if self.known.asked else WINDOW
+            self._ask(torch.arange(self.known.asked, self.known.asked + min(count, size)) % size)
+            self.known.asked += min(count, size)
+            self._look()
+        self.known.batches += 1
+
+    def ask_all(self) -> None:
+        """Ask the student about all rows."""
+        self._ask(torch.arange(len(self.known.labels)))
+
+    def objective(self) -> Tensor:
+        """What phi minimises, 0-dim, the same on all processes; no other parameter gets a gradient."""
+        assert self._window is not None, "before_batch() has asked"
+        return self.interpolation.objective_of(*self._window)
+
+    @torch.no_grad()
+    def believed(self) -> Believed:
+        """What is believed of the rows that the student has answered, and what that is worth on those not learned."""
+        known = self.known
+        rows = torch.arange(min(known.asked, len(known.labels)), device=known.labels.device)
+        looked = self._seen(rows)
+        target, weights = self.interpolation(known.target[rows], known.student[rows], known.teachers[:, rows])
+        return believed(looked.teacher, looked.student, target, weights, known.labels[rows], rows % JUDGED == 0)
+
+    def _look(self) -> None:
+        """Take the last answers as what is learned from."""
+        size = len(self.known.labels)
+        rows = torch.arange(self.known.asked - min(WINDOW, self.known.asked, size), self.known.asked) % size
+        rows = rows[rows % JUDGED != 0].to(self.known.labels.device)
+        self._window = self._seen(rows), self.known.labels[rows]
+
+    def _seen(self, rows: Tensor) -> Seen:
+        known = self.known
+        return seen(known.target[rows], known.student[rows], known.teachers[:, rows])
+
+    @torch.no_grad()
+    def _ask(self, rows: Tensor) -> None:
+        """Write down what the student says of rows, as it would be deployed: every process asks it about a part."""
+        module, processes = self._module, self._module.trainer.world_size
+        with evaluating(module.student):
+            for some in rows.split(self.regularizer.rows):
+                each = -(-len(some) // processes)
+                mine = some[torch.arange(each * processes) % len(some)].view(processes, each)
+                logits = self._answers(mine[module.trainer.global_rank].to(self.known.labels.device))
+                if processes > 1:
+                    logits = module.all_gather(logits).flatten(0, 1)[: len(some)]
+                self.known.student[some.to(logits.device)] = logits
+
+    def _answers(self, rows: Tensor) -> Tensor:
+        module, size = self._module, len(self.known.labels)
+        batch = tree_map_only(Tensor, lambda x: x[rows] if x.ndim > 0 and len(x) == size else x, self._batch)
+        output = module.passes.of_student(module.inputs(batch)).output
+        return module.task.rows(output, batch).logits.float()
+
+
+def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any], int]) -> Any:
+    """The rows of some positions among those of all batches, in that order, as one batch.
+
+    Args:
+        batches: with tensors that have the samples in front.
+        positions: (N,) int64, on the CPU.
+        samples: how many a batch has.
+    """
+    parts: list[list[Any]] = []
+    found: list[Tensor] = []
+    spec, start = None, 0
+    for batch in batches:
+        size = samples(batch)
+        inside = positions[(positions >= start) & (positions < start + size)]
+        leaves, spec = tree_flatten(batch)
+        parts.append([_rows_of(leaf, inside - start, size) for leaf in leaves])
+        found.append(inside)
+        start += size
+    assert spec is not None, "check_held_out has seen to it"
+    back = torch.cat(found).argsort()[positions.argsort().argsort()]
+    joined = [_rows_of(_joined(values), back, len(positions)) for values in zip(*parts, strict=True)]
+    return tree_unflatten(joined, spec)
+
+
+def _rows_of(leaf: Any, rows: Tensor, size: int) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != size:
+        return leaf
+    return leaf[rows.to(leaf.device)]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) and values[0].ndim > 0 else values[0]
+
+
+def rows_that_fit(batch: Any) -> int:
+    """Of how many samples like those of a batch, of one or more, the tensors may be kept."""
+    leaves = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    size = max(1, sum(leaf[:1].numel() * leaf.element_size() for leaf in leaves))
+    return max(1, MOST_BYTES // size)
+
+
+def interpolated(distillation: Distillation) -> dict[str, HeldOutInterpolation]:
+    """By name of its term, what held-out rows teach."""
+    found = {name: term.interpolation for name, term in distillation.terms()}
+    return {name: regularizer for name, regularizer in found.items() if regularizer is not None}
+
+
+def numbers(rows: Mapping[str, HeldOutRows], named: bool) -> dict[str, float]:
+    """What is logged of every term at the end of an epoch."""
+    return {
+        f"trust/{f'{name}/' if named else ''}{key}": value
+        for name, of_term in rows.items()
+        for key, value in of_term.believed().numbers().items()
+    }
