@@ -228,7 +228,7 @@ class RegularizerMonitor(Callback):
                 self._draw(trainer, folder, seconds=_LAST_SECONDS)
 
     def _warn_of_collapse(self, record: Record) -> None:
-        judged = verdict(record.history, record.name)
+        judged = record.verdict()
         if judged.kind in ("collapsed", "dominant", "saturated", "diverged") and judged.kind not in record.warned:
             record.warned.append(judged.kind)
             self.warnings.append(judged.sentence)

@@ -220,3 +220,15 @@ def test_of_rows_known_by_heart_order_is_learned_and_the_temperature_kept() -> N
     )
     assert before < by_heart < 1.25 * before
     assert naive > 1.5 * before
+
+
+def test_what_the_map_says_of_a_row_that_was_left_out_does_not_know_its_label() -> None:
+    """Its cross-entropy is that of cross-validation, which that of the map on the rows it was fitted to is below."""
+    teacher, labels = rows(300, 10)
+    permuted = teacher[None, :, [1, 2, 0, *range(3, 10)]]
+    trusted = TrustMap(1, 10, spread="fitted")
+    report = trusted.fit(permuted, labels)
+    said = trusted.left_out(permuted, labels)
+    assert report.form == "linear"
+    assert float(F.nll_loss(said, labels)) == pytest.approx(report.cross_entropy, rel=1e-4)
+    assert float(F.nll_loss(trusted(permuted), labels)) < report.cross_entropy - 0.01

@@ -1,0 +1,193 @@
+"""A regularizer that labels of held-out rows teach how far teachers are believed against the student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lqkd.callbacks import RegularizerMonitor
+from lqkd.data import Digits
+from lqkd.errors import UsageError
+from lqkd.losses import HintonKL, Hints
+from lqkd.models import CifarResNet
+from lqkd.modules import DistillModule, Tap, Term
+from lqkd.quantization import Recipe
+from lqkd.regularizers import HeldOutInterpolation
+from lqkd.runs import BestAndLast, RunLogger
+from lqkd.runs.summary import RunSummary
+from lqkd.teachers import FrozenTeacher
+from lqkd.teachers.cache import TeacherCache
+from tests.conftest import network, parameters_of
+from tests.integration.test_exact_resume import StopAt
+from tests.integration.test_trust import ORDER, STUDENT, held_out, trained_teacher
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def believing(
+    teacher: FrozenTeacher | None = None, weights: str | None = None, lr: float = 1e-3, **settings: Any
+) -> DistillModule:
+    """A module whose student, which knows digits where it has weights, is taught as far as held-out rows say."""
+    torch.manual_seed(0)
+    regularizer = HeldOutInterpolation(**{"rows": 32, "every": 3} | settings)
+    return DistillModule(
+        student=CifarResNet(8, num_classes=10, width=8, in_channels=1),
+        student_weights=weights,
+        quantization=Recipe(bits="w4a4"),
+        teachers={"large": teacher or trained_teacher(ORDER)},
+        distillation={"logits": Term(HintonKL(), "large", "calibrated", regularizer=regularizer, own=False)},
+        student_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        regularizer_optimizer=lambda p: torch.optim.Adam(p, lr=lr),
+    )
+
+
+class Marked(Digits):
+    """Held-out rows have a white corner, all others a black one."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        images = self._loaded().train_images
+        assert isinstance(images, Tensor)
+        images[..., 0, 0] = 0
+        images[self.trust_indices, :, 0, 0] = 255
+
+
+def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_student(make_trainer: MakeTrainer) -> None:
+    module = believing()
+    seen: list[tuple[Tensor, bool, bool]] = []
+
+    def look(student: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((arguments[0][:, 0, 0, 0], output.requires_grad, student.training))
+
+    module.student.register_forward_hook(look)
+    make_trainer(max_epochs=2).fit(module, datamodule=held_out(Marked))
+    white = torch.cat([corner for corner, *_ in seen]).max()
+    assert all(bool((corner < white).all()) for corner, trained, _ in seen if trained)
+    asked = [(corner, training) for corner, trained, training in seen if bool((corner == white).any())]
+    assert sum(len(corner) for corner, _ in asked) == 300 + 4 * 32 + 300  # first, every third of 14 batches, and last
+    assert not any(training for _, training in asked)
+
+
+def test_a_resumed_training_learns_on_where_it_was(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def run(folder: Path, stop: tuple[int, int] | None = None) -> DistillModule:
+        module = believing()
+        last = folder / "last.ckpt"
+        callbacks: list[Any] = [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True, logger=RunLogger(folder))
+        trainer.fit(module, datamodule=held_out(), ckpt_path=last if last.exists() else None, weights_only=True)
+        return module
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", (1, 1))  # between two times that the student is asked
+    resumed = run(tmp_path / "cut")
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    assert resumed.trust == whole.trust
+
+
+def test_answers_of_teachers_from_the_cache_teach_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    live, cached = believing(), believing()
+    cached.teacher_cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
+    for module in (live, cached):
+        torch.manual_seed(0)
+        make_trainer().fit(module, datamodule=held_out())
+    assert torch.equal(parameters_of(live), parameters_of(cached))
+    assert live.trust == cached.trust
+
+
+def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summary_says_so(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    module = believing(FrozenTeacher(network(), minimum_accuracy=0.0, precision="fp32"), STUDENT, lr=0.05)
+    callbacks = [RegularizerMonitor(), RunSummary()]
+    trainer = make_trainer(max_epochs=3, callbacks=callbacks, logger=RunLogger(tmp_path))
+    trainer.fit(module, datamodule=held_out())
+    found = module.trust["logits"]["interpolation"]
+    assert found["believed"] < 0.5
+    assert found["loss"] < found["loss_of_teachers"] - 0.1
+    assert found["loss"] < found["loss_of_student"] + 0.02
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    told = f"logits: {found['sentence']}."
+    assert summary["regularizer"]["logits"]["verdict"] == "believed"
+    assert summary["regularizer"]["logits"]["sentence"] == told
+    assert "over the student alone" in told
+    assert not [warning for warning in summary["warnings"] if "regularizer" in warning]
+    logged = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert "trust/logits/believed" in logged
+    assert "trust/logits/loss_of_student" in logged
+
+
+def test_a_good_teacher_is_believed(make_trainer: MakeTrainer) -> None:
+    module = believing(lr=0.02)
+    make_trainer(max_epochs=2).fit(module, datamodule=held_out())
+    found = module.trust["logits"]["interpolation"]
+    assert found["believed"] > 0.88
+    assert found["loss"] < found["loss_of_student"] - 0.3
+    assert found["rows"] == 60
+
+
+def test_the_student_is_compared_with_what_lies_between_and_weights_are_no_factor(make_trainer: MakeTrainer) -> None:
+    module = believing(of="all")
+    make_trainer(max_steps=1).fit(module, datamodule=held_out())
+    term = module.distillation["logits"]
+    student, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
+    logits = {"large": torch.randn(8, 10)}
+    compared = term(logits, type("R", (), {"logits": student, "labels": labels})(), ({}, {}))
+    believed = term.combination(logits["large"][None], labels)[0][0]
+    target, weights = term.interpolation.between(believed, student)
+    expected = HintonKL()(target, student, labels)
+    assert torch.equal(compared.maps[0].divergence, expected)
+    assert torch.equal(term.reduce(compared.maps), HintonKL().reduce(expected))
+    assert 0 < float(weights.mean()) < 1
+    assert term.objective(compared.maps) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: believing(rows=0),
+            "rows=0 of HeldOutInterpolation is not possible: it must be at least 1",
+        ),
+        (lambda: believing(of="teacher"), "of='teacher' of HeldOutInterpolation is unknown: use all, class, sample"),
+        (
+            lambda: DistillModule(
+                student=network(),
+                teachers={"a": FrozenTeacher(network())},
+                distillation={"x": Term(HintonKL(), "a", regularizer=HeldOutInterpolation())},
+            ),
+            "distillation.x: regularizer HeldOutInterpolation is not possible with combination='mean'",
+        ),
+        (
+            lambda: DistillModule(
+                student=network(),
+                teachers={"a": FrozenTeacher(network())},
+                distillation={
+                    "x": Term(Hints(), "a", taps=[Tap("layer1", "layer1")], regularizer=HeldOutInterpolation())
+                },
+            ),
+            "distillation.x: regularizer HeldOutInterpolation is not possible",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_from_held_out_rows_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_held_out_rows_without_labels_are_refused_before_the_first_batch(make_trainer: MakeTrainer) -> None:
+    class Unlabelled(Digits):
+        def setup(self, stage: str | None = None) -> None:
+            super().setup(stage)
+            self._loaded().train_labels[self.trust_indices] = -1
+
+    with pytest.raises(UsageError, match=r"distillation.logits: 0 held-out rows with a label are too few"):
+        make_trainer().fit(believing(), datamodule=held_out(Unlabelled))
