@@ -39,7 +39,7 @@ from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
 from lqkd.modules.terms import STUDENT_FLOAT, Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.modules.trust import check_held_out, fit_trust, report_held_out
+from lqkd.modules.trust import check_held_out, fit_trust, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Regularizer
@@ -185,6 +185,7 @@ class DistillModule(TaskModule):
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self.trust: dict[str, dict[str, Any]] = {}
+        self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
         self.known_of_held_out: dict[str, Known] = {}  # that a checkpoint has brought, until then
         self._followers: list[Any] = []
@@ -416,6 +417,14 @@ class DistillModule(TaskModule):
             teacher.restore()
         self.passes.cache = None
 
+    def trust_tables(self) -> dict[str, dict[str, tuple[list[Any], dict[str, list[float]]]]]:
+        """By term of which held-out rows tell, what there is to draw of it; see :func:`lqkd.modules.trust.tables`."""
+        return {name: tables(self, name) for name in self.trust}
+
+    def trust_maps(self) -> dict[str, dict[str, Tensor]]:
+        """By term and teacher, what held-out rows have made of its logits, (C, C); see :class:`TrustMap.matrices`."""
+        return {name: matrices(self, name) for name in self.trust}
+
     def _report_references(self) -> None:
         known = logged(self.references, self.task)
         for name, value in known.items():
@@ -559,6 +568,8 @@ class DistillModule(TaskModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
         checkpoint["trust"] = self.trust
+        if self.trust:
+            checkpoint["reliability"] = self.reliability
         if self.held_out:
             checkpoint["held_out"] = {name: vars(rows.known) for name, rows in self.held_out.items()}
         checkpoint["distillation_shapes"] = self.distillation.shapes
@@ -571,6 +582,7 @@ class DistillModule(TaskModule):
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
         self.trust = checkpoint.get("trust", {})
+        self.reliability = checkpoint.get("reliability", {})
         self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
         leave_own(self, checkpoint["state_dict"])
         for name, quantizer in quantizers(self.student).items():

@@ -118,6 +118,10 @@ class HeldOutRows:
         assert self._window is not None, "before_batch() has asked"
         return self.interpolation.objective_of(*self._window)
 
+    def answered(self) -> Known:
+        """What is known of the rows that the student has answered."""
+        return self.known.first(self.known.asked)
+
     @torch.no_grad()
     def believed(self) -> Believed:
         """What is believed of the rows that the student has answered, and what that is worth on those not learned."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
+from lqkd.losses.trust import Answers, Reliability, TrustMap, memorised, memorised_sentence
+from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, rows_that_fit
 from lqkd.modules.own import joined_sentence
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
@@ -23,6 +24,8 @@ from lqkd.modules.term import DistillationTerm
 from lqkd.modules.terms import teacher_label
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
+BELIEVED, STUDENT = "what is believed of them", "student"
+"""What pictures call those that speak of held-out rows, beside the teachers."""
 _MOST_ROWS = 20_000
 """So many held-out rows are fitted to, at most."""
 
@@ -31,6 +34,7 @@ class Trusting(Learning, Protocol):
     """A module that distils, with terms that may have to be fitted."""
 
     trust: dict[str, dict[str, Any]]
+    reliability: dict[str, dict[str, dict[str, list[float]]]]
     held_out: dict[str, HeldOutRows]
     known_of_held_out: dict[str, Known]
 
@@ -79,7 +83,7 @@ def fit_trust(module: Trusting, known: bool) -> None:
         rank_zero_info("asking teachers about held-out rows")
         for name, found in _learned(module, trusted).items():
             cast(TrustMap, trusted[name].map).load_state_dict(found.state)
-            module.trust[name] = found.report
+            module.trust[name], module.reliability[name] = found.report, found.reliability
             if found.known is not None:
                 module.known_of_held_out[name] = found.known
     keep_held_out(module)
@@ -103,6 +107,41 @@ def keep_held_out(module: Trusting) -> None:
         module.held_out[name] = HeldOutRows(module, regularizer, known, batch)
 
 
+def tables(module: Trusting, name: str) -> dict[str, tuple[list[Any], dict[str, list[float]]]]:
+    """What there is to draw of a trusted term as it is now: by table its bins, and columns of which one is ``value``.
+
+    ``reliability`` has a bin for each speaker and tenth of confidence, ``believed`` one for each class and, of a
+    regularizer that learns from held-out rows, ``trust`` one for the mean weight and each loss.
+    """
+    found: dict[str, tuple[list[Any], dict[str, list[float]]]] = {}
+    speakers, by_class = dict(module.reliability.get(name, {})), module.trust[name]["by_class"]
+    rows = module.held_out.get(name)
+    if rows is not None:
+        known = rows.answered()
+        of_student = known.student.log_softmax(-1)
+        speakers |= {STUDENT: vars(Reliability.of(of_student, known.labels))}
+        now = rows.believed()
+        by_class = dict(zip(by_class, now.by_class, strict=True))
+        values = now.numbers()
+        found["trust"] = [*values], {"value": [*values.values()], "count": [float(now.rows)] * len(values)}
+    known_classes = {label: value for label, value in by_class.items() if value is not None}
+    if known_classes:
+        found["believed"] = [*known_classes], {"value": [*known_classes.values()], "count": [1.0] * len(known_classes)}
+    if speakers:
+        bins = [f"{who} {tenth / 10:g}" for who in speakers for tenth in range(BINS)]
+        columns = {"value": "right", "count": "count", "confidence": "confidence"}
+        found["reliability"] = bins, {k: [v for of in speakers.values() for v in of[c]] for k, c in columns.items()}
+    return found
+
+
+def matrices(module: Trusting, name: str) -> dict[str, Tensor]:
+    """By teacher of a trusted term, the matrix (C, C) of its map; empty where it is the mean of predictions."""
+    term = cast(DistillationTerm, module.distillation[name])
+    found = cast(TrustMap, cast(TrustedTeachers, term.combination).map).matrices()
+    labels = [_label(module, teacher) for teacher in term.teachers]
+    return {} if found is None else dict(zip(labels, found.cpu(), strict=True))
+
+
 def report_held_out(module: Trusting) -> None:
     """At the end of a training: what regularizers have learned from held-out rows, of the student as it is now."""
     for name, rows in module.held_out.items():
@@ -124,6 +163,8 @@ class _Found(NamedTuple):
     state: dict[str, Tensor]
     """Of its map, on the CPU."""
     report: dict[str, Any]
+    reliability: dict[str, dict[str, list[float]]]
+    """By whom: of every teacher, and of the map on rows that it was not fitted to."""
     known: Known | None
     """Of the rows, on the CPU, where its regularizer learns from them."""
 
@@ -176,12 +217,14 @@ def _fitted(
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
     state = {key: value.cpu() for key, value in fitted.state_dict().items()}
-    known = None
+    rows = labels >= 0
+    together, labels, known = together[:, rows], labels[rows], None
+    said = fitted.left_out(together, labels)
     if term.interpolation is not None:
-        rows = labels >= 0
-        said = fitted.left_out(together[:, rows], labels[rows])
-        known = Known.of(said, together[:, rows], labels[rows], positions[rows]).to(torch.device("cpu"))
-    return _Found(state, report.named(names, classes) | {"warnings": warnings}, known)
+        known = Known.of(said, together, labels, positions[rows]).to(torch.device("cpu"))
+    speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
+    reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
+    return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)
 
 
 def _label(module: Trusting, teacher: str) -> str:

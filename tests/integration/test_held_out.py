@@ -120,6 +120,11 @@ def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summa
     assert summary["regularizer"]["logits"]["sentence"] == told
     assert "over the student alone" in told
     assert not [warning for warning in summary["warnings"] if "regularizer" in warning]
+    tables = tmp_path / "regularizer" / "logits"
+    (*_, last) = (line.split(",") for line in (tables / "trust.csv").read_text().splitlines() if "believed" in line)
+    assert last[0] == "2"  # of every epoch
+    assert float(last[2]) < 0.6
+    assert "student 0.9" in (tables / "reliability.csv").read_text()
     logged = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "trust/logits/believed" in logged
     assert "trust/logits/loss_of_student" in logged

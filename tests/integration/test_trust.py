@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lqkd.callbacks import RegularizerMonitor
 from lqkd.data import Digits
 from lqkd.data.augmentation import Augmentation
 from lqkd.errors import UsageError
@@ -100,7 +102,8 @@ def test_another_order_of_classes_is_found_told_and_in_the_summary(make_trainer:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             targets.append((outputs["terms"]["logits"]["teacher"].argmax(1), batch.labels))
 
-    trainer = make_trainer(callbacks=[RunSummary(), Watch(lambda *_: None)], logger=RunLogger(tmp_path))
+    callbacks = [RunSummary(), RegularizerMonitor(), Watch(lambda *_: None)]
+    trainer = make_trainer(callbacks=callbacks, logger=RunLogger(tmp_path))
     trainer.fit(module, datamodule=held_out())
     found = module.trust["logits"]
     assert found["read_as"] == {"teacher large": {"0": "1", "1": "2", "2": "0"}, "teacher random": {}}
@@ -110,6 +113,18 @@ def test_another_order_of_classes_is_found_told_and_in_the_summary(make_trainer:
     right = torch.cat([answers == labels for answers, labels in targets]).double().mean()
     assert right > 0.9
     assert json.loads((tmp_path / "summary.json").read_text())["trust"]["logits"] == found
+    maps = module.trust_maps()["logits"]
+    assert maps["teacher large"].argmax(0).tolist() == ORDER
+    assert float(maps["teacher random"].abs().max()) < 0.3 * float(maps["teacher large"].max())
+    with open(tmp_path / "regularizer" / "logits" / "reliability.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    right = {
+        who: sum(float(row["value"]) * float(row["count"]) for row in rows if row["bin"].startswith(who)) / 300
+        for who in ("teacher large", "what is believed of them")
+    }
+    assert right["what is believed of them"] > 0.95
+    assert right["teacher large"] < 0.75
+    assert {row["epoch"] for row in rows} == {"0"}  # it is known before the first step
 
 
 def test_held_out_rows_are_in_no_gradient_of_the_student(make_trainer: MakeTrainer) -> None:

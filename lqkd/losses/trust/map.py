@@ -85,6 +85,13 @@ class TrustMap(nn.Module):
         factors = (self.scale.view(-1, 1, 1) + self.diagonal.unsqueeze(1)).to(seen)
         return factors * seen + (seen @ self.basis.to(seen)) @ self.linear.to(seen).mT
 
+    def matrices(self) -> Tensor | None:
+        """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions."""
+        if bool(self.given):
+            return None
+        factors = torch.diag_embed(self.scale.view(-1, 1) + self.diagonal)
+        return self.stretch * (factors + self.linear @ self.basis.mT)
+
     @torch.no_grad()
     def fit(
         self, teachers: Tensor, labels: Tensor, folds: int = 5, seed: int = 0, memorised: bool = False
