@@ -183,10 +183,10 @@ class DistillationTerm(nn.Module):
             zip(self.losses, self._pairs(teachers, student, features), strict=True)
         ):
             loss = cast(DistillationLoss, module)
-            if self.interpolation is not None:
-                target, weights = self.interpolation.between(t, s, each)
+            if self.interpolation is not None:  # which moves the target, where others weigh the divergence
+                target, trust = self.interpolation.between(t, s, each)
                 divergence = loss(target, s, labels)
-                maps.append(DivergenceMap(divergence, _of_map(weights, divergence)))
+                maps.append(DivergenceMap(divergence, _of_map(trust, divergence)))
                 continue
             divergence = loss(t, s, labels)
             weights = None

@@ -9,22 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lqkd.callbacks import RegularizerMonitor
 from lqkd.data import Digits
 from lqkd.errors import UsageError
-from lqkd.losses import HintonKL, Hints
+from lqkd.losses import HintonKL, Hints, LogitResidual
+from lqkd.losses.base import MapKind
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule, Tap, Term
+from lqkd.modules.term import DistillationTerm
 from lqkd.quantization import Recipe
 from lqkd.regularizers import HeldOutInterpolation
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
+from lqkd.tasks import Rows
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import network, parameters_of
+from tests.conftest import Recorder, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
 from tests.integration.test_trust import ORDER, STUDENT, held_out, trained_teacher
 
@@ -139,13 +143,51 @@ def test_a_good_teacher_is_believed(make_trainer: MakeTrainer) -> None:
     assert found["rows"] == 60
 
 
+def test_a_fifth_of_the_rows_is_never_learned_from_and_no_target_knows_its_label(make_trainer: MakeTrainer) -> None:
+    found: list[dict[str, float]] = []
+
+    def look(trainer: Trainer, module: DistillModule) -> None:
+        rows = module.held_out["logits"]
+        known, losses = rows.known, {"all": float(rows.objective())}
+        for name, some in (("a judged one", 0), ("another", 1)):
+            known.labels[some::5] = (known.labels[some::5] + 1) % 10
+            rows._look()
+            losses[name] = float(rows.objective())
+            known.labels[some::5] = (known.labels[some::5] - 1) % 10
+        loss_of_target = float(F.nll_loss(known.target, known.labels))
+        found.append(losses | {"target": loss_of_target, "expected": module.trust["logits"]["cross_entropy"]})
+
+    make_trainer(max_steps=1, callbacks=[Recorder(look)]).fit(believing(), datamodule=held_out())
+    (losses,) = found
+    assert losses["a judged one"] == losses["all"]
+    assert losses["another"] > losses["all"] + 0.1
+    assert losses["target"] == pytest.approx(losses["expected"], rel=1e-3)  # by cross-validation
+
+
+@pytest.mark.parametrize("kind", ["samples", "scalar"])
+def test_trust_is_told_of_maps_without_classes_too(kind: MapKind) -> None:
+    class Squares(LogitResidual):
+        def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+            squares = super().forward(teacher, student, labels)
+            return squares.mean(1) if kind == "samples" else squares.mean()
+
+    Squares.kind = kind
+    term = DistillationTerm(Term(Squares(), "a", "trust", regularizer=HeldOutInterpolation(of="class")))
+    term.connect([(1, 10)], [(1, 10)])
+    compared = term({"a": torch.randn(8, 10)}, Rows(torch.randn(8, 10), torch.arange(8)), ({}, {}))
+    (of_map,) = compared.maps
+    assert of_map.weights is not None
+    assert of_map.weights.shape == of_map.divergence.shape
+    torch.testing.assert_close(of_map.weights, torch.full_like(of_map.weights, 0.88))
+
+
 def test_the_student_is_compared_with_what_lies_between_and_weights_are_no_factor(make_trainer: MakeTrainer) -> None:
     module = believing(of="all")
     make_trainer(max_steps=1).fit(module, datamodule=held_out())
     term = module.distillation["logits"]
     student, labels = torch.randn(8, 10, requires_grad=True), torch.arange(8)
     logits = {"large": torch.randn(8, 10)}
-    compared = term(logits, type("R", (), {"logits": student, "labels": labels})(), ({}, {}))
+    compared = term(logits, Rows(student, labels), ({}, {}))
     believed = term.combination(logits["large"][None], labels)[0][0]
     target, weights = term.interpolation.between(believed, student)
     expected = HintonKL()(target, student, labels)
