@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lqkd.losses.trust.believed import Believed, believed
 from lqkd.losses.trust.interpolation import Interpolation, Seen, seen
@@ -157,7 +157,7 @@ class HeldOutRows:
 
     def _answers(self, rows: Tensor) -> Tensor:
         module, size = self._module, len(self.known.labels)
-        batch = tree_map_only(Tensor, lambda x: x[rows] if x.ndim > 0 and len(x) == size else x, self._batch)
+        batch = part_of(self._batch, rows, size)
         output = module.passes.of_student(module.inputs(batch)).output
         return module.task.rows(output, batch).logits.float()
 
@@ -184,6 +184,11 @@ def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any]
     back = torch.cat(found).argsort()[positions.argsort().argsort()]
     joined = [_rows_of(_joined(values), back, len(positions)) for values in zip(*parts, strict=True)]
     return tree_unflatten(joined, spec)
+
+
+def part_of(tensors: Any, samples: Tensor, size: int) -> Any:
+    """Some samples of whatever holds tensors with ``size`` samples in front, a batch or outputs say."""
+    return tree_map(lambda leaf: _rows_of(leaf, samples, size), tensors)
 
 
 def _rows_of(leaf: Any, rows: Tensor, size: int) -> Any:

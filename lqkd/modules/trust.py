@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,7 +16,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
 from lqkd.losses.trust import Answers, Reliability, TrustMap, memorised, memorised_sentence
 from lqkd.losses.trust.reliability import BINS
-from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, rows_that_fit
+from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
 from lqkd.modules.own import joined_sentence
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
@@ -26,6 +26,8 @@ from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
 BELIEVED, STUDENT = "what is believed of them", "student"
 """What pictures call those that speak of held-out rows, beside the teachers."""
+ROWS_OF_SAMPLE = 64
+"""So many rows of a sample that has several, such as the pixels of an image, are looked at, at most."""
 _MOST_ROWS = 20_000
 """So many held-out rows are fitted to, at most."""
 
@@ -157,6 +159,28 @@ def _prefix(module: Trusting, name: str) -> str:
     return f"distillation.{name}" if module.distillation.named else "trust"
 
 
+class _Rows(NamedTuple):
+    """What teachers say of N held-out rows."""
+
+    logits: dict[str, Tensor]
+    """(N, C) of every teacher, by its name."""
+    labels: Tensor
+    """(N,) int64, negative where a row has none."""
+    samples: Tensor | None
+    """(N,) int64, the sample of each row; None where every row is one."""
+    positions: Tensor
+    """(N,) int64, their places among all rows."""
+
+    def answers(self, teacher: str) -> Answers:
+        """How many rows a teacher is right about; of samples with several rows the sum of their shares."""
+        known = self.labels >= 0
+        right = (self.logits[teacher].argmax(1) == self.labels)[known]
+        if self.samples is None:
+            return Answers(int(right.sum()), int(known.sum()))
+        _, inverse, rows = self.samples[known].unique(return_inverse=True, return_counts=True)
+        return Answers(float((right / rows[inverse]).sum()), len(rows))
+
+
 class _Found(NamedTuple):
     """Of one term."""
 
@@ -176,8 +200,7 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
         asked = _held_out(module) if module.trainer.is_global_zero else None
     found: dict[str, Any] | str = {}
     if asked is not None:
-        logits, labels, _ = asked
-        known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
+        known = {name: asked.answers(name) for name in asked.logits}
         by_heart = {
             name: memorised_sentence(_label(module, name), known[name], unseen[name])
             for name in known
@@ -203,25 +226,25 @@ def _fitted(
     module: Trusting,
     name: str,
     combination: TrustedTeachers,
-    asked: tuple[dict[str, Tensor], Tensor, Tensor],
+    asked: _Rows,
     by_heart: Mapping[str, str],
 ) -> _Found:
     """Of one term."""
-    term, (logits, labels, positions) = cast(DistillationTerm, module.distillation[name]), asked
+    term = cast(DistillationTerm, module.distillation[name])
     fitted = cast(TrustMap, combination.map)
     with module.distillation.told(name):
-        together = torch.stack([logits[teacher] for teacher in term.teachers])
+        together = torch.stack([asked.logits[teacher] for teacher in term.teachers])
         warnings = [by_heart[teacher] for teacher in term.teachers if teacher in by_heart]
-        report = fitted.fit(together, labels, memorised=bool(warnings))
+        report = fitted.fit(together, asked.labels, memorised=bool(warnings), groups=asked.samples)
     names = [_label(module, teacher) for teacher in term.teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
     state = {key: value.cpu() for key, value in fitted.state_dict().items()}
-    rows = labels >= 0
-    together, labels, known = together[:, rows], labels[rows], None
-    said = fitted.left_out(together, labels)
+    rows, known = asked.labels >= 0, None
+    together, labels = together[:, rows], asked.labels[rows]
+    said = fitted.left_out(together, labels, groups=None if asked.samples is None else asked.samples[rows])
     if term.interpolation is not None:
-        known = Known.of(said, together, labels, positions[rows]).to(torch.device("cpu"))
+        known = Known.of(said, together, labels, asked.positions[rows]).to(torch.device("cpu"))
     speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
     reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
     return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)
@@ -229,11 +252,6 @@ def _fitted(
 
 def _label(module: Trusting, teacher: str) -> str:
     return teacher_label(teacher, module.named_teachers)
-
-
-def _answers(logits: Tensor, labels: Tensor) -> Answers:
-    known = labels >= 0
-    return Answers(int((logits.argmax(1) == labels)[known].sum()), int(known.sum()))
 
 
 def _on_validation(module: Trusting) -> dict[str, Answers]:
@@ -244,33 +262,69 @@ def _on_validation(module: Trusting) -> dict[str, Answers]:
     counts = torch.zeros(len(module.named_teachers), 2, device=module.device)
     with in_stage(trainer, RunningStage.TESTING):
         moved = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in islice(loader or (), batches))
-        for logits, labels in _asked(module, moved):
-            counts += torch.tensor([_answers(x, labels) for x in logits.values()], device=module.device)
+        for rows in _asked(module, moved):
+            counts += torch.tensor([rows.answers(name) for name in rows.logits], device=module.device)
     counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
     found = zip(module.named_teachers, counts.tolist(), strict=True)
-    return {name: Answers(int(right), int(rows)) for name, (right, rows) in found if rows}
+    return {name: Answers(right, int(rows)) for name, (right, rows) in found if rows}
 
 
 @torch.no_grad()
-def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Of every batch the rows' logits (N, C) of every teacher, by name, and their labels (N,)."""
+def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[_Rows]:
+    """The rows of every batch, or some of every sample where it has several; their places are of the batch."""
+    start = 0
     for batch in batches:
         inputs = module.inputs(batch)
         with module.trainer.precision_plugin.forward_context():
-            outputs = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs))
-        rows = {name: module.task.rows(seen.output, batch) for name, seen in outputs.items()}
-        labels = next(iter(rows.values())).labels
-        assert labels is not None, "check_term has seen to it"
-        yield {name: of_teacher.logits.float() for name, of_teacher in rows.items()}, labels
+            seen = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs))
+        outputs = {name: of_teacher.output for name, of_teacher in seen.items()}
+        if module.task.one_row_a_sample:
+            yield _rows(module, outputs, batch)
+            continue
+        size = len(inputs)
+        parts = [_some_of_sample(module, outputs, batch, i, size, start + i) for i in range(size)]
+        start += size
+        yield _joined(parts)
 
 
-def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Logits (N, C) of every teacher, by name, labels (N,) and places (N,) of the held-out rows among all of them."""
+def _held_out(module: Trusting) -> _Rows:
+    """All held-out rows, or as many of them as are fitted to."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    asked = [*_asked(module, data.trust_batches(module.device))]
-    labels = [of_batch for _, of_batch in asked]
-    logits = {name: [of_batch[name] for of_batch, _ in asked] for name in module.named_teachers}
-    together = torch.cat(labels)
-    order = random_bits(0, 0, torch.arange(len(together)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
-    chosen = order.sort().values.to(together.device)
-    return {name: torch.cat(parts)[chosen] for name, parts in logits.items()}, together[chosen], chosen
+    asked = _joined([*_asked(module, data.trust_batches(module.device))])
+    order = random_bits(0, 0, torch.arange(len(asked.labels)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
+    return _chosen(asked, order.sort().values.to(asked.labels.device))
+
+
+def _rows(module: Trusting, outputs: Mapping[str, Any], batch: Any) -> _Rows:
+    """All rows of a batch, by the outputs of every teacher."""
+    rows = {name: module.task.rows(output, batch) for name, output in outputs.items()}
+    labels = next(iter(rows.values())).labels
+    assert labels is not None, "check_term has seen to it"
+    logits = {name: of_teacher.logits.float() for name, of_teacher in rows.items()}
+    return _Rows(logits, labels, None, torch.arange(len(labels), device=labels.device))
+
+
+def _some_of_sample(
+    module: Trusting, outputs: Mapping[str, Any], batch: Any, index: int, size: int, number: int
+) -> _Rows:
+    """Some of the rows of one sample of a batch, chosen by its number among all."""
+    place = torch.tensor([index])
+    found = _rows(module, part_of(outputs, place, size), part_of(batch, place, size))
+    order = random_bits(1, number, torch.arange(len(found.labels)), STREAM_TRUST).argsort(stable=True)
+    some = _chosen(found, order[:ROWS_OF_SAMPLE].sort().values.to(found.labels.device))
+    return some._replace(samples=torch.full_like(some.labels, number))
+
+
+def _chosen(rows: _Rows, places: Tensor) -> _Rows:
+    logits = {name: of_teacher[places] for name, of_teacher in rows.logits.items()}
+    samples = None if rows.samples is None else rows.samples[places]
+    return _Rows(logits, rows.labels[places], samples, rows.positions[places])
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    """The rows of several batches, or samples, as one; their places go on."""
+    logits = {name: torch.cat([part.logits[name] for part in parts]) for name in parts[0].logits}
+    labels = torch.cat([part.labels for part in parts])
+    samples = [part.samples for part in parts if part.samples is not None]
+    together = torch.cat(samples) if samples else None
+    return _Rows(logits, labels, together, torch.arange(len(labels), device=labels.device))

@@ -25,7 +25,7 @@ class HeldOutInterpolation(Regularizer):
 
     Teachers answer the held-out rows once. The student answers ``rows`` of them every ``every`` batches, in eval mode
     and without a gradient; between, phi learns from the last 512 of these answers. A fifth of the rows is never learned
-    from: it says what Z is worth.
+    from: it says what Z is worth. Tasks with several rows a sample, such as pixels, cannot have it.
 
     Args:
         of: whether there is one weight for ``all``, one a ``class`` or one a ``sample``.

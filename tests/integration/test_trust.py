@@ -8,20 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lqkd.callbacks import RegularizerMonitor
-from lqkd.data import Digits
+from lqkd.data import Digits, SegmentationFolder
 from lqkd.data.augmentation import Augmentation
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import DistillModule, Tap, Term
 from lqkd.quantization import Recipe
+from lqkd.regularizers import HeldOutInterpolation
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
 from lqkd.tasks import Segmentation
@@ -300,11 +303,60 @@ def test_features_cannot_be_trusted_by_labels() -> None:
         Term(Hints(), "own", "trust", [Tap("layer1", "layer1")])
 
 
-def test_rows_that_are_alike_are_not_cross_validated() -> None:
-    """Pixels of one image would be on both sides of a fold."""
-    teachers, terms = {"large": FrozenTeacher(network())}, {"a": Term(HintonKL(), "large", "trust")}
-    with pytest.raises(UsageError, match=r"trust.* over rows, of which task Segmentation has several"):
-        DistillModule(student=network(), teachers=teachers, distillation=terms, task=Segmentation(10))
+def write_squares(folder: Path, count: int = 64) -> None:
+    """Pictures of 16 x 16 pixels: a square of one class on a ground of another, red, green or blue, and noise."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        mask = np.full((16, 16), number % 3, dtype=np.uint8)
+        mask[4:12, 4:12] = (number // 3) % 3
+        pixels = 60 + 120 * np.eye(3)[mask] + 20 * draw.standard_normal((16, 16, 3))
+        for kind, values in (("images", pixels.clip(0, 255).astype(np.uint8)), ("masks", mask)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(folder / kind / f"{number}.png")
+
+
+def test_pixels_of_one_image_are_left_out_together_and_tell_what_classes_are_called(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    write_squares(tmp_path / "pairs")
+    data = SegmentationFolder(
+        root=str(tmp_path / "pairs"),
+        classes=("red", "green", "blue"),
+        image_size=(16, 16),
+        batch_size=5,
+        num_workers=0,
+        trust_fraction=0.6,
+    )
+    knows = nn.Conv2d(3, 3, 1, bias=False)
+    with torch.no_grad():
+        knows.weight.copy_(2 * torch.eye(3)[[2, 0, 1]].view(3, 3, 1, 1))
+    student = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    module = DistillModule(
+        student=student,
+        quantization=Recipe(bits="w4a4"),
+        teachers={"large": FrozenTeacher(knows, minimum_accuracy=0.0)},
+        distillation={"pixels": Term(HintonKL(), "large", "calibrated")},
+        task=Segmentation(3),
+    )
+    make_trainer(max_steps=2).fit(module, datamodule=data)
+    found = module.trust["pixels"]
+    images = len(data.trust_indices)
+    assert images >= 20
+    assert found["rows"] == 64 * images
+    assert found["read_as"]["teacher large"] == {"red": "blue", "green": "red", "blue": "green"}
+    data.write_split(tmp_path / "split.csv")
+    assert (tmp_path / "split.csv").read_text().count("trust,") == images
+
+
+def test_single_pixels_are_not_asked_about() -> None:
+    term = Term(HintonKL(), "large", "trust", regularizer=HeldOutInterpolation())
+    with pytest.raises(UsageError, match=r"distillation.a: .* of which task Segmentation has several a sample"):
+        DistillModule(
+            student=network(),
+            teachers={"large": FrozenTeacher(network())},
+            distillation={"a": term},
+            task=Segmentation(10),
+        )
 
 
 def test_a_share_of_all_rows_is_refused() -> None:

@@ -11,7 +11,7 @@ _STANDARD_ERRORS = 2.0
 class Answers(NamedTuple):
     """How many rows a teacher has answered, and how many rightly."""
 
-    right: int
+    right: float
     rows: int
 
     @property
