@@ -23,7 +23,7 @@ from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import DistillModule, Tap, Term
-from lqkd.quantization import Recipe
+from lqkd.quantization import Recipe, quantize_model
 from lqkd.regularizers import HeldOutInterpolation
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
@@ -248,6 +248,15 @@ def test_the_float_network_joins_where_it_has_weights_or_is_asked_to(
 def test_a_term_that_no_held_out_rows_judge_cannot_ask_for_the_float_network() -> None:
     with pytest.raises(UsageError, match=r"own=True of distillation logits .* combination='mean'"):
         trusting("mean", own=True, a=trained_teacher(), b=trained_teacher())
+
+
+def test_a_student_without_a_float_network_and_a_taken_name_are_refused() -> None:
+    quantised, _ = quantize_model(network(), Recipe(bits="w4a4"))
+    term = Term(HintonKL(), "large", "trust", own=True)
+    with pytest.raises(UsageError, match="own=True of distillation a is not possible: the student was given quantised"):
+        DistillModule(student=quantised, teachers={"large": trained_teacher()}, distillation={"a": term})
+    with pytest.raises(UsageError, match=r"teachers.student_float is not possible: .* give the teacher another"):
+        trusting(weights=STUDENT, student_float=trained_teacher())
 
 
 def test_a_checkpoint_without_the_float_network_among_the_teachers_goes_on_without_it(

@@ -72,7 +72,9 @@ class RegularizerMonitor(Callback):
     ``output``, ``confidence``, ``divergence``, ``agreement``, ``balance``, ``share``, ``step_length``) with the columns
     ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``, ``confidence``,
     ``divergence``, ``agreement``, ``balance`` and ``step_length``, which
-    ``docs/reading_the_pictures.md`` explains.
+    ``docs/reading_the_pictures.md`` explains. Of a term whose teachers held-out rows judge there are also the tables
+    and pictures ``believed`` and ``reliability``, of one whose regularizer they teach ``trust``, and the picture
+    ``map``.
 
     Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
     from the first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few
