@@ -37,9 +37,9 @@ from lqkd.modules.step_length import GradientLength, gradient_norms
 from lqkd.modules.tasks import check_teacher, check_term, task_of
 from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
-from lqkd.modules.terms import STUDENT_FLOAT, Tap, Term, named_teachers, named_terms, teacher_label
+from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.modules.trust import check_held_out, fit_trust, matrices, report_held_out, tables
+from lqkd.modules.trust import check_held_out, fit_trust, leave_memorised, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Regularizer
@@ -79,6 +79,7 @@ class DistillModule(TaskModule):
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
         own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
             was added to them.
+        own_added: whether it is none of the user's teachers.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
@@ -147,7 +148,9 @@ class DistillModule(TaskModule):
         terms = named_terms(distillation, teacher, [*self.named_teachers], short)
         start_from(student, student_weights, replace_head)
         starts = student_weights is not None and not replace_head
+        given = len(self.named_teachers)
         terms, self.named_teachers, self.own_joined = join_own(terms, self.named_teachers, student, starts)
+        self.own_added = len(self.named_teachers) > given
         for one in (*self.named_teachers.values(), teacher):
             check_teacher(self.task, one)
         self.distillation = Distillation(terms, named=distillation is not None)
@@ -233,12 +236,9 @@ class DistillModule(TaskModule):
         """What must be better than chance, by what messages call it: every teacher, or an ensemble as one."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
-        named = {name: one for name, one in self.named_teachers.items() if not self._added(name)}
+        added = self.own_joined.values() if self.own_added else ()  # it need not be good, and is measured by itself
+        named = {name: one for name, one in self.named_teachers.items() if name not in added}
         return {teacher_label(name, named): one for name, one in named.items()}
-
-    def _added(self, teacher: str) -> bool:
-        """Whether a teacher is none of the user's: it need not be good, and is measured as ``student_float``."""
-        return teacher == STUDENT_FLOAT and teacher in self.own_joined.values()
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         for name, teacher in self.named_teachers.items():
@@ -373,6 +373,8 @@ class DistillModule(TaskModule):
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
+        if not self._resumed:
+            leave_memorised(self)  # before a cache is opened for it
         self.passes.cache, of_teacher = prepare_teacher(self)
         fit_trust(self, known=self._resumed)
         self.references = measure(self, self.references, of_teacher.values)

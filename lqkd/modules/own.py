@@ -24,6 +24,7 @@ class Joined(Protocol):
     distillation: Distillation
     named_teachers: dict[str, FrozenTeacher]
     own_joined: dict[str, str]
+    own_added: bool
 
 
 def join_own(
@@ -84,10 +85,15 @@ def leave_own(module: Joined, state: Mapping[str, Tensor]) -> None:
         term = cast(DistillationTerm, module.distillation[name])
         saved = state.get(f"distillation.{name}.combination.map.scale")
         if saved is not None and len(saved) == len(term.teachers) - 1:
-            own = module.own_joined.pop(name)
-            term.leave(own)
-            if own == STUDENT_FLOAT and own not in module.own_joined.values():
-                del module.named_teachers[own]
+            leave(module, name)
+
+
+def leave(module: Joined, name: str) -> None:
+    """Take it out of a term that it has joined, and of the teachers where it was added to them for such terms alone."""
+    own = module.own_joined.pop(name)
+    cast(DistillationTerm, module.distillation[name]).leave(own)
+    if module.own_added and own not in module.own_joined.values():
+        del module.named_teachers[own]
 
 
 def _is(teacher: FrozenTeacher, network: nn.Module) -> bool:

@@ -81,6 +81,7 @@ class DistillationTerm(nn.Module):
         self.losses = nn.ModuleList(_copies(loss, pairs))
         self.regularizers = nn.ModuleList(() if regularizer is None else _copies(regularizer, pairs))
         self.teachers = tuple(term.teachers)
+        self.keeps_own = term.own is True  # by the user's word, whatever is found of it
         self.taps = tuple(taps)
         self.weight = term.weight
         self.compares = loss.compares

@@ -54,8 +54,8 @@ class Term:
         weight: multiplies the loss before it is balanced, > 0.
         regularizer: weighs the elements of the divergence; null for the plain loss.
         own: whether the float network that the student starts from is among the teachers of ``trust`` and
-            ``calibrated``; null for yes where there are ``student_weights``, with their last layer. True is for a
-            student whose class brings weights.
+            ``calibrated``; null for yes where there are ``student_weights``, with their last layer, unless it knows
+            held-out rows by heart. True is for yes in any case, of a student whose class brings weights say.
     """
 
     loss: DistillationLoss

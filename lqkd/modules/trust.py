@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import Answers, Reliability, TrustMap, memorised, memorised_sentence
+from lqkd.losses.trust import Answers, Reliability, TrustMap, left_out_sentence, memorised, memorised_sentence
 from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
-from lqkd.modules.own import joined_sentence
+from lqkd.modules.own import joined_sentence, leave
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
 from lqkd.modules.term import DistillationTerm
@@ -39,6 +39,7 @@ class Trusting(Learning, Protocol):
     reliability: dict[str, dict[str, dict[str, list[float]]]]
     held_out: dict[str, HeldOutRows]
     known_of_held_out: dict[str, Known]
+    own_added: bool
 
 
 def check_held_out(module: Trusting) -> None:
@@ -64,6 +65,29 @@ def check_held_out(module: Trusting) -> None:
                 raise UsageError(
                     "combination: trust needs to know the shape of images: use a DataModule that tells its image_shape"
                 )
+
+
+def leave_memorised(module: Trusting) -> None:
+    """Leave the student's own float network out of terms that did not ask for it where it knows held-out rows by heart.
+
+    It was trained on all training rows as a rule. What a map learned of rows that it cannot be wrong about would be to
+    believe it and no better teacher.
+    """
+    terms = [name for name in module.own_joined if not cast(DistillationTerm, module.distillation[name]).keeps_own]
+    if not terms:
+        return
+    own = module.own_joined[terms[0]]  # one for all terms
+    told = None
+    with isolate_rng():
+        unseen = _on_validation(module, {own})
+        if module.trainer.is_global_zero:
+            told = _by_heart(_held_out(module, {own}), unseen).get(own)
+    told = module.trainer.strategy.broadcast(told)
+    if told is None:
+        return
+    for name in terms:
+        rank_zero_info(f"{_prefix(module, name)}: {left_out_sentence(_label(module, own), *told)}")
+        leave(module, name)
 
 
 def fit_trust(module: Trusting, known: bool) -> None:
@@ -196,15 +220,12 @@ class _Found(NamedTuple):
 def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, _Found]:
     """What was found by term, the same on all processes."""
     with isolate_rng():  # loaders draw, which must not move the random numbers of the training
-        unseen = _on_validation(module)
-        asked = _held_out(module) if module.trainer.is_global_zero else None
+        unseen = _on_validation(module, module.named_teachers)
+        asked = _held_out(module, module.named_teachers) if module.trainer.is_global_zero else None
     found: dict[str, Any] | str = {}
     if asked is not None:
-        known = {name: asked.answers(name) for name in asked.logits}
         by_heart = {
-            name: memorised_sentence(_label(module, name), known[name], unseen[name])
-            for name in known
-            if name in unseen and memorised(known[name], unseen[name])
+            name: memorised_sentence(_label(module, name), *both) for name, both in _by_heart(asked, unseen).items()
         }
         try:
             found = {name: _fitted(module, name, one, asked, by_heart) for name, one in trusted.items()}
@@ -214,6 +235,12 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
     if isinstance(found, str):
         raise UsageError(found)
     return found
+
+
+def _by_heart(asked: _Rows, unseen: Mapping[str, Answers]) -> dict[str, tuple[Answers, Answers]]:
+    """Of every teacher that knows the held-out rows by heart: its answers on them, and on validation."""
+    found = {name: (asked.answers(name), unseen[name]) for name in asked.logits if name in unseen}
+    return {name: both for name, both in found.items() if memorised(*both)}
 
 
 def _trusted(module: Trusting) -> Iterator[tuple[str, TrustedTeachers]]:
@@ -254,29 +281,33 @@ def _label(module: Trusting, teacher: str) -> str:
     return teacher_label(teacher, module.named_teachers)
 
 
-def _on_validation(module: Trusting) -> dict[str, Answers]:
-    """Answers of every teacher on the validation split, of all processes; nothing where there is none."""
+def _on_validation(module: Trusting, names: Collection[str]) -> dict[str, Answers]:
+    """Answers of some teachers on the validation split, of all processes; nothing where there is none."""
     trainer = module.trainer
     loader = loader_of(trainer.datamodule, "val_dataloader", "validation")  # type: ignore[attr-defined]
     batches = as_stop(batches_of(loader, trainer.limit_val_batches))
-    counts = torch.zeros(len(module.named_teachers), 2, device=module.device)
+    asked = [name for name in module.named_teachers if name in names]
+    counts = torch.zeros(len(asked), 2, device=module.device)
     with in_stage(trainer, RunningStage.TESTING):
         moved = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in islice(loader or (), batches))
-        for rows in _asked(module, moved):
+        for rows in _asked(module, moved, asked):
             counts += torch.tensor([rows.answers(name) for name in rows.logits], device=module.device)
     counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
-    found = zip(module.named_teachers, counts.tolist(), strict=True)
+    found = zip(asked, counts.tolist(), strict=True)
     return {name: Answers(right, int(rows)) for name, (right, rows) in found if rows}
 
 
 @torch.no_grad()
-def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[_Rows]:
-    """The rows of every batch, or some of every sample where it has several; their places are of the batch."""
+def _asked(module: Trusting, batches: Iterable[Any], names: Collection[str]) -> Iterator[_Rows]:
+    """What some teachers say of the rows of every batch, or of some rows of every sample that has several.
+
+    Their places are of the batch.
+    """
     start = 0
     for batch in batches:
         inputs = module.inputs(batch)
         with module.trainer.precision_plugin.forward_context():
-            seen = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs))
+            seen = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs), names)
         outputs = {name: of_teacher.output for name, of_teacher in seen.items()}
         if module.task.one_row_a_sample:
             yield _rows(module, outputs, batch)
@@ -287,10 +318,10 @@ def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[_Rows]:
         yield _joined(parts)
 
 
-def _held_out(module: Trusting) -> _Rows:
-    """All held-out rows, or as many of them as are fitted to."""
+def _held_out(module: Trusting, names: Collection[str]) -> _Rows:
+    """What some teachers say of all held-out rows, or as many of them as are fitted to."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    asked = _joined([*_asked(module, data.trust_batches(module.device))])
+    asked = _joined([*_asked(module, data.trust_batches(module.device), names)])
     order = random_bits(0, 0, torch.arange(len(asked.labels)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
     return _chosen(asked, order.sort().values.to(asked.labels.device))
 

@@ -28,7 +28,7 @@ class TeacherEnsemble(nn.Module):
         minimum_accuracy: accuracy of the ensemble below which training refuses to start; null as for one
             teacher.
         own: whether ``trust`` and ``calibrated`` also hear the float network that the student starts from; null for yes
-            where there are ``student_weights``.
+            where there are ``student_weights``, unless it knows held-out rows by heart.
 
     Raises:
         UsageError: when there are fewer than two teachers, the combination is unknown, or the accuracy out of range.

@@ -259,6 +259,19 @@ def test_a_student_without_a_float_network_and_a_taken_name_are_refused() -> Non
         trusting(weights=STUDENT, student_float=trained_teacher())
 
 
+def test_a_teacher_of_the_users_that_is_the_float_network_must_be_good_whatever_it_is_called() -> None:
+    student = CifarResNet(8, num_classes=10, width=8, in_channels=1)
+    load_weights(student, STUDENT)
+    module = DistillModule(
+        student=CifarResNet(8, num_classes=10, width=8, in_channels=1),
+        student_weights=STUDENT,
+        teachers={"large": trained_teacher(), "student_float": FrozenTeacher(student, minimum_accuracy=0.5)},
+        distillation={"a": Term(HintonKL(), "large", "trust"), "b": Term(HintonKL(), "student_float")},
+    )
+    assert module.own_joined == {"a": "student_float"}
+    assert len(module.judged) == 2
+
+
 def test_a_checkpoint_without_the_float_network_among_the_teachers_goes_on_without_it(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -272,6 +285,41 @@ def test_a_checkpoint_without_the_float_network_among_the_teachers_goes_on_witho
     assert [*after.named_teachers] == ["large"]
     assert after.trust == before.trust
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize("own", [None, True])
+def test_a_float_network_that_knows_held_out_rows_by_heart_does_not_take_over_from_a_better_teacher(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, tmp_path: Path, own: bool | None
+) -> None:
+    def make() -> DistillModule:
+        student = nn.Sequential(remembering_teacher().network, nn.Linear(10, 10, bias=False))
+        with torch.no_grad():
+            student[1].weight.copy_(torch.eye(10))
+        torch.save(student.state_dict(), tmp_path / "student.pt")
+        return DistillModule(
+            student=student,
+            student_weights=str(tmp_path / "student.pt"),
+            quantization=Recipe(bits="w8a8", first_layer_bits=None, last_layer_bits=None),
+            teachers={"large": trained_teacher()},
+            distillation={"logits": Term(HintonKL(), "large", "trust", own=own)},
+            teacher_cache=TeacherCache(str(tmp_path / "cache"), dtype="float32"),
+        )
+
+    module, resumed = make(), make()
+    trainer = make_trainer(limit_train_batches=1)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, datamodule=held_out())
+    told = "logits: student_float knows its training rows by heart (right on 100.0% of held-out rows"
+    assert (told in caplog.text and "it is left out (own: true keeps it)" in caplog.text) == (own is None)
+    found = module.trust["logits"]
+    assert set(found["believed"]) == {"teacher large"} | ({"student_float"} if own else set())
+    assert found["memorised"] == bool(own)  # an honest teacher keeps its temperature and forms
+    assert [*module.named_teachers] == ["large"] + ["student_float"] * bool(own)
+    assert (found["believed"]["teacher large"] > 0.8) == (own is None)
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    trainer = make_trainer(limit_train_batches=1, max_epochs=2)
+    trainer.fit(resumed, datamodule=held_out(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.trust == module.trust
 
 
 def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_told(make_trainer: MakeTrainer) -> None:
