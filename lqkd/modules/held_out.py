@@ -19,7 +19,9 @@ from lqkd.regularizers import HeldOutInterpolation
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
 WINDOW = 512
-"""So many answers of the student, the last ones, phi learns from."""
+"""So many answers of the student, the last ones, phi learns from at most."""
+ASKS = 4
+"""Of so many times that the student was asked, the last ones: what it said before is that of another student."""
 JUDGED = 5
 """Of so many rows one is never learned from."""
 MOST_ROWS = 4096
@@ -54,10 +56,10 @@ class Known:
         target, teachers = target[order], teachers[:, order]
         return cls(positions[order], labels[order], target, teachers, torch.zeros_like(target))
 
-    def first(self, count: int) -> Known:
-        """Of no more than so many rows."""
-        rows = (self.positions[:count], self.labels[:count], self.target[:count], self.teachers[:, :count])
-        return Known(*rows, self.student[:count], self.asked, self.batches)
+    def part(self, some: slice) -> Known:
+        """Of some of the rows."""
+        rows = (self.positions[some], self.labels[some], self.target[some], self.teachers[:, some])
+        return Known(*rows, self.student[some], self.asked, self.batches)
 
     def to(self, device: torch.device) -> Known:
         """On a device."""
@@ -90,6 +92,7 @@ class HeldOutRows:
         self.regularizer = regularizer
         self._module, self._batch = module, batch
         self._window: tuple[Seen, Tensor] | None = None
+        self._answered: tuple[bool, int] | None = None  # whether all rows, and after how many batches
         if known.asked:
             self._look()
 
@@ -109,38 +112,40 @@ class HeldOutRows:
             self._look()
         self.known.batches += 1
 
-    def ask_all(self) -> None:
-        """Ask the student about all rows."""
-        self._ask(torch.arange(len(self.known.labels)))
-
     def objective(self) -> Tensor:
         """What phi minimises, 0-dim, the same on all processes; no other parameter gets a gradient."""
         assert self._window is not None, "before_batch() has asked"
         return self.interpolation.objective_of(*self._window)
 
-    def answered(self) -> Known:
-        """What is known of the rows that the student has answered."""
-        return self.known.first(self.known.asked)
+    def answered(self, everything: bool = False) -> Known:
+        """The rows that are not learned from, or all, with what the student as it is now says of them.
+
+        All processes call it together, since they ask together, once for a state of the student.
+        """
+        some = slice(None, None, None if everything else JUDGED)
+        if self._answered != (everything, self.known.batches):
+            self._ask(torch.arange(len(self.known.labels))[some])
+            self._answered = everything, self.known.batches
+        return self.known.part(some)
 
     @torch.no_grad()
-    def believed(self) -> Believed:
-        """What is believed of the rows that the student has answered, and what that is worth on those not learned."""
-        known = self.known
-        rows = torch.arange(min(known.asked, len(known.labels)), device=known.labels.device)
-        looked = self._seen(rows)
-        target, weights = self.interpolation(known.target[rows], known.student[rows], known.teachers[:, rows])
-        return believed(looked.teacher, looked.student, target, weights, known.labels[rows], rows % JUDGED == 0)
+    def believed(self, everything: bool = False) -> Believed:
+        """What is believed now, of rows as :meth:`answered` takes them, and what that is worth on those not learned."""
+        known = self.answered(everything)
+        looked = seen(known.target, known.student, known.teachers)
+        target, weights = self.interpolation(known.target, known.student, known.teachers)
+        judged = torch.arange(len(known.labels), device=known.labels.device) % (JUDGED if everything else 1) == 0
+        return believed(looked.teacher, looked.student, target, weights, known.labels, judged)
 
     def _look(self) -> None:
-        """Take the last answers as what is learned from."""
-        size = len(self.known.labels)
-        rows = torch.arange(self.known.asked - min(WINDOW, self.known.asked, size), self.known.asked) % size
-        rows = rows[rows % JUDGED != 0].to(self.known.labels.device)
-        self._window = self._seen(rows), self.known.labels[rows]
-
-    def _seen(self, rows: Tensor) -> Seen:
-        known = self.known
-        return seen(known.target[rows], known.student[rows], known.teachers[:, rows])
+        """Take the last answers, of the last times, as what is learned from."""
+        known, size = self.known, len(self.known.labels)
+        count, recent = min(WINDOW, size), ASKS * min(self.regularizer.rows, size)
+        if known.asked >= count + recent:  # the first answers, of the student before its training, are as old as that
+            count = min(count, recent)
+        rows = torch.arange(known.asked - count, known.asked) % size
+        rows = rows[rows % JUDGED != 0].to(known.labels.device)
+        self._window = seen(known.target[rows], known.student[rows], known.teachers[:, rows]), known.labels[rows]
 
     @torch.no_grad()
     def _ask(self, rows: Tensor) -> None:
@@ -158,7 +163,8 @@ class HeldOutRows:
     def _answers(self, rows: Tensor) -> Tensor:
         module, size = self._module, len(self.known.labels)
         batch = part_of(self._batch, rows, size)
-        output = module.passes.of_student(module.inputs(batch)).output
+        with module.trainer.precision_plugin.forward_context():  # also where no training step has begun it
+            output = module.passes.of_student(module.inputs(batch)).output
         return module.task.rows(output, batch).logits.float()
 
 

@@ -128,7 +128,7 @@ def keep_held_out(module: Trusting) -> None:
             data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
             batches = iter(data.trust_batches(module.device))
             first = next(batches)
-            known = module.known_of_held_out.pop(name).first(rows_that_fit(first)).to(module.device)
+            known = module.known_of_held_out.pop(name).part(slice(rows_that_fit(first))).to(module.device)
             batch = chosen_of(chain([first], batches), known.positions.cpu(), lambda b: len(module.inputs(b)))
         module.held_out[name] = HeldOutRows(module, regularizer, known, batch)
 
@@ -137,7 +137,8 @@ def tables(module: Trusting, name: str) -> dict[str, tuple[list[Any], dict[str, 
     """What there is to draw of a trusted term as it is now: by table its bins, and columns of which one is ``value``.
 
     ``reliability`` has a bin for each speaker and tenth of confidence, ``believed`` one for each class and, of a
-    regularizer that learns from held-out rows, ``trust`` one for the mean weight and each loss.
+    regularizer that learns from held-out rows, ``trust`` one for the mean weight and each loss. The student is asked
+    for it, by all processes together.
     """
     found: dict[str, tuple[list[Any], dict[str, list[float]]]] = {}
     speakers, by_class = dict(module.reliability.get(name, {})), module.trust[name]["by_class"]
@@ -171,9 +172,8 @@ def matrices(module: Trusting, name: str) -> dict[str, Tensor]:
 def report_held_out(module: Trusting) -> None:
     """At the end of a training: what regularizers have learned from held-out rows, of the student as it is now."""
     for name, rows in module.held_out.items():
-        rows.ask_all()
         report = module.trust[name]
-        report["interpolation"] = rows.believed().named([*report["by_class"]])
+        report["interpolation"] = rows.believed(everything=True).named([*report["by_class"]])
         rows.regularizer.told = report["interpolation"]["sentence"]
         rank_zero_info(f"{_prefix(module, name)}: {rows.regularizer.told}")
 

@@ -24,8 +24,10 @@ class HeldOutInterpolation(Regularizer):
     :class:`~lqkd.losses.trust.Interpolation` for the weight.
 
     Teachers answer the held-out rows once. The student answers ``rows`` of them every ``every`` batches, in eval mode
-    and without a gradient; between, phi learns from the last 512 of these answers. A fifth of the rows is never learned
-    from: it says what Z is worth. Tasks with several rows a sample, such as pixels, cannot have it.
+    and without a gradient; between, phi learns from the last 512 of these answers. At the first time 512 are asked for,
+    which count until there were four more times; from then on only the last four times count, since earlier answers
+    are those of another student. A fifth of the rows is never learned from: the student answers these anew at the end
+    of every epoch, for what is told of Z. Tasks with several rows a sample, such as pixels, cannot have it.
 
     Args:
         of: whether there is one weight for ``all``, one a ``class`` or one a ``sample``.

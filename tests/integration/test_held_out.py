@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,9 @@ def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_stu
     white = torch.cat([corner for corner, *_ in seen]).max()
     assert all(bool((corner < white).all()) for corner, trained, _ in seen if trained)
     asked = [(corner, training) for corner, trained, training in seen if bool((corner == white).any())]
-    assert sum(len(corner) for corner, _ in asked) == 300 + 4 * 32 + 300  # first, every third of 14 batches, and last
+    assert (
+        sum(len(corner) for corner, _ in asked) == 300 + 4 * 32 + 2 * 60 + 300
+    )  # first, every third of 14 batches, epochs, last
     assert not any(training for _, training in asked)
 
 
@@ -132,6 +135,36 @@ def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summa
     logged = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "trust/logits/believed" in logged
     assert "trust/logits/loss_of_student" in logged
+
+
+def test_what_is_told_and_learned_is_of_the_student_as_it_is(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """As it is now for what is told; for what is learned from, of the last four times that it was asked."""
+    module, data = believing(rows=16, every=1, lr=0.05), held_out()
+    expected: list[float] = []
+    learned: list[int] = []
+
+    class Ask(Recorder):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            rows = pl_module.held_out.get("logits")
+            if rows is not None and rows.known.batches:
+                known = rows.known.part(slice(None, None, 5))
+                at = {position: place for place, position in enumerate(known.positions.tolist())}
+                (batch,) = data.trust_batches(pl_module.device)
+                pl_module.student.eval()
+                with torch.no_grad():
+                    said = pl_module.student(batch.images[[*at]])
+                pl_module.student.train()
+                expected.append(float(F.cross_entropy(said, known.labels)))
+                learned.append(len(rows._window[1]))
+
+    data.eval_batch_size = 512
+    trainer = make_trainer(max_epochs=2, callbacks=[Ask(lambda *_: None)], logger=RunLogger(tmp_path))
+    trainer.fit(module, datamodule=data)
+    with open(tmp_path / "metrics.csv", newline="") as stream:
+        told = [row["trust/logits/loss_of_student"] for row in csv.DictReader(stream)]
+    assert [float(value) for value in told if value] == pytest.approx(expected, rel=1e-4)
+    assert abs(expected[0] - expected[1]) > 0.05
+    assert max(learned) <= 4 * 16
 
 
 def test_a_good_teacher_is_believed(make_trainer: MakeTrainer) -> None:
