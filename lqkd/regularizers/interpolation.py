@@ -17,9 +17,10 @@ from lqkd.regularizers.players import HeldOut
 class HeldOutInterpolation(Regularizer):
     """R_phi as the place between student S and what is believed of the teachers, T': ``Z = S + R_phi (T' - S)``.
 
-    Any loss on logits then compares the student with Z, of log-probabilities, in place of T': the residual that the
-    student sees is ``R_phi (T' - S)``. phi makes labels of held-out rows likely under Z and has no part in the
-    distillation loss, so that it cannot collapse: where the student is as good as its teachers, R_phi falls and
+    S and T' are log-probabilities. Any loss on logits then compares the student with Z in place of T', shifted by the
+    logarithm of the student's normaliser, for losses that see a shift: the residual that the student sees is
+    ``R_phi (T' - S)``, and none where R_phi is 0. phi makes labels of held-out rows likely under Z and has no part in
+    the distillation loss, so that it cannot collapse: where the student is as good as its teachers, R_phi falls and
     distillation ends by itself. T' is what a term with ``combination: trust`` or ``calibrated`` hears; see
     :class:`~lqkd.losses.trust.Interpolation` for the weight.
 
@@ -87,7 +88,7 @@ class HeldOutInterpolation(Regularizer):
 
     @torch.no_grad()
     def between(self, teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Z (B, C) and R_phi, (B, 1) or (B, C), float32, without a gradient.
+        """Z + log sum exp S (B, C), S the student's logits, and R_phi, (B, 1) or (B, C), float32, without a gradient.
 
         Args:
             teacher: (B, C) what is believed of the teachers.
@@ -96,4 +97,4 @@ class HeldOutInterpolation(Regularizer):
         """
         assert self.interpolation is not None, "connect() makes it"
         target, weights = self.interpolation(teacher, student, teachers)
-        return target, weights
+        return target + student.float().logsumexp(-1, keepdim=True), weights

@@ -230,6 +230,17 @@ def test_the_student_is_compared_with_what_lies_between_and_weights_are_no_facto
     assert term.objective(compared.maps) is None
 
 
+def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_sees_a_shift_of_logits() -> None:
+    loss = LogitResidual()
+    term = DistillationTerm(Term(loss, "a", "trust", regularizer=HeldOutInterpolation(of="all", start=1e-7)))
+    term.connect([(1, 10)], [(1, 10)])
+    student = (5 + torch.randn(8, 10)).requires_grad_()
+    compared = term({"a": torch.randn(8, 10)}, Rows(student, torch.arange(8)), ({}, {}))
+    term.reduce(compared.maps).backward()
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
