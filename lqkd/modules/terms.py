@@ -138,8 +138,8 @@ def named_terms(
             )
         loss = short["distillation_loss"] or LogitResidual()
         named = list(teachers) if ensemble else teachers[0]
-        own = teacher.own if isinstance(teacher, TeacherEnsemble) else None
-        return {DISTILL: Term(loss, named, combination, short["taps"], 1.0, short["regularizer"], own)}
+        term = Term(loss, named, combination, short["taps"], 1.0, short["regularizer"])
+        return _with_own({DISTILL: term}, teacher)
     beside = [name for name, value in short.items() if value is not None]
     if beside:
         raise UsageError(f"{beside[0]} is not possible beside distillation: give it to one of its terms")
@@ -165,12 +165,28 @@ def named_terms(
                 f"distillation.{name}.combination={term.combination!r} is of several teachers: it has {asked[0]} alone"
             )
         spoken = term.combination or (combination if several else "mean")
-        own = teacher.own if term.own is None and isinstance(teacher, TeacherEnsemble) else term.own
-        found[name] = replace(term, teacher=asked if several else asked[0], combination=spoken, own=own)
+        found[name] = replace(term, teacher=asked if several else asked[0], combination=spoken)
     idle = [one for one in everyone if not any(one in term.teachers for term in found.values())]
     if idle:
         raise UsageError(f"teachers.{idle[0]} serves no term of distillation: name it in one, or leave it out")
-    return _separate(found)
+    return _separate(_with_own(found, teacher))
+
+
+def _with_own(terms: dict[str, Term], teacher: FrozenTeacher | TeacherEnsemble | None) -> dict[str, Term]:
+    """With what an ensemble says of the student's own float network, for terms that it concerns and that do not say.
+
+    Raises:
+        UsageError: when it asks for it and concerns none.
+    """
+    if not isinstance(teacher, TeacherEnsemble):
+        return terms
+    trusted = {name: term for name, term in terms.items() if term.trusted}
+    if teacher.own and not trusted:
+        spoken = " or ".join(sorted({repr(term.combination) for term in terms.values()}))
+        raise UsageError(
+            f"own=True of the ensemble is not possible with combination={spoken}: it is of trust and calibrated"
+        )
+    return terms | {name: replace(term, own=teacher.own) for name, term in trusted.items() if term.own is None}
 
 
 def _check_name(setting: str, name: str) -> None:

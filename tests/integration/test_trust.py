@@ -250,6 +250,16 @@ def test_a_term_that_no_held_out_rows_judge_cannot_ask_for_the_float_network() -
         trusting("mean", own=True, a=trained_teacher(), b=trained_teacher())
 
 
+def test_an_ensemble_asks_for_the_float_network_in_terms_that_held_out_rows_judge_alone() -> None:
+    def make(**terms: Term) -> DistillModule:
+        pair = TeacherEnsemble([trained_teacher(), trained_teacher(ORDER)], "mean", own=True)
+        return DistillModule(student=network(), teacher=pair, distillation=terms)
+
+    assert [*make(a=Term(HintonKL()), b=Term(HintonKL(), combination="trust")).own_joined] == ["b"]
+    with pytest.raises(UsageError, match="own=True of the ensemble is not possible with combination='mean': it is of"):
+        make(a=Term(HintonKL()))
+
+
 def test_a_student_without_a_float_network_and_a_taken_name_are_refused() -> None:
     quantised, _ = quantize_model(network(), Recipe(bits="w4a4"))
     term = Term(HintonKL(), "large", "trust", own=True)
