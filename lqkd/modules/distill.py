@@ -190,7 +190,7 @@ class DistillModule(TaskModule):
         self.trust: dict[str, dict[str, Any]] = {}
         self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
-        self.known_of_held_out: dict[str, Known] = {}  # that a checkpoint has brought, until then
+        self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -414,6 +414,8 @@ class DistillModule(TaskModule):
             )
 
     def teardown(self, stage: str) -> None:
+        on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
+        self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
         self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
@@ -572,8 +574,9 @@ class DistillModule(TaskModule):
         checkpoint["trust"] = self.trust
         if self.trust:
             checkpoint["reliability"] = self.reliability
-        if self.held_out:
-            checkpoint["held_out"] = {name: vars(rows.known) for name, rows in self.held_out.items()}
+        known = self.known_of_held_out | {name: rows.known for name, rows in self.held_out.items()}
+        if known:
+            checkpoint["held_out"] = {name: vars(of_term) for name, of_term in known.items()}
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.

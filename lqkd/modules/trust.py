@@ -121,9 +121,18 @@ def fit_trust(module: Trusting, known: bool) -> None:
 
 
 def keep_held_out(module: Trusting) -> None:
-    """Keep the held-out rows that teach a term's regularizer, so that the student can be asked about them."""
+    """Keep the held-out rows that teach a term's regularizer, so that the student can be asked about them.
+
+    Raises:
+        UsageError: when a checkpoint does not know them.
+    """
     module.held_out = {}
     for name, regularizer in interpolated(module.distillation).items():
+        if name not in module.known_of_held_out:
+            raise UsageError(
+                f"the checkpoint does not say what {_prefix(module, name)} knows of held-out rows, as one that an "
+                "earlier version saved after its training: resume from one that was saved during it"
+            )
         with isolate_rng():
             data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
             batches = iter(data.trust_batches(module.device))

@@ -99,6 +99,17 @@ def test_a_resumed_training_learns_on_where_it_was(make_trainer: MakeTrainer, tm
     assert resumed.trust == whole.trust
 
 
+def test_a_checkpoint_that_is_saved_after_a_training_is_resumed(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module, resumed = believing(), believing()
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(module, datamodule=held_out())
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    trainer = make_trainer(limit_train_batches=1, max_epochs=2)
+    trainer.fit(resumed, datamodule=held_out(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert trainer.global_step == 2
+    assert resumed.known_of_held_out["logits"].batches == 2
+
+
 def test_answers_of_teachers_from_the_cache_teach_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     live, cached = believing(), believing()
     cached.teacher_cache = TeacherCache(str(tmp_path / "cache"), dtype="float32")
