@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lqkd.errors import UsageError
 from lqkd.losses.trust.believed import Believed, believed
 from lqkd.losses.trust.interpolation import Interpolation, Seen, seen
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.distilling import Distilling
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import HeldOutInterpolation
+from lqkd.tasks import Rows
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
 WINDOW = 512
@@ -27,6 +29,16 @@ JUDGED = 5
 MOST_ROWS = 4096
 MOST_BYTES = 2**28
 """So many held-out rows are kept on the device, and so many bytes of their inputs, at most."""
+
+_PLAIN = (str, int, float)
+_NO_SAMPLES = (
+    "HeldOutInterpolation keeps held-out rows, for which the batches of trust_batches must be tensors with the samples "
+    "in front, or tuples, lists, dicts and named tuples of such"
+)
+_OTHER_ROWS = (
+    "trust_batches gave other rows, or another order, than when teachers were asked about them: it must give the same "
+    "each time that it is called"
+)
 
 
 @dataclass
@@ -102,6 +114,32 @@ class HeldOutRows:
         assert self.regularizer.interpolation is not None
         return self.regularizer.interpolation
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """See, before the first step, that the rows that were kept are those that teachers were asked about.
+
+        Raises:
+            UsageError: when samples of batches cannot be told apart, or labels differ.
+        """
+        module, known = self._module, self.known
+        size = len(known.labels)
+        try:
+            samples = len(module.inputs(self._batch))
+        except UsageError as error:  # of what has been put together, not of the user's batches
+            raise UsageError(f"{_NO_SAMPLES} ({error})") from error
+        if samples != size:
+            raise UsageError(f"{_NO_SAMPLES} (of {size} held-out rows {samples} were found)")
+        wrong = 0
+        with evaluating(module.student):
+            for some in torch.arange(size).split(self.regularizer.rows):
+                places = some.to(known.labels.device)
+                labels = self._rows(places).labels
+                assert labels is not None, "check_term has seen to it"
+                wrong += int((labels != known.labels[places]).sum()) if len(labels) == len(places) else len(places)
+        counted = torch.tensor(float(wrong), device=known.labels.device)
+        if module.trainer.strategy.reduce(counted, reduce_op="sum") > 0:  # on whatever process
+            raise UsageError(_OTHER_ROWS)
+
     def before_batch(self) -> None:
         """Ask the student, where it is time."""
         if self.known.batches % self.regularizer.every == 0:
@@ -161,11 +199,14 @@ class HeldOutRows:
                 self.known.student[some.to(logits.device)] = logits
 
     def _answers(self, rows: Tensor) -> Tensor:
+        return self._rows(rows).logits.float()
+
+    def _rows(self, rows: Tensor) -> Rows:
         module, size = self._module, len(self.known.labels)
         batch = part_of(self._batch, rows, size)
         with module.trainer.precision_plugin.forward_context():  # also where no training step has begun it
             output = module.passes.of_student(module.inputs(batch)).output
-        return module.task.rows(output, batch).logits.float()
+        return module.task.rows(output, batch)
 
 
 def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any], int]) -> Any:
@@ -175,6 +216,9 @@ def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any]
         batches: with tensors that have the samples in front.
         positions: (N,) int64, on the CPU.
         samples: how many a batch has.
+
+    Raises:
+        UsageError: when samples of batches cannot be told apart, or there are fewer than the positions say.
     """
     parts: list[list[Any]] = []
     found: list[Tensor] = []
@@ -183,10 +227,14 @@ def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any]
         size = samples(batch)
         inside = positions[(positions >= start) & (positions < start + size)]
         leaves, spec = tree_flatten(batch)
+        if not any(_in_front(leaf, size) for leaf in leaves) or (parts and len(leaves) != len(parts[0])):
+            raise UsageError(_NO_SAMPLES)
         parts.append([_rows_of(leaf, inside - start, size) for leaf in leaves])
         found.append(inside)
         start += size
     assert spec is not None, "check_held_out has seen to it"
+    if sum(map(len, found)) != len(positions):
+        raise UsageError(_OTHER_ROWS)
     back = torch.cat(found).argsort()[positions.argsort().argsort()]
     joined = [_rows_of(_joined(values), back, len(positions)) for values in zip(*parts, strict=True)]
     return tree_unflatten(joined, spec)
@@ -198,13 +246,20 @@ def part_of(tensors: Any, samples: Tensor, size: int) -> Any:
 
 
 def _rows_of(leaf: Any, rows: Tensor, size: int) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != size:
-        return leaf
-    return leaf[rows.to(leaf.device)]
+    return leaf[rows.to(leaf.device)] if _in_front(leaf, size) else leaf
+
+
+def _in_front(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    return torch.cat(list(values)) if isinstance(values[0], Tensor) and values[0].ndim > 0 else values[0]
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values)) if first.ndim > 0 else first
+    if not all(value is first or (isinstance(value, _PLAIN) and value == first) for value in values):
+        raise UsageError(_NO_SAMPLES)  # it says something of samples, or it cannot be known that it does not
+    return first
 
 
 def rows_that_fit(batch: Any) -> int:

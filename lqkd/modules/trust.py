@@ -124,7 +124,7 @@ def keep_held_out(module: Trusting) -> None:
     """Keep the held-out rows that teach a term's regularizer, so that the student can be asked about them.
 
     Raises:
-        UsageError: when a checkpoint does not know them.
+        UsageError: when a checkpoint does not know them, or the data give others.
     """
     module.held_out = {}
     for name, regularizer in interpolated(module.distillation).items():
@@ -138,8 +138,12 @@ def keep_held_out(module: Trusting) -> None:
             batches = iter(data.trust_batches(module.device))
             first = next(batches)
             known = module.known_of_held_out.pop(name).part(slice(rows_that_fit(first))).to(module.device)
-            batch = chosen_of(chain([first], batches), known.positions.cpu(), lambda b: len(module.inputs(b)))
-        module.held_out[name] = HeldOutRows(module, regularizer, known, batch)
+            with module.distillation.told(name):
+                batch = chosen_of(chain([first], batches), known.positions.cpu(), lambda b: len(module.inputs(b)))
+            rows = HeldOutRows(module, regularizer, known, batch)
+            with module.distillation.told(name):
+                rows.check()
+        module.held_out[name] = rows
 
 
 def tables(module: Trusting, name: str) -> dict[str, tuple[list[Any], dict[str, list[float]]]]:

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lqkd.callbacks import RegularizerMonitor
-from lqkd.data import Digits
+from lqkd.data import Batch, Digits
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints, LogitResidual
 from lqkd.losses.base import MapKind
@@ -26,7 +26,7 @@ from lqkd.quantization import Recipe
 from lqkd.regularizers import HeldOutInterpolation
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
-from lqkd.tasks import Rows
+from lqkd.tasks import Classification, Rows
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import Recorder, network, parameters_of
@@ -77,7 +77,8 @@ def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_stu
     assert all(bool((corner < white).all()) for corner, trained, _ in seen if trained)
     asked = [(corner, training) for corner, trained, training in seen if bool((corner == white).any())]
     assert (
-        sum(len(corner) for corner, _ in asked) == 300 + 4 * 32 + 2 * 60 + 300
+        sum(len(corner) for corner, _ in asked)
+        == 300 + 300 + 4 * 32 + 2 * 60 + 300  # check, first, every third of 14 batches, ...
     )  # first, every third of 14 batches, epochs, last
     assert not any(training for _, training in asked)
 
@@ -283,6 +284,54 @@ def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_see
 def test_what_cannot_be_learned_from_held_out_rows_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+class Opaque:
+    """A batch into which nobody can look."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+
+class Looking(Classification):
+    def samples(self, batch: Any) -> Any:
+        if isinstance(batch, Opaque):
+            batch = batch.batch
+        if type(batch) is tuple:
+            batch = (torch.stack(batch[0]) if isinstance(batch[0], list) else batch[0], batch[1])
+        return super().samples(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda batch, time: batch._replace(labels=batch.labels.roll(time)),
+            "trust_batches gave other rows, or another",
+        ),
+        (lambda batch, time: Opaque(batch), "batches of trust_batches must be tensors with the samples in front"),
+        (lambda batch, time: (batch.images, batch.labels, [str(i) for i in batch.indices]), "must be tensors"),
+        (
+            lambda batch, time: ([*batch.images], batch.labels),
+            r"must be tensors .* \(the labels of a batch of 100 are",
+        ),
+    ],
+)
+def test_rows_that_are_not_those_that_teachers_answered_are_refused_before_the_first_step(
+    make_trainer: MakeTrainer, change: Callable[[Batch, int], Any], message: str
+) -> None:
+    times: list[int] = []
+
+    class Changed(Digits):
+        def trust_batches(self, device: torch.device) -> Any:
+            times.append(len(times))
+            return (change(batch, len(times)) for batch in super().trust_batches(device))
+
+    module, steps = believing(), Recorder(lambda *_: None)
+    module.task = module.passes._task = Looking()
+    with pytest.raises(UsageError, match=f"distillation.logits: .*{message}"):
+        make_trainer(callbacks=[steps]).fit(module, datamodule=held_out(Changed, eval_batch_size=128))
+    assert not steps.seen
 
 
 def test_held_out_rows_without_labels_are_refused_before_the_first_batch(make_trainer: MakeTrainer) -> None:
