@@ -589,7 +589,7 @@ class DistillModule(TaskModule):
         self.trust = checkpoint.get("trust", {})
         self.reliability = checkpoint.get("reliability", {})
         self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
-        leave_own(self, checkpoint["state_dict"])
+        leave_own(self, self.trust)
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         shapes = checkpoint.get("distillation_shapes")

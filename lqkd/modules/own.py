@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.term import DistillationTerm
-from lqkd.modules.terms import STUDENT_FLOAT, Term
+from lqkd.modules.terms import STUDENT_FLOAT, Term, teacher_label
 from lqkd.quantization import quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.teachers import FrozenTeacher
@@ -79,12 +79,16 @@ def joined_sentence(own: str) -> str:
     return f"{own}, the float network that the student starts from, is among its teachers (own: false leaves it out)"
 
 
-def leave_own(module: Joined, state: Mapping[str, Tensor]) -> None:
-    """Take it out of those terms that were trained without it, as a checkpoint's state of an earlier version says."""
-    for name in [*module.own_joined]:
-        term = cast(DistillationTerm, module.distillation[name])
-        saved = state.get(f"distillation.{name}.combination.map.scale")
-        if saved is not None and len(saved) == len(term.teachers) - 1:
+def leave_own(module: Joined, trust: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take it out of those terms that were trained without it and with all others.
+
+    Args:
+        module: that has just been made.
+        trust: the reports by term that a checkpoint has, of which ``believed`` names the teachers.
+    """
+    for name, own in [*module.own_joined.items()]:
+        others = [one for one in cast(DistillationTerm, module.distillation[name]).teachers if one != own]
+        if [*trust.get(name, {}).get("believed", ())] == [teacher_label(one, module.named_teachers) for one in others]:
             leave(module, name)
 
 

@@ -297,6 +297,21 @@ def test_a_checkpoint_without_the_float_network_among_the_teachers_goes_on_witho
     assert trainer.global_step == 2
 
 
+def test_what_was_learned_of_the_float_network_is_not_taken_for_another_teacher(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """A checkpoint of a teacher and the float network, for two teachers and it: as many as without it, but others."""
+    before = trusting(weights=STUDENT, large=trained_teacher())
+    after = trusting(weights=STUDENT, large=trained_teacher(), new=trained_teacher(ORDER))
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(before, datamodule=held_out())
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    with pytest.raises(UsageError, match=r"distillation\.logits\.combination\.map"):
+        make_trainer(max_epochs=2).fit(
+            after, datamodule=held_out(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+
+
 @pytest.mark.parametrize("own", [None, True])
 def test_a_float_network_that_knows_held_out_rows_by_heart_does_not_take_over_from_a_better_teacher(
     make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, tmp_path: Path, own: bool | None
