@@ -15,7 +15,7 @@ from lqkd.losses import DistillationLoss
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
-from lqkd.regularizers import HeldOutInterpolation, LookAhead, Regularizer, alignment
+from lqkd.regularizers import HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -304,6 +304,11 @@ def _check_regularizer(regularizer: Regularizer, term: Term) -> None:
         raise UsageError(
             f"regularizer HeldOutInterpolation is not possible with combination={term.combination!r}: it weighs what "
             "held-out rows say can be believed of the teachers, so take trust or calibrated"
+        )
+    if isinstance(regularizer.player, HeldOut) and not isinstance(regularizer, HeldOutInterpolation):
+        raise UsageError(
+            f"player HeldOut is not possible with regularizer {type(regularizer).__name__}: it belongs to "
+            "HeldOutInterpolation, and nothing else is taught by held-out rows"
         )
     if loss.kind not in regularizer.maps:
         raise UsageError(

@@ -63,8 +63,10 @@ class HeldOutInterpolation(Regularizer):
     ) -> None:
         super().__init__(guard="none", player=HeldOut())
         for name, value in (("hidden", hidden), ("rows", rows), ("every", every)):
-            if value < 1:
-                raise UsageError(f"{name}={value!r} of HeldOutInterpolation is not possible: it must be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(
+                    f"{name}={value!r} of HeldOutInterpolation is not possible: it must be a whole number of at least 1"
+                )
         if of not in get_args(WeightOf):
             raise UsageError(f"of={of!r} of HeldOutInterpolation is unknown: use {', '.join(get_args(WeightOf))}")
         Interpolation(2, "all", start, strength)  # refuses what is not possible

@@ -23,7 +23,7 @@ from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule, Tap, Term
 from lqkd.modules.term import DistillationTerm
 from lqkd.quantization import Recipe
-from lqkd.regularizers import HeldOutInterpolation
+from lqkd.regularizers import ElementwiseMLP, HeldOut, HeldOutInterpolation
 from lqkd.runs import BestAndLast, RunLogger
 from lqkd.runs.summary import RunSummary
 from lqkd.tasks import Classification, Rows
@@ -151,7 +151,7 @@ def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summa
 
 def test_what_is_told_and_learned_is_of_the_student_as_it_is(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """As it is now for what is told; for what is learned from, of the last four times that it was asked."""
-    module, data = believing(rows=16, every=1, lr=0.05), held_out()
+    module, data = believing(rows=16, every=1, lr=0.05), held_out(limit_train=900, eval_batch_size=1024)
     expected: list[float] = []
     learned: list[int] = []
 
@@ -169,7 +169,6 @@ def test_what_is_told_and_learned_is_of_the_student_as_it_is(make_trainer: MakeT
                 expected.append(float(F.cross_entropy(said, known.labels)))
                 learned.append(len(rows._window[1]))
 
-    data.eval_batch_size = 512
     trainer = make_trainer(max_epochs=2, callbacks=[Ask(lambda *_: None)], logger=RunLogger(tmp_path))
     trainer.fit(module, datamodule=data)
     with open(tmp_path / "metrics.csv", newline="") as stream:
@@ -177,6 +176,9 @@ def test_what_is_told_and_learned_is_of_the_student_as_it_is(make_trainer: MakeT
     assert [float(value) for value in told if value] == pytest.approx(expected, rel=1e-4)
     assert abs(expected[0] - expected[1]) > 0.05
     assert max(learned) <= 4 * 16
+    held = len(data.trust_indices)
+    assert held > 512  # more than are asked about at first
+    assert module.trust["logits"]["interpolation"]["rows"] == -(-held // 5)
 
 
 def test_a_good_teacher_is_believed(make_trainer: MakeTrainer) -> None:
@@ -256,9 +258,16 @@ def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_see
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: believing(rows=0), "rows=0 of HeldOutInterpolation is not possible: it must be a whole number"),
+        (lambda: believing(every=2.5), "every=2.5 of HeldOutInterpolation is not possible: it must be a whole number"),
+        (lambda: believing(strength=float("inf")), "strength=inf is not possible: it must be a finite number"),
         (
-            lambda: believing(rows=0),
-            "rows=0 of HeldOutInterpolation is not possible: it must be at least 1",
+            lambda: DistillModule(
+                student=network(),
+                teachers={"a": FrozenTeacher(network())},
+                distillation={"x": Term(HintonKL(), "a", "trust", regularizer=ElementwiseMLP(player=HeldOut()))},
+            ),
+            "distillation.x: player HeldOut is not possible with regularizer ElementwiseMLP: it belongs to Held",
         ),
         (lambda: believing(of="teacher"), "of='teacher' of HeldOutInterpolation is unknown: use all, class, sample"),
         (

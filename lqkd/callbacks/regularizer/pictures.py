@@ -51,7 +51,7 @@ def _figures(
     weights: Sequence[EpochWeights], statistics: Mapping[str, History], maps: Mapping[str, Tensor]
 ) -> Iterable[tuple[str, Figure]]:
     if weights:
-        yield "weights", weightsover_epochs(weights)
+        yield "weights", weights_over_epochs(weights)
     if "distribution" in statistics:
         yield "distribution", distribution(statistics["distribution"])
     if "label" in statistics or "output" in statistics:
@@ -91,7 +91,7 @@ def write(target: Path, image: np.ndarray[Any, Any]) -> None:
         Image.fromarray(image).save(temporary, format="png")
 
 
-def weightsover_epochs(history: Sequence[EpochWeights]) -> Figure:
+def weights_over_epochs(history: Sequence[EpochWeights]) -> Figure:
     """Mean, spread, minimum and maximum of the weights over the epochs."""
     figure, (axes,) = canvas("Weights of the regularizer", 1)
     epochs = [epoch.epoch + 1 for epoch in history]

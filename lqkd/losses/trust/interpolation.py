@@ -32,7 +32,7 @@ class Interpolation(nn.Module):
         hidden: units of the small network.
 
     Raises:
-        UsageError: when the start is not between 0 and 1 or the strength is negative.
+        UsageError: when the start is not between 0 and 1 or the strength is negative or not finite.
 
     Examples:
         >>> both = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -47,8 +47,8 @@ class Interpolation(nn.Module):
         super().__init__()
         if not 0 < start < 1:
             raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
-        if not strength >= 0:
-            raise UsageError(f"strength={strength!r} is not possible: it must be at least 0")
+        if not 0 <= strength < math.inf:
+            raise UsageError(f"strength={strength!r} is not possible: it must be a finite number of at least 0")
         self.of, self.strength = of, strength
         self.start = math.log(start / (1 - start))
         self.moved: nn.Module | nn.Parameter
