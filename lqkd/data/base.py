@@ -265,7 +265,10 @@ class ImageDataModule(LightningDataModule):
         )
 
     def trust_batches(self, device: torch.device) -> Iterator[Batch]:
-        """All images of ``trust_fraction``, on every process, augmented as in the first epoch but not mixed."""
+        """All images of ``trust_fraction``, on every process, augmented as in the first epoch but not mixed.
+
+        They are the same in the same order each time, since answers to them are kept by their places.
+        """
         if not len(self.trust_indices):
             return
         images = self._loaded()

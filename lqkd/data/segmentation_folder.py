@@ -71,6 +71,8 @@ class SegmentationFolder(ImageDataModule):
         mean: Channel means on the [0, 1] scale that are subtracted; null means those of ImageNet.
         std: Channel standard deviations on the [0, 1] scale to divide by; null means those of ImageNet.
         limit_train: Train on only this many images, for quick studies; null means all.
+        trust_fraction: Share of these training images that are in no training batch: their masks say how far teachers
+            can be believed (``combination: trust`` of a distillation); in [0, 1), 0 means none.
 
     Raises:
         UsageError: when a setting is out of range, an image has no mask of its size, or a mask has other numbers.
@@ -97,6 +99,7 @@ class SegmentationFolder(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         limit_train: int | None = None,
+        trust_fraction: float = 0.0,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -107,6 +110,7 @@ class SegmentationFolder(ImageDataModule):
             mean=mean,
             std=std,
             limit_train=limit_train,
+            trust_fraction=trust_fraction,
         )
         if not 0 < test_fraction < 1:
             raise UsageError(
@@ -167,17 +171,18 @@ class SegmentationFolder(ImageDataModule):
             rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
 
     def write_split(self, target: Path) -> None:
-        """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
+        """Write a table that says of each image whether it is for training, validation, testing or trust.
 
-        Columns: ``split`` (``train``, ``val`` or ``test``), ``file`` and ``mask``, names below ``root`` that are
-        escaped as :func:`lqkd.utils.escaping.csv_cell` says.
+        Needs ``setup``. Columns: ``split`` (``train``, ``val``, ``test``, or ``trust`` for ``trust_fraction``), and
+        ``file`` and ``mask``, names below ``root`` that are escaped as :func:`lqkd.utils.escaping.csv_cell` says.
         """
         images = self._loaded()
         tested = torch.arange(len(images.test_labels))
-        parts = (("train", images.train_images, self.train_indices), ("val", images.train_images, self.val_indices))
+        trained = images.train_images
+        held_out = (("train", self.train_indices), ("val", self.val_indices), ("trust", self.trust_indices))
         rows = [
             {"split": name} | dict(zip(("file", "mask"), self._pair(pairs, index), strict=True))
-            for name, pairs, indices in (*parts, ("test", images.test_images, tested))
+            for name, pairs, indices in (*((n, trained, i) for n, i in held_out), ("test", images.test_images, tested))
             for index in indices.tolist()
         ]
         write_csv(target, rows, ("split", "file", "mask"))

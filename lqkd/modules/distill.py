@@ -20,12 +20,14 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
 from lqkd.modules.distillation import Distillation
+from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
+from lqkd.modules.own import join_own, leave_own
 from lqkd.modules.passes import Passes
 from lqkd.modules.references import REFERENCES, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
@@ -37,7 +39,7 @@ from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
 from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.modules.trust import check_held_out, fit_trust
+from lqkd.modules.trust import check_held_out, fit_trust, leave_memorised, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import Regularizer
@@ -75,6 +77,9 @@ class DistillModule(TaskModule):
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
         warnings: what was noticed before the first step, for ``summary.json``.
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
+        own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
+            was added to them.
+        own_added: whether it is none of the user's teachers.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
@@ -141,13 +146,17 @@ class DistillModule(TaskModule):
         short = {"distillation_loss": distillation_loss, "taps": taps or None, "regularizer": regularizer}
         self.named_teachers = named_teachers(teacher, teachers)  # a plain dict: no submodules, see the class docstring
         terms = named_terms(distillation, teacher, [*self.named_teachers], short)
+        start_from(student, student_weights, replace_head)
+        starts = student_weights is not None and not replace_head
+        given = len(self.named_teachers)
+        terms, self.named_teachers, self.own_joined = join_own(terms, self.named_teachers, student, starts)
+        self.own_added = len(self.named_teachers) > given
         for one in (*self.named_teachers.values(), teacher):
             check_teacher(self.task, one)
         self.distillation = Distillation(terms, named=distillation is not None)
         for name, term in terms.items():
             with self.distillation.told(name):
                 check_term(self.task, term)
-        start_from(student, student_weights, replace_head)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.student, self.coverage = quantize_model(student, quantization)
         # Weights decide: the first convolution turns images of any format into theirs.
@@ -179,6 +188,9 @@ class DistillModule(TaskModule):
         self.penalties: dict[str, Callable[[], Tensor]] = {}
         self.warnings: list[str] = []
         self.trust: dict[str, dict[str, Any]] = {}
+        self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
+        self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
+        self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -224,7 +236,9 @@ class DistillModule(TaskModule):
         """What must be better than chance, by what messages call it: every teacher, or an ensemble as one."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
-        return {teacher_label(name, self.named_teachers): one for name, one in self.named_teachers.items()}
+        added = self.own_joined.values() if self.own_added else ()  # it need not be good, and is measured by itself
+        named = {name: one for name, one in self.named_teachers.items() if name not in added}
+        return {teacher_label(name, named): one for name, one in named.items()}
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         for name, teacher in self.named_teachers.items():
@@ -359,6 +373,8 @@ class DistillModule(TaskModule):
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
+        if not self._resumed:
+            leave_memorised(self)  # before a cache is opened for it
         self.passes.cache, of_teacher = prepare_teacher(self)
         fit_trust(self, known=self._resumed)
         self.references = measure(self, self.references, of_teacher.values)
@@ -398,9 +414,20 @@ class DistillModule(TaskModule):
             )
 
     def teardown(self, stage: str) -> None:
+        on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
+        self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
+        self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
         self.passes.cache = None
+
+    def trust_tables(self) -> dict[str, dict[str, tuple[list[Any], dict[str, list[float]]]]]:
+        """By term of which held-out rows tell, what there is to draw of it; see :func:`lqkd.modules.trust.tables`."""
+        return {name: tables(self, name) for name in self.trust}
+
+    def trust_maps(self) -> dict[str, dict[str, Tensor]]:
+        """By term and teacher, what held-out rows have made of its logits, (C, C); see :class:`TrustMap.matrices`."""
+        return {name: matrices(self, name) for name in self.trust}
 
     def _report_references(self) -> None:
         known = logged(self.references, self.task)
@@ -419,6 +446,8 @@ class DistillModule(TaskModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         self._tell_progress()
+        for rows in self.held_out.values():
+            rows.before_batch()
         losses = self.losses(batch, cached=True)
         report = self._report(losses, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
@@ -441,7 +470,8 @@ class DistillModule(TaskModule):
         losses |= self.distillation.reduce(divergences)
         loss, balance = self.balance(losses, outputs.student.output)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        for further in (*self.distillation.objectives(divergences), *penalties.values()):
+        learned = [rows.objective() for rows in self.held_out.values()]
+        for further in (*self.distillation.objectives(divergences), *learned, *penalties.values()):
             loss = loss + further
         return Losses(loss, losses, divergences, outputs, balance, penalties)
 
@@ -489,7 +519,8 @@ class DistillModule(TaskModule):
             return {}
         wanted = dict(losses.by_name)
         for name, term in self.distillation.terms():
-            wanted[plain(name)] = term.reduce(losses.divergences[name].maps, weighted=False)
+            if term.interpolation is None:  # which moves the target, and leaves no weights to take away
+                wanted[plain(name)] = term.reduce(losses.divergences[name].maps, weighted=False)
         found = {
             name: torch.autograd.grad(loss, losses.outputs.student.output, retain_graph=True, allow_unused=True)[0]
             for name, loss in wanted.items()
@@ -512,6 +543,11 @@ class DistillModule(TaskModule):
         self._signs.end_epoch(self)
         self.balance.on_epoch_end()
         self.optimization.step_schedules("epoch")
+        if self.held_out:
+            send(self.trainer, numbers(self.held_out, self.distillation.named))
+
+    def on_train_end(self) -> None:
+        report_held_out(self)
 
     # ---- state
 
@@ -536,6 +572,11 @@ class DistillModule(TaskModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
         checkpoint["trust"] = self.trust
+        if self.trust:
+            checkpoint["reliability"] = self.reliability
+        known = self.known_of_held_out | {name: rows.known for name, rows in self.held_out.items()}
+        if known:
+            checkpoint["held_out"] = {name: vars(of_term) for name, of_term in known.items()}
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.
@@ -546,6 +587,9 @@ class DistillModule(TaskModule):
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
         self.trust = checkpoint.get("trust", {})
+        self.reliability = checkpoint.get("reliability", {})
+        self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
+        leave_own(self, self.trust)
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
         shapes = checkpoint.get("distillation_shapes")

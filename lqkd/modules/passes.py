@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,10 @@ class Passes:
             return self.ask_teachers(inputs)
         return self.cache.answers(alone, indices_of(batch), epoch, lambda: self.ask_teachers(inputs))
 
-    def ask_teachers(self, inputs: Inputs) -> TeacherOutputs:
-        """What is seen of every teacher, called with ``inputs``."""
-        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in self._teachers.items()}
+    def ask_teachers(self, inputs: Inputs, names: Collection[str] | None = None) -> TeacherOutputs:
+        """What is seen of every teacher, or of those of some names, called with ``inputs``."""
+        asked = {name: one for name, one in self._teachers.items() if names is None or name in names}
+        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in asked.items()}
 
     def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs) -> Seen:
         asked, taps = Asked(teacher_label(name, self._teachers), len(inputs)), self.taps_of_teachers.get(name)

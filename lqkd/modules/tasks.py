@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lqkd.errors import UsageError
 from lqkd.modules.terms import Term
+from lqkd.regularizers import HeldOutInterpolation
 from lqkd.tasks import Classification, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 
@@ -48,10 +49,10 @@ def check_term(task: Task, term: Term) -> None:
         raise UsageError(f"several teachers cannot be combined for task {name}, whose rows are no classes: give one")
     if term.trusted and not task.predicts_classes:
         raise UsageError(f"combination={term.combination!r} needs labels, which task {name} has not: leave it out")
-    if term.trusted and not task.one_row_a_sample:
+    if isinstance(regularizer, HeldOutInterpolation) and not task.one_row_a_sample:
         raise UsageError(
-            f"combination={term.combination!r} is chosen by cross-validation over rows, of which task {name} has "
-            "several a sample that are alike: leave it out"
+            f"regularizer HeldOutInterpolation asks the student about single held-out rows, of which task {name} has "
+            "several a sample: leave it out"
         )
     if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")

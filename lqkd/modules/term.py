@@ -15,7 +15,7 @@ from lqkd.losses import DistillationLoss
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
-from lqkd.regularizers import LookAhead, Regularizer, alignment
+from lqkd.regularizers import HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -72,7 +72,7 @@ class DistillationTerm(nn.Module):
         if loss.compares != "logits" and not taps:
             raise UsageError(f"distillation_loss {name} compares features: give at least one pair of taps")
         if regularizer is not None:
-            _check_regularizer(regularizer, loss)
+            _check_regularizer(regularizer, term)
         combines = several or term.trusted
         combination = COMBINATIONS[term.combination or "mean"]
         self.combination: Combination | None = combination(len(term.teachers)) if combines else None
@@ -81,6 +81,7 @@ class DistillationTerm(nn.Module):
         self.losses = nn.ModuleList(_copies(loss, pairs))
         self.regularizers = nn.ModuleList(() if regularizer is None else _copies(regularizer, pairs))
         self.teachers = tuple(term.teachers)
+        self.keeps_own = term.own is True  # by the user's word, whatever is found of it
         self.taps = tuple(taps)
         self.weight = term.weight
         self.compares = loss.compares
@@ -90,6 +91,11 @@ class DistillationTerm(nn.Module):
     def regularizer(self) -> Regularizer | None:
         """The regularizer, the first of them where every pair of taps or teacher has its own."""
         return cast(Regularizer, self.regularizers[0]) if self.regularizers else None
+
+    @property
+    def interpolation(self) -> HeldOutInterpolation | None:
+        """The regularizer, where held-out rows teach it what lies between teachers and student."""
+        return self.regularizer if isinstance(self.regularizer, HeldOutInterpolation) else None
 
     def bind(self, student: nn.Module) -> None:
         """Let the losses look at the student, before :meth:`connect`.
@@ -123,11 +129,23 @@ class DistillationTerm(nn.Module):
                 regularizer = cast(Regularizer, self.regularizers[index])
                 channels = 0
                 (t, s), *_ = group
-                if loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
+                if self.interpolation is not None:
+                    channels = t[1]
+                elif loss.kind != "samples" and 0 not in s:  # otherwise the number of classes is not known
                     with torch.no_grad():
                         matched = loss.pair(torch.zeros(t), torch.zeros(s))[1]
                     channels = matched.shape[2 if matched.ndim == 3 else 1]
                 regularizer.connect(loss.kind, channels)
+
+    def leave(self, teacher: str) -> None:
+        """Do without one of the teachers that are combined; what is learned of the others begins anew."""
+        assert self.combination is not None
+        before = self.combination
+        self.teachers = tuple(name for name in self.teachers if name != teacher)
+        self.combination = type(before)(len(self.teachers))
+        if self.shapes is not None:
+            self.combination.connect(self.shapes[0][0][1])
+            self.combination.to(next(before.buffers()).device)
 
     def sees_rows(self, task: Task) -> bool:
         """Whether the elements of its maps belong to the rows of the task."""
@@ -155,15 +173,21 @@ class DistillationTerm(nn.Module):
             features: what the taps saw, of the term's teacher and of the student, by name of the module.
             sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
         """
-        divergences = Divergences([], [*teachers], None)
+        divergences, each = Divergences([], [*teachers], None), None
         if self.combination is not None:
             assert rows.labels is not None, "check_term has seen to it"
-            divergences.teachers, divergences.loss = self.combination(torch.stack(divergences.teachers), rows.labels)
+            each = torch.stack(divergences.teachers)
+            divergences.teachers, divergences.loss = self.combination(each, rows.labels)
         if not sees_labels:
             rows = rows._replace(labels=None)
         pairs = self._pairs(divergences.teachers, rows.logits, features)
         for index, (module, (teacher, student)) in enumerate(zip(self.losses, pairs, strict=True)):
             compare, weights = cast(DistillationLoss, module), None
+            if self.interpolation is not None:  # which moves the target, where others weigh the divergence
+                target, trust = self.interpolation.between(teacher, student, each)
+                divergence = compare(target, student, rows.labels)
+                divergences.maps.append(DivergenceMap(divergence, _of_map(trust, divergence)))
+                continue
             divergence = compare(teacher, student, rows.labels)
             if self.regularizers:
                 regularizer = cast(Regularizer, self.regularizers[index])
@@ -251,7 +275,9 @@ class DistillationTerm(nn.Module):
         """The distillation loss, 0-dim: the mean over the maps; the student sees the weights as constants."""
         losses = [
             cast(DistillationLoss, compare).reduce(
-                each.weights.detach() * each.divergence if weighted and each.weights is not None else each.divergence
+                each.weights.detach() * each.divergence
+                if weighted and each.weights is not None and self.interpolation is None
+                else each.divergence
             )
             for compare, each in zip(self.losses, maps, strict=True)
         ]
@@ -266,14 +292,25 @@ class DistillationTerm(nn.Module):
                 for regularizer, each in zip(self.regularizers, maps, strict=True)
                 if each.weights is not None
             ]
-            if self.regularizers
+            if self.regularizers and self.interpolation is None
             else []
         )
         return torch.stack(losses).mean() if losses else None
 
 
-def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None:
+def _check_regularizer(regularizer: Regularizer, term: Term) -> None:
+    loss = term.loss
     name = type(loss).__name__
+    if isinstance(regularizer, HeldOutInterpolation) and not term.trusted:
+        raise UsageError(
+            f"regularizer HeldOutInterpolation is not possible with combination={term.combination!r}: it weighs what "
+            "held-out rows say can be believed of the teachers, so take trust or calibrated"
+        )
+    if isinstance(regularizer.player, HeldOut) and not isinstance(regularizer, HeldOutInterpolation):
+        raise UsageError(
+            f"player HeldOut is not possible with regularizer {type(regularizer).__name__}: it belongs to "
+            "HeldOutInterpolation, and nothing else is taught by held-out rows"
+        )
     if loss.kind not in regularizer.maps:
         raise UsageError(
             f"regularizer {type(regularizer).__name__} cannot weigh distillation_loss {name}, which has a map "
@@ -284,6 +321,13 @@ def _check_regularizer(regularizer: Regularizer, loss: DistillationLoss) -> None
             f"player {type(regularizer.player).__name__} cannot look ahead from features: it needs a "
             "distillation_loss that compares logits"
         )
+
+
+def _of_map(weights: Tensor, divergence: Tensor) -> Tensor:
+    """Weights (N, 1) or (N, C) as they broadcast to a map over classes, samples, or nothing."""
+    if divergence.ndim == 2:
+        return weights
+    return weights.mean(1) if divergence.ndim == 1 else weights.mean()
 
 
 def _copies(module: nn.Module, count: int) -> list[nn.Module]:

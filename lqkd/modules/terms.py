@@ -18,6 +18,8 @@ from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 
 TEACHER = "teacher"
 """The name of a teacher that is given without one."""
+STUDENT_FLOAT = "student_float"
+"""The name of the student's own float network among the teachers."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _TAKEN = (TASK, "loss", "total", "dampening")
 """Names under which something else is logged, beside the losses of the terms."""
@@ -51,6 +53,9 @@ class Term:
             of its own.
         weight: multiplies the loss before it is balanced, > 0.
         regularizer: weighs the elements of the divergence; null for the plain loss.
+        own: whether the float network that the student starts from is among the teachers of ``trust`` and
+            ``calibrated``; null for yes where there are ``student_weights``, with their last layer, unless it knows
+            held-out rows by heart. True is for yes in any case, of a student whose class brings weights say.
     """
 
     loss: DistillationLoss
@@ -59,6 +64,7 @@ class Term:
     taps: list[Tap] | None = None
     weight: float = 1.0
     regularizer: Regularizer | None = None
+    own: bool | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -132,7 +138,8 @@ def named_terms(
             )
         loss = short["distillation_loss"] or LogitResidual()
         named = list(teachers) if ensemble else teachers[0]
-        return {DISTILL: Term(loss, named, combination, short["taps"], 1.0, short["regularizer"])}
+        term = Term(loss, named, combination, short["taps"], 1.0, short["regularizer"])
+        return _with_own({DISTILL: term}, teacher)
     beside = [name for name, value in short.items() if value is not None]
     if beside:
         raise UsageError(f"{beside[0]} is not possible beside distillation: give it to one of its terms")
@@ -162,7 +169,24 @@ def named_terms(
     idle = [one for one in everyone if not any(one in term.teachers for term in found.values())]
     if idle:
         raise UsageError(f"teachers.{idle[0]} serves no term of distillation: name it in one, or leave it out")
-    return _separate(found)
+    return _separate(_with_own(found, teacher))
+
+
+def _with_own(terms: dict[str, Term], teacher: FrozenTeacher | TeacherEnsemble | None) -> dict[str, Term]:
+    """With what an ensemble says of the student's own float network, for terms that it concerns and that do not say.
+
+    Raises:
+        UsageError: when it asks for it and concerns none.
+    """
+    if not isinstance(teacher, TeacherEnsemble):
+        return terms
+    trusted = {name: term for name, term in terms.items() if term.trusted}
+    if teacher.own and not trusted:
+        spoken = " or ".join(sorted({repr(term.combination) for term in terms.values()}))
+        raise UsageError(
+            f"own=True of the ensemble is not possible with combination={spoken}: it is of trust and calibrated"
+        )
+    return terms | {name: replace(term, own=teacher.own) for name, term in trusted.items() if term.own is None}
 
 
 def _check_name(setting: str, name: str) -> None:
@@ -188,4 +212,7 @@ def _separate(terms: dict[str, Term]) -> dict[str, Term]:
 
 def teacher_label(name: str, teachers: Mapping[str, object]) -> str:
     """What messages call a teacher: ``teacher``, or with its name where there are several."""
-    return TEACHER if name == TEACHER and len(teachers) == 1 else f"{TEACHER} {name}"
+    if name == STUDENT_FLOAT:
+        return name
+    alone = not teachers.keys() - {TEACHER, STUDENT_FLOAT}
+    return TEACHER if name == TEACHER and alone else f"{TEACHER} {name}"

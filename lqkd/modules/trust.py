@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any, Protocol, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from lightning.pytorch.trainer.states import RunningStage
@@ -14,23 +14,32 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import Answers, TrustMap, memorised, memorised_sentence
-from lqkd.modules.distillation import Distillation
-from lqkd.modules.distilling import Distilling
+from lqkd.losses.trust import Answers, Reliability, TrustMap, left_out_sentence, memorised, memorised_sentence
+from lqkd.losses.trust.reliability import BINS
+from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
+from lqkd.modules.own import joined_sentence, leave
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
+from lqkd.modules.term import DistillationTerm
 from lqkd.modules.terms import teacher_label
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
+BELIEVED, STUDENT = "what is believed of them", "student"
+"""What pictures call those that speak of held-out rows, beside the teachers."""
+ROWS_OF_SAMPLE = 64
+"""So many rows of a sample that has several, such as the pixels of an image, are looked at, at most."""
 _MOST_ROWS = 20_000
 """So many held-out rows are fitted to, at most."""
 
 
-class Trusting(Distilling, Protocol):
+class Trusting(Learning, Protocol):
     """A module that distils, with terms that may have to be fitted."""
 
-    distillation: Distillation
     trust: dict[str, dict[str, Any]]
+    reliability: dict[str, dict[str, dict[str, list[float]]]]
+    held_out: dict[str, HeldOutRows]
+    known_of_held_out: dict[str, Known]
+    own_added: bool
 
 
 def check_held_out(module: Trusting) -> None:
@@ -58,6 +67,29 @@ def check_held_out(module: Trusting) -> None:
                 )
 
 
+def leave_memorised(module: Trusting) -> None:
+    """Leave the student's own float network out of terms that did not ask for it where it knows held-out rows by heart.
+
+    It was trained on all training rows as a rule. What a map learned of rows that it cannot be wrong about would be to
+    believe it and no better teacher.
+    """
+    terms = [name for name in module.own_joined if not cast(DistillationTerm, module.distillation[name]).keeps_own]
+    if not terms:
+        return
+    own = module.own_joined[terms[0]]  # one for all terms
+    told = None
+    with isolate_rng():
+        unseen = _on_validation(module, {own})
+        if module.trainer.is_global_zero:
+            told = _by_heart(_held_out(module, {own}), unseen).get(own)
+    told = module.trainer.strategy.broadcast(told)
+    if told is None:
+        return
+    for name in terms:
+        rank_zero_info(f"{_prefix(module, name)}: {left_out_sentence(_label(module, own), *told)}")
+        leave(module, name)
+
+
 def fit_trust(module: Trusting, known: bool) -> None:
     """Fit every trusted term, on the first process for all of them, and tell what was found.
 
@@ -71,41 +103,157 @@ def fit_trust(module: Trusting, known: bool) -> None:
         UsageError: when too few rows have a label.
     """
     trusted = dict(_trusted(module))
+    for name, own in module.own_joined.items():
+        rank_zero_info(f"{_prefix(module, name)}: {joined_sentence(own)}")
     if trusted and not known:
         rank_zero_info("asking teachers about held-out rows")
-        for name, (state, report) in _learned(module, trusted).items():
-            cast(TrustMap, trusted[name].map).load_state_dict(state)
-            module.trust[name] = report
+        for name, found in _learned(module, trusted).items():
+            cast(TrustMap, trusted[name].map).load_state_dict(found.state)
+            module.trust[name], module.reliability[name] = found.report, found.reliability
+            if found.known is not None:
+                module.known_of_held_out[name] = found.known
+    keep_held_out(module)
     for name, report in module.trust.items():
-        prefix = f"distillation.{name}" if module.distillation.named else "trust"
-        rank_zero_info(f"{prefix}: {report['sentence']}")
+        rank_zero_info(f"{_prefix(module, name)}: {report['sentence']}")
         for sentence in report["warnings"]:
             if sentence not in module.warnings:  # two terms may have a teacher in common
                 warn(module, sentence)
 
 
-def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, tuple[dict[str, Tensor], Any]]:
-    """By term the state of its map and a report, the same on all processes."""
+def keep_held_out(module: Trusting) -> None:
+    """Keep the held-out rows that teach a term's regularizer, so that the student can be asked about them.
+
+    Raises:
+        UsageError: when a checkpoint does not know them, or the data give others.
+    """
+    module.held_out = {}
+    for name, regularizer in interpolated(module.distillation).items():
+        if name not in module.known_of_held_out:
+            raise UsageError(
+                f"the checkpoint does not say what {_prefix(module, name)} knows of held-out rows, as one that an "
+                "earlier version saved after its training: resume from one that was saved during it"
+            )
+        with isolate_rng():
+            data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+            batches = iter(data.trust_batches(module.device))
+            first = next(batches)
+            known = module.known_of_held_out.pop(name).part(slice(rows_that_fit(first))).to(module.device)
+            with module.distillation.told(name):
+                batch = chosen_of(chain([first], batches), known.positions.cpu(), lambda b: len(module.inputs(b)))
+            rows = HeldOutRows(module, regularizer, known, batch)
+            with module.distillation.told(name):
+                rows.check()
+        module.held_out[name] = rows
+
+
+def tables(module: Trusting, name: str) -> dict[str, tuple[list[Any], dict[str, list[float]]]]:
+    """What there is to draw of a trusted term as it is now: by table its bins, and columns of which one is ``value``.
+
+    ``reliability`` has a bin for each speaker and tenth of confidence, ``believed`` one for each class and, of a
+    regularizer that learns from held-out rows, ``trust`` one for the mean weight and each loss. The student is asked
+    for it, by all processes together.
+    """
+    found: dict[str, tuple[list[Any], dict[str, list[float]]]] = {}
+    speakers, by_class = dict(module.reliability.get(name, {})), module.trust[name]["by_class"]
+    rows = module.held_out.get(name)
+    if rows is not None:
+        known = rows.answered()
+        of_student = known.student.log_softmax(-1)
+        speakers |= {STUDENT: vars(Reliability.of(of_student, known.labels))}
+        now = rows.believed()
+        by_class = dict(zip(by_class, now.by_class, strict=True))
+        values = now.numbers()
+        found["trust"] = [*values], {"value": [*values.values()], "count": [float(now.rows)] * len(values)}
+    known_classes = {label: value for label, value in by_class.items() if value is not None}
+    if known_classes:
+        found["believed"] = [*known_classes], {"value": [*known_classes.values()], "count": [1.0] * len(known_classes)}
+    if speakers:
+        bins = [f"{who} {tenth / 10:g}" for who in speakers for tenth in range(BINS)]
+        columns = {"value": "right", "count": "count", "confidence": "confidence"}
+        found["reliability"] = bins, {k: [v for of in speakers.values() for v in of[c]] for k, c in columns.items()}
+    return found
+
+
+def matrices(module: Trusting, name: str) -> dict[str, Tensor]:
+    """By teacher of a trusted term, the matrix (C, C) of its map; empty where it is the mean of predictions."""
+    term = cast(DistillationTerm, module.distillation[name])
+    found = cast(TrustMap, cast(TrustedTeachers, term.combination).map).matrices()
+    labels = [_label(module, teacher) for teacher in term.teachers]
+    return {} if found is None else dict(zip(labels, found.cpu(), strict=True))
+
+
+def report_held_out(module: Trusting) -> None:
+    """At the end of a training: what regularizers have learned from held-out rows, of the student as it is now."""
+    for name, rows in module.held_out.items():
+        report = module.trust[name]
+        report["interpolation"] = rows.believed(everything=True).named([*report["by_class"]])
+        rows.regularizer.told = report["interpolation"]["sentence"]
+        rank_zero_info(f"{_prefix(module, name)}: {rows.regularizer.told}")
+
+
+def _prefix(module: Trusting, name: str) -> str:
+    """What messages about a term begin with."""
+    return f"distillation.{name}" if module.distillation.named else "trust"
+
+
+class _Rows(NamedTuple):
+    """What teachers say of N held-out rows."""
+
+    logits: dict[str, Tensor]
+    """(N, C) of every teacher, by its name."""
+    labels: Tensor
+    """(N,) int64, negative where a row has none."""
+    samples: Tensor | None
+    """(N,) int64, the sample of each row; None where every row is one."""
+    positions: Tensor
+    """(N,) int64, their places among all rows."""
+
+    def answers(self, teacher: str) -> Answers:
+        """How many rows a teacher is right about; of samples with several rows the sum of their shares."""
+        known = self.labels >= 0
+        right = (self.logits[teacher].argmax(1) == self.labels)[known]
+        if self.samples is None:
+            return Answers(int(right.sum()), int(known.sum()))
+        _, inverse, rows = self.samples[known].unique(return_inverse=True, return_counts=True)
+        return Answers(float((right / rows[inverse]).sum()), len(rows))
+
+
+class _Found(NamedTuple):
+    """Of one term."""
+
+    state: dict[str, Tensor]
+    """Of its map, on the CPU."""
+    report: dict[str, Any]
+    reliability: dict[str, dict[str, list[float]]]
+    """By whom: of every teacher, and of the map on rows that it was not fitted to."""
+    known: Known | None
+    """Of the rows, on the CPU, where its regularizer learns from them."""
+
+
+def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[str, _Found]:
+    """What was found by term, the same on all processes."""
     with isolate_rng():  # loaders draw, which must not move the random numbers of the training
-        unseen = _on_validation(module)
-        asked = _held_out(module) if module.trainer.is_global_zero else None
+        unseen = _on_validation(module, module.named_teachers)
+        asked = _held_out(module, module.named_teachers) if module.trainer.is_global_zero else None
     found: dict[str, Any] | str = {}
     if asked is not None:
-        logits, labels = asked
-        known = {name: _answers(of_teacher, labels) for name, of_teacher in logits.items()}
         by_heart = {
-            name: memorised_sentence(_label(module, name), known[name], unseen[name])
-            for name in known
-            if name in unseen and memorised(known[name], unseen[name])
+            name: memorised_sentence(_label(module, name), *both) for name, both in _by_heart(asked, unseen).items()
         }
         try:
-            found = {name: _fitted(module, name, one, logits, labels, by_heart) for name, one in trusted.items()}
+            found = {name: _fitted(module, name, one, asked, by_heart) for name, one in trusted.items()}
         except UsageError as error:
             found = str(error)  # for all processes
     found = module.trainer.strategy.broadcast(found)
     if isinstance(found, str):
         raise UsageError(found)
     return found
+
+
+def _by_heart(asked: _Rows, unseen: Mapping[str, Answers]) -> dict[str, tuple[Answers, Answers]]:
+    """Of every teacher that knows the held-out rows by heart: its answers on them, and on validation."""
+    found = {name: (asked.answers(name), unseen[name]) for name in asked.logits if name in unseen}
+    return {name: both for name, both in found.items() if memorised(*both)}
 
 
 def _trusted(module: Trusting) -> Iterator[tuple[str, TrustedTeachers]]:
@@ -118,69 +266,109 @@ def _fitted(
     module: Trusting,
     name: str,
     combination: TrustedTeachers,
-    logits: dict[str, Tensor],
-    labels: Tensor,
+    asked: _Rows,
     by_heart: Mapping[str, str],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a term's map, on the CPU, and what is told of it."""
-    teachers = cast("tuple[str, ...]", module.distillation[name].teachers)
+) -> _Found:
+    """Of one term."""
+    term = cast(DistillationTerm, module.distillation[name])
     fitted = cast(TrustMap, combination.map)
     with module.distillation.told(name):
-        together = torch.stack([logits[teacher] for teacher in teachers])
-        warnings = [by_heart[teacher] for teacher in teachers if teacher in by_heart]
-        report = fitted.fit(together, labels, memorised=bool(warnings))
-    names = [_label(module, teacher) for teacher in teachers]
+        together = torch.stack([asked.logits[teacher] for teacher in term.teachers])
+        warnings = [by_heart[teacher] for teacher in term.teachers if teacher in by_heart]
+        report = fitted.fit(together, asked.labels, memorised=bool(warnings), groups=asked.samples)
+    names = [_label(module, teacher) for teacher in term.teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
-    return {key: value.cpu() for key, value in fitted.state_dict().items()}, report.named(names, classes) | {
-        "warnings": warnings
-    }
+    state = {key: value.cpu() for key, value in fitted.state_dict().items()}
+    rows, known = asked.labels >= 0, None
+    together, labels = together[:, rows], asked.labels[rows]
+    said = fitted.left_out(together, labels, groups=None if asked.samples is None else asked.samples[rows])
+    if term.interpolation is not None:
+        known = Known.of(said, together, labels, asked.positions[rows]).to(torch.device("cpu"))
+    speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
+    reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
+    return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)
 
 
 def _label(module: Trusting, teacher: str) -> str:
     return teacher_label(teacher, module.named_teachers)
 
 
-def _answers(logits: Tensor, labels: Tensor) -> Answers:
-    known = labels >= 0
-    return Answers(int((logits.argmax(1) == labels)[known].sum()), int(known.sum()))
-
-
-def _on_validation(module: Trusting) -> dict[str, Answers]:
-    """Answers of every teacher on the validation split, of all processes; nothing where there is none."""
+def _on_validation(module: Trusting, names: Collection[str]) -> dict[str, Answers]:
+    """Answers of some teachers on the validation split, of all processes; nothing where there is none."""
     trainer = module.trainer
     loader = loader_of(trainer.datamodule, "val_dataloader", "validation")  # type: ignore[attr-defined]
     batches = as_stop(batches_of(loader, trainer.limit_val_batches))
-    counts = torch.zeros(len(module.named_teachers), 2, device=module.device)
+    asked = [name for name in module.named_teachers if name in names]
+    counts = torch.zeros(len(asked), 2, device=module.device)
     with in_stage(trainer, RunningStage.TESTING):
         moved = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in islice(loader or (), batches))
-        for logits, labels in _asked(module, moved):
-            counts += torch.tensor([_answers(x, labels) for x in logits.values()], device=module.device)
+        for rows in _asked(module, moved, asked):
+            counts += torch.tensor([rows.answers(name) for name in rows.logits], device=module.device)
     counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
-    found = zip(module.named_teachers, counts.tolist(), strict=True)
-    return {name: Answers(int(right), int(rows)) for name, (right, rows) in found if rows}
+    found = zip(asked, counts.tolist(), strict=True)
+    return {name: Answers(right, int(rows)) for name, (right, rows) in found if rows}
 
 
 @torch.no_grad()
-def _asked(module: Trusting, batches: Iterable[Any]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Of every batch the rows' logits (N, C) of every teacher, by name, and their labels (N,)."""
+def _asked(module: Trusting, batches: Iterable[Any], names: Collection[str]) -> Iterator[_Rows]:
+    """What some teachers say of the rows of every batch, or of some rows of every sample that has several.
+
+    Their places are of the batch.
+    """
+    start = 0
     for batch in batches:
         inputs = module.inputs(batch)
         with module.trainer.precision_plugin.forward_context():
-            outputs = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs))
-        rows = {name: module.task.rows(seen.output, batch) for name, seen in outputs.items()}
-        labels = next(iter(rows.values())).labels
-        assert labels is not None, "check_term has seen to it"
-        yield {name: of_teacher.logits.float() for name, of_teacher in rows.items()}, labels
+            seen = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs), names)
+        outputs = {name: of_teacher.output for name, of_teacher in seen.items()}
+        if module.task.one_row_a_sample:
+            yield _rows(module, outputs, batch)
+            continue
+        size = len(inputs)
+        parts = [_some_of_sample(module, outputs, batch, i, size, start + i) for i in range(size)]
+        start += size
+        yield _joined(parts)
 
 
-def _held_out(module: Trusting) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (N, C) of every teacher, by name, and labels (N,) of the held-out rows."""
+def _held_out(module: Trusting, names: Collection[str]) -> _Rows:
+    """What some teachers say of all held-out rows, or as many of them as are fitted to."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    asked = [*_asked(module, data.trust_batches(module.device))]
-    labels = [of_batch for _, of_batch in asked]
-    logits = {name: [of_batch[name] for of_batch, _ in asked] for name in module.named_teachers}
-    together = torch.cat(labels)
-    order = random_bits(0, 0, torch.arange(len(together)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
-    chosen = order.sort().values.to(together.device)
-    return {name: torch.cat(parts)[chosen] for name, parts in logits.items()}, together[chosen]
+    asked = _joined([*_asked(module, data.trust_batches(module.device), names)])
+    order = random_bits(0, 0, torch.arange(len(asked.labels)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
+    return _chosen(asked, order.sort().values.to(asked.labels.device))
+
+
+def _rows(module: Trusting, outputs: Mapping[str, Any], batch: Any) -> _Rows:
+    """All rows of a batch, by the outputs of every teacher."""
+    rows = {name: module.task.rows(output, batch) for name, output in outputs.items()}
+    labels = next(iter(rows.values())).labels
+    assert labels is not None, "check_term has seen to it"
+    logits = {name: of_teacher.logits.float() for name, of_teacher in rows.items()}
+    return _Rows(logits, labels, None, torch.arange(len(labels), device=labels.device))
+
+
+def _some_of_sample(
+    module: Trusting, outputs: Mapping[str, Any], batch: Any, index: int, size: int, number: int
+) -> _Rows:
+    """Some of the rows of one sample of a batch, chosen by its number among all."""
+    place = torch.tensor([index])
+    found = _rows(module, part_of(outputs, place, size), part_of(batch, place, size))
+    order = random_bits(1, number, torch.arange(len(found.labels)), STREAM_TRUST).argsort(stable=True)
+    some = _chosen(found, order[:ROWS_OF_SAMPLE].sort().values.to(found.labels.device))
+    return some._replace(samples=torch.full_like(some.labels, number))
+
+
+def _chosen(rows: _Rows, places: Tensor) -> _Rows:
+    logits = {name: of_teacher[places] for name, of_teacher in rows.logits.items()}
+    samples = None if rows.samples is None else rows.samples[places]
+    return _Rows(logits, rows.labels[places], samples, rows.positions[places])
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    """The rows of several batches, or samples, as one; their places go on."""
+    logits = {name: torch.cat([part.logits[name] for part in parts]) for name in parts[0].logits}
+    labels = torch.cat([part.labels for part in parts])
+    samples = [part.samples for part in parts if part.samples is not None]
+    together = torch.cat(samples) if samples else None
+    return _Rows(logits, labels, together, torch.arange(len(labels), device=labels.device))

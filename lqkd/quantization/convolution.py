@@ -19,7 +19,7 @@ from lqkd.quantization.kernel import call_of, recompute
 from lqkd.quantization.kernels import positive_step
 
 ONCE_MORE_FROM = 2**21
-"""Number of elements from which the memory of a quantised input is worth the time of quantizing once more, as measured on a CPU."""
+"""Number of elements from which the memory of a quantised input is worth the time of quantizing once more, on a CPU."""
 _OF_X = 4
 """The place of the input among the arguments of a kernel's call."""
 

@@ -122,7 +122,7 @@ class _Quantize(torch.autograd.Function):
 
 def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
     """Whether there is a form in C++, and it runs with these operands, of which it sees nothing but the memory."""
-    if form is None or not _compiles(x, 1) or torch._C._len_torch_dispatch_stack() > 0:
+    if form is None or not _runs_compiled(x) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     (scale,) = parameters
     if not _is_real(scale) or any(operand.is_neg() or operand.device.type != "cpu" for operand in (x, scale)):
@@ -240,8 +240,13 @@ def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
 
 
 def _compiles(x: Tensor, elements: int) -> bool:
-    """Whether a compiled form may be called for ``x``, which is worth it from so many elements on."""
-    return x.numel() >= elements and _compiler.usable() and not torch.compiler.is_compiling() and _is_real(x)
+    """Whether a function is compiled for ``x``, which is worth it from so many elements on."""
+    return x.numel() >= elements and not _compiler.failed and _runs_compiled(x)
+
+
+def _runs_compiled(x: Tensor) -> bool:
+    """Whether ``x`` may be given to something compiled."""
+    return x.numel() > 0 and _compiler.wanted() and not torch.compiler.is_compiling() and _is_real(x)
 
 
 @functools.cache
@@ -257,8 +262,9 @@ class _Compiler:
     def __init__(self) -> None:
         self.failed = False
 
-    def usable(self) -> bool:
-        return not self.failed and os.environ.get("LQKD_COMPILE", "1") != "0"
+    @staticmethod
+    def wanted() -> bool:
+        return os.environ.get("LQKD_COMPILE", "1") != "0"
 
     def give_up(self, error: Exception) -> None:
         self.failed = True

@@ -6,7 +6,8 @@ from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.convolutional import ConvModulator
 from lqkd.regularizers.elementwise import ElementwiseMLP
 from lqkd.regularizers.guards import GUARDS, Barrier, BoundedBarrier, BoundedRange, Entropy, Guard, MeanOne, NoGuard
-from lqkd.regularizers.players import PLAYERS, Adversarial, Cooperative, LookAhead, Player, alignment
+from lqkd.regularizers.interpolation import HeldOutInterpolation
+from lqkd.regularizers.players import PLAYERS, Adversarial, Cooperative, HeldOut, LookAhead, Player, alignment
 from lqkd.regularizers.sample import SampleWeight
 from lqkd.regularizers.table import LearnableTable
 from lqkd.utils.renames import moved_from
@@ -23,6 +24,8 @@ __all__ = [
     "ElementwiseMLP",
     "Entropy",
     "Guard",
+    "HeldOut",
+    "HeldOutInterpolation",
     "LearnableTable",
     "LookAhead",
     "MeanOne",

@@ -144,6 +144,21 @@ class LookAhead(Player):
         return -alignment / size, torch.ones_like(size)
 
 
+class HeldOut(Player):
+    """Asks what labels of held-out rows say, and pays for no element of a batch: the module trains phi on those rows.
+
+    No short name chooses it, since it is for a regularizer whose place between teacher and student is a prediction:
+    :class:`~lqkd.regularizers.HeldOutInterpolation`.
+
+    Examples:
+        >>> HeldOut().price(torch.tensor([1.0, 3.0]), None)
+        (tensor([0., 0.]), tensor(0.))
+    """
+
+    def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(divergence), divergence.new_zeros(())
+
+
 PLAYERS: dict[str, type[Player]] = {
     "cooperative": Cooperative,
     "adversarial": Adversarial,

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 STEP = "trainer/global_step"
 """Lightning's name in W&B of what every metric is drawn over."""
-PICTURES = ("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance", "step_length")
+PICTURES = (
+    *("weights", "distribution", "classes", "confidence", "divergence", "agreement", "balance", "step_length"),
+    *("trust", "believed", "reliability", "map"),
+)
 
 
 def report(entity: str, project: str, monitor: str = Task.monitor, terms: Sequence[str] = ()) -> Report:

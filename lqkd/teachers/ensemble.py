@@ -27,13 +27,19 @@ class TeacherEnsemble(nn.Module):
             ``separate``, ``trust`` or ``calibrated``.
         minimum_accuracy: accuracy of the ensemble below which training refuses to start; null as for one
             teacher.
+        own: whether ``trust`` and ``calibrated`` also hear the float network that the student starts from; null for yes
+            where there are ``student_weights``, unless it knows held-out rows by heart.
 
     Raises:
         UsageError: when there are fewer than two teachers, the combination is unknown, or the accuracy out of range.
     """
 
     def __init__(
-        self, teachers: list[FrozenTeacher], combination: str = "mean", minimum_accuracy: float | None = None
+        self,
+        teachers: list[FrozenTeacher],
+        combination: str = "mean",
+        minimum_accuracy: float | None = None,
+        own: bool | None = None,
     ) -> None:
         super().__init__()
         if len(teachers) < 2:
@@ -44,6 +50,7 @@ class TeacherEnsemble(nn.Module):
         self.teachers = nn.ModuleList(teachers)
         self.combination = combination
         self.minimum_accuracy = minimum_accuracy
+        self.own = own
 
     def members(self) -> list[FrozenTeacher]:
         """The teachers."""

@@ -18,7 +18,7 @@ from lqkd.losses import HintonKL, Hints, LogitResidual
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import Tap, Term
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import ElementwiseMLP, SampleWeight
+from lqkd.regularizers import ElementwiseMLP, HeldOutInterpolation, SampleWeight
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of
@@ -92,6 +92,7 @@ def main(
     unlabelled_rank: int | None = None,
     terms: bool = False,
     trust: bool = False,
+    interpolation: bool = False,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -107,8 +108,13 @@ def main(
         "teacher_cache": None if cache is None else TeacherCache(cache, dtype="float32"),
         "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     }
+    if interpolation:
+        arguments["regularizer"] = HeldOutInterpolation(of="class", rows=32, every=2)
     if trust:
-        arguments |= {"teacher": TeacherEnsemble([_swapping(), _swapping()], "trust"), "distillation_loss": HintonKL()}
+        arguments |= {
+            "teacher": TeacherEnsemble([_swapping(), _swapping()], "trust", own=True),
+            "distillation_loss": HintonKL(),
+        }
     module = distiller(**arguments | (_terms(student) if terms else {}))
     data = digits(1, batch_size)
     if unlabelled_rank is not None:

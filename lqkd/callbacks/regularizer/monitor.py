@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lqkd.balances.base import DISTILL, TASK
 from lqkd.callbacks.dashboard import tensorboard_layout
@@ -71,7 +72,9 @@ class RegularizerMonitor(Callback):
     ``output``, ``confidence``, ``divergence``, ``agreement``, ``balance``, ``share``, ``step_length``) with the columns
     ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``, ``confidence``,
     ``divergence``, ``agreement``, ``balance`` and ``step_length``, which
-    ``docs/reading_the_pictures.md`` explains.
+    ``docs/reading_the_pictures.md`` explains. Of a term whose teachers held-out rows judge there are also the tables
+    and pictures ``believed`` and ``reliability``, of one whose regularizer they teach ``trust``, and the picture
+    ``map``.
 
     Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
     from the first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few
@@ -176,9 +179,10 @@ class RegularizerMonitor(Callback):
     # ---- at its end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trusted = self._add_trust(trainer, pl_module)
         numbers: dict[str, float] = {}
         shares: dict[str, float] = {}
-        found = False
+        found = trusted
         for name, record in self.records.items():  # the first is of all losses
             sums = record.reduced_sums(trainer, pl_module)
             of_epoch = statistics(sums, trainer.current_epoch)
@@ -216,6 +220,22 @@ class RegularizerMonitor(Callback):
                 self._log_histogram(trainer, record)
             self._write(trainer, last=False)
 
+    def _add_trust(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Take what held-out rows tell of each term, where that is new, and say whether any of it was."""
+        told = getattr(module, "trust_tables", None)
+        if told is None:
+            return False
+        new = False
+        for term, by_name in told().items():
+            name = term if term in self._names(module) else ""
+            record = self.records.setdefault(name, Record(name))
+            for table, (bins, columns) in by_name.items():
+                history = record.statistics.setdefault(table, [])
+                if not history or (history[-1].bins, history[-1].columns) != (bins, columns):
+                    history.append(EpochStatistic(trainer.current_epoch, bins, columns))
+                    new = True
+        return new
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and any(record.history or record.statistics for record in self.records.values()):
             self._write(trainer, last=True)
@@ -228,7 +248,7 @@ class RegularizerMonitor(Callback):
                 self._draw(trainer, folder, seconds=_LAST_SECONDS)
 
     def _warn_of_collapse(self, record: Record) -> None:
-        judged = verdict(record.history, record.name)
+        judged = record.verdict()
         if judged.kind in ("collapsed", "dominant", "saturated", "diverged") and judged.kind not in record.warned:
             record.warned.append(judged.kind)
             self.warnings.append(judged.sentence)
@@ -268,7 +288,7 @@ class RegularizerMonitor(Callback):
         drawn = (
             (f"{record.path}{name}", figure)
             for record in self.records.values()
-            for name, figure in pictures(record.history, record.statistics, record.name)
+            for name, figure in pictures(record.history, record.statistics, record.name, self._maps(trainer, record))
         )
         for name, figure in drawn:
             if time.monotonic() > until:
@@ -286,6 +306,12 @@ class RegularizerMonitor(Callback):
                     logger.experiment.add_image(
                         f"regularizer/pictures/{name}", image, global_step=last_batch(trainer), dataformats="HWC"
                     )
+
+    @staticmethod
+    def _maps(trainer: Trainer, record: Record) -> dict[str, Tensor]:
+        """By teacher, the matrix (C, C) that held-out rows have made of its logits; empty where they have made none."""
+        found = getattr(trainer.lightning_module, "trust_maps", None)
+        return {} if found is None else found().get(record.name or DISTILL, {})
 
     def _log_histogram(self, trainer: Trainer, record: Record) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]

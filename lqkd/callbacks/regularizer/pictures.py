@@ -13,7 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter, StrMethodFormatter
+from torch import Tensor
 
+from lqkd.callbacks.regularizer import trust_pictures as trust
+from lqkd.callbacks.regularizer.canvas import canvas, of_bin, over_epochs
 from lqkd.callbacks.regularizer.moments import EpochWeights
 from lqkd.callbacks.regularizer.statistics import TOTAL, EpochStatistic
 from lqkd.utils.files import atomic_path
@@ -25,16 +28,28 @@ _LINES = 4
 
 
 def pictures(
-    weights: Sequence[EpochWeights], statistics: Mapping[str, History], term: str = ""
+    weights: Sequence[EpochWeights],
+    statistics: Mapping[str, History],
+    term: str = "",
+    maps: Mapping[str, Tensor] | None = None,
 ) -> Iterable[tuple[str, Figure]]:
-    """Name and figure of every picture that there is something for; ``term``, if it has a name, is in the heading."""
-    for name, figure in _figures(weights, statistics):
+    """Name and figure of every picture that there is something for.
+
+    Args:
+        weights: the regularizer's, by epoch.
+        statistics: by name.
+        term: that they are of; if it has a name, it is in the heading.
+        maps: by teacher, the matrix (C, C) that held-out rows have made of its logits.
+    """
+    for name, figure in _figures(weights, statistics, maps or {}):
         if term:
             figure.suptitle(f"{term}: {figure.get_suptitle()}")
         yield name, figure
 
 
-def _figures(weights: Sequence[EpochWeights], statistics: Mapping[str, History]) -> Iterable[tuple[str, Figure]]:
+def _figures(
+    weights: Sequence[EpochWeights], statistics: Mapping[str, History], maps: Mapping[str, Tensor]
+) -> Iterable[tuple[str, Figure]]:
     if weights:
         yield "weights", weights_over_epochs(weights)
     if "distribution" in statistics:
@@ -51,6 +66,14 @@ def _figures(weights: Sequence[EpochWeights], statistics: Mapping[str, History])
         yield "balance", balance(statistics["balance"], statistics.get("share", ()))
     if "step_length" in statistics:
         yield "step_length", step_length(statistics["step_length"])
+    if "trust" in statistics:
+        yield "trust", trust.trust_over_epochs(statistics["trust"])
+    if "believed" in statistics:
+        yield "believed", trust.trust_by_class(statistics["believed"])
+    if "reliability" in statistics:
+        yield "reliability", trust.reliability(statistics["reliability"][-1])
+    if maps:
+        yield "map", trust.matrices(maps)
 
 
 def pixels(figure: Figure) -> np.ndarray[Any, Any]:
@@ -70,7 +93,7 @@ def write(target: Path, image: np.ndarray[Any, Any]) -> None:
 
 def weights_over_epochs(history: Sequence[EpochWeights]) -> Figure:
     """Mean, spread, minimum and maximum of the weights over the epochs."""
-    figure, (axes,) = _canvas("Weights of the regularizer", 1)
+    figure, (axes,) = canvas("Weights of the regularizer", 1)
     epochs = [epoch.epoch + 1 for epoch in history]
     mean = [epoch.mean for epoch in history]
     low = [max(epoch.mean - epoch.spread, epoch.minimum) for epoch in history]  # a logarithmic axis ends above zero
@@ -81,14 +104,14 @@ def weights_over_epochs(history: Sequence[EpochWeights]) -> Figure:
     for name, style in (("maximum", "--"), ("minimum", ":")):
         axes.plot(epochs, [getattr(epoch, name) for epoch in history], style, color="tab:gray", label=name)
     _fixed(axes)
-    _over_epochs(axes, "weight")
+    over_epochs(axes, "weight")
     axes.legend(fontsize="small")
     return figure
 
 
 def distribution(history: History) -> Figure:
     """Heat map of the share of weights by size (upwards, logarithmic) and epoch (to the right)."""
-    figure, (axes,) = _canvas("Distribution of the weights", 1)
+    figure, (axes,) = canvas("Distribution of the weights", 1)
     edges = np.asarray(history[-1].bins)
     edges = np.concatenate((edges[1:2] * (edges[1] / edges[2]), edges[1:], edges[-1:] * (edges[2] / edges[1])))
     shares = np.array([epoch.columns["value"] for epoch in history]).T  # (bins, epochs)
@@ -100,14 +123,14 @@ def distribution(history: History) -> Figure:
     axes.set_ylim(min(edges[filled[0]], 0.5), max(edges[filled[-1] + 1], 2))
     axes.axhline(1, color="tab:red", linewidth=0.8)
     figure.colorbar(mesh, ax=axes, label="share of the weights")
-    _over_epochs(axes, "weight")
+    over_epochs(axes, "weight")
     return figure
 
 
 def classes(statistics: Mapping[str, History]) -> Figure:
     """Mean weight by true label and, for maps over classes, by class of the map."""
     shown = [name for name in ("label", "output") if name in statistics]
-    figure, panels = _canvas("Weights by class", len(shown))
+    figure, panels = canvas("Weights by class", len(shown))
     figure.set_layout_engine("constrained")  # labels of two panels, as long as their numbers are
     for axes, name in zip(panels, shown, strict=True):
         for epoch, color in _chosen(statistics[name]):
@@ -123,7 +146,7 @@ def classes(statistics: Mapping[str, History]) -> Figure:
 
 def confidence(history: History) -> Figure:
     """Mean weight by the teacher's largest probability."""
-    figure, (axes,) = _canvas("Weights by confidence of the teacher", 1)
+    figure, (axes,) = canvas("Weights by confidence of the teacher", 1)
     edges = history[-1].bins
     for epoch, color in _chosen(history):
         x, values = _filled(epoch, "value")
@@ -138,7 +161,7 @@ def confidence(history: History) -> Figure:
 
 def divergence(history: History) -> Figure:
     """Mean weight by size of the divergence, with the guard's closed form and where the divergences are."""
-    figure, (axes,) = _canvas("Weights by size of the divergence", 1)
+    figure, (axes,) = canvas("Weights by size of the divergence", 1)
     counts = axes.twinx()
     x, count = _filled(history[-1], "count")
     counts.fill_between(x, count, step="post", color="tab:gray", alpha=0.15, linewidth=0)
@@ -159,27 +182,27 @@ def divergence(history: History) -> Figure:
 
 def agreement(history: History) -> Figure:
     """Cosine between the gradients of distillation and task, with and without the weights."""
-    figure, (axes,) = _canvas("Agreement of distillation with the task, at the logits", 1)
+    figure, (axes,) = canvas("Agreement of distillation with the task, at the logits", 1)
     labels = {"distill": "with weights", "plain": "without weights"}
     for name in dict.fromkeys(name for epoch in history for name in epoch.bins):
         style = "s--" if name.endswith(("plain", "(plain)")) else "o-"
-        axes.plot(*_of(history, name), style, markersize=3, label=labels.get(name, name))
+        axes.plot(*of_bin(history, name), style, markersize=3, label=labels.get(name, name))
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylim(-1.05, 1.05)
-    _over_epochs(axes, "cosine of the gradients")
+    over_epochs(axes, "cosine of the gradients")
     axes.legend(fontsize="small")
     return figure
 
 
 def balance(weights: History, shares: History) -> Figure:
     """Weight of each loss over the epochs and its share of the student's gradient."""
-    figure, panels = _canvas("Balance of the losses", 2 if shares else 1)
+    figure, panels = canvas("Balance of the losses", 2 if shares else 1)
     names = list(dict.fromkeys(name for epoch in weights for name in epoch.bins))
     labels = ("weight of the loss", "share of the gradient")
     for axes, history, label in zip(panels, (weights, shares), labels, strict=False):
         for name in names:
-            axes.plot(*_of(history, name), "o-", markersize=3, label=name)
-        _over_epochs(axes, label)
+            axes.plot(*of_bin(history, name), "o-", markersize=3, label=name)
+        over_epochs(axes, label)
         axes.set_ylim(bottom=0)
     panels[0].legend(fontsize="small")
     return figure
@@ -187,23 +210,14 @@ def balance(weights: History, shares: History) -> Figure:
 
 def step_length(history: History) -> Figure:
     """Norm of what each loss puts into the gradient of the student's parameters, and of the sum, over the epochs."""
-    figure, (axes,) = _canvas("Length of a step: gradients in the student's parameters", 1)
+    figure, (axes,) = canvas("Length of a step: gradients in the student's parameters", 1)
     for name in dict.fromkeys(name for epoch in history for name in epoch.bins):
         style, color = ("o--", "black") if name == TOTAL else ("o-", None)
-        axes.plot(*_of(history, name), style, color=color, markersize=3, label=name)
+        axes.plot(*of_bin(history, name), style, color=color, markersize=3, label=name)
     axes.set_yscale("log", nonpositive="mask")
-    _over_epochs(axes, "norm of the gradient")
+    over_epochs(axes, "norm of the gradient")
     axes.legend(fontsize="small")
     return figure
-
-
-def _canvas(title: str, panels: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(6.4 if panels == 1 else 10.0, 4.0), dpi=100)
-    # A layout engine would draw everything twice.
-    margins = {"left": 0.14 if panels == 1 else 0.08, "right": 0.88, "bottom": 0.19, "top": 0.9, "wspace": 0.25}
-    axes = figure.subplots(1, panels, squeeze=False, gridspec_kw=margins)[0]
-    figure.suptitle(title)
-    return figure, list(axes)
 
 
 def _fixed(axes: Any) -> None:
@@ -219,11 +233,6 @@ def _plain_ticks(axes: Any) -> None:
     plain = ScalarFormatter(useOffset=False)
     plain.set_scientific(False)
     axes.yaxis.set_major_formatter(plain if narrow else StrMethodFormatter("{x:g}"))
-
-
-def _over_epochs(axes: Any, label: str) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel=label)
 
 
 def _chosen(history: History) -> list[tuple[EpochStatistic, Any]]:
@@ -244,8 +253,3 @@ def _filled(epoch: EpochStatistic, column: str) -> tuple[list[Any], list[float]]
         if count and math.isfinite(value)
     ]
     return [edge for edge, _ in found], [value for _, value in found]
-
-
-def _of(history: History, name: str) -> tuple[list[int], list[float]]:
-    found = [(e.epoch + 1, e.columns["value"][e.bins.index(name)]) for e in history if name in e.bins]
-    return [epoch for epoch, _ in found], [value for _, value in found]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lqkd.callbacks.regularizer.moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer.statistics import EpochStatistic, Optimum, Sums, add, measure
-from lqkd.callbacks.regularizer.verdict import verdict
-from lqkd.regularizers import BoundedRange, Regularizer
+from lqkd.callbacks.regularizer.verdict import Verdict, verdict
+from lqkd.regularizers import BoundedRange, HeldOut, HeldOutInterpolation, Regularizer
 
 
 class Record:
@@ -143,6 +143,11 @@ class Record:
         bounded = any(_bound(regularizer) is not None for regularizer in self.regularizers[:1])
         self.history.append(epoch_weights(combined, trainer.current_epoch, bounded, optimum, share))
 
+    def verdict(self) -> Verdict:
+        """What became of the regularizer, of which there is an epoch at least."""
+        learner = next((one for one in self.regularizers if isinstance(one, HeldOutInterpolation)), None)
+        return verdict(self.history, self.name, None if learner is None else learner.told or "")
+
     def summary(self) -> dict[str, Any] | None:
         """Last epoch's moments, contribution, optimum and share with verdict and sentence.
 
@@ -152,7 +157,7 @@ class Record:
         if not self.history:
             return None
         values = {name: getattr(self.history[-1], name) for name in names}
-        judged = verdict(self.history, self.name)
+        judged = self.verdict()
         finite = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
         return finite | {"verdict": judged.kind, "sentence": judged.sentence}
 
@@ -173,7 +178,9 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _bound(regularizer: Any) -> float | None:
-    """The largest weight there can be; None when there is no bound."""
+    """The largest weight there can be; None when there is no bound that it could be stuck at."""
+    if isinstance(regularizer, HeldOutInterpolation):
+        return None
     largest = getattr(regularizer, "max_weight", math.inf)
     guard = getattr(regularizer, "guard", None)
     if isinstance(guard, BoundedRange):
@@ -185,7 +192,9 @@ def _optimum(regularizer: Any) -> Optimum:
     """The closed form of the guard under what the player wants; gives None where there is none."""
 
     def optimum(divergence: Tensor) -> Tensor | None:
-        if not isinstance(regularizer, Regularizer) or regularizer.player.needs_alignment:
+        if not isinstance(regularizer, Regularizer) or isinstance(regularizer.player, HeldOut):
+            return None
+        if regularizer.player.needs_alignment:
             return None
         price, scale = regularizer.player.price(divergence, None)
         best = regularizer.guard.optimum(price, scale)

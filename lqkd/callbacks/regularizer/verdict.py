@@ -34,18 +34,24 @@ _STUDENT_LEARNING_RATE = "model.init_args.student_optimizer.init_args.lr"
 class Verdict:
     """What became of the weights, and a sentence that gives the number and, where one is needed, a remedy."""
 
-    kind: Literal["healthy", "collapsed", "dominant", "saturated", "uniform", "diverged"]
+    kind: Literal["healthy", "collapsed", "dominant", "saturated", "uniform", "diverged", "believed"]
     sentence: str
 
 
-def verdict(history: Sequence[EpochWeights], term: str = "") -> Verdict:
+def verdict(history: Sequence[EpochWeights], term: str = "", held_out: str | None = None) -> Verdict:
     """Judge a training by its last epoch.
 
     Args:
         history: of one regularizer, with at least one epoch.
         term: the name of its distillation term; empty for the only one.
+        held_out: what held-out rows have taught it, in a sentence, empty while that is not known; None for a
+            regularizer that learns from the divergence. Small weights of one that does not are no collapse.
     """
     judged = _judged(history[-1])
+    if held_out is not None and judged.kind != "diverged":
+        last = history[-1]
+        told = f"teachers are believed {last.mean:.2f} against the student in epoch {last.epoch + 1}"
+        judged = Verdict("believed", f"{held_out or told}.")
     if not term:
         return judged
     sentence = judged.sentence.replace(_REGULARIZER, f"model.init_args.distillation.{term}.regularizer.init_args")

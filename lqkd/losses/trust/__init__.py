@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from lqkd.losses.trust.believed import Believed
 from lqkd.losses.trust.interpolation import Interpolation
 from lqkd.losses.trust.map import TrustMap
-from lqkd.losses.trust.memorised import Answers, memorised, memorised_sentence
+from lqkd.losses.trust.memorised import Answers, left_out_sentence, memorised, memorised_sentence
+from lqkd.losses.trust.reliability import Reliability
 from lqkd.losses.trust.report import TrustReport
 
-__all__ = ["Answers", "Interpolation", "TrustMap", "TrustReport", "memorised", "memorised_sentence"]
+__all__ = [
+    "Answers",
+    "Believed",
+    "Interpolation",
+    "Reliability",
+    "TrustMap",
+    "TrustReport",
+    "left_out_sentence",
+    "memorised",
+    "memorised_sentence",
+]

@@ -140,17 +140,35 @@ def folds_of(labels: Tensor, folds: int, order: Tensor) -> Tensor:
     return found
 
 
-def simplest_of_the_best(losses: Sequence[Tensor]) -> int:
+def folds_of_groups(groups: Tensor, folds: int, order: Tensor) -> Tensor:
+    """(N,) the fold of every row, where rows of one group (N,), of one image say, are alike and share a fold.
+
+    Groups are shared out in the random ``order`` (G,), for as many groups as there are.
+    """
+    place = order.argsort(stable=True).argsort(stable=True) % folds
+    return place[groups.unique(return_inverse=True)[1]]
+
+
+def _standard_error(difference: Tensor, groups: Tensor | None) -> float:
+    """Of the mean of (N,) differences, of which those of one group are not independent of each other."""
+    if groups is None:
+        return float(difference.std(correction=0)) / len(difference) ** 0.5
+    inverse = groups.unique(return_inverse=True)[1]
+    apart = torch.zeros(int(inverse.max()) + 1, dtype=difference.dtype, device=difference.device)
+    return float(apart.index_add_(0, inverse, difference - difference.mean()).square().sum().sqrt()) / len(difference)
+
+
+def simplest_of_the_best(losses: Sequence[Tensor], groups: Tensor | None = None) -> int:
     """The first of (N,) losses by row, given from simple to complex, that is within one standard error of the best.
 
     The standard error is that of the mean difference, row by row (the rule of Breiman et al., "Classification and
     Regression Trees", 1984, with paired differences). The first, which fits nothing, stays within two of them: it is
-    compared with the best of many.
+    compared with the best of many. Rows of one of the ``groups`` (N,) are alike: the error is then of their sums.
     """
     best = min(losses, key=lambda loss: float(loss.mean()))
     for index, loss in enumerate(losses):
         difference = loss - best
-        margin = float(difference.std(correction=0)) / len(loss) ** 0.5
+        margin = _standard_error(difference, groups)
         if float(difference.mean()) <= (1 if index else 2) * margin:
             return index
     raise AssertionError("the best is no worse than itself")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Interpolation(nn.Module):
         hidden: units of the small network.
 
     Raises:
-        UsageError: when the start is not between 0 and 1 or the strength is negative.
+        UsageError: when the start is not between 0 and 1 or the strength is negative or not finite.
 
     Examples:
         >>> both = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -47,8 +47,8 @@ class Interpolation(nn.Module):
         super().__init__()
         if not 0 < start < 1:
             raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
-        if not strength >= 0:
-            raise UsageError(f"strength={strength!r} is not possible: it must be at least 0")
+        if not 0 <= strength < math.inf:
+            raise UsageError(f"strength={strength!r} is not possible: it must be a finite number of at least 0")
         self.of, self.strength = of, strength
         self.start = math.log(start / (1 - start))
         self.moved: nn.Module | nn.Parameter
@@ -66,9 +66,9 @@ class Interpolation(nn.Module):
         Args:
             teacher: (N, C) logits, those of a :class:`~lqkd.losses.trust.TrustMap` say.
             student: (N, C) logits.
-            teachers: (K, N, C) logits of each teacher, where there are several: whether they agree is looked at.
+            teachers: (K, N, C) logits of each teacher: whether several of them agree is looked at.
         """
-        target, moved = self._between(teacher, student, teachers)
+        target, moved = self._between(seen(teacher, student, teachers))
         return target, (self.start + moved).sigmoid()
 
     def objective(self, teacher: Tensor, student: Tensor, labels: Tensor, teachers: Tensor | None = None) -> Tensor:
@@ -78,21 +78,44 @@ class Interpolation(nn.Module):
             teacher, student, teachers: see :meth:`forward`.
             labels: (N,) int64; rows with a negative one are left out, and where all are it is 0.
         """
-        target, moved = self._between(teacher, student, teachers)
+        return self.objective_of(seen(teacher, student, teachers), labels)
+
+    def objective_of(self, rows: Seen, labels: Tensor) -> Tensor:
+        """The same of rows that are looked at once and learned from many times; see :func:`seen`."""
+        target, moved = self._between(rows)
         known = (labels >= 0).to(target)
         losses = F.nll_loss(target, labels.clamp_min(0), reduction="none")
         price = moved.square().mean(1)
         return (known * (losses + self.strength / 2 * price)).sum() / known.sum().clamp_min(1.0)
 
-    def _between(self, teacher: Tensor, student: Tensor, teachers: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _between(self, rows: Seen) -> tuple[Tensor, Tensor]:
         """Z (N, C), and how far logit(w) is from its start, (N, 1) or (N, C)."""
-        with torch.autocast(teacher.device.type, enabled=False):
-            t, s = teacher.detach().float().log_softmax(-1), student.detach().float().log_softmax(-1)
+        t, s = rows.teacher, rows.student
+        with torch.autocast(t.device.type, enabled=False):
             if isinstance(self.moved, nn.Parameter):
                 moved: Tensor = self.moved.expand(len(t), -1)
             else:
-                moved = self.moved(features(t, s, teachers))
+                moved = self.moved(rows.features)
             return (s + (self.start + moved).sigmoid() * (t - s)).log_softmax(-1), moved
+
+
+class Seen(NamedTuple):
+    """What is looked at of samples."""
+
+    teacher: Tensor
+    """Log-probabilities (N, C), float32, without a gradient."""
+    student: Tensor
+    """Likewise."""
+    features: Tensor
+    """(N, 2 C + 7)."""
+
+
+@torch.no_grad()
+def seen(teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> Seen:
+    """What is looked at of samples; for the arguments see :meth:`Interpolation.forward`."""
+    with torch.autocast(teacher.device.type, enabled=False):
+        t, s = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        return Seen(t, s, features(t, s, teachers))
 
 
 def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
@@ -100,14 +123,14 @@ def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
 
     Args:
         t, s: log-probabilities (N, C) of the target and of the student.
-        teachers: logits (K, N, C), where there are several.
+        teachers: logits (K, N, C); None for one that is not told.
     """
     scale = math.log(t.shape[1])
     p, q = t.exp(), s.exp()
     top_t, top_s = p.topk(2, -1).values, q.topk(2, -1).values
     apart = t.new_zeros(len(t))
     if teachers is not None:
-        each = teachers.detach().float().softmax(-1)
+        each = teachers.float().softmax(-1)
         apart = (each - each.mean(0)).abs().sum(-1).mean(0) / 2  # total variation from their mean
     further = [
         -(p * t).sum(-1) / scale,

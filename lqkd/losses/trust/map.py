@@ -63,6 +63,7 @@ class TrustMap(nn.Module):
         super().__init__()
         self.spread = spread
         rank = forms.rank(classes)
+        self._chosen = (GIVEN, 0.0)
         self.register_buffer("given", torch.tensor(True))
         self.register_buffer("scale", torch.full((teachers,), 1 / max(1, teachers)))
         self.register_buffer("diagonal", torch.zeros(teachers, classes))
@@ -84,9 +85,22 @@ class TrustMap(nn.Module):
         factors = (self.scale.view(-1, 1, 1) + self.diagonal.unsqueeze(1)).to(seen)
         return factors * seen + (seen @ self.basis.to(seen)) @ self.linear.to(seen).mT
 
+    def matrices(self) -> Tensor | None:
+        """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions."""
+        if bool(self.given):
+            return None
+        factors = torch.diag_embed(self.scale.view(-1, 1) + self.diagonal)
+        return self.stretch * (factors + self.linear @ self.basis.mT)
+
     @torch.no_grad()
     def fit(
-        self, teachers: Tensor, labels: Tensor, folds: int = 5, seed: int = 0, memorised: bool = False
+        self,
+        teachers: Tensor,
+        labels: Tensor,
+        folds: int = 5,
+        seed: int = 0,
+        memorised: bool = False,
+        groups: Tensor | None = None,
     ) -> TrustReport:
         """Fit to held-out rows, in float64 and the same for the same arguments.
 
@@ -98,22 +112,27 @@ class TrustMap(nn.Module):
             seed: of the folds.
             memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
                 nothing of others: their spread is kept, and factors a class are not fitted.
+            groups: (N,) int64, the sample that each row is of where one has several, such as the pixels of an image:
+                they are left out together, and one counts as a sample. None where every row is one.
 
         Raises:
-            UsageError: when fewer than 20 rows have a label.
+            UsageError: when fewer than 20 rows, or samples with groups, have a label.
         """
         known = labels >= 0
         teachers, labels = teachers[:, known].double(), labels[known]
-        if len(labels) < FEWEST_ROWS:
+        groups = None if groups is None else groups[known]
+        count, what = (len(labels), "rows") if groups is None else (len(groups.unique()), "samples")
+        if count < FEWEST_ROWS:
             raise UsageError(
-                f"{len(labels)} held-out rows with a label are too few to learn from how far teachers can be believed: "
+                f"{count} held-out {what} with a label are too few to learn from how far teachers can be believed: "
                 f"at least {FEWEST_ROWS} are needed"
             )
         basis = forms.directions(teachers)
         problem = Problem.of(teachers, labels, basis)
-        order = random_bits(seed, 0, torch.arange(len(labels)), STREAM_TRUST).to(labels.device)
-        losses = self._cross_validated(problem, teachers, forms.folds_of(labels, folds, order), memorised)
-        form, strength = [*losses][forms.simplest_of_the_best([*losses.values()])]
+        fold_of, often = _folds(labels, folds, seed, groups), _frequency(labels, groups, teachers.shape[2])
+        losses = self._cross_validated(problem, teachers, fold_of, often, memorised)
+        form, strength = [*losses][forms.simplest_of_the_best([*losses.values()], groups)]
+        self._chosen = (form, strength)
         self._take(problem, form, strength, basis)
         self.stretch.fill_(1.0)
         trusted = self._exactly(teachers)
@@ -126,12 +145,34 @@ class TrustMap(nn.Module):
             self.stretch.fill_(wanted / max(_spread(trusted), 1e-6))
         return found
 
+    @torch.no_grad()
+    def left_out(
+        self, teachers: Tensor, labels: Tensor, folds: int = 5, seed: int = 0, groups: Tensor | None = None
+    ) -> Tensor:
+        """What the map would say of each row had it been fitted to the others, log-probabilities (N, C) float32.
+
+        What is learned further of these rows must not see a map that has been fitted to their labels: it would believe
+        it too much.
+
+        Args:
+            teachers, labels, folds, seed, groups: as :meth:`fit` was called with, no label negative.
+        """
+        teachers, (form, strength) = teachers.double(), self._chosen
+        if form == GIVEN:
+            return forms.mean_prediction(teachers).float()
+        problem = Problem.of(teachers, labels, forms.directions(teachers))
+        fold_of = _folds(labels, folds, seed, groups)
+        said = torch.empty_like(teachers[0])
+        for fold in fold_of.unique():
+            inside, outside = problem.rows(fold_of != fold), problem.rows(fold_of == fold)
+            said[fold_of == fold] = outside.logits(inside.minimise(inside.start(form), strength))
+        return (self.stretch.double() * said).log_softmax(-1).float()
+
     def _cross_validated(
-        self, problem: Problem, teachers: Tensor, folds: Tensor, memorised: bool
+        self, problem: Problem, teachers: Tensor, folds: Tensor, counts: Tensor, memorised: bool
     ) -> dict[tuple[str, float], Tensor]:
         """By form and strength, from simple to complex, the loss (N,) of every row when it was left out of the fit."""
         candidates = {(GIVEN, 0.0): F.nll_loss(forms.mean_prediction(teachers), problem.labels, reduction="none")}
-        counts = torch.bincount(problem.labels, minlength=teachers.shape[2])
         for form, parts in FORMS.items():
             by_class = any(part in BY_CLASS for part in parts)
             if (by_class and int(counts.min()) < 2) or (memorised and form == "diagonal"):
@@ -164,6 +205,22 @@ class TrustMap(nn.Module):
         """As :meth:`forward`, in float64 and as fitted."""
         mapped = self.contributions(teachers).sum(0) + self.bias
         return forms.mean_prediction(teachers) if bool(self.given) else mapped.log_softmax(-1)
+
+
+def _folds(labels: Tensor, folds: int, seed: int, groups: Tensor | None) -> Tensor:
+    """(N,) the fold of every row."""
+    if groups is not None:
+        order = random_bits(seed, 0, torch.arange(len(groups.unique())), STREAM_TRUST).to(labels.device)
+        return forms.folds_of_groups(groups, folds, order)
+    order = random_bits(seed, 0, torch.arange(len(labels)), STREAM_TRUST).to(labels.device)
+    return forms.folds_of(labels, folds, order)
+
+
+def _frequency(labels: Tensor, groups: Tensor | None, classes: int) -> Tensor:
+    """(C,) in how many rows, or groups of them, each class occurs."""
+    if groups is not None:
+        labels = torch.stack([groups, labels]).unique(dim=1)[1]
+    return torch.bincount(labels, minlength=classes)
 
 
 def _spread(logits: Tensor) -> float:

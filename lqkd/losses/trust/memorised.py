@@ -11,7 +11,7 @@ _STANDARD_ERRORS = 2.0
 class Answers(NamedTuple):
     """How many rows a teacher has answered, and how many rightly."""
 
-    right: int
+    right: float
     rows: int
 
     @property
@@ -42,9 +42,23 @@ def memorised(held_out: Answers, unseen: Answers) -> bool:
 def memorised_sentence(name: str, held_out: Answers, unseen: Answers) -> str:
     """What is told of such a teacher."""
     return (
+        f"{_knows(name, held_out, unseen)}: how sure it is of them says nothing of others, so that its temperature is "
+        "kept, and only shares, bias and order of classes are learned"
+    )
+
+
+def left_out_sentence(name: str, held_out: Answers, unseen: Answers) -> str:
+    """What is told of one that nobody asked for, and that is therefore not among the teachers."""
+    return (
+        f"{_knows(name, held_out, unseen)}, on which it would look better than its teachers: it is left out (own: true "
+        "keeps it)"
+    )
+
+
+def _knows(name: str, held_out: Answers, unseen: Answers) -> str:
+    return (
         f"{name} knows its training rows by heart (right on {held_out.accuracy:.1%} of held-out rows, on "
-        f"{unseen.accuracy:.1%} of validation): how sure it is of them says nothing of others, so that its temperature "
-        "is kept, and only shares, bias and order of classes are learned"
+        f"{unseen.accuracy:.1%} of validation)"
     )
 
 

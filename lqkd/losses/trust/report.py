@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lqkd.losses.trust import forms
 
-_FEWEST = 5
+FEWEST = 5
 """Rows on which a class must be answered to be told of."""
-_MOST_NAMED = 3
+MOST_NAMED = 3
 _RENAMED = 0.3
 """A class is read as another when so much of what teachers say is left under the other's name."""
-_HARDLY = 0.1
+HARDLY = 0.1
 """Of teachers that are believed no more than this no class is told apart."""
-_MUCH_LESS = 0.75
+MUCH_LESS = 0.75
 """A class is named that is believed less than this part of what all are."""
 
 
@@ -67,15 +67,15 @@ class TrustReport:
         told = [f"{name} {'is believed ' if i == 0 else ''}{self.believed[i]:.2f}" for i, name in enumerate(teachers)]
         parts = [", ".join(told)]
         overall = sum(self.believed)
-        limit = _MUCH_LESS * overall
+        limit = MUCH_LESS * overall
         less = sorted((value, c) for c, value in enumerate(self.by_class) if value is not None and value < limit)
-        if less and overall > _HARDLY:
-            named = ", ".join(f"{classes[c]} ({value:.2f})" for value, c in less[:_MOST_NAMED])
+        if less and overall > HARDLY:
+            named = ", ".join(f"{classes[c]} ({value:.2f})" for value, c in less[:MOST_NAMED])
             parts.append(f"less for {'classes' if len(less) > 1 else 'class'} {named}")
         for name, read_as in zip(teachers, self.read_as, strict=True):
             if read_as:
-                named = ", ".join(f"{classes[i]} is {classes[c]}" for i, c in [*read_as.items()][:_MOST_NAMED])
-                more = len(read_as) - _MOST_NAMED
+                named = ", ".join(f"{classes[i]} is {classes[c]}" for i, c in [*read_as.items()][:MOST_NAMED])
+                more = len(read_as) - MOST_NAMED
                 parts.append(f"what {name} calls {named}{f' and {more} more' if more > 0 else ''}")
         if self.memorised:
             parts.append("rows known by heart, so that temperatures are kept")
@@ -125,7 +125,7 @@ def report(teachers: Tensor, labels: Tensor, trusted: Tensor, contributions: Ten
         rows=len(labels),
         form=form,
         believed=[share * _ratio(kept.sum(), of.sum()) for share, kept, of in zip(shares, left, said, strict=True)],
-        by_class=[_ratio(kept, of) if count >= _FEWEST else None for kept, of, count in both],
+        by_class=[_ratio(kept, of) if count >= FEWEST else None for kept, of, count in both],
         read_as=read_as,
         of_teachers=[float(F.cross_entropy(teacher, labels)) for teacher in teachers],
         of_mean=float(F.nll_loss(forms.mean_prediction(teachers), labels)),
@@ -160,7 +160,7 @@ def _shares(contributions: Tensor, form: str) -> list[float]:
 def _read_as(answers: Tensor, trusted: Tensor, excess: Tensor, frequency: Tensor) -> dict[int, int]:
     """Answers that mostly mean another class, of which a good part of what the teachers say is left."""
     found, read = {}, trusted.argmax(1)
-    for answer in torch.bincount(answers, minlength=len(frequency)).ge(_FEWEST).nonzero().flatten().tolist():
+    for answer in torch.bincount(answers, minlength=len(frequency)).ge(FEWEST).nonzero().flatten().tolist():
         rows = answers == answer
         most = int(read[rows].mode().values)
         if most != answer and int((read[rows] == most).sum()) * 2 > int(rows.sum()):

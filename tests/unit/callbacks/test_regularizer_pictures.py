@@ -216,6 +216,33 @@ def test_values_that_cannot_be_drawn_stop_no_picture() -> None:
         assert {name for name, figure in pictures([], statistics) if pixels(figure).size} == NAMES - {"weights"}
 
 
+def test_what_held_out_rows_say_is_drawn_as_it_is() -> None:
+    bins = [f"{who} {edge / 10:g}" for who in ("teacher large", "student") for edge in range(10)]
+    right = [*[0.0] * 8, 0.5, 1.0] * 2
+    confidence, count = [*[0.0] * 8, 0.85, 0.95] * 2, [*[0.0] * 8, 10.0, 20.0] * 2
+    losses = {"believed": 0.9, "loss": 0.1, "loss_of_student": 0.4, "loss_of_teachers": 0.2}
+    statistics = {
+        "trust": [EpochStatistic(e, [*losses], {"value": [*losses.values()], "count": [60.0] * 4}) for e in range(2)],
+        "believed": [
+            EpochStatistic(e, ["cat", "dog"], {"value": [0.9, 0.3 + e], "count": [1.0] * 2}) for e in range(2)
+        ],
+        "reliability": [EpochStatistic(1, bins, {"value": right, "count": count, "confidence": confidence})],
+    }
+    maps = {"teacher large": torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "own": torch.eye(2)}
+    figures = dict(pictures([], statistics, "logits", maps))
+    assert [*figures] == ["trust", "believed", "reliability", "map"]
+    assert all(pixels(figure).size for figure in figures.values())
+    weight, drawn = figures["trust"].axes
+    assert weight.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.9]]
+    assert [line.get_ydata()[0] for line in drawn.lines] == [0.1, 0.4, 0.2]
+    assert [bar.get_height() for bar in figures["believed"].axes[0].patches] == [0.9, 1.3]
+    _, *speakers = figures["reliability"].axes[0].lines
+    assert [line.get_label() for line in speakers] == ["teacher large", "student"]
+    assert speakers[0].get_xydata().tolist() == [[0.85, 0.5], [0.95, 1.0]]
+    images = [axes.images[0].get_array().tolist() for axes in figures["map"].axes if axes.images]
+    assert images == [matrix.tolist() for matrix in maps.values()]
+
+
 @pytest.mark.parametrize("spread", [1e-4, 0.01, 0.5, 30.0])
 def test_the_ticks_of_classes_differ_and_its_labels_lie_within_the_picture(spread: float) -> None:
     columns = {"value": [1.0, 1.0 + spread, 1.0 + spread / 2], "count": [4, 4, 4]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,21 @@ def test_weights_are_what_scipy_finds_from_the_formula(of: str) -> None:
 
     expected = minimize(objective, np.zeros(1 if of == "all" else 4), options={"gtol": 1e-7}).x
     np.testing.assert_allclose(found[0].numpy(), expit(start + expected), atol=2e-3)
+
+
+def test_of_two_teachers_of_which_one_is_right_with_a_known_probability_the_weight_makes_the_target_say_that() -> None:
+    """One is right in 7 of 10 rows and says 99 %, the other says nothing, and so does the student."""
+    classes, sure, right = 4, math.log(0.99 * 3 / 0.01), 0.7
+    answers = torch.arange(200) % classes
+    labels = torch.where(
+        torch.arange(200) // classes % 10 < 7, answers, (answers + 1 + torch.arange(200) % 3) % classes
+    )
+    teachers = torch.stack([sure * torch.nn.functional.one_hot(answers, classes).float(), torch.zeros(200, classes)])
+    interpolation = Interpolation(classes, of="all", strength=0.0)
+    weights = learned(interpolation, teachers.mean(0), torch.zeros(200, classes), labels)
+    expected = math.log(right * (classes - 1) / (1 - right)) / (sure / 2)  # softmax of w L / 2 is 0.7 at the answer
+    assert float((answers == labels).double().mean()) == pytest.approx(right)
+    torch.testing.assert_close(weights, torch.full_like(weights, expected), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("of", OF)

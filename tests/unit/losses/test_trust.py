@@ -15,7 +15,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import MeanPrediction
 from lqkd.losses.trust import Answers, TrustMap, memorised
-from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions
+from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions, simplest_of_the_best
 
 ORDER = torch.tensor([1, 2, 0, 3, 4, 5, 6, 7, 8, 9])
 
@@ -220,3 +220,43 @@ def test_of_rows_known_by_heart_order_is_learned_and_the_temperature_kept() -> N
     )
     assert before < by_heart < 1.25 * before
     assert naive > 1.5 * before
+
+
+def test_what_the_map_says_of_a_row_that_was_left_out_does_not_know_its_label() -> None:
+    """Its cross-entropy is that of cross-validation, which that of the map on the rows it was fitted to is below."""
+    teacher, labels = rows(300, 10)
+    permuted = teacher[None, :, [1, 2, 0, *range(3, 10)]]
+    trusted = TrustMap(1, 10, spread="fitted")
+    report = trusted.fit(permuted, labels)
+    said = trusted.left_out(permuted, labels)
+    assert report.form == "linear"
+    assert float(F.nll_loss(said, labels)) == pytest.approx(report.cross_entropy, rel=1e-4)
+    assert float(F.nll_loss(trusted(permuted), labels)) < report.cross_entropy - 0.01
+
+
+def test_rows_of_one_sample_share_a_fold_and_do_not_count_as_evidence_of_their_own() -> None:
+    """Each row 10 times: a fit by rows would see the rows that it is judged on, and find what is not there."""
+    teacher, labels = rows(60, 5)
+    repeated = teacher.repeat_interleave(10, 0)[None], labels.repeat_interleave(10)
+    groups = torch.arange(60).repeat_interleave(10)
+    by_row, by_group = TrustMap(1, 5), TrustMap(1, 5)
+    report = by_group.fit(*repeated, groups=groups)
+    assert by_row.fit(*repeated).form == "linear"
+    assert report.form == TrustMap(1, 5).fit(teacher[None], labels).form == "as given"
+    said = by_group.left_out(*repeated, groups=groups)
+    assert float(F.nll_loss(said, repeated[1])) == pytest.approx(report.cross_entropy, rel=1e-4)
+
+
+def test_the_error_of_alike_rows_is_that_of_their_samples() -> None:
+    losses = [torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    alone = [simplest_of_the_best([losses[i], losses[j]]) for i in range(6) for j in range(6)]
+    groups = torch.arange(30).repeat_interleave(7)
+    repeated = [loss.repeat_interleave(7) for loss in losses]
+    together = [simplest_of_the_best([repeated[i], repeated[j]], groups) for i in range(6) for j in range(6)]
+    assert alone == together
+
+
+def test_too_few_samples_are_refused_however_many_rows_they_have() -> None:
+    teacher, labels = rows(190)
+    with pytest.raises(UsageError, match="19 held-out samples with a label are too few"):
+        TrustMap(1, 10).fit(teacher[None], labels, groups=torch.arange(190) // 10)

@@ -1,0 +1,102 @@
+"""A regularizer that labels of held-out rows teach: how far is the teacher believed, against the student?"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.losses.base import MapKind
+from lqkd.losses.trust.interpolation import Interpolation, WeightOf
+from lqkd.regularizers.base import Regularizer
+from lqkd.regularizers.players import HeldOut
+
+
+class HeldOutInterpolation(Regularizer):
+    """R_phi as the place between student S and what is believed of the teachers, T': ``Z = S + R_phi (T' - S)``.
+
+    S and T' are log-probabilities. Any loss on logits then compares the student with Z in place of T', shifted by the
+    logarithm of the student's normaliser, for losses that see a shift: the residual that the student sees is
+    ``R_phi (T' - S)``, and none where R_phi is 0. phi makes labels of held-out rows likely under Z and has no part in
+    the distillation loss, so that it cannot collapse: where the student is as good as its teachers, R_phi falls and
+    distillation ends by itself. T' is what a term with ``combination: trust`` or ``calibrated`` hears; see
+    :class:`~lqkd.losses.trust.Interpolation` for the weight.
+
+    Teachers answer the held-out rows once. The student answers ``rows`` of them every ``every`` batches, in eval mode
+    and without a gradient; between, phi learns from the last 512 of these answers. At the first time 512 are asked for,
+    which count until there were four more times; from then on only the last four times count, since earlier answers
+    are those of another student. A fifth of the rows is never learned from: the student answers these anew at the end
+    of every epoch, for what is told of Z. Tasks with several rows a sample, such as pixels, cannot have it.
+
+    Args:
+        of: whether there is one weight for ``all``, one a ``class`` or one a ``sample``.
+        start: the weight before training, between 0 and 1.
+        strength: of the pull towards the start, >= 0.
+        hidden: width of the hidden layer of a weight a sample, >= 1.
+        rows: held-out rows that the student is asked about at a time, over all processes, >= 1.
+        every: batches from one time to the next, >= 1.
+
+    Raises:
+        UsageError: when an argument is out of range.
+
+    Examples:
+        >>> regularizer = HeldOutInterpolation(of="all")
+        >>> regularizer.connect("classes", channels=2)
+        >>> regularizer(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])).detach()
+        tensor([[0.8800]])
+    """
+
+    maps = frozenset({"classes", "samples", "scalar"})
+    sees_logits = True
+    learning_rate_factor = 10.0
+
+    def __init__(
+        self,
+        of: WeightOf = "sample",
+        start: float = 0.88,
+        strength: float = 0.01,
+        hidden: int = 16,
+        rows: int = 64,
+        every: int = 16,
+    ) -> None:
+        super().__init__(guard="none", player=HeldOut())
+        for name, value in (("hidden", hidden), ("rows", rows), ("every", every)):
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(
+                    f"{name}={value!r} of HeldOutInterpolation is not possible: it must be a whole number of at least 1"
+                )
+        if of not in get_args(WeightOf):
+            raise UsageError(f"of={of!r} of HeldOutInterpolation is unknown: use {', '.join(get_args(WeightOf))}")
+        Interpolation(2, "all", start, strength)  # refuses what is not possible
+        self.of, self.start, self.strength, self.hidden = of, start, strength, hidden
+        self.rows, self.every = rows, every
+        self.interpolation: Interpolation | None = None
+        self.told: str | None = None
+        """What it has learned, in a sentence; None while that is not known."""
+
+    def connect(self, kind: MapKind, channels: int) -> None:
+        super().connect(kind, channels)
+        if self.interpolation is None:
+            self.interpolation = Interpolation(channels, self.of, self.start, self.strength, self.hidden)
+
+    def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
+        return self.between(teacher, student)[1]
+
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        """R_phi itself, (B, 1) or (B, C) float32: it is no factor of a divergence that would be a square."""
+        return self.response(teacher, student, labels)
+
+    @torch.no_grad()
+    def between(self, teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Z + log sum exp S (B, C), S the student's logits, and R_phi, (B, 1) or (B, C), float32, without a gradient.
+
+        Args:
+            teacher: (B, C) what is believed of the teachers.
+            student: (B, C) logits.
+            teachers: (K, B, C) logits of each teacher: whether several agree is looked at.
+        """
+        assert self.interpolation is not None, "connect() makes it"
+        target, weights = self.interpolation(teacher, student, teachers)
+        return target + student.float().logsumexp(-1, keepdim=True), weights
