@@ -36,6 +36,7 @@ def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:
 
 LOSSES = concrete(all_losses, DistillationLoss)
 REGULARIZERS = concrete(all_regularizers, Regularizer)
+LEARNER = REGULARIZERS.pop("HeldOutInterpolation")  # of held-out rows, which no run here has: see test_held_out.py
 BALANCES = concrete(all_balances, Balance)
 
 
@@ -131,6 +132,8 @@ def test_every_combination_trains_or_says_why_not(loss: str, batch: tuple[Tensor
             assert all(parameter.isfinite().all() for parameter in module.parameters()), (name, balance)
             accepted += 1
             trained.add(balance)
+    with pytest.raises(UsageError, match="HeldOutInterpolation is not possible with combination='mean'"):
+        build(loss, LEARNER(), "FixedBalance")
     assert accepted >= len(BALANCES) - 3  # features do not go with the three balances that look at logits
     assert {"GradNorm", "GradientBalance"} <= trained
     for message in refused:
