@@ -23,8 +23,11 @@ from lqkd.runs.resume_state import between_steps
 
 _ASK_EVERY = 10
 """Batches from one agreement between several processes to the next: each makes them wait for each other."""
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recvValue failed")
-"""What gloo and the store of a process group say when another process is no longer there."""
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recvValue failed"),
+    "Timed out waiting",
+)
+"""What gloo and the store of a process group say when another process is no longer there, or does not go on."""
 
 
 def how_to_resume(folder: Path | None) -> str:

@@ -103,13 +103,39 @@ def test_an_error_of_the_backend_ends_a_training_like_a_lost_process(lqkd: Forks
     assert "Traceback" not in lqkd.log.read_text()
 
 
+def test_gloos_end_of_patience_is_a_lost_process(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    told = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"
+    try:
+        assert lost_a_process(RuntimeError(told))
+        assert not lost_a_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+IMPATIENT = """
+import datetime, functools
+from lightning.pytorch.strategies import DDPStrategy
+real = DDPStrategy.__init__
+@functools.wraps(real)
+def patient_for_a_while(self, *given, **more):
+    real(self, *given, **({"timeout": datetime.timedelta(seconds=30)} | more))
+DDPStrategy.__init__ = patient_for_a_while
+"""
+"""Gloo does not always see at once that the other is gone; then it would wait for half an hour."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_is_told_by_the_other_in_one_sentence(lqkd: Forks, place: Path, lost: int) -> None:
     run = place / "run" / f"lost{lost}"
     seen = after_saving(run, 2)
     statuses = lqkd.run_ranks(
-        *fit(place, run.name), environments=ranks(), meanwhile=lambda pids: send(pids[lost], signal.SIGKILL, seen)
+        *fit(place, run.name),
+        environments=ranks(),
+        before=IMPATIENT,
+        meanwhile=lambda pids: send(pids[lost], signal.SIGKILL, seen),
     )
     assert statuses == ([-signal.SIGKILL, 5] if lost == 0 else [5, -signal.SIGKILL])
     log = lqkd.log if lost else lqkd.log.with_name(f"{lqkd.log.name}.1")
