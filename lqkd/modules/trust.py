@@ -235,6 +235,10 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
     with isolate_rng():  # loaders draw, which must not move the random numbers of the training
         unseen = _on_validation(module, module.named_teachers)
         asked = _held_out(module, module.named_teachers) if module.trainer.is_global_zero else None
+    if not unseen:
+        rank_zero_info(
+            "whether teachers know held-out rows by heart is not known: there are no validation rows with a label"
+        )
     found: dict[str, Any] | str = {}
     if asked is not None:
         by_heart = {

@@ -7,7 +7,8 @@ where no compiler works or ``LQKD_COMPILE=0`` is set, run the same functions eag
 bit. Mathematics runs in float32 (float64 for float64 inputs) and the result returns to the input's dtype, so that an
 8-bit grid stays exact under bfloat16. ``torch.jit.trace`` records the functions themselves, for inference: their
 straight-through gradients are not recorded. A family may have a third form, in C++
-(:mod:`lqkd.quantization.native`), which takes the place of the compiled one for float32 on a CPU.
+(:mod:`lqkd.quantization.native`), which takes the place of the compiled one for float32 on a CPU: its values and
+gradients of ``x`` are the same bits too, those of parameters are sums in another order.
 
 The functions see tensors as ``x`` (elements,) with 0-dim parameters, or ``x`` (channels, elements) with parameters
 (channels, 1), in the order of memory. Every number that differs between layers is a 0-dim tensor: a Python float

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -308,11 +308,17 @@ def test_batches_of_images_alone_have_no_labels(make_trainer: MakeTrainer) -> No
 
 
 def test_the_task_is_that_of_the_samples_with_a_label(make_trainer: MakeTrainer) -> None:
-    recorder = Recorder(lambda trainer, module: trainer.callback_metrics["train/task"].clone())
-    outputs: list[Tensor] = []
-    recorder.on_train_batch_end = lambda t, m, o, b, i: outputs.append((o, t.callback_metrics["train/task"].clone()))  # type: ignore
-    make_trainer(callbacks=[recorder]).fit(distiller(), loader(lambda i: i % 10 if i % 3 else -1))
-    for output, task in outputs:
+    seen: list[tuple[Any, Tensor]] = []
+
+    class Outputs(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            seen.append((outputs, trainer.callback_metrics["train/task"].clone()))
+
+    make_trainer(callbacks=[Outputs()]).fit(distiller(), loader(lambda i: i % 10 if i % 3 else -1))
+    assert len(seen) == 3
+    for output, task in seen:
         known = output["labels"] >= 0
         torch.testing.assert_close(task, F.cross_entropy(output["student"][known], output["labels"][known]))
 

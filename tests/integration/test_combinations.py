@@ -113,21 +113,17 @@ def regularizers() -> Iterator[tuple[str, Callable[[], Regularizer | None]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_combination_trains_or_says_why_not(loss: str, batch: tuple[Tensor, Tensor]) -> None:
-    """At the first and at the last step of every ramp; every seventh, and every balance alone, for twenty steps.
-
-    Seven has no factor in common with the number of guards and players, so that these take turns over the losses.
-    """
-    turns, place = itertools.cycle(BALANCES), list(LOSSES).index(loss)
+def test_every_combination_trains_twenty_steps_or_says_why_not(loss: str, batch: tuple[Tensor, Tensor]) -> None:
+    turns = itertools.cycle(BALANCES)
     accepted, trained, refused = 0, set(), []
-    for position, (name, make) in enumerate(regularizers()):
+    for name, make in regularizers():
         for balance in BALANCES if name == "none" else [next(turns)]:
             try:
                 module = build(loss, make(), balance)
             except UsageError as error:
                 refused.append(str(error))
                 continue
-            seen = train(module, *batch, steps=20 if name == "none" or (position + place) % 7 == 0 else 2)
+            seen = train(module, *batch, steps=20)  # from the first to the end of every ramp
             assert torch.tensor(seen).isfinite().all(), (name, balance, seen)
             assert all(parameter.isfinite().all() for parameter in module.parameters()), (name, balance)
             accepted += 1

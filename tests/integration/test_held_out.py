@@ -31,7 +31,7 @@ from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import Recorder, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
-from tests.integration.test_trust import ORDER, STUDENT, held_out, trained_teacher
+from tests.integration.test_trust import ORDER, STUDENT, Marked, held_out, trained_teacher
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -51,17 +51,6 @@ def believing(
         student_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
         regularizer_optimizer=lambda p: torch.optim.Adam(p, lr=lr),
     )
-
-
-class Marked(Digits):
-    """Held-out rows have a white corner, all others a black one."""
-
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        images = self._loaded().train_images
-        assert isinstance(images, Tensor)
-        images[..., 0, 0] = 0
-        images[self.trust_indices, :, 0, 0] = 255
 
 
 def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_student(make_trainer: MakeTrainer) -> None:

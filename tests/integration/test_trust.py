@@ -130,17 +130,29 @@ def test_another_order_of_classes_is_found_told_and_in_the_summary(make_trainer:
     assert {row["epoch"] for row in rows} == {"0"}  # it is known before the first step
 
 
+def test_without_validation_it_is_said_that_nobody_knows_who_has_learned_rows_by_heart(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for batches, told in ((0, True), (1.0, False)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            make_trainer(limit_val_batches=batches, limit_train_batches=1).fit(trusting(), datamodule=held_out())
+        assert ("whether teachers know held-out rows by heart is not known" in caplog.text) == told
+
+
+class Marked(Digits):
+    """Held-out rows have a white corner, all others a black one."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        images = self._loaded().train_images
+        assert isinstance(images, Tensor)
+        images[..., 0, 0] = 0
+        images[self.trust_indices, :, 0, 0] = 255
+
+
 def test_held_out_rows_are_in_no_gradient_of_the_student(make_trainer: MakeTrainer) -> None:
     """They have a white corner, which the student never sees while it has a gradient, and teachers see."""
-
-    class Marked(Digits):
-        def setup(self, stage: str | None = None) -> None:
-            super().setup(stage)
-            images = self._loaded().train_images
-            assert isinstance(images, Tensor)
-            images[..., 0, 0] = 0
-            images[self.trust_indices, :, 0, 0] = 255
-
     data = held_out(Marked)
     module = trusting()
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}

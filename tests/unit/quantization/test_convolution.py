@@ -194,6 +194,48 @@ def test_who_watches_a_first_layers_quantised_input_gets_its_gradient() -> None:
     assert seen[0].grad.abs().max() > 0
 
 
+@compiler
+@pytest.mark.parametrize("watched", ["by a hook on all modules", "by itself"])
+def test_who_watches_it_otherwise_gets_it_too(watched: str) -> None:
+    x, seen = torch.randn(5, 3, 8, 8), []
+    model = quantised(nn.Conv2d(3, 6, 3), bits="w4a4", inputs=x)
+
+    def watch(module: nn.Module, _: Any, output: Tensor) -> None:
+        if module is model[0].input_quantizer:
+            output.retain_grad()
+            seen.append(output)
+
+    if watched == "by itself":
+        seen.append(model[0].input_quantizer(x))
+        seen[0].retain_grad()
+        convolution.convolve(model[0], seen[0], model[0].quantized_weight()).sum().backward()
+    else:
+        handle = torch.nn.modules.module.register_module_forward_hook(watch)
+        gradients(model, x)
+        handle.remove()
+    assert seen[0].grad.abs().max() > 0
+
+
+def test_images_whose_memory_is_used_again_leave_the_gradient_as_it_was() -> None:
+    x = torch.randn(5, 6)
+    model = quantised(nn.Linear(6, 3), bits="w32a4", inputs=x)
+    expected = gradients(model, x)["0.weight"]
+    model.zero_grad()
+    output = model(x)
+    x.numpy().fill(0)  # as a loader does, behind PyTorch's back
+    (output * output.detach().sin()).sum().backward()
+    assert torch.equal(model[0].weight.grad, expected)
+
+
+def test_where_hooks_on_what_is_kept_are_forbidden_it_is_kept() -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    model = quantised(nn.Tanh(), nn.Linear(6, 3), bits="w4a4", inputs=x.detach())
+    expected = gradients(model, x)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        found = gradients(model, x)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_nothing_is_left_to_a_layer_that_was_not_asked_for_gradients() -> None:
     x = torch.randn(5, 3, 8, 8)
     model = quantised(nn.Conv2d(3, 6, 3), bits="w4a4", inputs=x)

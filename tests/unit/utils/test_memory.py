@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from lqkd.utils import memory
+
 STEPS = """
 import ctypes, resource
 from lqkd.utils.memory import keep_freed_memory
@@ -51,3 +53,23 @@ def test_a_choice_of_the_environment_stands() -> None:
     assert not kept
     assert pages > 100
     assert not second_step(GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072")[0]
+
+
+def test_an_older_library_gets_the_most_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which refuses to keep more than half of a heap."""
+    asked: dict[int, int] = {}
+
+    class Older:
+        def __init__(self, name: None) -> None: ...
+
+        def mallopt(self, option: int, value: int) -> int:
+            if value > 2**25:
+                return 0
+            asked[option] = value
+            return 1
+
+    monkeypatch.setattr("ctypes.CDLL", Older)
+    for name in memory._CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    assert memory.keep_freed_memory()
+    assert asked == {memory._MMAP_THRESHOLD: 2**25, memory._TRIM_THRESHOLD: -1}
