@@ -31,6 +31,9 @@ SUMMARY = "summary.json"
 NETWORKS = ("student.safetensors", "network.safetensors")
 """The trained network alone, of a distillation and of a float training."""
 
+PYTHON = "python"
+"""What the configuration of a run has in place of a model and data where :func:`lqkd.distill` made it from objects."""
+
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices.
 
