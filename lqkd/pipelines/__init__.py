@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from lqkd.utils.lazy import offers
 
 if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
-    from lqkd.pipelines.distill import distill as distill
+    from lqkd.pipelines.distillation import distill as distill
     from lqkd.pipelines.distilled import Distilled as Distilled
     from lqkd.pipelines.task import guess_task as guess_task
 
 _WHERE = {
     "Distilled": "lqkd.pipelines.distilled",
-    "distill": "lqkd.pipelines.distill",
+    "distill": "lqkd.pipelines.distillation",
     "guess_task": "lqkd.pipelines.task",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,24 @@ from lqkd.errors import UsageError
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
+class _Batches:
+    """Batches in a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 class Loaders(LightningDataModule):
     """The loaders of a user, as the splits that they are for.
 
     Args:
-        train: yields batches, as often as it is asked.
+        train: yields batches, as often as it is asked; a list of them, say.
         val: likewise; None for no such split.
         test: likewise.
     """
@@ -29,7 +42,8 @@ class Loaders(LightningDataModule):
         super().__init__()
         for split, loader in (("train", train), ("val", val), ("test", test)):
             if loader is not None:  # Lightning takes a split for one that is there by its method
-                setattr(self, f"{split}_dataloader", lambda loader=loader: loader)
+                one = _Batches(loader) if isinstance(loader, (list, tuple)) else loader
+                setattr(self, f"{split}_dataloader", lambda one=one: one)
 
 
 def has(data: LightningDataModule, split: str) -> bool:

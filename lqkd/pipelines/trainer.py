@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lqkd.balances import FixedBalance
+from lqkd.balances.base import TASK
 from lqkd.callbacks import BatchNormReestimation, ProgressBar, RegularizerMonitor
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import UsageError, first_line
@@ -54,12 +55,15 @@ def check_trainer(given: Mapping[str, Any]) -> None:
     check_devices(settings)
 
 
-def trainer_for(folder: Path, task: Task, validates: bool, epochs: int, given: Mapping[str, Any]) -> Trainer:
+def trainer_for(
+    folder: Path, task: Task, guessed: bool, validates: bool, epochs: int, given: Mapping[str, Any]
+) -> Trainer:
     """A Trainer that keeps a run, and has what the user adds.
 
     Args:
         folder: of the run.
         task: whose metric chooses the best checkpoint.
+        guessed: whether the task was told from the first batch.
         validates: whether there are validation data.
         epochs: their number.
         given: settings of the Trainer, which win over those that it would get.
@@ -69,7 +73,7 @@ def trainer_for(folder: Path, task: Task, validates: bool, epochs: int, given: M
     """
     callbacks = given.get("callbacks") or []
     callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
-    ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), _KeepRun()]
+    ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), _KeepRun(guessed)]
     if given.get("enable_progress_bar") is not False:
         ours.append(ProgressBar())
     if given.get("log_every_n_steps") is None:
@@ -90,6 +94,9 @@ def trainer_for(folder: Path, task: Task, validates: bool, epochs: int, given: M
 class _KeepRun(Callback):
     """Makes checkpoints atomic, keeps the list of layers, and tells what was chosen."""
 
+    def __init__(self, guessed: bool) -> None:
+        self.guessed = guessed
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -99,23 +106,26 @@ class _KeepRun(Callback):
         folder = run_folder_of(trainer)
         assert folder is not None
         write_text(folder / LAYERS, f"{pl_module.coverage}\n")
-        for about, told in _header(trainer, pl_module):
+        for about, told in _header(trainer, pl_module, self.guessed):
             print(f"{about:<12}{told}")
         print(f"{'run folder':<12}{folder}", flush=True)
 
 
-def _header(trainer: Trainer, module: DistillModule) -> Iterator[tuple[str, str]]:
+def _header(trainer: Trainer, module: DistillModule, guessed: bool) -> Iterator[tuple[str, str]]:
     """All choices, a line each."""
-    yield "task", f"{type(module.task).__name__}, best by {module.task.monitor} ({module.task.mode})"
+    told = ", told from the first batch" if guessed else ""
+    yield "task", f"{type(module.task).__name__}{told}, best by {module.task.monitor} ({module.task.mode})"
     yield "student", f"{type(module.student).__name__}: {module.coverage.summary()}"
-    fixed = isinstance(balance := module.balance, FixedBalance)
-    weights = dict(zip(balance.names, balance.constants.tolist(), strict=True)) if fixed else {}
-    losses = [f"{weights['task']:g} of the task" if fixed else f"the task, weighed by {type(balance).__name__}"]
+    balance, weights = module.balance, {}
+    if isinstance(balance, FixedBalance):
+        weights = dict(zip(balance.names, balance.constants.tolist(), strict=True))
+    losses = [f"{weights[TASK]:g} of the task" if weights else f"the task, weighed by {type(balance).__name__}"]
     for name, term in module.distillation.terms():
-        share = f"{weights[name]:g} of " if fixed else ""
+        share = f"{weights[name]:g} of " if weights else ""
         asked = ", ".join(type(module.named_teachers[teacher].network).__name__ for teacher in term.teachers)
         losses.append(f"{share}{type(term.losses[0]).__name__} from {asked}")
     yield "learns from", ", ".join(losses)
     optimizers = ", ".join(f"{type(one).__name__} (lr {one.param_groups[0]['lr']:g})" for one in trainer.optimizers)
-    length = f"{trainer.max_epochs} epochs of {trainer.num_training_batches} batches"
+    epochs = f"{trainer.max_epochs} epoch{'s' if trainer.max_epochs != 1 else ''}"
+    length = f"{epochs} of {trainer.num_training_batches} batches"
     yield "training", f"{length}, {optimizers}, on {trainer.world_size} x {module.device.type}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import shutil
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,6 +46,7 @@ from lqkd.runs.folder import (
     claim,
     forget_claimed,
     lock,
+    release,
     remove_partial_files,
     restarted,
 )
@@ -54,7 +54,7 @@ from lqkd.runs.logger import LogEveryEpoch
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.parser import OneLineParser, of_constructor
 from lqkd.runs.provenance import foreign_code, remember_code
-from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
+from lqkd.runs.resume import Resumption, check_place, differences, find, limits, record_start
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
@@ -346,8 +346,7 @@ class LqkdCLI(LightningCLI):
         """Remove a run folder in which nothing has happened yet."""
         if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
             return
-        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, SPLIT, STARTS}:
-            shutil.rmtree(self.run_folder)
+        release(self.run_folder)
 
     def _default_callbacks(self, config: Any) -> list[Callback]:
         callbacks: list[Callback] = [RunSummary()]

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lqkd.balances import FixedBalance
 from lqkd.data.reading import collation_problem
@@ -27,7 +28,7 @@ from lqkd.pipelines.trainer import check_trainer, trainer_for
 from lqkd.quantization import Recipe, quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.runs import RunSummary
-from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, check_seed, claim, forget_claimed
+from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, check_seed, claim, forget_claimed, release
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.summary import best_checkpoint
 from lqkd.tasks import MultiLabel, Task
@@ -56,11 +57,11 @@ def distill(
 ) -> Distilled:
     """Quantise a trained network and train it, beside its labels, on what a teacher says.
 
-    The student starts from the weights that it has; what it becomes is the best checkpoint on the validation split.
-    Neither network is changed. Every choice that was made is printed.
+        The student starts from the weights that it has; what it becomes is the best checkpoint on the validation split.
+        Neither network is changed. Every choice that was made is printed.
 
-    By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary
-    KL for :class:`~lqkd.tasks.MultiLabel`, squared residuals for a task without classes), by SGD, with fresh batch norm
+        By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary KL
+    for :class:`~lqkd.tasks.MultiLabel`, squared residuals for a task without classes), by SGD, with fresh batch norm
     statistics for whatever is validated and saved: ``docs/choosing.md`` says on what evidence.
 
     Args:
@@ -71,8 +72,8 @@ def distill(
             which then has all splits.
         val: likewise for validation; None for none, and then the last epoch is kept.
         test: likewise, to report and never to choose by; None for none.
-        bits: such as ``w8a8``, ``w4a4``, ``w2a2``, ``w4a32``, ``w1a1``, ``ternary``, or a :class:`Recipe`. The first
-            and the last layer keep 8.
+        bits: such as ``w8a8``, ``w4a4``, ``w2a2``, ``w4a32``, ``w1a1``, ``ternary``, of all layers but the first and
+            the last, which keep 8; or a :class:`Recipe`.
         task: what the networks are trained for; None to tell it from the first batch, see :func:`guess_task`.
         epochs: passes over the training data.
         folder: where the run is kept, new or empty; None for ``runs/distill/version_N``.
@@ -80,7 +81,7 @@ def distill(
         trainer: settings for Lightning's Trainer, such as ``{"devices": 2, "strategy": "ddp", "max_steps": 1000}``;
             its callbacks and loggers come beside those of a run.
         settings: what :class:`DistillModule` takes besides, such as ``distillation_loss``, ``taps``, ``regularizer``,
-            ``balance``, ``student_optimizer`` (``lambda p: torch.optim.AdamW(p, lr=1e-4)``), ``teachers`` and
+            ``balance``, ``student_optimizer`` (``lambda p: torch.optim.AdamW(p, lr=1e-4)``), or ``teachers`` and
             ``distillation`` in place of ``teacher``.
 
     Returns:
@@ -92,34 +93,42 @@ def distill(
         KeyboardInterrupt: after Ctrl-C.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> import lqkd
-        >>> batches = [(torch.randn(16, 3, 8, 8), torch.randint(3, (16,))) for _ in range(4)]
-        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
-        >>> student = lqkd.distill(network, train=batches, bits="w4a4", epochs=1)  # doctest: +SKIP
-        >>> student.export("student.onnx")  # doctest: +SKIP
+            >>> import torch
+            >>> from torch import nn
+    from torch.utils.data import DataLoader
+            >>> import lqkd
+            >>> batches = [(torch.randn(16, 3, 8, 8), torch.randint(3, (16,))) for _ in range(4)]
+            >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+            >>> student = lqkd.distill(network, train=batches, bits="w4a4", epochs=1)  # doctest: +SKIP
+            >>> student.export("student.onnx")  # doctest: +SKIP
     """
-    _check(student, teacher, train, val, test, epochs, settings)
+    _check_networks(student, teacher, settings)
+    _check_data(train, val, test)
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise UsageError(f"epochs={epochs!r} is not possible: it must be a whole number of at least 1")
     check_trainer(trainer or {})
     check_seed("seed", seed)
     seed_everything(seed, verbose=False)
     data = train if isinstance(train, LightningDataModule) else Loaders(train, val, test)
-    if task is None:
-        task = guess_task(first_to_train_on(data), student)
+    guessed = task is None
+    task = guess_task(first_to_train_on(data), student) if task is None else task
     module = _module(student, teacher, bits, task, settings)
     said = _said(module, {"max_epochs": epochs, **(trainer or {})})
+    place = _place(folder, {"seed_everything": seed, PYTHON: said})
     try:
-        place = _place(folder, {"seed_everything": seed, PYTHON: said})
-        made = trainer_for(place, task, has(data, "val"), epochs, trainer or {})
+        made = trainer_for(place, task, guessed, has(data, "val"), epochs, trainer or {})
         with _plainly():
             made.fit(module, datamodule=data)
             if has(data, "test"):
                 best = best_checkpoint(made)
                 path = (best.best_model_path or None) if best is not None else None
                 made.test(module, datamodule=data, ckpt_path=path, verbose=False)
+    except UsageError:
+        if _is_first():
+            release(place)
+        raise
     finally:
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first():
             forget_claimed()
     for callback in made.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunSummary):
@@ -142,31 +151,36 @@ def _said(module: DistillModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(
-    student: Any, teacher: Any, train: Any, val: Any, test: Any, epochs: int, settings: Mapping[str, Any]
-) -> None:
+def _check_networks(student: Any, teacher: Any, settings: Mapping[str, Any]) -> None:
     for name, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module) and not (network is None and name == "teacher"):
             raise UsageError(f"{name} is a {type(network).__name__}: a torch.nn.Module is needed")
     if quantizers(student):
         raise UsageError("the student is quantised already: give the network in floating point, and bits")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise UsageError(f"epochs={epochs!r} is not possible: it must be a whole number of at least 1")
-    if train is None:
-        raise UsageError("there is nothing to train on: give train, a DataLoader of batches or a LightningDataModule")
-    if isinstance(train, LightningDataModule) and (val is not None or test is not None):
-        raise UsageError("val and test are not possible beside a LightningDataModule, which has all splits")
-    for name, split in (("train", train), ("val", val), ("test", test)):
-        if split is not None and not isinstance(split, LightningDataModule) and not hasattr(split, "__iter__"):
-            raise UsageError(f"{name} is a {type(split).__name__}: a DataLoader or another iterable is needed")
-        if hasattr(split, "__next__"):
-            raise UsageError(f"{name} is an iterator, which can be read once: give a DataLoader or a list of batches")
     known = [name for name in inspect.signature(DistillModule.__init__).parameters if name not in _OWN]
     for name in settings:
         if name not in known:
             raise UsageError(f"{name} is no setting of lqkd.distill or DistillModule{nearest(name, known)}")
     if teacher is not None and settings.get("teachers") is not None:
         raise UsageError("teacher is not possible beside teachers: name all of them there")
+
+
+def _check_data(train: Any, val: Any, test: Any) -> None:
+    if train is None:
+        raise UsageError("there is nothing to train on: give train, a DataLoader of batches or a LightningDataModule")
+    if isinstance(train, LightningDataModule):
+        if val is not None or test is not None:
+            raise UsageError("val and test are not possible beside a LightningDataModule, which has all splits")
+        return
+    for name, split in (("train", train), ("val", val), ("test", test)):
+        if split is None:
+            continue
+        if not hasattr(split, "__iter__"):
+            raise UsageError(f"{name} is a {type(split).__name__}: a DataLoader or another iterable is needed")
+        if hasattr(split, "__next__"):
+            raise UsageError(f"{name} is an iterator, which can be read once: give a DataLoader or a list of batches")
+        if isinstance(split, (list, tuple)) and any(isinstance(one, DataLoader) for one in split):
+            raise UsageError(f"{name} is a {type(split).__name__} of DataLoaders: give one")
 
 
 def _module(
@@ -186,6 +200,11 @@ def _module(
     return DistillModule(student=copy_of(student), quantization=recipe, task=task, **given)
 
 
+def _is_first() -> bool:
+    """Whether this is the first process of the training."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def _place(folder: str | Path | None, said: Mapping[str, Any]) -> Path:
     """The run's folder, with what can be said of the run in it."""
     text = "# Made by lqkd.distill from Python, out of networks and data that no configuration names.\n"
@@ -193,7 +212,7 @@ def _place(folder: str | Path | None, said: Mapping[str, Any]) -> Path:
     if folder is None:
         return claim(RunSettings(name="distill"), text)
     place = Path(folder)
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if _is_first():
         try:
             if place.exists() and (not place.is_dir() or any(place.iterdir())):
                 raise UsageError(f"folder={str(folder)!r} is not empty: give another, or none for a new one in runs/")
