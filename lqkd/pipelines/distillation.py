@@ -57,10 +57,10 @@ def distill(
 ) -> Distilled:
     """Quantise a trained network and train it, beside its labels, on what a teacher says.
 
-        The student starts from the weights that it has; what it becomes is the best checkpoint on the validation split.
-        Neither network is changed. Every choice that was made is printed.
+    The student starts from the weights that it has; what it becomes is the best checkpoint on the validation split.
+    Neither network is changed. Every choice that was made is printed.
 
-        By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary KL
+    By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary KL
     for :class:`~lqkd.tasks.MultiLabel`, squared residuals for a task without classes), by SGD, with fresh batch norm
     statistics for whatever is validated and saved: ``docs/choosing.md`` says on what evidence.
 
@@ -80,7 +80,7 @@ def distill(
         seed: of all random numbers, of a shuffling DataLoader too.
         trainer: settings for Lightning's Trainer, such as ``{"devices": 2, "strategy": "ddp", "max_steps": 1000}``;
             its callbacks and loggers come beside those of a run.
-        settings: what :class:`DistillModule` takes besides, such as ``distillation_loss``, ``taps``, ``regularizer``,
+        settings: what :class:`DistillModule` takes besides, as ``distillation_loss``, ``taps``, ``regularizer``,
             ``balance``, ``student_optimizer`` (``lambda p: torch.optim.AdamW(p, lr=1e-4)``), or ``teachers`` and
             ``distillation`` in place of ``teacher``.
 
@@ -93,14 +93,11 @@ def distill(
         KeyboardInterrupt: after Ctrl-C.
 
     Examples:
-            >>> import torch
-            >>> from torch import nn
-    from torch.utils.data import DataLoader
-            >>> import lqkd
-            >>> batches = [(torch.randn(16, 3, 8, 8), torch.randint(3, (16,))) for _ in range(4)]
-            >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
-            >>> student = lqkd.distill(network, train=batches, bits="w4a4", epochs=1)  # doctest: +SKIP
-            >>> student.export("student.onnx")  # doctest: +SKIP
+        >>> import lqkd
+        >>> batches = [(torch.randn(16, 3, 8, 8), torch.randint(3, (16,))) for _ in range(4)]
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+        >>> student = lqkd.distill(network, train=batches, bits="w4a4", epochs=1)  # doctest: +SKIP
+        >>> student.export("student.onnx")  # doctest: +SKIP
     """
     _check_networks(student, teacher, settings)
     _check_data(train, val, test)

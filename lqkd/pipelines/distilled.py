@@ -67,7 +67,7 @@ class Distilled:
     def export(
         self, path: str | Path | None = None, *, format: str = "portable", overwrite: bool = False, **about: Any
     ) -> Path:
-        """Write the student as ONNX, once it is proven that the file computes the same.
+        """Write the student as ONNX, once it is proven that the file computes the same; the first process of several does.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
         split where there is no other.
@@ -89,6 +89,8 @@ class Distilled:
         from lqkd.export.command import told_of_data
 
         target = self.folder / "student.onnx" if path is None else Path(path)
+        if not self._trainer.is_global_zero:
+            return target
         if target.exists() and not overwrite:
             raise UsageError(f"{str(target)!r} exists: give overwrite=True, or another path")
         calibration = [self._inputs(batch) for batch in islice(self._batches("train"), CALIBRATION_BATCHES)]
@@ -108,7 +110,7 @@ class Distilled:
         return target
 
     def report(self) -> Path:
-        """Write ``report.html``, one page that needs no network, into the run's folder.
+        """Write ``report.html``, one page that needs no network, into the run's folder; on the first process of several.
 
         Returns:
             The page.
@@ -116,9 +118,9 @@ class Distilled:
         Raises:
             UsageError: when jinja2 is missing.
         """
-        from lqkd.studies.report import report
+        from lqkd.studies.report import HTML, report
 
-        return report(self.folder)
+        return report(self.folder) if self._trainer.is_global_zero else self.folder / HTML
 
     @property
     def _data(self) -> LightningDataModule:
