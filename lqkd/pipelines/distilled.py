@@ -67,7 +67,7 @@ class Distilled:
     def export(
         self, path: str | Path | None = None, *, format: str = "portable", overwrite: bool = False, **about: Any
     ) -> Path:
-        """Write the student as ONNX, once it is proven that the file computes the same; the first process of several does.
+        """Write the student as ONNX, once it is proven that the file computes the same; of several processes, on the first.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
         split where there is no other.
@@ -110,7 +110,7 @@ class Distilled:
         return target
 
     def report(self) -> Path:
-        """Write ``report.html``, one page that needs no network, into the run's folder; on the first process of several.
+        """Write ``report.html``, one page that needs no network, into the folder; of several processes, on the first.
 
         Returns:
             The page.
