@@ -30,6 +30,7 @@ from lqkd.quantization.computed import copy_of
 from lqkd.runs import RunSummary
 from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, check_seed, claim, forget_claimed, release
 from lqkd.runs.outcome import print_outcome
+from lqkd.runs.quiet import quiet
 from lqkd.runs.summary import best_checkpoint
 from lqkd.tasks import MultiLabel, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
@@ -113,8 +114,8 @@ def distill(
     said = _said(module, {"max_epochs": epochs, **(trainer or {})})
     place = _place(folder, {"seed_everything": seed, PYTHON: said})
     try:
-        made = trainer_for(place, task, guessed, has(data, "val"), epochs, trainer or {})
-        with _plainly():
+        with quiet(), _plainly():
+            made = trainer_for(place, task, guessed, has(data, "val"), epochs, trainer or {})
             made.fit(module, datamodule=data)
             if has(data, "test"):
                 best = best_checkpoint(made)

@@ -67,10 +67,10 @@ class Distilled:
     def export(
         self, path: str | Path | None = None, *, format: str = "portable", overwrite: bool = False, **about: Any
     ) -> Path:
-        """Write the student as ONNX, once it is proven that the file computes the same; of several processes, on the first.
+        """Write the student as ONNX, once it is proven that the file computes the same.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
-        split where there is no other.
+        split where there is no other. Of several processes the first one writes.
 
         Args:
             path: the file; None for ``student.onnx`` in the run's folder.
@@ -110,7 +110,7 @@ class Distilled:
         return target
 
     def report(self) -> Path:
-        """Write ``report.html``, one page that needs no network, into the folder; of several processes, on the first.
+        """Write ``report.html``, one page that needs no network, into the run's folder; of several processes, the first.
 
         Returns:
             The page.

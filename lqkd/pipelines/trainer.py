@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +14,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lqkd.balances import FixedBalance
-from lqkd.balances.base import TASK
 from lqkd.callbacks import BatchNormReestimation, ProgressBar, RegularizerMonitor
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import UsageError, first_line
-from lqkd.modules import DistillModule
 from lqkd.modules.devices import check_devices
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.runs import AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary
 from lqkd.runs.folder import CHECKPOINTS, LAYERS
+from lqkd.runs.header import print_header
 from lqkd.runs.logger import LogEveryEpoch
 from lqkd.tasks import Task
 from lqkd.utils.files import write_text
@@ -106,26 +104,4 @@ class _KeepRun(Callback):
         folder = run_folder_of(trainer)
         assert folder is not None
         write_text(folder / LAYERS, f"{pl_module.coverage}\n")
-        for about, told in _header(trainer, pl_module, self.guessed):
-            print(f"{about:<12}{told}")
-        print(f"{'run folder':<12}{folder}", flush=True)
-
-
-def _header(trainer: Trainer, module: DistillModule, guessed: bool) -> Iterator[tuple[str, str]]:
-    """All choices, a line each."""
-    told = ", told from the first batch" if guessed else ""
-    yield "task", f"{type(module.task).__name__}{told}, best by {module.task.monitor} ({module.task.mode})"
-    yield "student", f"{type(module.student).__name__}: {module.coverage.summary()}"
-    balance, weights = module.balance, {}
-    if isinstance(balance, FixedBalance):
-        weights = dict(zip(balance.names, balance.constants.tolist(), strict=True))
-    losses = [f"{weights[TASK]:g} of the task" if weights else f"the task, weighed by {type(balance).__name__}"]
-    for name, term in module.distillation.terms():
-        share = f"{weights[name]:g} of " if weights else ""
-        asked = ", ".join(type(module.named_teachers[teacher].network).__name__ for teacher in term.teachers)
-        losses.append(f"{share}{type(term.losses[0]).__name__} from {asked}")
-    yield "learns from", ", ".join(losses)
-    optimizers = ", ".join(f"{type(one).__name__} (lr {one.param_groups[0]['lr']:g})" for one in trainer.optimizers)
-    epochs = f"{trainer.max_epochs} epoch{'s' if trainer.max_epochs != 1 else ''}"
-    length = f"{epochs} of {trainer.num_training_batches} batches"
-    yield "training", f"{length}, {optimizers}, on {trainer.world_size} x {module.device.type}"
+        print_header(trainer, pl_module, self.guessed)

@@ -50,10 +50,12 @@ from lqkd.runs.folder import (
     remove_partial_files,
     restarted,
 )
+from lqkd.runs.header import print_header
 from lqkd.runs.logger import LogEveryEpoch
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.parser import OneLineParser, of_constructor
 from lqkd.runs.provenance import foreign_code, remember_code
+from lqkd.runs.quiet import quiet
 from lqkd.runs.resume import Resumption, check_place, differences, find, limits, record_start
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
@@ -119,16 +121,17 @@ class LqkdCLI(LightningCLI):
         self.verb = args[0]
         torch.set_float32_matmul_precision("high")
         try:
-            super().__init__(
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                seed_everything_default=seed,
-                parser_class=OneLineParser,
-                parser_kwargs={self.verb: _ABOUT[self.verb]} if parser_kwargs is None else parser_kwargs,
-                args=args,
-            )
+            with quiet():
+                super().__init__(
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    save_config_callback=None,
+                    auto_configure_optimizers=False,
+                    seed_everything_default=seed,
+                    parser_class=OneLineParser,
+                    parser_kwargs={self.verb: _ABOUT[self.verb]} if parser_kwargs is None else parser_kwargs,
+                    args=args,
+                )
         except (KeyboardInterrupt, Stopped) as stop:
             if not getattr(stop, "message", ""):  # before the verb began: the same command starts again
                 self._release()
@@ -275,9 +278,11 @@ class LqkdCLI(LightningCLI):
             callbacks.append(LogEveryEpoch())
             warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
         callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
+        # The header of a run says more than Lightning's table of modules, which is for those who ask for it.
+        table = {"enable_model_summary": False} if config.enable_model_summary is None else {}
         try:
             return super().instantiate_trainer(
-                **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
+                **{"logger": loggers if writes else False, "callbacks": callbacks, **table, **kwargs}
             )
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             self._release()
@@ -437,7 +442,8 @@ class _KeepRun(Callback):
     def _describe(self, trainer: Trainer, pl_module: Any) -> None:
         if isinstance(pl_module, DistillModule):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
-            print(pl_module.coverage.summary())
+        if isinstance(pl_module, TaskModule):
+            print_header(trainer, pl_module)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, (ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)

@@ -149,7 +149,7 @@ def test_every_choice_is_told_and_kept(
     told = capsys.readouterr().out
     assert "task        Classification, told from the first batch, best by val/acc (max)" in told
     assert "0.5 of the task, 0.5 of HintonKL from Sequential" in told  # its own network, none was given
-    assert "1 epoch of 2 batches, SGD (lr 0.01), on 1 x cpu" in told
+    assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu" in told
     assert f"run folder  {tmp_path / 'run'}" in told
     kept = (made.folder / "config.yaml").read_text()
     assert "bits: w8a8" in kept
