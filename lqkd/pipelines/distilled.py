@@ -110,7 +110,7 @@ class Distilled:
         return target
 
     def report(self) -> Path:
-        """Write ``report.html``, one page that needs no network, into the run's folder; of several processes, the first.
+        """Write ``report.html``, one page that needs no network, into the run's folder; the first process does.
 
         Returns:
             The page.

@@ -142,8 +142,11 @@ def test_the_same_call_gives_the_same_student(networks: tuple[nn.Module, nn.Modu
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_every_choice_is_told_and_kept(
-    networks: tuple[nn.Module, nn.Module], capsys: pytest.CaptureFixture, tmp_path: Path
+def test_every_choice_is_told_and_kept_and_nothing_that_is_no_news(
+    networks: tuple[nn.Module, nn.Module],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     made = lqkd.distill(networks[0], train=loader(64, 0), bits="w8a8", folder=tmp_path / "run", **BRIEF)
     told = capsys.readouterr().out
@@ -151,6 +154,8 @@ def test_every_choice_is_told_and_kept(
     assert "0.5 of the task, 0.5 of HintonKL from Sequential" in told  # its own network, none was given
     assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu" in told
     assert f"run folder  {tmp_path / 'run'}" in told
+    assert not [line for line in caplog.messages if "available: " in line or "Seed set" in line or "Tip: " in line]
+    assert "there is no validation data" in " ".join(made.summary["warnings"])
     kept = (made.folder / "config.yaml").read_text()
     assert "bits: w8a8" in kept
     assert "seed_everything: 0" in kept
