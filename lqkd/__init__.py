@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
     from lqkd.errors import UsageError as UsageError
     from lqkd.modules import ClassifierModule as ClassifierModule
     from lqkd.modules import DistillModule as DistillModule
+    from lqkd.pipelines import Distilled as Distilled
+    from lqkd.pipelines import distill as distill
     from lqkd.quantization import Recipe as Recipe
     from lqkd.quantization import Rule as Rule
     from lqkd.quantization import quantize_model as quantize_model
@@ -23,10 +25,12 @@ __version__ = metadata.version("lqkd")
 _PUBLIC = {
     "ClassifierModule": "lqkd.modules",
     "DistillModule": "lqkd.modules",
+    "Distilled": "lqkd.pipelines",
     "FrozenTeacher": "lqkd.teachers",
     "Recipe": "lqkd.quantization",
     "Rule": "lqkd.quantization",
     "UsageError": "lqkd.errors",
+    "distill": "lqkd.pipelines",
     "load_student": "lqkd.runs",
     "quantize_model": "lqkd.quantization",
 }

@@ -194,7 +194,24 @@ def _inputs(reader: RunReader) -> tuple[list[Inputs], Inputs]:
 
 
 def _about(reader: RunReader, inputs: Inputs) -> dict[str, Any]:
-    data: Any = reader.datamodule
+    model = yaml.safe_load(reader.config_text)["model"]  # of the model itself, files of weights are left out
+    settings = model.get("init_args", model)
+    return {
+        **told_of_data(reader.datamodule, inputs),
+        "task": settings.get("task"),
+        "teacher": settings.get("teacher") or settings.get("teachers"),
+        "network": settings.get("student", settings.get("network")),
+        "data": type(reader.datamodule).__name__,
+    }
+
+
+def told_of_data(data: Any, inputs: Inputs) -> dict[str, Any]:
+    """What a file says of the data that its network was trained on: ``class_names`` and ``preprocessing``.
+
+    Args:
+        data: a DataModule; None, or one that tells neither, for an empty list and None.
+        inputs: of the network, which knows how an image becomes one only where it takes one tensor.
+    """
     shape = list(getattr(data, "image_shape", ()))
     images = inputs.alone() is not None and len(shape) > 1
     preprocessing = (
@@ -209,16 +226,7 @@ def _about(reader: RunReader, inputs: Inputs) -> dict[str, Any]:
         if images
         else None
     )
-    model = yaml.safe_load(reader.config_text)["model"]  # of the model itself, files of weights are left out
-    settings = model.get("init_args", model)
-    return {
-        "class_names": list(getattr(data, "class_names", ())),
-        "preprocessing": preprocessing,
-        "task": settings.get("task"),
-        "teacher": settings.get("teacher") or settings.get("teachers"),
-        "network": settings.get("student", settings.get("network")),
-        "data": type(data).__name__,
-    }
+    return {"class_names": list(getattr(data, "class_names", ())), "preprocessing": preprocessing}
 
 
 def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:

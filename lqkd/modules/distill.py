@@ -307,11 +307,13 @@ class DistillModule(TaskModule):
         rank_zero_info(f"balance {type(self.balance).__name__} measures gradients in the weights of {place.layer}")
 
     def _connect_unseen(self) -> None:
-        """Do without the shape of images, where that is possible: neither a DataModule nor a checkpoint has told it."""
+        """Let the first batch tell shapes that neither a DataModule nor a checkpoint has told; logits do without."""
         if self.distillation.shapes is not None:
             return
         if any(term.taps for _, term in self.distillation.terms()):
-            raise UsageError("taps need to know the shape of images: use a DataModule that tells its image_shape")
+            self.trainer.fit_loop.setup_data()
+            self._connect(self._first_batch())
+            return
         unseen: dict[str, Shapes] = {name: [(1, 0)] * len(term.losses) for name, term in self.distillation.terms()}
         self.distillation.connect({name: (shapes, shapes) for name, shapes in unseen.items()})
 

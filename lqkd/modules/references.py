@@ -153,7 +153,9 @@ def _of_teacher(
 def _chance(module: Distilling) -> float:
     """What an untrained network may reach, of as many classes as the DataModule has, or else the teacher's rows."""
     data = module.trainer.datamodule  # type: ignore[attr-defined]
-    if data is None and module.task.predicts_classes and (batch := first_batch(validation_of(module), "validation")):
+    unknown = module.task.predicts_classes and getattr(data, "class_names", None) is None
+    loader = validation_of(module) if unknown else None
+    if loader is not None and (batch := first_batch(loader, "validation")) is not None:
         batch = module.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         given = module.passes.teacher_inputs(batch, module.inputs(batch))
         (seen, *_) = module.passes.ask_teachers(given).values()

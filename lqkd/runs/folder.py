@@ -28,8 +28,12 @@ BEST = "best.ckpt"
 LAST = "last.ckpt"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
+STARTS = "starts.json"
 NETWORKS = ("student.safetensors", "network.safetensors")
 """The trained network alone, of a distillation and of a float training."""
+
+PYTHON = "python"
+"""What the configuration of a run has in place of a model and data where :func:`lqkd.distill` made it from objects."""
 
 _ENVIRONMENT = "LQKD_RUN_FOLDER"
 """How the first process of a run tells the folder to the processes that it launches for the other devices.
@@ -96,6 +100,12 @@ def claim(settings: RunSettings, config: str) -> Path:
 def forget_claimed() -> None:
     """The run of :func:`claim` is over: processes that are launched from now on belong to others."""
     os.environ.pop(_ENVIRONMENT, None)
+
+
+def release(folder: Path) -> None:
+    """Remove a run folder in which nothing has happened yet, but for what a run is described by."""
+    if {path.name for path in folder.rglob("*")} <= {CONFIG, LAYERS, SPLIT, STARTS}:
+        shutil.rmtree(folder)
 
 
 def _check_names(settings: RunSettings) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import os
-import shutil
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -48,20 +46,22 @@ from lqkd.runs.folder import (
     claim,
     forget_claimed,
     lock,
+    release,
     remove_partial_files,
     restarted,
 )
+from lqkd.runs.header import print_header
+from lqkd.runs.logger import LogEveryEpoch
+from lqkd.runs.outcome import print_outcome
 from lqkd.runs.parser import OneLineParser, of_constructor
 from lqkd.runs.provenance import foreign_code, remember_code
-from lqkd.runs.resume import STARTS, Resumption, check_place, differences, find, limits, record_start
+from lqkd.runs.quiet import quiet
+from lqkd.runs.resume import Resumption, check_place, differences, find, limits, record_start
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
-from lqkd.runs.verdicts import verdicts
 from lqkd.tasks import Classification, Task
-from lqkd.tasks.values import name_of, shown
 from lqkd.utils.files import write_text
-from lqkd.utils.tables import print_table
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
@@ -121,16 +121,17 @@ class LqkdCLI(LightningCLI):
         self.verb = args[0]
         torch.set_float32_matmul_precision("high")
         try:
-            super().__init__(
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                seed_everything_default=seed,
-                parser_class=OneLineParser,
-                parser_kwargs={self.verb: _ABOUT[self.verb]} if parser_kwargs is None else parser_kwargs,
-                args=args,
-            )
+            with quiet():
+                super().__init__(
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    save_config_callback=None,
+                    auto_configure_optimizers=False,
+                    seed_everything_default=seed,
+                    parser_class=OneLineParser,
+                    parser_kwargs={self.verb: _ABOUT[self.verb]} if parser_kwargs is None else parser_kwargs,
+                    args=args,
+                )
         except (KeyboardInterrupt, Stopped) as stop:
             if not getattr(stop, "message", ""):  # before the verb began: the same command starts again
                 self._release()
@@ -274,12 +275,14 @@ class LqkdCLI(LightningCLI):
         if writes:
             loggers = self._open_run_folder(loggers)
         if config.log_every_n_steps is None:
-            callbacks.append(_LogEveryEpoch())
+            callbacks.append(LogEveryEpoch())
             warnings.filterwarnings("ignore", message=r".*is smaller than the logging interval")
         callbacks += [d for d in self._default_callbacks(config) if not any(isinstance(c, type(d)) for c in callbacks)]
+        # The header of a run says more than Lightning's table of modules, which is for those who ask for it.
+        table = {"enable_model_summary": False} if config.enable_model_summary is None else {}
         try:
             return super().instantiate_trainer(
-                **{"logger": loggers if writes else False, "callbacks": callbacks, **kwargs}
+                **{"logger": loggers if writes else False, "callbacks": callbacks, **table, **kwargs}
             )
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             self._release()
@@ -348,8 +351,7 @@ class LqkdCLI(LightningCLI):
         """Remove a run folder in which nothing has happened yet."""
         if self.run_folder is None or self.resumption is not None or getattr(rank_zero_only, "rank", 0) != 0:
             return
-        if {path.name for path in self.run_folder.rglob("*")} <= {CONFIG, LAYERS, SPLIT, STARTS}:
-            shutil.rmtree(self.run_folder)
+        release(self.run_folder)
 
     def _default_callbacks(self, config: Any) -> list[Callback]:
         callbacks: list[Callback] = [RunSummary()]
@@ -384,7 +386,7 @@ class LqkdCLI(LightningCLI):
             if isinstance(callback, RunSummary):
                 callback.finish(self.trainer)
         if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
-            _print_summary(self.run_folder)
+            print_outcome(self.run_folder)
 
     def predict(self, model: TaskModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Predict and write ``predictions.csv`` into the run folder of the checkpoint; see :class:`Predictions`.
@@ -405,14 +407,6 @@ class LqkdCLI(LightningCLI):
         self.trainer.predict(model, datamodule=datamodule, **{**kwargs, "return_predictions": False})
         files = datamodule.test_files() if hasattr(datamodule, "test_files") else ()
         predictions.write(folder / "predictions.csv", files)
-
-
-class _LogEveryEpoch(Callback):
-    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
-        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]
 
 
 class _KeepRun(Callback):
@@ -448,7 +442,8 @@ class _KeepRun(Callback):
     def _describe(self, trainer: Trainer, pl_module: Any) -> None:
         if isinstance(pl_module, DistillModule):
             write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
-            print(pl_module.coverage.summary())
+        if isinstance(pl_module, TaskModule):
+            print_header(trainer, pl_module)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, (ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)
@@ -508,30 +503,3 @@ def _move_into(logger: Any, folder: Path) -> None:
     options = getattr(logger, "_wandb_init", None)
     if isinstance(options, dict) and str(options.get("dir")) == ".":
         options["dir"] = str(folder)
-
-
-@rank_zero_only
-def _print_summary(folder: Path) -> None:
-    """The table that ends a run: the metric on the test split, sizes, and where everything is."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    metric = summary["metric"]
-    bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
-    values = [
-        ("teacher", "teacher", ""),
-        ("student in float", "student_float", float_size),
-        ("student before training", "student_start", packed_size),
-        ("student" if summary["weight_bits"] else "network", "test", packed_size),
-    ]
-    rows = []
-    for name, key, shown_size in values:
-        if summary[key] is not None:
-            rows.append((name, shown(metric, summary[key], 2), shown_size))
-        elif key == "student_float" and summary["student_start"] is not None:
-            rows.append((name, "not trained", shown_size))
-    print_table(f"{bits}: {name_of(metric)} on the test split", ("network", name_of(metric), "size"), rows)
-    if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
-        print("no regularizer: every element of the distillation loss has the same, fixed weight")
-    for told in verdicts(summary).values():
-        print(told.sentence)
-    print(f"run folder: {folder}")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -147,3 +147,11 @@ def _read(target: Path) -> list[dict[str, Any]]:
         return [{name: value for name, value in row.items() if value} | {"step": int(row["step"])} for row in rows]
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{target} has no column of whole numbers 'step': it is no table of a run, move it") from None
+
+
+class LogEveryEpoch(Callback):
+    """Lets an epoch of few batches log its losses as well, where no interval was asked for."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        interval = min(trainer.log_every_n_steps, trainer.num_training_batches)  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = max(1, int(interval))  # type: ignore[attr-defined]

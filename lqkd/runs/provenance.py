@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lqkd.errors import UsageError
-from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, SUMMARY
+from lqkd.runs.folder import BEST, CHECKPOINTS, CONFIG, PYTHON, SUMMARY
 from lqkd.utils import renames
 from lqkd.utils.yaml_text import load_yaml
 
@@ -103,7 +103,7 @@ def check_run_code(folder: Path, allowed: bool) -> None:
     """:func:`check_code` of the configuration of a run.
 
     Raises:
-        UsageError: as there.
+        UsageError: as there, and of a run that :func:`lqkd.distill` has made, which no configuration can repeat.
     """
     try:
         settings = load_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
@@ -111,6 +111,11 @@ def check_run_code(folder: Path, allowed: bool) -> None:
         raise
     except (OSError, ValueError, yaml.YAMLError):  # told by whoever reads it
         return
+    if isinstance(settings, dict) and PYTHON in settings:
+        raise UsageError(
+            f"run {str(folder)!r} was made by lqkd.distill, out of networks and data that exist in Python only: use "
+            "export() and report() of what that call returned, or call it again"
+        )
     check_code(settings, folder, allowed)
 
 

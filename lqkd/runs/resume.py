@@ -22,6 +22,7 @@ from lqkd.runs.folder import (
     CONFIG,
     LAST,
     NETWORKS,
+    STARTS,
     SUMMARY,
     check_resumable,
     has_ended,
@@ -31,7 +32,6 @@ from lqkd.runs.resume_state import KEY, LIMITS
 from lqkd.utils import renames
 from lqkd.utils.files import write_json
 
-STARTS = "starts.json"
 _LIMITS = ("max_epochs", "max_steps", "max_time")
 """Settings of the trainer that say how much training is asked for."""
 

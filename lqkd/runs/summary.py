@@ -166,7 +166,7 @@ class RunSummary(Callback):
         if folder is None:
             return
         name = "student" if isinstance(module, DistillModule) else "network"
-        state = _best_state(trainer, name) or module.product().state_dict()
+        state = best_state(trainer, name) or module.product().state_dict()
         data = getattr(trainer, "datamodule", None)
         described: dict[str, Any] = {
             "lqkd": metadata.version("lqkd"),
@@ -211,7 +211,8 @@ def best_checkpoint(trainer: Trainer) -> BestAndLast | None:
     return next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
 
 
-def _best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
+def best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
+    """Of the module's attribute ``name``, in the run's best checkpoint, on the CPU; None without a checkpoint."""
     checkpoint = best_checkpoint(trainer)
     if checkpoint is None or not checkpoint.best_model_path:
         return None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.tasks.base import Rows as Rows
     from lqkd.tasks.base import Task as Task
     from lqkd.tasks.classification import Classification as Classification
+    from lqkd.tasks.keyed import KeyedClassification as KeyedClassification
     from lqkd.tasks.labels import Samples as Samples
     from lqkd.tasks.multi_label import MultiLabel as MultiLabel
     from lqkd.tasks.segmentation import Segmentation as Segmentation
@@ -24,6 +25,7 @@ _WHERE = {
     "Asked": "lqkd.models.outputs",
     "Classification": "lqkd.tasks.classification",
     "Inputs": "lqkd.models.calls",
+    "KeyedClassification": "lqkd.tasks.keyed",
     "MultiLabel": "lqkd.tasks.multi_label",
     "Rows": "lqkd.tasks.base",
     "Samples": "lqkd.tasks.labels",

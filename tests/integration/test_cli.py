@@ -28,7 +28,7 @@ from torch import nn
 
 from lqkd.cli import main
 from lqkd.runs import BestAndLast
-from lqkd.runs.lightning_cli import _print_summary
+from lqkd.runs.outcome import print_outcome
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -463,7 +463,7 @@ def test_without_a_regularizer_the_summary_has_none_and_the_screen_says_so(
     capsys: pytest.CaptureFixture, plain: Path
 ) -> None:
     assert summary_of(plain)["regularizer"] is None
-    _print_summary(plain)
+    print_outcome(plain)
     assert capsys.readouterr().out.count("no regularizer: every element of the distillation loss has the same") == 1
 
 
@@ -471,7 +471,7 @@ def test_the_table_says_of_a_student_without_weights_that_it_was_not_trained(
     capsys: pytest.CaptureFixture, plain: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary_of(plain) | {"student_float": None}))
-    _print_summary(tmp_path)
+    print_outcome(tmp_path)
     assert re.search(r"student in float\W+not trained", capsys.readouterr().out)
 
 

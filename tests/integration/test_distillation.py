@@ -225,7 +225,9 @@ def test_a_tap_keeps_what_the_module_returned_where_the_next_one_works_in_place(
     assert seen[0].min() < 0
 
 
-def test_without_a_data_module_the_shapes_come_from_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_without_a_data_module_the_shapes_come_from_the_checkpoint_or_the_first_batch(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     keeper = ModelCheckpoint(tmp_path / "kept", save_last=True)
 
     def module() -> DistillModule:
@@ -234,8 +236,12 @@ def test_without_a_data_module_the_shapes_come_from_the_checkpoint(make_trainer:
     make_trainer(callbacks=[keeper], enable_checkpointing=True).fit(module(), datamodule=digits())
     batches = DataLoader([(torch.randn(1, 8, 8), 1)] * 8, batch_size=4)
     make_trainer(max_epochs=2, logger=False).fit(module(), batches, ckpt_path=keeper.last_model_path, weights_only=True)
-    with pytest.raises(UsageError, match="taps need to know the shape of images"):
-        make_trainer(logger=False).fit(module(), batches)
+    alone = module()
+    make_trainer(logger=False).fit(alone, batches)
+    kept = torch.load(keeper.last_model_path, weights_only=True)["distillation_shapes"]
+    assert {name: [[tuple(x[1:]) for x in of] for of in both] for name, both in alone.distillation.shapes.items()} == {
+        name: [[tuple(x[1:]) for x in of] for of in both] for name, both in kept.items()
+    }
 
 
 def test_a_loss_on_logits_needs_no_data_module(make_trainer: MakeTrainer) -> None:

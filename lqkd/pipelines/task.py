@@ -1,0 +1,111 @@
+"""What networks are trained for, as far as a batch tells it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.models.calls import dtype_name
+from lqkd.models.outputs import Asked, main_tensor
+from lqkd.quantization.modes import evaluating
+from lqkd.tasks import Classification, KeyedClassification, MultiLabel, Segmentation, Task
+
+LABELS = ("labels", "label", "targets", "target")
+"""What labels are called in batches that are dicts."""
+_OWN = "give task=, one of lqkd.tasks or a class of yours (docs/tasks.md)"
+
+
+def guess_task(batch: Any, network: nn.Module) -> Task:
+    """The task of batches like ``batch``.
+
+    ========================================================  =====================================
+    batch                                                     task
+    ========================================================  =====================================
+    inputs and integers (B,) or (B, 1); inputs alone          :class:`~lqkd.tasks.Classification`
+    inputs and integers (B, H, W)                             :class:`~lqkd.tasks.Segmentation`
+    inputs and 0, 1 or -1 (B, C), C >= 2                      :class:`~lqkd.tasks.MultiLabel`
+    a dict with integers (B,) under one of :data:`LABELS`     :class:`~lqkd.tasks.KeyedClassification`
+    ========================================================  =====================================
+
+    Of a dict the network is called with those tensors that its ``forward`` has parameters for, or with the only one.
+
+    Args:
+        batch: what a loader yields, on the CPU.
+        network: is asked how many classes of pixels it knows, and what its arguments are called.
+
+    Raises:
+        UsageError: when it is none of these, or could be several.
+    """
+    if isinstance(batch, Mapping):
+        return _keyed(batch, network)
+    if isinstance(batch, Tensor):
+        return Classification()
+    if not isinstance(batch, (tuple, list)) or not batch or not isinstance(batch[0], Tensor):
+        raise UsageError(f"the task cannot be told from a batch that is a {_name(batch)}: {_OWN}")
+    if len(batch) == 1:
+        return Classification()
+    images, labels = batch[0], batch[1]
+    if not isinstance(labels, Tensor):
+        raise UsageError(f"the task cannot be told from labels that are a {_name(labels)}: {_OWN}")
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    if whole and labels.dtype != torch.bool and (labels.ndim == 1 or labels.shape[1:] == (1,)):
+        return Classification()
+    if whole and labels.ndim == 3:
+        return Segmentation(classes=_classes_of_pixels(network, images))
+    if labels.ndim == 2 and labels.shape[1] > 1 and bool(torch.isin(labels.float(), torch.tensor([-1.0, 0, 1])).all()):
+        if bool(((labels == 1).sum(dim=1) == 1).all()):
+            raise UsageError(
+                f"every row of the labels {tuple(labels.shape)} has a single 1: give labels.argmax(dim=1) for one "
+                "class of several, or task=lqkd.tasks.MultiLabel(classes) for classes by themselves"
+            )
+        return MultiLabel(classes=labels.shape[1])
+    raise UsageError(
+        f"the task cannot be told from labels of {dtype_name(labels)} and shape {tuple(labels.shape)}: {_OWN}"
+    )
+
+
+def _keyed(batch: Mapping[str, Any], network: nn.Module) -> Task:
+    found = [key for key in LABELS if key in batch]
+    if len(found) != 1:
+        raise UsageError(
+            f"the task cannot be told from a dict with {', '.join(map(repr, batch))}: it needs labels under one of "
+            f"{', '.join(map(repr, LABELS))}; {_OWN}"
+        )
+    labels = batch[found[0]]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.squeeze(-1).ndim > 1:
+        shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"that are a {_name(labels)}"
+        raise UsageError(f"the task cannot be told from {found[0]!r} {shape}: {_OWN}")
+    tensors = [key for key, value in batch.items() if isinstance(value, Tensor) and key != found[0]]
+    takes = inspect.signature(network.forward).parameters
+    named = [key for key in tensors if key in takes]
+    if named:
+        return KeyedClassification(found[0], named)
+    if len(tensors) == 1:
+        return KeyedClassification(found[0], tensors, by_name=False)
+    raise UsageError(
+        f"{type(network).__name__}.forward has no parameter called {' or '.join(map(repr, tensors)) or 'like a tensor'}"
+        f", as the batches have: {_OWN}"
+    )
+
+
+@torch.no_grad()
+def _classes_of_pixels(network: nn.Module, images: Tensor) -> int:
+    parameter = next(network.parameters(), images)
+    one = images[:1].to(parameter.device)
+    with evaluating(network):
+        logits = main_tensor(network(one), Asked("student", 1))
+    if logits.ndim != 4:
+        raise UsageError(
+            f"labels have a number for each pixel, and the student returns a tensor of shape {tuple(logits.shape)}: "
+            "logits of shape (B, C, H, W) are needed"
+        )
+    return logits.shape[1]
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,349 @@
+"""One call from networks and loaders to a student that can be taken away."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import lqkd
+from lqkd import Recipe, UsageError
+from lqkd.balances import GradientBalance
+from lqkd.cli import main
+from lqkd.data import Digits
+from lqkd.losses import Hints
+from lqkd.models import CifarResNet, load_weights
+from lqkd.modules import Tap
+from lqkd.pipelines import guess_task
+from lqkd.tasks import Classification, KeyedClassification, MultiLabel, Segmentation
+
+
+def network(width: int, seed: int = 0) -> nn.Sequential:
+    """Of images 1x8x8, three classes."""
+    torch.manual_seed(seed)
+    inner = (nn.Conv2d(width, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), *inner, *head)
+
+
+def rows(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images whose class is the third of them that is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    images = torch.randn(count, 1, 8, 8, generator=generator) / 2
+    for image, label in zip(images, labels, strict=True):
+        image[:, :, 2 * label : 2 * label + 3] += 2
+    return images, labels
+
+
+def loader(count: int, seed: int, shuffle: bool = False) -> DataLoader:
+    return DataLoader(TensorDataset(*rows(count, seed)), batch_size=32, shuffle=shuffle)
+
+
+def learned(net: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """The network, trained in floating point."""
+    images, labels = rows(256, 0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy((call or net)(images), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder to run in, without pictures, which take longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder := tmp_path_factory.mktemp("place"))
+        patched.setattr("lqkd.callbacks.regularizer.pictures.pictures", lambda *history: iter(()))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[nn.Module, nn.Module]:
+    return learned(network(4, seed=1)), learned(network(16))
+
+
+@pytest.fixture(scope="module")
+def made(networks: tuple[nn.Module, nn.Module]) -> lqkd.Distilled:
+    student, teacher = networks
+    splits = loader(256, 0, shuffle=True), loader(64, 1)
+    return lqkd.distill(student, teacher, *splits, test=loader(64, 2), bits="w4a4", epochs=2)
+
+
+BRIEF: dict[str, Any] = {"epochs": 1, "trainer": {"enable_progress_bar": False}}
+
+
+def test_a_student_comes_back_with_what_was_measured_of_it(made: lqkd.Distilled) -> None:
+    images, labels = rows(64, 2)
+    with torch.no_grad():
+        right = (made.network(images).argmax(dim=1) == labels).float().mean()
+    assert not made.network.training
+    assert made.summary["test"] == pytest.approx(float(right))
+    assert right > 0.9
+    assert made.summary["teacher"] > 0.9
+    assert made.summary["student_float"] > 0.9
+    assert made.summary["weight_bits"] == "4 (8 in 2 layers)"
+    assert made.summary["finished"]
+    assert json.loads((made.folder / "summary.json").read_text()) == made.summary
+    assert "on test" in repr(made)
+    assert str(made.folder) in repr(made)
+
+
+def test_the_best_epoch_is_what_comes_back(made: lqkd.Distilled) -> None:
+    kept = torch.load(made.folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(kept[f"student.{name}"], value) for name, value in made.network.state_dict().items())
+
+
+def test_a_file_is_proven_to_answer_like_the_student(made: lqkd.Distilled, tmp_path: Path) -> None:
+    file = made.export(tmp_path / "student.onnx", class_names=["top", "middle", "bottom"])
+    session = onnxruntime.InferenceSession(file)
+    images, _ = rows(64, 3)
+    with torch.no_grad():
+        expected = made.network(images).argmax(dim=1)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert (torch.from_numpy(logits).argmax(dim=1) == expected).float().mean() > 0.98
+    assert "middle" in session.get_modelmeta().custom_metadata_map["lqkd.class_names"]
+    with pytest.raises(UsageError, match="exists: give overwrite=True"):
+        made.export(file)
+    assert made.export(file, overwrite=True) == file
+
+
+def test_a_page_tells_of_the_run(made: lqkd.Distilled) -> None:
+    page = made.report().read_text()
+    assert f"{made.summary['test']:.2%}"[:4] in page
+    assert "Made by lqkd.distill from Python" in page
+
+
+def test_networks_that_are_given_stay_as_they_are(networks: tuple[nn.Module, nn.Module]) -> None:
+    before = copy.deepcopy(networks)
+    lqkd.distill(*networks, loader(32, 0), **BRIEF)
+    for old, new in zip(before, networks, strict=True):
+        assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
+        assert all(parameter.requires_grad for parameter in new.parameters())
+        assert not new.training
+
+
+def test_the_same_call_gives_the_same_student(networks: tuple[nn.Module, nn.Module]) -> None:
+    def student() -> dict[str, Tensor]:
+        return lqkd.distill(*networks, loader(64, 0, shuffle=True), seed=3, **BRIEF).network.state_dict()
+
+    first, second = student(), student()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_every_choice_is_told_and_kept_and_nothing_that_is_no_news(
+    networks: tuple[nn.Module, nn.Module],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    made = lqkd.distill(networks[0], train=loader(64, 0), bits="w8a8", folder=tmp_path / "run", **BRIEF)
+    told = capsys.readouterr().out
+    assert "task        Classification, told from the first batch, best by val/acc (max)" in told
+    assert "0.5 of the task, 0.5 of HintonKL from Sequential" in told  # its own network, none was given
+    assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu" in told
+    assert f"run folder  {tmp_path / 'run'}" in told
+    assert not [line for line in caplog.messages if "available: " in line or "Seed set" in line or "Tip: " in line]
+    assert "there is no validation data" in " ".join(made.summary["warnings"])
+    kept = (made.folder / "config.yaml").read_text()
+    assert "bits: w8a8" in kept
+    assert "seed_everything: 0" in kept
+
+
+def test_what_distills_can_be_chosen_as_for_the_module(networks: tuple[nn.Module, nn.Module]) -> None:
+    made = lqkd.distill(
+        *networks,
+        loader(64, 0),
+        bits=Recipe("w2a4", first_layer_bits=4),
+        distillation_loss=Hints(),
+        taps=[Tap("2", "2")],
+        balance=GradientBalance(),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
+        **BRIEF,
+    )
+    assert isinstance(made.module.balance, GradientBalance)
+    assert isinstance(made.module.trainer.optimizers[0], torch.optim.AdamW)
+    assert made.network[0].weight_quantizer.bits == 4
+
+
+def test_callbacks_and_loggers_come_beside_those_of_a_run(networks: tuple[nn.Module, nn.Module]) -> None:
+    class Counts(Callback):
+        steps = 0
+
+        def on_train_batch_end(self, *given: Any) -> None:
+            self.steps += 1
+
+    counts = Counts()
+    made = lqkd.distill(*networks, loader(96, 0), epochs=5, trainer={"callbacks": counts, "max_steps": 2})
+    assert counts.steps == 2
+    assert made.summary["steps"] == 2
+
+
+def test_a_datamodule_brings_all_splits() -> None:
+    student = CifarResNet(8, width=8, in_channels=1)
+    load_weights(student, "builtin:digits_student")
+    made = lqkd.distill(student, train=Digits(limit_train=128), bits="w4a4", **BRIEF)
+    assert made.summary["test"] > 0.8
+    file = made.export()
+    assert main(["predict", str(file), str(file)]) == 2  # it knows what images it takes, and that is none
+
+
+# ---- batches of other kinds
+
+
+class Pair(nn.Module):
+    """Takes an image and its mean brightness, by name, and returns a dict."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.image, self.table, self.head = nn.Linear(64, width), nn.Linear(1, width), nn.Linear(width, 3)
+
+    def forward(self, image: Tensor, table: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.image(image.flatten(1)) + self.table(table))
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+class Dicts(Dataset):
+    """Samples as Hugging Face's data sets give them."""
+
+    def __init__(self, count: int, label: str) -> None:
+        self.images, self.labels = rows(count, 0)
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index]
+        return {"image": image, "table": image.mean()[None], "id": f"{index}.png", self.label: self.labels[index]}
+
+
+def test_a_network_of_several_inputs_learns_from_dicts_and_is_exported(tmp_path: Path) -> None:
+    student, teacher = (
+        learned(net := Pair(width), lambda x, net=net: net(x, x.mean((1, 2, 3))[:, None])["logits"])
+        for width in (8, 32)
+    )
+    batches = DataLoader(Dicts(96, "label"), batch_size=32)
+    made = lqkd.distill(student, teacher, batches, batches, bits="w8a8", **BRIEF)
+    assert isinstance(made.task, KeyedClassification)
+    assert made.summary["val"] > 0.9
+    session = onnxruntime.InferenceSession(made.export(tmp_path / "pair.onnx"))
+    assert {one.name for one in session.get_inputs()} == {"image", "table"}
+
+
+def test_a_dict_with_one_tensor_needs_no_name_for_it(networks: tuple[nn.Module, nn.Module]) -> None:
+    images, labels = rows(64, 0)
+    batches = [{"pixel_values": images[part], "labels": labels[part]} for part in (slice(32), slice(32, 64))]
+    made = lqkd.distill(*networks, batches, batches, **BRIEF)
+    assert made.summary["val"] > 0.9
+
+
+def test_masks_make_a_segmentation_of_as_many_classes_as_the_student_has() -> None:
+    student = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    task = guess_task([torch.randn(2, 1, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)], student)
+    assert isinstance(task, Segmentation)
+    assert task.classes == 5
+
+
+def test_marks_make_a_task_of_several_labels(networks: tuple[nn.Module, nn.Module]) -> None:
+    images, _ = rows(64, 0)
+    marks = torch.stack([images.mean((1, 2, 3)) > 0.5, images.mean((1, 2, 3)) > 0.2, images[:, 0, 0, 0] > 0], dim=1)
+    assert isinstance(guess_task((images, marks.float()), networks[0]), MultiLabel)
+    batches = [(images, marks.long())]
+    assert lqkd.distill(networks[0], train=batches, val=batches, **BRIEF).summary["metric"] == "val/map"
+
+
+def test_inputs_alone_are_distilled_without_labels(networks: tuple[nn.Module, nn.Module]) -> None:
+    assert type(guess_task(torch.randn(4, 1, 8, 8), networks[0])) is Classification
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.randn(4, 3), torch.randn(4)), "cannot be told from labels of float32 and shape (4,)"),
+        ((torch.randn(4, 3), torch.eye(4)), "every row of the labels (4, 4) has a single 1: give labels.argmax"),
+        ((torch.randn(4, 3), ["a", "b"]), "cannot be told from labels that are a list"),
+        ("text", "cannot be told from a batch that is a str"),
+        ({"x": torch.randn(4, 3), "y": torch.zeros(4)}, "needs labels under one of 'labels', 'label'"),
+        ({"labels": torch.zeros(4, dtype=torch.int64), "a": torch.zeros(4), "b": torch.zeros(4)}, "'a' or 'b'"),
+        ({"labels": torch.zeros(4, 7, dtype=torch.int64), "input": torch.zeros(4)}, "'labels' of shape (4, 7)"),
+    ],
+)
+def test_a_task_that_cannot_be_told_is_asked_for(batch: Any, message: str) -> None:
+    with pytest.raises(UsageError) as told:
+        guess_task(batch, nn.Flatten())
+    assert message in str(told.value)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"student": "resnet18"}, "student is a str: a torch.nn.Module is needed"),
+        ({"train": None}, "there is nothing to train on: give train"),
+        ({"train": 3}, "train is a int"),
+        ({"train": []}, "train has no batch"),
+        ({"val": iter([])}, "val is an iterator, which can be read once"),
+        ({"epochs": 0}, "epochs=0 is not possible"),
+        ({"seed": -1}, "seed=-1 is not possible"),
+        ({"bits": "w9a9"}, "w9a9"),
+        ({"distilation_loss": None}, "did you mean distillation_loss?"),
+        ({"quantization": None}, "quantization is no setting of lqkd.distill"),
+        ({"trainer": {"max_epochs": 3}}, "trainer['max_epochs'] is not possible: give epochs"),
+        ({"trainer": {"max_step": 3}}, "did you mean max_steps?"),
+        ({"trainer": {"precision": "16-mixed"}}, "not possible with two optimizers"),
+        ({"trainer": {"devices": 999, "accelerator": "cpu", "strategy": "ddp_spawn"}}, "devices=999"),
+        ({"teachers": {}}, "teacher is not possible beside teachers"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_run_behind(
+    networks: tuple[nn.Module, nn.Module], given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    settings = {"student": networks[0], "teacher": networks[1], "train": loader(32, 0), "folder": tmp_path / "run"}
+    with pytest.raises(UsageError) as told:
+        lqkd.distill(**{**settings, **given})
+    assert message in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_is_quantised_already_is_refused(made: lqkd.Distilled) -> None:
+    with pytest.raises(UsageError, match="quantised already"):
+        lqkd.distill(made.network, train=loader(32, 0))
+
+
+def test_an_untrained_teacher_is_refused_and_leaves_no_run_behind(
+    networks: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="the teacher is right on"):
+        lqkd.distill(networks[0], network(16, seed=5), loader(32, 0), loader(64, 1), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_into(
+    networks: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        lqkd.distill(*networks, loader(32, 0), folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", ["resume", "export", "sensitivity"])
+def test_verbs_that_need_a_configuration_say_that_there_is_none(
+    made: lqkd.Distilled, verb: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([verb, str(made.folder.resolve())]) == 2
+    assert "was made by lqkd.distill" in capsys.readouterr().err
