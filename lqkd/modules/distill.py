@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
+from lqkd.modules.compilation import Compilation, Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
@@ -106,6 +108,10 @@ class DistillModule(TaskModule):
         task: what the networks are trained for; null for the classification of images.
         teachers: frozen teachers by name, for ``distillation``.
         distillation: distillation losses by name, each with its teacher; null for the short form.
+        compile: whether training passes of the student and of all teachers run through ``torch.compile``, each as one
+            graph without breaks; ``cuda_graphs`` also lets a GPU record them. Results differ from eager ones by
+            rounding. Evaluations, batches of another size than the first (the last of an epoch), augmentation, losses
+            and optimizers stay eager.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -138,6 +144,7 @@ class DistillModule(TaskModule):
         task: Task | None = None,
         teachers: dict[str, FrozenTeacher] | None = None,
         distillation: dict[str, Term] | None = None,
+        compile: Compile = False,
     ) -> None:
         super().__init__(task_of(task, label_smoothing))
         save_plain_hyperparameters(self)
@@ -165,7 +172,9 @@ class DistillModule(TaskModule):
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
         taps_of_student = self.distillation.taps_of_student(self.student)
-        self.passes = Passes(self.task, self.named_teachers, self.student, taps_of_teachers, taps_of_student)
+        self.compilation = Compilation(compile)
+        networks = self.named_teachers, self.student
+        self.passes = Passes(self.task, *networks, taps_of_teachers, taps_of_student, self.compilation)
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
@@ -260,6 +269,7 @@ class DistillModule(TaskModule):
             self._settle_balance(self.inputs(example))
         if stage == "fit":
             check_held_out(self)
+            self.compilation.check(self.student, self.trainer.strategy.root_device)
             self._tell_passed_over(self.example_inputs())
 
     def _tell_passed_over(self, inputs: Inputs | None) -> None:
@@ -380,6 +390,13 @@ class DistillModule(TaskModule):
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile what is to be compiled, each in its first training pass."""
+        for name, network in self.networks():
+            if self.compilation.setting or (isinstance(network, FrozenTeacher) and network.compiled):
+                self.compilation.start(name, network)
 
     def _first_batch(self) -> Any:
         """The first batch, on the device."""
@@ -419,6 +436,7 @@ class DistillModule(TaskModule):
         self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
+        self.passes.end_compilation()
         self.passes.cache = None
 
     def trust_tables(self) -> dict[str, dict[str, tuple[list[Any], dict[str, list[float]]]]]:
@@ -445,12 +463,14 @@ class DistillModule(TaskModule):
     # ---- the path of a batch
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        started = time.perf_counter()
         self._tell_progress()
         for rows in self.held_out.values():
             rows.before_batch()
         losses = self.losses(batch, cached=True)
         report = self._report(losses, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
+        self.compilation.end_step(time.perf_counter() - started)
         self._logged = self._numbers(losses)
         show(self.trainer, self._logged)
         return report
@@ -548,6 +568,9 @@ class DistillModule(TaskModule):
 
     def on_train_end(self) -> None:
         report_held_out(self)
+        verdict = self.compilation.verdict()
+        if verdict is not None:
+            warn(self, verdict)
 
     # ---- state
 

@@ -18,6 +18,7 @@ would compile a graph for each of its values.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from lqkd.quantization import native
 
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
+MOST_GRAPHS = 128
+"""Compiled forms of one function that a process may have."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -180,7 +183,8 @@ def _operands(
     """What a kernel's functions take after ``x``; parameters of ``shape``, by default for a flat ``x``."""
     dtype = compute_dtype(x)
     # A trace records the making of its constants, in the same way each time; stand-ins for tensors must not outlive it.
-    constant = _constant if _is_real(x) and not torch.jit.is_tracing() else _constant.__wrapped__
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x)
+    constant = _constant.__wrapped__ if traced else _constant
     if shape is None:
         shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [
@@ -252,9 +256,25 @@ def _runs_compiled(x: Tensor) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    return own_graphs(function, MOST_GRAPHS, dynamic=True, fullgraph=True, options=compiler_options(device))
+
+
+def compiler_options(device: str) -> dict[str, Any]:
+    """What the compiler must not leave out, so that quantized values are those of the eager functions."""
     # Triton's default division is off by an ulp, which moves values across rounding boundaries.
-    options: dict[str, Any] = {} if device == "cpu" else {"eager_numerics.division_rounding": True}
-    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+    return {} if device == "cpu" else {"eager_numerics.division_rounding": True}
+
+
+def own_graphs(function: Callable[..., Any], most: int, **arguments: Any) -> Callable[..., Any]:
+    """``torch.compile(function, **arguments)``, with at most ``most`` graphs, which nothing else counts among its own.
+
+    PyTorch's own limit is 8 for the code of a function: a quantizer sees more combinations of dtype, rank, single
+    channels and inference mode in a long process, and several networks that are called by the same code share it.
+    Versions of PyTorch that cannot be told so keep their limit.
+    """
+    known = inspect.signature(torch.compile).parameters
+    further = {"recompile_limit": most, "isolate_recompiles": True}
+    return torch.compile(function, **arguments, **{key: value for key, value in further.items() if key in known})
 
 
 class _Compiler:
