@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
-from torch._functorch import config
+from torch._functorch import config as functorch
 from torch.utils._pytree import tree_map_only
 
 from lqkd.errors import UsageError, first_line
@@ -82,7 +83,8 @@ class CompiledCall:
             return self._network(*args, **keywords)
         graphs = counters["stats"]["unique_graphs"]
         try:
-            with config.patch(donated_buffer=False):  # gradients may be asked for one loss after another
+            # Gradients may be asked for one loss after another, and callbacks may add hooks to a network.
+            with functorch.patch(donated_buffer=False), dynamo.patch(skip_nnmodule_hook_guards=False):
                 returned = self._compiled(*args, **keywords)
         except FailOnRecompileLimitHit as error:
             raise UsageError(
@@ -192,7 +194,7 @@ class Compilation:
         for call in self._calls.values():
             if 2 * call.eager > call.passes:
                 return (
-                    f"compile: {call.eager} of {call.passes} batches of the {call.name} ran eagerly, since their shapes "
-                    f"are not those of the first"
+                    f"compile: {call.eager} of {call.passes} batches of the {call.name} ran eagerly: their shapes "
+                    "are not those of the first"
                 )
         return None

@@ -20,11 +20,12 @@ from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
-from lqkd.modules.compilation import Compilation, Compile
+from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
+from lqkd.modules.memory_format import faster_in_channels_last
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
@@ -77,7 +78,6 @@ class DistillModule(TaskModule):
     Attributes:
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
-        warnings: what was noticed before the first step, for ``summary.json``.
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
         own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
             was added to them.
@@ -101,7 +101,9 @@ class DistillModule(TaskModule):
         gradient_clip_val: largest gradient norm of each player; null for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step.
         channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
-            by rounding, and a network that views activations as if they were contiguous cannot.
+            by rounding, and a network that views activations as if they were contiguous cannot. Null lets a
+            measurement decide before the first step of a training, which a checkpoint keeps: two runs may then differ
+            by rounding.
         replace_head: whether student_weights for another number of classes are accepted: the student's last layer then
             starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
@@ -138,7 +140,7 @@ class DistillModule(TaskModule):
         label_smoothing: float = 0.0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
-        channels_last: bool = False,
+        channels_last: bool | None = False,
         replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
         task: Task | None = None,
@@ -146,7 +148,7 @@ class DistillModule(TaskModule):
         distillation: dict[str, Term] | None = None,
         compile: Compile = False,
     ) -> None:
-        super().__init__(task_of(task, label_smoothing))
+        super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
@@ -166,13 +168,12 @@ class DistillModule(TaskModule):
                 check_term(self.task, term)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.student, self.coverage = quantize_model(student, quantization)
-        # Weights decide: the first convolution turns images of any format into theirs.
-        self.student.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        self._channels_last = channels_last  # None until it is measured
+        self._lay_out()
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
         taps_of_student = self.distillation.taps_of_student(self.student)
-        self.compilation = Compilation(compile)
         networks = self.named_teachers, self.student
         self.passes = Passes(self.task, *networks, taps_of_teachers, taps_of_student, self.compilation)
         self.distillation.bind(self.student)
@@ -195,7 +196,6 @@ class DistillModule(TaskModule):
         self.teacher_cache = teacher_cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
-        self.warnings: list[str] = []
         self.trust: dict[str, dict[str, Any]] = {}
         self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
@@ -203,6 +203,10 @@ class DistillModule(TaskModule):
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
+
+    def _lay_out(self) -> None:
+        """Weights decide: the first convolution turns images of any format into theirs."""
+        self.student.to(memory_format=torch.channels_last if self._channels_last else torch.preserve_format)
 
     # ---- before the first batch
 
@@ -269,7 +273,6 @@ class DistillModule(TaskModule):
             self._settle_balance(self.inputs(example))
         if stage == "fit":
             check_held_out(self)
-            self.compilation.check(self.student, self.trainer.strategy.root_device)
             self._tell_passed_over(self.example_inputs())
 
     def _tell_passed_over(self, inputs: Inputs | None) -> None:
@@ -383,6 +386,7 @@ class DistillModule(TaskModule):
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
                 self._fit_quantizers(inputs)
+                self._choose_format(inputs)
         if not self._resumed:
             leave_memorised(self)  # before a cache is opened for it
         self.passes.cache, of_teacher = prepare_teacher(self)
@@ -430,13 +434,22 @@ class DistillModule(TaskModule):
                 self.student, *inputs.args, keywords=inputs.keywords, batch_statistics=True, progress=progress
             )
 
+    def _choose_format(self, inputs: Inputs) -> None:
+        """Measure which memory format is faster, where that is to decide; the first process decides for all."""
+        if self._channels_last is None:
+            with self.trainer.precision_plugin.forward_context():
+                faster = faster_in_channels_last(self.student, inputs)
+            self._channels_last = bool(self.trainer.strategy.broadcast(faster))
+            self._lay_out()
+
     def teardown(self, stage: str) -> None:
+        super().teardown(stage)
         on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
         self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
         self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
-        self.passes.end_compilation()
+        self.passes.release()
         self.passes.cache = None
 
     def trust_tables(self) -> dict[str, dict[str, tuple[list[Any], dict[str, list[float]]]]]:
@@ -567,10 +580,8 @@ class DistillModule(TaskModule):
             send(self.trainer, numbers(self.held_out, self.distillation.named))
 
     def on_train_end(self) -> None:
+        super().on_train_end()
         report_held_out(self)
-        verdict = self.compilation.verdict()
-        if verdict is not None:
-            warn(self, verdict)
 
     # ---- state
 
@@ -594,6 +605,7 @@ class DistillModule(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
+        checkpoint["channels_last"] = self._channels_last
         checkpoint["trust"] = self.trust
         if self.trust:
             checkpoint["reliability"] = self.reliability
@@ -609,6 +621,9 @@ class DistillModule(TaskModule):
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
+        if self._channels_last is None:
+            self._channels_last = checkpoint.get("channels_last")
+            self._lay_out()
         self.trust = checkpoint.get("trust", {})
         self.reliability = checkpoint.get("reliability", {})
         self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}

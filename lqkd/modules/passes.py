@@ -139,9 +139,8 @@ class Passes:
                 output = inputs.call(called)
         return Seen(self._task.outputs(output, asked), dict(zip(taps.paths, features, strict=True)))
 
-    def end_compilation(self) -> None:
-        """Run everything eagerly again, and leave no hook in a network."""
-        self.compilation.stop()
+    def release(self) -> None:
+        """Leave no hook in a network that has been compiled."""
         for taps in (*self.taps_of_teachers.values(), self._taps_of_student):
             if taps is not None:
                 taps.release()
