@@ -272,9 +272,11 @@ def own_graphs(function: Callable[..., Any], most: int, **arguments: Any) -> Cal
     channels and inference mode in a long process, and several networks that are called by the same code share it.
     Versions of PyTorch that cannot be told so keep their limit.
     """
-    known = inspect.signature(torch.compile).parameters
+    compile: Any = torch.compile
+    known = inspect.signature(compile).parameters
     further = {"recompile_limit": most, "isolate_recompiles": True}
-    return torch.compile(function, **arguments, **{key: value for key, value in further.items() if key in known})
+    compiled: Callable[..., Any] = compile(function, **arguments, **{k: v for k, v in further.items() if k in known})
+    return compiled
 
 
 class _Compiler:

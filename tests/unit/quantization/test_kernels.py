@@ -99,6 +99,15 @@ def test_other_families_compile_to_the_same_bits(compiled: None, monkeypatch: py
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_more_forms_of_a_function_than_pytorch_allows_are_compiled(compiled: None) -> None:
+    """Which would end compilation in the whole process."""
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        lsq(4, True)(torch.randn(LARGE))
+        lsq(4, True, channels=32)(torch.randn(32, 100))
+    assert counters["stats"]["unique_graphs"] == 2  # and none has failed
+
+
 @pytest.mark.parametrize("channels", [None, 8])
 def test_memory_layout_of_the_input_is_kept(channels: int | None) -> None:
     quantizer = lsq(4, True, channels=channels, channel_axis=1)
