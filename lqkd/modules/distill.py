@@ -385,8 +385,8 @@ class DistillModule(TaskModule):
             if unsettled:
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
-                self._fit_quantizers(inputs)
                 self._choose_format(inputs)
+                self._fit_quantizers(inputs)
         if not self._resumed:
             leave_memorised(self)  # before a cache is opened for it
         self.passes.cache, of_teacher = prepare_teacher(self)

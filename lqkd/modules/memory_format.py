@@ -23,11 +23,11 @@ _FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
 def faster_in_channels_last(network: nn.Module, inputs: Inputs) -> bool:
     """Whether training passes of ``network`` are faster in channels_last, which one line says, with both times.
 
-    Forward and backward passes of two copies alternate; the medians decide. The network, its buffers and random
-    numbers stay as they are.
+    Forward and backward passes of two copies alternate; the medians decide. The network, its buffers, its quantizers
+    and random numbers stay as they are. All processes call it together.
 
     Args:
-        network: with fitted quantizers.
+        network: whose quantizers need not have been fitted.
         inputs: of a training batch, on the network's device.
     """
     copies = {wanted: _copy(network, of) for wanted, of in _FORMATS.items()}
