@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,8 +18,8 @@ from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
 from lqkd.quantization.kernel import compiler_options, own_graphs
 
-Compile = bool | Literal["cuda_graphs"]
-"""Whether networks are compiled, and whether the device then records their work."""
+Compile = bool | str
+"""Whether networks are compiled; ``cuda_graphs``: they are, and the device records their work."""
 BACKEND = "inductor"
 MOST_GRAPHS = 16
 """A network is compiled anew when something of it has changed, such as its bits: so often at most."""
@@ -120,9 +120,14 @@ class Compilation:
 
     Args:
         setting: see the attribute.
+
+    Raises:
+        UsageError: when it is none.
     """
 
     def __init__(self, setting: Compile) -> None:
+        if setting not in (True, False, "cuda_graphs"):
+            raise UsageError(f"compile={setting!r} is not possible: it is true, false or cuda_graphs")
         self.setting = setting
         self.seconds = 0.0
         self._calls: dict[int, CompiledCall] = {}  # by the identity of the network

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from lqkd.callbacks import BitWidthScheduler, OscillationFreezing, Stage
+from lqkd.cli import main
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints
 from lqkd.modules import ClassifierModule, DistillModule, Tap, Term, compilation
@@ -196,6 +199,7 @@ def test_what_breaks_the_graph_is_one_sentence_that_says_where(traced: None, mak
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"compile": "fast"}, "compile='fast' is not possible: it is true, false or cuda_graphs"),
         ({"compile": "cuda_graphs"}, "compile='cuda_graphs' is not possible on a cpu device: use true, or"),
         (
             {
@@ -248,3 +252,21 @@ def test_generated_code_trains_as_eager_operations_do(make_trainer: MakeTrainer)
     assert losses == repeated
     assert torch.equal(parameters_of(module), parameters_of(again))
     torch.testing.assert_close(parameters_of(module.student), parameters_of(eager.student), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_setting_in_yaml_compiles_a_run_of_the_command_line(traced: None, tmp_path: Path) -> None:
+    (tmp_path / "compile.yaml").write_text("model:\n  compile: true\n")
+    command = ["fit", "--config", "configs/quickstart.yaml", "--config", str(tmp_path / "compile.yaml")]
+    command += [
+        "--run.root",
+        str(tmp_path / "runs"),
+        "--trainer.max_epochs",
+        "1",
+        "--data.init_args.limit_train",
+        "256",
+    ]
+    assert main(command) == 0
+    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["compile_seconds"] > 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["compile"] is True
