@@ -183,8 +183,9 @@ def _operands(
     """What a kernel's functions take after ``x``; parameters of ``shape``, by default for a flat ``x``."""
     dtype = compute_dtype(x)
     # A trace records the making of its constants, in the same way each time; stand-ins for tensors must not outlive it.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_real(x)
-    constant = _constant.__wrapped__ if traced else _constant
+    constant = _constant if _is_real(x) and not torch.jit.is_tracing() else _constant.__wrapped__
+    if torch.compiler.is_compiling():
+        constant = _number
     if shape is None:
         shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [
@@ -204,6 +205,11 @@ def _constant(value: float, position: int, dtype: torch.dtype, device: torch.dev
     # One tensor per position: the same tensor in two positions would be compiled as one operand.
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)
+
+
+def _number(value: float, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same within a graph, where it takes no memory of its own."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _memory_order(x: Tensor, channel_axis: int | None) -> list[int]:
