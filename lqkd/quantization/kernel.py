@@ -32,6 +32,7 @@ from lqkd.quantization import native
 
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 MOST_GRAPHS = 128
 """Compiled forms of one function that a process may have."""
 
@@ -104,6 +105,8 @@ class _Quantize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         if gradients[0] is None:
             return (None,) * (5 + len(parameters))
+        if ctx.native is not None and torch.compiler.is_compiling():
+            return None, None, None, None, *ctx.native.backward(gradients[0], x, *parameters, ctx.constants)
         if ctx.native is not None and not torch.is_grad_enabled():
             gradient = gradients[0].resolve_neg()
             if gradient.stride() != x.stride():
@@ -126,15 +129,23 @@ class _Quantize(torch.autograd.Function):
 
 def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
     """Whether there is a form in C++, and it runs with these operands, of which it sees nothing but the memory."""
-    if form is None or not _runs_compiled(x) or torch._C._len_torch_dispatch_stack() > 0:
+    if form is None or not (_captured(x) or (_runs_compiled(x) and torch._C._len_torch_dispatch_stack() == 0)):
         return False
     (scale,) = parameters
-    if not _is_real(scale) or any(operand.is_neg() or operand.device.type != "cpu" for operand in (x, scale)):
+    if not _captured(x) and (not _is_real(scale) or x.is_neg() or scale.is_neg()):
+        return False
+    if x.device.type != "cpu" or scale.device.type != "cpu":
         return False
     shared = scale.numel() == 1 or (channel_axis == 0 and scale.shape == x.shape[:1])
     dense = x.is_contiguous() or (scale.numel() == 1 and x.is_contiguous(memory_format=torch.channels_last))
     single = x.dtype == torch.float32 and scale.dtype == torch.float32
     return shared and dense and single and scale.is_contiguous() and native.available()
+
+
+def _captured(x: Tensor) -> bool:
+    """Whether ``x`` is in a graph for ``torch.compile``, and not in one that goes where nobody knows our operations."""
+    capturing = torch.compiler.is_dynamo_compiling() and not _is_exporting()
+    return capturing and x.numel() > 0 and _compiler.wanted()
 
 
 def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:

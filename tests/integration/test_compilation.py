@@ -239,7 +239,9 @@ def test_a_float_training_is_compiled_too(traced: None, make_trainer: MakeTraine
 
 
 @pytest.mark.slow
-def test_generated_code_has_the_gradients_of_eager_operations_and_repeats_itself(make_trainer: MakeTrainer) -> None:
+def test_generated_code_has_the_gradients_of_eager_operations_and_repeats_itself(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the README's tolerance. The largest value of the batch that quantizers are fitted to lies exactly at the end
     of an 8-bit grid, where rounding decides whether it clips: gradients are compared on another one, in float64."""
     eager, _ = quantize_model(small(), Recipe("w4a4"))
@@ -250,6 +252,7 @@ def test_generated_code_has_the_gradients_of_eager_operations_and_repeats_itself
         called(images).square().sum().backward()
     for (name, theirs), ours in zip(eager.named_parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10, msg=name)
+    monkeypatch.setenv("LQKD_COMPILE", "1")  # with the kernels in C++, as users train
     _, expected = train(make_trainer, batches=8)
     weights = [Recorder(lambda trainer, module: parameters_of(module.student)) for _ in range(2)]
     for recorder in weights:
