@@ -32,8 +32,8 @@ class CompiledCall:
     and so does a network that is not ``ready``.
 
     Attributes:
-        passes: how often it was called when it was ready.
-        eager: how often it ran eagerly then, since the shapes were others.
+        passes: how often it was called.
+        eager: how often it ran eagerly then, since the shapes were others or it was not ready.
         odd: the first other shapes and those that were compiled for; None while there were none.
         fresh: whether it was compiled since this was last set to false.
 
@@ -70,9 +70,10 @@ class CompiledCall:
         Raises:
             UsageError: when it cannot be compiled as one graph, or is compiled over and over.
         """
-        if not self._ready():
-            return self._network(*args, **keywords)
         self.passes += 1
+        if not self._ready():
+            self.eager += 1
+            return self._network(*args, **keywords)
         tensors = [value for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         if self._shapes is None:
@@ -199,7 +200,7 @@ class Compilation:
         for call in self._calls.values():
             if 2 * call.eager > call.passes:
                 return (
-                    f"compile: {call.eager} of {call.passes} batches of the {call.name} ran eagerly: their shapes "
-                    "are not those of the first"
+                    f"compile: {call.eager} of {call.passes} batches of the {call.name} ran eagerly: their shapes are "
+                    "not those of the first, or a quantizer was not fitted yet"
                 )
         return None
