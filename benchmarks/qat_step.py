@@ -34,6 +34,8 @@ from lqkd.utils.memory import keep_freed_memory
 PIXELS = {"resnet20": 32, "mobilenet_v2": 64, "resnet18": 224}
 BITS = {"w4a4": 4, "w2a2": 2}
 CONTESTANTS = ["fp32", "lqkd", "eager LSQ", "ATen learnable", "Brevitas"]
+COMPILED = ["fp32 compiled", "lqkd compiled"]
+"""Through ``torch.compile`` as ``model.compile: true`` does it; only where asked for, since it takes minutes."""
 
 
 def network(name: str) -> nn.Module:
@@ -135,6 +137,12 @@ def brevitas_network(name: str, images: Tensor) -> nn.Module:
     return model
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model, compiled in place as training passes are."""
+    model.compile(fullgraph=True, dynamic=False)
+    return model
+
+
 def contestants(name: str, images: Tensor, bits: str, wanted: Sequence[str]) -> dict[str, nn.Module]:
     made: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: network(name),
@@ -142,6 +150,8 @@ def contestants(name: str, images: Tensor, bits: str, wanted: Sequence[str]) -> 
         "eager LSQ": lambda: with_quantizers(EagerLSQ, name, images, bits),
         "ATen learnable": lambda: with_quantizers(ATenLearnable, name, images, bits),
         "Brevitas": lambda: brevitas_network(name, images),
+        "fp32 compiled": lambda: compiled(network(name)),
+        "lqkd compiled": lambda: compiled(lqkd_network(name, images, bits)),
     }
     models = {}
     for label in wanted:
@@ -223,7 +233,9 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="file for the result")
     parser.add_argument("--networks", nargs="+", choices=PIXELS, default=["resnet20", "mobilenet_v2"])
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["w4a4"])
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="fp32 among them")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS + COMPILED, default=CONTESTANTS, help="fp32 among them"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="steps of each contestant that are timed")
     parser.add_argument("--batch", type=int, default=128, help="images in a step")
     arguments = parser.parse_args()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lqkd.errors import UsageError
 
@@ -40,12 +42,38 @@ class Taps:
                 near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or names[1:4]
                 raise UsageError(f"tap {path!r} does not exist in the {owner}: near names are {', '.join(near)}")
         self.network, self.paths, self.owner = network, tuple(paths), owner
+        self._held: dict[int, tuple[_Pass, list[RemovableHandle]]] = {}  # by the identity of the network
+
+    def hold(self, network: nn.Module | None = None) -> None:
+        """Leave the hooks in ``network`` until :meth:`release`, for one that is compiled, whose graph has them in it.
+
+        Outside of :meth:`recording` they do nothing, neither there nor in a copy.
+
+        Args:
+            network: as of :meth:`recording`.
+        """
+        network = network or self.network
+        if id(network) not in self._held:
+            self._held[id(network)] = self._hooked(network)
+
+    def release(self) -> None:
+        """End :meth:`hold` for all networks."""
+        for _, handles in self._held.values():
+            for handle in handles:
+                handle.remove()
+        self._held = {}
+
+    def _hooked(self, network: nn.Module) -> tuple[_Pass, list[RemovableHandle]]:
+        seen = _Pass([])
+        modules = [network.get_submodule(path) for path in self.paths]
+        return seen, [module.register_forward_hook(_Look(seen, place)) for place, module in enumerate(modules)]
 
     @contextmanager
     def recording(self, network: nn.Module | None = None) -> Iterator[list[Tensor]]:
         """Inside the block forward passes fill the list that is yielded: after the block it has one tensor a tap.
 
-        Hooks live as long as the block: copies and pickles of the network never meet them.
+        Hooks live as long as the block: copies and pickles of the network never meet them, but for those of
+        :meth:`hold`.
 
         Args:
             network: a copy that runs in the network's place and has modules of the same names; None for the network.
@@ -53,20 +81,19 @@ class Taps:
         Raises:
             UsageError: at the end of the block, when a module was not called exactly once or returned no tensor.
         """
-        seen: list[list[Any]] = [[] for _ in self.paths]
+        network = network or self.network
+        held = self._held.get(id(network))
+        seen, handles = held or self._hooked(network)
+        found_at = seen.found = [[] for _ in self.paths]
         outputs: list[Tensor] = []
-        handles = [
-            (network or self.network)
-            .get_submodule(path)
-            .register_forward_hook(lambda module, inputs, output, index=index: seen[index].append(_kept(output)))
-            for index, path in enumerate(self.paths)
-        ]
         try:
             yield outputs
         finally:
-            for handle in handles:
-                handle.remove()
-        for path, found in zip(self.paths, seen, strict=True):
+            seen.found = []
+            if not held:
+                for handle in handles:
+                    handle.remove()
+        for path, found in zip(self.paths, found_at, strict=True):
             if len(found) != 1:
                 raise UsageError(
                     f"tap {path!r} of the {self.owner} was called {len(found)} times in one pass: choose a module that "
@@ -78,6 +105,25 @@ class Taps:
                     "returns a tensor"
                 )
             outputs.append(found[0])
+
+
+@dataclass
+class _Pass:
+    """What hooks have seen of a pass that is recorded, by tap; nothing outside of one."""
+
+    found: list[list[Any]]
+
+
+@dataclass
+class _Look:
+    """A forward hook; no closure, so that a network which has it can be pickled."""
+
+    seen: _Pass
+    place: int
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.seen.found:
+            self.seen.found[self.place].append(_kept(output))
 
 
 def _kept(output: Any) -> Any:

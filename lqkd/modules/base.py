@@ -17,6 +17,7 @@ from lqkd.data.reading import check_collates, only_loader
 from lqkd.errors import UsageError
 from lqkd.modules.beginning import Beginning, steps_taken
 from lqkd.modules.callback_checks import check_averages, check_callbacks, check_monitors
+from lqkd.modules.compilation import Compilation, Compile
 from lqkd.modules.schedules import Schedule, TorchSchedule
 from lqkd.modules.stages import in_stage
 from lqkd.modules.state import check_state
@@ -47,9 +48,12 @@ class TaskModule(LightningModule):
         averaged: the average of the trained network's weights while a callback keeps one; None for none. It is held
             outside the module tree, and takes the network's place in evaluations and, under its names, in checkpoints.
         samples_in_batch: of the last training batch.
+        warnings: what was noticed in a training, for ``summary.json``.
+        compilation: the networks whose training passes are compiled.
 
     Args:
         task: what the network is trained for; None for the classification of images.
+        compile: whether the training passes of networks are compiled, and how; none but those that a module starts.
 
     Raises:
         UsageError: when the task monitors what it does not measure.
@@ -57,8 +61,9 @@ class TaskModule(LightningModule):
 
     averaged: nn.Module | None
 
-    def __init__(self, task: Task | None = None) -> None:
+    def __init__(self, task: Task | None = None, compile: Compile = False) -> None:
         super().__init__()
+        self.compilation = Compilation(compile)
         self.task = Classification() if task is None else task
         self.val_metrics = self.task.metrics().clone(prefix="val/")
         self.test_metrics = self.task.metrics().clone(prefix="test/")
@@ -67,6 +72,7 @@ class TaskModule(LightningModule):
                 f"monitor={self.task.monitor!r} of task {type(self.task).__name__} is not possible: it measures "
                 f"{', '.join(map(str, self.val_metrics.keys()))}"
             )
+        self.warnings: list[str] = []
         self.samples_in_batch = 0
         self.__dict__["averaged"] = None
         self._finish_saved: Finish | None = None
@@ -137,6 +143,7 @@ class TaskModule(LightningModule):
         """
         if stage == "fit":
             check_monitors(self.trainer, self, self.metric_names())
+            self.compilation.check(self.trained(), self.trainer.strategy.root_device)
         data: Any = getattr(self.trainer, "datamodule", None)
         example = self.task.example(data, self.device)
         outputs = {} if example is None else self.try_networks(self.inputs(example))
@@ -222,6 +229,15 @@ class TaskModule(LightningModule):
             with in_stage(self.trainer, RunningStage.VALIDATING):
                 self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
             check_collates(only_loader(self.trainer.val_dataloaders, "validation"), "validation")
+
+    def on_train_end(self) -> None:
+        verdict = self.compilation.verdict()
+        if verdict is not None:
+            self.warnings.append(verdict)
+            rank_zero_warn(verdict)
+
+    def teardown(self, stage: str) -> None:
+        self.compilation.stop()
 
     def on_train_start(self) -> None:
         if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -11,6 +12,7 @@ from torch.optim import SGD
 
 from lqkd.data.reading import check_collates
 from lqkd.modules.base import TaskModule
+from lqkd.modules.compilation import Compile
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.optimizers import optimizer_of
@@ -32,6 +34,7 @@ class ClassifierModule(TaskModule):
         label_smoothing: of the cross-entropy of a classification, 0 <= e < 1.
         replace_head: whether weights for another number of classes are accepted: the last layer then starts anew.
         task: what the network is trained for; null for the classification of images.
+        compile: whether training passes run through ``torch.compile``, as of :class:`lqkd.modules.DistillModule`.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -46,8 +49,9 @@ class ClassifierModule(TaskModule):
         label_smoothing: float = 0.0,
         replace_head: bool = False,
         task: Task | None = None,
+        compile: Compile = False,
     ) -> None:
-        super().__init__(task_of(task, label_smoothing))
+        super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
         start_from(network, weights, replace_head)
         self.network = network
@@ -57,6 +61,7 @@ class ClassifierModule(TaskModule):
         self._batch: tuple[Tensor, Any, Any, Inputs] | None = None
         """Loss, outputs, batch and inputs of a step between forward and backward."""
         self._tried = False
+        self._started = 0.0  # of a step
 
     def trained(self) -> nn.Module:
         return self.network
@@ -69,13 +74,17 @@ class ClassifierModule(TaskModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         check_collates(self.trainer.train_dataloader, "training")
+        if self.compilation.setting:
+            self.compilation.start("network", self.network)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self._started = time.perf_counter()
+        self.compilation.begin_step()
         inputs = self.inputs(batch)
         self.samples_in_batch = len(inputs)
         try:
             with enough_samples("network", len(inputs)):
-                returned = inputs.call(self.network)
+                returned = inputs.call(self.compilation.of(self.network))
         except (RuntimeError, ValueError):
             try_network(self.network, "network", inputs, self.task)  # says so in one sentence if it is the inputs
             raise
@@ -97,3 +106,4 @@ class ClassifierModule(TaskModule):
             self.task.check_batch(outputs, batch)
             diverged(self, {"the loss": loss}, self.network, inputs)
         self._batch = None
+        self.compilation.end_step(time.perf_counter() - self._started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,10 +20,12 @@ from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.modules.base import TaskModule
+from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
+from lqkd.modules.memory_format import faster_in_channels_last
 from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
@@ -75,7 +78,6 @@ class DistillModule(TaskModule):
     Attributes:
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
-        warnings: what was noticed before the first step, for ``summary.json``.
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
         own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
             was added to them.
@@ -99,13 +101,19 @@ class DistillModule(TaskModule):
         gradient_clip_val: largest gradient norm of each player; null for no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step.
         channels_last: whether the student's convolutions work in channels_last, which is faster on CPUs; results differ
-            by rounding, and a network that views activations as if they were contiguous cannot.
+            by rounding, and a network that views activations as if they were contiguous cannot. Null lets a
+            measurement decide before the first step of a training, which a checkpoint keeps: two runs may then differ
+            by rounding.
         replace_head: whether student_weights for another number of classes are accepted: the student's last layer then
             starts anew.
         teacher_cache: stores what the teacher answers and replays it in later runs; null asks the teacher every time.
         task: what the networks are trained for; null for the classification of images.
         teachers: frozen teachers by name, for ``distillation``.
         distillation: distillation losses by name, each with its teacher; null for the short form.
+        compile: whether training passes of the student and of all teachers run through ``torch.compile``, each as one
+            graph without breaks; ``cuda_graphs`` also lets a GPU record them. Results differ from eager ones by
+            rounding. Evaluations, batches of another size than the first (the last of an epoch), augmentation, losses
+            and optimizers stay eager.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -132,14 +140,15 @@ class DistillModule(TaskModule):
         label_smoothing: float = 0.0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
-        channels_last: bool = False,
+        channels_last: bool | None = False,
         replace_head: bool = False,
         teacher_cache: TeacherCache | None = None,
         task: Task | None = None,
         teachers: dict[str, FrozenTeacher] | None = None,
         distillation: dict[str, Term] | None = None,
+        compile: Compile = False,
     ) -> None:
-        super().__init__(task_of(task, label_smoothing))
+        super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
@@ -159,13 +168,14 @@ class DistillModule(TaskModule):
                 check_term(self.task, term)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.student, self.coverage = quantize_model(student, quantization)
-        # Weights decide: the first convolution turns images of any format into theirs.
-        self.student.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        self._channels_last = channels_last  # None until it is measured
+        self._lay_out()
         self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
         taps_of_student = self.distillation.taps_of_student(self.student)
-        self.passes = Passes(self.task, self.named_teachers, self.student, taps_of_teachers, taps_of_student)
+        networks = self.named_teachers, self.student
+        self.passes = Passes(self.task, *networks, taps_of_teachers, taps_of_student, self.compilation)
         self.distillation.bind(self.student)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
@@ -186,7 +196,6 @@ class DistillModule(TaskModule):
         self.teacher_cache = teacher_cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
-        self.warnings: list[str] = []
         self.trust: dict[str, dict[str, Any]] = {}
         self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
@@ -194,6 +203,10 @@ class DistillModule(TaskModule):
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
+
+    def _lay_out(self) -> None:
+        """Weights decide: the first convolution turns images of any format into theirs."""
+        self.student.to(memory_format=torch.channels_last if self._channels_last else torch.preserve_format)
 
     # ---- before the first batch
 
@@ -374,6 +387,7 @@ class DistillModule(TaskModule):
             if unsettled:
                 self._settle_balance(inputs.part(slice(1)))
             if not self._resumed:  # a checkpoint says of every quantizer whether it has seen data
+                self._choose_format(inputs)
                 self._fit_quantizers(inputs)
         if not self._resumed:
             leave_memorised(self)  # before a cache is opened for it
@@ -382,6 +396,13 @@ class DistillModule(TaskModule):
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile what is to be compiled, each in its first training pass."""
+        for name, network in self.networks():
+            if self.compilation.setting or (isinstance(network, FrozenTeacher) and network.compiled):
+                self.compilation.start(name, network)
 
     def _first_batch(self) -> Any:
         """The first batch, on the device."""
@@ -415,12 +436,22 @@ class DistillModule(TaskModule):
                 self.student, *inputs.args, keywords=inputs.keywords, batch_statistics=True, progress=progress
             )
 
+    def _choose_format(self, inputs: Inputs) -> None:
+        """Measure which memory format is faster, where that is to decide; the first process decides for all."""
+        if self._channels_last is None:
+            with self.trainer.precision_plugin.forward_context():
+                faster = faster_in_channels_last(self.student, inputs)
+            self._channels_last = bool(self.trainer.strategy.broadcast(faster))
+            self._lay_out()
+
     def teardown(self, stage: str) -> None:
+        super().teardown(stage)
         on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
         self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
         self.held_out = {}
         for teacher in self.teachers():
             teacher.restore()
+        self.passes.release()
         self.passes.cache = None
 
     def trust_tables(self) -> dict[str, dict[str, tuple[list[Any], dict[str, list[float]]]]]:
@@ -447,12 +478,14 @@ class DistillModule(TaskModule):
     # ---- the path of a batch
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        started = time.perf_counter()
         self._tell_progress()
         for rows in self.held_out.values():
             rows.before_batch()
         losses = self.losses(batch, cached=True)
         report = self._report(losses, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
+        self.compilation.end_step(time.perf_counter() - started)
         self._logged = self._numbers(losses)
         show(self.trainer, self._logged)
         return report
@@ -549,6 +582,7 @@ class DistillModule(TaskModule):
             send(self.trainer, numbers(self.held_out, self.distillation.named))
 
     def on_train_end(self) -> None:
+        super().on_train_end()
         report_held_out(self)
 
     # ---- state
@@ -573,6 +607,7 @@ class DistillModule(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["references"] = self.references
+        checkpoint["channels_last"] = self._channels_last
         checkpoint["trust"] = self.trust
         if self.trust:
             checkpoint["reliability"] = self.reliability
@@ -588,6 +623,9 @@ class DistillModule(TaskModule):
         super().on_load_checkpoint(checkpoint)
         check_quantizers(self.student, checkpoint.get("quantizers", {}))
         self.references = current_keys(checkpoint.get("references", self.references))
+        if self._channels_last is None:
+            self._channels_last = checkpoint.get("channels_last")
+            self._lay_out()
         self.trust = checkpoint.get("trust", {})
         self.reliability = checkpoint.get("reliability", {})
         self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}

@@ -121,15 +121,12 @@ class Distillation(nn.ModuleDict):
         """What has to be looked at in each teacher that a term compares features of, by its name.
 
         Raises:
-            UsageError: when a teacher has no such module, or is compiled.
+            UsageError: when a teacher has no such module.
         """
         paths: dict[str, list[str]] = {}
         for _, term in self.terms():
             if term.taps:
                 paths.setdefault(term.teachers[0], []).extend(tap.teacher for tap in term.taps)
-        for name in paths:
-            if teachers[name].compiled:
-                raise UsageError("teacher compile=True cannot be used with taps, which look into the running network")
         return {
             name: Taps(teachers[name].network, _unique(of_teacher), teacher_label(name, teachers))
             for name, of_teacher in paths.items()

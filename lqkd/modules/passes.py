@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.taps import Seen, Taps
+from lqkd.modules.compilation import Compilation
 from lqkd.modules.terms import teacher_label
 from lqkd.tasks import Asked, Inputs, Rows, Task
 from lqkd.tasks.trial import enough_samples
@@ -38,6 +40,7 @@ class Passes:
 
     Attributes:
         cache: of the teachers' outputs, in a training with one.
+        compilation: the networks that are compiled for training passes.
         taps_of_teachers: what is looked at inside of each teacher, by its name.
 
     Args:
@@ -46,6 +49,7 @@ class Passes:
         student: the network that is trained, its quantizers in place.
         taps_of_teachers: see the attribute.
         taps_of_student: what is looked at inside of the student; None for nothing.
+        compilation: see the attribute.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class Passes:
         student: nn.Module,
         taps_of_teachers: dict[str, Taps],
         taps_of_student: Taps | None,
+        compilation: Compilation,
     ) -> None:
         self.cache: OpenCache | None = None
+        self.compilation = compilation
         self.taps_of_teachers, self._taps_of_student = taps_of_teachers, taps_of_student
         self._task, self._teachers, self._student = task, teachers, student
 
@@ -72,6 +78,7 @@ class Passes:
         Raises:
             UsageError: when the task makes other rows of a teacher's outputs than of the student's.
         """
+        self.compilation.begin_step()
         teachers = self._of_teachers(batch, inputs, epoch, cached)
         student = self.of_student(inputs)
         rows = self._task.rows(student.output, batch)
@@ -95,31 +102,48 @@ class Passes:
         inputs = self.teacher_inputs(batch, inputs)
         alone = inputs.alone()
         if self.cache is None or not cached or alone is None:
-            return self.ask_teachers(inputs)
-        return self.cache.answers(alone, indices_of(batch), epoch, lambda: self.ask_teachers(inputs))
+            return self.ask_teachers(inputs, training=True)
+        return self.cache.answers(alone, indices_of(batch), epoch, lambda: self.ask_teachers(inputs, training=True))
 
-    def ask_teachers(self, inputs: Inputs, names: Collection[str] | None = None) -> TeacherOutputs:
-        """What is seen of every teacher, or of those of some names, called with ``inputs``."""
+    def ask_teachers(
+        self, inputs: Inputs, names: Collection[str] | None = None, training: bool = False
+    ) -> TeacherOutputs:
+        """What is seen of every teacher, or of those of some names, called with ``inputs``; of a batch to train on?"""
         asked = {name: one for name, one in self._teachers.items() if names is None or name in names}
-        return {name: self._ask_teacher(name, teacher, inputs) for name, teacher in asked.items()}
+        return {name: self._ask_teacher(name, teacher, inputs, training) for name, teacher in asked.items()}
 
-    def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs) -> Seen:
+    def _ask_teacher(self, name: str, teacher: FrozenTeacher, inputs: Inputs, training: bool) -> Seen:
         asked, taps = Asked(teacher_label(name, self._teachers), len(inputs)), self.taps_of_teachers.get(name)
+        running = teacher.running(inputs)
+        called = self.compilation.of(teacher) if training else teacher
         if taps is None:
-            return Seen(self._task.outputs(inputs.call(teacher), asked), {})
-        with taps.recording(teacher.running(inputs)) as features:
-            output = self._task.outputs(inputs.call(teacher), asked)
+            return Seen(self._task.outputs(inputs.call(called), asked), {})
+        if teacher in self.compilation:
+            taps.hold(running)
+        with taps.recording(running) as features:
+            output = self._task.outputs(inputs.call(called), asked)
         return Seen(output, {path: x.float().contiguous() for path, x in zip(taps.paths, features, strict=True)})
 
     def of_student(self, inputs: Inputs) -> Seen:
-        """What is seen of the student, called with ``inputs``."""
-        asked, taps = Asked("student", len(inputs), self._student.training), self._taps_of_student
+        """What is seen of the student, called with ``inputs``; it is compiled, if at all, while it trains."""
+        student, taps = self._student, self._taps_of_student
+        asked = Asked("student", len(inputs), student.training)
+        trains = student.training and torch.is_grad_enabled()
+        called = self.compilation.of(student) if trains else student
         with enough_samples("student", len(inputs)):
             if taps is None:
-                return Seen(self._task.outputs(inputs.call(self._student), asked), {})
+                return Seen(self._task.outputs(inputs.call(called), asked), {})
+            if student in self.compilation:
+                taps.hold()
             with taps.recording() as features:
-                output = inputs.call(self._student)
+                output = inputs.call(called)
         return Seen(self._task.outputs(output, asked), dict(zip(taps.paths, features, strict=True)))
+
+    def release(self) -> None:
+        """Leave no hook in a network that has been compiled."""
+        for taps in (*self.taps_of_teachers.values(), self._taps_of_student):
+            if taps is not None:
+                taps.release()
 
 
 def indices_of(batch: Any) -> Tensor:

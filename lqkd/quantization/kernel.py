@@ -18,6 +18,7 @@ would compile a graph for each of its values.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ from lqkd.quantization import native
 
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+MOST_GRAPHS = 128
+"""Compiled forms of one function that a process may have."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -101,6 +105,8 @@ class _Quantize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         if gradients[0] is None:
             return (None,) * (5 + len(parameters))
+        if ctx.native is not None and torch.compiler.is_compiling():
+            return None, None, None, None, *ctx.native.backward(gradients[0], x, *parameters, ctx.constants)
         if ctx.native is not None and not torch.is_grad_enabled():
             gradient = gradients[0].resolve_neg()
             if gradient.stride() != x.stride():
@@ -123,15 +129,23 @@ class _Quantize(torch.autograd.Function):
 
 def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor, *parameters: Tensor) -> bool:
     """Whether there is a form in C++, and it runs with these operands, of which it sees nothing but the memory."""
-    if form is None or not _runs_compiled(x) or torch._C._len_torch_dispatch_stack() > 0:
+    if form is None or not (_captured(x) or (_runs_compiled(x) and torch._C._len_torch_dispatch_stack() == 0)):
         return False
     (scale,) = parameters
-    if not _is_real(scale) or any(operand.is_neg() or operand.device.type != "cpu" for operand in (x, scale)):
+    if not _captured(x) and (not _is_real(scale) or x.is_neg() or scale.is_neg()):
+        return False
+    if x.device.type != "cpu" or scale.device.type != "cpu":
         return False
     shared = scale.numel() == 1 or (channel_axis == 0 and scale.shape == x.shape[:1])
     dense = x.is_contiguous() or (scale.numel() == 1 and x.is_contiguous(memory_format=torch.channels_last))
     single = x.dtype == torch.float32 and scale.dtype == torch.float32
     return shared and dense and single and scale.is_contiguous() and native.available()
+
+
+def _captured(x: Tensor) -> bool:
+    """Whether ``x`` is in a graph for ``torch.compile``, and not in one that goes where nobody knows our operations."""
+    capturing = torch.compiler.is_dynamo_compiling() and not _is_exporting()
+    return capturing and x.numel() > 0 and _compiler.wanted()
 
 
 def _quantized(call: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -181,6 +195,8 @@ def _operands(
     dtype = compute_dtype(x)
     # A trace records the making of its constants, in the same way each time; stand-ins for tensors must not outlive it.
     constant = _constant if _is_real(x) and not torch.jit.is_tracing() else _constant.__wrapped__
+    if torch.compiler.is_compiling():
+        constant = _number
     if shape is None:
         shape = (-1, 1) if any(parameter.numel() != 1 for parameter in parameters) else ()
     return [
@@ -200,6 +216,11 @@ def _constant(value: float, position: int, dtype: torch.dtype, device: torch.dev
     # One tensor per position: the same tensor in two positions would be compiled as one operand.
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device=device)
+
+
+def _number(value: float, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same within a graph, where it takes no memory of its own."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _memory_order(x: Tensor, channel_axis: int | None) -> list[int]:
@@ -252,9 +273,27 @@ def _runs_compiled(x: Tensor) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    return own_graphs(function, MOST_GRAPHS, dynamic=True, fullgraph=True, options=compiler_options(device))
+
+
+def compiler_options(device: str) -> dict[str, Any]:
+    """What the compiler must not leave out, so that quantized values are those of the eager functions."""
     # Triton's default division is off by an ulp, which moves values across rounding boundaries.
-    options: dict[str, Any] = {} if device == "cpu" else {"eager_numerics.division_rounding": True}
-    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+    return {} if device == "cpu" else {"eager_numerics.division_rounding": True}
+
+
+def own_graphs(function: Callable[..., Any], most: int, **arguments: Any) -> Callable[..., Any]:
+    """``torch.compile(function, **arguments)``, with at most ``most`` graphs, which nothing else counts among its own.
+
+    PyTorch's own limit is 8 for the code of a function: a quantizer sees more combinations of dtype, rank, single
+    channels and inference mode in a long process, and several networks that are called by the same code share it.
+    Versions of PyTorch that cannot be told so keep their limit.
+    """
+    compile: Any = torch.compile
+    known = inspect.signature(compile).parameters
+    further = {"recompile_limit": most, "isolate_recompiles": True}
+    compiled: Callable[..., Any] = compile(function, **arguments, **{k: v for k, v in further.items() if k in known})
+    return compiled
 
 
 class _Compiler:

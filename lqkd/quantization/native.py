@@ -48,6 +48,8 @@ class LearnedStep:
 
     def forward(self, x: Tensor, scale: Tensor, constants: Sequence[float]) -> Tensor:
         """``x_hat`` in the layout of ``x``, as the kernel's forward."""
+        if torch.compiler.is_compiling():
+            return _in_graph(x, scale, [*constants])
         return self._elementwise("learned_step", x, scale, constants)
 
     def slope(self, x: Tensor, scale: Tensor, constants: Sequence[float]) -> Tensor:
@@ -63,6 +65,8 @@ class LearnedStep:
 
     def backward(self, gradient: Tensor, x: Tensor, scale: Tensor, constants: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The gradients of ``x`` and ``scale``, as the kernel's backward; ``gradient`` in the layout of ``x``."""
+        if torch.compiler.is_compiling():
+            return _backward_in_graph(gradient, x, scale, [*constants])
         gradient_x, gradient_scale, rows = torch.empty_like(x), torch.empty_like(scale), scale.numel()
         columns, threads = x.numel() // rows, torch.get_num_threads()
         pointers = [tensor.data_ptr() for tensor in (gradient, x, gradient_x, scale, gradient_scale)]
@@ -70,6 +74,34 @@ class LearnedStep:
         return gradient_x, gradient_scale
 
 
+_step = LearnedStep()
+
+
+# What a graph of torch.compile has in their place, which leaves tensors in the layouts that it has captured. Where the
+# graph fuses a quantizer with what is around it, it takes longer: it is computed once more for each of its readers.
+@torch.library.custom_op("lqkd::learned_step", mutates_args=())
+def _in_graph(x: Tensor, scale: Tensor, constants: Sequence[float]) -> Tensor:
+    return _step.forward(x, scale, constants)
+
+
+@_in_graph.register_fake
+def _(x: Tensor, scale: Tensor, constants: Sequence[float]) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lqkd::learned_step_backward", mutates_args=())
+def _backward_in_graph(gradient: Tensor, x: Tensor, scale: Tensor, constants: Sequence[float]) -> tuple[Tensor, Tensor]:
+    if gradient.stride() != x.stride():
+        gradient = torch.empty_like(x).copy_(gradient)
+    return _step.backward(gradient, x, scale, constants)
+
+
+@_backward_in_graph.register_fake
+def _(gradient: Tensor, x: Tensor, scale: Tensor, constants: Sequence[float]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the library is there; the first call of a process makes it where it is not."""
     return _library() is not None

@@ -139,6 +139,7 @@ class RunSummary(Callback):
             else bit_operations(network, *inputs.args, keywords=inputs.keywords),
             "images_per_second": round(self.images / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
+            "compile_seconds": round(module.compilation.seconds, 2) or None,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "regularizer": monitor.summary() if monitor is not None and distills else None,

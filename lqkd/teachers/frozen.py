@@ -41,7 +41,7 @@ class FrozenTeacher(nn.Module):
             chance and 10 points where that is less (60 % for two classes).
         precision: what a training's teacher computes in: ``fp32``; ``bf16``; or ``auto``, bf16 where the device has it
             in hardware and the accuracy on the validation images moves by less than 0.1 points.
-        compile: whether a training's teacher is compiled, which costs seconds at its start and not every network gains.
+        compile: whether it answers training batches through ``torch.compile``, also where the student does not.
 
     Raises:
         UsageError: when the weights do not fit, or an argument is not possible.
@@ -135,7 +135,7 @@ class FrozenTeacher(nn.Module):
         if self.__dict__["_copy"] is None:
             bf16, untouched = self._acceleration
             seen = self._converted(Inputs.of(given).part(slice(_COMPARED)))
-            made, obstacle = inference_copy(self.network, seen, bf16=bf16, compiled=self.compiled, untouched=untouched)
+            made, obstacle = inference_copy(self.network, seen, bf16=bf16, untouched=untouched)
             if obstacle is not None:
                 rank_zero_info(f"a teacher runs without folded batch norms and channels_last: {obstacle}")
             self.__dict__["_copy"] = made

@@ -24,7 +24,6 @@ def inference_copy(
     given: Inputs | Tensor,
     *,
     bf16: bool = False,
-    compiled: bool = False,
     untouched: Collection[str] = (),
 ) -> tuple[nn.Module, str | None]:
     """A copy of ``network`` with batch norms folded into convolutions, in channels_last, on the same device.
@@ -36,7 +35,6 @@ def inference_copy(
         network: a network in eval mode.
         given: what to compare on, as the network is called with it: images (B, C, H, W) float32, say.
         bf16: whether the copy computes in bfloat16.
-        compiled: whether the copy is compiled by torch.compile, which costs seconds at its first call.
         untouched: names of modules whose outputs someone reads: they and their outputs' values stay.
 
     Returns:
@@ -48,8 +46,6 @@ def inference_copy(
         made = made.requires_grad_(False)
         if bf16:
             made = made.to(dtype=torch.bfloat16)
-    if compiled:
-        made.compile()
     return made, obstacle
 
 

@@ -87,6 +87,14 @@ def test_several_terms_train_two_processes_like_one(lqkd: Forks, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_two_processes_train_compiled_as_they_do_eagerly(lqkd: Forks, tmp_path: Path) -> None:
+    eager = run_workers(lqkd, tmp_path, 2, batch_size=16, terms=True)
+    compiled = run_workers(lqkd, tmp_path, 2, batch_size=16, terms=True, compiled=True)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert torch.equal(torch.stack(ours["steps"]), torch.stack(theirs["steps"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolation", [False, True])
 def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path, interpolation: bool) -> None:
     settings: dict[str, Any] = {"samples": 384, "trust": True, "interpolation": interpolation}

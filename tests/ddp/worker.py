@@ -16,7 +16,7 @@ from lqkd.callbacks import BitWidthScheduler, OscillationDampening, OscillationF
 from lqkd.data import Augmentation, Batch, Digits
 from lqkd.losses import HintonKL, Hints, LogitResidual
 from lqkd.models import CifarResNet, load_weights
-from lqkd.modules import Tap, Term
+from lqkd.modules import Tap, Term, compilation
 from lqkd.quantization import Recipe, quantizers
 from lqkd.regularizers import ElementwiseMLP, HeldOutInterpolation, SampleWeight
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
@@ -93,6 +93,7 @@ def main(
     terms: bool = False,
     trust: bool = False,
     interpolation: bool = False,
+    compiled: bool = False,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -108,6 +109,8 @@ def main(
         "teacher_cache": None if cache is None else TeacherCache(cache, dtype="float32"),
         "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     }
+    if compiled:
+        arguments["compile"], compilation.BACKEND = True, "aot_eager"
     if interpolation:
         arguments["regularizer"] = HeldOutInterpolation(of="class", rows=32, every=2)
     if trust:

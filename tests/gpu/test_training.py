@@ -163,3 +163,13 @@ def test_augmentation_is_the_same_on_the_gpu(tmp_path: Path) -> None:
     for epoch in (0, 1):
         expected = data.preprocess(batch, train=True, epoch=epoch).images
         torch.testing.assert_close(data.preprocess(there, train=True, epoch=epoch).images.cpu(), expected)
+
+
+@pytest.mark.parametrize("how", [True, "cuda_graphs"])
+def test_a_compiled_training_has_the_losses_of_an_eager_one(on_gpu: MakeTrainer, how: bool | str) -> None:
+    """Over two epochs, between which it is evaluated eagerly."""
+    eager, _ = losses(on_gpu, 4, max_epochs=2, model={"teacher": teacher()})
+    compiled, module = losses(on_gpu, 4, max_epochs=2, model={"teacher": teacher(), "compile": how})
+    assert module.compilation.seconds > 0
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-4)
+    assert compiled == pytest.approx(eager, rel=0.02)

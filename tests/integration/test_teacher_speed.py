@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses import AttentionTransfer
 from lqkd.losses.taps import Taps
-from lqkd.modules import Tap
+from lqkd.modules import DistillModule, Tap, compilation
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache.keys import weights_hash
 from lqkd.teachers.inference import computes_bf16
@@ -180,19 +182,24 @@ def test_an_unknown_precision_is_refused() -> None:
         FrozenTeacher(network(8), precision="fp16")
 
 
-def test_a_compiled_teacher_has_no_taps() -> None:
-    arguments: dict[str, Any] = {"distillation_loss": AttentionTransfer(), "taps": [Tap("layer1", "layer1")]}
-    with pytest.raises(UsageError, match="compile=True cannot be used with taps"):
-        distiller(teacher=FrozenTeacher(network(14), compile=True), regularizer=None, **arguments)
+def test_a_compiled_teacher_answers_training_batches_as_before(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
 
+    def run(compile: bool) -> list[float]:
+        torch.manual_seed(1)
+        taps: dict[str, Any] = {"distillation_loss": AttentionTransfer(), "taps": [Tap("layer1", "layer1")]}
+        answers = FrozenTeacher(network(8), minimum_accuracy=0.0, precision="fp32", compile=compile)
+        look = Recorder(lambda trainer, module: float(trainer.callback_metrics["train/loss"]))
+        module = distiller(teacher=answers, regularizer=None, **taps)
+        make_trainer(callbacks=[look]).fit(module, datamodule=digits(2))
+        return look.seen
 
-@pytest.mark.slow
-def test_a_compiled_teacher_answers_as_before() -> None:
-    teacher = FrozenTeacher(trained_norms(network(8)), compile=True)
-    images = torch.randn(20, 1, 8, 8)
-    plain = teacher(images)
-    teacher.accelerate(bf16=False)
-    torch.testing.assert_close(teacher(images), plain, rtol=1e-4, atol=1e-4)
+    expected = run(False)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        assert run(True) == expected
+    assert any(text.startswith("compile: teacher, in a step") for text in caplog.messages)
 
 
 def test_a_student_in_channels_last_learns_the_same_up_to_rounding(make_trainer: MakeTrainer) -> None:
@@ -211,3 +218,29 @@ def test_a_student_in_channels_last_learns_the_same_up_to_rounding(make_trainer:
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_measured_memory_format_leaves_no_other_trace_and_is_kept_by_a_checkpoint(
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(channels_last: bool | None, **arguments: Any) -> tuple[DistillModule, list[float]]:
+        torch.manual_seed(1)
+        module = distiller(channels_last=channels_last)
+        look = Recorder(lambda trainer, module: float(trainer.callback_metrics["train/loss"]))
+        trainer = make_trainer(callbacks=[look, keeper], enable_checkpointing=True)
+        trainer.fit(module, datamodule=digits(3), weights_only=True, **arguments)
+        return module, look.seen
+
+    keeper = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        measured, losses = run(None)
+    (told,) = [text for text in caplog.messages if text.startswith("channels_last=")]
+    faster = told.startswith("channels_last=true: a pass of the student takes ")
+    last = measured.student.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == faster
+    checkpoint = torch.load(keeper.last_model_path, weights_only=True)
+    assert checkpoint["channels_last"] == faster
+    assert losses == run(faster)[1]
+    other = distiller(channels_last=None)
+    other.on_load_checkpoint(checkpoint | {"channels_last": True})
+    assert other.student.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)

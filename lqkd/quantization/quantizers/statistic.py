@@ -42,7 +42,8 @@ class StatisticQuantizer(Quantizer):
     @torch.no_grad()
     def _measured_scale(self, x: Tensor) -> Tensor:
         """The scale for this forward, in the shape of ``scale``; a copy, as the next forward writes the buffer."""
-        if self.training and not torch.is_inference_mode_enabled():
+        # The compiler cannot ask for inference mode; what is compiled in training mode is a training's pass.
+        if self.training and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()):
             self.scale.copy_(self._measure(finite(x)).clamp_min(TINY).reshape(self.scale.shape))
         return self.scale.clone()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, kernel, native, quantize_model
+from lqkd.quantization import LSQ, QUANTIZERS, Recipe, Rule, initialize_quantizers, kernel, native, quantize_model
 
 LARGE = (4, 32, 32, 32)
 
@@ -99,6 +100,15 @@ def test_other_families_compile_to_the_same_bits(compiled: None, monkeypatch: py
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_more_forms_of_a_function_than_pytorch_allows_are_compiled(compiled: None) -> None:
+    """Which would end compilation in the whole process."""
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        lsq(4, True)(torch.randn(LARGE))
+        lsq(4, True, channels=32)(torch.randn(32, 100))
+    assert counters["stats"]["unique_graphs"] == 2  # and none has failed
+
+
 @pytest.mark.parametrize("channels", [None, 8])
 def test_memory_layout_of_the_input_is_kept(channels: int | None) -> None:
     quantizer = lsq(4, True, channels=channels, channel_axis=1)
@@ -183,3 +193,25 @@ def test_a_network_that_torch_jit_has_traced_gives_the_same_bits(
     traced = torch.jit.trace(quantised.eval(), torch.randn(2, 3, 8, 8))
     others = torch.randn(7, 3, 9, 8).to(memory_format=torch.channels_last)
     assert torch.equal(traced(others), quantised(others))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_layers_of_all_families_train_in_one_graph() -> None:
+    """But for IR-Net's, whose estimator would be compiled anew in every step. Sums may run in another order."""
+    pairs = [(4, "lsq_plus", 8, "lsq_plus"), (2, "twn", 4, "pact"), (2, "ttq", 4, "mse"), (1, "react", 1, "react")]
+    pairs += [(3, "dorefa", 3, "dorefa"), (2, "n2uq", 2, "n2uq"), (4, "apot", 4, "apot"), (4, "minmax", 4, "lsq_ewgs")]
+    layers = [layer for _ in pairs for layer in (nn.Linear(8, 8), nn.ReLU())]
+    rules = [Rule(str(2 * place), w, a, of_w, of_a) for place, (w, of_w, a, of_a) in enumerate(pairs)]
+    eager, _ = quantize_model(nn.Sequential(*layers), Recipe(rules=rules))
+    x = torch.randn(64, 8)
+    initialize_quantizers(eager, x)
+    traced = copy.deepcopy(eager)
+    traced.compile(backend="eager", fullgraph=True)
+    for network in (eager.train(), traced.train()):
+        network(x).square().sum().backward()
+    for (name, theirs), ours in zip(eager.named_parameters(), traced.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert sum(bool(p.grad is not None and p.grad.any()) for p in eager.parameters()) > 20

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lqkd.quantization import LSQ, native
+from lqkd.quantization import LSQ, Recipe, initialize_quantizers, native, quantize_model
 from lqkd.quantization.kernels import learned_step_quantize
 
 pytestmark = [
@@ -176,3 +178,24 @@ def test_a_machine_compiles_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert list(tmp_path.rglob("*")) == [made.parent, made]
     finally:
         native._library.cache_clear()
+
+
+def test_a_compiled_network_runs_it_too_and_an_exported_one_does_not() -> None:
+    eager, _ = quantize_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), Recipe())
+    x = torch.randn(8, 3, 12, 12).to(memory_format=torch.channels_last)
+    initialize_quantizers(eager, x)
+    x = torch.randn(8, 3, 12, 12).to(memory_format=torch.channels_last)
+    compiled = copy.deepcopy(eager)
+    graphs: list[str] = []
+
+    def capture(graph: fx.GraphModule, _: Any) -> fx.GraphModule:
+        graphs.extend(str(part.graph) for part in graph.modules() if isinstance(part, fx.GraphModule))
+        return graph
+
+    compiled.compile(backend=capture, fullgraph=True)
+    for network in (eager, compiled):
+        network(x).square().sum().backward()
+    assert ["lqkd.learned_step" in "".join(graphs), "lqkd.learned_step_backward" in "".join(graphs)] == [True] * 2
+    for theirs, ours in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    assert "lqkd.learned_step" not in str(torch.export.export(eager.eval(), (x,), strict=True).graph)
