@@ -92,7 +92,7 @@ def main(
     unlabelled_rank: int | None = None,
     terms: bool = False,
     trust: bool = False,
-    interpolation: bool = False,
+    interpolation: str | None = None,
 ) -> None:
     torch.manual_seed(0)
     # Batch norm sees only its own rank's samples, so a comparison with one process needs a student without it.
@@ -108,8 +108,8 @@ def main(
         "teacher_cache": None if cache is None else TeacherCache(cache, dtype="float32"),
         "student_optimizer": lambda p: torch.optim.SGD(p, lr=0.5 if oscillation else 0.05, momentum=0.9),
     }
-    if interpolation:
-        arguments["regularizer"] = HeldOutInterpolation(of="class", rows=32, every=2)
+    if interpolation is not None:
+        arguments["regularizer"] = HeldOutInterpolation(of=interpolation, rows=32, every=2)
     if trust:
         arguments |= {
             "teacher": TeacherEnsemble([_swapping(), _swapping()], "trust", own=True),
