@@ -108,6 +108,18 @@ def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_two_processes_weigh_channels_by_held_out_rows_as_one_does(lqkd: Forks, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 384, "explained": True}
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, **settings)
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, **settings)[0]
+    assert torch.equal(first["explained"], second["explained"])
+    assert float(one["explained"].std()) > 0.005
+    torch.testing.assert_close(first["explained"], one["explained"], rtol=1e-3, atol=1e-4)
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_gradients_measured_in_weights_train_two_processes_like_one(lqkd: Forks, tmp_path: Path) -> None:
     """To the tolerance of the tests above; what is measured must not be what DDP averages for the step."""
     first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, shared="1")
