@@ -14,7 +14,15 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import Answers, Reliability, TrustMap, left_out_sentence, memorised, memorised_sentence
+from lqkd.losses.trust import (
+    Answers,
+    FittedInterpolation,
+    Reliability,
+    TrustMap,
+    left_out_sentence,
+    memorised,
+    memorised_sentence,
+)
 from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
 from lqkd.modules.held_out_features import explained
@@ -191,6 +199,8 @@ def report_held_out(module: Trusting) -> None:
     for name, rows in module.held_out.items():
         report = module.trust[name]
         report["interpolation"] = rows.believed(everything=True).named([*report["by_class"]])
+        if isinstance(rows.interpolation, FittedInterpolation):
+            report["interpolation"]["weight_of"] = rows.interpolation.chosen
         rows.regularizer.told = report["interpolation"]["sentence"]
         rank_zero_info(f"{_prefix(module, name)}: {rows.regularizer.told}")
 

@@ -124,6 +124,7 @@ def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summa
     trainer = make_trainer(max_epochs=3, callbacks=callbacks, logger=RunLogger(tmp_path))
     trainer.fit(module, datamodule=held_out())
     found = module.trust["logits"]["interpolation"]
+    assert found.get("weight_of") == ("all" if of == "auto" else None)
     assert found["believed"] < most
     assert found["loss"] < found["loss_of_teachers"] - 0.1
     assert found["loss"] < found["loss_of_student"] + worse

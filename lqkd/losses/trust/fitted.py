@@ -68,6 +68,11 @@ class FittedInterpolation(nn.Module):
         self.register_buffer("coefficients", torch.zeros(FURTHER + 1))
         self.register_buffer("form", torch.tensor(0))
 
+    @property
+    def chosen(self) -> str:
+        """Of what there is one weight, as :meth:`fit` has said last."""
+        return WEIGHTS[int(self.form)]
+
     @torch.no_grad()
     def forward(self, teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities Z and weights w in [0, 1], both (N, C) float32; arguments as of :class:`Interpolation`."""
@@ -100,7 +105,7 @@ class FittedInterpolation(nn.Module):
             self.coefficients.copy_(torch.cat([level[None], slopes]))
         else:
             self.weights.copy_(chosen.weights[-1, 0].expand_as(self.weights))
-        return chosen.form
+        return self.chosen
 
 
 class _Rows(NamedTuple):
