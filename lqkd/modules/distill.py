@@ -23,6 +23,7 @@ from lqkd.modules.base import TaskModule
 from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
+from lqkd.modules.held_out_features import HeldOutFeatures, asked_of, kept_features, restore_asked
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
 from lqkd.modules.memory_format import faster_in_channels_last
@@ -180,15 +181,7 @@ class DistillModule(TaskModule):
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
         self.optimization = SharedBackward(self, gradient_clip_val, accumulate_grad_batches)
-        self.balance.connect((TASK, *terms))
-        others = [type(term.loss).__name__ for term in terms.values() if term.loss.compares != "logits"]
-        if self.balance.needs_output and others:
-            raise UsageError(
-                f"balance {type(self.balance).__name__} measures gradients at the logits: it needs a distillation_loss "
-                f"that compares logits, which {others[0]} does not; GradientBalance and GradNorm measure in weights"
-            )
-        if isinstance(self.balance.equalized_at, AtWeights):
-            self.balance.equalized_at.bind(self.student)
+        self._connect_balance(terms)
         self.student_optimizer = student_optimizer
         self.regularizer_optimizer = regularizer_optimizer
         self.student_schedule = student_schedule or Cosine()
@@ -200,6 +193,7 @@ class DistillModule(TaskModule):
         self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
         self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
+        self.held_out_features: dict[str, HeldOutFeatures] = {}  # likewise, of terms of features
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -207,6 +201,17 @@ class DistillModule(TaskModule):
     def _lay_out(self) -> None:
         """Weights decide: the first convolution turns images of any format into theirs."""
         self.student.to(memory_format=torch.channels_last if self._channels_last else torch.preserve_format)
+
+    def _connect_balance(self, terms: Mapping[str, Term]) -> None:
+        self.balance.connect((TASK, *terms))
+        others = [type(term.loss).__name__ for term in terms.values() if term.loss.compares != "logits"]
+        if self.balance.needs_output and others:
+            raise UsageError(
+                f"balance {type(self.balance).__name__} measures gradients at the logits: it needs a distillation_loss "
+                f"that compares logits, which {others[0]} does not; GradientBalance and GradNorm measure in weights"
+            )
+        if isinstance(self.balance.equalized_at, AtWeights):
+            self.balance.equalized_at.bind(self.student)
 
     # ---- before the first batch
 
@@ -393,6 +398,7 @@ class DistillModule(TaskModule):
             leave_memorised(self)  # before a cache is opened for it
         self.passes.cache, of_teacher = prepare_teacher(self)
         fit_trust(self, known=self._resumed)
+        self.held_out_features = kept_features(self)
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
@@ -448,7 +454,7 @@ class DistillModule(TaskModule):
         super().teardown(stage)
         on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
         self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
-        self.held_out = {}
+        self.held_out, self.held_out_features = {}, {}
         for teacher in self.teachers():
             teacher.restore()
         self.passes.release()
@@ -482,6 +488,8 @@ class DistillModule(TaskModule):
         self._tell_progress()
         for rows in self.held_out.values():
             rows.before_batch()
+        for features in self.held_out_features.values():
+            features.before_batch()
         losses = self.losses(batch, cached=True)
         report = self._report(losses, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
@@ -505,7 +513,7 @@ class DistillModule(TaskModule):
         losses |= self.distillation.reduce(divergences)
         loss, balance = self.balance(losses, outputs.student.output)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
-        learned = [rows.objective() for rows in self.held_out.values()]
+        learned = [of_rows for rows in self.held_out.values() if (of_rows := rows.objective()) is not None]
         for further in (*self.distillation.objectives(divergences), *learned, *penalties.values()):
             loss = loss + further
         return Losses(loss, losses, divergences, outputs, balance, penalties)
@@ -614,6 +622,9 @@ class DistillModule(TaskModule):
         known = self.known_of_held_out | {name: rows.known for name, rows in self.held_out.items()}
         if known:
             checkpoint["held_out"] = {name: vars(of_term) for name, of_term in known.items()}
+        asked = asked_of(self.distillation)
+        if asked:
+            checkpoint["held_out_features"] = asked
         checkpoint["distillation_shapes"] = self.distillation.shapes
         checkpoint["quantizers"] = quantizer_names(self.student)
         # A switch of bits that no batch has followed yet.
@@ -629,6 +640,7 @@ class DistillModule(TaskModule):
         self.trust = checkpoint.get("trust", {})
         self.reliability = checkpoint.get("reliability", {})
         self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
+        restore_asked(self.distillation, checkpoint.get("held_out_features", {}))
         leave_own(self, self.trust)
         for name, quantizer in quantizers(self.student).items():
             quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lqkd.errors import UsageError
 from lqkd.losses.trust.believed import Believed, believed
+from lqkd.losses.trust.fitted import FittedInterpolation
 from lqkd.losses.trust.interpolation import Interpolation, Seen, seen
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.distilling import Distilling
@@ -103,13 +104,13 @@ class HeldOutRows:
         self.known = known
         self.regularizer = regularizer
         self._module, self._batch = module, batch
-        self._window: tuple[Seen, Tensor] | None = None
+        self._window: tuple[Seen, Tensor] | None = None  # of what learns by gradients
         self._answered: tuple[bool, int] | None = None  # whether all rows, and after how many batches
-        if known.asked:
+        if known.asked and isinstance(self.interpolation, Interpolation):
             self._look()
 
     @property
-    def interpolation(self) -> Interpolation:
+    def interpolation(self) -> Interpolation | FittedInterpolation:
         """What learns."""
         assert self.regularizer.interpolation is not None
         return self.regularizer.interpolation
@@ -150,8 +151,13 @@ class HeldOutRows:
             self._look()
         self.known.batches += 1
 
-    def objective(self) -> Tensor:
-        """What phi minimises, 0-dim, the same on all processes; no other parameter gets a gradient."""
+    def objective(self) -> Tensor | None:
+        """What phi minimises, 0-dim, the same on all processes; no other parameter gets a gradient.
+
+        None where it is fitted whenever the student is asked, and has nothing left to minimise.
+        """
+        if isinstance(self.interpolation, FittedInterpolation):
+            return None
         assert self._window is not None, "before_batch() has asked"
         return self.interpolation.objective_of(*self._window)
 
@@ -176,14 +182,22 @@ class HeldOutRows:
         return believed(looked.teacher, looked.student, target, weights, known.labels, judged)
 
     def _look(self) -> None:
-        """Take the last answers, of the last times, as what is learned from."""
+        """Take the last answers, of the last times, as what is learned from, or fit to them."""
+        known, rows = self.known, self._last()
+        said = known.target[rows], known.student[rows]
+        if isinstance(self.interpolation, FittedInterpolation):
+            self.interpolation.fit(*said, known.labels[rows], known.teachers[:, rows])
+        else:
+            self._window = seen(*said, known.teachers[:, rows]), known.labels[rows]
+
+    def _last(self) -> Tensor:
+        """The rows of the last answers, without those that are never learned from."""
         known, size = self.known, len(self.known.labels)
         count, recent = min(WINDOW, size), ASKS * min(self.regularizer.rows, size)
         if known.asked >= count + recent:  # the first answers, of the student before its training, are as old as that
             count = min(count, recent)
         rows = torch.arange(known.asked - count, known.asked) % size
-        rows = rows[rows % JUDGED != 0].to(known.labels.device)
-        self._window = seen(known.target[rows], known.student[rows], known.teachers[:, rows]), known.labels[rows]
+        return rows[rows % JUDGED != 0].to(known.labels.device)
 
     @torch.no_grad()
     def _ask(self, rows: Tensor) -> None:

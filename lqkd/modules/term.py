@@ -15,7 +15,7 @@ from lqkd.losses import DistillationLoss
 from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
-from lqkd.regularizers import HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
+from lqkd.regularizers import ExplainedVariance, HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -157,6 +157,11 @@ class DistillationTerm(nn.Module):
             return [rows[0].logits], [rows[1].logits]
         of_teacher = [teacher.features[tap.teacher] for tap in self.taps]
         return of_teacher, [student.features[tap.student] for tap in self.taps]
+
+    def compared(self, teacher: Seen, student: Seen) -> list[tuple[Tensor, Tensor]]:
+        """What the losses of features make of every pair of taps, in one shape; see :meth:`DistillationLoss.pair`."""
+        pairs = self._pairs([], student.output, (teacher.features, student.features))
+        return [cast(DistillationLoss, loss).pair(*pair) for loss, pair in zip(self.losses, pairs, strict=True)]
 
     def forward(
         self,
@@ -306,10 +311,11 @@ def _check_regularizer(regularizer: Regularizer, term: Term) -> None:
             f"regularizer HeldOutInterpolation is not possible with combination={term.combination!r}: it weighs what "
             "held-out rows say can be believed of the teachers, so take trust or calibrated"
         )
-    if isinstance(regularizer.player, HeldOut) and not isinstance(regularizer, HeldOutInterpolation):
+    of_held_out = isinstance(regularizer, HeldOutInterpolation | ExplainedVariance)
+    if isinstance(regularizer.player, HeldOut) and not of_held_out:
         raise UsageError(
             f"player HeldOut is not possible with regularizer {type(regularizer).__name__}: it belongs to "
-            "HeldOutInterpolation, and nothing else is taught by held-out rows"
+            "HeldOutInterpolation and ExplainedVariance, and nothing else is taught by held-out rows"
         )
     if loss.kind not in regularizer.maps:
         raise UsageError(

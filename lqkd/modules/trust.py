@@ -14,9 +14,18 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import TrustedTeachers
-from lqkd.losses.trust import Answers, Reliability, TrustMap, left_out_sentence, memorised, memorised_sentence
+from lqkd.losses.trust import (
+    Answers,
+    FittedInterpolation,
+    Reliability,
+    TrustMap,
+    left_out_sentence,
+    memorised,
+    memorised_sentence,
+)
 from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
+from lqkd.modules.held_out_features import explained
 from lqkd.modules.own import joined_sentence, leave
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
@@ -49,21 +58,24 @@ def check_held_out(module: Trusting) -> None:
         UsageError: when there are none.
     """
     data: Any = getattr(module.trainer, "datamodule", None)
-    for name, combination in _trusted(module):
+    trusted = dict(_trusted(module))
+    asking = dict.fromkeys(trusted, "combination: trust")
+    asking |= dict.fromkeys(explained(module.distillation), "regularizer ExplainedVariance")
+    for name, what in asking.items():
         with module.distillation.told(name):
             if not hasattr(data, "trust_batches"):
                 raise UsageError(
-                    "combination: trust needs a DataModule with trust_batches(device), which yields batches of "
-                    "training rows that are in no training batch"
+                    f"{what} needs a DataModule with trust_batches(device), which yields batches of training rows that "
+                    "are in no training batch"
                 )
             if not len(getattr(data, "trust_indices", (None,))):
                 raise UsageError(
-                    "combination: trust needs training rows that are in no training batch, and there are none: set "
+                    f"{what} needs training rows that are in no training batch, and there are none: set "
                     "data.init_args.trust_fraction, to 0.05 say"
                 )
-            if combination.map is None:
+            if name in trusted and trusted[name].map is None:
                 raise UsageError(
-                    "combination: trust needs to know the shape of images: use a DataModule that tells its image_shape"
+                    f"{what} needs to know the shape of images: use a DataModule that tells its image_shape"
                 )
 
 
@@ -187,6 +199,8 @@ def report_held_out(module: Trusting) -> None:
     for name, rows in module.held_out.items():
         report = module.trust[name]
         report["interpolation"] = rows.believed(everything=True).named([*report["by_class"]])
+        if isinstance(rows.interpolation, FittedInterpolation):
+            report["interpolation"]["weight_of"] = rows.interpolation.chosen
         rows.regularizer.told = report["interpolation"]["sentence"]
         rank_zero_info(f"{_prefix(module, name)}: {rows.regularizer.told}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.convolutional import ConvModulator
 from lqkd.regularizers.elementwise import ElementwiseMLP
+from lqkd.regularizers.explained import ExplainedVariance
 from lqkd.regularizers.guards import GUARDS, Barrier, BoundedBarrier, BoundedRange, Entropy, Guard, MeanOne, NoGuard
 from lqkd.regularizers.interpolation import HeldOutInterpolation
 from lqkd.regularizers.players import PLAYERS, Adversarial, Cooperative, HeldOut, LookAhead, Player, alignment
@@ -23,6 +24,7 @@ __all__ = [
     "Cooperative",
     "ElementwiseMLP",
     "Entropy",
+    "ExplainedVariance",
     "Guard",
     "HeldOut",
     "HeldOutInterpolation",

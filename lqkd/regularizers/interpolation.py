@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.base import MapKind
-from lqkd.losses.trust.interpolation import Interpolation, WeightOf
+from lqkd.losses.trust.fitted import FittedInterpolation
+from lqkd.losses.trust.interpolation import Interpolation, WeightOf, check_pull
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.players import HeldOut
+
+Of = Literal[WeightOf, "auto"]
 
 
 class HeldOutInterpolation(Regularizer):
@@ -27,13 +30,17 @@ class HeldOutInterpolation(Regularizer):
     Teachers answer the held-out rows once. The student answers ``rows`` of them every ``every`` batches, in eval mode
     and without a gradient; between, phi learns from the last 512 of these answers. At the first time 512 are asked for,
     which count until there were four more times; from then on only the last four times count, since earlier answers
-    are those of another student. A fifth of the rows is never learned from: the student answers these anew at the end
-    of every epoch, for what is told of Z. Tasks with several rows a sample, such as pixels, cannot have it.
+    are those of another student. With ``of="auto"`` nothing is learned between: each time that the student has answered
+    it is chosen anew, by the same answers, whether there is one weight for all, one a class or one a sample, and these
+    are fitted at once (:class:`~lqkd.losses.trust.FittedInterpolation`), for which few rows and few steps are enough.
+    A fifth of the rows is never learned from: the student answers these anew at the end of every epoch, for what is
+    told of Z. Tasks with several rows a sample, such as pixels, cannot have it.
 
     Args:
-        of: whether there is one weight for ``all``, one a ``class`` or one a ``sample``.
+        of: whether there is one weight for ``all``, one a ``class`` or one a ``sample``; ``auto`` for what
+            cross-validation within the held-out rows chooses of these.
         start: the weight before training, between 0 and 1.
-        strength: of the pull towards the start, >= 0.
+        strength: of the pull towards the start, >= 0: of logit(R_phi), or with ``auto`` of R_phi itself.
         hidden: width of the hidden layer of a weight a sample, >= 1.
         rows: held-out rows that the student is asked about at a time, over all processes, >= 1.
         every: batches from one time to the next, >= 1.
@@ -54,7 +61,7 @@ class HeldOutInterpolation(Regularizer):
 
     def __init__(
         self,
-        of: WeightOf = "sample",
+        of: Of = "sample",
         start: float = 0.88,
         strength: float = 0.01,
         hidden: int = 16,
@@ -67,18 +74,22 @@ class HeldOutInterpolation(Regularizer):
                 raise UsageError(
                     f"{name}={value!r} of HeldOutInterpolation is not possible: it must be a whole number of at least 1"
                 )
-        if of not in get_args(WeightOf):
-            raise UsageError(f"of={of!r} of HeldOutInterpolation is unknown: use {', '.join(get_args(WeightOf))}")
-        Interpolation(2, "all", start, strength)  # refuses what is not possible
+        if of not in get_args(Of):
+            raise UsageError(f"of={of!r} of HeldOutInterpolation is unknown: use {', '.join(get_args(Of))}")
+        check_pull(start, strength)
         self.of, self.start, self.strength, self.hidden = of, start, strength, hidden
         self.rows, self.every = rows, every
-        self.interpolation: Interpolation | None = None
+        self.interpolation: Interpolation | FittedInterpolation | None = None
         self.told: str | None = None
         """What it has learned, in a sentence; None while that is not known."""
 
     def connect(self, kind: MapKind, channels: int) -> None:
         super().connect(kind, channels)
-        if self.interpolation is None:
+        if self.interpolation is not None:
+            return
+        if self.of == "auto":
+            self.interpolation = FittedInterpolation(channels, self.start, self.strength)
+        else:
             self.interpolation = Interpolation(channels, self.of, self.start, self.strength, self.hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:

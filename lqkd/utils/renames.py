@@ -111,7 +111,16 @@ def current_terms(state: Mapping[str, Any]) -> dict[str, Any]:
     def now(key: str) -> str:
         return next((new + key.removeprefix(old) for old, new in TERMS.items() if key.startswith(old)), key)
 
-    return {now(key): value for key, value in state.items()}
+    return _with_gates({now(key): value for key, value in state.items()})
+
+
+def _with_gates(state: dict[str, Any]) -> dict[str, Any]:
+    """With a gate that is shut in every trust map that is older than gates."""
+    for key in [key for key in state if key.endswith(".combination.map.scale")]:
+        scale, prefix = state[key], key.removesuffix("scale")
+        state.setdefault(f"{prefix}gated", scale.new_zeros((), dtype=bool))
+        state.setdefault(f"{prefix}gate", scale.new_zeros(len(scale), 2 * len(scale) + 2))
+    return state
 
 
 def renewed(text: str) -> tuple[str, dict[str, str]]:

@@ -95,8 +95,8 @@ def test_two_processes_train_compiled_as_they_do_eagerly(lqkd: Forks, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpolation", [False, True])
-def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path, interpolation: bool) -> None:
+@pytest.mark.parametrize("interpolation", [None, "class", "auto"])
+def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path, interpolation: str | None) -> None:
     settings: dict[str, Any] = {"samples": 384, "trust": True, "interpolation": interpolation}
     first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, **settings)
     one = run_workers(lqkd, tmp_path, 1, batch_size=32, **settings)[0]
@@ -104,13 +104,25 @@ def test_two_processes_believe_teachers_as_one_does(lqkd: Forks, tmp_path: Path,
     assert first["trust"] == second["trust"]
     told, expected = (run["trust"]["distill"].pop("interpolation", None) for run in (first, one))
     assert first["trust"] == one["trust"]
-    assert (told is not None) == interpolation
+    assert (told is not None) == (interpolation is not None)
     if interpolation:  # the student's weights agree to rounding
         for name in ("believed", "loss", "loss_of_student", "loss_of_teachers"):
             assert told[name] == pytest.approx(expected[name], rel=1e-3), name
     for name, kept in first["map"].items():
         assert torch.equal(kept, second["map"][name]), name
         assert torch.equal(kept, one["map"][name]), name
+    assert torch.equal(first["steps"][-1], second["steps"][-1])
+    torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_weigh_channels_by_held_out_rows_as_one_does(lqkd: Forks, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 384, "explained": True}
+    first, second = run_workers(lqkd, tmp_path, 2, batch_size=16, **settings)
+    one = run_workers(lqkd, tmp_path, 1, batch_size=32, **settings)[0]
+    assert torch.equal(first["explained"], second["explained"])
+    assert float(one["explained"].std()) > 0.005
+    torch.testing.assert_close(first["explained"], one["explained"], rtol=1e-3, atol=1e-4)
     assert torch.equal(first["steps"][-1], second["steps"][-1])
     torch.testing.assert_close(first["steps"][-1], one["steps"][-1], rtol=1e-3, atol=1e-4)
 

@@ -18,7 +18,7 @@ from lqkd.losses import HintonKL, Hints, LogitResidual
 from lqkd.models import CifarResNet, load_weights
 from lqkd.modules import Tap, Term, compilation
 from lqkd.quantization import Recipe, quantizers
-from lqkd.regularizers import ElementwiseMLP, HeldOutInterpolation, SampleWeight
+from lqkd.regularizers import ElementwiseMLP, ExplainedVariance, HeldOutInterpolation, SampleWeight
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import digits, distiller, network, parameters_of
@@ -92,7 +92,8 @@ def main(
     unlabelled_rank: int | None = None,
     terms: bool = False,
     trust: bool = False,
-    interpolation: bool = False,
+    interpolation: str | None = None,
+    explained: bool = False,
     compiled: bool = False,
 ) -> None:
     torch.manual_seed(0)
@@ -111,12 +112,19 @@ def main(
     }
     if compiled:
         arguments["compile"], compilation.BACKEND = True, "aot_eager"
-    if interpolation:
-        arguments["regularizer"] = HeldOutInterpolation(of="class", rows=32, every=2)
+    if interpolation is not None:
+        arguments["regularizer"] = HeldOutInterpolation(of=interpolation, rows=32, every=2)
     if trust:
         arguments |= {
             "teacher": TeacherEnsemble([_swapping(), _swapping()], "trust", own=True),
             "distillation_loss": HintonKL(),
+        }
+    if explained:
+        arguments |= {
+            "teacher": FrozenTeacher(copy.deepcopy(student), minimum_accuracy=0.0),
+            "distillation_loss": Hints(),
+            "taps": [Tap("1", "1")],
+            "regularizer": ExplainedVariance(rows=31, every=2),
         }
     module = distiller(**arguments | (_terms(student) if terms else {}))
     data = digits(1, batch_size)
@@ -124,7 +132,7 @@ def main(
         data = UnlabelledRank(batch_size=batch_size, eval_batch_size=256)
         data.rank = unlabelled_rank
     data.limit_train = samples
-    data.trust_fraction = 0.5 if trust else 0.0
+    data.trust_fraction = 0.5 if trust or explained else 0.0
     data.augmentation = Augmentation()
     data.validation_fraction = 0.0994  # 143 images, an odd number
     watch = Watch()
@@ -160,6 +168,7 @@ def main(
         "global_step": global_step,
         "asked": watch.asked,
         "trust": module.trust,
+        "explained": getattr(module.regularizer, "explained", None),
         "map": {name: kept for name, kept in module.distillation.state_dict().items() if "combination" in name},
         "oscillating": [row.oscillating for row in monitor.history],
         "flipping": [row.flipping for row in monitor.history],

@@ -36,7 +36,8 @@ def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:
 
 LOSSES = concrete(all_losses, DistillationLoss)
 REGULARIZERS = concrete(all_regularizers, Regularizer)
-LEARNER = REGULARIZERS.pop("HeldOutInterpolation")  # of held-out rows, which no run here has: see test_held_out.py
+# Of held-out rows, which no run here has: see test_held_out.py and test_held_out_features.py.
+LEARNER, EXPLAINED = (REGULARIZERS.pop(name) for name in ("HeldOutInterpolation", "ExplainedVariance"))
 BALANCES = concrete(all_balances, Balance)
 
 
@@ -103,6 +104,7 @@ def train(module: DistillModule, images: Tensor, labels: Tensor, steps: int) -> 
 def regularizers() -> Iterator[tuple[str, Callable[[], Regularizer | None]]]:
     """Every regularizer with every guard and player that go together, and none."""
     yield "none", lambda: None
+    yield "explained", EXPLAINED
     for (name, kind), guard, player in itertools.product(REGULARIZERS.items(), GUARDS, PLAYERS):
         if PLAYERS[player].maximises and not GUARDS[guard].limits_above:
             with pytest.raises(UsageError, match=f"guard {GUARDS[guard].__name__} does not go with player"):

@@ -53,8 +53,11 @@ def believing(
     )
 
 
-def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_student(make_trainer: MakeTrainer) -> None:
-    module = believing()
+@pytest.mark.parametrize("of", ["sample", "auto"])
+def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_student(
+    make_trainer: MakeTrainer, of: str
+) -> None:
+    module = believing(of=of)
     seen: list[tuple[Tensor, bool, bool]] = []
 
     def look(student: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -72,9 +75,10 @@ def test_held_out_rows_are_seen_without_a_gradient_and_leave_no_trace_in_the_stu
     assert not any(training for _, training in asked)
 
 
-def test_a_resumed_training_learns_on_where_it_was(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["sample", "auto"])
+def test_a_resumed_training_learns_on_where_it_was(make_trainer: MakeTrainer, tmp_path: Path, of: str) -> None:
     def run(folder: Path, stop: tuple[int, int] | None = None) -> DistillModule:
-        module = believing()
+        module = believing(of=of)
         last = folder / "last.ckpt"
         callbacks: list[Any] = [BestAndLast(folder, every_n_steps=1)] + ([StopAt(*stop)] if stop else [])
         trainer = make_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True, logger=RunLogger(folder))
@@ -110,18 +114,22 @@ def test_answers_of_teachers_from_the_cache_teach_the_same(make_trainer: MakeTra
     assert live.trust == cached.trust
 
 
+@pytest.mark.parametrize(("of", "most", "worse"), [("sample", 0.5, 0.02), ("auto", 0.02, 0.002)])
 def test_trust_falls_where_the_student_knows_more_than_its_teacher_and_the_summary_says_so(
-    make_trainer: MakeTrainer, tmp_path: Path
+    make_trainer: MakeTrainer, tmp_path: Path, of: str, most: float, worse: float
 ) -> None:
     torch.manual_seed(5)
-    module = believing(FrozenTeacher(network(), minimum_accuracy=0.0, precision="fp32"), STUDENT, lr=0.05)
+    module = believing(FrozenTeacher(network(), minimum_accuracy=0.0, precision="fp32"), STUDENT, lr=0.05, of=of)
     callbacks = [RegularizerMonitor(), RunSummary()]
     trainer = make_trainer(max_epochs=3, callbacks=callbacks, logger=RunLogger(tmp_path))
     trainer.fit(module, datamodule=held_out())
     found = module.trust["logits"]["interpolation"]
-    assert found["believed"] < 0.5
+    assert found.get("weight_of") == ("all" if of == "auto" else None)
+    assert found["believed"] < most
     assert found["loss"] < found["loss_of_teachers"] - 0.1
-    assert found["loss"] < found["loss_of_student"] + 0.02
+    assert found["loss"] < found["loss_of_student"] + worse
+    assert found["accuracy"] > found["accuracy_of_teachers"] + 0.3
+    assert f"{100 * (found['accuracy'] - found['accuracy_of_teachers']):+.1f} over the teachers" in found["sentence"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     told = f"logits: {found['sentence']}."
     assert summary["regularizer"]["logits"]["verdict"] == "believed"
@@ -258,7 +266,7 @@ def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_see
             ),
             "distillation.x: player HeldOut is not possible with regularizer ElementwiseMLP: it belongs to Held",
         ),
-        (lambda: believing(of="teacher"), "of='teacher' of HeldOutInterpolation is unknown: use all, class, sample"),
+        (lambda: believing(of="teacher"), "of='teacher' of HeldOutInterpolation is unknown: use all, class, sample, a"),
         (
             lambda: DistillModule(
                 student=network(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from lqkd.callbacks.regularizer.moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer.statistics import EpochStatistic, Optimum, Sums, add, measure
 from lqkd.callbacks.regularizer.verdict import Verdict, verdict
-from lqkd.regularizers import BoundedRange, HeldOut, HeldOutInterpolation, Regularizer
+from lqkd.regularizers import BoundedRange, ExplainedVariance, HeldOut, HeldOutInterpolation, Regularizer
 
 
 class Record:
@@ -145,8 +145,9 @@ class Record:
 
     def verdict(self) -> Verdict:
         """What became of the regularizer, of which there is an epoch at least."""
-        learner = next((one for one in self.regularizers if isinstance(one, HeldOutInterpolation)), None)
-        return verdict(self.history, self.name, None if learner is None else learner.told or "")
+        learners = [one for one in self.regularizers if isinstance(one, HeldOutInterpolation | ExplainedVariance)]
+        told = "; ".join(one.told or "" for one in learners)
+        return verdict(self.history, self.name, told if learners else None)
 
     def summary(self) -> dict[str, Any] | None:
         """Last epoch's moments, contribution, optimum and share with verdict and sentence.
@@ -179,7 +180,7 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
 
 def _bound(regularizer: Any) -> float | None:
     """The largest weight there can be; None when there is no bound that it could be stuck at."""
-    if isinstance(regularizer, HeldOutInterpolation):
+    if isinstance(regularizer, HeldOutInterpolation | ExplainedVariance):
         return None
     largest = getattr(regularizer, "max_weight", math.inf)
     guard = getattr(regularizer, "guard", None)

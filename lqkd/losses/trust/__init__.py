@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqkd.losses.trust.believed import Believed
+from lqkd.losses.trust.fitted import FittedInterpolation
 from lqkd.losses.trust.interpolation import Interpolation
 from lqkd.losses.trust.map import TrustMap
 from lqkd.losses.trust.memorised import Answers, left_out_sentence, memorised, memorised_sentence
@@ -12,6 +13,7 @@ from lqkd.losses.trust.report import TrustReport
 __all__ = [
     "Answers",
     "Believed",
+    "FittedInterpolation",
     "Interpolation",
     "Reliability",
     "TrustMap",

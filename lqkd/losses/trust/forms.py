@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,11 @@ FORMS: dict[str, tuple[str, ...]] = {
     "bias": ("scale", "bias"),
     "diagonal": ("scale", "bias", "diagonal"),
     "linear": ("scale", "bias", "diagonal", "linear"),
+    "gate": ("scale", "gate"),
 }
 """By name, what is fitted: a factor a teacher, which is its temperature and its share in one, a bias a class, a factor
-a teacher and class, and what every class says about every other."""
+a teacher and class, and what every class says about every other. The last, of several teachers, is a mixture of their
+predictions with shares that depend on the sample: of two specialists the one that is lost has little to say there."""
 BY_CLASS = ("bias", "diagonal", "linear")
 """What is fitted for each class by itself."""
 FULL_CLASSES = 128
@@ -38,21 +41,34 @@ class Problem:
     """(K, N, C) float64: logits without their mean over classes, divided by ``unit``."""
     reduced: Tensor
     """(K, N, R): the same in the directions of the linear form."""
+    told: Tensor
+    """(N, F + 1) of each sample 1, and what :func:`telling` tells above ``mean``, divided by ``spread``."""
     labels: Tensor
     """(N,) int64."""
     unit: float
+    mean: Tensor
+    """(F,)."""
+    spread: Tensor
+    """(F,)."""
 
     @classmethod
     def of(cls, teachers: Tensor, labels: Tensor, basis: Tensor) -> Problem:
         """Of logits (K, N, C), labels (N,) and directions (C, R)."""
         centred = centred_logits(teachers.double())
         unit = float(centred.square().mean().sqrt().clamp_min(1e-12))
-        seen = centred / unit
-        return cls(seen, seen @ basis.double(), labels, unit)
+        seen, told = centred / unit, telling(teachers.double())
+        mean, spread = told.mean(0), told.std(0, correction=0).clamp_min(1e-3)
+        return cls(seen, seen @ basis.double(), with_one((told - mean) / spread), labels, unit, mean, spread)
 
     def rows(self, chosen: Tensor) -> Problem:
         """Some of the rows."""
-        return Problem(self.seen[:, chosen], self.reduced[:, chosen], self.labels[chosen], self.unit)
+        return replace(
+            self,
+            seen=self.seen[:, chosen],
+            reduced=self.reduced[:, chosen],
+            told=self.told[chosen],
+            labels=self.labels[chosen],
+        )
 
     def start(self, form: str) -> Parts:
         """No change to the mean of the teachers' log-probabilities."""
@@ -62,11 +78,15 @@ class Problem:
             "bias": (classes,),
             "diagonal": (teachers, classes),
             "linear": (teachers, classes, self.reduced.shape[2]),
+            "gate": (teachers, self.told.shape[1]),
         }
         return {name: self.seen.new_zeros(shapes[name]) for name in FORMS[form]}
 
     def logits(self, parts: Parts) -> Tensor:
         """(N, C) of the map, whose ``parts`` are differences from the start."""
+        if "gate" in parts:
+            factors = self.unit + parts["scale"].view(-1, 1, 1)
+            return mixture(factors * self.seen, self.told @ parts["gate"].mT)
         factors = self.unit / len(self.seen) + parts["scale"].view(-1, 1, 1)
         if "diagonal" in parts:
             factors = factors + parts["diagonal"].unsqueeze(1)
@@ -76,7 +96,7 @@ class Problem:
         return logits + parts["bias"] if "bias" in parts else logits
 
     def minimise(self, parts: Parts, strength: float, accuracy: float = 1e-9) -> Parts:
-        """What minimises ``sum CE + strength / 2 * |parts|^2``, which is convex, from ``parts`` on.
+        """What minimises ``sum CE + strength / 2 * |parts|^2``, which is convex but for the gate, from ``parts`` on.
 
         Args:
             parts: where to begin: of the same form.
@@ -109,6 +129,30 @@ def centred_logits(teachers: Tensor) -> Tensor:
     """Logits (..., C) without their mean over classes, which no prediction depends on; -inf becomes finite."""
     finite = teachers.log_softmax(-1).clamp_min(-1000.0)
     return finite - finite.mean(-1, keepdim=True)
+
+
+def telling(teachers: Tensor) -> Tensor:
+    """What tells which of several teachers to listen to, (N, 2 K + 1), each between 0 and 1.
+
+    For logits (K, N, C) these are entropy and margin of each teacher, and how much they disagree.
+    """
+    log_predictions = teachers.log_softmax(-1).clamp_min(-1000.0)
+    predictions = log_predictions.exp()
+    entropy = -(predictions * log_predictions).sum(-1) / math.log(teachers.shape[2])
+    top = predictions.topk(2, -1).values
+    apart = (predictions - predictions.mean(0)).abs().sum(-1).mean(0) / 2  # total variation from their mean
+    return torch.cat([entropy, top[..., 0] - top[..., 1], apart[None]]).mT
+
+
+def mixture(teachers: Tensor, scores: Tensor) -> Tensor:
+    """Log-probabilities (N, C) of predictions mixed by the softmax of ``scores`` (N, K), for logits (K, N, C)."""
+    shares = scores.log_softmax(-1).mT.unsqueeze(2)
+    return (teachers.log_softmax(-1) + shares).logsumexp(0)
+
+
+def with_one(told: Tensor) -> Tensor:
+    """(N, F + 1) of (N, F), with 1 in front."""
+    return torch.cat([torch.ones_like(told[:, :1]), told], 1)
 
 
 def mean_prediction(teachers: Tensor) -> Tensor:

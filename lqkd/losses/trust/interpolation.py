@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 
 WeightOf = Literal["all", "class", "sample"]
-_FURTHER = 7
+FURTHER = 7
 """Features of a sample besides both log-probabilities."""
 
 
@@ -45,10 +45,7 @@ class Interpolation(nn.Module):
         self, classes: int, of: WeightOf = "sample", start: float = 0.88, strength: float = 0.01, hidden: int = 16
     ) -> None:
         super().__init__()
-        if not 0 < start < 1:
-            raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
-        if not 0 <= strength < math.inf:
-            raise UsageError(f"strength={strength!r} is not possible: it must be a finite number of at least 0")
+        check_pull(start, strength)
         self.of, self.strength = of, strength
         self.start = math.log(start / (1 - start))
         self.moved: nn.Module | nn.Parameter
@@ -56,7 +53,7 @@ class Interpolation(nn.Module):
             last = nn.Linear(hidden, 1)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.moved = nn.Sequential(nn.Linear(2 * classes + _FURTHER, hidden), nn.Tanh(), last)
+            self.moved = nn.Sequential(nn.Linear(2 * classes + FURTHER, hidden), nn.Tanh(), last)
         else:
             self.moved = nn.Parameter(torch.zeros(1 if of == "all" else classes))
 
@@ -114,12 +111,18 @@ class Seen(NamedTuple):
 def seen(teacher: Tensor, student: Tensor, teachers: Tensor | None = None) -> Seen:
     """What is looked at of samples; for the arguments see :meth:`Interpolation.forward`."""
     with torch.autocast(teacher.device.type, enabled=False):
-        t, s = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        t, s = log_probabilities(teacher), log_probabilities(student)
         return Seen(t, s, features(t, s, teachers))
 
 
 def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
-    """What is looked at of a sample, (N, 2 C + 7).
+    """What is looked at of a sample, (N, 2 C + 7): both log-probabilities, and what :func:`further` says."""
+    both = (torch.cat([t, s], 1) / math.log(t.shape[1])).clamp_min(-10.0)
+    return torch.cat([both, further(t, s, teachers)], 1)
+
+
+def further(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
+    """Entropies, margins and agreement of a sample, (N, 7), each between 0 and 1.
 
     Args:
         t, s: log-probabilities (N, C) of the target and of the student.
@@ -132,7 +135,7 @@ def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
     if teachers is not None:
         each = teachers.float().softmax(-1)
         apart = (each - each.mean(0)).abs().sum(-1).mean(0) / 2  # total variation from their mean
-    further = [
+    values = [
         -(p * t).sum(-1) / scale,
         -(q * s).sum(-1) / scale,
         top_t[:, 0] - top_t[:, 1],
@@ -141,5 +144,21 @@ def features(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
         (p * q).sum(-1),
         apart,
     ]
-    both = (torch.cat([t, s], 1) / scale).clamp_min(-10.0)
-    return torch.cat([both, torch.stack(further, 1)], 1)
+    return torch.stack(values, 1)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits (..., C), in float32."""
+    return logits.float().log_softmax(-1)
+
+
+def check_pull(start: float, strength: float) -> None:
+    """Refuse a weight before training that is no weight, and a pull towards it that is none.
+
+    Raises:
+        UsageError: then.
+    """
+    if not 0 < start < 1:
+        raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
+    if not 0 <= strength < math.inf:
+        raise UsageError(f"strength={strength!r} is not possible: it must be a finite number of at least 0")

@@ -18,6 +18,8 @@ Spread = Literal["keep", "fitted"]
 
 STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
 """Of the pull towards the start that cross-validation chooses from, in rows."""
+_BY_SURENESS = ("diagonal", "gate")
+"""What is not fitted to rows that teachers know by heart."""
 FEWEST_ROWS = 20
 """Held-out rows with a label that a fit needs."""
 
@@ -57,6 +59,8 @@ class TrustMap(nn.Module):
     linear: Tensor
     basis: Tensor
     bias: Tensor
+    gated: Tensor
+    gate: Tensor
     stretch: Tensor
 
     def __init__(self, teachers: int, classes: int, spread: Spread = "keep") -> None:
@@ -70,6 +74,8 @@ class TrustMap(nn.Module):
         self.register_buffer("linear", torch.zeros(teachers, classes, rank))
         self.register_buffer("basis", torch.zeros(classes, rank))
         self.register_buffer("bias", torch.zeros(classes))
+        self.register_buffer("gated", torch.tensor(False))
+        self.register_buffer("gate", torch.zeros(teachers, 2 * teachers + 2))
         self.register_buffer("stretch", torch.tensor(1.0))
 
     def forward(self, teachers: Tensor) -> Tensor:
@@ -77,17 +83,33 @@ class TrustMap(nn.Module):
         with torch.autocast(teachers.device.type, enabled=False):
             teachers = teachers.detach().float()
             mapped = self.stretch * (self.contributions(teachers).sum(0) + self.bias)
+            if len(teachers) > 1:
+                mapped = torch.where(self.gated, self.stretch * self._mixture(teachers), mapped)
             return torch.where(self.given, forms.mean_prediction(teachers), mapped.log_softmax(-1))
 
     def contributions(self, teachers: Tensor) -> Tensor:
-        """What each teacher adds to the logits of the map, (K, N, C), in the dtype of its logits."""
+        """What each teacher adds to the logits of the map, (K, N, C), in the dtype of its logits.
+
+        Of a ``gate``, which is a mixture of predictions, its logits times its share.
+        """
         seen = forms.centred_logits(teachers)
+        if len(teachers) > 1:
+            shares = self._scores(teachers).softmax(-1).mT.unsqueeze(2)
+            seen = torch.where(self.gated, shares, torch.ones_like(shares)) * seen
         factors = (self.scale.view(-1, 1, 1) + self.diagonal.unsqueeze(1)).to(seen)
         return factors * seen + (seen @ self.basis.to(seen)) @ self.linear.to(seen).mT
 
+    def _mixture(self, teachers: Tensor) -> Tensor:
+        scale = self.scale.view(-1, 1, 1).to(teachers)
+        return forms.mixture(scale * forms.centred_logits(teachers), self._scores(teachers))
+
+    def _scores(self, teachers: Tensor) -> Tensor:
+        """(N, K): the softmax is the share of each teacher."""
+        return forms.with_one(forms.telling(teachers)) @ self.gate.to(teachers).mT
+
     def matrices(self) -> Tensor | None:
         """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions."""
-        if bool(self.given):
+        if bool(self.given) or bool(self.gated):
             return None
         factors = torch.diag_embed(self.scale.view(-1, 1) + self.diagonal)
         return self.stretch * (factors + self.linear @ self.basis.mT)
@@ -130,15 +152,16 @@ class TrustMap(nn.Module):
         basis = forms.directions(teachers)
         problem = Problem.of(teachers, labels, basis)
         fold_of, often = _folds(labels, folds, seed, groups), _frequency(labels, groups, teachers.shape[2])
-        losses = self._cross_validated(problem, teachers, fold_of, often, memorised)
-        form, strength = [*losses][forms.simplest_of_the_best([*losses.values()], groups)]
+        judged = self._cross_validated(problem, teachers, fold_of, often, memorised)
+        form, strength = [*judged][forms.simplest_of_the_best([loss for loss, _ in judged.values()], groups)]
         self._chosen = (form, strength)
         self._take(problem, form, strength, basis)
         self.stretch.fill_(1.0)
         trusted = self._exactly(teachers)
         found = report(teachers, labels, trusted, self.contributions(teachers), form)
-        found.worth = float((losses[GIVEN, 0.0] - losses[form, strength]).mean())
-        found.cross_entropy, found.memorised = float(losses[form, strength].mean()), memorised
+        (before, right_before), (loss, right) = judged[GIVEN, 0.0], judged[form, strength]
+        found.worth, found.points = float((before - loss).mean()), 100 * float((right - right_before).mean())
+        found.cross_entropy, found.memorised = float(loss.mean()), memorised
         if (self.spread == "keep" or memorised) and form != GIVEN:
             spreads = [_spread(teacher) for teacher in teachers]
             wanted = sum(part * spread for part, spread in zip(found.believed, spreads, strict=True))
@@ -171,11 +194,16 @@ class TrustMap(nn.Module):
     def _cross_validated(
         self, problem: Problem, teachers: Tensor, folds: Tensor, counts: Tensor, memorised: bool
     ) -> dict[tuple[str, float], Tensor]:
-        """By form and strength, from simple to complex, the loss (N,) of every row when it was left out of the fit."""
-        candidates = {(GIVEN, 0.0): F.nll_loss(forms.mean_prediction(teachers), problem.labels, reduction="none")}
+        """By form and strength, from simple to complex, how every row fares when it was left out of the fit.
+
+        That is (2, N): its loss, and 1 where the answer is right.
+        """
+        candidates = {(GIVEN, 0.0): _judged(forms.mean_prediction(teachers), problem.labels)}
         for form, parts in FORMS.items():
             by_class = any(part in BY_CLASS for part in parts)
-            if (by_class and int(counts.min()) < 2) or (memorised and form == "diagonal"):
+            if (by_class and int(counts.min()) < 2) or (memorised and form in _BY_SURENESS):
+                continue
+            if "gate" in parts and len(teachers) == 1:
                 continue
             of_form = {strength: torch.empty_like(candidates[GIVEN, 0.0]) for strength in STRENGTHS}
             for fold in folds.unique():
@@ -183,16 +211,15 @@ class TrustMap(nn.Module):
                 fitted: Parts = problem.start(form)
                 for strength in STRENGTHS:  # from the start on, each from the one before
                     fitted = inside.minimise(fitted, strength, accuracy=1e-6)
-                    loss = F.cross_entropy(outside.logits(fitted), outside.labels, reduction="none")
-                    of_form[strength][folds == fold] = loss
-            candidates |= {(form, strength): loss for strength, loss in of_form.items()}
+                    of_form[strength][:, folds == fold] = _judged(outside.logits(fitted), outside.labels)
+            candidates |= {(form, strength): rows for strength, rows in of_form.items()}
         return candidates
 
     def _take(self, problem: Problem, form: str, strength: float, basis: Tensor) -> None:
         """Fit to all rows and keep what is found, in units of the teachers' logits."""
         self.given.fill_(form == GIVEN)
         parts = {} if form == GIVEN else problem.minimise(problem.start(form), strength)
-        self.scale.fill_(1 / len(self.scale))
+        self.scale.fill_(1.0 if "gate" in parts else 1 / len(self.scale))
         self.basis.copy_(basis)
         for name in ("scale", "diagonal", "linear", "bias"):
             kept = cast(Tensor, getattr(self, name))
@@ -200,11 +227,25 @@ class TrustMap(nn.Module):
                 kept.zero_()
             if name in parts:
                 kept.add_(parts[name] / (1.0 if name == "bias" else problem.unit))
+        self.gated.fill_("gate" in parts)
+        self.gate.zero_()
+        if "gate" in parts:
+            slopes = parts["gate"][:, 1:] / problem.spread
+            self.gate.copy_(torch.cat([parts["gate"][:, :1] - (slopes @ problem.mean)[:, None], slopes], 1))
 
     def _exactly(self, teachers: Tensor) -> Tensor:
         """As :meth:`forward`, in float64 and as fitted."""
-        mapped = self.contributions(teachers).sum(0) + self.bias
-        return forms.mean_prediction(teachers) if bool(self.given) else mapped.log_softmax(-1)
+        if bool(self.given):
+            return forms.mean_prediction(teachers)
+        if bool(self.gated):
+            return self._mixture(teachers)
+        return (self.contributions(teachers).sum(0) + self.bias).log_softmax(-1)
+
+
+def _judged(logits: Tensor, labels: Tensor) -> Tensor:
+    """(2, N) loss of every row, and 1 where the answer is right."""
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([loss, (logits.argmax(1) == labels).to(loss)])
 
 
 def _folds(labels: Tensor, folds: int, seed: int, groups: Tensor | None) -> Tensor:

@@ -53,16 +53,20 @@ class TrustReport:
     """``of_mean - cross_entropy``."""
     memorised: bool = False
     """Whether the teachers know these rows by heart, so that their temperature was kept."""
+    points: float = 0.0
+    """How many more of 100 such rows are answered rightly than by their mean prediction."""
 
     def sentence(self, teachers: Sequence[str], classes: Sequence[str]) -> str:
         """In the user's terms, with names of teachers and classes.
 
         Examples:
             >>> found = TrustReport(500, "linear", [0.8, 0.1], [1.0, 0.4], [{}, {0: 1}], [0.5, 0.9], 0.6, 0.48, 0.12)
+            >>> found.points = 3.2
             >>> found.sentence(["large", "own"], ["cat", "dog"]).split("; ")[0]
             'large is believed 0.80, own 0.10'
             >>> found.sentence(["large", "own"], ["cat", "dog"]).split("; ")[1:]
-            ['less for class dog (0.40)', 'what own calls cat is dog', 'worth 0.120 nats on 500 held-out rows (linear)']
+            ['less for class dog (0.40)', 'what own calls cat is dog', \
+'worth 0.120 nats and +3.2 points on 500 held-out rows (linear)']
         """
         told = [f"{name} {'is believed ' if i == 0 else ''}{self.believed[i]:.2f}" for i, name in enumerate(teachers)]
         parts = [", ".join(told)]
@@ -79,7 +83,9 @@ class TrustReport:
                 parts.append(f"what {name} calls {named}{f' and {more} more' if more > 0 else ''}")
         if self.memorised:
             parts.append("rows known by heart, so that temperatures are kept")
-        parts.append(f"worth {self.worth:.3f} nats on {self.rows} held-out rows ({self.form})")
+        parts.append(
+            f"worth {self.worth:.3f} nats and {self.points:+.1f} points on {self.rows} held-out rows ({self.form})"
+        )
         return "; ".join(parts)
 
     def named(self, teachers: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:

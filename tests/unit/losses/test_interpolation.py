@@ -12,7 +12,9 @@ from scipy.special import expit, log_softmax
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.losses.trust import Interpolation
+from lqkd.losses.trust import FittedInterpolation, Interpolation
+from lqkd.losses.trust.fitted import PULLS, WEIGHTS, _candidates, _Rows
+from lqkd.losses.trust.interpolation import further
 from tests.unit.losses.test_trust import noise, rows
 
 OF = ("all", "class", "sample")
@@ -62,6 +64,80 @@ def test_of_two_teachers_of_which_one_is_right_with_a_known_probability_the_weig
     expected = math.log(right * (classes - 1) / (1 - right)) / (sure / 2)  # softmax of w L / 2 is 0.7 at the answer
     assert float((answers == labels).double().mean()) == pytest.approx(right)
     torch.testing.assert_close(weights, torch.full_like(weights, expected), rtol=1e-3, atol=0)
+
+
+def fitted_rows(teacher: Tensor, student: Tensor, labels: Tensor) -> _Rows:
+    """What weights are fitted to: both, and what is seen of samples beside 1, of mean 0 and spread 1."""
+    t, s = (x.float().log_softmax(-1) for x in (teacher, student))
+    told = further(t, s).double()
+    told = (told - told.mean(0)) / told.std(0, correction=0).clamp_min(1e-3)
+    return _Rows.of(t.double(), s.double(), labels, torch.cat([torch.ones(len(t), 1), told], 1))
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_what_is_fitted_at_once_is_what_scipy_finds_from_the_formula(form: str) -> None:
+    """In float64, of all rows, with the smallest price of moves."""
+    teacher, labels = rows(200, 4)
+    fitted = fitted_rows(teacher, 0.5 * teacher + noise(200, 4), labels)
+    s, apart, seen = fitted.student.numpy(), fitted.apart.numpy(), fitted.seen.numpy()
+    found = [one for one in _candidates(fitted, 0.88, 0.1) if one.form == form][-1]
+    level, start = float(found.level[-1]), 0.0 if form == "all" else np.zeros(found.moves.shape[1])
+
+    def objective(at: np.ndarray) -> float:
+        logits = level + (seen @ at[:, None] if form == "sample" else at[None])
+        z = log_softmax(s + expit(logits) * apart, axis=1)
+        loss = float(-z[np.arange(200), labels.numpy()].sum())
+        if form == "all":
+            return loss + 200 * 0.1 / 2 * float((expit(logits[0, 0]) - 0.88) ** 2)
+        return loss + PULLS[-1] / 2 * float((at**2).sum())
+
+    expected = minimize(objective, np.atleast_1d(start), options={"gtol": 1e-6}).x
+    if form == "all":
+        assert float(found.weights[-1]) == pytest.approx(float(expit(level + expected[0])), abs=1e-4)
+    else:
+        np.testing.assert_allclose(found.moves[-1].numpy(), expected, atol=1e-3)
+
+
+def test_a_fit_at_once_finds_the_closed_form_leaves_a_perfect_teacher_and_drops_a_useless_one() -> None:
+    classes, sure = 4, math.log(0.99 * 3 / 0.01)
+    answers = torch.arange(200) % classes
+    labels = torch.where(
+        torch.arange(200) // classes % 10 < 7, answers, (answers + 1 + torch.arange(200) % 3) % classes
+    )
+    says = sure * torch.nn.functional.one_hot(answers, classes).float()
+    known = FittedInterpolation(classes, strength=0.0)
+    assert known.fit(says, torch.zeros(200, classes), labels) == "all"
+    closed = math.log(0.7 * (classes - 1) / 0.3) / sure  # the softmax of w L is 0.7 at the answer
+    torch.testing.assert_close(known.weights, torch.full((classes,), closed), rtol=1e-3, atol=0)
+    right, labels = rows(200)
+    for teacher, student in ((right, noise(200)), (noise(200), right)):
+        found = FittedInterpolation(10)
+        found.fit(teacher, student, labels)
+        target = found(teacher, student)[0]
+        assert float((target.exp() - right.softmax(-1)).abs().sum(1).mean()) / 2 < 0.01
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_which_form_is_fitted_is_chosen_and_never_worse_on_new_rows_than_the_better_of_both(seed: int) -> None:
+    def both(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        right, labels = rows(count, seed=seed)
+        if kind == "alike":
+            return right + 0.5 * noise(count, seed=seed), right + 0.5 * noise(count, seed=seed + 1), labels
+        lost = torch.arange(count)[:, None] % 2 == 0
+        return torch.where(lost, 0.1 * noise(count), 2 * right), 0.5 * right, labels
+
+    for kind, form, gain in (("alike", "all", -0.01), ("lost on half", "sample", 0.05)):
+        found, (teacher, student, labels) = FittedInterpolation(10), both(kind, 200, seed)
+        assert found.fit(teacher, student, labels) == form
+        candidates = _candidates(fitted_rows(teacher, student, labels), 0.88, 0.01)
+        weights = [one.weights[-1].expand(200, 10).float() for one in candidates if one.form == form]
+        assert any(torch.allclose(found(teacher, student)[1], one, atol=1e-4) for one in weights)
+        teacher, student, labels = both(kind, 4000, 100 + seed)
+        losses = [
+            float(torch.nn.functional.cross_entropy(x.double(), labels))
+            for x in (found(teacher, student)[0], teacher, student)
+        ]
+        assert losses[0] < min(losses[1:]) - gain, (kind, losses)
 
 
 @pytest.mark.parametrize("of", OF)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import MeanPrediction
-from lqkd.losses.trust import Answers, TrustMap, memorised
-from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions, simplest_of_the_best
+from lqkd.losses.trust import Answers, TrustMap, forms, memorised
+from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions, simplest_of_the_best, telling
 
 ORDER = torch.tensor([1, 2, 0, 3, 4, 5, 6, 7, 8, 9])
 
@@ -45,7 +46,12 @@ def test_every_form_is_what_scipy_finds_from_the_formula(form: str) -> None:
     seen = teachers.numpy() - teachers.numpy().mean(2, keepdims=True)
     unit = math.sqrt((seen**2).mean())
     seen, parts = seen / unit, FORMS[form]
-    sizes = {"scale": 2, "bias": 4, "diagonal": 8, "linear": 32}
+    sizes = {"scale": 2, "bias": 4, "diagonal": 8, "linear": 32, "gate": 12}
+    p_ = np.exp(log_softmax(teachers.numpy(), axis=2))
+    top = np.sort(p_, 2)
+    entropy, margin = -(p_ * np.log(p_)).sum(2) / math.log(4), top[:, :, 3] - top[:, :, 2]
+    told = np.concatenate([entropy, margin, np.abs(p_[0] - p_[1]).sum(1)[None] / 4]).T
+    told = np.concatenate([np.ones((150, 1)), (told - told.mean(0)) / told.std(0)], 1)
 
     def unpacked(flat: np.ndarray) -> dict[str, np.ndarray]:
         pieces = np.split(flat, np.cumsum([sizes[part] for part in parts])[:-1])
@@ -53,6 +59,11 @@ def test_every_form_is_what_scipy_finds_from_the_formula(form: str) -> None:
 
     def objective(flat: np.ndarray) -> float:
         p = unpacked(flat)
+        if form == "gate":
+            shares = log_softmax(told @ p["gate"].reshape(2, 6).T, axis=1)
+            each = log_softmax((unit + p["scale"])[:, None, None] * seen, axis=2)
+            z = logsumexp(each + shares.T[:, :, None], axis=0)
+            return float(-z[np.arange(150), labels.numpy()].sum() + strength / 2 * (flat**2).sum())
         z = np.zeros((150, 4)) + p["bias"]
         for k in range(2):
             a = np.diag(unit / 2 + p["scale"][k] + p["diagonal"].reshape(2, 4)[k]) + p["linear"].reshape(2, 4, 4)[k]
@@ -117,6 +128,40 @@ def test_another_order_of_classes_is_found_from_500_rows_and_told() -> None:
     )
     assert right > best - 0.06
     assert as_given < best - 0.2
+    assert report.points == pytest.approx(100 * (right - as_given), abs=4)
+
+
+def specialists(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two teachers that know one half of the classes each, say little of rows of the others, and never name those."""
+    logits, labels = rows(count, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(count, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    of_first = (labels < 5)[:, None]
+    first, second = torch.where(of_first, logits, first), torch.where(of_first, second, logits)
+    first[:, 5:] -= 4
+    second[:, :5] -= 4
+    return torch.stack([first, second]), labels
+
+
+def test_of_two_specialists_the_one_that_knows_the_sample_is_heard() -> None:
+    """The mixture is the one of its formula in float64, and better on new rows than every form without a gate."""
+    teachers, labels = specialists(500, seed=0)
+    trusted = TrustMap(2, 10, spread="fitted")
+    assert trusted.fit(teachers, labels).form == "gate"
+    fresh, its_labels = specialists(4000, seed=100)
+    scores = torch.cat([torch.ones(4000, 1).double(), telling(fresh)], 1) @ trusted.gate.double().T
+    expected = (scores.softmax(1).T[:, :, None] * (trusted.scale[:, None, None] * fresh).softmax(2)).sum(0).log()
+    torch.testing.assert_close(trusted(fresh), expected.float(), rtol=1e-4, atol=1e-4)
+    problem = Problem.of(teachers, labels, directions(teachers))
+    new = replace(Problem.of(fresh, its_labels, directions(teachers)), unit=problem.unit)
+    new.seen, new.reduced = (forms.centred_logits(fresh) / problem.unit for _ in range(2))
+    others = [
+        float(F.cross_entropy(new.logits(problem.minimise(problem.start(form), strength)), its_labels))
+        for form in ("temperature", "bias", "diagonal", "linear")
+        for strength in (10.0, 1.0, 0.1)
+    ]
+    assert cross_entropy(trusted, fresh, its_labels) < min(others) - 0.01
+    assert trusted.matrices() is None  # it is no matrix of logits
 
 
 def test_a_teacher_of_random_outputs_gets_next_to_no_weight_beside_a_good_one() -> None:

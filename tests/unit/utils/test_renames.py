@@ -17,11 +17,12 @@ import torch
 import yaml
 
 from lqkd.cli import main
+from lqkd.losses.trust import TrustMap
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.runs.resume import differences
 from lqkd.teachers import FrozenTeacher
-from lqkd.utils.renames import CLASSES, MODULES, current, renewed
+from lqkd.utils.renames import CLASSES, MODULES, current, current_terms, renewed
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 OLD = {
@@ -161,3 +162,15 @@ def test_a_command_that_is_a_verb_now_says_so(module: str, verb: str, capsys: py
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module(module, run_name="__main__")
     assert capsys.readouterr().err == f"lqkd: error: python -m {module} is now python -m lqkd {verb}\n"
+
+
+def test_a_trust_map_that_is_older_than_gates_is_loaded_with_a_shut_one() -> None:
+    teachers, prefix = torch.randn(2, 4, 3), "distillation.logits.combination.map."
+    map_ = TrustMap(2, 3)
+    map_.scale.copy_(torch.tensor([0.2, 0.9]))
+    map_.given.fill_(False)
+    old = {f"{prefix}{name}": kept for name, kept in map_.state_dict().items() if "gate" not in name}
+    state = {name.removeprefix(prefix): kept for name, kept in current_terms(old).items()}
+    loaded = TrustMap(2, 3)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(teachers), map_(teachers))

@@ -1,0 +1,118 @@
+"""What features of held-out rows teach during a training: what of a teacher's channels the student can predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lqkd.modules.distillation import Distillation
+from lqkd.modules.held_out import MOST_ROWS, WINDOW, Learning, chosen_of, part_of, rows_that_fit
+from lqkd.modules.term import DistillationTerm
+from lqkd.quantization.modes import evaluating
+from lqkd.regularizers import ExplainedVariance
+from lqkd.regularizers.explained import Asked
+from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
+
+
+class HeldOutFeatures:
+    """The held-out rows of one term: asks its teacher and the student about some of them now and then.
+
+    All processes hold the same of them, ask about a part each, and count together.
+
+    Args:
+        module: attached to a Trainer, before its first step.
+        term: with a regularizer :class:`~lqkd.regularizers.ExplainedVariance` for every pair of taps.
+        batch: what the task takes, of these rows, on the device.
+    """
+
+    def __init__(self, module: Learning, term: DistillationTerm, batch: Any) -> None:
+        self._module, self._term, self._batch = module, term, batch
+        self._size = len(module.inputs(batch))
+
+    @property
+    def regularizers(self) -> list[ExplainedVariance]:
+        """Of every pair of taps."""
+        return [cast(ExplainedVariance, one) for one in self._term.regularizers]
+
+    def before_batch(self) -> None:
+        """Ask both networks, where it is time."""
+        first = self.regularizers[0]  # which keeps the time for all
+        asked = first.asked
+        if asked.batches % first.every == 0:
+            count = min(first.rows if asked.rows else WINDOW, self._size)
+            self._ask(torch.arange(asked.rows, asked.rows + count) % self._size)
+            asked.rows += count
+        asked.batches += 1
+
+    @torch.no_grad()
+    def _ask(self, rows: Tensor) -> None:
+        trainer, regularizers = self._module.trainer, self.regularizers
+        sums = [torch.zeros_like(regularizer.counts) for regularizer in regularizers]
+        with evaluating(self._module.student), evaluating(self._term):
+            for some in rows.split(regularizers[0].rows):
+                mine = some[trainer.global_rank :: trainer.world_size]
+                if len(mine):
+                    pairs = zip(regularizers, self._pairs(mine), strict=True)
+                    counted = [regularizer.counted(*pair, mine % 2) for regularizer, pair in pairs]
+                    sums = [total + of_part for total, of_part in zip(sums, counted, strict=True)]
+        for regularizer, total in zip(regularizers, sums, strict=True):
+            regularizer.take(cast(Tensor, trainer.strategy.reduce(total, reduce_op="sum")))
+
+    def _pairs(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is compared of some rows, of every pair of taps."""
+        module, teacher = self._module, self._term.teachers[0]
+        batch = part_of(self._batch, rows, self._size)
+        inputs = module.inputs(batch)
+        with module.trainer.precision_plugin.forward_context():
+            student = module.passes.of_student(inputs)
+            of_teacher = module.passes.ask_teachers(module.passes.teacher_inputs(batch, inputs), {teacher})[teacher]
+            return self._term.compared(of_teacher, student)
+
+
+def explained(distillation: Distillation) -> dict[str, DistillationTerm]:
+    """By name, the terms whose features held-out rows judge."""
+    return {name: term for name, term in distillation.terms() if isinstance(term.regularizer, ExplainedVariance)}
+
+
+def kept_features(module: Learning) -> dict[str, HeldOutFeatures]:
+    """The held-out rows of every such term, kept on the device of a module that is before its first step.
+
+    Raises:
+        UsageError: when samples of the batches cannot be told apart.
+    """
+    found = {}
+    for name, term in explained(module.distillation).items():
+        with isolate_rng(), module.distillation.told(name):
+            found[name] = HeldOutFeatures(module, term, _batch(module))
+    return found
+
+
+def asked_of(distillation: Distillation) -> dict[str, dict[str, int]]:
+    """By term, how far it has come, as plain values for a checkpoint."""
+    terms = explained(distillation).items()
+    return {name: dict(vars(cast(ExplainedVariance, term.regularizer).asked)) for name, term in terms}
+
+
+def restore_asked(distillation: Distillation, asked: Mapping[str, Mapping[str, int]]) -> None:
+    """Go on where a checkpoint was, which :func:`asked_of` has told."""
+    for name, term in explained(distillation).items():
+        cast(ExplainedVariance, term.regularizer).asked = Asked(**asked.get(name, {}))
+
+
+def _batch(module: Learning) -> Any:
+    """As many held-out rows as may be kept, in a random order."""
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+
+    def samples(batch: Any) -> int:
+        return len(module.inputs(batch))
+
+    count = sum(samples(batch) for batch in data.trust_batches(module.device))
+    order = random_bits(1, 0, torch.arange(count), STREAM_TRUST).argsort(stable=True)
+    batches = iter(data.trust_batches(module.device))
+    first = next(batches)
+    return chosen_of(chain([first], batches), order[: min(MOST_ROWS, rows_that_fit(first))], samples)
