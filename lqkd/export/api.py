@@ -60,6 +60,7 @@ def to_onnx(
     """
     if format not in BUILDERS:
         raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    metadata.check_about(about or {})
     if not isinstance(example, Inputs | Tensor | tuple | Mapping):
         raise UsageError(
             f"example is a {type(example).__name__}: a tensor (B, ...) of inputs is needed, B >= 1, or a tuple or dict "

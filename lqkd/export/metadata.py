@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import onnx
 
+from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
@@ -60,6 +62,25 @@ def describe(format_name: str, deployed: Deployed, parity: Parity, about: dict[s
         "rerouted": deployed.rerouted,
         "parity": parity.numbers(),
     }
+
+
+_OWN = ("version", "format", "bits", "scheme", "inputs", "outputs", "calibrated", "rerouted", "parity")
+"""What :func:`describe` tells by itself."""
+
+
+def check_about(about: Mapping[str, Any]) -> None:
+    """Refuse what a file says about itself already, and what is no JSON.
+
+    Raises:
+        UsageError: then.
+    """
+    for key in about:
+        if key in _OWN:
+            raise UsageError(f"about[{key!r}] is not possible: the file says {', '.join(_OWN)} by itself")
+    try:
+        json.dumps(dict(about), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"about is not possible: a file keeps JSON values ({first_line(error)})") from error
 
 
 def _shapes(deployed: Deployed, names: tuple[str, ...], kind: str) -> dict[str, list[int]]:

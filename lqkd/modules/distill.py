@@ -46,7 +46,7 @@ from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.modules.trust import check_held_out, fit_trust, leave_memorised, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
 from lqkd.quantization.modes import evaluating
-from lqkd.regularizers import Regularizer
+from lqkd.regularizers import LearnableTable, Regularizer
 from lqkd.tasks import Inputs, Task
 from lqkd.tasks.trial import leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
@@ -325,10 +325,10 @@ class DistillModule(TaskModule):
         rank_zero_info(f"balance {type(self.balance).__name__} measures gradients in the weights of {place.layer}")
 
     def _connect_unseen(self) -> None:
-        """Let the first batch tell shapes that neither a DataModule nor a checkpoint has told; logits do without."""
+        """Let the first batch tell shapes that neither a DataModule nor a checkpoint has; most on logits do without."""
         if self.distillation.shapes is not None:
             return
-        if any(term.taps for _, term in self.distillation.terms()):
+        if any(term.taps or isinstance(term.regularizer, LearnableTable) for _, term in self.distillation.terms()):
             self.trainer.fit_loop.setup_data()
             self._connect(self._first_batch())
             return

@@ -154,7 +154,7 @@ def _chance(module: Distilling) -> float:
     """What an untrained network may reach, of as many classes as the DataModule has, or else the teacher's rows."""
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     unknown = module.task.predicts_classes and getattr(data, "class_names", None) is None
-    loader = validation_of(module) if unknown else None
+    loader = validation_of(module) if unknown and module.trainer.limit_val_batches else None
     if loader is not None and (batch := first_batch(loader, "validation")) is not None:
         batch = module.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         given = module.passes.teacher_inputs(batch, module.inputs(batch))
@@ -165,9 +165,8 @@ def _chance(module: Distilling) -> float:
 
 def _is_chance(module: Distilling, found: float | None) -> bool:
     """Whether a student that was given no weights answers like one that has not been trained."""
-    chance = _chance(module)
     untrained = module.hparams.get("student_weights") is None  # unless its class brings weights of its own
-    return found is not None and untrained and module.task.better(chance, found)
+    return found is not None and untrained and module.task.better(_chance(module), found)
 
 
 def evaluated(module: Distilling, limit: float) -> str:

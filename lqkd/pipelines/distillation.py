@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lqkd.balances import FixedBalance
 from lqkd.data.reading import collation_problem
 from lqkd.errors import UsageError, first_line
 from lqkd.losses import BinaryKL, HintonKL, LogitResidual
 from lqkd.modules import DistillModule
+from lqkd.pipelines.checks import TRAINED, check_data, check_end, check_networks, check_numbers, check_processes
 from lqkd.pipelines.distilled import Distilled
 from lqkd.pipelines.loaders import Loaders, first_to_train_on, has
 from lqkd.pipelines.task import guess_task
 from lqkd.pipelines.trainer import check_trainer, trainer_for
-from lqkd.quantization import Recipe, quantizers
+from lqkd.quantization import Recipe
 from lqkd.quantization.computed import copy_of
 from lqkd.runs import RunSummary
-from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, check_seed, claim, forget_claimed, release
+from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, claim, forget_claimed, release
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.quiet import quiet
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import MultiLabel, Task
+from lqkd.tasks import Classification, MultiLabel, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.utils.files import write_text
-from lqkd.utils.suggest import nearest
-
-_OWN = ("self", "teacher", "student", "student_weights", "quantization", "task", "replace_head")
-"""Arguments of the module that the call has under other names, or has no use for."""
 
 
 def distill(
@@ -78,7 +77,8 @@ def distill(
         task: what the networks are trained for; None to tell it from the first batch, see :func:`guess_task`.
         epochs: passes over the training data.
         folder: where the run is kept, new or empty; None for ``runs/distill/version_N``.
-        seed: of all random numbers, of a shuffling DataLoader too.
+        seed: of all random numbers, which are the whole process's; of a shuffling DataLoader too, but for one with a
+            generator of its own.
         trainer: settings for Lightning's Trainer, such as ``{"devices": 2, "strategy": "ddp", "max_steps": 1000}``;
             its callbacks and loggers come beside those of a run.
         settings: what :class:`DistillModule` takes besides, as ``distillation_loss``, ``taps``, ``regularizer``,
@@ -100,30 +100,35 @@ def distill(
         >>> student = lqkd.distill(network, train=batches, bits="w4a4", epochs=1)  # doctest: +SKIP
         >>> student.export("student.onnx")  # doctest: +SKIP
     """
-    _check_networks(student, teacher, settings)
-    _check_data(train, val, test)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise UsageError(f"epochs={epochs!r} is not possible: it must be a whole number of at least 1")
+    check_networks(student, teacher, settings)
+    check_data(train, val, test)
+    check_numbers(epochs, seed)
     check_trainer(trainer or {})
-    check_seed("seed", seed)
+    if task is not None and not isinstance(task, Task):
+        raise UsageError(f"task is {task!r}: an object such as lqkd.tasks.Classification() is needed")
     seed_everything(seed, verbose=False)
     data = train if isinstance(train, LightningDataModule) else Loaders(train, val, test)
     guessed = task is None
     task = guess_task(first_to_train_on(data), student) if task is None else task
     module = _module(student, teacher, bits, task, settings)
+    check_end(data, module, trainer or {})
     said = _said(module, {"max_epochs": epochs, **(trainer or {})})
-    place = _place(folder, {"seed_everything": seed, PYTHON: said})
+    place, new = _place(folder, {"seed_everything": seed, PYTHON: said})
+    grouped = _has_group()
     try:
         with quiet(), _plainly():
             made = trainer_for(place, task, guessed, has(data, "val"), epochs, trainer or {})
+            check_processes(made, data)
             made.fit(module, datamodule=data)
             if has(data, "test"):
                 best = best_checkpoint(made)
                 path = (best.best_model_path or None) if best is not None else None
                 made.test(module, datamodule=data, ckpt_path=path, verbose=False)
-    except UsageError:
+    except BaseException:
         if _is_first():
             release(place)
+            if not new and not place.exists():
+                place.mkdir()
         raise
     finally:
         if _is_first():
@@ -131,9 +136,16 @@ def distill(
     for callback in made.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunSummary):
             callback.finish(made)
+    place = Path(made.strategy.broadcast(str(place)))  # of a script's second call only the first process knows it
     made.strategy.barrier()
+    if _has_group() and not grouped:  # what follows, in one process perhaps, is nothing that processes do together
+        torch.distributed.destroy_process_group()
     print_outcome(place)
     return Distilled.of(module, made, place)
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _said(module: DistillModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,57 +157,34 @@ def _said(module: DistillModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
         "quantization": asdict(module.quantization),
         "distillation": {name: type(term.losses[0]).__name__ for name, term in module.distillation.terms()},
         "balance": type(module.balance).__name__,
-        "trainer": {key: value for key, value in trainer.items() if isinstance(value, int | float | str | bool)},
+        "trainer": {key: value for key, value in trainer.items() if type(value) in (int, float, str, bool)},
     }
-
-
-def _check_networks(student: Any, teacher: Any, settings: Mapping[str, Any]) -> None:
-    for name, network in (("student", student), ("teacher", teacher)):
-        if not isinstance(network, nn.Module) and not (network is None and name == "teacher"):
-            raise UsageError(f"{name} is a {type(network).__name__}: a torch.nn.Module is needed")
-    if quantizers(student):
-        raise UsageError("the student is quantised already: give the network in floating point, and bits")
-    known = [name for name in inspect.signature(DistillModule.__init__).parameters if name not in _OWN]
-    for name in settings:
-        if name not in known:
-            raise UsageError(f"{name} is no setting of lqkd.distill or DistillModule{nearest(name, known)}")
-    if teacher is not None and settings.get("teachers") is not None:
-        raise UsageError("teacher is not possible beside teachers: name all of them there")
-
-
-def _check_data(train: Any, val: Any, test: Any) -> None:
-    if train is None:
-        raise UsageError("there is nothing to train on: give train, a DataLoader of batches or a LightningDataModule")
-    if isinstance(train, LightningDataModule):
-        if val is not None or test is not None:
-            raise UsageError("val and test are not possible beside a LightningDataModule, which has all splits")
-        return
-    for name, split in (("train", train), ("val", val), ("test", test)):
-        if split is None:
-            continue
-        if not hasattr(split, "__iter__"):
-            raise UsageError(f"{name} is a {type(split).__name__}: a DataLoader or another iterable is needed")
-        if hasattr(split, "__next__"):
-            raise UsageError(f"{name} is an iterator, which can be read once: give a DataLoader or a list of batches")
-        if isinstance(split, (list, tuple)) and any(isinstance(one, DataLoader) for one in split):
-            raise UsageError(f"{name} is a {type(split).__name__} of DataLoaders: give one")
 
 
 def _module(
     student: nn.Module, teacher: nn.Module | None, bits: str | Recipe, task: Task, settings: Mapping[str, Any]
 ) -> DistillModule:
-    given = dict(settings)
+    given = {key: copy.deepcopy(value) if key in TRAINED else value for key, value in settings.items()}
+    smoothing = given.pop("label_smoothing", None)
+    if smoothing:
+        if type(task) is not Classification:
+            raise UsageError(f"label_smoothing={smoothing!r} is a setting of task {type(task).__name__}: give it there")
+        task = Classification(label_smoothing=smoothing)
     if given.get("teachers") is None:
-        if not isinstance(teacher, (FrozenTeacher, TeacherEnsemble)):
-            teacher = FrozenTeacher(copy_of(student if teacher is None else teacher))
-        given["teacher"] = teacher
+        given["teacher"] = _frozen(student if teacher is None else teacher)
+    else:
+        given["teachers"] = {name: _frozen(one) for name, one in given["teachers"].items()}
     if given.get("distillation") is None and given.get("distillation_loss") is None:
         loss = HintonKL() if task.predicts_classes else BinaryKL() if isinstance(task, MultiLabel) else LogitResidual()
         given["distillation_loss"] = loss
         if given.get("balance") is None:
             given["balance"] = FixedBalance(task=0.5, distill=0.5)
     recipe = bits if isinstance(bits, Recipe) else Recipe(bits=bits)
-    return DistillModule(student=copy_of(student), quantization=recipe, task=task, **given)
+    return DistillModule(student=copy_of(student), quantization=recipe, task=copy.deepcopy(task), **given)
+
+
+def _frozen(network: nn.Module) -> FrozenTeacher | TeacherEnsemble:
+    return network if isinstance(network, (FrozenTeacher, TeacherEnsemble)) else FrozenTeacher(copy_of(network))
 
 
 def _is_first() -> bool:
@@ -203,26 +192,34 @@ def _is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _place(folder: str | Path | None, said: Mapping[str, Any]) -> Path:
-    """The run's folder, with what can be said of the run in it."""
+def _place(folder: str | Path | None, said: Mapping[str, Any]) -> tuple[Path, bool]:
+    """The run's folder, with what can be said of the run in it, and whether it is new."""
     text = "# Made by lqkd.distill from Python, out of networks and data that no configuration names.\n"
     text += yaml.safe_dump(dict(said), sort_keys=False)
     if folder is None:
-        return claim(RunSettings(name="distill"), text)
-    place = Path(folder)
+        return claim(RunSettings(name="distill"), text).resolve(), True
+    if not isinstance(folder, str | Path) or not str(folder).isprintable():
+        raise UsageError(f"folder={folder!r} is not possible: a path is needed")
+    place = Path(folder).expanduser().resolve()
+    new = not place.exists()
     if _is_first():
         try:
-            if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            if not new and (not place.is_dir() or any(place.iterdir())):
                 raise UsageError(f"folder={str(folder)!r} is not empty: give another, or none for a new one in runs/")
             write_text(place / CONFIG, text)
         except OSError as error:
             raise UsageError(f"folder={str(folder)!r} cannot be written ({error.strerror}): give another") from error
-    return place
+    return place, new
 
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """What Lightning and torch raise inside the block for a user's mistake is told in one sentence."""
+    """What Lightning and torch raise inside the block for a user's mistake is told in one sentence.
+
+    After Ctrl-C before the first step Lightning would leave the signal ignored for good.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except MisconfigurationException as error:
@@ -234,3 +231,6 @@ def _plainly() -> Iterator[None]:
         raise UsageError(f"a DataLoader cannot make a batch: {problem}") from error
     except SystemExit as stop:  # Lightning's answer to Ctrl-C, which would end a notebook's cell without a word
         raise (stop.__context__ if isinstance(stop.__context__, KeyboardInterrupt) else stop) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)

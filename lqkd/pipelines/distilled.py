@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ COMPARED = 32
 
 @dataclass(frozen=True)
 class Distilled:
-    """A trained low-bit student.
+    """A trained low-bit student, with the teacher and the data of its training until it is let go of.
 
     Attributes:
         network: the student of the best checkpoint, in eval mode and on the CPU, ready to be called.
@@ -65,18 +65,23 @@ class Distilled:
         return f"Distilled({bits}, {name_of(metric)}: {', '.join(values) or 'not measured'}; {self.folder})"
 
     def export(
-        self, path: str | Path | None = None, *, format: str = "portable", overwrite: bool = False, **about: Any
+        self,
+        path: str | Path | None = None,
+        *,
+        format: str = "portable",
+        overwrite: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the student as ONNX, once it is proven that the file computes the same.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
-        split where there is no other. Of several processes the first one writes.
+        split where there is no other. Of several processes the first one writes; the others do not wait for it.
 
         Args:
-            path: the file; None for ``student.onnx`` in the run's folder.
+            path: the file; None for ``student.onnx`` in the run's folder, or ``student.FORMAT.onnx`` of other formats.
             format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
-            about: what else the file shall say about itself, such as ``class_names=[...]``.
+            about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
         Returns:
             The file.
@@ -85,14 +90,23 @@ class Distilled:
             UsageError: when the file is there already, there is no format like that, or the network cannot be exported.
             ParityError: when the file computes something else; nothing is written then.
         """
+        from lqkd.export import require
+
+        require()
         from lqkd.export import to_onnx
         from lqkd.export.command import told_of_data
+        from lqkd.export.formats import BUILDERS
 
-        target = self.folder / "student.onnx" if path is None else Path(path)
-        if not self._trainer.is_global_zero:
-            return target
+        if format not in BUILDERS:
+            raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+        name = "student.onnx" if format == "portable" else f"student.{format}.onnx"
+        target = self.folder / name if path is None else Path(path)
+        if target.is_dir():
+            raise UsageError(f"{str(target)!r} is a folder: give a file name")
         if target.exists() and not overwrite:
             raise UsageError(f"{str(target)!r} exists: give overwrite=True, or another path")
+        if not self._trainer.is_global_zero:
+            return target
         calibration = [self._inputs(batch) for batch in islice(self._batches("train"), CALIBRATION_BATCHES)]
         split = next((split for split in ("test", "val") if has(self._data, split)), None)
         judged = () if split is None else islice(self._batches(split), 1)
@@ -104,7 +118,7 @@ class Distilled:
             format=format,
             calibration=calibration,
             test=None if split is None else self._batches(split),
-            about=told_of_data(self._data, example) | about,
+            about=told_of_data(self._data, example) | dict(about or {}),
             task=self.task,
         )
         return target

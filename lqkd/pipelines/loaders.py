@@ -69,11 +69,10 @@ def batches(data: LightningDataModule, split: str, trainer: Trainer) -> Iterator
     """Batches of a split on the CPU, as the task takes them in an evaluation.
 
     Args:
-        data: of the training.
+        data: of the training, which has set it up: once more it might split otherwise.
         split: one that there is.
         trainer: which has trained.
     """
-    data.setup("test" if split == "test" else "fit")
     for batch in _loader(data, split):
         yield move_data_to_device(trainer.strategy.batch_to_device(batch, dataloader_idx=0), torch.device("cpu"))
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar as Bar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -48,6 +50,12 @@ def check_trainer(given: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer[{name!r}] is no setting of Lightning's Trainer{nearest(name, known)}")
         if name in _TAKEN:
             raise UsageError(f"trainer[{name!r}] is not possible: give {_TAKEN[name]}")
+    if given.get("max_steps") == 0:
+        raise UsageError("trainer['max_steps']=0 is not possible: give at least 1, or -1 for no limit")
+    callbacks = given.get("callbacks") or []
+    for one in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
+        if not isinstance(one, Callback):
+            raise UsageError(f"trainer['callbacks'] has a {type(one).__name__}: Lightning's Callbacks are needed")
     settings = SimpleNamespace(**known | dict(given))
     check_trainer_settings(settings)
     check_devices(settings)
@@ -72,7 +80,7 @@ def trainer_for(
     callbacks = given.get("callbacks") or []
     callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
     ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), _KeepRun(guessed)]
-    if given.get("enable_progress_bar") is not False:
+    if given.get("enable_progress_bar") is not False and not any(isinstance(one, Bar) for one in callbacks):
         ours.append(ProgressBar())
     if given.get("log_every_n_steps") is None:
         ours.append(LogEveryEpoch())
@@ -81,7 +89,10 @@ def trainer_for(
     ours.append(BestAndLast(folder / CHECKPOINTS, validates, None, task.monitor, task.mode))
     callbacks += [one for one in ours if not any(isinstance(other, type(one)) for other in callbacks)]
     loggers = given.get("logger")
-    loggers = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
+    if isinstance(loggers, bool) or loggers is None:
+        loggers = []
+    elif isinstance(loggers, Logger):
+        loggers = [loggers]
     settings = {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": epochs, **given}
     try:
         return Trainer(**{**settings, "callbacks": callbacks, "logger": [RunLogger(folder), *loggers]})

@@ -40,7 +40,10 @@ def print_outcome(folder: Path) -> None:
         elif key == "student_float" and summary["student_start"] is not None:
             rows.append((name, "not trained", shown_size))
     split = "test split" if tested else "validation split, which chose the checkpoint"
-    print_table(f"{bits}: {name_of(metric)} on the {split}", ("network", name_of(metric), "size"), rows)
+    if not rows:
+        print(f"{bits}: nothing was measured, for there are neither validation nor test data")
+    else:
+        print_table(f"{bits}: {name_of(metric)} on the {split}", ("network", name_of(metric), "size"), rows)
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
         print("no regularizer: every element of the distillation loss has the same, fixed weight")
     for told in verdicts(summary).values():

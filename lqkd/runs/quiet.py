@@ -17,6 +17,7 @@ _SAID = re.compile(
 _WARNED = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own code
     r".*torch\.distributed\.nn\.functional\.\w+ is deprecated",
+    r"You defined a `validation_step` but have no `val_dataloader`",  # the header says what is kept then
     r"Found \d+ module\(s\) in eval mode at the start of training",  # lqkd puts the student into training mode itself
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import onnxruntime
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lqkd
 from lqkd import Recipe, UsageError
-from lqkd.balances import GradientBalance
+from lqkd.balances import GradientBalance, UncertaintyBalance
 from lqkd.cli import main
 from lqkd.data import Digits
-from lqkd.losses import Hints
+from lqkd.losses import HintonKL, Hints
 from lqkd.models import CifarResNet, load_weights
-from lqkd.modules import Tap
+from lqkd.modules import Tap, Term
 from lqkd.pipelines import guess_task
+from lqkd.regularizers import LearnableTable
 from lqkd.tasks import Classification, KeyedClassification, MultiLabel, Segmentation
 
 
@@ -106,7 +109,7 @@ def test_the_best_epoch_is_what_comes_back(made: lqkd.Distilled) -> None:
 
 
 def test_a_file_is_proven_to_answer_like_the_student(made: lqkd.Distilled, tmp_path: Path) -> None:
-    file = made.export(tmp_path / "student.onnx", class_names=["top", "middle", "bottom"])
+    file = made.export(tmp_path / "student.onnx", about={"class_names": ["top", "middle", "bottom"]})
     session = onnxruntime.InferenceSession(file)
     images, _ = rows(64, 3)
     with torch.no_grad():
@@ -117,6 +120,14 @@ def test_a_file_is_proven_to_answer_like_the_student(made: lqkd.Distilled, tmp_p
     with pytest.raises(UsageError, match="exists: give overwrite=True"):
         made.export(file)
     assert made.export(file, overwrite=True) == file
+
+
+def test_what_a_file_says_by_itself_is_not_said_otherwise(made: lqkd.Distilled, tmp_path: Path) -> None:
+    for about, message in (({"bits": "w2a2"}, "the file says version, format, bits"), ({"x": object()}, "JSON")):
+        with pytest.raises(UsageError, match=message):
+            made.export(tmp_path / "student.onnx", about=about)
+    with pytest.raises(UsageError, match="is a folder"):
+        made.export(tmp_path)
 
 
 def test_a_page_tells_of_the_run(made: lqkd.Distilled) -> None:
@@ -142,6 +153,47 @@ def test_the_same_call_gives_the_same_student(networks: tuple[nn.Module, nn.Modu
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_settings_that_are_trained_are_as_new_in_the_next_call(networks: tuple[nn.Module, nn.Module]) -> None:
+    balance, regularizer = UncertaintyBalance(), LearnableTable()
+
+    def student() -> dict[str, Tensor]:
+        settings = {"balance": balance, "regularizer": regularizer, "label_smoothing": 0.1}
+        return lqkd.distill(*networks, loader(64, 0), **settings, **BRIEF).network.state_dict()
+
+    first, second = student(), student()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_batches_without_end_are_read_for_as_many_steps_as_are_asked_for(
+    networks: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = lqkd.distill(*networks, Endless(), loader(32, 1), trainer={"max_steps": 6}, epochs=9)
+    monkeypatch.undo()
+    assert made.summary["steps"] == 6
+    assert made.report().is_relative_to(tmp_path)  # wherever one is by then
+
+
+def test_a_bar_of_ones_own_takes_the_place_of_ours(networks: tuple[nn.Module, nn.Module]) -> None:
+    bar = TQDMProgressBar()
+    made = lqkd.distill(*networks, loader(32, 0), epochs=1, trainer={"callbacks": [bar]})
+    assert made.module.trainer.progress_bar_callback is bar
+
+
+def test_several_terms_and_other_balances_are_told_as_they_are(
+    networks: tuple[nn.Module, nn.Module], capsys: pytest.CaptureFixture
+) -> None:
+    student, teacher = networks
+    terms = {"near": Term(HintonKL(), "first", weight=5.0), "far": Term(HintonKL(), "second")}
+    given = {"teachers": {"first": teacher, "second": student}, "distillation": terms}
+    trainer = {"max_steps": 1, "enable_progress_bar": False, "max_time": {"hours": 1}}
+    lqkd.distill(student, None, loader(64, 0), epochs=3, accumulate_grad_batches=2, trainer=trainer, **given)
+    told = capsys.readouterr().out
+    assert "1 of the task, 5 of HintonKL from first (Sequential), 1 of HintonKL from second (Sequential)" in told
+    assert "3 epochs of 2 batches, at most 1 steps, at most 3600 s, 2 batches a step" in told
+    assert "nothing was measured" in told
+
+
 def test_every_choice_is_told_and_kept_and_nothing_that_is_no_news(
     networks: tuple[nn.Module, nn.Module],
     capsys: pytest.CaptureFixture,
@@ -150,7 +202,9 @@ def test_every_choice_is_told_and_kept_and_nothing_that_is_no_news(
 ) -> None:
     made = lqkd.distill(networks[0], train=loader(64, 0), bits="w8a8", folder=tmp_path / "run", **BRIEF)
     told = capsys.readouterr().out
-    assert "task        Classification, told from the first batch, best by val/acc (max)" in told
+    assert (
+        "task        Classification, told from the first batch, the last epoch is kept: there is no validation" in told
+    )
     assert "0.5 of the task, 0.5 of HintonKL from Sequential" in told  # its own network, none was given
     assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu" in told
     assert f"run folder  {tmp_path / 'run'}" in told
@@ -212,6 +266,13 @@ class Pair(nn.Module):
     def forward(self, image: Tensor, table: Tensor) -> dict[str, Tensor]:
         hidden = torch.relu(self.image(image.flatten(1)) + self.table(table))
         return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+class Endless(IterableDataset):
+    """Batches of which nobody knows the number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(*(part.split(16) for part in rows(64, 0)), strict=True)
 
 
 class Dicts(Dataset):
@@ -307,6 +368,17 @@ def test_a_task_that_cannot_be_told_is_asked_for(batch: Any, message: str) -> No
         ({"trainer": {"precision": "16-mixed"}}, "not possible with two optimizers"),
         ({"trainer": {"devices": 999, "accelerator": "cpu", "strategy": "ddp_spawn"}}, "devices=999"),
         ({"teachers": {}}, "teacher is not possible beside teachers"),
+        ({"train": {"a": []}}, "train is a dict"),
+        ({"train": Endless()}, "train has no length, so that nobody knows when the training ends"),
+        ({"seed": 1.5}, "seed=1.5 is not possible"),
+        ({"task": Classification}, "an object such as lqkd.tasks.Classification() is needed"),
+        ({"distillation_loss": "hinton"}, "distillation_loss='hinton' is not possible"),
+        ({"student_optimizer": 0.1}, "student_optimizer=float is not possible"),
+        ({"folder": "a\0"}, "a path is needed"),
+        ({"trainer": {"callbacks": "x"}}, "Lightning's Callbacks are needed"),
+        ({"trainer": {"max_steps": 0}}, "trainer['max_steps']=0 is not possible"),
+        ({"trainer": {"devices": 2, "accelerator": "cpu", "strategy": "ddp_spawn"}}, "does not come back"),
+        ({"task": Segmentation(3), "label_smoothing": 0.1}, "is a setting of task Segmentation"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_run_behind(
@@ -330,6 +402,31 @@ def test_an_untrained_teacher_is_refused_and_leaves_no_run_behind(
     with pytest.raises(UsageError, match="the teacher is right on"):
         lqkd.distill(networks[0], network(16, seed=5), loader(32, 0), loader(64, 1), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Interrupted(Endless):
+    """As if Ctrl-C were pressed when it is read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise KeyboardInterrupt
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_ctrl_c_before_the_first_step_leaves_neither_a_folder_nor_a_deaf_process(
+    networks: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        lqkd.distill(*networks, loader(32, 0), Interrupted(), folder=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_that_is_switched_off_is_not_read(networks: tuple[nn.Module, nn.Module]) -> None:
+    trainer = {"limit_val_batches": 0, "enable_progress_bar": False}
+    lqkd.distill(*networks, loader(32, 0), Interrupted(), epochs=1, trainer=trainer)
 
 
 def test_a_folder_that_holds_something_is_not_written_into(

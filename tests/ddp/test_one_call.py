@@ -1,0 +1,50 @@
+"""``lqkd.distill`` in a script that Lightning starts once for each device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lqkd
+import lqkd.callbacks.regularizer.pictures as pictures
+
+pictures.pictures = lambda *history: iter(())
+torch.manual_seed(0)
+x = torch.randn(64, 3, 6, 6)
+y = x.mean((2, 3)).argmax(1)
+network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+optimizer = torch.optim.Adam(network.parameters(), 0.02)
+for _ in range(80):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(network(x), y).backward()
+    optimizer.step()
+loader = DataLoader(TensorDataset(x, y), 16)
+trainer = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "enable_progress_bar": False}
+for _ in range(2):
+    student = lqkd.distill(network, train=loader, val=loader, test=loader, epochs=1, trainer=trainer)
+    weights = sum(value.double().sum() for value in student.network.state_dict().values())
+    print(f"RANK {student.folder.name} {student.summary['test']} {weights:.12f}", flush=True)
+    student.export()
+"""
+
+
+@pytest.mark.slow
+def test_two_calls_of_a_script_train_on_two_processes_and_the_first_exports(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line.partition("RANK ")[2] for line in done.stdout.splitlines() if "RANK " in line]
+    assert len(told) == 4
+    assert len(set(told)) == 2, told  # both processes say the same of each call
+    exported = sorted(path.parent.name for path in (tmp_path / "runs" / "distill").glob("*/student.onnx"))
+    assert exported == ["version_0", "version_1"]
