@@ -186,9 +186,9 @@ def of(verb: str, args: Sequence[str]) -> Any:
         read_it = read_settings(compared.config, compared.root, compared.name, compared.seeds, compared.set)
         return (*read_it, compared.retry_failed)
     if verb == "distill":
-        asked = read(verb, Distill, args)
-        Asked(**{name: value for name, value in vars(asked).items() if name != "out"})  # refuses what is not possible
-        return asked
+        distilled = read(verb, Distill, args)
+        Asked(**{name: value for name, value in vars(distilled).items() if name != "out"})  # refuses what cannot be
+        return distilled
     if verb == "report":
         report = read(verb, Report, args)
         _check_exists(report.folder, "the folder of a run or a study")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ class Asked:
     batch_size: int | None
 
     def __post_init__(self) -> None:
-        if not Path(self.photographs).is_dir():
-            what = "is no folder" if Path(self.photographs).exists() else "does not exist"
+        root = Path(self.photographs).expanduser()
+        if not root.is_dir():
+            what = "is no folder" if root.exists() else "does not exist"
             raise UsageError(f"{self.photographs!r} {what}: give a folder with one folder of images per class")
         for name in ("epochs", "image_size", "batch_size"):
             value = getattr(self, name)
@@ -63,9 +64,12 @@ class Asked:
         name = "_".join("".join(c if c.isalnum() or c in "-._" else "_" for c in part) for part in parts)
         return Path("runs", name).resolve()
 
+    def _kept(self) -> dict[str, Any]:
+        return {**asdict(self), "photographs": str(Path(self.photographs).expanduser().resolve())}
+
     def write(self, folder: Path) -> None:
         """Keep what was asked for."""
-        write_text(folder / ASKED, yaml.safe_dump(asdict(self), sort_keys=False))
+        write_text(folder / ASKED, yaml.safe_dump(self._kept(), sort_keys=False))
 
     def begun_in(self, folder: Path) -> bool:
         """Whether ``folder`` has what this began there.
@@ -79,11 +83,10 @@ class Asked:
             raise UsageError(f"out={str(folder)!r} holds something else: give a new or empty folder")
         before: Any = load_yaml((folder / ASKED).read_text(encoding="utf-8"), str(folder / ASKED))
         before = before if isinstance(before, dict) else {}
-        for each in fields(self):
-            now = getattr(self, each.name)
-            if before.get(each.name) != now:
+        for name, now in self._kept().items():
+            if before.get(name) != now:
                 raise UsageError(
-                    f"out={str(folder)!r} was begun with {each.name}={before.get(each.name)!r}, and now it is {now!r}: "
-                    "give another out, or the same settings to go on"
+                    f"out={str(folder)!r} was begun with {name}={before.get(name)!r}, and now it is {now!r}: give "
+                    "another out, or the same settings to go on"
                 )
         return True

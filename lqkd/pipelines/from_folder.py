@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from lqkd.errors import Stopped, UsageError
 from lqkd.export.command import export
 from lqkd.export.export_check import ExportCheck
 from lqkd.export.report import report_path
-from lqkd.pipelines.asked import Asked
+from lqkd.pipelines.asked import ASKED, Asked
 from lqkd.pipelines.photographs import look_at
 from lqkd.pipelines.plan import FLOAT, STUDENT, TEACHER, plan
 from lqkd.runs.folder import CONFIG
@@ -50,8 +49,8 @@ def distill_folder(
     """Train a student on a folder of photographs, distil it at few bits, export it and make a page about it.
 
     Everything that is not given is chosen by the data and printed, and becomes a configuration that ``fit`` takes:
-    ``float.yaml`` for the student in floating point, where its weights do not know these classes; ``teacher.yaml`` for a
-    teacher of which that is true; ``student.yaml`` for the distillation. Their runs lie beside them, in ``float/``,
+    ``float.yaml`` for the student in floating point, where its weights do not know these classes; ``teacher.yaml`` for
+    a teacher of which that is true; ``student.yaml`` for the distillation. Their runs lie beside them, in ``float/``,
     ``teacher/`` and ``student/``, and the last has ``student.onnx``, ``report.html`` and ``summary.json``. Called again
     in the same way it goes on with what was stopped or killed; what is done is kept.
 
@@ -75,8 +74,8 @@ def distill_folder(
         The run folder of the student.
 
     Raises:
-        UsageError: when a setting is not possible, the folder holds something else than classes, or ``out`` was begun with
-            other settings: before anything is trained.
+        UsageError: when a setting is not possible, the folder holds something else than classes, or ``out`` was begun
+            with other settings: before anything is trained.
         ParityError: when the exported file does not compute what was trained.
         Stopped: after Ctrl-C or SIGTERM.
     """
@@ -98,15 +97,20 @@ def distill_folder(
 
 def _begin(asked: Asked, place: Path) -> None:
     """Choose, tell, and make the folder with all that is chosen; it appears whole."""
-    made = place.parent / f".{uuid.uuid4().hex[:8]}.tmp"
+    made = place.parent / f".{place.name}.tmp"
     try:
+        shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
         made.mkdir(parents=True)
         chosen = plan(asked, look_at(Path(asked.photographs).expanduser()), made, place)
         for name, config in chosen.configs.items():
             about = _ABOUT.format(what=f"{_WHAT[name][0].upper()}{_WHAT[name][1:]}", path=place / f"{name}.yaml")
             write_text(made / f"{name}.yaml", about + yaml.safe_dump(config, sort_keys=False))
         asked.write(made)
-        made.rename(place)  # onto nothing, or an empty folder
+        if place.exists():  # an empty one may be where the caller is
+            for path in sorted(made.iterdir(), key=lambda path: path.name == ASKED):
+                path.rename(place / path.name)
+        else:
+            made.rename(place)
     except OSError as error:
         raise UsageError(f"out={str(place)!r} cannot be written ({error.strerror}): give another folder") from error
     finally:

@@ -112,10 +112,9 @@ def _full_name(name: str, setting: str) -> str:
         return f"timm/{name}"
     known = sorted({*known, *(timm.list_models() if timm is not None else ())})
     other = "" if timm is not None else " (timm, which has more, is not installed)"
-    raise UsageError(
-        f"{setting}={name!r} is unknown{nearest(name, known)}{other}: give a network of torchvision or timm by its name, "
-        f"{HUB}OWNER/NAME, or a YAML file with class_path and init_args"
-    )
+    near = nearest(name, known)
+    accepted = f"a network of torchvision or timm, {HUB}OWNER/NAME, or a YAML file with class_path and init_args"
+    raise UsageError(f"{setting}={name!r} is unknown{other}{near or f': give {accepted}'}")
 
 
 def _read(path: Path, classes: int, setting: str) -> dict[str, Any]:
@@ -124,8 +123,13 @@ def _read(path: Path, classes: int, setting: str) -> dict[str, Any]:
         raise UsageError(f"{setting}={str(path)!r} does not exist: give a YAML file with class_path and init_args")
     config = load_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
-        raise UsageError(f"{setting}={str(path)!r} names no class: it must hold class_path, and init_args as it takes them")
-    return {"class_path": config["class_path"], "init_args": {"num_classes": classes, **(config.get("init_args") or {})}}
+        raise UsageError(
+            f"{setting}={str(path)!r} names no class: it must hold class_path, and init_args as it takes them"
+        )
+    return {
+        "class_path": config["class_path"],
+        "init_args": {"num_classes": classes, **(config.get("init_args") or {})},
+    }
 
 
 def trained(place: Path, setting: str) -> Network:
@@ -142,7 +146,7 @@ def trained(place: Path, setting: str) -> Network:
     file = folder / TRAINED if place.is_dir() else place
     if not (folder / CONFIG).is_file() or not file.is_file():
         raise UsageError(
-            f"{setting}={str(place)!r} is no folder of a run with {CONFIG} and {TRAINED}, which say what network it is: "
+            f"{setting}={str(place)!r} is no run with {CONFIG} and {TRAINED}, which say what network it is: "
             f"name the network with {setting} and give the file with {setting}_weights"
         )
     config = load_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
@@ -150,9 +154,17 @@ def trained(place: Path, setting: str) -> Network:
     if network is None:
         raise UsageError(f"{setting}={str(place)!r} is the run of a low-bit student: give one in floating point")
     data = config["data"].get("init_args", {})
+    mean, std = (tuple(data[key]) if data.get(key) else None for key in ("mean", "std"))
     return Network(
-        str(place), network, str(file.resolve()), f"those of {file}", True, data.get("mean"), data.get("std"),
-    )  # fmt: skip
+        name=str(place),
+        config=network,
+        weights=str(file.resolve()),
+        told=f"weights of {file}",
+        knows=True,
+        mean=mean,
+        std=std,
+        image_size=data.get("image_size"),
+    )
 
 
 def starting_from(network: Network, weights: str | None, setting: str, file: Path, final: Path) -> Network:
@@ -167,7 +179,7 @@ def starting_from(network: Network, weights: str | None, setting: str, file: Pat
         final: what its name will be.
 
     Raises:
-        UsageError: when they do not exist or are of another network, or published ones cannot be had and were asked for.
+        UsageError: when they do not exist or are of another network, or published ones are asked for and cannot be had.
     """
     built = network.build()
     if weights not in (None, PRETRAINED):

@@ -51,7 +51,7 @@ def look_at(root: Path) -> Photographs:
     if other is not None:
         raise UsageError(f"{str(root)!r} {other}")
     data = ImageFolder(root=str(root), image_size=1)
-    data.setup("fit")
+    super(ImageFolder, data).setup("fit")  # which does not tell the numbers: who asked does
     images = data._loaded()
     files = [root / name for name in data.test_files()]
     sides = [side for path in files[:: -(-len(files) // _LOOKED_AT)] if (side := _shorter_side(path))]
@@ -78,8 +78,8 @@ def _something_else(root: Path) -> str | None:
     whole = root / "train" if has_folders(root / "train") else root
     if (whole / "images").is_dir() and (whole / "masks").is_dir():
         return (
-            "holds images with masks, which this command does not train yet: fit does, with lqkd.data.SegmentationFolder "
-            "and lqkd.tasks.Segmentation"
+            "holds images with masks, which this does not train yet: fit does, with lqkd.data.SegmentationFolder and "
+            "lqkd.tasks.Segmentation"
         )
     if has_folders(root) and any(_are_images(root)):
         return None

@@ -1,9 +1,10 @@
-"""What is trained, one after the other, to distil a student from a folder of photographs: choices and configurations."""
+"""What is trained to distil a student from a folder of photographs: choices, and the configurations that they make."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from lqkd.pipelines.photographs import Photographs
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners
+from lqkd.quantization.recipe import parse_bits
 
 FLOAT, TEACHER, STUDENT = "float", "teacher", "student"
 """The trainings, and their folders: the student in floating point, the teacher, the student at few bits."""
 _LARGEST = {"cuda": 224, "cpu": 128}
 """Pixels that a network sees unless more are asked for."""
-_STEPS, _FEWEST, _MOST = 300, 10, 30
-"""Steps that are aimed at, and the fewest and most epochs for them; random weights get the most."""
+_STEPS = 300
+"""Steps that a training aims at: as many epochs as that takes, within limits."""
+_IN_FLOAT, _AT_FEW_BITS = (10, 30), (5, 15)
+"""Fewest and most epochs; random weights get the most. At few bits an epoch takes several times as long."""
 _JUDGES = 50
 """Validation images below which they cannot tell a teacher from chance."""
 
@@ -58,15 +62,17 @@ class _Training:
         """Of an epoch."""
         return max(1, self.found.train // self.batch_size)
 
-    def epochs(self, random: bool) -> int:
-        wanted = _MOST if random else min(_MOST, max(_FEWEST, math.ceil(_STEPS / self.steps)))
-        return self.asked_epochs or wanted
+    def epochs(self, fewest: int, most: int) -> int:
+        """What was asked for, or as many as the steps that are aimed at take."""
+        return self.asked_epochs or min(most, max(fewest, math.ceil(_STEPS / self.steps)))
 
-    def config(self, name: str, model: str, settings: Mapping[str, Any], epochs: int, **trainer: Any) -> dict[str, Any]:
+    def config(
+        self, name: str, model: str, settings: Mapping[str, Any], image_size: int, **trainer: Any
+    ) -> dict[str, Any]:
         """A configuration of the training ``name``."""
         data: dict[str, Any] = {
             "root": str(self.found.root.resolve()),
-            "image_size": self.image_size,
+            "image_size": image_size,
             "batch_size": self.batch_size,
             "crop_scale": [0.5, 1.0],
         }
@@ -75,7 +81,7 @@ class _Training:
         return {
             "seed_everything": 0,
             "run": {"root": str(self.out.parent), "name": self.out.name, "version": name},
-            "trainer": {"max_epochs": epochs, "devices": 1, **trainer},
+            "trainer": {"devices": 1, "enable_model_summary": False, **trainer},
             "model": {"class_path": f"lqkd.modules.{model}", "init_args": dict(settings)},
             "data": {"class_path": "lqkd.data.ImageFolder", "init_args": data},
         }
@@ -87,7 +93,10 @@ class _Training:
             settings |= {"weights": network.weights, "replace_head": True}
         rate = 0.05 if network.weights is None else 0.01
         settings |= {"optimizer": _sgd(rate, 5e-4), "schedule": _cosine()}
-        return self.config(name, "ClassifierModule", settings, self.epochs(network.weights is None))
+        fewest, most = _IN_FLOAT
+        epochs = self.epochs(most if network.weights is None else fewest, most)
+        size = network.image_size or self.image_size
+        return self.config(name, "ClassifierModule", settings, size, max_epochs=epochs)
 
     def result(self, name: str) -> str:
         """The network that a training leaves."""
@@ -106,6 +115,7 @@ def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
     Raises:
         UsageError: when a setting is not possible.
     """
+    parse_bits(asked.bits)
     classes = len(found.classes)
     student = _network(asked.student, asked.student_weights, classes, STUDENT, folder, out)
     teacher = None
@@ -130,27 +140,11 @@ def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
         "balance": {"class_path": "lqkd.balances.FixedBalance", "init_args": {"task": 0.5, "distill": 0.5}},
         "student_optimizer": _sgd(0.01, 1e-4),
     }
-    epochs = training.epochs(random=False)
-    configs[STUDENT] = training.config(STUDENT, "DistillModule", settings, epochs, callbacks=callbacks)
-    told = [
-        ("data", _about_data(found)),
-        ("images", f"{about_size}; in training cuts of at least half of a photograph, half of them mirrored"),
-        ("batches", f"{batch} images, {training.steps} to an epoch"),
-        ("student", f"{student.name}, {student.told}"),
-    ]
-    if FLOAT in configs:
-        told.append(("", f"first trained in floating point: {_about_training(configs[FLOAT], 'optimizer')}"))
-    told.append(("teacher", "the student's own float network" if teacher is None else f"{teacher.name}, {teacher.told}"))
-    if TEACHER in configs:
-        told.append(("", f"first trained: {_about_training(configs[TEACHER], 'optimizer')}"))
-    if found.val < _JUDGES:
-        told.append(("", f"is not compared with chance, which {found.val} validation images cannot tell"))
-    told += [
-        ("bits", about_bits),
-        ("learns from", "0.5 of the labels, 0.5 of HintonKL from the teacher"),
-        ("training", _about_training(configs[STUDENT], "student_optimizer")),
-    ]
-    return Plan(configs, told)
+    trainer = {"max_epochs": training.epochs(*_AT_FEW_BITS), "callbacks": callbacks}
+    configs[STUDENT] = training.config(STUDENT, "DistillModule", settings, size, **trainer)
+    told = [*_about_data(training, about_size), *_about_networks(configs, found, student, teacher)]
+    told += [("bits", about_bits), ("learns from", "0.5 of the labels, 0.5 of HintonKL from the teacher")]
+    return Plan(configs, [*told, *_about_training(configs, STUDENT, "student_optimizer", "distilled")])
 
 
 def _network(name: str, weights: str | None, classes: int, setting: str, folder: Path, out: Path) -> Network:
@@ -167,7 +161,10 @@ def _network(name: str, weights: str | None, classes: int, setting: str, folder:
 def _teacher(training: _Training, network: Network, own: str | None) -> dict[str, Any]:
     """The teacher, trained already or by the training before; ``own`` is the file of the student's float network."""
     weights = own or (network.weights if network.knows else training.result(TEACHER))
-    settings: dict[str, Any] = {"network": network.config, "weights": weights}
+    settings: dict[str, Any] = {
+        "network": copy.deepcopy(network.config),
+        "weights": weights,
+    }  # YAML would have an alias
     if training.found.val < _JUDGES:
         settings["minimum_accuracy"] = 0.0
     if network.knows and network.mean is not None and network.mean != training.mean:
@@ -178,15 +175,14 @@ def _teacher(training: _Training, network: Network, own: str | None) -> dict[str
 
 
 def _quantization(student: Network, bits: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Recipe, callbacks and what they are: those with which the file computes what was trained, where that is possible."""
+    """Recipe, callbacks and what they are: where possible those with which the file computes what was trained."""
     callbacks = [{"class_path": "lqkd.callbacks.BatchNormReestimation"}]
-    network, _ = quantize_model(student.build(), Recipe(bits=bits))  # refuses bits that there are not
     try:
-        network, report = quantize_model(student.build(), Recipe(bits=bits, residual_bits=8))
+        network, _ = quantize_model(student.build(), Recipe(bits=bits, residual_bits=8))
         if not bias_owners(network, foldable(network).folded):
             raise UsageError("no layer has a bias on an integer's grid")
     except UsageError as error:
-        return {"bits": bits}, callbacks, f"{bits}, 8 in the first and last layer; additions stay in float ({error})"
+        return {"bits": bits}, callbacks, f"{bits}, 8 in the first and last layer; no more, since {error}"
     callbacks.append({"class_path": "lqkd.callbacks.IntegerBiases"})
     told = f"{bits}, 8 in the first and last layer and in additions, biases as integer kernels have them"
     return {"bits": bits, "residual_bits": 8}, callbacks, told
@@ -204,25 +200,41 @@ def _image_size(asked: Asked, found: Photographs, student: Network) -> tuple[int
     device = "cuda" if torch.cuda.is_available() else "cpu"
     most = _LARGEST[device]
     if found.side >= most:
-        why = "" if device == "cuda" else ", which a CPU can do; image_size asks for others"
+        why = "" if device == "cuda" else ", since there is no GPU; image_size asks for others"
         return most, f"{most} pixels square{why}"
     size = found.side if found.side <= 64 else found.side // 16 * 16
     return size, f"{size} pixels square, of photographs whose shorter side has {found.side}"
 
 
-def _about_data(found: Photographs) -> str:
-    names = ", ".join(found.classes[:8]) + (f" and {len(found.classes) - 8} more" if len(found.classes) > 8 else "")
-    count = found.train + found.val + found.test
-    return (
-        f"{count} images of {len(found.classes)} classes ({names}): {found.train} to train, {found.val} to validate, "
-        f"{found.test} to test"
-    )
+def _about_data(training: _Training, about_size: str) -> Iterator[tuple[str, str]]:
+    found, names = training.found, training.found.classes
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    yield "data", f"{found.train + found.val + found.test} images of {len(names)} classes: {listed}"
+    yield "", f"{found.train} to train, {found.val} to validate, {found.test} to test"
+    yield "images", about_size
+    yield "", "in training a cut of at least half of a photograph, mirrored half of the time"
+    yield "batches", f"{training.batch_size} images, {training.steps} to an epoch"
 
 
-def _about_training(config: Mapping[str, Any], optimizer: str) -> str:
-    epochs = config["trainer"]["max_epochs"]
-    rate = config["model"]["init_args"][optimizer]["init_args"]["lr"]
-    return f"{epochs} epoch{'s' if epochs != 1 else ''}, SGD (lr {rate:g})"
+def _about_networks(
+    configs: Mapping[str, Any], found: Photographs, student: Network, teacher: Network | None
+) -> Iterator[tuple[str, str]]:
+    yield "student", student.name
+    yield "", student.told
+    yield from _about_training(configs, FLOAT, "optimizer", "first trained in floating point")
+    yield "teacher", "the student's own float network" if teacher is None else teacher.name
+    if teacher is not None:
+        yield "", teacher.told
+        yield from _about_training(configs, TEACHER, "optimizer", "first trained")
+    if found.val < _JUDGES:
+        yield "", f"not compared with chance: {found.val} images to validate are too few"
+
+
+def _about_training(configs: Mapping[str, Any], name: str, optimizer: str, begins: str) -> Iterator[tuple[str, str]]:
+    if name in configs:
+        epochs = configs[name]["trainer"]["max_epochs"]
+        rate = configs[name]["model"]["init_args"][optimizer]["init_args"]["lr"]
+        yield "", f"{begins}: {epochs} epoch{'s' if epochs != 1 else ''}, SGD (lr {rate:g})"
 
 
 def _sgd(rate: float, decay: float) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _of_timm(name: str, model: str) -> Published:
             raise UsageError(f"timm publishes no weights of {name}")
     with _told(name, "weights"), _of_hub():
         network = timm.create_model(model, pretrained=True)
-    about = network.pretrained_cfg
+    about: Any = network.pretrained_cfg
     told = str(about.get("hf_hub_id") or about.get("url") or about.get("tag") or name)
     return Published(network.state_dict(), told, tuple(about["mean"]), tuple(about["std"]))
 
