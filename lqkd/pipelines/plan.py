@@ -26,7 +26,7 @@ _LARGEST = {"cuda": 224, "cpu": 128}
 """Pixels that a network sees unless more are asked for."""
 _STEPS = 300
 """Steps that a training aims at: as many epochs as that takes, within limits."""
-_IN_FLOAT, _AT_FEW_BITS = (10, 30), (5, 15)
+_IN_FLOAT, _AT_FEW_BITS = (10, 20), (5, 12)
 """Fewest and most epochs; random weights get the most. At few bits an epoch takes several times as long."""
 _JUDGES = 50
 """Validation images below which they cannot tell a teacher from chance."""
