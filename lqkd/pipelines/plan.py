@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
+from lqkd.export.deploy import check_deployable
+from lqkd.models.calls import Inputs
 from lqkd.pipelines.asked import Asked
 from lqkd.pipelines.networks import TRAINED, Network, named, starting_from, trained
 from lqkd.pipelines.photographs import Photographs
@@ -121,8 +123,8 @@ def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
     teacher = None
     if asked.teacher is not None:
         teacher = _network(asked.teacher, asked.teacher_weights, classes, TEACHER, folder, out)
-    quantization, callbacks, about_bits = _quantization(student, asked.bits)
     size, about_size = _image_size(asked, found, student)
+    quantization, callbacks, about_bits = _quantization(student, asked.bits, size)
     batch = asked.batch_size or min(32, 2 ** max(1, int(math.log2(max(2, found.train / 2)))))
     training = _Training(found, out, size, batch, student.mean, student.std, asked.epochs)
     configs: dict[str, dict[str, Any]] = {}
@@ -174,18 +176,30 @@ def _teacher(training: _Training, network: Network, own: str | None) -> dict[str
     return {"class_path": "lqkd.teachers.FrozenTeacher", "init_args": settings}
 
 
-def _quantization(student: Network, bits: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Recipe, callbacks and what they are: where possible those with which the file computes what was trained."""
+def _quantization(student: Network, bits: str, size: int) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Recipe, callbacks and what they are: where possible those with which the file computes what was trained.
+
+    Raises:
+        UsageError: when the student could not be exported.
+    """
     callbacks = [{"class_path": "lqkd.callbacks.BatchNormReestimation"}]
+    chosen: dict[str, Any] = {"bits": bits}
+    told = f"{bits}, 8 in the first and last layer"
+    network, _ = quantize_model(student.build(), Recipe(bits=bits))
     try:
-        network, _ = quantize_model(student.build(), Recipe(bits=bits, residual_bits=8))
-        if not bias_owners(network, foldable(network).folded):
+        better, _ = quantize_model(student.build(), Recipe(bits=bits, residual_bits=8))
+        if not bias_owners(better, foldable(better).folded):
             raise UsageError("no layer has a bias on an integer's grid")
+        network, chosen = better, {"bits": bits, "residual_bits": 8}
+        callbacks.append({"class_path": "lqkd.callbacks.IntegerBiases"})
+        told += " and in additions, biases as integer kernels have them"
     except UsageError as error:
-        return {"bits": bits}, callbacks, f"{bits}, 8 in the first and last layer; no more, since {error}"
-    callbacks.append({"class_path": "lqkd.callbacks.IntegerBiases"})
-    told = f"{bits}, 8 in the first and last layer and in additions, biases as integer kernels have them"
-    return {"bits": bits, "residual_bits": 8}, callbacks, told
+        told += f"; additions and biases stay in floating point: {error}"
+    try:
+        check_deployable(network, Inputs.of(torch.zeros(2, 3, size, size)))
+    except Exception as error:  # of any type, when a network takes no such image
+        raise UsageError(f"student={student.name!r} at {bits} could not be exported: {first_line(error)}") from error
+    return chosen, callbacks, told
 
 
 def _image_size(asked: Asked, found: Photographs, student: Network) -> tuple[int, str]:

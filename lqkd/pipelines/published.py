@@ -95,7 +95,8 @@ def _told(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UsageError(f"{what} of {name} cannot be downloaded ({first_line(error)})") from error
+        why = first_line(error).partition(". ")[0]  # what follows is advice
+        raise UsageError(f"{what} of {name} cannot be downloaded ({why})") from error
 
 
 @contextmanager

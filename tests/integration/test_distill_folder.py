@@ -59,7 +59,7 @@ def made(place: Path) -> Path:
 
 
 def chosen(**settings: Any) -> Plan:
-    asked = {name: None for name in Asked.__dataclass_fields__} | {"photographs": "photographs", "bits": "w4a4"}
+    asked = dict.fromkeys(Asked.__dataclass_fields__) | {"photographs": "photographs", "bits": "w4a4"}
     return plan(
         Asked(**asked | {"student": "network.yaml"} | settings), look_at(Path("photographs")), Path(), Path("o")
     )
@@ -159,12 +159,14 @@ def test_weights_that_know_the_classes_are_not_trained_again(made: Path) -> None
     assert teacher["network"]["init_args"] == {"depth": 8, "width": 4, "num_classes": 3, "in_channels": 3}
 
 
-def test_another_network_is_trained_before_it_teaches() -> None:
-    settings = chosen(teacher="torchvision/resnet18", image_size=64).configs
+def test_another_network_is_trained_before_it_teaches(hub: None) -> None:
+    settings = chosen(teacher="timm/test_vit").configs
     assert [*settings] == ["float", "teacher", "student"]
     teacher = settings["student"]["model"]["init_args"]["teacher"]["init_args"]
     assert teacher["weights"] == f"{Path('o')}/teacher/network.safetensors"
-    assert teacher["network"]["init_args"] == {"name": "torchvision/resnet18", "num_classes": 3}
+    assert teacher["network"]["init_args"] == {"name": "timm/test_vit", "num_classes": 3}
+    sizes = [settings[name]["data"]["init_args"]["image_size"] for name in ("teacher", "student")]
+    assert (*sizes, teacher["image_size"]) == (160, 32, 160)  # the only one that this teacher takes
 
 
 @pytest.fixture
@@ -172,9 +174,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a connection, and what the Hub's client has kept there: one network of timm's."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    network = timm.create_model("test_vit")
-    about = {"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": network.pretrained_cfg}
-    for name in ("timm--test_vit.r160_in1k", "me--mine"):
+    network = timm.create_model("test_resnet")
+    about = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": network.pretrained_cfg}
+    for name in ("timm--test_resnet.r160_in1k", "me--mine"):
         folder = tmp_path / f"models--{name}"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("0" * 40)
@@ -183,23 +185,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (snapshot / "config.json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("name", ["test_vit", "timm/test_vit", "hf-hub:me/mine"])
+@pytest.mark.parametrize("name", ["test_resnet", "timm/test_resnet", "hf-hub:me/mine"])
 def test_published_weights_of_other_classes_are_trained_with_a_new_head(
     name: str, hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = chosen(student=name, student_weights="pretrained")
     model, data = (made.configs["float"][part]["init_args"] for part in ("model", "data"))
-    assert model["network"]["init_args"] == {"name": "timm/test_vit", "num_classes": 3}
+    assert model["network"]["init_args"] == {"name": "timm/test_resnet", "num_classes": 3}
     assert (model["replace_head"], model["weights"]) == (True, str(Path("o") / "student_pretrained.safetensors"))
-    assert data["mean"] == [0.5, 0.5, 0.5]  # which these weights were trained with
-    assert data["image_size"] == 160  # which this network alone takes
+    assert len(data["mean"]) == 3  # of what these weights were trained with
     Path("student_pretrained.safetensors").unlink()
 
 
 def test_without_published_weights_the_student_starts_anew_and_it_is_told(hub: None) -> None:
-    made = chosen(student="timm/test_resnet", image_size=32)
+    made = chosen(student="timm/test_efficientnet", image_size=32)
     assert "weights" not in made.configs["float"]["model"]["init_args"]
-    assert any(told.startswith("random weights: weights of timm/test_resnet cannot be") for _, told in made.told)
+    assert any(told.startswith("random weights: weights of timm/test_efficientnet cannot be") for _, told in made.told)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,8 @@ def test_without_published_weights_the_student_starts_anew_and_it_is_told(hub: N
     [
         ({"student": "resnet19"}, "student='resnet19' is unknown: did you mean resnet18?"),
         ({"student": "xyz"}, "is unknown: give a network of torchvision or timm"),
-        ({"student": "timm/test_resnet", "student_weights": "pretrained"}, "cannot be downloaded"),
+        ({"student": "timm/test_efficientnet", "student_weights": "pretrained"}, "cannot be downloaded"),
+        ({"student": "test_vit"}, "student='timm/test_vit' at w4a4 could not be exported"),
         ({"student": "hf-hub:me/other"}, "the description of hf-hub:me/other cannot be downloaded"),
         ({"student": "none.yaml"}, "student='none.yaml' does not exist"),
         ({"student_weights": "none.pt"}, "weights='none.pt' do not exist"),
