@@ -131,6 +131,7 @@ def after(file: Path, number: int) -> Any:
     return send
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_ctrl_c_and_after_a_kill(place: Path, lqkd: Forks) -> None:
     command, out = [*COMMAND, "8", "--out", "stopped"], place / "stopped"
     where = f"os.chdir({str(place)!r})"
