@@ -13,8 +13,37 @@ from typing import Any
 
 from lqkd.cli.verb_parser import argument, read, read_known
 from lqkd.errors import UsageError
+from lqkd.pipelines.asked import Asked
 from lqkd.runs.folder import check_resumable
 from lqkd.tasks.values import MONITOR
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Make a low-bit student for a folder of photographs: train it in floating point where its weights do not know
+    these classes, distil it at few bits, export it as ONNX, verified, and write a page about it. Every choice is
+    printed and becomes a configuration that fit takes. The same command goes on after any interruption."""
+
+    photographs: str
+    """folder with one folder of images per class (CLASS/IMAGE), or with train/, val/ and test/ that have these"""
+    student: str = argument("resnet18", metavar="NETWORK")
+    """network of torchvision or timm by its name, hf-hub:OWNER/NAME, or a YAML file with class_path and init_args"""
+    bits: str = argument("w4a4")
+    """of weights and activations: w8a8, w4a4, w2a2, ..."""
+    teacher: str | None = argument(None, metavar="NETWORK", shown="the student in floating point")
+    """network, likewise, or the folder of a run that has trained one"""
+    student_weights: str | None = argument(None, metavar="FILE", shown="what is published, or else random ones")
+    """file with float weights, of these classes or others, or pretrained for what the network's library publishes"""
+    teacher_weights: str | None = argument(None, metavar="FILE", shown="likewise")
+    """likewise"""
+    epochs: int | None = argument(None, metavar="N", shown="by the number of images")
+    """of each training"""
+    image_size: int | None = argument(None, metavar="PIXELS", shown="by the photographs")
+    """side of what networks see"""
+    batch_size: int | None = argument(None, metavar="N", shown="by the number of images")
+    """images of a step"""
+    out: str | None = argument(None, metavar="FOLDER", shown="runs/PHOTOGRAPHS_STUDENT_BITS")
+    """folder for all of it, new or empty, or one to go on in"""
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,10 @@ def of(verb: str, args: Sequence[str]) -> Any:
         compared = read("compare", Compare, args)
         read_it = read_settings(compared.config, compared.root, compared.name, compared.seeds, compared.set)
         return (*read_it, compared.retry_failed)
+    if verb == "distill":
+        distilled = read(verb, Distill, args)
+        Asked(**{name: value for name, value in vars(distilled).items() if name != "out"})  # refuses what cannot be
+        return distilled
     if verb == "report":
         report = read(verb, Report, args)
         _check_exists(report.folder, "the folder of a run or a study")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from lqkd.utils.suggest import nearest
 
 VERBS = {
+    "From photographs to a file": {
+        "distill": "make a low-bit student for a folder of photographs: distill PHOTOGRAPHS",
+    },
     "Training": {
         "fit": "train as a config says, in a new run folder, and test the best checkpoint",
         "resume": "go on with a run that was stopped or killed: resume RUN",

@@ -17,6 +17,11 @@ def _compare(studies: Any, given: tuple[Study, dict[str, Any], bool]) -> int:
     return 0
 
 
+def _distill(pipelines: Any, given: arguments.Distill) -> int:
+    pipelines.distill_folder(**vars(given))
+    return 0
+
+
 def _export(export: Any, given: arguments.Export) -> int:
     export.export(**vars(given))
     return 0
@@ -60,6 +65,7 @@ def _wandb_report(studies: Any, given: tuple[str, str, str, tuple[str, ...]]) ->
 
 VERBS: dict[str, tuple[str, Callable[[Any, Any], int]]] = {
     "compare": ("lqkd.studies.compare", _compare),
+    "distill": ("lqkd.pipelines.from_folder", _distill),
     "export": ("lqkd.export.command", _export),
     "make-shards": ("lqkd.data.shards", _make_shards),
     "predict": ("lqkd.export.predict", _predict),

@@ -128,6 +128,8 @@ def shortened(arguments: list[str]) -> list[str]:
     if verb == "compare":
         few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]
         return [*arguments, "--seeds", "0", "--set", *few]
+    if verb == "distill":
+        return [*arguments, "--epochs", "1"]
     few: list[str] = []
     if verb != "fit" or "--print_config" in given or "--help" in given:
         pass

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 HEAVY = ("torch", "lightning", "numpy", "jsonargparse", "onnx", "matplotlib", "rich")
-VERBS = ("export", "predict", "report", "sensitivity", "compare", "resume", "make-shards", "wandb-report")
+VERBS = ("distill", "export", "predict", "report", "sensitivity", "compare", "resume", "make-shards", "wandb-report")
 TOLD_AT_ONCE = [
     (["--help"], 0),
     *(([verb, "--help"], 0) for verb in VERBS),
     (["exprot", "runs"], 2),
     (["export", "runs", "--laten"], 2),
+    (["distill", "missing"], 2),
+    (["distill", ".", "--epochs", "0"], 2),
     (["fit"], 2),
     (["fit", "--config", "missing.yaml"], 2),
     (["compare", "--config", "missing.yaml"], 2),
