@@ -23,6 +23,7 @@ from lqkd.models.outputs import heads
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.quantizers.base import alone
 from lqkd.quantization.wrappers import unwrapped
 
 INPUT = "images"
@@ -174,7 +175,8 @@ def _calibrate(
         )
     check_takes(network, calibration[0].part(slice(1)), "calibration data")
     inputs = Inputs.joined(calibration)
-    initialize_quantizers(network, *inputs.args, keywords=inputs.keywords, progress=progress)
+    with alone():  # one process of several exports
+        initialize_quantizers(network, *inputs.args, keywords=inputs.keywords, progress=progress)
     for target, where in fresh.items():
         quantizer: Any = network.get_submodule(target)
         if not quantizer.is_ready:  # only zeros arrive: any grid holds them

@@ -284,6 +284,8 @@ def agree(
     if student is not None:
         networks["trained"] = lambda given: given.call(student)
     metrics = {name: task.metrics().set_dtype(torch.float64) for name in networks}  # what users compute from the file
+    for metric in (metric for of_network in metrics.values() for metric in of_network.values()):
+        metric.distributed_available_fn = _nobody_else  # one process of several exports
     for batch in test:
         given = as_float32(task.inputs(batch), "a batch")
         asked = Asked("network", len(given))
@@ -306,6 +308,10 @@ def agree(
 
 def _differing(task: Task, ours: Any, theirs: Any) -> float:
     return float((1.0 - task.agreement(ours, theirs).double()).sum())
+
+
+def _nobody_else() -> bool:
+    return False
 
 
 def _value(metrics: MetricCollection, task: Task) -> float | None:

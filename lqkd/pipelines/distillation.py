@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
@@ -114,7 +113,6 @@ def distill(
     check_end(data, module, trainer or {})
     said = _said(module, {"max_epochs": epochs, **(trainer or {})})
     place, new = _place(folder, {"seed_everything": seed, PYTHON: said})
-    grouped = _has_group()
     try:
         with quiet(), _plainly():
             made = trainer_for(place, task, guessed, has(data, "val"), epochs, trainer or {})
@@ -138,14 +136,8 @@ def distill(
             callback.finish(made)
     place = Path(made.strategy.broadcast(str(place)))  # of a script's second call only the first process knows it
     made.strategy.barrier()
-    if _has_group() and not grouped:  # what follows, in one process perhaps, is nothing that processes do together
-        torch.distributed.destroy_process_group()
     print_outcome(place)
     return Distilled.of(module, made, place)
-
-
-def _has_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _said(module: DistillModule, trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -239,6 +241,19 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 
 
+_alone = ContextVar("_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process works for itself: quantizers are fitted without the other processes of a run."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """``value`` averaged over the processes of a distributed run; itself when there is only one."""
     return _reduce(value, "mean")
@@ -251,7 +266,9 @@ def max_over_ranks(value: Tensor) -> Tensor:
 
 def _reduce(value: Tensor, how: str) -> Tensor:
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if _alone.get() or not (
+        distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    ):
         return value
     value = value.clone()
     distributed.all_reduce(value, distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM)
