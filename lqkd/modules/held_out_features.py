@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lqkd.errors import UsageError
+from lqkd.losses.trust.map import FEWEST_ROWS
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import MOST_ROWS, WINDOW, Learning, chosen_of, part_of, rows_that_fit
 from lqkd.modules.term import DistillationTerm
@@ -52,7 +54,8 @@ class HeldOutFeatures:
     @torch.no_grad()
     def _ask(self, rows: Tensor) -> None:
         trainer, regularizers = self._module.trainer, self.regularizers
-        sums = [torch.zeros_like(regularizer.counts) for regularizer in regularizers]
+        device = self._module.device
+        sums = [torch.zeros_like(regularizer.counts, device=device) for regularizer in regularizers]
         with evaluating(self._module.student), evaluating(self._term):
             for some in rows.split(regularizers[0].rows):
                 mine = some[trainer.global_rank :: trainer.world_size]
@@ -92,26 +95,46 @@ def kept_features(module: Learning) -> dict[str, HeldOutFeatures]:
     return found
 
 
-def asked_of(distillation: Distillation) -> dict[str, dict[str, int]]:
-    """By term, how far it has come, as plain values for a checkpoint."""
-    terms = explained(distillation).items()
-    return {name: dict(vars(cast(ExplainedVariance, term.regularizer).asked)) for name, term in terms}
+def asked_of(distillation: Distillation) -> dict[str, dict[str, Any]]:
+    """By term, how far it has come and what it has counted, for a checkpoint."""
+    return {
+        name: vars(cast(ExplainedVariance, term.regularizer).asked)
+        | {"counts": [one.counts.cpu() for one in _of(term)]}
+        for name, term in explained(distillation).items()
+        if all(one.channels is not None for one in _of(term))
+    }
 
 
-def restore_asked(distillation: Distillation, asked: Mapping[str, Mapping[str, int]]) -> None:
+def _of(term: DistillationTerm) -> list[ExplainedVariance]:
+    return [cast(ExplainedVariance, one) for one in term.regularizers]
+
+
+def restore_asked(distillation: Distillation, asked: Mapping[str, Mapping[str, Any]]) -> None:
     """Go on where a checkpoint was, which :func:`asked_of` has told."""
     for name, term in explained(distillation).items():
-        cast(ExplainedVariance, term.regularizer).asked = Asked(**asked.get(name, {}))
+        known = dict(asked.get(name, {}))
+        for one, counts in zip(_of(term), known.pop("counts", []), strict=False):
+            one.counts = counts
+        cast(ExplainedVariance, term.regularizer).asked = Asked(**known)
 
 
 def _batch(module: Learning) -> Any:
-    """As many held-out rows as may be kept, in a random order."""
+    """As many held-out rows as may be kept, in a random order.
+
+    Raises:
+        UsageError: when there are too few to say anything.
+    """
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
 
     def samples(batch: Any) -> int:
         return len(module.inputs(batch))
 
     count = sum(samples(batch) for batch in data.trust_batches(module.device))
+    if count < FEWEST_ROWS:
+        raise UsageError(
+            f"{count} held-out rows are too few to say what of features can be predicted: at least {FEWEST_ROWS} are "
+            "needed; raise data.init_args.trust_fraction"
+        )
     order = random_bits(1, 0, torch.arange(count), STREAM_TRUST).argsort(stable=True)
     batches = iter(data.trust_batches(module.device))
     first = next(batches)

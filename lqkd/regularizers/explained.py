@@ -16,6 +16,7 @@ from lqkd.regularizers.table import channel_axis
 _KEPT = 0.75
 """The part of what was counted before that still counts when the networks were asked again: of about four times."""
 _POSITIONS = 64
+_SIDE = 8
 """Of so many positions of a sample, evenly spread, at most."""
 _LITTLE = 0.1
 
@@ -70,6 +71,7 @@ class ExplainedVariance(Regularizer):
 
     maps = frozenset({"features"})
     counts: Tensor
+    """What has been counted, float64. No buffer: all processes have the same, and it is too large to send in a step."""
     explained: Tensor
 
     def __init__(self, rows: int = 64, every: int = 16) -> None:
@@ -87,7 +89,7 @@ class ExplainedVariance(Regularizer):
         super().connect(kind, channels)
         if self.channels is None:
             self.channels = channels
-            self.register_buffer("counts", torch.zeros(2, channels + 2, 2 * channels + 1))
+            self.counts = torch.zeros(2, channels + 2, 2 * channels + 1, dtype=torch.float64)
             self.register_buffer("explained", torch.ones(channels))
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
@@ -107,20 +109,23 @@ class ExplainedVariance(Regularizer):
             teacher, student: (N, C), (N, C, H, W) or (N, L, C), as the loss compares them.
             halves: (N,) int64, 0 or 1: the half that each row belongs to, whenever it is asked about.
         """
-        t, s = (_by_position(x.detach().float()) for x in (teacher, student))
-        sums = self.counts.new_zeros(self.counts.shape)
-        for half in range(2):
-            own = (halves == half).to(t.device)
-            of_t, of_s = t[own].flatten(0, 1), s[own].flatten(0, 1)
-            seen = torch.cat([torch.ones_like(of_s[:, :1]), of_s], 1)
-            sums[half, :-1] = seen.mT @ torch.cat([seen, of_t], 1)
-            sums[half, -1, seen.shape[1] :] = of_t.square().sum(0)
+        sums = torch.zeros(self.counts.shape, dtype=torch.float64, device=teacher.device)
+        with torch.autocast(teacher.device.type, enabled=False):
+            t, s = (_by_position(x.detach()).double() for x in (teacher, student))
+            for half in range(2):
+                own = (halves == half).to(t.device)
+                of_t, of_s = t[own].flatten(0, 1), s[own].flatten(0, 1)
+                seen = torch.cat([torch.ones_like(of_s[:, :1]), of_s], 1)
+                sums[half, :-1] = seen.mT @ torch.cat([seen, of_t], 1)
+                sums[half, -1, seen.shape[1] :] = of_t.square().sum(0)
         return sums
 
     @torch.no_grad()
     def take(self, sums: Tensor) -> None:
-        """Count what :meth:`counted` has given, of all processes, and set the weights."""
-        self.counts.mul_(_KEPT).add_(sums)
+        """Count what :meth:`counted` has given, of all processes, and set the weights; nothing that is not finite."""
+        if not bool(sums.isfinite().all()):
+            return
+        self.counts = self.counts.to(sums.device) * _KEPT + sums
         self.explained.copy_(explained_variance(self.counts).clamp(0, 1))
 
     @property
@@ -155,11 +160,19 @@ def explained_variance(sums: Tensor) -> Tensor:
 
 
 def _by_position(features: Tensor) -> Tensor:
-    """(N, P, C) of features in one of their layouts, at some of their positions."""
+    """(N, P, C) of features in one of their layouts, at some of their positions, evenly spread."""
     if features.ndim == 2:
         return features[:, None]
-    found = features.flatten(2).mT if channel_axis(features) == 1 else features
-    positions = found.shape[1]
-    if positions <= _POSITIONS:
-        return found
-    return found[:, torch.arange(_POSITIONS, device=found.device) * positions // _POSITIONS]
+    if channel_axis(features) != 1:
+        return features[:, _spread(features.shape[1], _POSITIONS)]
+    height, width = features.shape[2:4] if features.ndim > 3 else (1, features.shape[2])
+    rows = _spread(height, max(_SIDE, _POSITIONS // width)).to(features.device)
+    columns = _spread(width, max(_SIDE, _POSITIONS // height)).to(features.device)
+    found = features.reshape(*features.shape[:2], height, width, -1)[:, :, rows][:, :, :, columns]
+    return found.flatten(2).mT
+
+
+def _spread(size: int, most: int) -> Tensor:
+    """At most so many of ``size`` positions, each in the middle of its part."""
+    count = min(size, most)
+    return (2 * torch.arange(count) + 1) * size // (2 * count)

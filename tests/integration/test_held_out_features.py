@@ -118,6 +118,8 @@ def test_a_resumed_training_weighs_on_where_it_was_and_answers_from_the_cache_we
 def test_without_held_out_rows_and_with_logits_it_is_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(UsageError, match=r"distillation.features: regularizer ExplainedVariance needs .*trust_frac"):
         make_trainer().fit(judging(), datamodule=digits())
+    with pytest.raises(UsageError, match=r"\d held-out rows are too few to say what .*: at least 20 are needed"):
+        make_trainer().fit(judging(), datamodule=held_out(trust_fraction=0.003))
     with pytest.raises(UsageError, match="ExplainedVariance cannot weigh distillation_loss HintonKL"):
         DistillModule(
             student=network(),

@@ -34,8 +34,9 @@ class FittedInterpolation(nn.Module):
     Cross-entropy of Z is convex in one weight w in [0, 1] of ``all`` rows: it is found by halving, 0 and 1 included.
     Weights of a ``class``, or of a ``sample`` by entropies, margins and agreement of teacher and student, are moves of
     its logit with a squared price, found by damped Gauss-Newton steps. Which of them is taken, and the price, is chosen
-    by cross-validation within these rows: the simplest within one standard error of the best. All is computed in
-    float64, and the same for the same rows.
+    by cross-validation within these rows: the simplest within one standard error of the best, two of the one weight.
+    All is computed in float64, and the same for the same rows. Rows of which a network says nothing finite are left
+    out; of too few nothing is learned.
 
     Args:
         classes: how many.
@@ -93,6 +94,11 @@ class FittedInterpolation(nn.Module):
             teachers: (K, N, C) logits of each teacher: whether several of them agree is looked at.
         """
         t, s = log_probabilities(teacher), log_probabilities(student)
+        fine = t.isfinite().all(1) & s.isfinite().all(1)
+        if int(fine.sum()) < _FOLDS:
+            return self.chosen
+        t, s, labels = t[fine], s[fine], labels[fine]
+        teachers = None if teachers is None else teachers[:, fine]
         looked = further(t, s, teachers).double()
         mean, spread = looked.mean(0), looked.std(0, correction=0).clamp_min(1e-3)
         rows = _Rows.of(t.double(), s.double(), labels, _with_one((looked - mean) / spread))

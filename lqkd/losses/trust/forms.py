@@ -202,6 +202,12 @@ def _standard_error(difference: Tensor, groups: Tensor | None) -> float:
     return float(apart.index_add_(0, inverse, difference - difference.mean()).square().sum().sqrt()) / len(difference)
 
 
+def is_better(loss: Tensor, than: Tensor, groups: Tensor | None = None) -> bool:
+    """Whether (N,) losses by row are lower than others by more than one standard error of the mean difference."""
+    difference = than - loss
+    return float(difference.mean()) > _standard_error(difference, groups)
+
+
 def simplest_of_the_best(losses: Sequence[Tensor], groups: Tensor | None = None) -> int:
     """The first of (N,) losses by row, given from simple to complex, that is within one standard error of the best.
 

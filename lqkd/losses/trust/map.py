@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
@@ -68,6 +69,8 @@ class TrustMap(nn.Module):
         self.spread = spread
         rank = forms.rank(classes)
         self._chosen = (GIVEN, 0.0)
+        self._read: tuple[int, int] | None = None
+        self._gate_is_open = False
         self.register_buffer("given", torch.tensor(True))
         self.register_buffer("scale", torch.full((teachers,), 1 / max(1, teachers)))
         self.register_buffer("diagonal", torch.zeros(teachers, classes))
@@ -82,9 +85,10 @@ class TrustMap(nn.Module):
         """Log-probabilities (N, C) in float32 of the teachers' logits (K, N, C); no gradient reaches the teachers."""
         with torch.autocast(teachers.device.type, enabled=False):
             teachers = teachers.detach().float()
-            mapped = self.stretch * (self.contributions(teachers).sum(0) + self.bias)
-            if len(teachers) > 1:
-                mapped = torch.where(self.gated, self.stretch * self._mixture(teachers), mapped)
+            if self._is_gated():
+                mapped = self.stretch * self._mixture(teachers)
+            else:
+                mapped = self.stretch * (self.contributions(teachers).sum(0) + self.bias)
             return torch.where(self.given, forms.mean_prediction(teachers), mapped.log_softmax(-1))
 
     def contributions(self, teachers: Tensor) -> Tensor:
@@ -93,11 +97,17 @@ class TrustMap(nn.Module):
         Of a ``gate``, which is a mixture of predictions, its logits times its share.
         """
         seen = forms.centred_logits(teachers)
-        if len(teachers) > 1:
-            shares = self._scores(teachers).softmax(-1).mT.unsqueeze(2)
-            seen = torch.where(self.gated, shares, torch.ones_like(shares)) * seen
+        if self._is_gated():
+            seen = self._scores(teachers).softmax(-1).mT.unsqueeze(2) * seen
         factors = (self.scale.view(-1, 1, 1) + self.diagonal.unsqueeze(1)).to(seen)
         return factors * seen + (seen @ self.basis.to(seen)) @ self.linear.to(seen).mT
+
+    def _is_gated(self) -> bool:
+        """What ``gated`` says, without waiting for the device unless it was written or moved."""
+        state = (id(self.gated), self.gated._version)
+        if state != self._read:
+            self._read, self._gate_is_open = state, bool(self.gated)
+        return self._gate_is_open
 
     def _mixture(self, teachers: Tensor) -> Tensor:
         scale = self.scale.view(-1, 1, 1).to(teachers)
@@ -109,7 +119,7 @@ class TrustMap(nn.Module):
 
     def matrices(self) -> Tensor | None:
         """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions."""
-        if bool(self.given) or bool(self.gated):
+        if bool(self.given) or self._is_gated():
             return None
         factors = torch.diag_embed(self.scale.view(-1, 1) + self.diagonal)
         return self.stretch * (factors + self.linear @ self.basis.mT)
@@ -153,7 +163,7 @@ class TrustMap(nn.Module):
         problem = Problem.of(teachers, labels, basis)
         fold_of, often = _folds(labels, folds, seed, groups), _frequency(labels, groups, teachers.shape[2])
         judged = self._cross_validated(problem, teachers, fold_of, often, memorised)
-        form, strength = [*judged][forms.simplest_of_the_best([loss for loss, _ in judged.values()], groups)]
+        form, strength = _chosen_of(judged, groups)
         self._chosen = (form, strength)
         self._take(problem, form, strength, basis)
         self.stretch.fill_(1.0)
@@ -237,9 +247,22 @@ class TrustMap(nn.Module):
         """As :meth:`forward`, in float64 and as fitted."""
         if bool(self.given):
             return forms.mean_prediction(teachers)
-        if bool(self.gated):
+        if self._is_gated():
             return self._mixture(teachers)
         return (self.contributions(teachers).sum(0) + self.bias).log_softmax(-1)
+
+
+def _chosen_of(judged: Mapping[tuple[str, float], Tensor], groups: Tensor | None) -> tuple[str, float]:
+    """The simplest of the best; a gate is none of them, but is taken where it is better than that beyond its error."""
+    losses = {candidate: of_rows[0] for candidate, of_rows in judged.items()}
+    plain = {candidate: loss for candidate, loss in losses.items() if candidate[0] != "gate"}
+    found = [*plain][forms.simplest_of_the_best([*plain.values()], groups)]
+    gates = {candidate: loss for candidate, loss in losses.items() if candidate[0] == "gate"}
+    if gates:
+        best = min(gates, key=lambda candidate: float(gates[candidate].mean()))
+        if forms.is_better(gates[best], losses[found], groups):
+            return best
+    return found
 
 
 def _judged(logits: Tensor, labels: Tensor) -> Tensor:

@@ -181,3 +181,15 @@ def test_without_a_label_the_objective_is_zero() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="is not possible"):
         Interpolation(10, **settings)
+
+
+def test_rows_of_which_a_network_says_nothing_finite_are_left_out_of_a_fit() -> None:
+    right, labels = rows(200)
+    teacher, student = right + noise(200), right + noise(200, seed=1)
+    expected, found, none = (FittedInterpolation(10) for _ in range(3))
+    expected.fit(teacher[20:], student[20:], labels[20:])
+    student[:10, 3], teacher[10:20, 0] = -math.inf, math.nan
+    found.fit(teacher, student, labels)
+    assert float(found.weights[0]) == pytest.approx(float(expected.weights[0]), abs=0.2)
+    assert none.fit(teacher * math.nan, student, labels) == "all"
+    assert torch.equal(none.weights, FittedInterpolation(10).weights)

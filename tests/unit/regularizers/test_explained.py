@@ -77,3 +77,35 @@ def test_a_student_that_becomes_able_to_predict_a_channel_gets_it_within_a_few_t
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="of ExplainedVariance is not possible: it must be a whole number"):
         ExplainedVariance(**settings)
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 100])
+def test_positions_that_are_looked_at_are_spread_over_both_sides_of_a_map(side: int) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(64, 2, side, side), torch.randn(64, 2, side, side)
+    teacher[:, 0, :, 0] = student[:, 0, :, 0]  # the edge alone, and all but the edge
+    teacher[:, 1, :, 1:] = student[:, 1, :, 1:]
+    regularizer = ExplainedVariance()
+    regularizer.connect("features", channels=2)
+    regularizer.take(regularizer.counted(teacher, student, torch.arange(64) % 2))
+    edge, inside = regularizer.explained.tolist()
+    assert edge < 0.2
+    assert inside > 0.6
+
+
+def test_sums_are_the_same_under_autocast_and_far_from_zero() -> None:
+    torch.manual_seed(0)
+    student, halves = torch.randn(400, 2), torch.arange(400) % 2
+    teacher = torch.stack([student.sum(1) + torch.randn(400), torch.randn(400)], 1) + 1000
+    regularizer = ExplainedVariance()
+    regularizer.connect("features", channels=2)
+    sums = regularizer.counted(teacher, student, halves)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(regularizer.counted(teacher, student, halves), sums)
+    regularizer.take(sums)
+    assert 0.5 < float(regularizer.explained[0]) < 0.75
+    assert float(regularizer.explained[1]) < 0.1
+    before = regularizer.explained.clone()
+    regularizer.take(sums * float("nan"))  # a batch that is not finite is none
+    assert torch.equal(regularizer.explained, before)
+    assert regularizer.counts.isfinite().all()
