@@ -42,7 +42,7 @@ class Taps:
                 near = difflib.get_close_matches(path, names, n=3, cutoff=0.4) or names[1:4]
                 raise UsageError(f"tap {path!r} does not exist in the {owner}: near names are {', '.join(near)}")
         self.network, self.paths, self.owner = network, tuple(paths), owner
-        self._held: dict[int, tuple[_Pass, list[RemovableHandle]]] = {}  # by the identity of the network
+        self._held: list[tuple[nn.Module, _Pass, list[RemovableHandle]]] = []
 
     def hold(self, network: nn.Module | None = None) -> None:
         """Leave the hooks in ``network`` until :meth:`release`, for one that is compiled, whose graph has them in it.
@@ -53,15 +53,18 @@ class Taps:
             network: as of :meth:`recording`.
         """
         network = network or self.network
-        if id(network) not in self._held:
-            self._held[id(network)] = self._hooked(network)
+        if self._held_in(network) is None:
+            self._held.append((network, *self._hooked(network)))
+
+    def _held_in(self, network: nn.Module) -> tuple[_Pass, list[RemovableHandle]] | None:
+        return next(((seen, handles) for of, seen, handles in self._held if of is network), None)
 
     def release(self) -> None:
         """End :meth:`hold` for all networks."""
-        for _, handles in self._held.values():
+        for _, _, handles in self._held:
             for handle in handles:
                 handle.remove()
-        self._held = {}
+        self._held = []
 
     def _hooked(self, network: nn.Module) -> tuple[_Pass, list[RemovableHandle]]:
         seen = _Pass([])
@@ -82,7 +85,7 @@ class Taps:
             UsageError: at the end of the block, when a module was not called exactly once or returned no tensor.
         """
         network = network or self.network
-        held = self._held.get(id(network))
+        held = self._held_in(network)
         seen, handles = held or self._hooked(network)
         found_at = seen.found = [[] for _ in self.paths]
         outputs: list[Tensor] = []

@@ -225,6 +225,8 @@ class TaskModule(LightningModule):
         Raises:
             UsageError: then.
         """
+        self.compilation.begin()
+        self.warnings = []
         if self.trainer.enable_validation:
             with in_stage(self.trainer, RunningStage.VALIDATING):
                 self.trainer.fit_loop.epoch_loop.val_loop.setup_data()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
@@ -21,7 +21,7 @@ from lqkd.quantization.kernel import compiler_options, own_graphs
 Compile = bool | str
 """Whether networks are compiled; ``cuda_graphs``: they are, and the device records their work."""
 BACKEND = "inductor"
-MOST_GRAPHS = 16
+MOST_GRAPHS = 64
 """A network is compiled anew when something of it has changed, such as its bits: so often at most."""
 
 
@@ -42,10 +42,16 @@ class CompiledCall:
         name: what a message calls it.
         ready: whether it can be compiled as it is now.
         cuda_graphs: whether the device records its work as CUDA graphs.
+        whole: whether it must be one graph; otherwise what cannot be compiled runs eagerly in between.
     """
 
     def __init__(
-        self, network: nn.Module, name: str, ready: Callable[[], bool] = lambda: True, cuda_graphs: bool = False
+        self,
+        network: nn.Module,
+        name: str,
+        ready: Callable[[], bool] = lambda: True,
+        cuda_graphs: bool = False,
+        whole: bool = True,
     ) -> None:
         self.name = name
         self.passes = self.eager = 0
@@ -62,7 +68,7 @@ class CompiledCall:
             return network(*args, **keywords)
 
         arguments: dict[str, Any] = {"options": options} if BACKEND == "inductor" else {}
-        self._compiled = own_graphs(call, MOST_GRAPHS, fullgraph=True, dynamic=False, backend=BACKEND, **arguments)
+        self._compiled = own_graphs(call, MOST_GRAPHS, fullgraph=whole, dynamic=False, backend=BACKEND, **arguments)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """What the network returns.
@@ -74,13 +80,14 @@ class CompiledCall:
         if not self._ready():
             self.eager += 1
             return self._network(*args, **keywords)
-        tensors = [value for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves((args, keywords)) if isinstance(value, Tensor)]
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         if self._shapes is None:
             self._shapes = shapes
         if shapes != self._shapes:
             self.eager += 1
-            self.odd = self.odd or (_described(shapes), _described(self._shapes))
+            alike = [shape for shape, _ in shapes] == [shape for shape, _ in self._shapes]
+            self.odd = self.odd or (_described(shapes, alike), _described(self._shapes, alike))
             return self._network(*args, **keywords)
         graphs = counters["stats"]["unique_graphs"]
         try:
@@ -90,9 +97,10 @@ class CompiledCall:
         except FailOnRecompileLimitHit as error:
             raise UsageError(
                 f"compile is not possible: the {self.name} has changed {MOST_GRAPHS} times so that it must be compiled "
-                f"anew ({first_line(error)})"
+                "anew; set it to false (with TORCH_LOGS=recompiles PyTorch says what changes)"
             ) from error
         except TorchDynamoException as error:
+            self._network(*args, **keywords)  # a mistake in the network itself is told as it is
             raise UsageError(
                 f"compile is not possible: the {self.name} is no single graph ({first_line(error)}{_place(error)}); "
                 "set it to false"
@@ -102,8 +110,9 @@ class CompiledCall:
         return tree_map_only(Tensor, torch.clone, returned) if self._cuda_graphs else returned
 
 
-def _described(shapes: Iterable[tuple[torch.Size, torch.dtype]]) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape, _ in shapes)
+def _described(shapes: Sequence[tuple[torch.Size, torch.dtype]], with_dtype: bool) -> str:
+    kinds = (f" {str(dtype).removeprefix('torch.')}" if with_dtype else "" for _, dtype in shapes)
+    return ", ".join("x".join(map(str, shape)) + kind for (shape, _), kind in zip(shapes, kinds, strict=True))
 
 
 def _place(error: Exception) -> str:
@@ -162,11 +171,19 @@ class Compilation:
         def ready() -> bool:  # what fits itself to its first batch cannot be compiled
             return all(quantizer.is_ready for quantizer in own)
 
-        self._calls[id(network)] = CompiledCall(network, name, ready, self.setting == "cuda_graphs")
+        graphs, whole = self.setting == "cuda_graphs", bool(self.setting)  # a teacher's own setting is not as strict
+        self._calls[id(network)] = CompiledCall(network, name, ready, graphs, whole)
 
     def stop(self) -> None:
         """Run everything eagerly again."""
         self._calls = {}
+
+    def begin(self) -> None:
+        """A training begins: nothing is compiled yet, whatever became of the one before."""
+        self._calls, self.seconds, self._told = {}, 0.0, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_calls": {}}  # what is compiled cannot be pickled, and is compiled anew
 
     def begin_step(self) -> None:
         """Say that nobody needs what compiled networks returned in the step before."""

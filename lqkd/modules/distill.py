@@ -377,13 +377,14 @@ class DistillModule(TaskModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self.passes.release()  # after a training that has failed
         self._followers = [
             module
             for module in (*quantizers(self.student).values(), *self.distillation.modules(), self.balance)
             if getattr(module, "progress", None) is not None
         ]
         self._tell_progress()
-        self.warnings, self._signs = [], SignCheck()
+        self._signs = SignCheck()
         unsettled = (
             isinstance(self.balance.equalized_at, AtWeights) and not self.balance.equalized_at.settled
         )  # no shape was told
@@ -443,11 +444,16 @@ class DistillModule(TaskModule):
             )
 
     def _choose_format(self, inputs: Inputs) -> None:
-        """Measure which memory format is faster, where that is to decide; the first process decides for all."""
+        """Measure which memory format is faster, where that is to decide."""
         if self._channels_last is None:
+            if self.trainer.world_size > 1:  # which have laid out their gradients by now
+                raise UsageError(
+                    f"channels_last=null is not possible with {self.trainer.world_size} processes: measure it with one, "
+                    "and give true or false"
+                )
             with self.trainer.precision_plugin.forward_context():
                 faster = faster_in_channels_last(self.student, inputs)
-            self._channels_last = bool(self.trainer.strategy.broadcast(faster))
+            self._channels_last = faster
             self._lay_out()
 
     def teardown(self, stage: str) -> None:

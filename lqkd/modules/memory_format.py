@@ -24,7 +24,7 @@ def faster_in_channels_last(network: nn.Module, inputs: Inputs) -> bool:
     """Whether training passes of ``network`` are faster in channels_last, which one line says, with both times.
 
     Forward and backward passes of two copies alternate; the medians decide. The network, its buffers, its quantizers
-    and random numbers stay as they are. All processes call it together.
+    and random numbers stay as they are.
 
     Args:
         network: whose quantizers need not have been fitted.

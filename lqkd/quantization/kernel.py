@@ -279,7 +279,12 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 def compiler_options(device: str) -> dict[str, Any]:
     """What the compiler must not leave out, so that quantized values are those of the eager functions."""
     # Triton's default division is off by an ulp, which moves values across rounding boundaries.
-    return {} if device == "cpu" else {"eager_numerics.division_rounding": True}
+    if device == "cpu":
+        return {}
+    from torch._inductor import config  # not before something is compiled: it takes a second
+
+    known = hasattr(getattr(config, "eager_numerics", None), "division_rounding")  # not in older versions
+    return {"eager_numerics.division_rounding": True} if known else {}
 
 
 def own_graphs(function: Callable[..., Any], most: int, **arguments: Any) -> Callable[..., Any]:

@@ -101,10 +101,13 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, constants: Sequence[float]) ->
     return torch.empty_like(x), torch.empty_like(scale)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the library is there; the first call of a process makes it where it is not."""
     return _library() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its second to import all of the compiler.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
