@@ -12,8 +12,9 @@ from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
 from lqkd.utils.counter_rng import STREAM_HELD_OUT, STREAM_LIMIT, integers, uniform
 
-TRAINING, VALIDATION = 25_000, 5_000
-"""Rows of the training set that are trained on, and the rows after them that choose."""
+TRAINING, TEACHERS, VALIDATION = 12_500, 25_000, 5_000
+"""Rows of the training set: the first that students train on, the first that teachers may have been trained on, and how
+many after these choose."""
 UNLABELLED = -1
 _WRONG = 2_000
 """Stream of the random numbers that decide whose label is wrong, and which it has."""
@@ -34,10 +35,10 @@ class PanelNetwork(nn.Sequential):
 
 
 class PanelFashionMNIST(FashionMNIST):
-    """30,000 rows of Fashion-MNIST, 5,000 of them for validation in every run, so that no teacher has seen these.
+    """12,500 training rows of Fashion-MNIST, and 5,000 for validation that no teacher has been trained on.
 
-    Labels are spoiled in training and among held-out rows alike, never in validation and test: whose are is the same
-    for every seed and method.
+    Both are the same in every run; its seed chooses rows that are held out. Labels are spoiled in training and among
+    held-out rows alike, never in validation and test, and of the same rows for every seed and method.
 
     Args:
         root: as for :class:`~lqkd.data.FashionMNIST`.
@@ -71,11 +72,11 @@ class PanelFashionMNIST(FashionMNIST):
     def load(self) -> ImageSet:
         images = super().load()
         assert isinstance(images.train_images, Tensor)
-        kept = slice(TRAINING + VALIDATION)
+        kept = slice(TEACHERS + VALIDATION)
         return images._replace(train_images=images.train_images[kept], train_labels=images.train_labels[kept])
 
     def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.arange(TRAINING, TRAINING + VALIDATION), torch.arange(TRAINING)
+        return torch.arange(TEACHERS, TEACHERS + VALIDATION), torch.arange(TRAINING)
 
     def _split(self, labels: Tensor) -> None:
         super()._split(labels)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.panel import PanelFashionMNIST, PanelNetwork
+from benchmarks.panel import TEACHERS, PanelFashionMNIST, PanelNetwork
 from lqkd.models import load_weights
 from lqkd.utils.files import write_safetensors
 
+ROWS = torch.arange(TEACHERS)
 NARROW, WIDE = (8, 16, 32, 32), (24, 32, 48, 48)
 """Widths of the student, and of its teachers."""
 ORDER = [1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
@@ -40,13 +41,13 @@ def trained(
     Args:
         data: the set.
         widths: of the network.
-        rows: what it is trained on; None for all training rows.
+        rows: what it is trained on; None for all rows of the teachers.
         epochs: how often.
         augment: whether half of the images are mirrored.
     """
     torch.manual_seed(0)
     network = PanelNetwork(widths)
-    images, labels = data.images(data.train_indices if rows is None else rows)
+    images, labels = data.images(ROWS if rows is None else rows)
     steps = epochs * max(1, len(labels) // 128)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.004, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.004, total_steps=steps)
@@ -80,15 +81,14 @@ def random_outputs() -> PanelNetwork:
 
 def networks(data: PanelFashionMNIST) -> dict[str, Callable[[dict[str, PanelNetwork]], PanelNetwork]]:
     """How each is made, from those before it."""
-    rows = data.train_indices
-    _, labels = data.images(rows)
+    _, labels = data.images(ROWS)
     first = torch.isin(labels, torch.tensor(HALF))
     return {
         "own": lambda made: trained(data, NARROW),
         "good": lambda made: trained(data),
-        "weak": lambda made: trained(data, rows=rows[:250], epochs=40),
-        "first_half": lambda made: trained(data, rows=rows[first]),
-        "second_half": lambda made: trained(data, rows=rows[~first]),
+        "weak": lambda made: trained(data, rows=ROWS[:250], epochs=40),
+        "first_half": lambda made: trained(data, rows=ROWS[first]),
+        "second_half": lambda made: trained(data, rows=ROWS[~first]),
         "renamed": lambda made: changed(made["good"], lambda values: values[ORDER]),
         "half_right": lambda made: changed(made["good"], lambda values: values[HALF_ORDER]),
         "over_confident": lambda made: changed(made["good"], lambda values: 10 * values),
@@ -118,7 +118,7 @@ def main(folder: Path, root: str) -> None:
         else:
             made[name] = make(made)
             write_safetensors(path, made[name].state_dict())
-        told = [f"{accuracy(made[name], *data.images(rows)):.2f}" for rows in (data.train_indices, data.val_indices)]
+        told = [f"{accuracy(made[name], *data.images(rows)):.2f}" for rows in (ROWS, data.val_indices)]
         print(f"{name}: {told[0]} % of training, {told[1]} % of validation rows", flush=True)
 
 
