@@ -39,7 +39,7 @@ class Overall:
 
     Attributes:
         scenarios: number of those with a regret.
-        mean: their mean regret, with an interval over the seeds that all of them have.
+        mean: of their mean regrets; with an interval over the seeds where all have the same ones.
         worst: the largest mean regret of a scenario; None without any.
         where: the scenario of ``worst``.
     """
@@ -125,10 +125,15 @@ def _over_zero(values: Sequence[float]) -> Difference:
 
 def _overall(by_scenario: Mapping[str, Mapping[int | None, float]]) -> Overall:
     means = {scenario: moments([*lost.values()])[0] for scenario, lost in by_scenario.items()}
-    shared = set.intersection(*map(set, by_scenario.values())) if by_scenario else set()
-    by_seed = [fsum(lost[seed] for lost in by_scenario.values()) / len(by_scenario) for seed in shared]
     where = max(means, key=lambda scenario: means[scenario], default=None)
-    return Overall(len(means), _over_zero(by_seed), None if where is None else means[where], where)
+    if where is None:
+        return Overall(0, _over_zero([]), None, None)
+    seeds = set.union(*map(set, by_scenario.values()))
+    if all(lost.keys() == seeds for lost in by_scenario.values()):
+        mean = _over_zero([moments([lost[seed] for lost in by_scenario.values()])[0] for seed in seeds])
+    else:
+        mean = Difference(0, moments([*means.values()])[0], None, None)
+    return Overall(len(means), mean, means[where], where)
 
 
 def write_panel(folder: Path, table: Panel) -> None:

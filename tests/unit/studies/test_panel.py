@@ -63,6 +63,12 @@ def test_regret_over_all_scenarios_has_their_mean_and_the_worst() -> None:
     assert overall.worst == pytest.approx(0.03)
 
 
+def test_scenarios_with_other_seeds_have_a_mean_regret_and_no_interval() -> None:
+    overall = panel(STUDY, runs(TABLE | {"bad/learned": [(0.70, 0.78)]})).overall["learned"]  # 0.02 there
+    assert overall.mean.mean == pytest.approx((0.0 + 0.02) / 2)
+    assert overall.mean.low is None
+
+
 def test_less_is_worse_only_of_a_metric_that_is_to_rise() -> None:
     table = panel(STUDY, runs(TABLE, mode="min"))
     assert table.cells["good", "task"].chosen  # the lowest on validation
