@@ -16,11 +16,13 @@ from lqkd.studies.bars import StudyProgress
 from lqkd.studies.cluster import check_cluster, run_on_cluster
 from lqkd.studies.job import FINISHED, STOPPED, Task, tasks_of
 from lqkd.studies.local import run_here
-from lqkd.studies.results import Run, read_runs
+from lqkd.studies.named import read_named, tasks_by_name
+from lqkd.studies.panel import panel, panel_tables, write_panel
+from lqkd.studies.results import Run
 from lqkd.studies.settings import STUDY, Study
 from lqkd.studies.statistics import Summary, summarize
 from lqkd.studies.sweep import check_sweep, search
-from lqkd.studies.tables import HEADINGS, cells, heading, write_tables
+from lqkd.studies.tables import HEADINGS, cells, heading, markdown, write_tables
 from lqkd.studies.variants import Variants
 from lqkd.utils.escaping import terminal
 from lqkd.utils.files import write_text
@@ -54,22 +56,24 @@ def compare(study: Study, base: dict[str, Any], retry_failed: bool = False) -> N
 def _compare(study: Study, base: dict[str, Any], retry: bool) -> None:
     remove_partial_files(study.folder)
     variants = Variants(study.folder, base)
-    for name, overrides in study.variants.items():
+    for name, overrides in study.runs.items():
         variants.write(name, overrides)
     if study.sweep is not None:
         variants.write("base", {})
     write_text(study.folder / STUDY, _described(study))
-    tasks = [task for seed in study.seeds for task in tasks_of(study, list(study.variants), seed)]
+    names = list(study.runs)
+    once = list(dict.fromkeys(task.variant for _, task in tasks_by_name(study.folder, study, names)))
+    tasks = [task for seed in study.seeds for task in tasks_of(study, once, seed)]
     trials = study.sweep.trials if study.sweep is not None else 0
     run = Runner(study, len(tasks) + trials * len(study.seeds), retry)
     run(tasks)
-    names = list(study.variants)
     if study.sweep is not None:
         names += search(study, variants, run)
-    ordered = [task for name in names for task in (Task(study.folder, name, seed) for seed in study.seeds)]
-    results = read_runs(ordered)
+    results = read_named(tasks_by_name(study.folder, study, names))
     summaries = summarize(results, study.compared_with)
     write_tables(study.folder, results, summaries)
+    if study.scenarios:
+        write_panel(study.folder, panel(study, results))
     _print(study, results, summaries)
 
 
@@ -77,7 +81,11 @@ def _print(study: Study, results: Sequence[Run], summaries: Mapping[str, Mapping
     baseline = study.compared_with
     compared = "" if baseline is None else f" (difference to {baseline}: paired by seed, 95 % interval)"
     title, width = f"{study.name}: {heading(results)}{compared}", None if sys.stdout.isatty() else 120
-    print_table(title, HEADINGS, cells(results, summaries, baseline), width=width)
+    if study.scenarios:
+        for told, headings, rows in panel_tables(panel(study, results), baseline):
+            print(terminal(f"{study.name}: {heading(results)}; {told}"), markdown(headings, rows), sep="\n\n")
+    else:
+        print_table(title, HEADINGS, cells(results, summaries, baseline), width=width)
     for result in results:
         if not result.finished:
             told = f"{result.variant} seed {result.seed} {result.status}: {result.message}"

@@ -7,7 +7,8 @@ import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from lqkd.studies import exports, plots
 from lqkd.studies.exports import read_exports
 from lqkd.studies.job import Task
 from lqkd.studies.layers import read_layers
-from lqkd.studies.results import Run, metric_of, read, read_runs
+from lqkd.studies.named import read_named, tasks_by_name
+from lqkd.studies.panel import PANEL, Panel, panel, panel_tables, write_panel
+from lqkd.studies.results import Run, metric_of, read
 from lqkd.studies.settings import STUDY, read_mapping, read_study
 from lqkd.studies.statistics import Summary, summarize
 from lqkd.studies.tables import (
@@ -84,6 +87,8 @@ class Material:
     baseline: str | None
     tasks: list[Task]
     configs: dict[str, str]
+    panel: Panel | None = None
+    panels: list[Table] = field(default_factory=list)
 
 
 def report(folder: Path) -> Path:
@@ -102,12 +107,15 @@ def report(folder: Path) -> Path:
         raise UsageError("report needs jinja2: pip install 'lqkd[report]'")
     material = gather(folder)
     write_tables(folder, material.runs, material.summaries)
+    if material.panel is not None:
+        write_panel(folder, material.panel)
     write_text(folder / MARKDOWN, as_markdown(material))
     write_text(folder / HTML, as_html(material))
     for run in material.runs:
         for sentence in run.outdated:
             print(f"lqkd: warning: {escaping.terminal(sentence)}", file=sys.stderr)
-    print(f"written to {folder}: {HTML}, {MARKDOWN}, {TABLE} and {RUNS}")
+    tables = f"{TABLE} and {RUNS}" if material.panel is None else f"{TABLE}, {RUNS} and {PANEL}"
+    print(f"written to {folder}: {HTML}, {MARKDOWN}, {tables}")
     return folder / HTML
 
 
@@ -119,18 +127,20 @@ def gather(folder: Path) -> Material:
     """
     if is_own_file(folder / STUDY, folder):
         study = read_study(folder / STUDY)
-        names = [*study.variants, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
-        tasks = [Task(folder, name, seed) for name in names for seed in study.seeds]
+        names = [*study.runs, *sorted(path.stem for path in (folder / "variants").glob("trial_*.yaml"))]
+        named = tasks_by_name(folder, study, names)
+        tasks = [task for _, task in named]
         for task in tasks:
             check_inside(task.folder, folder)
-        runs = read_runs(track(tasks, "reading runs", len(tasks)))
+        runs = read_named(track(named, "reading runs", len(named)))
         configs = {STUDY: _text(folder / STUDY)}
         for name in names:
             config = folder / "variants" / f"{name}.yaml"
             configs[name] = _text(config) if is_own_file(config, folder) else ""
-        return Material(
-            folder, study.name, "study", runs, summarize(runs, study.compared_with), study.compared_with, tasks, configs
-        )
+        baseline, made = study.compared_with, panel(study, runs) if study.scenarios else None
+        panels = [] if made is None else [Table(_sentence(t), h, rows) for t, h, rows in panel_tables(made, baseline)]
+        summaries = summarize(runs, baseline)
+        return Material(folder, study.name, "study", runs, summaries, baseline, tasks, configs, made, panels)
     if is_own_file(folder / CONFIG, folder):
         name = "/".join(folder.resolve().parts[-2:])
         settings = read_mapping(folder / CONFIG, "the run's configuration")
@@ -152,7 +162,10 @@ def _text(path: Path) -> str:
 def as_markdown(material: Material) -> str:
     """The tables of the report as Markdown."""
     rows = cells(material.runs, material.summaries, material.baseline)
-    parts = [f"# {escaping.markdown(material.name)}\n", f"{note(material.runs)}\n", markdown(HEADINGS, rows)]
+    parts = [f"# {escaping.markdown(material.name)}\n", f"{note(material.runs)}\n"]
+    for table in material.panels:
+        parts += [f"## {escaping.markdown(table.caption)}\n", markdown(table.headings, table.rows)]
+    parts += ["## Variants\n"] * bool(material.panels) + [markdown(HEADINGS, rows)]
     parts += ["## Runs\n", markdown(_RUN_HEADINGS, [_run_row(run) for run in material.runs])]
     failed = [run for run in material.runs if not run.finished]
     if failed:
@@ -200,6 +213,7 @@ def as_html(material: Material) -> str:
         name=material.name,
         kind=material.kind,
         note=note(material.runs),
+        panels=material.panels,
         counts=_counts(material.runs),
         values=Table(
             _title(material.runs),
@@ -228,7 +242,11 @@ def _title(runs: Sequence[Run]) -> str:
     metric, mode = metric_of(runs)
     name = name_of(metric)
     what = ", in %" if is_share(metric) else ", less is better" if mode == "min" else ""
-    return f"{name[0].upper()}{name[1:]} of each variant{what}"
+    return _sentence(f"{name} of each variant{what}")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def _counts(runs: Sequence[Run]) -> str:
@@ -377,12 +395,11 @@ def _layer_tables(runs: Sequence[Run]) -> list[tuple[Table, list[str]]]:
 
 def _failures(material: Material) -> list[tuple[str, str]]:
     """What each unfinished run says of itself, and the end of what it printed."""
-    logs = {(task.variant, task.seed): task.log for task in material.tasks}
     told = []
-    for run in material.runs:
+    for run, task in zip_longest(material.runs, material.tasks):  # a run alone has no task
         if run.finished:
             continue
-        log = logs.get((run.variant, run.seed or 0))
+        log = None if task is None else task.log
         is_there = log is not None and is_own_file(log, material.folder)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and is_there else []
         told.append((_told(run), "\n".join(lines[-_LOG_LINES:])))

@@ -60,6 +60,10 @@ class Study:
         base: configuration file as ``fit`` takes it; a relative path is relative to the study file.
         variants: overrides of the base by the variant's name, dotted keys or nested.
         baseline: variant that others are compared with; null is the first.
+        scenarios: overrides of the base by the scenario's name. Each variant then runs in each of them, as
+            ``scenario/variant``, and its own overrides come after the scenario's.
+        tuned: variants, with scenarios, of which the best on the validation split of a scenario is what the others are
+            held against there: fixed weights say.
         settings: overrides for all variants.
         seeds: of the runs; all variants of one seed share data order, augmentation and initial weights.
         root: folder of all studies.
@@ -73,6 +77,8 @@ class Study:
     base: str
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     baseline: str | None = None
+    scenarios: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tuned: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     root: str = "studies"
@@ -84,6 +90,20 @@ class Study:
     def compared_with(self) -> str | None:
         """The variant that others are compared with; None in a sweep alone."""
         return self.baseline or next(iter(self.variants), None)
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Overrides of the base by what is run: each variant, with scenarios in each of them.
+
+        The first variants come first, in all scenarios, so that a study that is cut short has whole rows.
+        """
+        if not self.scenarios:
+            return self.variants
+        return {
+            f"{scenario}/{variant}": merge(nested(given), nested(own))
+            for variant, own in self.variants.items()
+            for scenario, given in self.scenarios.items()
+        }
 
     @property
     def folder(self) -> Path:
@@ -165,7 +185,8 @@ def _study(described: dict[str, Any]) -> Study:
         if values.get(key) is not None:
             values[key] = kind(**_typed(kind, values[key], f"{key}."))
     study = Study(**values)
-    study.variants = {str(name): overrides or {} for name, overrides in study.variants.items()}
+    for key in ("variants", "scenarios"):
+        setattr(study, key, {str(name): overrides or {} for name, overrides in getattr(study, key).items()})
     _check(study)
     return study
 
@@ -199,12 +220,15 @@ def _typed(kind: type, described: dict[str, Any], prefix: str) -> dict[str, Any]
 def _check(study: Study) -> None:
     if not study.variants and study.sweep is None:
         raise UsageError("variants is empty: name at least one variant, or a sweep")
-    for key, name in [("name", study.name), *(("variants", variant) for variant in study.variants)]:
+    groups = {"variants": study.variants, "scenarios": study.scenarios}
+    for key, name in [("name", study.name), *((key, name) for key, group in groups.items() for name in group)]:
         if not _NAME.fullmatch(name):
             raise UsageError(f"{key}: {name!r} is not possible: use letters, digits and _ . + - for a folder's name")
-    for name, overrides in study.variants.items():
-        if not isinstance(overrides, dict):
-            raise UsageError(f"variants.{name}={overrides!r} is not possible: a mapping of settings is needed")
+    for key, group in groups.items():
+        for name, overrides in group.items():
+            if not isinstance(overrides, dict):
+                raise UsageError(f"{key}.{name}={overrides!r} is not possible: a mapping of settings is needed")
+    _check_panel(study)
     if any(type(seed) is not int for seed in study.seeds):
         raise UsageError(f"seeds={study.seeds} is not possible: give whole numbers")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
@@ -217,6 +241,17 @@ def _check(study: Study) -> None:
         raise UsageError(f"launcher.parallel={study.launcher.parallel} is not possible: it must be at least 1")
     if study.sweep is not None:
         _check_sweep(study.sweep, list(study.variants))
+
+
+def _check_panel(study: Study) -> None:
+    if study.scenarios and study.sweep is not None:
+        raise UsageError("scenarios and sweep are not possible in one study: give each a study of its own")
+    if bool(study.tuned) != bool(study.scenarios):
+        given, missing = ("tuned", "scenarios") if study.tuned else ("scenarios", "tuned")
+        raise UsageError(f"{given} needs {missing}: the best of the tuned variants is chosen for each scenario")
+    unknown = [name for name in study.tuned if name not in study.variants]
+    if unknown:
+        raise UsageError(f"tuned={unknown[0]!r} is no variant: use some of {', '.join(study.variants)}")
 
 
 def _check_sweep(sweep: Sweep, variants: Sequence[str]) -> None:

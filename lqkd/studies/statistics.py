@@ -74,7 +74,7 @@ def summarize(runs: Sequence[Run], baseline: str | None) -> dict[str, dict[str, 
 
     Args:
         runs: all runs; those that have not finished count for nothing.
-        baseline: name of the variant that the others are compared with, if any.
+        baseline: name of the variant that the others are compared with, each within its own scenario, if any.
     """
     result: dict[str, dict[str, Summary]] = {run.variant: {} for run in runs}
     for measure, of in MEASURES.items():
@@ -84,12 +84,24 @@ def summarize(runs: Sequence[Run], baseline: str | None) -> dict[str, dict[str, 
                 values[run.variant][run.seed] = value
         for variant, by_seed in values.items():
             difference = None
-            if baseline is not None and variant != baseline:
-                seeds = [seed for seed in by_seed if seed in values[baseline]]
-                difference = paired_difference([by_seed[s] for s in seeds], [values[baseline][s] for s in seeds])
+            if baseline is not None and not is_baseline(variant, baseline):
+                theirs = values.get(_beside(variant, baseline), {})
+                seeds = [seed for seed in by_seed if seed in theirs]
+                difference = paired_difference([by_seed[s] for s in seeds], [theirs[s] for s in seeds])
             mean, std = moments(list(by_seed.values())) if by_seed else (None, None)
             result[variant][measure] = Summary(len(by_seed), mean, std, difference)
     return result
+
+
+def is_baseline(name: str, baseline: str | None) -> bool:
+    """Whether a variant, or a variant in a scenario, ``scenario/variant``, is what others are compared with."""
+    return baseline is not None and name == _beside(name, baseline)
+
+
+def _beside(name: str, variant: str) -> str:
+    """Another variant in the scenario of ``name``."""
+    scenario, slash, _ = name.rpartition("/")
+    return f"{scenario}{slash}{variant}"
 
 
 def moments(values: Sequence[float]) -> tuple[float, float | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
 from lqkd.studies.results import SPOILED, Run, metric_of
-from lqkd.studies.statistics import Summary, moments
+from lqkd.studies.statistics import Summary, is_baseline, moments
 from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import escaping
 from lqkd.utils.tables import write_csv
@@ -140,7 +140,7 @@ def cells(runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Summary]], b
     for name, measures in summaries.items():
         row = [name]
         for summary in measures.values():
-            row += [value(summary, metric), "baseline" if name == baseline else difference(summary, metric)]
+            row += [value(summary, metric), "baseline" if is_baseline(name, baseline) else difference(summary, metric)]
         rows.append([*row, endings(of_variant(runs, name))])
     for name, summary in references(runs).items():
         rows.append([name, NONE, NONE, NONE, NONE, value(summary, metric), NONE, NONE])

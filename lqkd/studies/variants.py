@@ -86,7 +86,7 @@ class Variants:
                     "another name"
                 )
         text = yaml.safe_dump(config, sort_keys=False)
-        proposed = target.with_name(f".{name}.yaml")
+        proposed = target.with_name(f".{target.name}")
         write_text(proposed, text)
         try:
             self._parse(proposed)

@@ -124,6 +124,30 @@ def test_a_variant_with_runs_cannot_change(lqkd: Forks, finished: Path) -> None:
     assert "trainer.max_epochs was 40 and is now 3" in lqkd.log.read_text()
 
 
+def test_every_variant_runs_in_every_scenario_and_the_report_says_what_it_costs(lqkd: Forks, tmp_path: Path) -> None:
+    weight = "model.init_args.balance.init_args.distill"
+    described = SMALL | SHORTER | {
+        "seeds": [0],
+        "variants": {"fixed": {weight: 0.5}, "given": {}},
+        "scenarios": {"light": {weight: 0.1}, "heavy": {weight: 10.0}},
+        "tuned": ["fixed"],
+    }  # fmt: skip
+    assert compare(lqkd, tmp_path, described) == 0
+    study = tmp_path / "small"
+    trained = {path.parent.relative_to(study / "runs").as_posix() for path in study.glob("runs/*/*/*/summary.json")}
+    assert trained == {
+        f"{run}/seed_0" for run in ("light/fixed", "light/given", "heavy/given")
+    }  # fixed is the same twice
+    cells = {(row["scenario"], row["variant"]): row for row in rows(study / "panel.csv")}
+    assert cells["light", "fixed"]["test_mean"] == cells["heavy", "fixed"]["test_mean"]
+    for scenario in ("light", "heavy"):
+        lost = float(cells[scenario, "fixed"]["test_mean"]) - float(cells[scenario, "given"]["test_mean"])
+        assert float(cells[scenario, "given"]["regret_mean"]) == pytest.approx(lost)
+    assert lqkd.run("report", str(study)) == 0
+    for page in ("report.md", "report.html"):
+        assert "Regret: the best tuned variant of the scenario" in (study / page).read_text()
+
+
 def test_a_mistake_in_a_variant_is_told_before_the_first_run(lqkd: Forks, tmp_path: Path) -> None:
     variants: dict[str, Any] = {"good": {}, "bad": {"model.init_args.regularizer": {"class_path": "lqkd.Nothing"}}}
     assert compare(lqkd, tmp_path, SMALL | {"variants": variants}) == 2
@@ -214,8 +238,10 @@ def test_every_variant_of_a_shipped_study_is_a_configuration(
     monkeypatch.setenv("LQKD_DATA", str(tmp_path))
     study, base, _ = of("compare", ["--config", str(path), "--root", str(tmp_path)])
     variants = Variants(study.folder, base)
-    for name, overrides in study.variants.items() or [("base", {})]:
-        variants.write(name, overrides)
+    first = {next(iter(names), "") for names in (study.scenarios, study.variants)}
+    for name, overrides in study.runs.items() or [("base", {})]:
+        if not study.scenarios or first & {*name.split("/")}:  # each scenario and each variant, not each of their pairs
+            variants.write(name, overrides)
     assert f"--config configs/studies/{path.name}" in path.read_text()
     assert os.environ.get("PL_GLOBAL_SEED") == "0"  # the process that starts runs sets no seed
 

@@ -74,6 +74,12 @@ def test_cached_answers_go_to_a_folder_of_the_study(tmp_path: Path) -> None:
         ({"launcher": {"gpus": 1}}, "launcher.gpus is no setting"),
         ({"base": "other.yaml"}, "other.yaml' does not exist"),
         ({"sweep": {"trials": 3}}, "sweep.parameters is missing"),
+        ({"scenarios": {"x": {}}}, "scenarios needs tuned"),
+        ({"tuned": ["a"]}, "tuned needs scenarios"),
+        ({"scenarios": {"x": {}}, "tuned": ["z"]}, "tuned='z' is no variant: use some of a"),
+        ({"scenarios": {"x/y": {}}, "tuned": ["a"]}, "scenarios: 'x/y' is not possible: use letters"),
+        ({"scenarios": {"x": 3}, "tuned": ["a"]}, "scenarios.x=3 is not possible: a mapping"),
+        ({"scenarios": {"x": {}}, "tuned": ["a"], "sweep": {"parameters": {}}}, "scenarios and sweep are not possible"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, described: dict[str, Any], complaint: str) -> None:
