@@ -448,8 +448,8 @@ class DistillModule(TaskModule):
         if self._channels_last is None:
             if self.trainer.world_size > 1:  # which have laid out their gradients by now
                 raise UsageError(
-                    f"channels_last=null is not possible with {self.trainer.world_size} processes: measure it with one, "
-                    "and give true or false"
+                    f"channels_last=null is not possible with {self.trainer.world_size} processes: measure it with "
+                    "one, and give true or false"
                 )
             with self.trainer.precision_plugin.forward_context():
                 faster = faster_in_channels_last(self.student, inputs)

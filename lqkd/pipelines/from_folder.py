@@ -11,9 +11,6 @@ import yaml
 from lightning.pytorch import Callback
 
 from lqkd.errors import Stopped, UsageError
-from lqkd.export.command import export
-from lqkd.export.export_check import ExportCheck
-from lqkd.export.report import report_path
 from lqkd.pipelines.asked import ASKED, Asked
 from lqkd.pipelines.photographs import look_at
 from lqkd.pipelines.plan import FLOAT, STUDENT, TEACHER, plan
@@ -122,6 +119,8 @@ def _begin(asked: Asked, place: Path) -> None:
 
 def _train(config: Path, folder: Path) -> None:
     """Train as a configuration says, unless that is done, or go on with it."""
+    from lqkd.export.export_check import ExportCheck  # whose packages are optional
+
     callbacks: list[Callback] = [ExportCheck()]
     if not (folder / CONFIG).is_file():
         run(["fit", "--config", str(config)], [config], False, callbacks)
@@ -132,6 +131,9 @@ def _train(config: Path, folder: Path) -> None:
 def _take_away(folder: Path) -> None:
     """The file, the page and what they are."""
     file = folder / "student.onnx"
+    from lqkd.export.command import export
+    from lqkd.export.report import report_path
+
     if not (file.is_file() and report_path(file).is_file()) or file in outdated_exports(folder):
         export(folder, overwrite=True)
     page = report(folder)

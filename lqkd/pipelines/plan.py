@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export.deploy import check_deployable
 from lqkd.models.calls import Inputs
 from lqkd.pipelines.asked import Asked
 from lqkd.pipelines.networks import TRAINED, Network, named, starting_from, trained
@@ -182,6 +181,8 @@ def _quantization(student: Network, bits: str, size: int) -> tuple[dict[str, Any
     Raises:
         UsageError: when the student could not be exported.
     """
+    from lqkd.export.deploy import check_deployable  # whose packages are optional
+
     callbacks = [{"class_path": "lqkd.callbacks.BatchNormReestimation"}]
     chosen: dict[str, Any] = {"bits": bits}
     told = f"{bits}, 8 in the first and last layer"

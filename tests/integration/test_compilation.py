@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,31 @@ def test_what_breaks_the_graph_is_one_sentence_that_says_where(traced: None, mak
     ) as told:
         train(make_trainer, compile=True, student=nn.Sequential(small(), Asks()), **plain())
     assert "\n" not in str(told.value)
+
+
+class Refuses(nn.Module):
+    """Has a mistake of its own, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and len(x) > 2:
+            raise ValueError("my own mistake")
+        return x
+
+
+def test_a_mistake_in_a_network_is_told_as_it_is(traced: None, make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match=r"^my own mistake$"):
+        train(make_trainer, compile=True, student=nn.Sequential(small(), Refuses()), **plain())
+
+
+def test_a_training_that_failed_leaves_nothing_that_the_next_one_meets_or_that_cannot_be_pickled(
+    traced: None, make_trainer: MakeTrainer
+) -> None:
+    arguments = terms() | plain() | {"student": nn.Sequential(small(), Refuses())}
+    module = distiller(compile=True, **arguments)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="my own mistake"):
+            make_trainer().fit(module, datamodule=digits())
+    assert not pickle.loads(pickle.dumps(module.compilation))._calls
 
 
 @pytest.mark.parametrize(
