@@ -27,13 +27,13 @@ class Distill:
     photographs: str
     """folder with one folder of images per class (CLASS/IMAGE), or with train/, val/ and test/ that have these"""
     student: str = argument("resnet18", metavar="NETWORK")
-    """network of torchvision or timm by its name, hf-hub:OWNER/NAME, or a YAML file with class_path and init_args"""
+    """name in torchvision or timm, hf-hub:OWNER/NAME, or a YAML file"""
     bits: str = argument("w4a4")
     """of weights and activations: w8a8, w4a4, w2a2, ..."""
-    teacher: str | None = argument(None, metavar="NETWORK", shown="the student in floating point")
-    """network, likewise, or the folder of a run that has trained one"""
-    student_weights: str | None = argument(None, metavar="FILE", shown="what is published, or else random ones")
-    """file with float weights, of these classes or others, or pretrained for what the network's library publishes"""
+    teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
+    """network, likewise, or a run that has trained one"""
+    student_weights: str | None = argument(None, metavar="FILE", shown="what is published, else random")
+    """file, builtin:NAME, or pretrained for published ones"""
     teacher_weights: str | None = argument(None, metavar="FILE", shown="likewise")
     """likewise"""
     epochs: int | None = argument(None, metavar="N", shown="by the number of images")
@@ -43,7 +43,7 @@ class Distill:
     batch_size: int | None = argument(None, metavar="N", shown="by the number of images")
     """images of a step"""
     out: str | None = argument(None, metavar="FOLDER", shown="runs/PHOTOGRAPHS_STUDENT_BITS")
-    """folder for all of it, new or empty, or one to go on in"""
+    """new or empty, or to go on in"""
 
 
 @dataclass(frozen=True)

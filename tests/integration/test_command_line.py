@@ -42,7 +42,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_names_every_verb_and_every_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "--help")
-    assert len(ALL) == 11
+    assert len(ALL) == 12
     for word in [*ALL, *map(str, EXIT_STATUS)]:
         assert re.search(rf"^  {word} +\w", text, flags=re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 100
