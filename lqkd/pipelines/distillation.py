@@ -61,7 +61,7 @@ def distill(
 
     By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary KL
     for :class:`~lqkd.tasks.MultiLabel`, squared residuals for a task without classes), by SGD, with fresh batch norm
-    statistics for whatever is validated and saved: ``docs/choosing.md`` says on what evidence.
+    statistics for whatever is validated and saved: ``docs/from_python.md`` says on what evidence, and when not.
 
     Args:
         student: the network in floating point, trained.
@@ -109,7 +109,7 @@ def distill(
     data = train if isinstance(train, LightningDataModule) else Loaders(train, val, test)
     guessed = task is None
     task = guess_task(first_to_train_on(data), student) if task is None else task
-    module = _module(student, teacher, bits, task, settings)
+    module = _module(student, teacher, bits, task, guessed, settings)
     check_end(data, module, trainer or {})
     said = _said(module, {"max_epochs": epochs, **(trainer or {})})
     place, new = _place(folder, {"seed_everything": seed, PYTHON: said})
@@ -154,12 +154,17 @@ def _said(module: DistillModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _module(
-    student: nn.Module, teacher: nn.Module | None, bits: str | Recipe, task: Task, settings: Mapping[str, Any]
+    student: nn.Module,
+    teacher: nn.Module | None,
+    bits: str | Recipe,
+    task: Task,
+    guessed: bool,
+    settings: Mapping[str, Any],
 ) -> DistillModule:
     given = {key: copy.deepcopy(value) if key in TRAINED else value for key, value in settings.items()}
     smoothing = given.pop("label_smoothing", None)
     if smoothing:
-        if type(task) is not Classification:
+        if not guessed or type(task) is not Classification:  # whose other settings would be lost
             raise UsageError(f"label_smoothing={smoothing!r} is a setting of task {type(task).__name__}: give it there")
         task = Classification(label_smoothing=smoothing)
     if given.get("teachers") is None:

@@ -130,10 +130,10 @@ def _train(config: Path, folder: Path) -> None:
 
 def _take_away(folder: Path) -> None:
     """The file, the page and what they are."""
-    file = folder / "student.onnx"
-    from lqkd.export.command import export
+    from lqkd.export.command import export  # whose packages are optional
     from lqkd.export.report import report_path
 
+    file = folder / "student.onnx"
     if not (file.is_file() and report_path(file).is_file()) or file in outdated_exports(folder):
         export(folder, overwrite=True)
     page = report(folder)

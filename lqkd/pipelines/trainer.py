@@ -12,21 +12,17 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lqkd.callbacks import BatchNormReestimation, ProgressBar, RegularizerMonitor
-from lqkd.callbacks.folder import run_folder_of
 from lqkd.errors import UsageError, first_line
 from lqkd.modules.devices import check_devices
 from lqkd.modules.trainer_checks import check_trainer_settings
-from lqkd.runs import AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary
-from lqkd.runs.folder import CHECKPOINTS, LAYERS
-from lqkd.runs.header import print_header
+from lqkd.runs import BestAndLast, RunLogger, RunSummary
+from lqkd.runs.description import Description
+from lqkd.runs.folder import CHECKPOINTS
 from lqkd.runs.logger import LogEveryEpoch
 from lqkd.tasks import Task
-from lqkd.utils.files import write_text
 from lqkd.utils.suggest import nearest
 
 _TAKEN = {
@@ -79,7 +75,7 @@ def trainer_for(
     """
     callbacks = given.get("callbacks") or []
     callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
-    ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), _KeepRun(guessed)]
+    ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), Description(guessed)]
     if given.get("enable_progress_bar") is not False and not any(isinstance(one, Bar) for one in callbacks):
         ours.append(ProgressBar())
     if given.get("log_every_n_steps") is None:
@@ -98,21 +94,3 @@ def trainer_for(
         return Trainer(**{**settings, "callbacks": callbacks, "logger": [RunLogger(folder), *loggers]})
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UsageError(f"the Trainer refuses these settings: {first_line(error)}") from error
-
-
-class _KeepRun(Callback):
-    """Makes checkpoints atomic, keeps the list of layers, and tells what was chosen."""
-
-    def __init__(self, guessed: bool) -> None:
-        self.guessed = guessed
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = run_folder_of(trainer)
-        assert folder is not None
-        write_text(folder / LAYERS, f"{pl_module.coverage}\n")
-        print_header(trainer, pl_module, self.guessed)

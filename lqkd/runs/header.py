@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,9 @@ def _lines(trainer: Trainer, module: TaskModule, guessed: bool) -> Iterator[tupl
     else:
         yield "network", type(module.trained()).__name__
     optimizers = map(_optimizer, trainer.optimizers)
-    yield "training", ", ".join([*_length(trainer, module), *optimizers, _device(trainer, module)])
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    parts = [*_length(trainer, module), *optimizers, _device(trainer, module)]
+    yield "training", ", ".join(parts if seed is None else [*parts, f"seed {seed}"])
     yield "run folder", str(run_folder_of(trainer))
 
 

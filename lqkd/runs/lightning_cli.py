@@ -16,7 +16,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -33,12 +32,12 @@ from lqkd.modules.base import TaskModule
 from lqkd.modules.devices import check_devices
 from lqkd.modules.optimizers import SETTINGS_IN_CHECKPOINT
 from lqkd.modules.trainer_checks import check_trainer_numbers, check_trainer_settings
-from lqkd.runs import AtomicCheckpointIO, BestAndLast, RunLogger, RunSummary
+from lqkd.runs import BestAndLast, RunLogger, RunSummary
+from lqkd.runs.description import Description
 from lqkd.runs.folder import (
     BEST,
     CHECKPOINTS,
     CONFIG,
-    LAYERS,
     SPLIT,
     SUMMARY,
     RunSettings,
@@ -50,7 +49,6 @@ from lqkd.runs.folder import (
     remove_partial_files,
     restarted,
 )
-from lqkd.runs.header import print_header
 from lqkd.runs.logger import LogEveryEpoch
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.parser import OneLineParser, of_constructor
@@ -409,8 +407,8 @@ class LqkdCLI(LightningCLI):
         predictions.write(folder / "predictions.csv", files)
 
 
-class _KeepRun(Callback):
-    """Makes checkpoints atomic and keeps the run's configuration, list of layers and split of images beside them.
+class _KeepRun(Description):
+    """Also keeps the run's configuration and split of images, and in every checkpoint how much was asked for.
 
     Args:
         config_text: the configuration.
@@ -422,6 +420,7 @@ class _KeepRun(Callback):
     """
 
     def __init__(self, config_text: str, asked: dict[str, Any], finished: str | None) -> None:
+        super().__init__()
         self.config_text = config_text
         self.asked = asked
         self.finished = finished
@@ -429,21 +428,14 @@ class _KeepRun(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[LIMITS] = self.asked
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.finished is not None:
             raise UsageError(f"settings have no effect unless they ask for more training: {self.finished}")
-        self._describe(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+        self._keep_split(trainer)
 
     @rank_zero_only
-    def _describe(self, trainer: Trainer, pl_module: Any) -> None:
-        if isinstance(pl_module, DistillModule):
-            write_text(self._folder(trainer) / LAYERS, f"{pl_module.coverage}\n")
-        if isinstance(pl_module, TaskModule):
-            print_header(trainer, pl_module)
+    def _keep_split(self, trainer: Trainer) -> None:
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, (ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)

@@ -604,7 +604,7 @@ def test_a_setting_that_is_not_kept_yet_is_given_once_more(
 ) -> None:
     """A full disk before the configuration is replaced: going on without the setting would do something else."""
     copy = shutil.copytree(run, tmp_path / "copy")
-    monkeypatch.setattr("lqkd.runs.lightning_cli._KeepRun._describe", full_disk)
+    monkeypatch.setattr("lqkd.runs.description.Description.describe", full_disk)
     assert main(["resume", str(copy), "--trainer.max_epochs", "3"]) == 4
     assert capsys.readouterr().err.endswith("make room, then the same command starts again\n")
 

@@ -206,7 +206,7 @@ def test_every_choice_is_told_and_kept_and_nothing_that_is_no_news(
         "task        Classification, told from the first batch, the last epoch is kept: there is no validation" in told
     )
     assert "0.5 of the task, 0.5 of HintonKL from Sequential" in told  # its own network, none was given
-    assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu" in told
+    assert "1 epoch of 2 batches, SGD (lr 0.01), on cpu, seed 0" in told
     assert f"run folder  {tmp_path / 'run'}" in told
     assert not [line for line in caplog.messages if "available: " in line or "Seed set" in line or "Tip: " in line]
     assert "there is no validation data" in " ".join(made.summary["warnings"])
@@ -379,6 +379,7 @@ def test_a_task_that_cannot_be_told_is_asked_for(batch: Any, message: str) -> No
         ({"trainer": {"max_steps": 0}}, "trainer['max_steps']=0 is not possible"),
         ({"trainer": {"devices": 2, "accelerator": "cpu", "strategy": "ddp_spawn"}}, "does not come back"),
         ({"task": Segmentation(3), "label_smoothing": 0.1}, "is a setting of task Segmentation"),
+        ({"task": Classification(ignore_index=2), "label_smoothing": 0.1}, "is a setting of task Classification"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_run_behind(
