@@ -110,14 +110,13 @@ class ExplainedVariance(Regularizer):
             halves: (N,) int64, 0 or 1: the half that each row belongs to, whenever it is asked about.
         """
         sums = torch.zeros(self.counts.shape, dtype=torch.float64, device=teacher.device)
-        with torch.autocast(teacher.device.type, enabled=False):
-            t, s = (_by_position(x.detach()).double() for x in (teacher, student))
-            for half in range(2):
-                own = (halves == half).to(t.device)
-                of_t, of_s = t[own].flatten(0, 1), s[own].flatten(0, 1)
-                seen = torch.cat([torch.ones_like(of_s[:, :1]), of_s], 1)
-                sums[half, :-1] = seen.mT @ torch.cat([seen, of_t], 1)
-                sums[half, -1, seen.shape[1] :] = of_t.square().sum(0)
+        t, s = (_by_position(x.detach()).double() for x in (teacher, student))  # which autocast leaves alone
+        for half in range(2):
+            own = (halves == half).to(t.device)
+            of_t, of_s = t[own].flatten(0, 1), s[own].flatten(0, 1)
+            seen = torch.cat([torch.ones_like(of_s[:, :1]), of_s], 1)
+            sums[half, :-1] = seen.mT @ torch.cat([seen, of_t], 1)
+            sums[half, -1, seen.shape[1] :] = of_t.square().sum(0)
         return sums
 
     @torch.no_grad()

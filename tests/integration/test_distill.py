@@ -12,7 +12,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -106,6 +106,21 @@ def test_a_student_comes_back_with_what_was_measured_of_it(made: lqkd.Distilled)
 def test_the_best_epoch_is_what_comes_back(made: lqkd.Distilled) -> None:
     kept = torch.load(made.folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(kept[f"student.{name}"], value) for name, value in made.network.state_dict().items())
+
+
+def test_an_epoch_that_was_better_than_the_last_comes_back(networks: tuple[nn.Module, nn.Module]) -> None:
+    class Spoil(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.student[-1].weight.data.neg_()
+
+    trainer = {"callbacks": Spoil(), "enable_progress_bar": False}
+    made = lqkd.distill(*networks, loader(32, 0), loader(64, 1), epochs=2, trainer=trainer)
+    images, labels = rows(64, 1)
+    with torch.no_grad():
+        right = (made.network(images).argmax(dim=1) == labels).float().mean()
+    assert made.summary["val"] == pytest.approx(float(right))
+    assert right > 0.9
 
 
 def test_a_file_is_proven_to_answer_like_the_student(made: lqkd.Distilled, tmp_path: Path) -> None:
@@ -427,7 +442,7 @@ def test_ctrl_c_before_the_first_step_leaves_neither_a_folder_nor_a_deaf_process
 
 def test_validation_that_is_switched_off_is_not_read(networks: tuple[nn.Module, nn.Module]) -> None:
     trainer = {"limit_val_batches": 0, "enable_progress_bar": False}
-    lqkd.distill(*networks, loader(32, 0), Interrupted(), epochs=1, trainer=trainer)
+    lqkd.distill(*networks, loader(32, 0), Interrupted(), test=loader(32, 1), epochs=1, trainer=trainer)
 
 
 def test_a_folder_that_holds_something_is_not_written_into(

@@ -154,6 +154,10 @@ def test_of_two_specialists_the_one_that_knows_the_sample_is_heard() -> None:
     scores = torch.cat([torch.ones(4000, 1).double(), telling(fresh)], 1) @ trusted.gate.double().T
     expected = (scores.softmax(1).T[:, :, None] * (trusted.scale[:, None, None] * fresh).softmax(2)).sum(0).log()
     torch.testing.assert_close(trusted(fresh), expected.float(), rtol=1e-4, atol=1e-4)
+    resumed = TrustMap(2, 10, spread="fitted")
+    resumed(fresh)  # before it is told of a gate
+    resumed.load_state_dict(trusted.state_dict())
+    assert torch.equal(resumed(fresh), trusted(fresh))
     problem = Problem.of(teachers, labels, directions(teachers))
     new = replace(Problem.of(fresh, its_labels, directions(teachers)), unit=problem.unit)
     new.seen, new.reduced = (forms.centred_logits(fresh) / problem.unit for _ in range(2))
