@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lqkd.data import CIFAR10
 from lqkd.models import CifarResNet, load_weights
@@ -33,14 +34,30 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> CIFAR10:
     return data
 
 
+def trained() -> CifarResNet:
+    network = CifarResNet(20)
+    load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
+    return network
+
+
 @torch.no_grad()
-def accuracy(network: torch.nn.Module, data: CIFAR10) -> float:
+def predicted(network: torch.nn.Module, data: CIFAR10) -> tuple[Tensor, Tensor]:
+    """Classes of every fifth test image, and their labels: compared image by image, they tell as much as all."""
     network.eval()
-    right = sum(
-        int((network(data.preprocess(batch, train=False, epoch=0).images).argmax(1) == batch.labels).sum())
-        for batch in data.test_dataloader()
-    )
-    return 100 * right / 10_000
+    batches = (data.preprocess(batch, train=False, epoch=0) for batch in data.test_dataloader())
+    seen = [(network(batch.images[::5]).argmax(1), batch.labels[::5]) for batch in batches]
+    classes, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    return classes, labels
+
+
+@pytest.fixture(scope="module")
+def in_float(cifar10: CIFAR10) -> tuple[Tensor, Tensor]:
+    return predicted(trained(), cifar10)
+
+
+def test_the_published_weights_have_their_accuracy(in_float: tuple[Tensor, Tensor]) -> None:
+    classes, labels = in_float
+    assert 100 * (classes == labels).float().mean() == pytest.approx(91.73, abs=1.3)  # two standard errors of 2,000 images
 
 
 @pytest.mark.parametrize(
@@ -48,10 +65,13 @@ def accuracy(network: torch.nn.Module, data: CIFAR10) -> float:
     [{}, {"residual_bits": 8}, {"weight_quantizer": "minmax", "activation_quantizer": "minmax"}],
     ids=["default", "with additions", "minmax"],
 )
-def test_eight_bits_calibrated_without_training_stay_close_to_float(cifar10: CIFAR10, settings: dict[str, Any]) -> None:
-    network = CifarResNet(20)
-    load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
-    network, _ = quantize_model(network, Recipe(bits="w8a8", **settings))
+def test_eight_bits_calibrated_without_training_stay_close_to_float(
+    cifar10: CIFAR10, in_float: tuple[Tensor, Tensor], settings: dict[str, Any]
+) -> None:
+    network, _ = quantize_model(trained(), Recipe(bits="w8a8", **settings))
     batch = next(iter(cifar10.train_dataloader()))
     initialize_quantizers(network, cifar10.preprocess(batch, train=False, epoch=0).images)
-    assert accuracy(network, cifar10) == pytest.approx(91.73, abs=0.3)
+    classes, labels = predicted(network, cifar10)
+    told = in_float[0]
+    assert 100 * (classes == told).float().mean() >= 98
+    assert 100 * ((classes == labels).float() - (told == labels).float()).mean() >= -0.3
