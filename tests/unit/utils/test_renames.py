@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from lqkd.modules import DistillModule
 from lqkd.runs.resume import differences
 from lqkd.teachers import FrozenTeacher
 from lqkd.utils.renames import CLASSES, MODULES, current, current_terms, renewed
+from tests.forked import Forks
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 OLD = {
@@ -96,12 +96,13 @@ def test_a_run_folder_with_old_names_resumes_and_differs_in_nothing_but_what_was
     assert start["steps"] == 1
 
 
-def test_an_old_name_on_the_command_line_reaches_the_terminal_once_and_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(QUICKSTART), "--print_config"]
+def test_an_old_name_on_the_command_line_reaches_the_terminal_once_and_in_one_line(lqkd: Forks) -> None:
     given = ["--model.init_args.balance", "lqkd.regularizers.GradNorm"]
-    done = subprocess.run([*command, *given], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "class_path: lqkd.balances.GradNorm" in done.stdout
-    assert re.fullmatch(r"\S* FutureWarning: lqkd.regularizers.GradNorm is now lqkd.balances.GradNorm\n", done.stderr)
+    assert lqkd.run("fit", "--config", str(QUICKSTART), "--print_config", *given) == 0
+    printed = lqkd.log.read_text(encoding="utf-8")
+    assert "class_path: lqkd.balances.GradNorm" in printed
+    (line,) = (line for line in printed.splitlines() if "lqkd.regularizers.GradNorm" in line)
+    assert re.fullmatch(r"\S* FutureWarning: lqkd.regularizers.GradNorm is now lqkd.balances.GradNorm", line)
 
 
 @pytest.mark.parametrize("old", CLASSES)
