@@ -44,14 +44,14 @@ EVERYTHING = {
     },
     "model": {"init_args": {"regularizer": {"init_args": {"guard": "bounded_barrier"}}}},
 }
-"""Over the quickstart, with everything switched on that logs a number."""
+"""Over configs/regularizer.yaml, with everything switched on that logs a number."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dashboard")
     (root / "everything.yaml").write_text(yaml.safe_dump(EVERYTHING), encoding="utf-8")
-    configs = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(root / "everything.yaml")]
+    configs = ["--config", str(ROOT / "configs" / "regularizer.yaml"), "--config", str(root / "everything.yaml")]
     assert main(["fit", *configs, "--run.root", str(root)]) == 0
     (config,) = root.rglob(CONFIG)
     return config.parent
