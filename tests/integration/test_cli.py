@@ -245,6 +245,10 @@ def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeyp
     folders = []
     for _ in range(2):
         folders.append(fit(tmp_path, "--config", str(tmp_path / "loggers.yaml")))
+        told, summary = dict(wandb.run.summary), summary_of(folders[-1])
+        assert {key: told[f"summary/{key}"] for key in ("test", "packed_bytes")} == {
+            key: summary[key] for key in ("test", "packed_bytes")
+        }
         wandb.finish()  # as the end of a process does
     for folder in folders:
         assert list(folder.rglob("*.wandb"))
