@@ -115,10 +115,12 @@ def card(name: str, summary: dict[str, Any], described: dict[str, Any]) -> str:
         "dataset": {"name": data, "type": data.lower(), "split": split},
         "metrics": measured,
     }
-    head: dict[str, Any] = {"library_name": "lqkd", "tags": ["quantization", "distillation", "onnx", bits]}
+    most = "".join(part.split()[0] for part in (f"w{summary['weight_bits']}", f"a{summary['activation_bits']}"))
+    head: dict[str, Any] = {"library_name": "lqkd", "tags": ["quantization", "distillation", "onnx", most]}
     if pipeline is not None:
         head["pipeline_tag"] = pipeline
-    head["model-index"] = [{"name": name, "results": [result] if measured else []}]
+    if measured:
+        head["model-index"] = [{"name": name, "results": [result]}]
     rows = [(title, summary[of]) for of, title in _REFERENCES.items()]
     rows += [("student as trained", reached), (f"`{FILE}`", values[FILE])]
     lines = [
