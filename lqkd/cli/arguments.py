@@ -58,7 +58,7 @@ class Export:
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")
-    """folder for the Hugging Face Hub instead: card with metrics, config.json, model.safetensors, model.onnx"""
+    """folder for the Hugging Face Hub instead: card, config, safetensors and ONNX"""
     overwrite: bool = argument(False)
     """replace a file that exists"""
     latency: bool = argument(False)
