@@ -2,7 +2,7 @@
 
     python -m benchmarks.bit_width_refit --csv FILE [--seeds N] [--epochs-per-stage N]
 
-Teacher, student and settings are those of configs/quickstart.yaml. Accuracies are on the validation split, which is
+Teacher, student and settings are those of configs/regularizer.yaml. Accuracies are on the validation split, which is
 another one for every seed; the test split is not looked at. "After a switch" is before any training with the new bits:
 activations have seen the one batch that they are fitted to, and batch norm is re-estimated over ten training batches.
 """

@@ -2,7 +2,8 @@
 
     python -m benchmarks.trust_teachers studies/trust_teachers
 
-They are the quickstart's teacher after 40 steps on 100 images from random weights, and with classes 0, 1 and 2 renamed.
+They are the teacher of configs/regularizer.yaml after 40 steps on 100 images from random weights, and with classes 0, 1
+and 2 renamed.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ below imports, for type checkers
     from lqkd.quantization import Recipe as Recipe
     from lqkd.quantization import Rule as Rule
     from lqkd.quantization import quantize_model as quantize_model
+    from lqkd.runs import from_pretrained as from_pretrained
     from lqkd.runs import load_student as load_student
     from lqkd.teachers import FrozenTeacher as FrozenTeacher
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Rule": "lqkd.quantization",
     "UsageError": "lqkd.errors",
     "distill": "lqkd.pipelines",
+    "from_pretrained": "lqkd.runs",
     "load_student": "lqkd.runs",
     "quantize_model": "lqkd.quantization",
 }

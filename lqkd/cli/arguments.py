@@ -57,6 +57,8 @@ class Export:
     """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs) or torch"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
+    hub: str | None = argument(None, metavar="FOLDER", shown="none")
+    """folder for the Hugging Face Hub instead: card, config, safetensors and ONNX"""
     overwrite: bool = argument(False)
     """replace a file that exists"""
     latency: bool = argument(False)
@@ -215,6 +217,8 @@ def of(verb: str, args: Sequence[str]) -> Any:
     missing = [name for name in ("onnx", "onnxruntime") if verb == "export" and find_spec(name) is None]
     if missing:
         raise UsageError(f"export needs {missing[0]}: pip install 'lqkd[export]'")
+    if verb == "export" and given.hub is not None and given.output is not None:
+        raise UsageError(f"--output {given.output!r} is not possible with --hub: the file is {given.hub}/model.onnx")
     return given
 
 

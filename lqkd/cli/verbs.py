@@ -23,7 +23,14 @@ def _distill(pipelines: Any, given: arguments.Distill) -> int:
 
 
 def _export(export: Any, given: arguments.Export) -> int:
-    export.export(**vars(given))
+    asked = {key: value for key, value in vars(given).items() if key != "hub"}
+    if given.hub is None:
+        export.export(**asked)
+    else:
+        from lqkd.export.hub import hub_folder
+
+        del asked["output"]
+        hub_folder(folder=given.hub, **asked)
     return 0
 
 

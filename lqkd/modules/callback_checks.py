@@ -49,11 +49,34 @@ def check_callbacks(trainer: Trainer, module: LightningModule) -> None:
         for kind, instead in _INSTEAD.items() if not module.automatic_optimization else ():
             if isinstance(callback, kind):
                 raise UsageError(f"callback {name} is not possible with two optimizers: {instead}")
+        _check_finders(callback, module)
+        interval = getattr(callback, "_train_time_interval", None)
+        if isinstance(callback, ModelCheckpoint) and interval is not None and not module.automatic_optimization:
+            raise UsageError(
+                f"train_time_interval={str(interval)!r} of {name} saves nothing with two optimizers: use "
+                "every_n_train_steps, or run.save_every_n_steps"
+            )
         if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
             raise UsageError(
                 f"callback {name} is not possible: {type(module).__name__} has no attribute backbone; derive a "
                 "callback from BaseFinetuning"
             )
+
+
+def _check_finders(callback: Any, module: LightningModule) -> None:
+    """Refuse what Lightning's finders cannot find, or find too late."""
+    if isinstance(callback, LearningRateFinder):
+        looked_for = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
+        if not any(hasattr(module, name) for name in looked_for):
+            raise UsageError(
+                f"callback {type(callback).__name__} is not possible: {type(module).__name__} has no attribute "
+                f"{' or '.join(looked_for)}; set the learning rate of model.optimizer"
+            )
+    if isinstance(callback, BatchSizeFinder) and not callback._early_exit:  # which a Tuner's has, that trains nothing
+        raise UsageError(
+            f"callback {type(callback).__name__} is not possible: schedules have the length of a training with the "
+            "batch size before; find it with Tuner(trainer).scale_batch_size(module, datamodule=data) first"
+        )
 
 
 def check_averages(callbacks: Iterable[Callback]) -> None:

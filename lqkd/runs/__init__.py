@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.runs.checkpoint import BestAndLast as BestAndLast
     from lqkd.runs.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from lqkd.runs.logger import RunLogger as RunLogger
+    from lqkd.runs.student import from_pretrained as from_pretrained
     from lqkd.runs.student import load_student as load_student
     from lqkd.runs.summary import RunSummary as RunSummary
 
@@ -21,6 +22,7 @@ _WHERE = {
     "BestAndLast": "lqkd.runs.checkpoint",
     "RunLogger": "lqkd.runs.logger",
     "RunSummary": "lqkd.runs.summary",
+    "from_pretrained": "lqkd.runs.student",
     "load_student": "lqkd.runs.student",
 }
 

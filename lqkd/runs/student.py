@@ -66,6 +66,37 @@ def load_student(path: str | Path, allow_code: bool = False) -> nn.Module:
     return network.eval()
 
 
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+"""What a folder for the Hugging Face Hub has of a student: its file, renamed, and what that says of itself."""
+
+
+def from_pretrained(folder: str | Path, allow_code: bool = False) -> nn.Module:
+    """The network of a folder that ``python -m lqkd export RUN --hub FOLDER`` has written, as :func:`load_student`.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``, here or as downloaded from the Hub.
+        allow_code: as of :func:`load_student`.
+
+    Raises:
+        UsageError: when a file is missing, both say different things of the network, or as of :func:`load_student`.
+    """
+    weights, config = (Path(folder) / name for name in (HUB_WEIGHTS, HUB_CONFIG))
+    for file in (weights, config):
+        if not file.is_file():
+            raise UsageError(
+                f"{str(file)!r} does not exist: give a folder that python -m lqkd export RUN --hub FOLDER has written; "
+                "one of the Hub is downloaded first"
+            )
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{str(config)!r} is damaged, it is no JSON file: {first_line(error)}") from error
+    for key, value in describe_student(weights).items():
+        if not isinstance(said, dict) or said.get(key) != value:
+            raise UsageError(f"{str(config)!r} and {weights.name} differ in {key!r}: one of both has been changed")
+    return load_student(weights, allow_code)
+
+
 def student_file(path: str | Path) -> Path:
     """The file with the network: ``path`` itself, or that in the run folder ``path``.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -108,6 +109,7 @@ class RunSummary(Callback):
             self.values["finished"] = True
             flush_table(trainer)  # first, so that a run that says it is finished has all its metrics
             self._write(trainer)
+            self._tell_loggers(trainer)
 
     def _collect(self, trainer: Trainer, module: TaskModule) -> dict[str, Any]:
         network = module.product()
@@ -160,6 +162,19 @@ class RunSummary(Callback):
         if lost:
             values["warnings"].append(f"null stands for numbers that are not finite: {', '.join(lost)}")
         write_json(folder / SUMMARY, values)
+
+    @rank_zero_only
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        """Give W&B what the summary says, by name, and TensorBoard the result beside the run's hyper-parameters."""
+        plain: dict[str, Any] = {
+            key: value for key, value in self.values.items() if isinstance(value, int | float | str)
+        }
+        reached = plain.get("test", plain.get("val"))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update({f"summary/{key}": value for key, value in plain.items()})
+            if isinstance(logger, TensorBoardLogger) and reached is not None:
+                logger.log_metrics({"hp_metric": reached}, step=trainer.global_step)
 
     @rank_zero_only
     def _write_network(self, trainer: Trainer, module: TaskModule) -> None:

@@ -200,11 +200,11 @@ def test_two_processes_write_one_cache_that_any_number_of_them_replays(
 
 @pytest.mark.slow
 def test_the_command_line_trains_on_two_devices_into_one_run_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+    command = [sys.executable, "-m", "lqkd", "fit", "--config", str(ROOT / "configs" / "regularizer.yaml")]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command += ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128", "--run.root", str(tmp_path)]
     subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1", "LQKD_COMPILE": "0"})
-    folders = list((tmp_path / "quickstart").iterdir())
+    folders = list((tmp_path / "regularizer").iterdir())
     assert [folder.name for folder in folders] == ["version_0"]
     summary = json.loads((folders[0] / "summary.json").read_text())
     assert summary["steps"] == 1

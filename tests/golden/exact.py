@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.forked import Forks
 
 HERE = Path(__file__).parent
-QUICKSTART = HERE.parents[1] / "configs" / "quickstart.yaml"
+SHIPPED = HERE.parents[1] / "configs" / "regularizer.yaml"
 RUNS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 KEPT = Path(__file__).with_suffix(".json")
 STEPS = 6
@@ -33,7 +33,7 @@ LOSSES = ("train/loss", "train/task", "train/distill", "balance/task", "balance/
 def settings(name: str, folder: Path) -> dict[str, Any]:
     """The whole configuration of the run ``name``, which keeps everything below ``folder``."""
     of_run = RUNS[name]
-    config = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     model = config["model"]["init_args"]
     model["teacher"]["init_args"]["precision"] = "fp32"  # bf16 is chosen by the processor
     for key, value in of_run["model"].items():

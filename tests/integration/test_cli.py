@@ -31,16 +31,16 @@ from lqkd.runs import BestAndLast
 from lqkd.runs.outcome import print_outcome
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SHIPPED = str(ROOT / "configs" / "regularizer.yaml")
 STUDENT = "--model.init_args.student.init_args"
 
 
-def fit(tmp_path: Path, *arguments: str, epochs: int = 1, name: str = "quickstart") -> Path:
-    """Fit the quickstart for a short while and return the run folder."""
+def fit(tmp_path: Path, *arguments: str, epochs: int = 1, name: str = "regularizer") -> Path:
+    """Fit configs/regularizer.yaml for a short while and return the run folder."""
     before = set((tmp_path / "runs" / name).glob("*"))
     short = ["--trainer.max_epochs", str(epochs), "--data.init_args.limit_train", "256"]
     short += ["--trainer.log_every_n_steps", "1"]
-    command = ["fit", "--config", QUICKSTART, "--run.root", str(tmp_path / "runs"), *short, *arguments]
+    command = ["fit", "--config", SHIPPED, "--run.root", str(tmp_path / "runs"), *short, *arguments]
     assert main(command) == 0
     (folder,) = set((tmp_path / "runs" / name).glob("*")) - before
     return folder
@@ -198,7 +198,7 @@ def test_predict_writes_a_class_for_every_image(run: Path, tmp_path: Path) -> No
 
 def test_a_printed_config_reads_back_as_itself(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     printed = []
-    source = QUICKSTART
+    source = SHIPPED
     for index in range(2):
         with pytest.raises(SystemExit):
             main(["fit", "--config", source, "--print_config"])
@@ -218,7 +218,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_says_so(
     ]  # fmt: skip
     assert main(arguments) == 0
     assert "model.student_optimizer.init_args.lr was 0.02 and is now 0.5" in caplog.text
-    checkpoint = tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "regularizer" / "version_0" / "checkpoints" / "last.ckpt"
     group = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"][0]
     assert (group["initial_lr"], group["weight_decay"]) == (0.5, 0.25)
 
@@ -245,6 +245,10 @@ def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeyp
     folders = []
     for _ in range(2):
         folders.append(fit(tmp_path, "--config", str(tmp_path / "loggers.yaml")))
+        told, summary = dict(wandb.run.summary), summary_of(folders[-1])
+        assert {key: told[f"summary/{key}"] for key in ("test", "packed_bytes")} == {
+            key: summary[key] for key in ("test", "packed_bytes")
+        }
         wandb.finish()  # as the end of a process does
     for folder in folders:
         assert list(folder.rglob("*.wandb"))
@@ -258,7 +262,7 @@ def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeyp
 def mistake(capsys: pytest.CaptureFixture, *arguments: str, tmp_path: Path) -> str:
     """Run ``fit`` with a mistake, check that it ends with one line and status 2 before any batch, return the line."""
     try:
-        status = main(["fit", "--config", QUICKSTART, "--run.root", str(tmp_path / "runs"), *arguments])
+        status = main(["fit", "--config", SHIPPED, "--run.root", str(tmp_path / "runs"), *arguments])
     except SystemExit as stop:  # jsonargparse's own usage errors
         status = int(stop.code or 0)
     captured = capsys.readouterr()
@@ -291,7 +295,7 @@ def pretrained(name: str) -> nn.Module:
         (["--model.init_args.student_weights", "nowhere.pt"], "weights='nowhere.pt' do not exist"),
         (["--model.init_args.student_weights", "$NOWHERE/w.pt"], "name an environment variable that is not set"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path='nowhere.ckpt' does not exist"),
-        (["--ckpt_path", QUICKSTART], "is not a checkpoint that can be read"),
+        (["--ckpt_path", SHIPPED], "is not a checkpoint that can be read"),
         (["--model.init_args.regularizer.init_args.guard", "barier"], "guard='barier' is unknown"),
         (["--data.init_args.validation_fraction", "1.5"], "validation_fraction=1.5"),
         (["--data", "lqkd.data.CIFAR10", "--data.init_args.root", "/nowhere"], "/nowhere"),
@@ -657,7 +661,7 @@ def test_a_new_run_from_a_checkpoint_keeps_its_split(
 
 def test_an_argument_is_not_abbreviated(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", QUICKSTART, "--run.root", str(tmp_path), "--trainer.max_epoch", "1"])
+        main(["fit", "--config", SHIPPED, "--run.root", str(tmp_path), "--trainer.max_epoch", "1"])
     assert "--trainer.max_epoch" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ from lqkd.data import Digits
 from tests.forked import Forks
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SHIPPED = str(ROOT / "configs" / "regularizer.yaml")
 WEIGHTS = ROOT / "lqkd" / "weights"
 ALL = [verb for group in VERBS.values() for verb in group]
 SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128"]
@@ -64,7 +64,7 @@ def test_the_exit_statuses_of_help_are_those_of_the_page(capsys: pytest.CaptureF
 )
 def test_null_is_no_value_at_any_depth(capsys: pytest.CaptureFixture[str], setting: str, key: str) -> None:
     given = ("--model.quantization.residual_bits", "8", "--model.quantization.weight_quantizer", "lsq")
-    config = shown(capsys, "fit", "--config", QUICKSTART, *given, f"--{setting}", "null", "--print_config")
+    config = shown(capsys, "fit", "--config", SHIPPED, *given, f"--{setting}", "null", "--print_config")
     assert re.search(rf"^ +{key}: null$", config, flags=re.MULTILINE)
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_setting_suggests_the_nearest(
     Path("bits.yaml").write_text("model: {init_args: {quantization: {bit: w4a4}}}")
     Path("data.yaml").write_text("data: {init_args: {batchsize: 3}}")
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", QUICKSTART, *arguments])
+        main(["fit", "--config", SHIPPED, *arguments])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lqkd: error: ")]
     assert f": did you mean {meant}?" in line
 
@@ -151,7 +151,7 @@ def test_a_mistake_in_a_named_term_is_one_line(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, value = arguments
-    config = str(Path(QUICKSTART).with_name("several_terms.yaml"))
+    config = str(Path(SHIPPED).with_name("several_terms.yaml"))
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", config, f"--model.init_args.distillation.{name}", value])
     assert f"lqkd: error: {told}" in capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_a_mistake_in_a_named_term_is_one_line(
 
 def test_a_setting_like_none_suggests_nothing_but_the_help_of_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", QUICKSTART, "--model.init_args.qqqqq", "3"])
+        main(["fit", "--config", SHIPPED, "--model.init_args.qqqqq", "3"])
     err = capsys.readouterr().err
     assert "did you mean" not in err
     assert "(see python -m lqkd fit --help)" in err
@@ -228,7 +228,7 @@ COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9[0-7])(?:;[\d;]*)?m")
 
 @pytest.mark.slow
 def test_a_terminal_has_a_bar_and_colours_which_no_color_turns_off(lqkd: Forks, tmp_path: Path) -> None:
-    fit = ["fit", "--config", QUICKSTART, *SHORT]
+    fit = ["fit", "--config", SHIPPED, *SHORT]
     coloured = on_a_terminal(lqkd, fit, tmp_path, {"NO_COLOR": ""})
     plain = on_a_terminal(lqkd, fit, tmp_path, {"NO_COLOR": "1"})
     assert COLOUR.search(coloured)
@@ -238,7 +238,7 @@ def test_a_terminal_has_a_bar_and_colours_which_no_color_turns_off(lqkd: Forks, 
 
 @pytest.mark.slow
 def test_a_file_gets_lines_without_bars_and_escapes(lqkd: Forks, tmp_path: Path) -> None:
-    assert lqkd.run("fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path)) == 0
+    assert lqkd.run("fit", "--config", SHIPPED, *SHORT, "--run.root", str(tmp_path)) == 0
     text = lqkd.log.read_text()
     assert "epoch 1/1" in text
     assert not re.search(r"[\x1b\r]", text)
@@ -255,7 +255,7 @@ def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -
 
     before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores it
     output = str(tmp_path / "ranking")
-    status = lqkd.run("sensitivity", QUICKSTART, "--output", output, before=before, meanwhile=interrupt)
+    status = lqkd.run("sensitivity", SHIPPED, "--output", output, before=before, meanwhile=interrupt)
     assert status == 130
     assert "lqkd: interrupted; no file is half-written" in lqkd.log.read_text()
     assert "Traceback" not in lqkd.log.read_text()
@@ -265,7 +265,7 @@ def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -
 def test_ctrl_c_while_images_are_read_is_one_line(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]) == 0
+    assert main(["fit", "--config", SHIPPED, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]) == 0
 
     def interrupted(data: Digits) -> None:
         raise KeyboardInterrupt
@@ -273,7 +273,7 @@ def test_ctrl_c_while_images_are_read_is_one_line(
     monkeypatch.setattr(Digits, "val_dataloader", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        assert main([verb, str(tmp_path / "quickstart" / "a")]) == 130
+        assert main([verb, str(tmp_path / "regularizer" / "a")]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
     assert "lqkd: interrupted; no file is half-written" in capsys.readouterr().err
@@ -291,7 +291,7 @@ class Interrupt:
             os.kill(os.getpid(), {int(number)})
 sys.meta_path.insert(0, Interrupt())
 from lqkd.cli import main
-sys.exit(main(["sensitivity", {QUICKSTART!r}, "--output", {str(tmp_path)!r}]))
+sys.exit(main(["sensitivity", {SHIPPED!r}, "--output", {str(tmp_path)!r}]))
 """
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (ended.returncode, len(ended.stderr.splitlines())) == (128 + number, 1)
@@ -318,8 +318,8 @@ def test_a_signal_outside_of_the_steps_is_told_with_what_goes_on(
         "import signal, pkgutil\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"setattr(pkgutil.resolve_name({module!r}), {name!r}, lambda *_, **__: os.kill(os.getpid(), {int(number)}))\n"
     )
-    command = ["fit", "--config", QUICKSTART, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]
-    run = tmp_path / "quickstart" / "a"
+    command = ["fit", "--config", SHIPPED, *SHORT, "--run.root", str(tmp_path), "--run.version", "a"]
+    run = tmp_path / "regularizer" / "a"
     assert lqkd.run(*command, before=before) == 128 + number, lqkd.log.read_text()
     (told,) = [line for line in lqkd.log.read_text().splitlines() if line.startswith("lqkd: ")]
     again = place == "before the run begins"
@@ -353,9 +353,9 @@ def test_a_run_that_was_moved_away_from_all_it_came_from_still_works(lqkd: Forks
     weights = ["--model.teacher.weights", "digits_teacher.safetensors"]
     weights += ["--model.init_args.student_weights", "digits_student.safetensors"]
     there = f"os.chdir({str(before)!r})"
-    assert lqkd.run("fit", "--config", QUICKSTART, *SHORT, *weights, before=there) == 0, lqkd.log.read_text()
+    assert lqkd.run("fit", "--config", SHIPPED, *SHORT, *weights, before=there) == 0, lqkd.log.read_text()
     after.mkdir()
-    shutil.move(before / "runs" / "quickstart" / "version_0", after / "mine")
+    shutil.move(before / "runs" / "regularizer" / "version_0", after / "mine")
     (before / "digits_student.safetensors").unlink()
     shutil.move(before / "digits_teacher.safetensors", after)
     shutil.rmtree(before)
@@ -377,8 +377,8 @@ def test_a_run_that_was_moved_away_from_all_it_came_from_still_works(lqkd: Forks
 
 @pytest.mark.slow
 def test_a_run_that_was_deleted_leaves_nothing_that_stops_the_next(lqkd: Forks, tmp_path: Path) -> None:
-    fit = ["fit", "--config", QUICKSTART, *SHORT]
+    fit = ["fit", "--config", SHIPPED, *SHORT]
     for _ in range(2):
         assert lqkd.run(*fit, before=f"os.chdir({str(tmp_path)!r})") == 0
-        shutil.rmtree(tmp_path / "runs" / "quickstart" / "version_0")
+        shutil.rmtree(tmp_path / "runs" / "regularizer" / "version_0")
     assert list(tmp_path.rglob("*.*")) == []

@@ -268,8 +268,8 @@ def test_a_float_training_is_compiled_too(traced: None, make_trainer: MakeTraine
 def test_generated_code_has_the_gradients_of_eager_operations_and_repeats_itself(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the README's tolerance. The largest value of the batch that quantizers are fitted to lies exactly at the end
-    of an 8-bit grid, where rounding decides whether it clips: gradients are compared on another one, in float64."""
+    """To the tolerance of docs/settings.md. The largest value of the batch that quantizers are fitted to lies at the
+    end of an 8-bit grid, where rounding decides whether it clips: gradients are compared on another, in float64."""
     eager, _ = quantize_model(small(), Recipe("w4a4"))
     eager.double().train()
     initialize_quantizers(eager, torch.randn(16, 1, 8, 8).double())
@@ -291,7 +291,7 @@ def test_generated_code_has_the_gradients_of_eager_operations_and_repeats_itself
 @pytest.mark.slow
 def test_a_setting_in_yaml_compiles_a_run_of_the_command_line(traced: None, tmp_path: Path) -> None:
     (tmp_path / "compile.yaml").write_text("model:\n  compile: true\n")
-    command = ["fit", "--config", "configs/quickstart.yaml", "--config", str(tmp_path / "compile.yaml")]
+    command = ["fit", "--config", "configs/regularizer.yaml", "--config", str(tmp_path / "compile.yaml")]
     command += [
         "--run.root",
         str(tmp_path / "runs"),
@@ -301,6 +301,6 @@ def test_a_setting_in_yaml_compiles_a_run_of_the_command_line(traced: None, tmp_
         "256",
     ]
     assert main(command) == 0
-    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    (folder,) = (tmp_path / "runs" / "regularizer").iterdir()
     assert json.loads((folder / "summary.json").read_text())["compile_seconds"] > 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["compile"] is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -44,14 +45,14 @@ EVERYTHING = {
     },
     "model": {"init_args": {"regularizer": {"init_args": {"guard": "bounded_barrier"}}}},
 }
-"""Over the quickstart, with everything switched on that logs a number."""
+"""Over configs/regularizer.yaml, with everything switched on that logs a number."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dashboard")
     (root / "everything.yaml").write_text(yaml.safe_dump(EVERYTHING), encoding="utf-8")
-    configs = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(root / "everything.yaml")]
+    configs = ["--config", str(ROOT / "configs" / "regularizer.yaml"), "--config", str(root / "everything.yaml")]
     assert main(["fit", *configs, "--run.root", str(root)]) == 0
     (config,) = root.rglob(CONFIG)
     return config.parent
@@ -67,6 +68,14 @@ def test_loggers_get_the_same_keys(run: Path) -> None:
     events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent))
     events.Reload()
     assert set(events.Tags()["scalars"]) - {"epoch", "hp_metric"} == DOCUMENTED
+
+
+def test_the_hyper_parameters_of_a_run_stand_beside_what_it_reached(run: Path) -> None:
+    events = EventAccumulator(str(next(run.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    reached = json.loads((run / "summary.json").read_text())["test"]
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(reached)
 
 
 def test_every_chart_draws_documented_keys() -> None:

@@ -137,7 +137,7 @@ def shortened(arguments: list[str]) -> list[str]:
         few = ["--trainer.max_epochs", "4"]
     elif "cifar" in given:
         few = ["--trainer.fast_dev_run", "true", "--data.init_args.batch_size", "4"]
-    elif "quickstart" in given:
+    elif "quickstart" in given or "regularizer.yaml" in given:
         few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
     return [*arguments, *few]
 

@@ -19,20 +19,22 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+import lqkd
 from lqkd.cli import main
 from lqkd.data import CIFAR10, Digits
+from lqkd.errors import UsageError
 from lqkd.export import check, deploy, portable
 from lqkd.export import emitter as emitter_module
 from lqkd.export.runtimes import kernels
 from lqkd.models import CifarResNet, load_weights
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
 
-QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+SHIPPED = str(Path(__file__).parents[2] / "configs" / "regularizer.yaml")
 FLOAT = str(Path(__file__).parents[2] / "configs" / "teachers" / "digits_student.yaml")
 DATA = Path(os.environ.get("LQKD_DATA", "missing"))
 
 
-def fit(root: Path, *arguments: str, config: str = QUICKSTART) -> Path:
+def fit(root: Path, *arguments: str, config: str = SHIPPED) -> Path:
     before = set((root / "runs").glob("*/*"))
     short = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
     assert main(["fit", "--config", config, "--run.root", str(root / "runs"), *short, *arguments]) == 0
@@ -264,3 +266,63 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
 def test_a_config_is_no_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({}))
     assert "is not a run folder" in refused(capsys, str(tmp_path / "c.yaml"))
+
+
+# ---- a folder for the Hugging Face Hub
+
+
+@pytest.fixture(scope="module")
+def hub(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "digits-w2a2"
+    assert main(["export", str(run), "--hub", str(folder)]) == 0
+    return folder
+
+
+def test_the_network_of_a_hub_folder_answers_like_that_of_the_run_to_the_last_bit(hub: Path, run: Path) -> None:
+    images = torch.randn(8, 1, 8, 8)
+    ours = lqkd.load_student(run)(images)
+    moved = Path(shutil.copytree(hub, hub.with_name("moved")))
+    assert torch.equal(lqkd.from_pretrained(moved)(images), ours)
+
+
+def test_the_card_of_a_hub_folder_has_the_metrics_that_the_hub_reads(hub: Path, run: Path) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    data = huggingface_hub.ModelCard.load(hub / "README.md").data
+    summary = json.loads((run / "summary.json").read_text())
+    pytorch, file = data.eval_results
+    assert (data.library_name, data.pipeline_tag, data.model_name) == ("lqkd", "image-classification", "digits-w2a2")
+    assert (pytorch.metric_type, pytorch.metric_value) == ("accuracy", summary["test"])
+    assert (file.dataset_name, file.dataset_split) == ("Digits", "test")
+    assert file.metric_name == "accuracy (model.onnx)"
+    assert f"student in floating point | {summary['student_float']:.2%}" in (hub / "README.md").read_text()
+
+
+def test_the_file_of_a_hub_folder_is_asked_about_images(hub: Path, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    assert main(["predict", str(hub / "model.onnx"), str(tmp_path / "grey.png")]) == 0
+
+
+def test_a_hub_folder_whose_settings_were_changed_is_refused(hub: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hub, tmp_path / "changed"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"bits": "w4a4"}}))
+    with pytest.raises(UsageError, match=r"config.json' and model.safetensors differ in 'quantization'"):
+        lqkd.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"config.json' does not exist: give a folder that python -m lqkd export"):
+        lqkd.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "other.onnx"], "--output 'other.onnx' is not possible with --hub"),
+        (["--format", "torch"], "--format torch is not possible with --hub: use one of portable"),
+        ([], "README.md' exists: give --overwrite, or another --hub"),
+    ],
+)
+def test_what_a_hub_folder_cannot_be_is_told(
+    arguments: list[str], message: str, hub: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--hub", str(hub), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -30,12 +30,12 @@ class Own(CifarResNet):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a network of the user's own."""
     root = tmp_path_factory.mktemp("runs")
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(ROOT / "configs" / "regularizer.yaml")
     short = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128"]
     student = ["--model.student.class_path", OWN, "--model.student_weights", "null"]
     arguments = ["--run.root", str(root), "--run.version", "a", "--model.quantization.bits", "w4a4", *short, *student]
     assert main(["fit", "--config", config, *arguments]) == 0
-    return root / "quickstart" / "a"
+    return root / "regularizer" / "a"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from tests.forked import Forks, send
 
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "regularizer.yaml"
 
 DRAWING = "import importlib, lqkd.callbacks.regularizer.pictures as pictures; importlib.reload(pictures)"
 """Pictures are written too, which processes of tests otherwise leave out."""
@@ -62,7 +62,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_only(lqkd: Forks, tmp_path: Pat
         "1",
     ]
     for attempt in range(3):
-        folder = tmp_path / "quickstart" / f"version_{attempt}"
+        folder = tmp_path / "regularizer" / f"version_{attempt}"
         pause = generator.uniform(0, 1.5)  # many checkpoints are written in this time
 
         def kill(pid: int, folder: Path = folder, pause: float = pause) -> None:

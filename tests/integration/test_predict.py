@@ -34,11 +34,11 @@ SHORT = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its exported student."""
     root = tmp_path_factory.mktemp("runs")
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(ROOT / "configs" / "regularizer.yaml")
     arguments = ["--run.root", str(root), "--run.version", "a", "--model.quantization.bits", "w4a4", *SHORT]
     assert main(["fit", "--config", config, *arguments]) == 0
-    assert main(["export", str(root / "quickstart" / "a"), "--latency"]) == 0
-    return root / "quickstart" / "a"
+    assert main(["export", str(root / "regularizer" / "a"), "--latency"]) == 0
+    return root / "regularizer" / "a"
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import pytest
 
 from lqkd.cli import main
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
-def run(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["fit", "--config", CONFIG, "--run.root", str(tmp_path), *arguments]) == 0
-    return json.loads((tmp_path / "quickstart" / "version_0" / "summary.json").read_text())
+def run(tmp_path: Path, *arguments: str, config: str = "quickstart") -> dict[str, Any]:
+    assert main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), "--run.root", str(tmp_path), *arguments]) == 0
+    return json.loads((tmp_path / config / "version_0" / "summary.json").read_text())
 
 
 @pytest.mark.slow
@@ -27,8 +27,14 @@ def test_the_student_stays_within_a_few_points_of_its_float_self(tmp_path: Path,
     assert summary["teacher"] >= 0.97
     assert summary["test"] >= summary["student_float"] - points / 100
     assert summary["train_seconds"] < 90
-    assert summary["regularizer"]["verdict"] == "healthy"
     assert summary["warnings"] == []
+
+
+@pytest.mark.slow
+def test_the_learnable_regularizer_stays_alive(tmp_path: Path) -> None:
+    summary = run(tmp_path, config="regularizer")
+    assert summary["test"] >= summary["student_float"] - 0.04
+    assert summary["regularizer"]["verdict"] == "healthy"
 
 
 @pytest.mark.slow
@@ -42,7 +48,7 @@ def test_a_student_of_extreme_bits_learns(tmp_path: Path, bits: str) -> None:
 def test_the_literal_formula_collapses_and_says_so(tmp_path: Path) -> None:
     literal = ["--model.regularizer.guard", "none", "--model.regularizer.max_weight", ".inf"]
     with pytest.warns(UserWarning, match=r"mean weight fell from 1 to .*: use a guard other than none"):
-        summary = run(tmp_path, *literal, "--trainer.max_epochs", "12")
+        summary = run(tmp_path, *literal, "--trainer.max_epochs", "12", config="regularizer")
     assert summary["regularizer"]["verdict"] == "collapsed"
     assert summary["regularizer"]["mean"] < 0.1
     assert any("use a guard other than none" in warning for warning in summary["warnings"])

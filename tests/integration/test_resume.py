@@ -18,7 +18,7 @@ import yaml
 
 from tests.forked import Forks, send
 
-QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+SHIPPED = str(Path(__file__).parents[2] / "configs" / "regularizer.yaml")
 KILLS = int(os.environ.get("LQKD_KILLS", "20"))
 """Of the stress test; more make it longer."""
 
@@ -100,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(place: Path, version: str, *arguments: str) -> list[str]:
     where = ["--run.root", str(place), "--run.version", version]
-    return ["fit", "--config", QUICKSTART, "--config", str(place / "small.yaml"), *where, *arguments]
+    return ["fit", "--config", SHIPPED, "--config", str(place / "small.yaml"), *where, *arguments]
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from lqkd.data import Digits
 from lqkd.data.base import ImageSet
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SHIPPED = str(ROOT / "configs" / "regularizer.yaml")
 FLOAT = str(ROOT / "configs" / "teachers" / "digits_student.yaml")
 LAYERS = ["conv1", *(f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)), "linear"]
 
 
-def fit(root: Path, *arguments: str, config: str = QUICKSTART) -> Path:
+def fit(root: Path, *arguments: str, config: str = SHIPPED) -> Path:
     before = set((root / "runs").glob("*/*"))
     short = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "256", "--trainer.log_every_n_steps", "1"]
     assert main(["fit", "--config", config, "--run.root", str(root / "runs"), *short, *arguments]) == 0
@@ -110,7 +110,7 @@ def test_a_run_in_floating_point_is_ranked_too(tmp_path: Path) -> None:
 
 
 def test_a_config_is_ranked_before_any_training_with_the_weights_that_it_starts_from(tmp_path: Path) -> None:
-    found = rank(QUICKSTART, tmp_path / "ranking", "--bits", "8")
+    found = rank(SHIPPED, tmp_path / "ranking", "--bits", "8")
     assert found["checkpoint"] is None
     assert found["float"]["value"] > 0.95
 
@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_unasked(run: Path, tmp_path: Path, capsys: pytes
     [
         ([], "the following arguments are required: RUN"),
         (["nowhere"], "'nowhere' does not exist: give a run folder or a config file"),
-        ([QUICKSTART], "--output is missing"),
+        ([SHIPPED], "--output is missing"),
         (["RUN", "--bits", "4,x"], "bits='x' are not possible for a ranking"),
         (["RUN", "--bits", "32"], "bits='w32a32' are not possible for a ranking"),
         (["RUN", "--bits", "4,4"], "name the same bits twice"),

@@ -21,10 +21,10 @@ from lqkd.studies.variants import Variants
 from tests.forked import Forks, send
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TEACHER = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())["model"]["init_args"]["teacher"]
+TEACHER = yaml.safe_load((CONFIGS / "regularizer.yaml").read_text())["model"]["init_args"]["teacher"]
 SMALL: dict[str, Any] = {
     "name": "small",
-    "base": str(CONFIGS / "quickstart.yaml"),
+    "base": str(CONFIGS / "regularizer.yaml"),
     "seeds": [0, 1],
     "settings": {
         "trainer.max_epochs": 40,  # of 4 steps: long enough to be killed within

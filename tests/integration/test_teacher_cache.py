@@ -347,7 +347,7 @@ def test_an_adversarial_regularizer_learns_the_same_from_a_cache(make_trainer: M
 
 
 def test_the_command_line_reaches_the_cache_and_the_precision_of_the_teacher(tmp_path: Path) -> None:
-    command = ["fit", "--config", str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")]
+    command = ["fit", "--config", str(Path(__file__).parents[2] / "configs" / "regularizer.yaml")]
     command += ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "128", "--run.root", str(tmp_path)]
     command += ["--model.init_args.teacher_cache.folder", str(tmp_path / "cache")]
     command += ["--model.init_args.teacher_cache.dtype", "float32"]
@@ -357,6 +357,6 @@ def test_the_command_line_reaches_the_cache_and_the_precision_of_the_teacher(tmp
     assert header["key"]["dtype"] == "float32"
     assert header["key"]["teachers"][0]["precision"].startswith("fp32")
     assert main([*command, "--model.init_args.teacher_cache.top_k", "10"]) == 2
-    again = ["fit", "--config", str(tmp_path / "quickstart" / "version_0" / "config.yaml")]
+    again = ["fit", "--config", str(tmp_path / "regularizer" / "version_0" / "config.yaml")]
     assert main([*again, "--run.root", str(tmp_path)]) == 0
     assert len(folders(tmp_path / "cache")) == 1

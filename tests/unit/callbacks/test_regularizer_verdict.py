@@ -78,7 +78,7 @@ def test_every_advised_option_is_one_of_the_command_line(capsys: pytest.CaptureF
     sentences = [verdict([replace(HEALTHY, **changes)]).sentence for _, changes, _ in CASES]
     options = {key.rstrip(".") for text in sentences for key in re.findall(r"model\.init_args[\w.]+", text)}
     assert len(options) >= 6
-    config = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+    config = str(Path(__file__).parents[3] / "configs" / "regularizer.yaml")
     with pytest.raises(SystemExit):
         main(["fit", "--config", config, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)

@@ -55,7 +55,7 @@ def test_the_line_of_a_run_that_ends_has_its_metric_as_it_is(
 
 
 def test_a_sweep_whose_last_trial_fails_chooses_the_least_error(tmp_path: Path) -> None:
-    base = yaml.safe_load((Path(__file__).parents[3] / "configs" / "quickstart.yaml").read_text())
+    base = yaml.safe_load((Path(__file__).parents[3] / "configs" / "regularizer.yaml").read_text())
     parameters = {"trainer.max_epochs": {"low": 1, "high": 1000}}
     study = Study("errors", "base.yaml", seeds=[0], root=str(tmp_path), sweep=Sweep(parameters, trials=3))
     left = [2.5, 1.5, None]

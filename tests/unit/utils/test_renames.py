@@ -24,7 +24,7 @@ from lqkd.teachers import FrozenTeacher
 from lqkd.utils.renames import CLASSES, MODULES, current, current_terms, renewed
 from tests.forked import Forks
 
-QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+SHIPPED = Path(__file__).parents[3] / "configs" / "regularizer.yaml"
 OLD = {
     "lqkd.balances.FixedBalance": "lqkd.regularizers.FixedBalance",
     "lqkd.callbacks.oscillation.monitor.OscillationMonitor": "lqkd.callbacks.oscillation_monitor.OscillationMonitor",
@@ -50,7 +50,7 @@ def told(record: list[warnings.WarningMessage]) -> list[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of a run of one step whose configuration has old names, and what it was told about them."""
     place = tmp_path_factory.mktemp("old")
-    config = with_old_names(yaml.safe_load(QUICKSTART.read_text(encoding="utf-8")))
+    config = with_old_names(yaml.safe_load(SHIPPED.read_text(encoding="utf-8")))
     config["trainer"] = {
         "max_epochs": 1,
         "callbacks": [{"class_path": OLD["lqkd.callbacks.oscillation.monitor.OscillationMonitor"]}],
@@ -98,7 +98,7 @@ def test_a_run_folder_with_old_names_resumes_and_differs_in_nothing_but_what_was
 
 def test_an_old_name_on_the_command_line_reaches_the_terminal_once_and_in_one_line(lqkd: Forks) -> None:
     given = ["--model.init_args.balance", "lqkd.regularizers.GradNorm"]
-    assert lqkd.run("fit", "--config", str(QUICKSTART), "--print_config", *given) == 0
+    assert lqkd.run("fit", "--config", str(SHIPPED), "--print_config", *given) == 0
     printed = lqkd.log.read_text(encoding="utf-8")
     assert "class_path: lqkd.balances.GradNorm" in printed
     (line,) = (line for line in printed.splitlines() if "lqkd.regularizers.GradNorm" in line)
