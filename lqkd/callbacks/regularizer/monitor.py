@@ -29,6 +29,7 @@ from lqkd.errors import Stopped, UsageError
 from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import Regularizer
 from lqkd.tasks.values import MONITOR
+from lqkd.utils.files import write_text
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
 
@@ -283,7 +284,8 @@ class RegularizerMonitor(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
         if folder is None and not loggers:
             return
-        from lqkd.callbacks.regularizer.pictures import pictures, pixels, write
+        from lqkd.callbacks.regularizer.pictures import pictures
+        from lqkd.utils import figures
 
         drawn = (
             (f"{record.path}{name}", figure)
@@ -293,9 +295,10 @@ class RegularizerMonitor(Callback):
         for name, figure in drawn:
             if time.monotonic() > until:
                 break
-            image = pixels(figure)
+            image = figures.pixels(figure)
             if folder is not None:
-                write(folder / FOLDER / f"{name}.png", image)
+                figures.write_image(folder / FOLDER / f"{name}.png", image)
+                write_text(folder / FOLDER / f"{name}.svg", figures.svg(figure))
             for logger in loggers:
                 if isinstance(logger, WandbLogger):
                     import wandb

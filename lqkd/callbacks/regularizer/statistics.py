@@ -252,5 +252,11 @@ def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     return found
 
 
+def of_bin(history: Sequence[EpochStatistic], name: Any) -> tuple[list[int], list[float]]:
+    """Epochs, from 1, and the values of one bin, where it is there."""
+    found = [(e.epoch + 1, e.columns["value"][e.bins.index(name)]) for e in history if name in e.bins]
+    return [epoch for epoch, _ in found], [value for _, value in found]
+
+
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
