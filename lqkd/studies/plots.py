@@ -13,7 +13,7 @@ from lqkd.studies.statistics import Summary, moments
 from lqkd.studies.tables import UNTRAINED, difference, endings, number, of_variant, scale, value
 from lqkd.tasks.values import is_share, name_of, shown
 from lqkd.utils import figures
-from lqkd.utils.figures import HEIGHT, End, canvas, name_ends, name_points, over_epochs
+from lqkd.utils.figures import HEIGHT, End, name_ends, name_points, over_epochs
 
 _ROW = 0.36
 """Inches of a figure's height for a row of it."""
@@ -50,8 +50,8 @@ def values(rows: Sequence[Row], metric: str, mode: str, split: str) -> Figure | 
         return None
     best = (max if mode == "max" else min)(known, key=known.__getitem__)
     told = f"{best} reaches {shown(metric, known[best], 2)}"
-    figure, (axes,) = canvas(
-        _beside_float(told, rows, metric), [f"{name_of(metric)} on the {split}{_unit(metric)}"], _height(rows)
+    figure, axes = _canvas(
+        _beside_float(told, rows, metric), f"{name_of(metric)} on the {split}{_unit(metric)}", _height(rows)
     )
     factor, palette = scale(metric), figures.colors()
     colors = {GIVEN: palette.ink, TRAINED: figures.color(0), QUANTISED: figures.color(1)}
@@ -105,7 +105,7 @@ def differences(
         finding = f"Different from {baseline} beyond chance: {told}{more}"
     unit = "percentage points" if is_share(metric) else name_of(metric)
     rows = [name for name, _ in points]
-    figure, (axes,) = canvas(finding, [f"{label} against {baseline}, {unit}, 95 % interval"], _height(rows))
+    figure, axes = _canvas(finding, f"{label} against {baseline}, {unit}, 95 % interval", _height(rows))
     for row, (name, d) in enumerate(points):
         assert d.mean is not None
         color = figures.color(0) if name in sure else palette.muted
@@ -137,9 +137,9 @@ def bits(runs: Sequence[Run], references: Mapping[str, float], metric: str, of: 
         return None
     trained = {name: by for name, by in means.items() if name != UNTRAINED} or means
     levels = {name: scale(metric) * level for name, level in references.items()}
-    figure, (axes,) = canvas(
+    figure, axes = _canvas(
         _finding_of_bits(trained, widths[0], widths[-1], metric),
-        [f"{name_of(metric)} on the {split}{_unit(metric)}: mean and standard deviation over seeds"],
+        f"{name_of(metric)} on the {split}{_unit(metric)}: mean and standard deviation over seeds",
         HEIGHT + 0.08 * len(means),
     )
     near = [mean + side * (std or 0.0) for by in trained.values() for mean, std in by.values() for side in (-1, 1)]
@@ -224,8 +224,8 @@ def curves(runs: Sequence[Run], metric: str, label: str, mode: str | None = None
     if not drawn:
         return None
     factor = scale(metric)
-    figure, (axes,) = canvas(
-        _finding_of_curves(drawn, metric, label, mode), [f"{label}{_unit(metric)}"], HEIGHT + 0.06 * len(drawn)
+    figure, axes = _canvas(
+        _finding_of_curves(drawn, metric, label, mode), f"{label}{_unit(metric)}", HEIGHT + 0.06 * len(drawn)
     )
     ends = []
     for index, (name, by) in enumerate(drawn.items()):
@@ -270,7 +270,7 @@ def pareto(points: Mapping[str, tuple[float, float]], cost: str, value: str, mod
     ]
     if len(front) < 2:
         return None
-    figure, (axes,) = canvas(_finding_of_front(points, front, cost), [value])
+    figure, axes = _canvas(_finding_of_front(points, front, cost), value)
     ends = []
     for index, (name, (x, y)) in enumerate(points.items()):
         axes.plot([x], [y], figures.marker(index), color=figures.color(index), markersize=8)
@@ -290,6 +290,12 @@ def _finding_of_front(
     (least, low), (most, high) = front[0], front[-1]
     times = f"{most / least:.3g} times the" if least else f"{most:.3g} of"
     return f"{names[most, high]}: {high:.4g} at {times} {cost.partition(',')[0]} of {names[least, low]}, {low:.4g}"
+
+
+def _canvas(finding: str, drawn: str, height: float = HEIGHT) -> tuple[Figure, Any]:
+    """A figure with one panel and room for names of any length."""
+    figure, (axes,) = figures.canvas(finding, [drawn], height, fitted=True)
+    return figure, axes
 
 
 def _by_epoch(runs: Sequence[Run], metric: str) -> dict[int, list[float]]:

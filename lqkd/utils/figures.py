@@ -32,6 +32,8 @@ WIDTH, HEIGHT = 7.2, 4.4
 """Of a figure with one panel, in inches."""
 TITLE, LETTERS, SMALL = 14.0, 12.0, 11.0
 """Sizes of letters, in points."""
+_LEFT, _BELOW, _RIGHT = 0.78, 0.62, 0.25
+"""Inches beside the panels of a figure that is not fitted: for numbers, for the name of an axis, and for nothing."""
 _DPI = 150
 _LINE_OF_TITLE = 60
 """Letters in a line of the title above one panel."""
@@ -45,8 +47,8 @@ class Palette:
 
     Attributes:
         paper, ink, muted, grid: of the background, of text, of what is said beside it, and of lines to read along.
-        lines: of what is compared: after Okabe and Ito, "Color Universal Design" (2008), darker on white where theirs
-            has too little contrast for a line.
+        lines: of what is compared: after Okabe and Ito, "Color Universal Design" (2008), moved until all stand out
+            from the paper and from each other for people without red or green cones too.
     """
 
     paper: str
@@ -62,10 +64,10 @@ class Palette:
 
 
 LIGHT = Palette(
-    "#ffffff", "#1f2328", "#57606a", "#d8dee4", ("#0072b2", "#d55e00", "#00805c", "#a63d80", "#8a6a00", "#3d8fc4")
+    "#ffffff", "#1f2328", "#57606a", "#d8dee4", ("#0072b2", "#d67000", "#00835a", "#a63d80", "#895d00", "#3d98c2")
 )
 DARK = Palette(
-    "#0d1117", "#e6edf3", "#9aa4af", "#30363d", ("#5fb2ea", "#f28e3c", "#35c49a", "#e08fc0", "#d9b53c", "#9cd3f5")
+    "#0d1117", "#e6edf3", "#9aa4af", "#30363d", ("#5fb2ea", "#f28e53", "#39c596", "#d787bc", "#dab62c", "#9cd3f5")
 )
 _current = ContextVar("palette", default=LIGHT)
 
@@ -111,19 +113,25 @@ def shades(number: int) -> list[Any]:
 # ---- a figure
 
 
-def canvas(finding: str, drawn: Sequence[str] = ("",), height: float = HEIGHT) -> tuple[Figure, list[Any]]:
+def canvas(
+    finding: str, drawn: Sequence[str] = ("",), height: float = HEIGHT, fitted: bool = False
+) -> tuple[Figure, list[Any]]:
     """A figure with a title and panels beside each other.
 
     Args:
         finding: what is to be seen, as a sentence without a full stop.
         drawn: of each panel what its upward axis is, with the unit.
         height: in inches.
+        fitted: whether room is made for texts of any length at the left, which takes as long again as drawing.
     """
     palette, panels = colors(), len(drawn)
     width = WIDTH if panels == 1 else 1.55 * WIDTH
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.06)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.06) if fitted else None
     figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor=palette.paper)
     axes = figure.subplots(1, panels, squeeze=False)[0]
+    if not fitted:
+        figure.subplots_adjust(left=_LEFT / width, right=1, bottom=_BELOW / height)
+        _make_room(figure, panels, _RIGHT)
     for one, what in zip(axes, drawn, strict=True):
         one.set_title(plain(what), loc="left", fontsize=LETTERS, color=palette.muted)
         one.set_facecolor(palette.paper)
@@ -141,8 +149,14 @@ def canvas(finding: str, drawn: Sequence[str] = ("",), height: float = HEIGHT) -
 def title(figure: Figure, finding: str) -> None:
     """Write what was found above a figure, in as many lines as that takes."""
     letters = int(_LINE_OF_TITLE * figure.get_figwidth() / WIDTH)
-    text = "\n".join(textwrap.wrap(finding, letters))
-    figure.suptitle(plain(text), x=0.012, ha="left", fontsize=TITLE, fontweight="bold", color=colors().ink)
+    lines = textwrap.wrap(finding, letters)
+    text = "\n".join(lines)
+    if figure.get_layout_engine() is None:
+        figure.subplots_adjust(top=1 - (0.45 + 0.24 * max(1, len(lines))) / figure.get_figheight())
+    figure.suptitle(
+        plain(text), x=0.012, ha="left", fontsize=TITLE, va="top", y=1 - 0.07 / figure.get_figheight(),
+        fontweight="bold", color=colors().ink,
+    )  # fmt: skip
 
 
 def finding_of(figure: Figure) -> str:
@@ -180,6 +194,14 @@ def fixed_line(axes: Any, value: float, name: str, upright: bool = False) -> Non
     )  # fmt: skip
 
 
+def _make_room(figure: Figure, panels: int, right: float) -> None:
+    """So many inches at the right of every panel, or more where there are more already."""
+    width = figure.get_figwidth()
+    edge = min(width - right, width * figure.subplotpars.right)
+    gap = width - edge + _LEFT
+    figure.subplots_adjust(right=edge / width, wspace=gap / ((edge - _LEFT - (panels - 1) * gap) / panels))
+
+
 def _behind() -> dict[str, Any]:
     """What lies between a name and the lines that it crosses."""
     return {"facecolor": colors().paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
@@ -188,6 +210,8 @@ def _behind() -> dict[str, Any]:
 def scale_beside(figure: Figure, axes: Any, drawn: Any, name: str) -> None:
     """What the colours of a heat map mean, beside its panel or panels."""
     palette = colors()
+    if figure.get_layout_engine() is None:
+        _make_room(figure, 1, 0.95)
     bar = figure.colorbar(drawn, ax=axes)
     bar.set_label(name, fontsize=LETTERS, color=palette.ink)
     bar.ax.tick_params(labelsize=SMALL, colors=palette.muted, labelcolor=palette.ink, which="both")
@@ -210,6 +234,9 @@ def name_ends(axes: Any, ends: Sequence[End]) -> None:
         axes: with all lines drawn, and the limits that stay.
         ends: of the lines; one whose value is not finite has no name.
     """
+    if axes.figure.get_layout_engine() is None:
+        longest = max((len(row) for end in ends for row in end.name.splitlines()), default=0)
+        _make_room(axes.figure, axes.get_subplotspec().get_gridspec().ncols, 0.35 + 0.62 * SMALL / 72 * longest)
     _name(axes, ends, lambda _: 1.03)
 
 

@@ -171,6 +171,7 @@ def confidence(history: History) -> Figure:
         ends += _end(f"epoch {epoch.epoch + 1}", places, values, color)
     _fixed(axes)
     axes.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges], rotation=45, fontsize=figures.SMALL)
+    figure.subplots_adjust(bottom=0.22)
     axes.set(xlabel="largest probability of the teacher, from", yscale="log")
     _plain_ticks(axes)
     name_ends(axes, ends)
@@ -206,6 +207,7 @@ def divergence(history: History) -> Figure:
     axes.set_xlabel("divergence of an element")
     axes.set_xscale("log", nonpositive="mask")
     axes.set_yscale("log", nonpositive="mask")
+    axes.minorticks_off()
     name_ends(axes, ends)
     return figure
 

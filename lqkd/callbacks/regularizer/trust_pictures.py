@@ -49,7 +49,7 @@ def trust_by_class(history: Sequence[EpochStatistic]) -> Figure:
     told = "" if least is None else f": least with {least}, {known[least]:.2f}"
     first = f"; dash: epoch {history[0].epoch + 1}" if len(history) > 1 else ""
     drawn = f"believed when they answer so, epoch {last.epoch + 1}{first}"
-    figure, (axes,) = canvas(f"Trust by the class that teachers answer with{told}", [drawn])
+    figure, (axes,) = canvas(f"Trust by the class that teachers answer with{told}", [drawn], fitted=True)
     places = range(len(last.bins))
     axes.bar(places, last.columns["value"], color=figures.color(0))
     if len(history) > 1:
@@ -103,7 +103,7 @@ def matrices(maps: Mapping[str, Tensor]) -> Figure:
     values = {name: np.asarray(matrix) for name, matrix in maps.items()}
     swapped = sum(int((matrix.argmax(1) != np.arange(len(matrix))).sum()) for matrix in values.values())
     finding = f"{swapped} of the teachers' classes have another's name" if swapped else "Every class has its own name"
-    figure, panels = canvas(finding, [*values], height=5.0)
+    figure, panels = canvas(finding, [*values], height=5.0, fitted=True)
     largest = max(1e-6, *(float(np.abs(matrix).max()) for matrix in values.values()))
     for axes, matrix in zip(panels, values.values(), strict=True):
         drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
