@@ -148,15 +148,13 @@ def canvas(
 
 def title(figure: Figure, finding: str) -> None:
     """Write what was found above a figure, in as many lines as that takes."""
-    letters = int(_LINE_OF_TITLE * figure.get_figwidth() / WIDTH)
-    lines = textwrap.wrap(finding, letters)
-    text = "\n".join(lines)
-    if figure.get_layout_engine() is None:
-        figure.subplots_adjust(top=1 - (0.45 + 0.24 * max(1, len(lines))) / figure.get_figheight())
-    figure.suptitle(
-        plain(text), x=0.012, ha="left", fontsize=TITLE, va="top", y=1 - 0.07 / figure.get_figheight(),
-        fontweight="bold", color=colors().ink,
-    )  # fmt: skip
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(finding, int(_LINE_OF_TITLE * width / WIDTH))
+    style = {"fontsize": TITLE, "fontweight": "bold", "color": colors().ink, "ha": "left", "x": 0.012}
+    if figure.get_layout_engine() is None:  # which makes room only where no height is given
+        style |= {"y": 1 - 0.07 / height, "va": "top"}
+        figure.subplots_adjust(top=1 - (0.45 + 0.24 * max(1, len(lines))) / height)
+    figure.suptitle(plain("\n".join(lines)), **style)
 
 
 def finding_of(figure: Figure) -> str:

@@ -137,8 +137,10 @@ def test_the_page_and_its_figures_follow_the_readers_colours(page: Any, scheme: 
         assert f"rgb({', '.join(map(str, corner))})" == paper
         kinds = [page.locator(f".finding.{kind}").first.evaluate(BACKGROUND) for kind in ("good", "doubtful", "bad")]
         assert len(set(kinds)) == 3
+        page.emulate_media(color_scheme=scheme, media="print")
+        assert page.locator("body").evaluate(BACKGROUND) == "rgb(255, 255, 255)"
     finally:
-        page.emulate_media(color_scheme="light")
+        page.emulate_media(color_scheme="light", media="screen")
 
 
 CORNER = """async image => {

@@ -53,6 +53,17 @@ def test_names_at_the_ends_of_lines_do_not_meet_and_stay_within_the_figure() -> 
     assert all(box.x1 <= width for box in boxes)
 
 
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_title_of_two_lines_is_above_what_is_drawn(fitted: bool) -> None:
+    figure, (axes,) = canvas(
+        "A finding that takes more than one line because there is much to say of it", ["value"], fitted=fitted
+    )
+    pixels(figure)
+    (title,) = figure.texts
+    assert "\n" in title.get_text()
+    assert title.get_window_extent().y0 >= axes.get_tightbbox().y1
+
+
 def test_what_has_room_stays_where_it_is() -> None:
     assert apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
 
