@@ -70,9 +70,9 @@ class RegularizerMonitor(Callback):
     get a histogram of the last batch's weights as ``regularizer/weights`` and each picture as
     ``regularizer/pictures/NAME``; TensorBoard also gets the layout of its tab "Custom Scalars". The run folder gets, in
     ``regularizer/``, ``weights.csv`` with a row per epoch; a table per statistic (``distribution``, ``label``,
-    ``output``, ``confidence``, ``divergence``, ``agreement``, ``balance``, ``share``, ``step_length``) with the columns
-    ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``, ``confidence``,
-    ``divergence``, ``agreement``, ``balance`` and ``step_length``, which
+    ``output``, ``confidence``, ``divergence``, ``place``, ``agreement``, ``balance``, ``share``, ``step_length``) with
+    the columns ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``,
+    ``confidence``, ``divergence``, ``places``, ``agreement``, ``balance`` and ``step_length``, which
     ``docs/reading_the_pictures.md`` explains, as PNG and, once training has ended, as SVG. Of a term whose teachers
     held-out rows judge there are also the tables and pictures ``believed`` and ``reliability``, of one whose
     regularizer they teach ``trust``, and the picture ``map``.

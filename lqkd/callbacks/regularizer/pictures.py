@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqkd.callbacks.regularizer import trust_pictures as trust
 from lqkd.callbacks.regularizer.moments import EpochWeights
-from lqkd.callbacks.regularizer.statistics import TOTAL, EpochStatistic, of_bin
+from lqkd.callbacks.regularizer.statistics import GRID, TOTAL, EpochStatistic, of_bin
 from lqkd.utils import figures
 from lqkd.utils.figures import End, canvas, name_ends, over_epochs
 
@@ -56,22 +56,20 @@ def _figures(
         yield "distribution", distribution(statistics["distribution"])
     if "label" in statistics or "output" in statistics:
         yield "classes", classes(statistics)
-    if "confidence" in statistics:
-        yield "confidence", confidence(statistics["confidence"])
-    if "divergence" in statistics:
-        yield "divergence", divergence(statistics["divergence"])
-    if "agreement" in statistics:
-        yield "agreement", agreement(statistics["agreement"])
     if "balance" in statistics:
         yield "balance", balance(statistics["balance"], statistics.get("share", ()))
-    if "step_length" in statistics:
-        yield "step_length", step_length(statistics["step_length"])
-    if "trust" in statistics:
-        yield "trust", trust.trust_over_epochs(statistics["trust"])
-    if "believed" in statistics:
-        yield "believed", trust.trust_by_class(statistics["believed"])
-    if "reliability" in statistics:
-        yield "reliability", trust.reliability(statistics["reliability"][-1])
+    for name, of, draw in (
+        ("confidence", "confidence", confidence),
+        ("divergence", "divergence", divergence),
+        ("places", "place", places),
+        ("agreement", "agreement", agreement),
+        ("step_length", "step_length", step_length),
+        ("trust", "trust", trust.trust_over_epochs),
+        ("believed", "believed", trust.trust_by_class),
+        ("reliability", "reliability", trust.reliability),
+    ):
+        if of in statistics:
+            yield name, draw(statistics[of])
     if maps:
         yield "map", trust.matrices(maps)
 
@@ -209,6 +207,25 @@ def divergence(history: History) -> Figure:
     axes.set_yscale("log", nonpositive="mask")
     axes.minorticks_off()
     name_ends(axes, ends)
+    return figure
+
+
+def places(history: History) -> Figure:
+    """Mean weight and mean divergence by place in a feature map in the last epoch, beside each other."""
+    epoch = history[-1]
+    weights, divergences = (np.reshape(epoch.columns[key], (GRID, GRID)) for key in ("value", "divergence"))
+    inner = weights[GRID // 4 : -GRID // 4, GRID // 4 : -GRID // 4].mean()
+    outer = (weights.sum() - inner * (GRID // 2) ** 2) / (GRID**2 - (GRID // 2) ** 2)
+    told = f"counts {'more' if inner > outer else 'less'} than its edge: {inner:.2g}, not {outer:.2g}"
+    if not abs(inner - outer) > _SAME * abs(outer):
+        told = f"counts as much as its edge: {inner:.2g}"
+    drawn = [f"mean weight by place, epoch {epoch.epoch + 1}", "mean divergence by place"]
+    figure, panels = canvas(f"The middle of the map {told}", drawn, height=4.8, fitted=True)
+    for axes, values, name in zip(panels, (weights, divergences), ("weight", "divergence"), strict=True):
+        mesh = axes.imshow(values, cmap="viridis", interpolation="nearest")
+        axes.set(xticks=[], yticks=[], xlabel="left to right", ylabel="bottom to top")
+        axes.grid(False)
+        figures.scale_beside(figure, axes, mesh, name)
     return figure
 
 

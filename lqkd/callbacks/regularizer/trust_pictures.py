@@ -62,8 +62,9 @@ def trust_by_class(history: Sequence[EpochStatistic]) -> Figure:
     return figure
 
 
-def reliability(epoch: EpochStatistic) -> Figure:
-    """How often each speaker is right on held-out rows by how sure it is, and how many rows there are."""
+def reliability(history: Sequence[EpochStatistic]) -> Figure:
+    """How often each speaker is right on held-out rows by how sure it is, and how many rows there are, at the end."""
+    epoch = history[-1]
     speakers = dict.fromkeys(str(name).rpartition(" ")[0] for name in epoch.bins)
     columns = zip(*(epoch.columns[name] for name in ("value", "count", "confidence")), strict=True)
     rows = [(str(name).rpartition(" ")[0], *values) for name, values in zip(epoch.bins, columns, strict=True)]

@@ -21,7 +21,7 @@ from lqkd.callbacks.regularizer.pictures import pictures
 from lqkd.callbacks.regularizer.statistics import WEIGHT_EDGES, EpochStatistic
 from lqkd.regularizers import LearnableTable
 from lqkd.runs.logger import RunLogger
-from lqkd.utils.figures import pixels
+from lqkd.utils.figures import finding_of, pixels
 
 from .dummy import Dummy
 from .wandb_records import wandb_history
@@ -242,6 +242,16 @@ def test_what_held_out_rows_say_is_drawn_as_it_is() -> None:
     assert speakers[0].get_xydata().tolist() == [[0.85, 0.5], [0.95, 1.0]]
     images = [axes.images[0].get_array().tolist() for axes in figures["map"].axes if axes.images]
     assert images == [matrix.tolist() for matrix in maps.values()]
+
+
+def test_the_title_of_places_says_where_weights_are_large() -> None:
+    value = [4.0 if row in range(2, 6) and column in range(2, 6) else 1.0 for row in range(8) for column in range(8)]
+    epoch = EpochStatistic(2, [*range(64)], {"value": value, "count": [1.0] * 64, "divergence": [1.0] * 64})
+    figure = dict(pictures([], {"place": [epoch]}))["places"]
+    assert finding_of(figure) == "The middle of the map counts more than its edge: 4, not 1"
+    weights, divergences = (axes.images[0].get_array().tolist() for axes in figure.axes if axes.images)
+    assert np.ravel(weights).tolist() == value
+    assert np.ravel(divergences).tolist() == [1.0] * 64
 
 
 @pytest.mark.parametrize("spread", [1e-4, 0.01, 0.5, 30.0])
