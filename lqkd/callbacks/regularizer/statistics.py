@@ -213,9 +213,9 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     divergence; the last has a column ``optimum`` where the guard has a closed form. ``place`` gives them by cell of a
     grid laid over feature maps, row by row, with the mean divergence as its column ``divergence``. ``agreement`` gives
     the cosine between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share``
-    the part of each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives the mean norm
-    of what each loss puts into the gradient in the student's parameters, and of their sum, ``total``; its column
-    ``share`` is the part of each in the sum of the norms.
+    the part of each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives
+    the mean norm of what each loss puts into the gradient in the student's parameters, and of their sum, ``total``; its
+    column ``share`` is the part of each in the sum of the norms.
     """
     found: dict[str, EpochStatistic] = {}
     if "distribution" in sums:
