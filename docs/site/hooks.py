@@ -10,7 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("README.md", "CHANGELOG.md", "docs/*.md", "docs/*.py", "results/*")
+SOURCES = ("README.md", "CHANGELOG.md", "docs/*.md", "docs/gallery/*", "docs/*.py", "results/*")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

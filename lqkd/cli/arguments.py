@@ -115,6 +115,8 @@ class Report:
 
     folder: Path
     """run folder, or folder of a study, finished or not"""
+    figures: bool = argument(False)
+    """write its figures to figures/ too, as SVG and PNG, light and dark"""
 
 
 @dataclass(frozen=True)

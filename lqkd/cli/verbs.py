@@ -56,7 +56,7 @@ def _predict(export: Any, given: arguments.Predict) -> int:
 
 
 def _report(studies: Any, given: arguments.Report) -> int:
-    studies.report(given.folder)
+    studies.report(given.folder, given.figures)
     return 0
 
 

@@ -17,12 +17,12 @@ from lqkd.models.calls import Inputs
 from lqkd.quantization import float_mode, layer_costs
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.recipe import FLOAT_BITS
+from lqkd.runs.provenance import FLOAT_ONNX
 from lqkd.utils.files import write_json
 from lqkd.utils.progress import Progress
 from lqkd.utils.tables import print_table
 
 SUFFIX = ".report.json"
-FLOAT_ONNX = "float32 ONNX"
 SHOWN_LAYERS = 12
 """Layers on the screen; the file has all."""
 
@@ -52,6 +52,11 @@ def describe(
         "file": summary.path.name,
         "format": described["format"],
         "checkpoint": described.get("checkpoint"),
+        "measured": {
+            "value": described["parity"]["exported"],
+            "metric": described["parity"]["metric"],
+            "split": described["parity"]["split"],
+        },
         "file_bytes": summary.file_bytes,
         "packed_bytes": summary.packed_bytes,
         "float_bytes": summary.float_bytes,

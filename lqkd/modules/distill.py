@@ -33,7 +33,7 @@ from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.own import join_own, leave_own
 from lqkd.modules.passes import Passes
-from lqkd.modules.references import REFERENCES, logged, measure, warn
+from lqkd.modules.references import REFERENCES, in_a_line, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
@@ -476,8 +476,8 @@ class DistillModule(TaskModule):
 
     def _report_references(self) -> None:
         known = logged(self.references, self.task)
-        for name, value in known.items():
-            rank_zero_info(f"{name}: {value:.4f}")
+        if known:
+            rank_zero_info(in_a_line(self.references, self.task))
         for logger in self.trainer.loggers:
             logger.log_metrics(known, step=0)
 

@@ -94,6 +94,13 @@ def logged(references: Mapping[str, float | None], task: Task) -> dict[str, floa
     return known if teacher is None else known | {f"teacher/{task.metric}": teacher}
 
 
+def in_a_line(references: Mapping[str, float | None], task: Task) -> str:
+    """The values that are known, in a line; empty without any."""
+    names = dict(zip(REFERENCES, ("teacher", "student in float", "quantised only"), strict=True))
+    known = [f"{name} {task.shown(v)}" for key, name in names.items() if (v := references[key]) is not None]
+    return f"before training: {', '.join(known)}" if known else ""
+
+
 def loader_of(data: Any, hook: str, split: str) -> Any:
     """The DataLoader that ``hook`` of a DataModule gives; None where the class has none of its own.
 

@@ -20,8 +20,8 @@ from lqkd.runs.provenance import outdated_exports
 from lqkd.runs.resume import find
 from lqkd.runs.train import resume, run
 from lqkd.studies.report import report
-from lqkd.utils.escaping import terminal
 from lqkd.utils.files import write_text
+from lqkd.utils.screen import tell
 
 _WHAT = {FLOAT: "the student in floating point", TEACHER: "the teacher", STUDENT: "the low-bit student"}
 _ABOUT = """\
@@ -81,7 +81,7 @@ def distill_folder(
     )
     place = asked.place(out)
     if asked.begun_in(place):
-        print(terminal(f"going on in {place}"))
+        tell(f"going on in {place}")
     else:
         _begin(asked, place)
     for name in (name for name in _WHAT if (place / f"{name}.yaml").is_file()):
@@ -114,7 +114,7 @@ def _begin(asked: Asked, place: Path) -> None:
         shutil.rmtree(made, ignore_errors=True)
     files = ", ".join(f"{name}.yaml" for name in chosen.configs)
     for about, told in (*chosen.told, ("folder", f"{place}: {files}, which fit --config takes")):
-        print(terminal(f"{about:<12}{told}"), flush=True)
+        tell(f"{about:<12}{told}", indent=12)
 
 
 def _train(config: Path, folder: Path) -> None:
@@ -136,10 +136,8 @@ def _take_away(folder: Path) -> None:
     file = folder / "student.onnx"
     if not (file.is_file() and report_path(file).is_file()) or file in outdated_exports(folder):
         export(folder, overwrite=True)
-    page = report(folder)
+    report(folder)
     print_outcome(folder)
-    for about, path in (("file", file), ("page", page)):
-        print(terminal(f"{about}: {path}"))
 
 
 @contextmanager

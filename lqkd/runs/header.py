@@ -15,6 +15,7 @@ from lqkd.balances.base import TASK
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.modules import DistillModule
 from lqkd.modules.base import TaskModule
+from lqkd.utils.screen import tell
 
 
 def print_header(trainer: Trainer, module: TaskModule, guessed: bool = False) -> None:
@@ -26,7 +27,7 @@ def print_header(trainer: Trainer, module: TaskModule, guessed: bool = False) ->
         guessed: whether the task was told from the first batch.
     """
     for about, told in _lines(trainer, module, guessed):
-        print(f"{about:<12}{told}", flush=True)
+        tell(f"{about:<12}{told}", indent=12)
 
 
 def _lines(trainer: Trainer, module: TaskModule, guessed: bool) -> Iterator[tuple[str, str]]:

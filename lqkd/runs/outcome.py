@@ -1,51 +1,64 @@
-"""The table that ends a training."""
+"""What ends a training on the screen: a table, what that means, and what to do next."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from lqkd.runs.folder import SUMMARY
-from lqkd.runs.verdicts import verdicts
-from lqkd.tasks.values import name_of, shown
+from lqkd.runs.networks import networks_of
+from lqkd.runs.provenance import REPORTS
+from lqkd.runs.verdicts import in_a_sentence, measured_on, verdicts
+from lqkd.tasks.values import name_of
+from lqkd.utils.schema import SUMMARY as SCHEMA
+from lqkd.utils.schema import read_json
+from lqkd.utils.screen import tell
 from lqkd.utils.tables import print_table
+
+PAGE = "report.html"
+"""What ``report`` leaves in a run folder."""
 
 
 @rank_zero_only
 def print_outcome(folder: Path) -> None:
-    """Print the metric of teacher and student, sizes, what the regularizer came to, and where everything is.
+    """Print what teacher, student and files are worth and take, what that means, and what there is to do with them.
 
     On the test split, or on the validation split where a finished training had no other.
 
     Args:
         folder: of a run that has ended.
     """
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    metric = summary["metric"]
-    bits = f"W{summary['weight_bits']} A{summary['activation_bits']}" if summary["weight_bits"] else "float"
-    float_size, packed_size = (f"{summary[key] / 1000:.1f} kB" for key in ("float_bytes", "packed_bytes"))
-    tested = summary["test"] is not None
-    values = [
-        ("teacher", "teacher", ""),
-        ("student in float", "student_float", float_size),
-        ("student before training", "student_start", packed_size),
-        ("student" if summary["weight_bits"] else "network", "test" if tested else "val", packed_size),
-    ]
-    rows = []
-    for name, key, shown_size in values:
-        if summary[key] is not None:
-            rows.append((name, shown(metric, summary[key], 2), shown_size))
-        elif key == "student_float" and summary["student_start"] is not None:
-            rows.append((name, "not trained", shown_size))
-    split = "test split" if tested else "validation split, which chose the checkpoint"
-    if not rows:
-        print(f"{bits}: nothing was measured, for there are neither validation nor test data")
-    else:
-        print_table(f"{bits}: {name_of(metric)} on the {split}", ("network", name_of(metric), "size"), rows)
+    summary = read_json(folder / SUMMARY, SCHEMA)
+    metric, split = name_of(summary["metric"]), measured_on(summary)[1]
+    if rows := networks_of(folder, summary):
+        print_table(f"{metric} on the {split}", ("network", metric, "size"), rows)
+    for sentence in _sentences(summary):
+        tell(sentence)
+    tell(f"run folder: {folder}")
+    for what, how in _next(folder, summary):
+        tell(f"{what}: {how}", indent=2)
+
+
+def _sentences(summary: Mapping[str, Any]) -> Iterator[str]:
+    if summary["weight_bits"] or measured_on(summary)[0] is None:  # the table says all of a network in floating point
+        yield in_a_sentence(summary)
     if summary["regularizer"] is None and summary["balance"] is not None and summary["steps"]:
-        print("no regularizer: every element of the distillation loss has the same, fixed weight")
-    for told in verdicts(summary).values():
-        print(told.sentence)
-    print(f"run folder: {folder}")
+        yield "no regularizer: every element of the distillation loss has the same, fixed weight"
+    told = [one.sentence for one in verdicts(summary).values()]
+    yield from told
+    yield from (f"warning: {text}" for text in summary.get("warnings", ()) if text not in told)
+
+
+def _next(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What there is, and what can be done next."""
+    files = sorted(path.name.removesuffix(REPORTS.removeprefix("*")) for path in folder.glob(REPORTS))
+    yield from (("file", str(folder / name)) for name in files)
+    if not files and summary["weight_bits"]:
+        yield "next, a file to take away", f"python -m lqkd export {folder}"
+    if (folder / PAGE).is_file():
+        yield "page", str(folder / PAGE)
+    else:
+        yield "next, a page about it", f"python -m lqkd report {folder}"

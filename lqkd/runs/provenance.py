@@ -22,6 +22,8 @@ from lqkd.utils.yaml_text import load_yaml
 
 REPORTS = "*.report.json"
 """What ``export`` leaves beside every file."""
+FLOAT_ONNX = "float32 ONNX"
+"""What the report of an exported file calls its network in floating point."""
 TRUSTED = ("lqkd", "torch", "lightning", "torchvision", "timm")
 """Packages whose classes and functions a run folder may name."""
 

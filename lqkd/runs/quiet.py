@@ -1,4 +1,4 @@
-"""Keeps from the screen what Lightning says of every training and nobody can do anything about."""
+"""Keeps from the screen what libraries say of every training and nobody can do anything about."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "huggingface_hub.utils._http",
+)
 _SAID = re.compile(
     r"(GPU|TPU|HPU|IPU) available: |💡 Tip: |Seed set to |Restoring states from the checkpoint |"
+    r"Retrying in \d+s |'.*' thrown while requesting |"  # what fails in the end is told in one sentence
     r"Loaded model weights from the checkpoint |`Trainer\.fit` stopped: `max_(epochs|steps)=\S+` reached\."
 )
 """Beginnings of such lines: the header and the table of a run say it, or it is no news."""

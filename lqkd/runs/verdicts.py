@@ -1,9 +1,14 @@
-"""What a run's summary says of its regularizers."""
+"""What a run's summary comes to, in words: of its student, and of its regularizers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from lqkd.tasks.values import is_share, name_of, shown
+
+SPOILED = ("collapsed", "dominant", "saturated", "diverged")
+"""Verdicts on a regularizer of which a training warns."""
 
 
 class Told(NamedTuple):
@@ -35,6 +40,58 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, Told]:
         for name, of_term in terms.items()
         if isinstance(of_term, Mapping)
     }
+
+
+def bits_of(summary: Mapping[str, Any]) -> str:
+    """Bits of weights and activations in most layers.
+
+    Examples:
+        >>> bits_of({"weight_bits": "2 (8 in 2 layers)", "activation_bits": "4 (8 in 2 layers)"}), bits_of({})
+        ('W2 A4', 'float')
+    """
+    both = (str(summary.get(key) or "").partition(" ")[0] for key in ("weight_bits", "activation_bits"))
+    weights, activations = both
+    return f"W{weights} A{activations}" if weights and activations else "float"
+
+
+def measured_on(summary: Mapping[str, Any]) -> tuple[float | None, str]:
+    """The value of what was trained, and the split that it is of."""
+    if summary.get("test") is not None:
+        return summary["test"], "test split"
+    return summary.get("val"), "validation split, which chose the checkpoint"
+
+
+def in_a_sentence(summary: Mapping[str, Any]) -> str:
+    """How good the trained network is, against its float network and against what was only quantised, and its size.
+
+    Args:
+        summary: content of ``summary.json``.
+
+    Examples:
+        >>> bits = {"weight_bits": "2", "activation_bits": "2", "packed_bytes": 10, "float_bytes": 100}
+        >>> in_a_sentence(bits | {"test": 0.96, "student_float": 0.98})
+        'W2 A2: accuracy 96.00%, 2.00 points worse than in float (98.00%), at a size 10 times smaller.'
+    """
+    metric, (value, split) = summary.get("metric") or "val/acc", measured_on(summary)
+    if value is None:
+        return f"{bits_of(summary)}: nothing was measured, for there are neither validation nor test data."
+    told = f"{bits_of(summary)}: {name_of(metric)} {shown(metric, value, 2)}"
+    told += "" if split.startswith("test") else f" on the {split}"
+    reference, untrained = summary.get("student_float"), summary.get("student_start")
+    if reference is not None:
+        told += f", {_against(metric, summary.get('mode'), value, reference)} in float ({shown(metric, reference, 2)})"
+    whole, packed = summary.get("float_bytes"), summary.get("packed_bytes")
+    if whole and packed and whole != packed:
+        told += f", at a size {whole / packed:.3g} times smaller"
+    return f"{told}." if untrained is None else f"{told}; quantised only: {shown(metric, untrained, 2)}."
+
+
+def _against(metric: str, mode: str | None, value: float, reference: float) -> str:
+    change = value - reference
+    size = f"{100 * abs(change):.2f} points" if is_share(metric) else f"{abs(change):.3g}"
+    if size.startswith("0.00 ") or not change:
+        return "as good as"
+    return f"{size} {'better' if (change > 0) == (mode != 'min') else 'worse'} than"
 
 
 def _text(value: Any) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from lqkd.errors import UsageError
 from lqkd.runs.provenance import REPORTS
-from lqkd.studies.results import Run, read_json
+from lqkd.studies.results import Run
 from lqkd.studies.tables import NONE
 from lqkd.utils.files import is_own_file
-from lqkd.utils.schema import EXPORT_REPORT
+from lqkd.utils.schema import EXPORT_REPORT, read_json
 
 HEADINGS = (
     *("variant", "seed", "file", "kB", "weights packed, kB", "in float, kB", "million MACs", "million bit operations"),

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lqkd.errors import UsageError, first_line
+from lqkd.errors import UsageError
 from lqkd.runs.folder import METRICS, SUMMARY
 from lqkd.runs.provenance import outdated_exports
-from lqkd.runs.verdicts import verdicts
+from lqkd.runs.verdicts import SPOILED, verdicts
 from lqkd.studies import job
 from lqkd.studies.job import FINISHED
 from lqkd.tasks.values import MODE, MONITOR
 from lqkd.utils.files import is_own_file
 from lqkd.utils.renames import current_keys
 from lqkd.utils.schema import SUMMARY as SCHEMA
-from lqkd.utils.schema import Table, check
-
-SPOILED = ("collapsed", "dominant", "saturated", "diverged")
-"""Verdicts on a regularizer of which a training warns."""
+from lqkd.utils.schema import read_json
 
 
 @dataclass
@@ -124,20 +120,6 @@ def read(folder: Path, variant: str, seed: int | None, status: str = FINISHED, m
         _curves(curves) if is_own_file(curves, folder) else {},
         tuple(outdated_exports(folder).values()),
     )
-
-
-def read_json(path: Path, table: Table) -> dict[str, Any]:
-    """The object in a JSON file, whose values are of the kinds that ``table`` wants.
-
-    Raises:
-        UsageError: when the file is damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{str(path)!r} is damaged, it is no JSON file: {first_line(error)}") from error
-    check(value, table, str(path))
-    return dict(value)
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:

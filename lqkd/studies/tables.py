@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lqkd.runs.verdicts import SPOILED, bits_of
 from lqkd.studies.job import DIVERGED, FAILED, FINISHED, STOPPED
-from lqkd.studies.results import SPOILED, Run, metric_of
+from lqkd.studies.results import Run, metric_of
 from lqkd.studies.statistics import Summary, is_baseline, moments
 from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import escaping
@@ -19,9 +20,11 @@ RUNS = "runs.csv"
 _NOTE = (
     "mean and standard deviation over seeds. Differences to the baseline are paired by seed, with a 95 % t interval. "
     "Validation: best epoch, and last epoch. The test value is that of the checkpoint that was best on the validation "
-    "split; nothing was selected on test data. The teacher and the student in float were measured before the training."
+    "split; nothing was selected on test data. The teacher, the student in float, and quantised and no more, were "
+    "measured before the training."
 )
-_REFERENCES = {"the teacher": "teacher", "the student in float": "student_float"}
+UNTRAINED = "quantised only (PTQ)"
+_REFERENCES = {"the teacher": "teacher", "the student in float": "student_float", UNTRAINED: "student_start"}
 """Rows below the variants, by what summary.json calls their value on the test split; no variant has such a name."""
 _FROM_SUMMARY = ("weight_bits", "activation_bits", "packed_bytes", "float_bytes", "bit_operations", "epochs", "steps")
 
@@ -98,7 +101,7 @@ def endings(runs: Sequence[Run]) -> str:
 def references(runs: Sequence[Run]) -> dict[str, Summary]:
     """The test value over the runs of what they are held against: the teacher, and the student before quantization.
 
-    One row where all variants agree; otherwise one for those variants that do, which are named.
+    One row where all variants agree; otherwise one for those variants that do, which are named, or their bits.
     """
     found: dict[str, Summary] = {}
     for title, key in _REFERENCES.items():
@@ -115,8 +118,11 @@ def references(runs: Sequence[Run]) -> dict[str, Summary]:
                     break
             else:
                 groups.append((known, [variant]))
-        for shared, names in groups:
-            name = title if len(groups) == 1 else f"{title} of {', '.join(names)}"
+        bits = [", ".join(dict.fromkeys(bits_of(run.summary) for run in runs if run.variant in of)) for _, of in groups]
+        by_bits = title == UNTRAINED and len(set(bits)) == len(groups)
+        for (shared, names), width in zip(groups, bits, strict=True):
+            of = f", {width}" if by_bits else f" of {', '.join(names)}"
+            name = title if len(groups) == 1 else f"{title}{of}"
             found[name] = Summary(len(shared), *moments([*shared.values()]), None)
     return found
 

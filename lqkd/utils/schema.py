@@ -6,11 +6,13 @@ for each kind of file and one function that holds a file against it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from lqkd.errors import UsageError
+from lqkd.errors import UsageError, first_line
 from lqkd.utils.renames import KEYS
 
 MOST_PIXELS = 16_384
@@ -57,6 +59,20 @@ def check(said: Any, table: Table, source: str, within: str = "") -> None:
                 check(value, kind, source, f"{within}{key}.")
         elif not kind.holds(value):
             raise UsageError(f"{source!r} is damaged: {within}{key}={_short(value)} where it must be {kind.needed}")
+
+
+def read_json(path: Path, table: Table) -> dict[str, Any]:
+    """The object in a JSON file, whose values are of the kinds that ``table`` wants.
+
+    Raises:
+        UsageError: when the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{str(path)!r} is damaged, it is no JSON file: {first_line(error)}") from error
+    check(value, table, str(path))
+    return dict(value)
 
 
 def _short(value: Any) -> str:
@@ -176,5 +192,6 @@ EXPORT_REPORT: Table = {
         "milliseconds": _mapping("finite numbers", _is_number),
         "peak_bytes": _mapping("finite numbers", _is_number),
     },
+    "measured": {"value": _or_null(Kind("a finite number", _is_number))},
 }
 """What ``export`` writes beside a file: its cost."""

@@ -48,12 +48,13 @@ def print_table(
     from rich.text import Text
 
     shown = [[Text(terminal(cell)) for cell in row] for row in rows]
-    table = Table(title=Text(terminal(title)), show_header=columns is not None)
+    console, heading = Console(width=width), Text(terminal(title))
+    table = Table(title=heading, show_header=columns is not None, min_width=min(heading.cell_len, console.width))
     for index, name in enumerate(columns or [""] * max(map(len, shown), default=0)):
         table.add_column(Text(name), justify="left" if index < left else "right")
     for row in shown:
         table.add_row(*row)
-    Console(width=width).print(table)
+    console.print(table)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -87,7 +87,7 @@ def test_a_run_folder_holds_everything_about_the_run(run: Path) -> None:
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         *(f"regularizer/{name}.csv" for name in TABLES),
-        *(f"regularizer/{name}.png" for name in PICTURES),
+        *(f"regularizer/{name}.{kind}" for name in PICTURES for kind in ("png", "svg")),
     }
 
 
@@ -107,8 +107,10 @@ def test_the_summary_has_every_documented_key_and_invents_no_value(run: Path) ->
 def test_the_run_ends_with_a_table_and_the_path_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = fit(tmp_path)
     printed = capsys.readouterr().out
-    for text in ("teacher", "student in float", "student before training", "kB", "98.61%", f"run folder: {folder}"):
+    for text in ("teacher", "student in float", "quantised only (PTQ)", "trained, W2 A2", "kB", "98.61%"):
         assert text in printed
+    assert re.search(r"W2 A2: accuracy [\d.]+%, [\d.]+ points worse than in float \(98\.61%\), at a size 10", printed)
+    assert f"run folder: {folder}\nnext, a file to take away: python -m lqkd export {folder}\n" in printed
 
 
 def test_the_students_file_holds_the_best_checkpoints_student_and_says_what_it_is(run: Path) -> None:

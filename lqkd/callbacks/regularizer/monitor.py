@@ -29,6 +29,7 @@ from lqkd.errors import Stopped, UsageError
 from lqkd.modules.metrics import last_batch, send, show
 from lqkd.regularizers import Regularizer
 from lqkd.tasks.values import MONITOR
+from lqkd.utils.files import write_text
 
 __all__ = ["FOLDER", "EpochWeights", "RegularizerMonitor", "Verdict", "verdict"]
 
@@ -69,12 +70,12 @@ class RegularizerMonitor(Callback):
     get a histogram of the last batch's weights as ``regularizer/weights`` and each picture as
     ``regularizer/pictures/NAME``; TensorBoard also gets the layout of its tab "Custom Scalars". The run folder gets, in
     ``regularizer/``, ``weights.csv`` with a row per epoch; a table per statistic (``distribution``, ``label``,
-    ``output``, ``confidence``, ``divergence``, ``agreement``, ``balance``, ``share``, ``step_length``) with the columns
-    ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``, ``confidence``,
-    ``divergence``, ``agreement``, ``balance`` and ``step_length``, which
-    ``docs/reading_the_pictures.md`` explains. Of a term whose teachers held-out rows judge there are also the tables
-    and pictures ``believed`` and ``reliability``, of one whose regularizer they teach ``trust``, and the picture
-    ``map``.
+    ``output``, ``confidence``, ``divergence``, ``place``, ``agreement``, ``balance``, ``share``, ``step_length``) with
+    the columns ``epoch, bin, value, count``; and the pictures ``weights``, ``distribution``, ``classes``,
+    ``confidence``, ``divergence``, ``places``, ``agreement``, ``balance`` and ``step_length``, which
+    ``docs/reading_the_pictures.md`` explains, as PNG and, once training has ended, as SVG. Of a term whose teachers
+    held-out rows judge there are also the tables and pictures ``believed`` and ``reliability``, of one whose
+    regularizer they teach ``trust``, and the picture ``map``.
 
     Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
     from the first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few
@@ -263,7 +264,7 @@ class RegularizerMonitor(Callback):
                 self._write_tables(folder)
         if last or self._picture_is_due(trainer):
             with self._drawings.work():
-                self._draw(trainer, folder)
+                self._draw(trainer, folder, with_drawings=last)
 
     def _write_tables(self, folder: Path) -> None:
         for record in self.records.values():
@@ -277,13 +278,16 @@ class RegularizerMonitor(Callback):
             return self._drawings.due()
         return (trainer.current_epoch + 1) % self.picture_every_n_epochs == 0
 
-    def _draw(self, trainer: Trainer, folder: Path | None, seconds: float = math.inf) -> None:
-        """Draw all pictures, or those that can be begun within ``seconds``."""
+    def _draw(
+        self, trainer: Trainer, folder: Path | None, seconds: float = math.inf, with_drawings: bool = False
+    ) -> None:
+        """Draw all pictures, or those that can be begun within ``seconds``; as SVG too where that is wanted."""
         until = time.monotonic() + seconds
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
         if folder is None and not loggers:
             return
-        from lqkd.callbacks.regularizer.pictures import pictures, pixels, write
+        from lqkd.callbacks.regularizer.pictures import pictures
+        from lqkd.utils import figures
 
         drawn = (
             (f"{record.path}{name}", figure)
@@ -293,9 +297,11 @@ class RegularizerMonitor(Callback):
         for name, figure in drawn:
             if time.monotonic() > until:
                 break
-            image = pixels(figure)
+            image = figures.pixels(figure)
             if folder is not None:
-                write(folder / FOLDER / f"{name}.png", image)
+                figures.write_image(folder / FOLDER / f"{name}.png", image)
+                if with_drawings:
+                    write_text(folder / FOLDER / f"{name}.svg", figures.svg(figure))
             for logger in loggers:
                 if isinstance(logger, WandbLogger):
                     import wandb

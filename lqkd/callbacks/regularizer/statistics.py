@@ -38,6 +38,8 @@ def _edges(decades: tuple[int, int], per_decade: int) -> list[float]:
 WEIGHT_EDGES = _edges(WEIGHT_DECADES, WEIGHTS_PER_DECADE)
 DIVERGENCE_EDGES = _edges(DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE)
 
+GRID = 8
+"""Rows and columns of the grid into which the places of a feature map are gathered, whatever its size."""
 _ELEMENTS = 2**16
 """Elements of a map that are looked at, at most, for the statistics of single elements."""
 
@@ -82,6 +84,7 @@ def measure(
     for (weights, divergence), optimum in zip(parts, optima, strict=True):
         add(sums, _of_elements(weights, divergence, optimum))
         add(sums, _of_samples(weights, divergence, report))
+        add(sums, _of_places(weights, divergence))
     return sums
 
 
@@ -168,6 +171,15 @@ def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any])
     return sums
 
 
+def _of_places(weights: Tensor, divergence: Tensor) -> Sums:
+    """By place in maps (B, C, H, W) whose weights know places; the same grid for maps of all sizes."""
+    if divergence.ndim != 4 or weights.ndim < 2 or weights.shape[-2:] != divergence.shape[-2:]:
+        return {}
+    both = [m.detach().float().broadcast_to(divergence.shape).mean((0, 1)) for m in (weights, divergence)]
+    cells = torch.nn.functional.adaptive_avg_pool2d(torch.stack(both), GRID).flatten(1)
+    return {"place": _wide(torch.cat((cells, torch.ones_like(cells[:1]))) * len(divergence))}
+
+
 def of_losses(outputs: Mapping[str, Any]) -> Sums:
     """Products of the gradients at the student's logits, and squared norms of what each loss puts into them.
 
@@ -198,11 +210,12 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
 
     ``distribution`` gives the share of weights by size. ``label``, ``output``, ``confidence`` and ``divergence`` give
     mean weights by true label, by class of the map, by the teacher's largest probability and by size of the
-    divergence; the last has a column ``optimum`` where the guard has a closed form. ``agreement`` gives the cosine
-    between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share`` the part of
-    each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives the mean norm
-    of what each loss puts into the gradient in the student's parameters, and of their sum, ``total``; its column
-    ``share`` is the part of each in the sum of the norms.
+    divergence; the last has a column ``optimum`` where the guard has a closed form. ``place`` gives them by cell of a
+    grid laid over feature maps, row by row, with the mean divergence as its column ``divergence``. ``agreement`` gives
+    the cosine between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share``
+    the part of each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives
+    the mean norm of what each loss puts into the gradient in the student's parameters, and of their sum, ``total``; its
+    column ``share`` is the part of each in the sum of the norms.
     """
     found: dict[str, EpochStatistic] = {}
     if "distribution" in sums:
@@ -218,6 +231,10 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
             if name == "divergence" and "optimum" in sums:
                 columns["optimum"] = (sums["optimum"][0] / count).tolist()
             found[name] = EpochStatistic(epoch, list(bins.get(name, range(len(count)))), columns)
+    if "place" in sums:
+        weight, differs, count = sums["place"]
+        columns = {"value": weight / count, "count": count, "divergence": differs / count}
+        found["place"] = EpochStatistic(epoch, [*range(GRID**2)], {key: c.tolist() for key, c in columns.items()})
     found |= _of_losses(sums, epoch)
     return {name: statistic for name, statistic in found.items() if any(statistic.columns["count"])}
 
@@ -250,6 +267,12 @@ def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
         whole = sum(value for of, value in length.items() if of != TOTAL)
         found["step_length"].columns["share"] = [_ratio(value, whole) for value in length.values()]
     return found
+
+
+def of_bin(history: Sequence[EpochStatistic], name: Any) -> tuple[list[int], list[float]]:
+    """Epochs, from 1, and the values of one bin, where it is there."""
+    found = [(e.epoch + 1, e.columns["value"][e.bins.index(name)]) for e in history if name in e.bins]
+    return [epoch for epoch, _ in found], [value for _, value in found]
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -26,10 +26,10 @@ def test_without_a_terminal_there_is_one_line_per_epoch(
     make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
     mean = sum(range(BATCHES)) / BATCHES
     printed = capsys.readouterr().out
-    expected = rf"task {mean:.3f}  distill 0\.500  val acc 0\.750  \(\d+\.\d s\)"
+    expected = rf"task {mean:.3f}  distill 0\.500  val acc 0\.750%s  \(\d+\.\d s\)"
     assert len(_lines(printed)) == 2
-    for number, line in enumerate(_lines(printed), start=1):
-        assert re.fullmatch(rf"epoch {number}/2  {expected}", line)
+    for number, line, mark in zip((1, 2), _lines(printed), (" best", ""), strict=True):  # as good is no better
+        assert re.fullmatch(rf"epoch {number}/2  {expected % mark}", line)
     assert "━" not in printed
 
 
@@ -104,8 +104,17 @@ def test_a_terminal_gets_the_bar_with_the_metrics(
 
     shown = on_a_terminal(train)
     assert "━" in shown
-    assert re.search(r"train/task: 3\.000 train/distill: 0\.500 val/acc: 0\.750", shown)
-    assert not _lines(shown)
+    assert re.search(r"task: 3\.000 distill: 0\.500 val/acc: 0\.750", shown)
+
+
+def test_a_terminal_keeps_a_row_of_every_epoch(
+    make_trainer: Callable[..., Trainer], on_a_terminal: Callable[[Callable[[], object]], str]
+) -> None:
+    def train() -> None:
+        make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[ProgressBar()], logger=False).fit(Dummy())
+
+    rows = re.findall(r"^\s*(epoch \d/2  task 1\.500 .*?) *$", on_a_terminal(train).replace("\r", "\n"), re.MULTILINE)
+    assert [row.partition("  ")[0] for row in rows] == ["epoch 1/2", "epoch 2/2"]
 
 
 def test_work_between_batches_has_a_bar_below_that_of_the_training(
@@ -123,7 +132,7 @@ def test_work_between_batches_has_a_bar_below_that_of_the_training(
     assert done == [*"abcabc"]
     rows = re.findall(r"looking for letters\W+(\d)/3", shown)
     assert [number for number in "012" if number in rows] == ["0", "1", "2"]
-    assert "looking for letters" not in shown.rpartition("Epoch 1/1")[2]
+    assert "looking for letters" not in shown.rpartition("epoch 2/2")[2]
 
 
 def test_work_between_batches_has_no_bar_without_a_terminal(

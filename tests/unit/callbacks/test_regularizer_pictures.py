@@ -17,10 +17,11 @@ from PIL import Image
 
 from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
-from lqkd.callbacks.regularizer.pictures import pictures, pixels
+from lqkd.callbacks.regularizer.pictures import pictures
 from lqkd.callbacks.regularizer.statistics import WEIGHT_EDGES, EpochStatistic
 from lqkd.regularizers import LearnableTable
 from lqkd.runs.logger import RunLogger
+from lqkd.utils.figures import finding_of, pixels
 
 from .dummy import Dummy
 from .wandb_records import wandb_history
@@ -62,8 +63,8 @@ def _drawn(monitor: RegularizerMonitor) -> dict[str, Figure]:
 def test_the_run_folder_gets_every_picture_and_no_part_of_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     _fit(make_trainer, RunLogger(tmp_path))
     folder = tmp_path / "regularizer"
-    assert {path.stem for path in folder.glob("*.png")} == NAMES
-    assert {path.suffix for path in folder.iterdir()} == {".png", ".csv"}
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")} == NAMES
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".svg", ".csv"}
     for path in folder.glob("*.png"):
         assert np.asarray(Image.open(path)).std() > 10, path.name
 
@@ -80,7 +81,7 @@ def test_tensorboard_gets_every_picture_at_the_step_of_the_epochs_numbers(
     for name in NAMES:
         images = events.Images(f"regularizer/pictures/{name}")
         assert [image.step for image in images] == [3, 7, 7]  # and once more when training ends
-        assert (images[0].height, images[0].width) in ((400, 640), (400, 1000))
+        assert (images[0].height, images[0].width) in ((660, 1080), (660, 1674))
 
 
 def test_wandb_gets_every_picture(make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_wandb_gets_every_picture(make_trainer: MakeTrainer, tmp_path: Path, mon
         (row,) = [row for row in rows if f"regularizer/pictures/{name}/path" in row]
         assert row["trainer/global_step"] == 7
         image = Image.open(path.parent / "files" / row[f"regularizer/pictures/{name}/path"])
-        assert image.size[1] == 400
+        assert image.size[1] == 660
     assert any("regularizer/agreement/distill" in row for row in rows)
 
 
@@ -241,6 +242,16 @@ def test_what_held_out_rows_say_is_drawn_as_it_is() -> None:
     assert speakers[0].get_xydata().tolist() == [[0.85, 0.5], [0.95, 1.0]]
     images = [axes.images[0].get_array().tolist() for axes in figures["map"].axes if axes.images]
     assert images == [matrix.tolist() for matrix in maps.values()]
+
+
+def test_the_title_of_places_says_where_weights_are_large() -> None:
+    value = [4.0 if row in range(2, 6) and column in range(2, 6) else 1.0 for row in range(8) for column in range(8)]
+    epoch = EpochStatistic(2, [*range(64)], {"value": value, "count": [1.0] * 64, "divergence": [1.0] * 64})
+    figure = dict(pictures([], {"place": [epoch]}))["places"]
+    assert finding_of(figure) == "The middle of the map counts more than its edge: 4, not 1"
+    weights, divergences = (axes.images[0].get_array().tolist() for axes in figure.axes if axes.images)
+    assert np.ravel(weights).tolist() == value
+    assert np.ravel(divergences).tolist() == [1.0] * 64
 
 
 @pytest.mark.parametrize("spread", [1e-4, 0.01, 0.5, 30.0])

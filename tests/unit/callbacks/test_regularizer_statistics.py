@@ -223,6 +223,26 @@ def test_large_maps_are_looked_at_in_all_channels_and_positions(make_trainer: Ma
     assert max(columns) / min(columns) < 1.05
 
 
+@pytest.mark.parametrize("side", [8, 16])
+def test_weights_by_place_are_means_over_channels_samples_and_the_places_of_a_cell(
+    make_trainer: MakeTrainer, tmp_path: Path, side: int
+) -> None:
+    weights, divergence = (_draws((SAMPLES, channels, side, side), 0.1, 10.0, channels) for channels in (1, 3))
+    _fit(make_trainer, tmp_path, Dummy(weights, divergence))
+    rows = _rows(tmp_path, "place")
+    for column, play in (("value", weights), ("divergence", divergence)):
+        cells = _all(play).mean((0, 1, 2)).unflatten(0, (8, -1)).unflatten(2, (8, -1)).mean((1, 3))
+        assert [row[column] for row in rows.values()] == pytest.approx(cells.flatten().tolist(), rel=1e-5)
+    assert {row["count"] for row in rows.values()} == {BATCHES * SAMPLES}
+
+
+def test_weights_that_are_the_same_everywhere_in_a_map_have_none_by_place(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    _fit(make_trainer, tmp_path, Dummy(_draws((SAMPLES, 3, 1, 1), 0.1, 10.0), _draws((SAMPLES, 3, 4, 4), 0.1, 1.0)))
+    assert not (tmp_path / "regularizer" / "place.csv").exists()
+
+
 # ---- the guard's closed form
 
 
