@@ -25,6 +25,11 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.loader import TensorBatches as TensorBatches
     from lqkd.data.segmentation_folder import SegmentationFolder as SegmentationFolder
     from lqkd.data.streamed import StreamedImageNet as StreamedImageNet
+    from lqkd.data.text import TextDataModule as TextDataModule
+    from lqkd.data.text import TokenBatches as TokenBatches
+    from lqkd.data.text import Tokens as Tokens
+    from lqkd.data.text_files import PythonTopics as PythonTopics
+    from lqkd.data.text_files import TextFiles as TextFiles
     from lqkd.data.worker_loader import WorkerBatches as WorkerBatches
 
 _WHERE = {
@@ -38,9 +43,14 @@ _WHERE = {
     "ImageDataModule": "lqkd.data.base",
     "ImageFolder": "lqkd.data.image_folder",
     "ImageNet": "lqkd.data.imagenet",
+    "PythonTopics": "lqkd.data.text_files",
     "SegmentationFolder": "lqkd.data.segmentation_folder",
     "StreamedImageNet": "lqkd.data.streamed",
     "TensorBatches": "lqkd.data.loader",
+    "TextDataModule": "lqkd.data.text",
+    "TextFiles": "lqkd.data.text_files",
+    "TokenBatches": "lqkd.data.text",
+    "Tokens": "lqkd.data.text",
     "WorkerBatches": "lqkd.data.worker_loader",
 }
 

@@ -99,10 +99,10 @@ class Inputs:
         return self.map(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float64 else tensor)
 
     def described(self) -> str:
-        """For a message: ``images of 3x32x32``, or every tensor by its name with its shape, without the batch axis."""
+        """For a message, without the batch axis: ``images of 3x32x32``, ``int64 inputs of 128``, or tensors by name."""
         image = self.alone()
         if image is not None:
-            return _kind(image) + f"images of {_shape(image)}"
+            return _kind(image) + f"{'images' if image.ndim > 2 else 'inputs'} of {_shape(image)}"
         named = [*enumerate(self.args, 1), *self.keywords.items()]
         told = [f"{name} {_kind(of)}of {_shape(of)}" for name, of in named if isinstance(of, Tensor)]
         return f"inputs ({', '.join(told)})"

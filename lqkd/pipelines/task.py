@@ -13,7 +13,7 @@ from lqkd.errors import UsageError
 from lqkd.models.calls import dtype_name
 from lqkd.models.outputs import Asked, main_tensor
 from lqkd.quantization.modes import evaluating
-from lqkd.tasks import Classification, KeyedClassification, MultiLabel, Segmentation, Task
+from lqkd.tasks import CausalLM, Classification, KeyedClassification, MultiLabel, Segmentation, Task
 
 LABELS = ("labels", "label", "targets", "target")
 """What labels are called in batches that are dicts."""
@@ -23,14 +23,15 @@ _OWN = "give task=, one of lqkd.tasks or a class of yours (docs/tasks.md)"
 def guess_task(batch: Any, network: nn.Module) -> Task:
     """The task of batches like ``batch``.
 
-    ========================================================  =====================================
-    batch                                                     task
-    ========================================================  =====================================
-    inputs and integers (B,) or (B, 1); inputs alone          :class:`~lqkd.tasks.Classification`
-    inputs and integers (B, H, W)                             :class:`~lqkd.tasks.Segmentation`
-    inputs and 0, 1 or -1 (B, C), C >= 2                      :class:`~lqkd.tasks.MultiLabel`
-    a dict with integers (B,) under one of :data:`LABELS`     :class:`~lqkd.tasks.KeyedClassification`
-    ========================================================  =====================================
+    =========================================================  =====================================
+    batch                                                      task
+    =========================================================  =====================================
+    inputs and integers (B,) or (B, 1); inputs alone           :class:`~lqkd.tasks.Classification`
+    inputs and integers (B, H, W)                              :class:`~lqkd.tasks.Segmentation`
+    inputs and 0, 1 or -1 (B, C), C >= 2                       :class:`~lqkd.tasks.MultiLabel`
+    a dict with integers (B,) under one of :data:`LABELS`      :class:`~lqkd.tasks.KeyedClassification`
+    a dict with ``input_ids`` (B, T), and no labels or (B, T)  :class:`~lqkd.tasks.CausalLM`
+    =========================================================  =====================================
 
     Of a dict the network is called with those tensors that its ``forward`` has parameters for, or with the only one.
 
@@ -71,6 +72,11 @@ def guess_task(batch: Any, network: nn.Module) -> Task:
 
 def _keyed(batch: Mapping[str, Any], network: nn.Module) -> Task:
     found = [key for key in LABELS if key in batch]
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and found in ([], ["labels"]):
+        labels = batch.get("labels", tokens)
+        if isinstance(labels, Tensor) and labels.shape == tokens.shape:
+            return CausalLM()
     if len(found) != 1:
         raise UsageError(
             f"the task cannot be told from a dict with {', '.join(map(repr, batch))}: it needs labels under one of "

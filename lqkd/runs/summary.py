@@ -237,7 +237,10 @@ def best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
 
 
 def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
-    """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...); None in floating point."""
+    """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...), 32 where only the other are quantised.
+
+    None twice in floating point.
+    """
     found: dict[str, list[int]] = {"weight": [], "input": []}
     for name, quantizer in quantizers(network).items():
         kind = name.rpartition(".")[2].removesuffix("_quantizer")
@@ -251,7 +254,8 @@ def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
         others = [f"{b} in {bits.count(b)}" for b in sorted(set(bits)) if b != common]
         return str(common) + (f" ({', '.join(others)} layers)" if others else "")
 
-    return describe(found["weight"]), describe(found["input"])
+    weights, inputs = describe(found["weight"]), describe(found["input"])
+    return (weights or "32", inputs or "32") if weights or inputs else (None, None)
 
 
 def _balance(trainer: Trainer) -> dict[str, float]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.models.outputs import main_tensor as main_tensor
     from lqkd.tasks.base import Rows as Rows
     from lqkd.tasks.base import Task as Task
+    from lqkd.tasks.causal_lm import CausalLM as CausalLM
     from lqkd.tasks.classification import Classification as Classification
     from lqkd.tasks.keyed import KeyedClassification as KeyedClassification
     from lqkd.tasks.labels import Samples as Samples
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
 
 _WHERE = {
     "Asked": "lqkd.models.outputs",
+    "CausalLM": "lqkd.tasks.causal_lm",
     "Classification": "lqkd.tasks.classification",
     "Inputs": "lqkd.models.calls",
     "KeyedClassification": "lqkd.tasks.keyed",

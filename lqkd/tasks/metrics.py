@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
@@ -21,6 +23,24 @@ class CrossEntropy(MeanMetric):
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         super().update(*task_losses(logits, labels))
+
+
+class Perplexity(CrossEntropy):
+    """The exponential of the mean cross-entropy."""
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class BitsPerByte(CrossEntropy):
+    """The mean cross-entropy in bits, a byte of text."""
+
+    def __init__(self, bytes_per_token: float) -> None:
+        super().__init__()
+        self.bytes_per_token = bytes_per_token
+
+    def compute(self) -> Tensor:
+        return super().compute() / (math.log(2) * self.bytes_per_token)
 
 
 class Accuracy(MeanMetric):
@@ -46,3 +66,23 @@ class LargestClass(SameAnswer):
 
     def compute(self) -> Tensor:
         return self.counts.max() / self.counts.sum()
+
+
+class Frequencies(SameAnswer):
+    """The cross-entropy of the labels (B,) that are not negative with their own frequencies; NaN without any."""
+
+    counts: Tensor
+    name = "always giving each token the probability that it has"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        counts = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+        known = (labels >= 0) & (labels < logits.shape[1])
+        self.counts = self.counts + counts.index_add_(0, labels.masked_fill(~known, 0), known.double())
+
+    def compute(self) -> Tensor:
+        shares = self.counts / self.counts.sum()
+        return -torch.special.xlogy(shares, shares).sum()

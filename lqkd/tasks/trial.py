@@ -30,12 +30,19 @@ def try_network(network: nn.Module, name: str, inputs: Inputs, task: Task) -> An
         try:
             returned = inputs.call(network)
         except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
-            whole = any(not tensor.is_floating_point() for tensor in inputs.tensors())
-            advice = ": pixels are given as floating-point numbers, normalised" if whole else ""
+            advice = _advice(error, inputs)
             raise UsageError(
                 f"the {name} cannot take {inputs.described()} from the data ({first_line(error)}){advice}"
             ) from error
     return task.outputs(returned, Asked(name, len(inputs)))
+
+
+def _advice(error: Exception, inputs: Inputs) -> str:
+    if all(tensor.is_floating_point() for tensor in inputs.tensors()):
+        return ""
+    if isinstance(error, LookupError):
+        return ": tokens are of a larger vocabulary than the network's, or texts are longer than it knows positions"
+    return ": pixels are given as floating-point numbers, normalised"
 
 
 @torch.no_grad()

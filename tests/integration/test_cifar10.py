@@ -57,7 +57,9 @@ def in_float(cifar10: CIFAR10) -> tuple[Tensor, Tensor]:
 
 def test_the_published_weights_have_their_accuracy(in_float: tuple[Tensor, Tensor]) -> None:
     classes, labels = in_float
-    assert 100 * (classes == labels).float().mean() == pytest.approx(91.73, abs=1.3)  # two standard errors of 2,000 images
+    assert 100 * (classes == labels).float().mean() == pytest.approx(
+        91.73, abs=1.3
+    )  # two standard errors of 2,000 images
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def prepared(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = (brightness + rng.integers(-50, 50, (30, 40, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(place / "photographs" / name / f"{number}.jpg")
     write_photographs(place / "pairs")
+    (place / "shakespeare.txt").write_text("".join(f"Line {n} of a play.\n" for n in range(3000)), encoding="utf-8")
     for name in ("IMAGE.png", "cat.jpg", "dog.png"):
         Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / name)
     for root, test, classes in (("DIR", "test", 10), ("DIR100", "test", 100), ("SOURCE", "val", 2)):
@@ -137,7 +138,7 @@ def shortened(arguments: list[str]) -> list[str]:
         few = ["--trainer.max_epochs", "4"]
     elif "cifar" in given:
         few = ["--trainer.fast_dev_run", "true", "--data.init_args.batch_size", "4"]
-    elif "quickstart" in given or "regularizer.yaml" in given:
+    elif any(name in given for name in ("quickstart", "regularizer.yaml", "language")):
         few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
     return [*arguments, *few]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.models.outputs import Asked, main_tensor
 from lqkd.quantization.computed import copy_of
 from lqkd.teachers.frozen import FrozenTeacher
 
@@ -61,11 +62,11 @@ def teacher_key(
 def probe(teacher: FrozenTeacher, image_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> str:
     """What the network itself answers to fixed noise, for all that its code and its attributes decide.
 
-    A copy answers on the CPU, in float32, on one thread and to one batch, whatever the training does, and each image's
-    logits are projected onto one direction that is fixed as well. These few numbers are rounded to 1/256 of the power
-    of two above the largest, so that differences of summation (some 1e-6) hardly ever reach a rounding edge; where one
-    does, the teacher is asked again. Tokens are drawn from the network's smallest table of embeddings. Global random
-    numbers stay as they are.
+    A copy answers on the CPU, in float32, on one thread and to one batch, whatever the training does, and all that it
+    answers to an image is projected onto one direction that is fixed as well. These few numbers are rounded to 1/256
+    of the power of two above the largest, so that differences of summation (some 1e-6) hardly ever reach a rounding
+    edge; where one does, the teacher is asked again. Tokens are drawn from the network's smallest table of embeddings.
+    Global random numbers stay as they are.
 
     Args:
         teacher: before it is accelerated.
@@ -84,10 +85,10 @@ def probe(teacher: FrozenTeacher, image_shape: Sequence[int], dtype: torch.dtype
     try:
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             torch.default_generator.manual_seed(0)  # for a network that draws; manual_seed would reach other devices
-            logits = copied(images)
+            answered = main_tensor(copied(images), Asked("teacher", _PROBES)).flatten(1)
     finally:
         torch.set_num_threads(threads)
-    answers = logits.double() @ torch.randn(logits.shape[1], generator=noise).double()
+    answers = answered.double() @ torch.randn(answered.shape[1], generator=noise).double()
     exponent = math.frexp(float(answers.abs().max()))[1]
     steps = [f"{math.ldexp(answer, 8 - exponent):.0f}" for answer in answers.tolist()]
     return hashlib.sha256(f"{exponent} {' '.join(steps)}".encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""Language models are trained, distilled, resumed and asked like any other network."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+import lqkd
+from lqkd import DistillModule, FrozenTeacher, Recipe
+from lqkd.cli import main
+from lqkd.data import PythonTopics
+from lqkd.errors import UsageError
+from lqkd.losses import HintonKL
+from lqkd.models import GPT
+from lqkd.regularizers import SampleWeight
+from lqkd.runs import BestAndLast
+from lqkd.tasks import CausalLM
+from lqkd.teachers.cache import TeacherCache
+from tests.conftest import parameters_of
+from tests.integration.test_exact_resume import StopAt
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "quickstart.yaml")
+
+
+def gpt(width: int = 16, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(context=16, width=width, depth=1, heads=2)
+
+
+def student(**settings: Any) -> DistillModule:
+    torch.manual_seed(1)
+    return DistillModule(
+        FrozenTeacher(gpt(24, seed=2)),
+        gpt(),
+        quantization=Recipe(bits="w4a8"),
+        regularizer=SampleWeight(hidden=4),
+        distillation_loss=HintonKL(),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
+        task=CausalLM(bytes_per_token=1),
+        **settings,
+    )
+
+
+def text() -> PythonTopics:
+    return PythonTopics(context=16, batch_size=16, limit_train=96, seed=0)
+
+
+@pytest.fixture
+def trainer(make_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    return lambda **settings: make_trainer(**{"limit_val_batches": 2, "max_epochs": 2} | settings)
+
+
+def test_tokens_weighed_by_a_regularizer_are_learned_the_same_from_a_cache(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    ends = []
+    for cache in (None, TeacherCache(str(tmp_path), dtype="float32"), TeacherCache(str(tmp_path), dtype="float32")):
+        module = student(teacher_cache=cache)
+        trainer().fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+    assert all(torch.equal(ends[0], end) for end in ends)
+
+
+def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    whole, resumed = student(), student()
+    trainer().fit(whole, datamodule=text())
+    saving = {"enable_checkpointing": True, "callbacks": [BestAndLast(tmp_path, every_n_steps=1), StopAt(1, 3)]}
+    with pytest.raises(InterruptedError):
+        trainer(**saving).fit(student(), datamodule=text())
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
+    trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+def test_the_command_line_trains_asks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    brief = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "192", "--trainer.limit_val_batches", "2"]
+    brief += ["--run.root", str(tmp_path)]
+    assert main(["fit", "--config", CONFIG, *brief]) == 0
+    run = tmp_path / "language_quickstart" / "version_0"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["metric"], summary["mode"]) == ("val/loss", "min")
+    assert (summary["weight_bits"], summary["activation_bits"]) == ("2 (8 in 3 layers)", "32")
+    assert summary["teacher"] < summary["student_start"]
+    assert summary["val"] < summary["student_start"]
+    assert main(["predict", "--config", str(run / "config.yaml")]) == 0
+    with open(run / "predictions.csv", newline="") as stream:
+        losses = [float(row["loss"]) for row in csv.DictReader(stream)]
+    assert sum(losses) / len(losses) == pytest.approx(summary["test"], rel=1e-4)
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+
+
+@dataclass
+class Output:
+    """As transformers' networks return them."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Named(nn.Module):
+    """A network that is called as transformers' are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gpt = gpt(width)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
+        return Output(None, self.gpt(input_ids))
+
+
+def test_padded_dicts_and_dataclasses_go_through_the_one_call(tmp_path: Path) -> None:
+    counted = torch.arange(16).expand(48, 16)
+    lengths = torch.arange(48)[:, None] % 13 + 4
+    rows = [
+        {"input_ids": tokens, "attention_mask": mask}
+        for tokens, mask in zip(counted * (counted < lengths), (counted < lengths).long(), strict=True)
+    ]
+    loader = torch.utils.data.DataLoader(rows, batch_size=16)
+    teacher, task = Named(24), CausalLM()
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=0.01)
+    for _ in range(6):
+        for batch in loader:
+            task.loss(teacher(**batch).logits, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = lqkd.distill(Named(16), teacher, loader, loader, bits="w4a8", epochs=1, folder=tmp_path / "run")
+    assert isinstance(found.task, CausalLM)
+    assert found.summary["val"] < found.summary["student_start"]
+    with pytest.raises(UsageError, match=r"embedding 'gpt\.token' cannot be exported"):
+        found.export()
+
+
+def test_a_window_that_is_longer_than_the_networks_is_one_sentence(trainer: Callable[..., Trainer]) -> None:
+    with pytest.raises(UsageError) as error:
+        trainer().fit(student(), datamodule=PythonTopics(context=32, seed=0))
+    assert "the teacher cannot take int64 inputs of 32 from the data" in str(error.value)
+    assert "texts are longer than it knows positions" in str(error.value)
