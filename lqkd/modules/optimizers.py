@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer, SparseAdam
+from torch.optim import SGD, Optimizer, SparseAdam
 
 from lqkd.balances import Balance
 from lqkd.errors import UsageError, first_line
@@ -60,7 +60,8 @@ def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any
 
     Raises:
         UsageError: when the optimizer refuses one of its arguments, or a number of them is NaN or infinite, which no
-            optimizer of PyTorch's notices.
+            optimizer of PyTorch's notices, or it is a fused SGD with momentum, which stops at the first parameter
+            whose gradients begin later than those of others.
     """
     try:
         optimizer = make(parameters)
@@ -68,6 +69,11 @@ def optimizer_of(make: Callable[[Any], Optimizer], setting: str, parameters: Any
         raise UsageError(f"{setting} is not possible: {first_line(error)}") from error
     if isinstance(optimizer, SparseAdam):
         raise UsageError(f"{setting}=SparseAdam is not possible: gradients here are dense, use Adam")
+    if isinstance(optimizer, SGD) and optimizer.defaults.get("fused") and optimizer.defaults["momentum"]:
+        raise UsageError(
+            f"{setting}: fused=True is not possible for SGD with momentum, since PyTorch's stops at a parameter whose "
+            "first gradient comes after those of others: leave it out, or use Adam or AdamW, which go on"
+        )
     for name, value in optimizer.defaults.items():
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):

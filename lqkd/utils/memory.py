@@ -10,6 +10,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST = (2**30, 2**25)
 """Bytes from which an allocation is given back at once: the first that the library takes; older ones have a limit."""
 _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+_TUNABLES = tuple("glibc.malloc." + name.removeprefix("MALLOC_").strip("_").lower() for name in _CHOICES)
 
 
 def keep_freed_memory() -> bool:
@@ -22,9 +23,10 @@ def keep_freed_memory() -> bool:
 
     Nothing is done on other systems than Linux with this library, nor where the environment has a choice of its own:
     one of the variables ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TOP_PAD_`` and
-    ``MALLOC_MMAP_MAX_``, or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
+    ``MALLOC_MMAP_MAX_``, or the same in ``GLIBC_TUNABLES``. Large pages, ``glibc.malloc.hugetlb``, are no such choice.
     """
-    chosen = any(name in os.environ for name in _CHOICES) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name in os.environ for name in _CHOICES) or any(name in tunables for name in _TUNABLES)
     if chosen or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

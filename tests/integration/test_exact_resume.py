@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.balances import GradNorm, LearnableRatioBalance, UncertaintyBalance
@@ -110,6 +111,27 @@ def test_a_training_that_ends_anywhere_resumes_to_the_same_weights_and_metrics(
         train(make_trainer, tmp_path / "cut", stop, **settings)
     resumed = train(make_trainer, tmp_path / "cut", **settings)
     assert_same(resumed, tmp_path / "cut", whole, tmp_path / "whole")
+
+
+def test_fused_optimizers_resume_exactly_and_end_where_others_do(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Beside clipping and a schedule."""
+
+    def run(folder: str, stop: tuple[int, int] | None = None, fused: bool = True) -> DistillModule:
+        model = {
+            "student_optimizer": lambda p: AdamW(p, lr=1e-3, fused=fused),
+            "regularizer_optimizer": lambda p: AdamW(p, lr=1e-3, fused=fused),
+            "student_schedule": Cosine(warmup_fraction=0.2),
+            "gradient_clip_val": 0.5,
+        }
+        return train(make_trainer, tmp_path / folder, stop, model=model)
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("cut", (1, 3))
+    assert_same(run("cut"), tmp_path / "cut", whole, tmp_path / "whole")
+    plain = parameters_of(run("plain", fused=False))
+    assert not torch.equal(plain, parameters_of(whole))
+    torch.testing.assert_close(plain, parameters_of(whole), rtol=1e-2, atol=1e-3)
 
 
 def test_a_learnable_ratio_resumes_exactly_and_is_logged(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -85,15 +85,18 @@ def test_an_optimizer_that_asks_for_gradients_again_is_refused_at_its_first_step
         (lambda p: TakesNone(p, lr=0.01), r"TakesNone is not possible: its step\(\) takes no closure"),
         (lambda p: SparseAdam(flat(p)), "SparseAdam is not possible: gradients here are dense"),
         (lambda p: SGD(flat(p), lr=0.01), None),
+        (lambda p: SGD(p, lr=0.01, momentum=0.9, fused=True), "SGD with momentum"),
     ],
-    ids=["LBFGS", "no closure", "dense gradients", "one group"],
+    ids=["LBFGS", "no closure", "dense gradients", "one group", "fused"],
 )
 def test_an_optimizer_that_cannot_be_used_is_refused_before_the_first_batch(
     make_trainer: MakeTrainer, setting: str, make: Callable[[Any], Any], message: str | None
 ) -> None:
     trainer = make_trainer()
     balance = BoundedUncertaintyBalance()  # a second group for the regularizer's optimizer
-    with pytest.raises(UsageError, match=f"{setting}=" + (message or "SGD is not possible: it puts the parameters of")):
+    with pytest.raises(
+        UsageError, match=f"{setting}.*" + (message or "SGD is not possible: it puts the parameters of")
+    ):
         trainer.fit(distiller(balance=balance, **{setting: make}), datamodule=digits(2))
     assert trainer.global_step == 0
 

@@ -55,6 +55,12 @@ def test_a_choice_of_the_environment_stands() -> None:
     assert not second_step(GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072")[0]
 
 
+def test_memory_in_large_pages_is_kept_as_well() -> None:
+    kept, pages = second_step(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
+    assert kept
+    assert pages < 100
+
+
 def test_an_older_library_gets_the_most_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which refuses to keep more than half of a heap."""
     asked: dict[int, int] = {}
