@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, cast
 
@@ -37,9 +38,12 @@ class TrustMap(nn.Module):
     Args:
         teachers: how many.
         classes: how many.
-        spread: ``fitted`` gives predictions as sure as labels justify; ``keep`` stretches their logits, by one number,
-            to the standard deviation that those of the teachers have, as far as each of them is believed: labels say
-            what is believed, and the loss with its temperature how it is compared.
+        spread: ``fitted`` gives predictions as sure as labels justify; ``keep`` stretches their logits by one number,
+            since labels say what is believed, and the loss with its temperature how it is compared. The number is by
+            how much the network that the student starts from is surer than labels justify, so that what is believed is
+            said in logits of the student's size. Where it does not start from one, the logits get the standard
+            deviation of the teachers' as far as each is believed. In both cases it is at least 1, and no more than the
+            temperature that the loss divides by.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -133,6 +137,8 @@ class TrustMap(nn.Module):
         seed: int = 0,
         memorised: bool = False,
         groups: Tensor | None = None,
+        own: int | None = None,
+        temperature: float | None = None,
     ) -> TrustReport:
         """Fit to held-out rows, in float64 and the same for the same arguments.
 
@@ -143,9 +149,12 @@ class TrustMap(nn.Module):
             folds: of the cross-validation, >= 2; stratified by class.
             seed: of the folds.
             memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
-                nothing of others: their spread is kept, and factors a class are not fitted.
+                nothing of others: their spread is kept, but for what is above that of ``own``, and factors a class are
+                not fitted.
             groups: (N,) int64, the sample that each row is of where one has several, such as the pixels of an image:
                 they are left out together, and one counts as a sample. None where every row is one.
+            own: which of the teachers the student starts from, if one of them.
+            temperature: of a loss that compares predictions; None of one that compares logits as they are.
 
         Raises:
             UsageError: when fewer than 20 rows, or samples with groups, have a label.
@@ -172,10 +181,16 @@ class TrustMap(nn.Module):
         (before, right_before), (loss, right) = judged[GIVEN, 0.0], judged[form, strength]
         found.worth, found.points = float((before - loss).mean()), 100 * float((right - right_before).mean())
         found.cross_entropy, found.memorised = float(loss.mean()), memorised
-        if (self.spread == "keep" or memorised) and form != GIVEN:
-            spreads = [_spread(teacher) for teacher in teachers]
+        if form != GIVEN:
+            spreads = [_spread(teacher) / max(_spread(trusted), 1e-6) for teacher in teachers]
             wanted = sum(part * spread for part, spread in zip(found.believed, spreads, strict=True))
-            self.stretch.fill_(wanted / max(_spread(trusted), 1e-6))
+            if memorised:
+                self.stretch.fill_(wanted if own is None else min(wanted, spreads[own]))
+            elif self.spread == "keep":
+                if own is not None:
+                    wanted = _temperature_of(teachers[own], labels)
+                most = temperature or (1.0 if own is None else spreads[own])
+                self.stretch.fill_(max(1.0, min(wanted, most)))
         return found
 
     @torch.no_grad()
@@ -263,6 +278,13 @@ def _chosen_of(judged: Mapping[tuple[str, float], Tensor], groups: Tensor | None
         if forms.is_better(gates[best], losses[found], groups):
             return best
     return found
+
+
+def _temperature_of(logits: Tensor, labels: Tensor) -> float:
+    """By what logits (N, C) have to be divided to be as sure as labels justify; infinite where they say nothing."""
+    problem = Problem.of(logits[None], labels, forms.directions(logits[None]))
+    factor = 1 + float(problem.minimise(problem.start("temperature"), min(STRENGTHS))["scale"]) / problem.unit
+    return 1 / factor if factor > 0 else math.inf
 
 
 def _judged(logits: Tensor, labels: Tensor) -> Tensor:

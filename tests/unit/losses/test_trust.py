@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
@@ -202,15 +202,64 @@ def test_before_a_fit_it_is_the_mean_of_predictions() -> None:
     torch.testing.assert_close(TrustMap(2, 10)(teachers), expected)
 
 
-def test_the_spread_of_the_teachers_is_given_back_as_far_as_they_are_believed() -> None:
+def spread_of(logits: Tensor) -> float:
+    return float(logits.double().var(-1, correction=0).mean().sqrt())
+
+
+@pytest.mark.parametrize("sharper", [10.0, 1.0, 0.1])
+def test_how_sure_a_teacher_is_does_not_count_where_the_student_has_logits_of_its_own(sharper: float) -> None:
+    """The stretch is the temperature of the student's own float network, which scipy finds in float64."""
     logits, labels = rows(1000)
-    teachers = 2.5 * logits[None]
-    kept, fitted = TrustMap(1, 10), TrustMap(1, 10, spread="fitted")
-    believed = kept.fit(teachers, labels).believed[0]
-    fitted.fit(teachers, labels)
-    spread = kept(teachers).var(-1, correction=0).mean().sqrt()
-    assert float(spread) == pytest.approx(believed * float(teachers.var(-1, correction=0).mean().sqrt()), rel=1e-4)
-    torch.testing.assert_close(fitted(teachers).mul(kept.stretch).log_softmax(-1), kept(teachers), rtol=1e-4, atol=1e-4)
+    own = 2.0 * (logits + 0.5 * noise(1000))
+    trusted, as_fitted = TrustMap(2, 10), TrustMap(2, 10, spread="fitted")
+    teachers = torch.stack([sharper * logits, own])
+    report = trusted.fit(teachers, labels, own=1, temperature=4.0)
+    as_fitted.fit(teachers, labels)
+
+    def loss(factor: float) -> float:
+        return -float(log_softmax(factor * own.numpy(), axis=1)[np.arange(1000), labels.numpy()].mean())
+
+    expected = 1 / minimize_scalar(loss, bounds=(0.01, 2.0), method="bounded", options={"xatol": 1e-9}).x
+    assert report.form == "temperature"
+    assert 2.0 < expected < 4.0
+    assert float(trusted.stretch) == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close(
+        as_fitted(teachers).mul(trusted.stretch).log_softmax(-1), trusted(teachers), rtol=1e-4, atol=1e-4
+    )
+    trusted.fit(teachers, labels, own=1, temperature=1.5)
+    assert float(trusted.stretch) == 1.5
+
+
+@pytest.mark.parametrize(("sharper", "temperature"), [(10.0, 4.0), (2.5, 4.0), (2.5, None)])
+def test_without_a_network_of_the_students_the_stretch_takes_no_more_than_the_temperature_takes(
+    sharper: float, temperature: float | None
+) -> None:
+    """Within that it gives back the spread of the teachers as far as they are believed."""
+    logits, labels = rows(1000)
+    trusted, as_fitted = TrustMap(1, 10), TrustMap(1, 10, spread="fitted")
+    teachers = sharper * logits[None]
+    believed = trusted.fit(teachers, labels, temperature=temperature).believed[0]
+    as_fitted.fit(teachers, labels)
+    wanted = believed * spread_of(teachers) / spread_of(as_fitted(teachers))
+    assert float(trusted.stretch) == pytest.approx(min(wanted, temperature or 1.0), rel=1e-3)
+    assert wanted > 2
+
+
+def test_of_logits_that_are_compared_as_they_are_none_is_stretched_beyond_the_students_own() -> None:
+    logits, labels = rows(1000)
+    own = 2.0 * (logits + noise(1000))
+    trusted, teachers = TrustMap(2, 10), torch.stack([logits, own])
+    trusted.fit(teachers, labels, own=1)
+    assert float(trusted.stretch) > 1.2
+    assert spread_of(trusted(teachers)) == pytest.approx(spread_of(own), rel=1e-3)
+
+
+def test_of_rows_known_by_heart_a_teacher_that_is_too_sure_is_no_surer_than_the_student() -> None:
+    logits, _ = rows(600, sharp=6.0)
+    labels = logits.argmax(1)
+    trusted, teachers = TrustMap(2, 10), torch.stack([10 * logits[:, ORDER], logits + noise(600)])
+    trusted.fit(teachers, labels, memorised=True, own=1, temperature=4.0)
+    assert spread_of(trusted(teachers)) == pytest.approx(spread_of(teachers[1]), rel=1e-3)
 
 
 def test_rows_without_a_label_are_left_out_and_a_fit_is_the_same_again() -> None:
