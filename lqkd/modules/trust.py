@@ -311,7 +311,9 @@ def _fitted(
     together, labels = together[:, rows], asked.labels[rows]
     said = fitted.left_out(together, labels, groups=None if asked.samples is None else asked.samples[rows])
     if term.interpolation is not None:
-        known = Known.of(said, together, labels, asked.positions[rows]).to(torch.device("cpu"))
+        clean = ~fitted.doubted(together, labels)
+        positions = asked.positions[rows][clean]
+        known = Known.of(said[clean], together[:, clean], labels[clean], positions).to(torch.device("cpu"))
     speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
     reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
     return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)
