@@ -268,6 +268,10 @@ def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_see
     [
         (lambda: believing(rows=0), "rows=0 of HeldOutInterpolation is not possible: it must be a whole number"),
         (lambda: believing(every=2.5), "every=2.5 of HeldOutInterpolation is not possible: it must be a whole number"),
+        (
+            lambda: believing(of="auto", hidden=8),
+            "hidden=8 of HeldOutInterpolation is not possible with of='auto', which",
+        ),
         (lambda: believing(strength=float("inf")), "strength=inf is not possible: it must be a finite number"),
         (
             lambda: DistillModule(
