@@ -40,6 +40,8 @@ class DistillationLoss(nn.Module, ABC):
     """Whether it is the softmax of rows that it compares, which must then be a prediction of one class of several."""
     needs_labels: bool = False
     """Whether it cannot do without labels."""
+    temperature: float = 1.0
+    """What it divides logits by before it compares them."""
 
     def connect(self, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> None:
         """Make what matches the student's features to the teacher's, once, before there is an optimizer.

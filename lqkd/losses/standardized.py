@@ -44,7 +44,7 @@ class Standardized(DistillationLoss):
                 "but must compare logits"
             )
         self.kind, self.needs_labels = self.loss.kind, self.loss.needs_labels
-        self.compares_predictions = self.loss.compares_predictions
+        self.compares_predictions, self.temperature = self.loss.compares_predictions, self.loss.temperature
 
     @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -80,6 +80,7 @@ class DistillModule(TaskModule):
         penalties: functions by name whose results, 0-dim, are added to each batch's loss and logged as
             ``train/NAME``; callbacks put them there. They depend on the student alone, the same on every process.
         trust: how far the teachers of every term with ``combination: trust`` are believed, by its name, likewise.
+        own: what the student's own float network is called among the teachers, where held-out rows judge one of them.
         own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
             was added to them.
         own_added: whether it is none of the user's teachers.
@@ -159,7 +160,7 @@ class DistillModule(TaskModule):
         start_from(student, student_weights, replace_head)
         starts = student_weights is not None and not replace_head
         given = len(self.named_teachers)
-        terms, self.named_teachers, self.own_joined = join_own(terms, self.named_teachers, student, starts)
+        terms, self.named_teachers, self.own, self.own_joined = join_own(terms, self.named_teachers, student, starts)
         self.own_added = len(self.named_teachers) > given
         for one in (*self.named_teachers.values(), teacher):
             check_teacher(self.task, one)

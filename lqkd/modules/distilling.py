@@ -24,6 +24,7 @@ class Distilling(Protocol):
     named_teachers: dict[str, FrozenTeacher]
     teacher_cache: TeacherCache | None
     warnings: list[str]
+    own: str | None
     own_joined: dict[str, str]
 
     @property

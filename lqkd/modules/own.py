@@ -23,13 +23,14 @@ class Joined(Protocol):
 
     distillation: Distillation
     named_teachers: dict[str, FrozenTeacher]
+    own: str | None
     own_joined: dict[str, str]
     own_added: bool
 
 
 def join_own(
     terms: dict[str, Term], teachers: dict[str, FrozenTeacher], student: nn.Module, starts: bool
-) -> tuple[dict[str, Term], dict[str, FrozenTeacher], dict[str, str]]:
+) -> tuple[dict[str, Term], dict[str, FrozenTeacher], str | None, dict[str, str]]:
     """Let the student's float network be one of the teachers of every trusted term that wants it.
 
     A map that held-out rows decide can choose it where the others are worse, so that a weak teacher does no harm. It is
@@ -42,7 +43,7 @@ def join_own(
         starts: whether it starts from weights for its task, so that terms which do not say want it.
 
     Returns:
-        Terms and teachers with it, and by term what it is called there, where it was added.
+        Terms and teachers with it, what it is called among these, and by term the same where it was added.
 
     Raises:
         UsageError: when a term asks for it that is not trusted, it is quantised already, or another teacher has its
@@ -58,9 +59,10 @@ def join_own(
             raise UsageError(f"own=True of distillation {name} is not possible: the student was given quantised")
     starts = starts and not quantizers(student)
     wanting = [name for name, term in terms.items() if term.trusted and (starts if term.own is None else term.own)]
+    trusted = any(term.trusted for term in terms.values())
+    own = next((name for name, teacher in teachers.items() if trusted and _is(teacher, student)), None)
     if not wanting:
-        return terms, teachers, {}
-    own = next((name for name, teacher in teachers.items() if _is(teacher, student)), None)
+        return terms, teachers, own, {}
     if own is None:
         if STUDENT_FLOAT in teachers:
             raise UsageError(
@@ -71,7 +73,7 @@ def join_own(
         teachers = teachers | {own: FrozenTeacher(copy_of(student), minimum_accuracy=0.0)}
     joined = [name for name in wanting if own not in terms[name].teachers]
     changed = {name: replace(terms[name], teacher=[*terms[name].teachers, own]) for name in joined}
-    return terms | changed, teachers, dict.fromkeys(joined, own)
+    return terms | changed, teachers, own, dict.fromkeys(joined, own)
 
 
 def joined_sentence(own: str) -> str:
@@ -98,6 +100,7 @@ def leave(module: Joined, name: str) -> None:
     cast(DistillationTerm, module.distillation[name]).leave(own)
     if module.own_added and own not in module.own_joined.values():
         del module.named_teachers[own]
+        module.own = None
 
 
 def _is(teacher: FrozenTeacher, network: nn.Module) -> bool:

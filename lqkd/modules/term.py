@@ -93,6 +93,12 @@ class DistillationTerm(nn.Module):
         return cast(Regularizer, self.regularizers[0]) if self.regularizers else None
 
     @property
+    def temperature(self) -> float | None:
+        """What its loss softens predictions by; None where it compares no predictions."""
+        loss = cast(DistillationLoss, self.losses[0])
+        return loss.temperature if loss.compares_predictions else None
+
+    @property
     def interpolation(self) -> HeldOutInterpolation | None:
         """The regularizer, where held-out rows teach it what lies between teachers and student."""
         return self.regularizer if isinstance(self.regularizer, HeldOutInterpolation) else None

@@ -48,6 +48,7 @@ class Trusting(Learning, Protocol):
     reliability: dict[str, dict[str, dict[str, list[float]]]]
     held_out: dict[str, HeldOutRows]
     known_of_held_out: dict[str, Known]
+    own: str | None
     own_added: bool
 
 
@@ -293,7 +294,15 @@ def _fitted(
     with module.distillation.told(name):
         together = torch.stack([asked.logits[teacher] for teacher in term.teachers])
         warnings = [by_heart[teacher] for teacher in term.teachers if teacher in by_heart]
-        report = fitted.fit(together, asked.labels, memorised=bool(warnings), groups=asked.samples)
+        own = term.teachers.index(module.own) if module.own in term.teachers else None
+        report = fitted.fit(
+            together,
+            asked.labels,
+            memorised=bool(warnings),
+            groups=asked.samples,
+            own=own,
+            temperature=term.temperature,
+        )
     names = [_label(module, teacher) for teacher in term.teachers]
     data: Any = getattr(module.trainer, "datamodule", None)
     classes = list(getattr(data, "class_names", ())) or [str(c) for c in range(len(report.by_class))]
@@ -302,7 +311,9 @@ def _fitted(
     together, labels = together[:, rows], asked.labels[rows]
     said = fitted.left_out(together, labels, groups=None if asked.samples is None else asked.samples[rows])
     if term.interpolation is not None:
-        known = Known.of(said, together, labels, asked.positions[rows]).to(torch.device("cpu"))
+        clean = ~fitted.doubted(together, labels)
+        positions = asked.positions[rows][clean]
+        known = Known.of(said[clean], together[:, clean], labels[clean], positions).to(torch.device("cpu"))
     speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
     reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
     return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)

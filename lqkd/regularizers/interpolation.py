@@ -16,6 +16,8 @@ from lqkd.regularizers.players import HeldOut
 
 Of = Literal[WeightOf, "auto"]
 
+_HIDDEN = 16
+
 
 class HeldOutInterpolation(Regularizer):
     """R_phi as the place between student S and what is believed of the teachers, T': ``Z = S + R_phi (T' - S)``.
@@ -41,7 +43,7 @@ class HeldOutInterpolation(Regularizer):
             cross-validation within the held-out rows chooses of these.
         start: the weight before training, between 0 and 1.
         strength: of the pull towards the start, >= 0: of logit(R_phi), or with ``auto`` of R_phi itself.
-        hidden: width of the hidden layer of a weight a sample, >= 1.
+        hidden: width of the hidden layer of a weight a sample, >= 1; of no other.
         rows: held-out rows that the student is asked about at a time, over all processes, >= 1.
         every: batches from one time to the next, >= 1.
 
@@ -64,7 +66,7 @@ class HeldOutInterpolation(Regularizer):
         of: Of = "sample",
         start: float = 0.88,
         strength: float = 0.01,
-        hidden: int = 16,
+        hidden: int = _HIDDEN,
         rows: int = 64,
         every: int = 16,
     ) -> None:
@@ -76,6 +78,11 @@ class HeldOutInterpolation(Regularizer):
                 )
         if of not in get_args(Of):
             raise UsageError(f"of={of!r} of HeldOutInterpolation is unknown: use {', '.join(get_args(Of))}")
+        if hidden != _HIDDEN and of != "sample":
+            raise UsageError(
+                f"hidden={hidden} of HeldOutInterpolation is not possible with of={of!r}, which has no hidden layer: "
+                "it is of sample"
+            )
         check_pull(start, strength)
         self.of, self.start, self.strength, self.hidden = of, start, strength, hidden
         self.rows, self.every = rows, every

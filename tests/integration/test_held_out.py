@@ -19,6 +19,7 @@ from lqkd.data import Batch, Digits
 from lqkd.errors import UsageError
 from lqkd.losses import HintonKL, Hints, LogitResidual
 from lqkd.losses.base import MapKind
+from lqkd.losses.trust import TrustMap
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule, Tap, Term
 from lqkd.modules.term import DistillationTerm
@@ -208,6 +209,16 @@ def test_a_fifth_of_the_rows_is_never_learned_from_and_no_target_knows_its_label
     assert losses["target"] == pytest.approx(losses["expected"], rel=1e-3)  # by cross-validation
 
 
+def test_rows_whose_label_is_rather_wrong_than_right_teach_nothing(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrustMap, "doubted", lambda self, teachers, labels: labels == 3)
+    known: list[Tensor] = []
+    look = Recorder(lambda trainer, module: known.append(module.held_out["logits"].known.labels))
+    make_trainer(max_steps=1, callbacks=[look]).fit(believing(), datamodule=held_out())
+    assert sorted(set(known[0].tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("kind", ["samples", "scalar"])
 def test_trust_is_told_of_maps_without_classes_too(kind: MapKind) -> None:
     class Squares(LogitResidual):
@@ -257,6 +268,10 @@ def test_distillation_ends_where_the_student_is_believed_also_of_a_loss_that_see
     [
         (lambda: believing(rows=0), "rows=0 of HeldOutInterpolation is not possible: it must be a whole number"),
         (lambda: believing(every=2.5), "every=2.5 of HeldOutInterpolation is not possible: it must be a whole number"),
+        (
+            lambda: believing(of="auto", hidden=8),
+            "hidden=8 of HeldOutInterpolation is not possible with of='auto', which",
+        ),
         (lambda: believing(strength=float("inf")), "strength=inf is not possible: it must be a finite number"),
         (
             lambda: DistillModule(

@@ -230,6 +230,21 @@ def test_the_float_network_of_the_student_is_believed_beside_a_weak_teacher(
     assert load_file(tmp_path / "student.safetensors").keys() == module.student.state_dict().keys()
 
 
+@pytest.mark.parametrize("own", [None, False])
+def test_a_teacher_that_is_too_sure_says_what_is_believed_of_it_in_logits_of_the_students_size(
+    make_trainer: MakeTrainer, own: bool | None
+) -> None:
+    """Without such a network the temperature of the loss is the bound."""
+    sure = trained_teacher(ORDER)
+    with torch.no_grad():
+        for parameter in sure.network.linear.parameters():
+            parameter.mul_(10)
+    module = trusting(weights=STUDENT, own=own, sure=sure)
+    make_trainer(max_steps=1).fit(module, datamodule=held_out())
+    stretch = float(module.distillation["logits"].combination.map.stretch)
+    assert stretch == 1.0 if own is None else 2.0 < stretch <= 4.0
+
+
 def test_the_float_network_is_one_for_all_terms_and_a_teacher_that_is_it_already_serves() -> None:
     student = CifarResNet(8, num_classes=10, width=8, in_channels=1)
     load_weights(student, STUDENT)

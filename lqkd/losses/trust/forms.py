@@ -17,18 +17,23 @@ FORMS: dict[str, tuple[str, ...]] = {
     "bias": ("scale", "bias"),
     "diagonal": ("scale", "bias", "diagonal"),
     "linear": ("scale", "bias", "diagonal", "linear"),
+    "wrong labels": ("scale", "wrong"),
+    "linear, wrong labels": ("scale", "bias", "diagonal", "linear", "wrong"),
     "gate": ("scale", "gate"),
 }
 """By name, what is fitted: a factor a teacher, which is its temperature and its share in one, a bias a class, a factor
-a teacher and class, and what every class says about every other. The last, of several teachers, is a mixture of their
-predictions with shares that depend on the sample: of two specialists the one that is lost has little to say there."""
-BY_CLASS = ("bias", "diagonal", "linear")
+a teacher and class, and what every class says about every other; and which part of a class has labels of others, so
+that the map is not unsure where labels are. The last, of several teachers, is a mixture of their predictions with
+shares that depend on the sample: of two specialists the one that is lost has little to say there."""
+BY_CLASS = ("bias", "diagonal", "linear", "wrong")
 """What is fitted for each class by itself."""
 FULL_CLASSES = 128
 """Above so many classes the linear form looks at the ``RANK`` directions in which teachers differ most."""
 RANK = 32
 
 _MOST_ITERATIONS = 500
+_WRONG = 6.0
+"""The part of a class whose labels are wrong is half the sigmoid of what starts at -6 and moves by 6 at a time."""
 
 Parts = dict[str, Tensor]
 
@@ -79,6 +84,7 @@ class Problem:
             "diagonal": (teachers, classes),
             "linear": (teachers, classes, self.reduced.shape[2]),
             "gate": (teachers, self.told.shape[1]),
+            "wrong": (classes,),
         }
         return {name: self.seen.new_zeros(shapes[name]) for name in FORMS[form]}
 
@@ -95,8 +101,15 @@ class Problem:
             logits = logits + (self.reduced @ parts["linear"].mT).sum(0)
         return logits + parts["bias"] if "bias" in parts else logits
 
+    def of_labels(self, parts: Parts) -> Tensor:
+        """(N, C) the logits of labels, of which some may be wrong where the map has a part for that."""
+        logits = self.logits(parts)
+        return spoiled(logits.log_softmax(-1), wrong(parts["wrong"])) if "wrong" in parts else logits
+
     def minimise(self, parts: Parts, strength: float, accuracy: float = 1e-9) -> Parts:
-        """What minimises ``sum CE + strength / 2 * |parts|^2``, which is convex but for the gate, from ``parts`` on.
+        """What minimises ``sum CE + strength / 2 * |parts|^2`` from ``parts`` on.
+
+        It is convex but for the gate and wrong labels.
 
         Args:
             parts: where to begin: of the same form.
@@ -116,7 +129,7 @@ class Problem:
         def objective() -> Tensor:
             optimizer.zero_grad()
             price = sum((value.square().sum() for value in values.values()), torch.zeros_like(self.seen[0, 0, 0]))
-            loss = F.cross_entropy(self.logits(values), self.labels) + strength / (2 * len(self.labels)) * price
+            loss = F.cross_entropy(self.of_labels(values), self.labels) + strength / (2 * len(self.labels)) * price
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -148,6 +161,25 @@ def mixture(teachers: Tensor, scores: Tensor) -> Tensor:
     """Log-probabilities (N, C) of predictions mixed by the softmax of ``scores`` (N, K), for logits (K, N, C)."""
     shares = scores.log_softmax(-1).mT.unsqueeze(2)
     return (teachers.log_softmax(-1) + shares).logsumexp(0)
+
+
+def wrong(part: Tensor) -> Tensor:
+    """(C,) which part of every class has the label of another, from what is fitted: less than half, or it had its name.
+
+    More than that would be a teacher who calls the class by another's.
+    """
+    return (_WRONG * (part - 1)).sigmoid() / 2
+
+
+def spoiled(log_predictions: Tensor, rates: Tensor) -> Tensor:
+    """Log-probabilities of labels (N, C) where a part of every class, ``rates`` (C,), has that of any other class.
+
+    The forward correction of Patrini et al. (arXiv 1609.03683), whose matrix has one number a class, and is fitted
+    together with the predictions.
+    """
+    predictions, others = log_predictions.exp(), log_predictions.shape[1] - 1
+    lost = predictions * rates
+    return (predictions - lost + (lost.sum(1, keepdim=True) - lost) / others).clamp_min(1e-30).log()
 
 
 def with_one(told: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -21,6 +22,8 @@ STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
 """Of the pull towards the start that cross-validation chooses from, in rows."""
 _BY_SURENESS = ("diagonal", "gate")
 """What is not fitted to rows that teachers know by heart."""
+_WRONG_LABELS = ("wrong labels", "linear, wrong labels")
+"""By which the second, which takes long, is tried only where the first is better than a temperature."""
 FEWEST_ROWS = 20
 """Held-out rows with a label that a fit needs."""
 
@@ -32,14 +35,18 @@ class TrustMap(nn.Module):
     scaling, Guo et al., arXiv 1706.04599), with a squared penalty on the distance from the mean of the teachers. Which
     of the forms of :data:`~lqkd.losses.trust.forms.FORMS` is fitted, and how strong the penalty is, is chosen by
     cross-validation within these rows: the simplest within one standard error of the best. Where none is better than
-    the mean of the teachers' predictions, it stays at that, as before a fit.
+    the mean of the teachers' predictions, it stays at that, as before a fit. That labels are wrong, and not the
+    teachers, is considered where the network that the student starts from is one of these.
 
     Args:
         teachers: how many.
         classes: how many.
-        spread: ``fitted`` gives predictions as sure as labels justify; ``keep`` stretches their logits, by one number,
-            to the standard deviation that those of the teachers have, as far as each of them is believed: labels say
-            what is believed, and the loss with its temperature how it is compared.
+        spread: ``fitted`` gives predictions as sure as labels justify; ``keep`` stretches their logits by one number,
+            since labels say what is believed, and the loss with its temperature how it is compared. The number is by
+            how much the network that the student starts from is surer than labels justify, so that what is believed is
+            said in logits of the student's size. Where it does not start from one, the logits get the standard
+            deviation of the teachers' as far as each is believed. In both cases it is at least 1, and no more than the
+            temperature that the loss divides by.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -69,6 +76,7 @@ class TrustMap(nn.Module):
         self.spread = spread
         rank = forms.rank(classes)
         self._chosen = (GIVEN, 0.0)
+        self._wrong: Tensor | None = None
         self._read: tuple[int, int] | None = None
         self._gate_is_open = False
         self.register_buffer("given", torch.tensor(True))
@@ -133,6 +141,8 @@ class TrustMap(nn.Module):
         seed: int = 0,
         memorised: bool = False,
         groups: Tensor | None = None,
+        own: int | None = None,
+        temperature: float | None = None,
     ) -> TrustReport:
         """Fit to held-out rows, in float64 and the same for the same arguments.
 
@@ -143,9 +153,12 @@ class TrustMap(nn.Module):
             folds: of the cross-validation, >= 2; stratified by class.
             seed: of the folds.
             memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
-                nothing of others: their spread is kept, and factors a class are not fitted.
+                nothing of others: their spread is kept, but for what is above that of ``own``, and factors a class are
+                not fitted.
             groups: (N,) int64, the sample that each row is of where one has several, such as the pixels of an image:
                 they are left out together, and one counts as a sample. None where every row is one.
+            own: which of the teachers the student starts from, if one of them.
+            temperature: of a loss that compares predictions; None of one that compares logits as they are.
 
         Raises:
             UsageError: when fewer than 20 rows, or samples with groups, have a label.
@@ -162,7 +175,8 @@ class TrustMap(nn.Module):
         basis = forms.directions(teachers)
         problem = Problem.of(teachers, labels, basis)
         fold_of, often = _folds(labels, folds, seed, groups), _frequency(labels, groups, teachers.shape[2])
-        judged = self._cross_validated(problem, teachers, fold_of, often, memorised)
+        forms_of = self._forms(often, memorised, own is not None)
+        judged = _cross_validated(problem, teachers, fold_of, forms_of)
         form, strength = _chosen_of(judged, groups)
         self._chosen = (form, strength)
         self._take(problem, form, strength, basis)
@@ -172,10 +186,19 @@ class TrustMap(nn.Module):
         (before, right_before), (loss, right) = judged[GIVEN, 0.0], judged[form, strength]
         found.worth, found.points = float((before - loss).mean()), 100 * float((right - right_before).mean())
         found.cross_entropy, found.memorised = float(loss.mean()), memorised
-        if (self.spread == "keep" or memorised) and form != GIVEN:
-            spreads = [_spread(teacher) for teacher in teachers]
+        found.wrong_labels = None if self._wrong is None else self._wrong.tolist()
+        if form != GIVEN:
+            spreads = [_spread(teacher) / max(_spread(trusted), 1e-6) for teacher in teachers]
             wanted = sum(part * spread for part, spread in zip(found.believed, spreads, strict=True))
-            self.stretch.fill_(wanted / max(_spread(trusted), 1e-6))
+            if memorised:
+                self.stretch.fill_(wanted if own is None else min(wanted, spreads[own]))
+            elif self.spread == "keep":
+                if own is not None:
+                    wanted = _temperature_of(
+                        teachers[own], labels, "temperature" if self._wrong is None else "wrong labels"
+                    )
+                most = temperature or (1.0 if own is None else spreads[own])
+                self.stretch.fill_(max(1.0, min(wanted, most)))
         return found
 
     @torch.no_grad()
@@ -201,34 +224,38 @@ class TrustMap(nn.Module):
             said[fold_of == fold] = outside.logits(inside.minimise(inside.start(form), strength))
         return (self.stretch.double() * said).log_softmax(-1).float()
 
-    def _cross_validated(
-        self, problem: Problem, teachers: Tensor, folds: Tensor, counts: Tensor, memorised: bool
-    ) -> dict[tuple[str, float], Tensor]:
-        """By form and strength, from simple to complex, how every row fares when it was left out of the fit.
+    @torch.no_grad()
+    def doubted(self, teachers: Tensor, labels: Tensor) -> Tensor:
+        """(N,) whether the label of a row is more likely one of the wrong ones that the last fit has found than right.
 
-        That is (2, N): its loss, and 1 where the answer is right.
+        Args:
+            teachers: (K, N, C) logits.
+            labels: (N,) int64, none negative.
         """
-        candidates = {(GIVEN, 0.0): _judged(forms.mean_prediction(teachers), problem.labels)}
+        if self._wrong is None:
+            return torch.zeros_like(labels, dtype=torch.bool)
+        said, rates = self._exactly(teachers.double()), self._wrong.to(teachers.device)
+        labelled = forms.spoiled(said, rates).gather(1, labels[:, None]).squeeze(1)
+        right = said.gather(1, labels[:, None]).squeeze(1) + (1 - rates).log()[labels]
+        return right - labelled < math.log(0.5)
+
+    def _forms(self, counts: Tensor, memorised: bool, own: bool) -> dict[str, tuple[str, ...]]:
+        """Those that can be fitted, from simple to complex, where classes have so many rows (C,)."""
+        found = {}
         for form, parts in FORMS.items():
             by_class = any(part in BY_CLASS for part in parts)
             if (by_class and int(counts.min()) < 2) or (memorised and form in _BY_SURENESS):
                 continue
-            if "gate" in parts and len(teachers) == 1:
+            if ("gate" in parts and len(self.scale) == 1) or ("wrong" in parts and (memorised or not own)):
                 continue
-            of_form = {strength: torch.empty_like(candidates[GIVEN, 0.0]) for strength in STRENGTHS}
-            for fold in folds.unique():
-                inside, outside = problem.rows(folds != fold), problem.rows(folds == fold)
-                fitted: Parts = problem.start(form)
-                for strength in STRENGTHS:  # from the start on, each from the one before
-                    fitted = inside.minimise(fitted, strength, accuracy=1e-6)
-                    of_form[strength][:, folds == fold] = _judged(outside.logits(fitted), outside.labels)
-            candidates |= {(form, strength): rows for strength, rows in of_form.items()}
-        return candidates
+            found[form] = parts
+        return found
 
     def _take(self, problem: Problem, form: str, strength: float, basis: Tensor) -> None:
         """Fit to all rows and keep what is found, in units of the teachers' logits."""
         self.given.fill_(form == GIVEN)
         parts = {} if form == GIVEN else problem.minimise(problem.start(form), strength)
+        self._wrong = forms.wrong(parts["wrong"]) if "wrong" in parts else None
         self.scale.fill_(1.0 if "gate" in parts else 1 / len(self.scale))
         self.basis.copy_(basis)
         for name in ("scale", "diagonal", "linear", "bias"):
@@ -252,23 +279,66 @@ class TrustMap(nn.Module):
         return (self.contributions(teachers).sum(0) + self.bias).log_softmax(-1)
 
 
+def _cross_validated(
+    problem: Problem, teachers: Tensor, folds: Tensor, tried: Iterable[str]
+) -> dict[tuple[str, float], Tensor]:
+    """By form and strength, from simple to complex, how every row fares when it was left out of the fit.
+
+    That is (2, N): its loss, and 1 where the answer is right.
+    """
+    candidates = {(GIVEN, 0.0): _judged(forms.mean_prediction(teachers), problem.labels)}
+    for form in tried:
+        if form == _WRONG_LABELS[1] and not forms.is_better(
+            *(_best_of(candidates, one)[0] for one in (_WRONG_LABELS[0], "temperature"))
+        ):
+            continue
+        of_form = {strength: torch.empty_like(candidates[GIVEN, 0.0]) for strength in STRENGTHS}
+        for fold in folds.unique():
+            inside, outside = problem.rows(folds != fold), problem.rows(folds == fold)
+            fitted: Parts = problem.start(form)
+            for strength in STRENGTHS:  # from the start on, each from the one before
+                fitted = inside.minimise(fitted, strength, accuracy=1e-6)
+                judged = _judged(outside.of_labels(fitted), outside.labels, outside.logits(fitted))
+                of_form[strength][:, folds == fold] = judged
+        candidates |= {(form, strength): rows for strength, rows in of_form.items()}
+    return candidates
+
+
+def _best_of(judged: Mapping[tuple[str, float], Tensor], form: str) -> Tensor:
+    """Of the strengths of a form the one with the least loss."""
+    return min((rows for (name, _), rows in judged.items() if name == form), key=lambda rows: float(rows[0].mean()))
+
+
 def _chosen_of(judged: Mapping[tuple[str, float], Tensor], groups: Tensor | None) -> tuple[str, float]:
-    """The simplest of the best; a gate is none of them, but is taken where it is better than that beyond its error."""
+    """The simplest of the best; a gate is none of them, but is taken where it is better than that beyond its error.
+
+    Where labels are wrong none is: teachers that seem to know nothing of some samples are then as good a reading.
+    """
     losses = {candidate: of_rows[0] for candidate, of_rows in judged.items()}
     plain = {candidate: loss for candidate, loss in losses.items() if candidate[0] != "gate"}
     found = [*plain][forms.simplest_of_the_best([*plain.values()], groups)]
     gates = {candidate: loss for candidate, loss in losses.items() if candidate[0] == "gate"}
-    if gates:
+    if gates and "wrong" not in FORMS.get(found[0], ()):
         best = min(gates, key=lambda candidate: float(gates[candidate].mean()))
         if forms.is_better(gates[best], losses[found], groups):
             return best
     return found
 
 
-def _judged(logits: Tensor, labels: Tensor) -> Tensor:
-    """(2, N) loss of every row, and 1 where the answer is right."""
-    loss = F.cross_entropy(logits, labels, reduction="none")
-    return torch.stack([loss, (logits.argmax(1) == labels).to(loss)])
+def _temperature_of(logits: Tensor, labels: Tensor, form: str) -> float:
+    """By what logits (N, C) have to be divided to be as sure as labels justify; infinite where they say nothing.
+
+    The form is ``temperature``, or ``wrong labels``, of which as many may be wrong as makes the rest likely.
+    """
+    problem = Problem.of(logits[None], labels, forms.directions(logits[None]))
+    factor = 1 + float(problem.minimise(problem.start(form), min(STRENGTHS))["scale"]) / problem.unit
+    return 1 / factor if factor > 0 else math.inf
+
+
+def _judged(of_labels: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
+    """(2, N) loss of every row, and 1 where the answer is right, for logits (N, C), of others where they are given."""
+    loss = F.cross_entropy(of_labels, labels, reduction="none")
+    return torch.stack([loss, ((of_labels if answers is None else answers).argmax(1) == labels).to(loss)])
 
 
 def _folds(labels: Tensor, folds: int, seed: int, groups: Tensor | None) -> Tensor:

@@ -19,6 +19,8 @@ _RENAMED = 0.3
 """A class is read as another when so much of what teachers say is left under the other's name."""
 HARDLY = 0.1
 """Of teachers that are believed no more than this no class is told apart."""
+_SPOILED = 0.05
+"""A class is named of whose labels more than this part is wrong."""
 MUCH_LESS = 0.75
 """A class is named that is believed less than this part of what all are."""
 
@@ -55,6 +57,9 @@ class TrustReport:
     """Whether the teachers know these rows by heart, so that their temperature was kept."""
     points: float = 0.0
     """How many more of 100 such rows are answered rightly than by their mean prediction."""
+    wrong_labels: list[float] | None = None
+    """By class, which part of its rows has the label of another; None where that was not found. Cross-entropy is then
+    that of labels as they are."""
 
     def sentence(self, teachers: Sequence[str], classes: Sequence[str]) -> str:
         """In the user's terms, with names of teachers and classes.
@@ -81,6 +86,13 @@ class TrustReport:
                 named = ", ".join(f"{classes[i]} is {classes[c]}" for i, c in [*read_as.items()][:MOST_NAMED])
                 more = len(read_as) - MOST_NAMED
                 parts.append(f"what {name} calls {named}{f' and {more} more' if more > 0 else ''}")
+        spoiled = sorted(
+            ((value, c) for c, value in enumerate(self.wrong_labels or ()) if value > _SPOILED), reverse=True
+        )
+        if spoiled:
+            named = ", ".join(f"{classes[c]} ({value:.2f})" for value, c in spoiled[:MOST_NAMED])
+            more = len(spoiled) - MOST_NAMED
+            parts.append(f"labels are wrong in class {named}{f' and {more} more' if more > 0 else ''}")
         if self.memorised:
             parts.append("rows known by heart, so that temperatures are kept")
         parts.append(
@@ -99,6 +111,8 @@ class TrustReport:
             },
             "of_teachers": dict(zip(teachers, self.of_teachers, strict=True)),
         }
+        if self.wrong_labels is not None:
+            values["wrong_labels"] = dict(zip(classes, self.wrong_labels, strict=True))
         return values | {"sentence": self.sentence(teachers, classes)}
 
 

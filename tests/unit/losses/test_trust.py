@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def test_every_form_is_what_scipy_finds_from_the_formula(form: str) -> None:
     seen = teachers.numpy() - teachers.numpy().mean(2, keepdims=True)
     unit = math.sqrt((seen**2).mean())
     seen, parts = seen / unit, FORMS[form]
-    sizes = {"scale": 2, "bias": 4, "diagonal": 8, "linear": 32, "gate": 12}
+    sizes = {"scale": 2, "bias": 4, "diagonal": 8, "linear": 32, "gate": 12, "wrong": 4}
     p_ = np.exp(log_softmax(teachers.numpy(), axis=2))
     top = np.sort(p_, 2)
     entropy, margin = -(p_ * np.log(p_)).sum(2) / math.log(4), top[:, :, 3] - top[:, :, 2]
@@ -68,7 +68,12 @@ def test_every_form_is_what_scipy_finds_from_the_formula(form: str) -> None:
         for k in range(2):
             a = np.diag(unit / 2 + p["scale"][k] + p["diagonal"].reshape(2, 4)[k]) + p["linear"].reshape(2, 4, 4)[k]
             z = z + seen[k] @ a.T
-        chosen = log_softmax(z, axis=1)[np.arange(150), labels.numpy()]
+        said = log_softmax(z, axis=1)
+        if "wrong" in parts:
+            rates = 0.5 / (1 + np.exp(6 - 6 * p["wrong"]))
+            confusion = np.diag(1 - rates) + rates[:, None] * (1 - np.eye(4)) / 3
+            said = np.log(np.exp(said) @ confusion)
+        chosen = said[np.arange(150), labels.numpy()]
         return float(-chosen.sum() + strength / 2 * (flat**2).sum())
 
     count = sum(sizes[part] for part in parts)
@@ -202,15 +207,64 @@ def test_before_a_fit_it_is_the_mean_of_predictions() -> None:
     torch.testing.assert_close(TrustMap(2, 10)(teachers), expected)
 
 
-def test_the_spread_of_the_teachers_is_given_back_as_far_as_they_are_believed() -> None:
+def spread_of(logits: Tensor) -> float:
+    return float(logits.double().var(-1, correction=0).mean().sqrt())
+
+
+@pytest.mark.parametrize("sharper", [10.0, 1.0, 0.1])
+def test_how_sure_a_teacher_is_does_not_count_where_the_student_has_logits_of_its_own(sharper: float) -> None:
+    """The stretch is the temperature of the student's own float network, which scipy finds in float64."""
     logits, labels = rows(1000)
-    teachers = 2.5 * logits[None]
-    kept, fitted = TrustMap(1, 10), TrustMap(1, 10, spread="fitted")
-    believed = kept.fit(teachers, labels).believed[0]
-    fitted.fit(teachers, labels)
-    spread = kept(teachers).var(-1, correction=0).mean().sqrt()
-    assert float(spread) == pytest.approx(believed * float(teachers.var(-1, correction=0).mean().sqrt()), rel=1e-4)
-    torch.testing.assert_close(fitted(teachers).mul(kept.stretch).log_softmax(-1), kept(teachers), rtol=1e-4, atol=1e-4)
+    own = 2.0 * (logits + 0.5 * noise(1000))
+    trusted, as_fitted = TrustMap(2, 10), TrustMap(2, 10, spread="fitted")
+    teachers = torch.stack([sharper * logits, own])
+    report = trusted.fit(teachers, labels, own=1, temperature=4.0)
+    as_fitted.fit(teachers, labels)
+
+    def loss(factor: float) -> float:
+        return -float(log_softmax(factor * own.numpy(), axis=1)[np.arange(1000), labels.numpy()].mean())
+
+    expected = 1 / minimize_scalar(loss, bounds=(0.01, 2.0), method="bounded", options={"xatol": 1e-9}).x
+    assert report.form == "temperature"
+    assert 2.0 < expected < 4.0
+    assert float(trusted.stretch) == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close(
+        as_fitted(teachers).mul(trusted.stretch).log_softmax(-1), trusted(teachers), rtol=1e-4, atol=1e-4
+    )
+    trusted.fit(teachers, labels, own=1, temperature=1.5)
+    assert float(trusted.stretch) == 1.5
+
+
+@pytest.mark.parametrize(("sharper", "temperature"), [(10.0, 4.0), (2.5, 4.0), (2.5, None)])
+def test_without_a_network_of_the_students_the_stretch_takes_no_more_than_the_temperature_takes(
+    sharper: float, temperature: float | None
+) -> None:
+    """Within that it gives back the spread of the teachers as far as they are believed."""
+    logits, labels = rows(1000)
+    trusted, as_fitted = TrustMap(1, 10), TrustMap(1, 10, spread="fitted")
+    teachers = sharper * logits[None]
+    believed = trusted.fit(teachers, labels, temperature=temperature).believed[0]
+    as_fitted.fit(teachers, labels)
+    wanted = believed * spread_of(teachers) / spread_of(as_fitted(teachers))
+    assert float(trusted.stretch) == pytest.approx(min(wanted, temperature or 1.0), rel=1e-3)
+    assert wanted > 2
+
+
+def test_of_logits_that_are_compared_as_they_are_none_is_stretched_beyond_the_students_own() -> None:
+    logits, labels = rows(1000)
+    own = 2.0 * (logits + noise(1000))
+    trusted, teachers = TrustMap(2, 10), torch.stack([logits, own])
+    trusted.fit(teachers, labels, own=1)
+    assert float(trusted.stretch) > 1.2
+    assert spread_of(trusted(teachers)) == pytest.approx(spread_of(own), rel=1e-3)
+
+
+def test_of_rows_known_by_heart_a_teacher_that_is_too_sure_is_no_surer_than_the_student() -> None:
+    logits, _ = rows(600, sharp=6.0)
+    labels = logits.argmax(1)
+    trusted, teachers = TrustMap(2, 10), torch.stack([10 * logits[:, ORDER], logits + noise(600)])
+    trusted.fit(teachers, labels, memorised=True, own=1, temperature=4.0)
+    assert spread_of(trusted(teachers)) == pytest.approx(spread_of(teachers[1]), rel=1e-3)
 
 
 def test_rows_without_a_label_are_left_out_and_a_fit_is_the_same_again() -> None:
@@ -222,6 +276,42 @@ def test_rows_without_a_label_are_left_out_and_a_fit_is_the_same_again() -> None
     for name, kept in first.state_dict().items():
         assert torch.equal(kept, again.state_dict()[name]), name
     assert report.rows == 300
+
+
+def spoiled_labels(labels: Tensor, rates: Tensor, seed: int = 0) -> Tensor:
+    """The same with a part of every class, ``rates`` (C,), that has the label of any other."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.rand(len(labels), generator=generator) < rates[labels]
+    return torch.where(wrong, (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10, labels)
+
+
+def test_where_labels_of_some_classes_are_wrong_it_is_found_of_which_and_nobody_becomes_unsure() -> None:
+    rates = torch.tensor([0.4] * 5 + [0.0] * 5)
+    logits, labels = rows(1000, sharp=6.0)
+    teachers, spoiled = torch.stack([logits[:, ORDER], logits + 2 * noise(1000)]), spoiled_labels(labels, rates)
+    trusted, as_if_right = (TrustMap(2, 10, spread="fitted") for _ in range(2))
+    found = trusted.fit(teachers, spoiled, own=1)
+    assert found.form == "linear, wrong labels"
+    assert found.wrong_labels == pytest.approx(rates.tolist(), abs=0.12)
+    assert found.read_as[0] == {0: 1, 1: 2, 2: 0}
+    told = "labels are wrong in class e (0.44), c (0.42), b (0.40) and 2 more"
+    assert told in found.sentence(["large", "own"], "abcdefghij")
+    assert as_if_right.fit(teachers, spoiled).wrong_labels is None  # nobody says that it is not the teachers
+    fresh, its_labels = rows(2000, seed=1, sharp=6.0)
+    new = torch.stack([fresh[:, ORDER], fresh + 2 * noise(2000, seed=7)])
+    assert cross_entropy(trusted, new, its_labels) < cross_entropy(as_if_right, new, its_labels) - 0.4
+    doubted, wrong = trusted.doubted(teachers, spoiled), spoiled != labels
+    assert doubted[wrong].double().mean() > 0.8
+    assert doubted[~wrong].double().mean() < 0.02
+
+
+@pytest.mark.parametrize("kind", ["random", "renamed"])
+def test_where_teachers_err_no_label_is_called_wrong(kind: str) -> None:
+    logits, labels = rows(300, sharp=6.0)
+    teachers = torch.stack([noise(300) if kind == "random" else logits[:, ORDER], logits + noise(300, seed=7)])
+    trusted = TrustMap(2, 10)
+    assert trusted.fit(teachers, labels, own=1).wrong_labels is None
+    assert not trusted.doubted(teachers, labels).any()
 
 
 def test_where_a_class_has_no_row_nothing_is_fitted_by_class() -> None:
