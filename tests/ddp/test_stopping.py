@@ -12,7 +12,7 @@ import yaml
 
 from lqkd.runs.stopping import lost_a_process
 from tests.forked import Forks, send
-from tests.integration.test_resume import QUICKSTART, SMALL, after_saving, assert_same, steps_done
+from tests.integration.test_resume import SHIPPED, SMALL, after_saving, assert_same, steps_done
 
 NAN_ON_THE_SECOND_RANK = """
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def ranks(count: int = 2) -> list[dict[str, str]]:
 
 
 def fit(place: Path, version: str, *more: str) -> list[str]:
-    arguments = ["fit", "--config", QUICKSTART, "--config", str(place / "small.yaml"), "--run.root", str(place)]
+    arguments = ["fit", "--config", SHIPPED, "--config", str(place / "small.yaml"), "--run.root", str(place)]
     arguments += ["--run.version", version, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     return [*arguments, "--data.init_args.batch_size", "8", *more]
 
