@@ -129,7 +129,13 @@ def test_nothing_is_drawn_while_the_row_of_an_epoch_is_printed(
     def look(console: Console, *objects: object, **arguments: object) -> None:
         if objects and str(objects[0]).startswith("epoch"):
             live = bars[0].progress.live  # type: ignore[union-attr]
-            other = threading.Thread(target=lambda: free.append(live._lock.acquire(blocking=False)))
+
+            def try_to_draw() -> None:
+                free.append(live._lock.acquire(blocking=False))
+                if free[-1]:
+                    live._lock.release()
+
+            other = threading.Thread(target=try_to_draw)
             other.start()
             other.join()
         printed(console, *objects, **arguments)  # type: ignore[arg-type]
