@@ -94,7 +94,8 @@ class ProgressBar(RichProgressBar):
         if self._prints:
             line = self._line(trainer, pl_module)
             if self.progress is not None:
-                self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                with self.progress.live._lock:  # else the thread that draws the bar may come between, over this line
+                    self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(line, flush=True)
 

@@ -276,8 +276,8 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
     """Ascending places as near as can be to ``places``, ascending too, and none nearer to the next than ``gap``.
 
     Examples:
-        >>> apart([0.0, 0.5, 0.5, 0.9], 0.1)
-        [0.0, 0.45, 0.55, 0.9]
+        >>> apart([0.0, 4.0, 4.0, 9.0], 1.0)
+        [0.0, 3.5, 4.5, 9.0]
     """
     groups: list[tuple[float, int]] = []  # mean and number of those that touch: regression to an ascending order
     for index, place in enumerate(places):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
 
 from lqkd.callbacks.progress import ProgressBar, below_the_bar
 
@@ -115,6 +116,37 @@ def test_a_terminal_keeps_a_row_of_every_epoch(
 
     rows = re.findall(r"^\s*(epoch \d/2  task 1\.500 .*?) *$", on_a_terminal(train).replace("\r", "\n"), re.MULTILINE)
     assert [row.partition("  ")[0] for row in rows] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_nothing_is_drawn_while_the_row_of_an_epoch_is_printed(
+    make_trainer: Callable[..., Trainer],
+    on_a_terminal: Callable[[Callable[[], object]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that draws the bar would move the cursor, and the row would be overwritten now and then."""
+    printed, bars, free = Console.print, list[ProgressBar](), list[bool]()
+
+    def look(console: Console, *objects: object, **arguments: object) -> None:
+        if objects and str(objects[0]).startswith("epoch"):
+            live = bars[0].progress.live  # type: ignore[union-attr]
+
+            def try_to_draw() -> None:
+                free.append(live._lock.acquire(blocking=False))
+                if free[-1]:
+                    live._lock.release()
+
+            other = threading.Thread(target=try_to_draw)
+            other.start()
+            other.join()
+        printed(console, *objects, **arguments)  # type: ignore[arg-type]
+
+    def train() -> None:
+        bars.append(ProgressBar())
+        make_trainer(max_epochs=2, enable_progress_bar=True, callbacks=bars, logger=False).fit(Dummy())
+
+    monkeypatch.setattr(Console, "print", look)
+    on_a_terminal(train)
+    assert free == [False, False]
 
 
 def test_work_between_batches_has_a_bar_below_that_of_the_training(
