@@ -165,5 +165,5 @@ def test_a_network_that_cannot_take_the_tokens_is_refused(make_trainer: Callable
     class Mistaken(Tokens):
         input_dtype = torch.float32
 
-    with pytest.raises(UsageError, match="the teacher cannot take images of 12 from the data"):
+    with pytest.raises(UsageError, match="the teacher cannot take inputs of 12 from the data"):
         make_trainer().fit(distiller(TextNetwork), datamodule=Mistaken())
