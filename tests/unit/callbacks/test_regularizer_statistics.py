@@ -355,7 +355,7 @@ def test_a_balance_is_watched_without_a_regularizer_too(
     monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pictures", drawing)
     monitor, _ = _fit(make_trainer, tmp_path, Dummy(None, more=_more))
     assert {path.name for path in (tmp_path / "regularizer").iterdir()} == {
-        "agreement.csv", "agreement.png", "balance.csv", "balance.png", "share.csv",
+        "agreement.csv", "agreement.png", "agreement.svg", "balance.csv", "balance.png", "balance.svg", "share.csv",
     }  # fmt: skip
     assert monitor.summary() is None
 
