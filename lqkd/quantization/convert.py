@@ -16,7 +16,6 @@ from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
-from lqkd.quantization.relus import leave_relus
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.quantization.trial import refusal
@@ -208,7 +207,6 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         _replace_children(parent, replacements)
     model = replacements.get(id(model), model)
     quantize_joins(model, survey(model), recipe)
-    leave_relus(model)
     return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
 
 

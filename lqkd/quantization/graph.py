@@ -54,10 +54,9 @@ _PAIRS = ("add", "mul")
 class _Tracer(fx.Tracer):
     """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
 
-    def __init__(self, training: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calls = Calls()
-        self.training = training
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = QuantizedLayer | _BatchNorm | Quantizer
@@ -77,9 +76,9 @@ class _Tracer(fx.Tracer):
         return result
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of ``root`` in one mode; a copy is traced that shares all tensors, as a forward may assign."""
+        """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
         tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
-        copied = copy_of(root, tensors).train(self.training)
+        copied = copy_of(root, tensors).eval()
         hook_up(copied.modules())
         return super().trace(copied, concrete_args)
 
@@ -91,16 +90,6 @@ def trace(model: nn.Module) -> fx.Graph:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
     return _Tracer().trace(model)
-
-
-def trace_with_calls(model: nn.Module, training: bool) -> tuple[fx.Graph, Calls]:
-    """The same in training or in eval mode, with what was called.
-
-    Raises:
-        Exception: as :func:`trace`.
-    """
-    tracer = _Tracer(training)
-    return tracer.trace(model), tracer.calls
 
 
 def obstacle(error: Exception) -> str:

@@ -29,11 +29,6 @@ def moves(node: fx.Node, model: nn.Module) -> bool:
     return _is(node, model, _MOVES)
 
 
-def is_relu(node: fx.Node, model: nn.Module) -> bool:
-    """Whether ``node`` is a ReLU or ReLU6."""
-    return _is(node, model, (*RELUS, nn.ReLU6, F.relu6))
-
-
 def clamps(node: fx.Node, model: nn.Module) -> bool:
     """Whether ``node`` limits the values of its first argument."""
     return _is(node, model, CLAMPS)

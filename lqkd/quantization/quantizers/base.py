@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.deferred import DeferredReLU
 from lqkd.quantization.kernel import compute_dtype
 
 
@@ -113,17 +112,7 @@ class Quantizer(nn.Module, ABC):
     def levels(self) -> Tensor:
         """All representable values in ascending order: (L,) per tensor, (channels, L) per channel, float32."""
 
-    def includes_relu(self, top: float) -> bool:
-        """Whether an initialised quantizer gives the same for ``x`` as for ``clamp(x, 0, top)``, gradients too.
-
-        Bit for bit, for every x; ``top`` may be infinite. False where that is not known.
-        """
-        return False
-
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, DeferredReLU):
-            left_out = x.is_open and self._ready and self.includes_relu(x.top)
-            x = x.before if left_out else x.value()
         if not self._ready:
             if not self.training or torch.is_inference_mode_enabled():
                 return x

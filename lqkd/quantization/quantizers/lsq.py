@@ -69,15 +69,6 @@ class LSQ(UniformQuantizer):
             x, self.scale, constants=(self._gradient_scale(x), *self.code_range()), channel_axis=self.channel_axis
         )
 
-    def includes_relu(self, top: float) -> bool:
-        low, high = self.code_range()
-        if low < 0 or type(self)._quantize is not LSQ._quantize:  # a family of its own has gradients of its own
-            return False
-        if math.isinf(top):
-            return True
-        # Then what lies above the top is divided to the last code or more. A GPU would have to be waited for.
-        return self.channels is None and self.scale.is_cpu and top / self.step().detach().item() >= high
-
     def _gradient_scale(self, x: Tensor) -> float:
         largest = self.code_range()[1]
         scale = self._paper_gradient_scale(x)
