@@ -42,11 +42,11 @@ class TokenBatches(TensorBatches):
 class TextDataModule(LightningDataModule, ABC):
     """Texts, held in memory as bytes, for the task :class:`~lqkd.tasks.CausalLM` with ``bytes_per_token: 1``.
 
-    A subclass says what the texts are (:meth:`texts`). Long ones are cut at ends of lines into pieces of at most a
-    fiftieth of all; pieces are held out for testing, the same ones in every run, and for validation, as the seed says.
-    The rest is trained on. What a split has is put together in its order and cut into windows of ``context`` bytes,
-    each beginning anew; what is left at the end is too short for one and left out. The order of windows is a pure
-    function of (seed, epoch).
+    A subclass says what the texts are (:meth:`texts`). Where it has none for testing or validation, long ones are cut,
+    at ends of lines, else between words, into pieces of at most a fiftieth of all; pieces are held out for testing, the
+    same ones in every run, and for validation, as the seed says. The rest is trained on. What a split has is put
+    together in its order and cut into windows of ``context`` bytes, each beginning anew; what is left at the end is too
+    short for one and left out. The order of windows is a pure function of (seed, epoch).
 
     Args:
         context: Bytes that the network sees at once, 2 or more.
@@ -89,8 +89,8 @@ class TextDataModule(LightningDataModule, ABC):
         self._fingerprint: str | None = None
         for name, least in (("context", 2), ("batch_size", 1), ("eval_batch_size", 1), ("limit_train", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name}={value} is not accepted: it must be at least {least}.")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name}={value} is not accepted: it must be a whole number from {least} on.")
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not accepted: it must lie between 0 and 1.")
@@ -190,27 +190,38 @@ class TextDataModule(LightningDataModule, ABC):
 
 
 def _pieces(texts: list[bytes]) -> list[bytes]:
-    """Texts of which none is longer than a fiftieth of all, but for lines that are."""
+    """Texts of which none is longer than a fiftieth of all."""
     longest = max(1, sum(map(len, texts)) // _PARTS)
     pieces: list[bytes] = []
     for text in texts:
-        rest = text
-        while len(rest) > longest:
-            end = rest.rfind(b"\n", 1, longest) + 1 or rest.find(b"\n", longest) + 1 or len(rest)
-            pieces.append(rest[:end])
-            rest = rest[end:]
-        if rest:
-            pieces.append(rest)
+        begin = 0
+        while len(text) - begin > longest:
+            end = _end(text, begin, begin + longest)
+            pieces.append(text[begin:end])
+            begin = end
+        pieces.append(text[begin:])
     return pieces
+
+
+def _end(text: bytes, begin: int, latest: int) -> int:
+    """Where a piece from ``begin`` on ends: behind a line, or a word, or a character, and at ``latest``."""
+    for separator in (b"\n", b"\r", b" "):
+        if found := text.rfind(separator, begin, latest) + 1:
+            return found
+    end = latest
+    while end > begin + 1 and text[end] & 0xC0 == 0x80:  # within a character of UTF-8
+        end -= 1
+    return end
 
 
 def _held_out(pieces: list[bytes], share: float, salt: str) -> tuple[list[bytes], list[bytes]]:
     """Pieces, chosen by their content, that are at least so large a share of all, and the others; both in order."""
     by_chance = sorted(range(len(pieces)), key=lambda place: hashlib.sha256(salt.encode() + pieces[place]).digest())
-    wanted, chosen = share * sum(map(len, pieces)), set[int]()
+    left, chosen = share * sum(map(len, pieces)), set[int]()
     for place in by_chance:
-        if sum(len(pieces[other]) for other in chosen) >= wanted:
+        if left <= 0:
             break
         chosen.add(place)
+        left -= len(pieces[place])
     others = [piece for place, piece in enumerate(pieces) if place not in chosen]
     return [pieces[place] for place in sorted(chosen)], others

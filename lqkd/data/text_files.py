@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from codecs import BOM_UTF8
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ class TextFiles(TextDataModule):
     """Text files of one's own, read as bytes of UTF-8.
 
     A folder stands for all its files that end with ``.txt``, ``.md`` or ``.jsonl``, in subfolders too, in the order of
-    their names; others are named in a warning. Of ``.jsonl`` every line is an object whose ``text`` is a text.
+    their names; others are named in a warning, hidden ones left out, and so are a text that is there twice and what
+    ``val`` and ``test`` name. Of ``.jsonl`` every line is an object whose ``text`` is a text.
 
     Args:
         root: A file, or a folder.
@@ -38,33 +42,58 @@ class TextFiles(TextDataModule):
         self.root, self.val, self.test = root, val, test
 
     def texts(self) -> dict[str, list[bytes]]:
-        given = {"train": ("root", self.root), "val": ("val", self.val), "test": ("test", self.test)}
-        return {split: _read(name, Path(path)) for split, (name, path) in given.items() if path is not None}
+        held_out = {name: Path(path) for name, path in (("val", self.val), ("test", self.test)) if path is not None}
+        return {
+            "train": _read("root", Path(self.root), [*held_out.values()]),
+            **{name: _read(name, path) for name, path in held_out.items()},
+        }
 
 
 class PythonTopics(TextDataModule):
-    """The help topics of the Python that runs, about 0.4 MB of English: a text without a download.
+    """The help topics of the Python that runs, some 0.4 MB of English: a text without a download.
 
-    They differ a little from one version of Python to the next, and with them what comes of a training.
+    Each paragraph, once, is for training, validation or testing as a hash of it says, a tenth each for the latter two:
+    for every seed and version of Python the same, so that ``builtin:topics_gpt`` has seen none that is held out. The
+    topics differ a little from one version to the next, and with them what comes of a training.
 
     Args:
-        kwargs: The settings of :class:`~lqkd.data.TextDataModule`.
+        context: Bytes that the network sees at once, 2 or more.
+        batch_size: Windows per process and training step.
+        eval_batch_size: Windows per process and step in validation and test; null means batch_size.
+        seed: Seed of the order; null means the run's seed (seed_everything), else 0.
+        limit_train: Train on only this many windows, for quick studies; null means all.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        context: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        seed: int | None = None,
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__(
+            context=context, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, limit_train=limit_train
+        )
 
     def texts(self) -> dict[str, list[bytes]]:
         from pydoc_data.topics import topics
 
-        return {"train": [topics[name].strip().encode() for name in sorted(topics)]}
+        paragraphs = dict.fromkeys(part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n"))
+        found: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
+        for paragraph in filter(None, paragraphs):
+            tenth = hashlib.sha256(paragraph.encode()).digest()[0] % 10
+            found["test" if tenth == 0 else "val" if tenth == 1 else "train"].append(paragraph.encode())
+        return found
 
 
-def _read(name: str, path: Path) -> list[bytes]:
+def _read(name: str, path: Path, apart: Sequence[Path] = ()) -> list[bytes]:
+    """The texts of a file or of a folder, but for those that are ``apart``."""
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-        left = [file for file in files if file.suffix not in _ENDINGS]
-        files = [file for file in files if file.suffix in _ENDINGS]
+        seen = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
+        files = [file for file in seen if file.suffix.lower() in _ENDINGS]
+        left = [file for file in seen if file.suffix.lower() not in _ENDINGS]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             rank_zero_warn(
@@ -75,16 +104,25 @@ def _read(name: str, path: Path) -> list[bytes]:
         files = [path]
     else:
         raise UsageError(f"{name}={path} does not exist{looked_for(path)}: give a text file, or a folder with some")
-    texts = [text for file in files for text in _texts_of(file)]
+    elsewhere = {place.resolve() for place in apart}
+    files = [file for file in files if not elsewhere & {file.resolve(), *file.resolve().parents}]
+    texts = [*dict.fromkeys(text for file in files for text in _texts_of(file))]
     if not any(text.strip() for text in texts):
+        other = ", beside what val and test name" if apart else ""
         raise UsageError(
-            f"{name}={path} has no text: a file that ends with {', '.join(_ENDINGS)} with something in it is needed"
+            f"{name}={path} has no text{other}: something in a file ending with {', '.join(_ENDINGS)} is needed"
         )
     return texts
 
 
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
 def _texts_of(file: Path) -> list[bytes]:
-    raw = file.read_bytes()
+    raw = file.read_bytes().removeprefix(BOM_UTF8)
+    if b"\0" in raw:
+        raise UsageError(f"{terminal(str(file))} has bytes of zero, as UTF-16 has: convert it to UTF-8, or take it out")
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -92,7 +130,7 @@ def _texts_of(file: Path) -> list[bytes]:
             f"{terminal(str(file))} is not in UTF-8: byte {error.start} is {raw[error.start]:#04x}; convert it or take "
             "it out"
         ) from None
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [raw]
     found = []
     for number, line in enumerate(raw.splitlines(), 1):
@@ -101,7 +139,7 @@ def _texts_of(file: Path) -> list[bytes]:
         try:
             text = json.loads(line)["text"]
             found.append(text.encode())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
                 f'{terminal(str(file))} line {number} is no object with a text: {{"text": "..."}} is needed'
             ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def guess_task(batch: Any, network: nn.Module) -> Task:
     inputs and integers (B, H, W)                              :class:`~lqkd.tasks.Segmentation`
     inputs and 0, 1 or -1 (B, C), C >= 2                       :class:`~lqkd.tasks.MultiLabel`
     a dict with integers (B,) under one of :data:`LABELS`      :class:`~lqkd.tasks.KeyedClassification`
-    a dict with ``input_ids`` (B, T), and no labels or (B, T)  :class:`~lqkd.tasks.CausalLM`
+    a dict with ``input_ids`` (B, T), and no labels or them    :class:`~lqkd.tasks.CausalLM`
     =========================================================  =====================================
 
     Of a dict the network is called with those tensors that its ``forward`` has parameters for, or with the only one.
@@ -75,8 +75,9 @@ def _keyed(batch: Mapping[str, Any], network: nn.Module) -> Task:
     tokens = batch.get("input_ids")
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and found in ([], ["labels"]):
         labels = batch.get("labels", tokens)
-        if isinstance(labels, Tensor) and labels.shape == tokens.shape:
-            return CausalLM()
+        own = isinstance(labels, Tensor) and labels.shape == tokens.shape
+        if own and bool(((labels < 0) | (labels == tokens)).all()):  # and not those of masked words, or names of things
+            return CausalLM(inputs=_taken(network, [key for key in batch if key not in ("input_ids", "labels")]))
     if len(found) != 1:
         raise UsageError(
             f"the task cannot be told from a dict with {', '.join(map(repr, batch))}: it needs labels under one of "
@@ -87,8 +88,7 @@ def _keyed(batch: Mapping[str, Any], network: nn.Module) -> Task:
         shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"that are a {_name(labels)}"
         raise UsageError(f"the task cannot be told from {found[0]!r} {shape}: {_OWN}")
     tensors = [key for key, value in batch.items() if isinstance(value, Tensor) and key != found[0]]
-    takes = inspect.signature(network.forward).parameters
-    named = [key for key in tensors if key in takes]
+    named = _taken(network, tensors)
     if named:
         return KeyedClassification(found[0], named)
     if len(tensors) == 1:
@@ -97,6 +97,12 @@ def _keyed(batch: Mapping[str, Any], network: nn.Module) -> Task:
         f"{type(network).__name__}.forward has no parameter called {' or '.join(map(repr, tensors)) or 'like a tensor'}"
         f", as the batches have: {_OWN}"
     )
+
+
+def _taken(network: nn.Module, keys: Sequence[str]) -> list[str]:
+    """Those of the keys that ``network`` has parameters for."""
+    takes = inspect.signature(network.forward).parameters
+    return [key for key in keys if key in takes]
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
 from lqkd.modules import DistillModule
 from lqkd.modules.base import TaskModule
 from lqkd.modules.references import REFERENCES
-from lqkd.quantization import bit_operations, quantizers, size
+from lqkd.quantization import bit_operations, size
+from lqkd.quantization.layers import QuantizedLayer
 from lqkd.runs.checkpoint import BestAndLast
 from lqkd.runs.folder import NETWORKS, SUMMARY
 from lqkd.runs.logger import flush_table
@@ -237,25 +238,23 @@ def best_state(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
 
 
 def _bits(network: torch.nn.Module) -> tuple[str | None, str | None]:
-    """Distinct bits of weights and activations, e.g. ("4 (8 in 2 layers)", ...), 32 where only the other are quantised.
+    """Distinct bits of weights and activations of quantised layers, e.g. ("4 (8 in 2 layers)", ...).
 
-    None twice in floating point.
+    32 is floating point, beside what else of a layer is quantised; None twice where nothing is.
     """
-    found: dict[str, list[int]] = {"weight": [], "input": []}
-    for name, quantizer in quantizers(network).items():
-        kind = name.rpartition(".")[2].removesuffix("_quantizer")
-        if kind in found:  # and not the operand of an addition
-            found[kind].append(quantizer.bits)
+    layers = [layer for layer in network.modules() if isinstance(layer, QuantizedLayer)]
+    weights = [32 if layer.weight_quantizer is None else layer.weight_quantizer.bits for layer in layers]
+    takers = [layer for layer in layers if layer.quantizes_input]
+    inputs = [32 if layer.input_quantizer is None else layer.input_quantizer.bits for layer in takers]
 
-    def describe(bits: list[int]) -> str | None:
-        if not bits:
-            return None
+    def describe(bits: list[int]) -> str:
         common = max(sorted(set(bits)), key=bits.count)
         others = [f"{b} in {bits.count(b)}" for b in sorted(set(bits)) if b != common]
         return str(common) + (f" ({', '.join(others)} layers)" if others else "")
 
-    weights, inputs = describe(found["weight"]), describe(found["input"])
-    return (weights or "32", inputs or "32") if weights or inputs else (None, None)
+    if not layers:
+        return None, None
+    return describe(weights), describe(inputs) if inputs else "32"
 
 
 def _balance(trainer: Trainer) -> dict[str, float]:

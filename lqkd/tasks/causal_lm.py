@@ -37,9 +37,9 @@ class CausalLM(Task):
     A batch is the tokens alone, ``(tokens, labels, ...)``, or a dict as Hugging Face's collators make it, with
     ``input_ids`` and, where there are, ``attention_mask``, ``labels`` and further inputs of the network. Labels are the
     tokens at their own places, negative (-100, say) where one is not to be predicted; the shift by one is made here, so
-    that no loss knows of it. Without labels every token is predicted from those before it, but for the first of a text
-    and those with an attention mask of 0. Networks return logits (B, T, V), or a dict or dataclass with them as
-    ``logits``.
+    that no loss knows of it. Without labels every token is predicted from those before it. The first of a text never
+    is, nor is one that has an attention mask of 0, or follows such a one. Networks return logits (B, T, V), or a dict
+    or dataclass with them as ``logits``.
 
     A row is a token that is predicted. Where labels or a mask choose, which rows there are is read from the device in
     every batch; packed texts without padding need neither.
@@ -51,6 +51,7 @@ class CausalLM(Task):
     Args:
         vocabulary: logits beyond this number are left out, as those that pad a vocabulary to a round number; null for
             none.
+        inputs: keys of a dict that networks are called with beside ``input_ids``; null for all but the labels.
         bytes_per_token: of the text on average, for ``bits_per_byte``; 1 where tokens are bytes, null leaves the metric
             out.
 
@@ -73,23 +74,30 @@ class CausalLM(Task):
     predicts_classes = True
     answer = "next token"
 
-    def __init__(self, vocabulary: int | None = None, bytes_per_token: float | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: int | None = None,
+        bytes_per_token: float | None = None,
+        inputs: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         if vocabulary is not None and vocabulary < 2:
             raise UsageError(f"vocabulary={vocabulary!r} is not possible: it must be at least 2, or null")
         if bytes_per_token is not None and not 0 < bytes_per_token < math.inf:
             raise UsageError(f"bytes_per_token={bytes_per_token!r} is not possible: it must be above 0, or null")
         self.vocabulary, self.bytes_per_token = vocabulary, bytes_per_token
+        self.keys = None if inputs is None else tuple(inputs)
 
     # ---- the path of a batch
 
     def inputs(self, batch: Any) -> Any:
-        """The tokens; of a dict all tensors but the labels, as keyword arguments."""
+        """The tokens; of a dict they and other tensors than the labels, as keyword arguments."""
         text = self._text(batch)
         if not isinstance(batch, Mapping):
             return text.tokens
-        given = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != _LABELS}
-        return given | {_TOKENS: text.tokens}
+        wanted = batch.keys() - {_TOKENS, _LABELS} if self.keys is None else self.keys
+        given = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key in wanted}
+        return {_TOKENS: text.tokens} | given
 
     def outputs(self, returned: Any, asked: Asked) -> Tensor:
         """Logits (B, T, V), float32.
@@ -108,9 +116,9 @@ class CausalLM(Task):
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Cross-entropy, 0-dim: the mean over the tokens that are predicted, 0 where there is none."""
-        logits, labels = self._aligned(outputs, batch)
-        flat = logits.flatten(0, 1)
-        return mean_of_labelled(lambda known: F.cross_entropy(flat, known), labels.flatten(), flat.shape[1])
+        logits, labels = self.rows(outputs, batch)
+        assert labels is not None
+        return mean_of_labelled(lambda known: F.cross_entropy(logits, known), labels, logits.shape[1])
 
     def rows(self, outputs: Tensor, batch: Any) -> Rows:
         """Every token that is predicted: logits (N, V) and labels (N,), text by text.
@@ -122,14 +130,18 @@ class CausalLM(Task):
         if not self._chooses(batch):
             return Rows(logits, flat)
         kept = (flat >= 0).nonzero().squeeze(1)
-        if len(kept) == 0:
-            return Rows(0.0 * logits[:1], flat[:1])
+        if len(kept) == 0:  # zeros in the graph, whatever the network says of padding
+            return Rows(logits[:1].masked_fill(torch.ones_like(logits[:1], dtype=torch.bool), 0.0), flat[:1])
         return Rows(logits[kept], flat[kept])
 
     def part(self, batch: Any, samples: slice) -> Any:
-        if isinstance(batch, Mapping):
-            return {key: value[samples] for key, value in batch.items() if isinstance(value, Tensor)}
         text = self._text(batch)
+        if isinstance(batch, Mapping):
+            count = len(text.tokens)
+            return {
+                key: value[samples] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+                for key, value in batch.items()
+            }
         return text.tokens[samples] if text.labels is None else (text.tokens[samples], text.labels[samples])
 
     # ---- evaluation
@@ -149,10 +161,8 @@ class CausalLM(Task):
 
     def table(self, predictions: Any, batch: Any, names: Sequence[str]) -> list[dict[str, Any]]:
         """``loss`` and ``perplexity`` of each text."""
-        return [
-            {"loss": float(f"{loss:.6g}"), "perplexity": float(f"{math.exp(loss):.6g}")}
-            for loss in predictions.tolist()
-        ]
+        pairs = zip(predictions.tolist(), predictions.double().exp().tolist(), strict=True)
+        return [{"loss": float(f"{loss:.6g}"), "perplexity": float(f"{value:.6g}")} for loss, value in pairs]
 
     def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """The share of the tokens of each text (B,) for which both put the same one first."""
@@ -185,13 +195,26 @@ class CausalLM(Task):
             raise UsageError(f"the data have {tokens} tokens, and logits are of fewer ({told})")
 
     def check_batch(self, outputs: Tensor, batch: Any) -> None:
-        """Refuse tokens beyond the logits of the network."""
-        text = self._text(batch)
-        largest = int((text.tokens if text.labels is None else torch.maximum(text.tokens, text.labels)).max())
+        """Refuse logits of another length, tokens beyond them, and labels that are no tokens at their own places."""
+        text, targets = self._text(batch), self._targets(batch)
+        if outputs.shape[1] != text.tokens.shape[1]:
+            raise UsageError(
+                f"the network returns logits of {outputs.shape[1]} places for {text.tokens.shape[1]} tokens: give "
+                "as many"
+            )
+        largest = int(targets.max())
         if largest >= outputs.shape[-1]:
             raise UsageError(
                 f"token {largest} is out of range: the network knows {outputs.shape[-1]}, numbered from 0 on; the "
                 "tokenizer must be that of the network"
+            )
+        if text.labels is not None and bool(((text.labels >= 0) & (text.labels != text.tokens)).any()):
+            shifted = bool((text.labels[:, :-1] == text.tokens[:, 1:]).all())
+            raise UsageError(
+                "the labels of a batch are the tokens that follow: give the tokens alone, the task shifts them itself"
+                if shifted
+                else "the labels of a batch are other tokens than the network sees: each must be the token at its own "
+                "place, negative where it does not count"
             )
 
     def unlabelled(self, batch: Any) -> bool:
@@ -223,20 +246,30 @@ class CausalLM(Task):
                     "each label is the token at its own place"
                 )
             labels = labels.to(torch.int64)
+        mask = batch.get(_MASK) if isinstance(batch, Mapping) else None
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise UsageError(
+                f"the {_MASK} of a batch is {shape}: it must have the shape of the tokens, {tuple(tokens.shape)}"
+            )
         return Text(tokens.to(torch.int64), labels)
 
     def _chooses(self, batch: Any) -> bool:
         """Whether labels or a mask say which tokens are predicted."""
-        return self._text(batch).labels is not None or (isinstance(batch, Mapping) and _MASK in batch)
+        return self._text(batch).labels is not None or self._mask(batch) is not None
 
     def _targets(self, batch: Any) -> Tensor:
         """(B, T - 1) what follows each token but the last, negative where that is not predicted."""
         text = self._text(batch)
         labels = text.tokens if text.labels is None else text.labels
-        if isinstance(batch, Mapping) and _MASK in batch:
-            labels = labels.masked_fill(batch[_MASK] == 0, UNLABELLED)
-        labels = labels[:, 1:]
+        labels, mask = labels[:, 1:], self._mask(batch)
+        if mask is not None:
+            labels = labels.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), UNLABELLED)
         return labels if text.labels is None else labels.masked_fill(labels < 0, UNLABELLED)
+
+    @staticmethod
+    def _mask(batch: Any) -> Tensor | None:
+        return batch.get(_MASK) if isinstance(batch, Mapping) else None
 
     def _aligned(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits (B, T - 1, V) and the tokens (B, T - 1) that they are for."""

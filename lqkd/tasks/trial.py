@@ -42,7 +42,8 @@ def _advice(error: Exception, inputs: Inputs) -> str:
         return ""
     if isinstance(error, LookupError):
         return ": tokens are of a larger vocabulary than the network's, or texts are longer than it knows positions"
-    return ": pixels are given as floating-point numbers, normalised"
+    image = inputs.alone()
+    return ": pixels are given as floating-point numbers, normalised" if image is not None and image.ndim > 2 else ""
 
 
 @torch.no_grad()

@@ -77,6 +77,54 @@ def test_files_for_validation_and_testing_are_taken_as_they_are(tmp_path: Path) 
     assert 32 * len(windows(data, "train")) > len(prose(2000)) - 32 * 33  # all but the last, short batch
 
 
+@pytest.mark.parametrize("separator", ["", " ", "\r"])
+def test_text_without_ends_of_lines_is_cut_as_well(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "a.txt").write_bytes(prose(4000).replace("\n", " ").replace(" ", separator).encode())
+    data = TextFiles(root=str(tmp_path), context=32)
+    data.setup()
+    counts = {split: len(windows(data, split)) for split in ("train", "val", "test")}
+    assert 0.08 < counts["test"] / sum(counts.values()) < 0.13
+    assert 0.07 < counts["val"] / sum(counts.values()) < 0.13
+
+
+def test_a_cut_is_never_within_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\N{SNOWMAN}" * 5000, encoding="utf-8")
+    data = TextFiles(root=str(tmp_path), context=3)
+    data.setup()
+    found = [window for split in ("train", "val", "test") for window in windows(data, split)]
+    assert {window for window in found if b"\n" not in window} == {"\N{SNOWMAN}".encode()}
+
+
+def test_what_val_and_test_name_copies_and_hidden_files_are_not_trained_on(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "00.txt").read_bytes())
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.txt").write_text("hidden " * 99)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "v.txt").write_text("v" * 64)
+    (tmp_path / "t.TXT").write_text("\N{BYTE ORDER MARK}" + "t" * 64, encoding="utf-8")
+    data = TextFiles(root=str(tmp_path), val=str(tmp_path / "held"), test=str(tmp_path / "t.TXT"), context=32)
+    data.setup()
+    assert windows(data, "val") == [b"v" * 32] * 2
+    assert windows(data, "test") == [b"t" * 32] * 2
+    texts = b"".join(data.texts()["train"])
+    assert b"hidden" not in texts
+    assert b"vv" not in texts
+    assert b"tt" not in texts
+    assert texts.count((tmp_path / "00.txt").read_bytes()) == 1
+
+
+def test_the_text_of_python_is_split_the_same_for_every_seed_and_nothing_is_in_two_splits() -> None:
+    parts = []
+    for seed in (0, 1):
+        data = PythonTopics(seed=seed)
+        data.setup()
+        parts.append((data.fingerprint(), data.texts()))
+    assert parts[0][0] == parts[1][0]
+    train, val, test = map(set, parts[0][1].values())
+    assert len(train | val | test) == len(train) + len(val) + len(test)
+
+
 def test_the_text_that_comes_with_python_is_english() -> None:
     data = PythonTopics()
     data.setup()
@@ -95,6 +143,9 @@ def test_the_text_that_comes_with_python_is_english() -> None:
         ({"a.txt": b" \n"}, {}, "has no text"),
         ({"a.txt": b"caf\xe9 au lait"}, {}, "a.txt is not in UTF-8: byte 3 is 0xe9"),
         ({"a.jsonl": b'{"text": "x"}\n{"title": "y"}'}, {}, "a.jsonl line 2 is no object with a text"),
+        ({"a.jsonl": b"[" * 200_000}, {}, "a.jsonl line 1 is no object with a text"),
+        ({"a.txt": "text".encode("utf-16-le")}, {}, "has bytes of zero, as UTF-16 has"),
+        ({"a.txt": b"x"}, {"batch_size": 2.5}, "batch_size=2.5 is not accepted"),
         ({"a.txt": b"too little\n" * 20}, {}, "context=128 is not possible: the text for"),
         ({"a.txt": b"line of text\n" * 900}, {"limit_train": 10_000}, "limit_train=10000 is not accepted"),
         ({"a.txt": b"x"}, {"context": 1}, "context=1 is not accepted"),

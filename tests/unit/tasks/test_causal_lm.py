@@ -46,26 +46,35 @@ def reference(logits: Tensor, labels: np.ndarray) -> list[float]:
     ]
 
 
+def hidden(tokens: Tensor, kept: Tensor) -> np.ndarray:
+    """Labels, of which those are negative that are padding or the first of a text."""
+    labels = torch.where(kept == 1, tokens, -1)
+    labels[:, 1:][kept[:, :-1] == 0] = -1
+    return labels.numpy()
+
+
 def batches(tokens: Tensor) -> dict[str, tuple[Any, np.ndarray]]:
     """Batches of every form, and the labels that they mean."""
     labels = tokens.clone()
     labels[0, :3], labels[2, 4] = -100, -1
-    hidden = torch.where(mask(tokens) == 1, tokens, -1)
+    right, left = mask(tokens), mask(tokens).flip(1)
     return {
         "tokens alone": (tokens, tokens.numpy()),
         "tokens and labels": ((tokens.int(), labels), labels.numpy()),
-        "a mask": ({"input_ids": tokens, "attention_mask": mask(tokens)}, hidden.numpy()),
+        "a mask": ({"input_ids": tokens, "attention_mask": right}, hidden(tokens, right)),
+        "a mask from the left": ({"input_ids": tokens, "attention_mask": left}, hidden(tokens, left)),
         "labels in a dict": ({"input_ids": tokens, "labels": labels, "id": ["a", "b", "c"]}, labels.numpy()),
         "a mask and labels": (
-            {"input_ids": tokens, "attention_mask": mask(tokens), "labels": labels},
-            torch.minimum(hidden, labels).numpy(),
+            {"input_ids": tokens, "attention_mask": right, "labels": labels},
+            np.minimum(hidden(tokens, right), labels.numpy()),
         ),
     }
 
 
-@pytest.mark.parametrize(
-    "form", ["tokens alone", "tokens and labels", "a mask", "labels in a dict", "a mask and labels"]
-)
+FORMS = ("tokens alone", "tokens and labels", "a mask", "a mask from the left", "labels in a dict", "a mask and labels")
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_loss_rows_and_metrics_are_those_of_the_tokens_that_follow(logits: Tensor, tokens: Tensor, form: str) -> None:
     batch, labels = batches(tokens)[form]
     task, expected = CausalLM(bytes_per_token=2.5), reference(logits, labels)
@@ -104,6 +113,7 @@ def test_a_batch_of_which_nothing_is_predicted_has_no_loss_and_a_gradient_of_zer
     assert logits.grad is not None
     assert not logits.grad.any()
     assert task.unlabelled(batch)
+    assert not task.rows(logits.detach() / 0, batch).logits.any()  # whatever the network says of padding
     assert not task.unlabelled(tokens)
 
 
@@ -119,6 +129,7 @@ def test_always_the_frequencies_of_tokens_is_their_entropy(logits: Tensor, token
 def test_a_network_is_called_with_all_of_a_dict_but_the_labels(tokens: Tensor) -> None:
     batch = {"input_ids": tokens, "attention_mask": mask(tokens), "labels": tokens, "id": ["a", "b", "c"]}
     assert list(CausalLM().inputs(batch)) == ["input_ids", "attention_mask"]
+    assert list(CausalLM(inputs=[]).inputs(batch)) == ["input_ids"]
     assert CausalLM().part(batch, slice(1, 2))["labels"].shape == (1, 5)
 
 
@@ -141,6 +152,7 @@ def test_agreement_is_the_share_of_tokens_and_predictions_are_of_each_text(logit
     assert float(found[0]) == pytest.approx(np.mean(reference(logits[:1], labels[:1])), rel=1e-6)
     assert torch.isnan(found[2])
     assert task.table(found[:1], batch, [])[0]["perplexity"] == pytest.approx(float(found[0].exp()), rel=1e-5)
+    assert task.table(torch.tensor([800.0]), batch, [])[0]["perplexity"] == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +163,10 @@ def test_agreement_is_the_share_of_tokens_and_predictions_are_of_each_text(logit
         (torch.zeros(2, 1).long(), "T > 1"),
         ((torch.zeros(2, 4).long(), torch.zeros(2, 3).long()), "each label is the token at its own place"),
         (3, "a batch of the data is a int"),
+        (
+            {"input_ids": torch.zeros(2, 4).long(), "attention_mask": torch.ones(2, 1, 4, 4)},
+            "it must have the shape of",
+        ),
     ],
 )
 def test_a_batch_of_another_form_is_refused_in_a_sentence(batch: Any, message: str) -> None:
@@ -167,6 +183,12 @@ def test_what_does_not_fit_is_refused_in_a_sentence(logits: Tensor, tokens: Tens
         task.check({"student": logits}, SimpleNamespace(num_classes=256))
     with pytest.raises(UsageError, match="token 7 is out of range: the network knows 7"):
         task.check_batch(logits, tokens.index_fill(0, torch.tensor([0]), V))
+    with pytest.raises(UsageError, match="logits of 4 places for 5 tokens"):
+        task.check_batch(logits[:, 1:], tokens)
+    with pytest.raises(UsageError, match="are the tokens that follow: give the tokens alone"):
+        task.check_batch(logits[:, 1:], (tokens[:, :-1], tokens[:, 1:]))
+    with pytest.raises(UsageError, match="are other tokens than the network sees"):
+        task.check_batch(logits, (tokens, (tokens + 1) % V))
     with pytest.raises(UsageError, match=r"the student returns a tensor of shape 3x7 for 3 texts"):
         task.outputs(logits[:, 0], Asked("student", 3))
     for arguments in ({"vocabulary": 1}, {"bytes_per_token": 0.0}):
