@@ -36,7 +36,7 @@ ROOMS = (
     lqkd.regularizers.guards, lqkd.regularizers.players, lqkd.tasks,
 )  # fmt: skip
 OTHERS = [Augmentation, CifarResNet, FrozenTeacher, TeacherCache, TeacherEnsemble]
-MADE_INSIDE = ("TensorBatches", "WorkerBatches", "Stage")  # a stage is checked by its scheduler
+MADE_INSIDE = ("TensorBatches", "TokenBatches", "WorkerBatches", "Stage")  # a stage is checked by its scheduler
 UNBOUNDED = ("maximum", "max_weight", "gradient_clip_val")  # infinity is their word for no bound
 ANY_WHOLE_NUMBER = ("seed", "ignore_index")
 

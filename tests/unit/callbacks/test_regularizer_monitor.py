@@ -165,8 +165,8 @@ def test_no_picture_is_begun_once_ctrl_c_has_kept_someone_waiting(
 ) -> None:
     monitor, trainer = _fit(make_trainer, Dummy(_draws(), _draws()), logger=RunLogger(tmp_path))
     drawn = []
-    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pixels", lambda figure: drawn.append(figure) or 0)
-    monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.write", lambda target, image: time.sleep(0.02))
+    monkeypatch.setattr("lqkd.utils.figures.pixels", lambda figure: drawn.append(figure) or 0)
+    monkeypatch.setattr("lqkd.utils.figures.write_image", lambda target, image: time.sleep(0.02))
     monkeypatch.setattr("lqkd.callbacks.regularizer.monitor._LAST_SECONDS", 0.01)
     monkeypatch.setattr("lqkd.callbacks.regularizer.pictures.pictures", lambda *history: iter([("a", 1), ("b", 2)]))
     monitor.on_exception(trainer, trainer.lightning_module, Stopped(signal.SIGINT, "stopped"))
