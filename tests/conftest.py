@@ -39,7 +39,15 @@ torch.set_num_threads(1)  # these networks are too small for two threads to help
 registry.entry_points = lru_cache(registry.entry_points)  # every Trainer asks all installed packages for callbacks
 
 LONGEST = (
-    *("test_resume.py", "test_combinations.py", "test_networks.py", "test_quickstart.py", "test_cifar10.py"),
+    *(
+        "test_documentation.py",
+        "test_gpu_pack.py",
+        "test_resume.py",
+        "test_combinations.py",
+        "test_networks.py",
+        "test_quickstart.py",
+        "test_cifar10.py",
+    ),
     *("test_exact.py", "test_study.py", "test_stopping.py", "test_formats.py", "test_cli.py", "test_guards.py"),
     *("test_regularizer_statistics.py", "test_teacher_cache.py", "test_sensitivity.py"),
 )
