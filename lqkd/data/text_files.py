@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lqkd.data.parts import looked_for
 from lqkd.data.text import TextDataModule
@@ -105,8 +105,13 @@ def _read(name: str, path: Path, apart: Sequence[Path] = ()) -> list[bytes]:
     else:
         raise UsageError(f"{name}={path} does not exist{looked_for(path)}: give a text file, or a folder with some")
     elsewhere = {place.resolve() for place in apart}
-    files = [file for file in files if not elsewhere & {file.resolve(), *file.resolve().parents}]
-    texts = [*dict.fromkeys(text for file in files for text in _texts_of(file))]
+    own = [file for file in files if not elsewhere & {file.resolve(), *file.resolve().parents}]
+    if len(own) < len(files):
+        rank_zero_info(f"{name}={path}: files that val and test name are left out ({len(files) - len(own)})")
+    read = [text for file in own for text in _texts_of(file)]
+    texts = [*dict.fromkeys(read)]
+    if len(texts) < len(read):
+        rank_zero_warn(f"{name}={path}: texts that are there already are left out ({len(read) - len(texts)})")
     if not any(text.strip() for text in texts):
         other = ", beside what val and test name" if apart else ""
         raise UsageError(

@@ -235,7 +235,7 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
         batch_size=64,
     )
     data.setup()
-    train = [data.preprocess(batch, train=False, epoch=0) for batch in islice(data.train_dataloader(), 10)]
+    train = [data.preprocess(batch, train=False, epoch=0) for batch in islice(data.train_dataloader(), 20)]
     torch.manual_seed(0)
     network = CifarResNet(20)
     load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
@@ -252,10 +252,10 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
     deployed = deploy(network, train[0].images[:2], [batch.images for batch in train[:8]])
     exported = portable.build(deployed)
     batches = (data.preprocess(b, train=False, epoch=0) for b in data.test_dataloader())
-    test = [(batch.images, batch.labels) for batch in islice(batches, 8)]
+    test = [(batch.images, batch.labels) for batch in islice(batches, 16)]
     parity = check(exported, deployed, test[0][0][:32], test, network)
     assert parity.problem is None
-    assert parity.samples == 512
+    assert parity.samples == 1024
     assert parity.differing == 0
     assert parity.output_steps == 0
     found = kernels(exported.model)

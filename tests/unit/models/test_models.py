@@ -34,11 +34,15 @@ def test_published_cifar_weights_fit_the_network(depth: int) -> None:
     assert torch.equal(network.state_dict()["linear.weight"], load_file(path)["linear.weight"])
 
 
+LARGEST = {"topics_gpt": 1_000_000}
+"""Bytes of what is no network for digits."""
+
+
 @pytest.mark.parametrize("name", builtin_weights())
 def test_built_in_weights_are_small(name: str) -> None:
     import lqkd
 
-    assert (Path(lqkd.__file__).parent / "weights" / f"{name}.safetensors").stat().st_size < 1_000_000
+    assert (Path(lqkd.__file__).parent / "weights" / f"{name}.safetensors").stat().st_size < LARGEST.get(name, 300_000)
 
 
 def test_weights_load_from_safetensors_and_from_torch(tmp_path: Path) -> None:
