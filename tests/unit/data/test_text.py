@@ -88,7 +88,7 @@ def test_text_without_ends_of_lines_is_cut_as_well(tmp_path: Path, separator: st
 
 
 def test_a_cut_is_never_within_a_character(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\N{SNOWMAN}" * 5000, encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\N{SNOWMAN}" * 5020, encoding="utf-8")
     data = TextFiles(root=str(tmp_path), context=3)
     data.setup()
     found = [window for split in ("train", "val", "test") for window in windows(data, split)]

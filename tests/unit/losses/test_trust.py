@@ -401,3 +401,10 @@ def test_too_few_samples_are_refused_however_many_rows_they_have() -> None:
     teacher, labels = rows(190)
     with pytest.raises(UsageError, match="19 held-out samples with a label are too few"):
         TrustMap(1, 10).fit(teacher[None], labels, groups=torch.arange(190) // 10)
+
+
+def test_what_is_believed_of_an_unsure_teacher_is_never_flatter_than_labels_justify() -> None:
+    logits, labels = rows(500)
+    trusted = TrustMap(1, 10)
+    trusted.fit(0.1 * logits[None], labels, own=0, temperature=4.0)
+    assert float(trusted.stretch) == 1.0
