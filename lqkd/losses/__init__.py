@@ -17,9 +17,11 @@ from lqkd.losses.relational import RKD
 from lqkd.losses.review import ReviewKD
 from lqkd.losses.similarity import SimilarityPreserving
 from lqkd.losses.standardized import Standardized
+from lqkd.losses.token_rows import CAKLD, ForwardKL, JensenShannon, ReverseKL, RowDivergence
 from lqkd.losses.vid import VID
 
 __all__ = [
+    "CAKLD",
     "CWD",
     "DIST",
     "DKD",
@@ -31,11 +33,15 @@ __all__ = [
     "ContrastiveRepresentation",
     "CorrelationCongruence",
     "DistillationLoss",
+    "ForwardKL",
     "HintonKL",
     "Hints",
+    "JensenShannon",
     "LogitResidual",
     "QuantizedFeatures",
+    "ReverseKL",
     "ReviewKD",
+    "RowDivergence",
     "SimilarityPreserving",
     "SoftCrossEntropy",
     "Standardized",

@@ -12,6 +12,7 @@ from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
 from lqkd.regularizers.mlp import MLP
 from lqkd.regularizers.players import Player
+from lqkd.utils.pieces import rows_at_once
 
 
 class SampleWeight(Regularizer):
@@ -49,15 +50,22 @@ class SampleWeight(Regularizer):
         self.network = MLP(5, hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
-        log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
-        t, s = log_t.exp(), log_s.exp()
-        most = math.log(max(2, t.shape[1]))
-        confidence, chosen = t.max(dim=1)
-        features = (
-            -(t * log_t).sum(1) / most,
-            -(s * log_s).sum(1) / most,
-            confidence,
-            s.gather(1, chosen.unsqueeze(1)).squeeze(1),
-            (log_t - log_s).square().mean(1).sqrt(),
-        )
-        return self.network(torch.stack(features, dim=-1))
+        step = rows_at_once(teacher)
+        pieces = (slice(start, start + step) for start in range(0, max(1, len(teacher)), step))
+        return self.network(torch.cat([_features(teacher[here], student[here]) for here in pieces]))
+
+
+def _features(teacher: Tensor, student: Tensor) -> Tensor:
+    """(n, 5) what is looked at of logits (n, C)."""
+    log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
+    t, s = log_t.exp(), log_s.exp()
+    most = math.log(max(2, t.shape[1]))
+    confidence, chosen = t.max(dim=1)
+    features = (
+        -(t * log_t).sum(1) / most,
+        -(s * log_s).sum(1) / most,
+        confidence,
+        s.gather(1, chosen.unsqueeze(1)).squeeze(1),
+        (log_t - log_s).square().mean(1).sqrt(),
+    )
+    return torch.stack(features, dim=-1)

@@ -19,7 +19,7 @@ from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
-from lqkd.losses import HintonKL
+from lqkd.losses import CAKLD, HintonKL
 from lqkd.models import GPT
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
@@ -43,10 +43,9 @@ def student(**settings: Any) -> DistillModule:
         gpt(),
         quantization=Recipe(bits="w4a8"),
         regularizer=SampleWeight(hidden=4),
-        distillation_loss=HintonKL(),
         student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **settings,
+        **{"distillation_loss": HintonKL()} | settings,
     )
 
 
@@ -79,6 +78,16 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.parametrize("player", ["cooperative", "look_ahead"])
+def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(
+    trainer: Callable[..., Trainer], player: str
+) -> None:
+    module = student(distillation_loss=CAKLD(), regularizer=SampleWeight(hidden=4, player=player))
+    before = parameters_of(module.distillation).clone()
+    trainer(max_steps=2).fit(module, datamodule=text())
+    assert not torch.equal(parameters_of(module.distillation), before)
 
 
 def test_the_command_line_trains_asks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
