@@ -17,7 +17,7 @@ from lqkd.losses.relational import RKD
 from lqkd.losses.review import ReviewKD
 from lqkd.losses.similarity import SimilarityPreserving
 from lqkd.losses.standardized import Standardized
-from lqkd.losses.token_rows import CAKLD, ForwardKL, JensenShannon, ReverseKL, RowDivergence
+from lqkd.losses.token_rows import CAKLD, ForwardKL, JensenShannon, ReverseKL
 from lqkd.losses.vid import VID
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "QuantizedFeatures",
     "ReverseKL",
     "ReviewKD",
-    "RowDivergence",
     "SimilarityPreserving",
     "SoftCrossEntropy",
     "Standardized",

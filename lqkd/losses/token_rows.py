@@ -82,7 +82,14 @@ class RowDivergence(DistillationLoss):
 class ForwardKL(RowDivergence):
     """``tau**2 * KL(p_T || p_S)``, row by row: :class:`lqkd.losses.HintonKL` for large vocabularies.
 
-    Hinton et al. (arXiv 1503.02531), section 2. Logits (N, V), map (N,); see :class:`RowDivergence` for arguments.
+    Hinton et al. (arXiv 1503.02531), section 2. Logits (N, V), map (N,).
+
+    Args:
+        temperature: tau > 0.
+        top_k: how many of the teacher's first classes are told apart; null for all, see :class:`RowDivergence`.
+
+    Raises:
+        UsageError: when an argument is out of range; in training when there are no more classes than ``top_k``.
 
     Examples:
         >>> import torch
@@ -100,7 +107,14 @@ class ReverseKL(RowDivergence):
     """``tau**2 * KL(p_S || p_T)``, row by row: it keeps the student from what the teacher thinks impossible.
 
     Gu et al., "MiniLLM" (arXiv 2306.08543), eq. 1, token by token on given text and not on text of the student's.
-    Logits (N, V), map (N,); see :class:`RowDivergence` for arguments.
+    Logits (N, V), map (N,).
+
+    Args:
+        temperature: tau > 0.
+        top_k: how many of the teacher's first classes are told apart; null for all, see :class:`RowDivergence`.
+
+    Raises:
+        UsageError: when an argument is out of range; in training when there are no more classes than ``top_k``.
 
     Examples:
         >>> import torch
@@ -116,11 +130,16 @@ class JensenShannon(RowDivergence):
     """``tau**2 * (beta * KL(p_T || m) + (1 - beta) * KL(p_S || m))`` with ``m = beta * p_T + (1 - beta) * p_S``.
 
     The generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649), eq. 1, on given text. It is bounded,
-    by log 2 at beta 0.5 and temperature 1. Logits (N, V), map (N,); see :class:`RowDivergence` for the other arguments.
+    by log 2 at beta 0.5 and temperature 1. Logits (N, V), map (N,).
 
     Args:
         beta: between 0 and 1, without these; small values have the gradient of the forward, large ones that of the
             reverse Kullback-Leibler divergence.
+        temperature: tau > 0.
+        top_k: how many of the teacher's first classes are told apart; null for all, see :class:`RowDivergence`.
+
+    Raises:
+        UsageError: when an argument is out of range; in training when there are no more classes than ``top_k``.
 
     Examples:
         >>> import torch
@@ -143,14 +162,19 @@ class JensenShannon(RowDivergence):
 class CAKLD(RowDivergence):
     """``tau**2 * (gamma * KL(p_S || p_T) + (1 - gamma) * KL(p_T || p_S))``: reverse where the teacher is sure.
 
-    Confidence-aware Kullback-Leibler divergence of Du et al., "BitDistiller" (arXiv 2402.10631), eq. 5 and 6, made for
-    language models of 2 and 3 bits. There gamma is one number: the probability that the teacher gives to the token that
-    follows, on average over the training text. Without a number each row has its own. Logits (N, V), map (N,); see
-    :class:`RowDivergence` for the other arguments.
+    The confidence-aware Kullback-Leibler divergence of Du et al., "BitDistiller" (arXiv 2402.10631), made for language
+    models of 2 and 3 bits. There gamma is one number: the probability that the teacher gives to the token that follows,
+    on average over the training text. Without a number each row has its own. Logits (N, V), map (N,).
 
     Args:
         confidence: gamma, between 0 and 1; null for the probability that the teacher, softened, gives to the label of
             each row, or to its own first class where a row has none.
+        temperature: tau > 0.
+        top_k: how many of the teacher's first classes are told apart; null for all, see :class:`RowDivergence`.
+
+    Raises:
+        UsageError: when an argument is out of range; in training when there are no more classes than ``top_k``,
+            or no labels and no ``confidence``.
 
     Examples:
         >>> import torch

@@ -42,10 +42,9 @@ def student(**settings: Any) -> DistillModule:
         FrozenTeacher(gpt(24, seed=2)),
         gpt(),
         quantization=Recipe(bits="w4a8"),
-        regularizer=SampleWeight(hidden=4),
         student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **{"distillation_loss": HintonKL()} | settings,
+        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4)} | settings,
     )
 
 
@@ -84,7 +83,7 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
 def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(
     trainer: Callable[..., Trainer], player: str
 ) -> None:
-    module = student(distillation_loss=CAKLD(), regularizer=SampleWeight(hidden=4, player=player))
+    module = student(distillation_loss=CAKLD(), regularizer=SampleWeight(hidden=4, guard="bounded", player=player))
     before = parameters_of(module.distillation).clone()
     trainer(max_steps=2).fit(module, datamodule=text())
     assert not torch.equal(parameters_of(module.distillation), before)

@@ -12,7 +12,8 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.losses import CAKLD, ForwardKL, HintonKL, JensenShannon, ReverseKL, RowDivergence
+from lqkd.losses import CAKLD, ForwardKL, HintonKL, JensenShannon, ReverseKL
+from lqkd.losses.token_rows import RowDivergence
 from lqkd.regularizers import SampleWeight, alignment
 from lqkd.utils import pieces
 
