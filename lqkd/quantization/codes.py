@@ -150,8 +150,8 @@ def check_ungrouped(quantizer: Quantizer, place: str) -> None:
     """Raise UsageError when ``quantizer`` has a grid per group: an integer kernel sums what shares one scale."""
     if quantizer.group_size is not None:
         raise UsageError(
-            f"the weight of {place} has a grid per {quantizer.group_size} inputs, which an integer layer does not have: "
-            "leave group_size at null for such files; the grids of q4_0 and q8_0 are for --format gguf"
+            f"the weight of {place} has a grid per {quantizer.group_size} inputs, which an integer layer does not "
+            "have: leave group_size at null for such files; the grids of q4_0 and q8_0 are for --format gguf"
         )
 
 

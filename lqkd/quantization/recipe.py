@@ -131,7 +131,7 @@ def parse_bits(bits: str) -> tuple[int, int]:
     match = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
     if match is None:
         raise UsageError(
-            f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or one of "
+            f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or "
             + ", ".join((TERNARY, *BLOCK_FORMATS))
         )
     weight_bits, activation_bits = int(match[1]), int(match[2])
