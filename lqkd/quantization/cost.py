@@ -59,7 +59,7 @@ def size(model: nn.Module) -> Size:
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
             packed[id(module.weight)] = math.ceil(module.weight.numel() * module.weight_quantizer.bits / 8)
     quantizer_tensors = {
-        id(tensor): (module.scale_bytes, tensor)
+        id(tensor)
         for module in model.modules()
         if isinstance(module, Quantizer)
         for tensor in (*module._parameters.values(), *module._buffers.values())
@@ -69,7 +69,7 @@ def size(model: nn.Module) -> Size:
     parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantizer_tensors)
     float_bytes = sum(4 * t.numel() for t in tensors.values() if t.is_floating_point())
     packed_bytes = sum(packed.get(key, 4 * t.numel()) for key, t in tensors.items() if t.is_floating_point())
-    packed_bytes += sum(width * t.numel() for width, t in quantizer_tensors.values() if t.is_floating_point())
+    packed_bytes += sum(module.overhead_bytes() for module in model.modules() if isinstance(module, Quantizer))
     return Size(parameters, float_bytes, packed_bytes)
 
 

@@ -66,8 +66,6 @@ class Quantizer(nn.Module, ABC):
     """Number of neighbours on the last axis that share a grid; None where a grid is of a channel or the tensor."""
     block_size: int | None = None
     """The only group size that there is in the family's format; None where a recipe may choose."""
-    scale_bytes = 4
-    """What each floating-point number of the quantizer takes in a file."""
     initialized: Tensor
     """0-dim bool buffer: whether the parameters have been fitted to data."""
     format: Tensor
@@ -200,6 +198,11 @@ class Quantizer(nn.Module, ABC):
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise UsageError(f"bits={bits!r} is not possible: a quantizer takes an integer from 1 to 8")
         return bits
+
+    def overhead_bytes(self) -> int:
+        """What the quantizer's own numbers take beside the codes of a weight: 4 bytes each, or what its format has."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return sum(4 * tensor.numel() for tensor in tensors if tensor is not None and tensor.is_floating_point())
 
     def _format(self) -> Tensor:
         return torch.tensor([self.bits, -1 if self.signed is None else int(self.signed)])

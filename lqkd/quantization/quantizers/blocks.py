@@ -33,13 +33,17 @@ class _HalfStep(torch.autograd.Function):
 class BlockFormat(LSQ):
     """Blocks of 32 weights along the input axis with one step each: ``x_hat = d * q``.
 
-    The step d is the parameter ``scale`` rounded to float16, in training too, and ``x_hat`` in float32 is bit for bit
-    what the file decodes to. Gradients are those of :class:`LSQ` (arXiv 1902.08153, eq. 2 and 3, section 2.2), that of
-    d passed through its rounding.
+    The step d is ``start * scale`` rounded to float16, in training too, and ``x_hat`` in float32 is bit for bit what
+    the file decodes to. The gradients of x and d are those of :class:`LSQ` (arXiv 1902.08153, eq. 2 and 3, section
+    2.2), that of d passed through its rounding. ``start`` is what d was fitted to and the parameter ``scale`` begins at
+    1, since steps of so few weights are small: Adam would move a step itself by its learning rate, whatever the
+    gradient, which at 0.001 is a third of a step of 4 bits and twice one of 8.
     """
 
+    start: Tensor
+    """(channels,) or (): d as it was fitted."""
+
     block_size = 32
-    scale_bytes = 2
     initials = ("max", "mse")
     format_name: str
     """What recipes and GGUF files call it."""
@@ -67,6 +71,7 @@ class BlockFormat(LSQ):
             initial=initial,
             bound_gradient=bound_gradient,
         )
+        self.register_buffer("start", torch.ones_like(self.scale))
 
     @classmethod
     def check_bits(cls, bits: int, signed: bool | None) -> int:
@@ -74,7 +79,7 @@ class BlockFormat(LSQ):
 
     def step(self) -> Tensor:
         """The step d in the shape of ``scale``: a float16 number as float32, differentiable."""
-        return _HalfStep.apply(self.scale)  # type: ignore[no-any-return]
+        return _HalfStep.apply(self.start * self.scale)  # type: ignore[no-any-return]
 
     @abstractmethod
     def _largest_step(self, rows: Tensor) -> Tensor:
@@ -96,6 +101,13 @@ class BlockFormat(LSQ):
             return False
         self._set_step(torch.where(usable, step, 1.0).reshape(self.scale.shape))  # 1 for a block of zeros
         return True
+
+    def _set_step(self, step: Tensor) -> None:
+        self.start.copy_(step)
+        self.scale.fill_(1.0)
+
+    def overhead_bytes(self) -> int:
+        return 2 * self.scale.numel()
 
 
 class Q4_0(BlockFormat):
@@ -155,7 +167,7 @@ class Q8_0(BlockFormat):
     """ggml's Q8_0: ``x_hat = d * q`` with q from -127 to 127, 8.5 bits a weight.
 
     ``initial: max`` starts as ggml's ``quantize_row_q8_0_ref`` rounds, with ``d = max |x| / 127``; ``mse`` at the step
-    with the least squared error. The step is the absolute value of ``scale``.
+    with the least squared error. The step is positive.
 
     Args:
         bits: 8.

@@ -15,7 +15,7 @@ from lqkd.errors import UsageError
 from lqkd.export import deploy
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, size
 from lqkd.quantization.analysis.oscillation import dampening_loss
-from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
+from lqkd.quantization.quantizers import QUANTIZERS, BlockFormat, Quantizer
 
 WIDTH, ROWS = 96, 4
 RANGES = {"lsq": (-8, 7), "lsq_ewgs": (-8, 7), "q4_0": (-8, 7), "q8_0": (-127, 127)}
@@ -66,8 +66,8 @@ def test_values_and_gradients_are_those_of_one_grid_a_group(name: str, group: in
     values, gradients, of_steps = reference(x.detach(), steps, group, RANGES[name], upstream)
     torch.testing.assert_close(quantizer(x).detach(), values)
     torch.testing.assert_close(x.grad, gradients)
-    if name == "q8_0":
-        of_steps *= quantizer.scale.detach().sign()
+    if isinstance(quantizer, BlockFormat):
+        of_steps = of_steps * quantizer.start  # scale is relative to it
     torch.testing.assert_close(quantizer.scale.grad, of_steps)
 
 
@@ -108,6 +108,7 @@ def test_a_block_starts_where_ggml_rounds(name: str) -> None:
 def test_a_step_is_a_float16_number_whatever_training_makes_of_it(name: str) -> None:
     quantizer = grouped(name)
     with torch.no_grad():
+        quantizer.start.fill_(1.0)
         quantizer.scale.copy_(torch.tensor([0.0, -0.0, 1e-9, -1e-9, 1e9, -1e9, 0.1, -0.1, 6e-8, 3e-6, 1.0, -1.0]))
     step = quantizer.step().detach()
     assert torch.equal(step, step.half().float())
@@ -122,6 +123,15 @@ def test_the_grid_of_the_least_error_turns_to_the_longer_side() -> None:
         quantizer = QUANTIZERS["q4_0"](4, channels=2, group_size=32, initial=initial)
         quantizer.initialize(x)
         assert quantizer.step().tolist() == [-0.125, 0.125]
+
+
+def test_a_step_of_adam_moves_the_step_of_a_block_by_a_share_of_it() -> None:
+    quantizer = grouped("q8_0")
+    before = quantizer.step().detach()
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.01)
+    quantizer(weight(3)).square().sum().backward()
+    optimizer.step()
+    assert ((quantizer.step() / before - 1).abs() < 0.011).all()
 
 
 def linears(*widths: int) -> nn.Sequential:
