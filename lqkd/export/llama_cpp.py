@@ -51,12 +51,13 @@ def available() -> bool:
     return find_spec(RUNTIME) is not None
 
 
-def log_probabilities(path: str | Path, texts: Sequence[Sequence[int]], threads: int = 1) -> Iterator[Tensor]:
+def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], threads: int = 1) -> Iterator[Tensor]:
     """The log-probabilities (256,) of the token after each text by llama.cpp on the CPU, float32.
 
     Args:
         path: a GGUF file of :func:`~lqkd.export.to_gguf` with a vocabulary of bytes.
-        texts: tokens, at least one and fewer than the context of the network.
+        texts: tokens, at least one and fewer than the context of the network; a string goes through the tokenizer that
+            the file has.
         threads: of the CPU.
 
     Raises:
@@ -67,18 +68,22 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int]], threads:
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx = str(path), 1 + max(map(len, texts))
+    prompts = [text if isinstance(text, str) else list(text) for text in texts]
+    longest = max(len(text.encode() if isinstance(text, str) else text) for text in prompts)
+    settings.model.path, settings.n_ctx = str(path), 1 + longest
     settings.n_parallel, settings.verbosity, settings.warmup = 1, -1, False
     settings.cpuparams.n_threads = threads
     try:
         server = xllamacpp.Server(settings)
     except RuntimeError as error:
         raise UsageError(f"llama.cpp does not load {str(path)!r} ({error})") from error
-    for text in texts:
-        asked = {"prompt": list(text), "n_predict": 1, "temperature": 0, "n_probs": BYTES}
+    for prompt in prompts:
+        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": BYTES}
         answer: dict[str, Any] = server.handle_completions(asked)
         if "error" in answer:
-            raise UsageError(f"llama.cpp refuses {len(text)} tokens of {str(path)!r} ({answer['error']['message']})")
+            raise UsageError(
+                f"llama.cpp refuses a text of {len(prompt)} for {str(path)!r} ({answer['error']['message']})"
+            )
         found = torch.full((BYTES,), -torch.inf)
         for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]
