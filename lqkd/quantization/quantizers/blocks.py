@@ -18,16 +18,22 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0
 
 
 class _HalfStep(torch.autograd.Function):
-    """Rounds to float16, in the dtype that it is given; the gradient passes straight through."""
+    """``start * scale`` rounded to float16, in the dtype that it is given.
+
+    The gradient of ``scale`` is that of the step divided by ``start``: see :class:`BlockFormat`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor) -> Tensor:
-        sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-        return scale.abs().clamp(SMALLEST, LARGEST).to(torch.float16).to(scale.dtype) * sign
+    def forward(ctx: Any, scale: Tensor, start: Tensor) -> Tensor:
+        ctx.save_for_backward(start)
+        step = start * scale
+        sign = torch.where(step < 0, -1.0, 1.0).to(step.dtype)
+        return step.abs().clamp(SMALLEST, LARGEST).to(torch.float16).to(step.dtype) * sign
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (start,) = ctx.saved_tensors
+        return gradients[0] / start, None
 
 
 class BlockFormat(LSQ):
@@ -37,11 +43,12 @@ class BlockFormat(LSQ):
     the file decodes to. The gradients of x and d are those of :class:`LSQ` (arXiv 1902.08153, eq. 2 and 3, section
     2.2), that of d passed through its rounding. ``start`` is what d was fitted to and the parameter ``scale`` begins at
     1, since steps of so few weights are small: Adam would move a step itself by its learning rate, whatever the
-    gradient, which at 0.001 is a third of a step of 4 bits and twice one of 8.
+    gradient, which at 0.001 is a third of a step of 4 bits and twice one of 8. So it moves each by a share of it. The
+    gradient of ``scale`` is that of d divided by ``start``, with which SGD moves d as it does in LSQ.
     """
 
     start: Tensor
-    """(channels,) or (): d as it was fitted."""
+    """(channels,) or (): d as it was fitted, within float16's range."""
 
     block_size = 32
     initials = ("max", "mse")
@@ -79,7 +86,7 @@ class BlockFormat(LSQ):
 
     def step(self) -> Tensor:
         """The step d in the shape of ``scale``: a float16 number as float32, differentiable."""
-        return _HalfStep.apply(self.start * self.scale)  # type: ignore[no-any-return]
+        return _HalfStep.apply(self.scale, self.start)  # type: ignore[no-any-return]
 
     @abstractmethod
     def _largest_step(self, rows: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ class BlockFormat(LSQ):
         return True
 
     def _set_step(self, step: Tensor) -> None:
-        self.start.copy_(step)
+        self.start.copy_(step.abs().clamp(SMALLEST, LARGEST) * step.sign())
         self.scale.fill_(1.0)
 
     def overhead_bytes(self) -> int:

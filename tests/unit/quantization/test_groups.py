@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_of_one_grid_a_group(name: str, group: in
     torch.testing.assert_close(quantizer(x).detach(), values)
     torch.testing.assert_close(x.grad, gradients)
     if isinstance(quantizer, BlockFormat):
-        of_steps = of_steps * quantizer.start  # scale is relative to it
+        of_steps = of_steps / quantizer.start  # so that SGD moves the step as LSQ does
     torch.testing.assert_close(quantizer.scale.grad, of_steps)
 
 
@@ -123,6 +123,21 @@ def test_the_grid_of_the_least_error_turns_to_the_longer_side() -> None:
         quantizer = QUANTIZERS["q4_0"](4, channels=2, group_size=32, initial=initial)
         quantizer.initialize(x)
         assert quantizer.step().tolist() == [-0.125, 0.125]
+
+
+def test_a_step_of_sgd_moves_the_step_of_a_block_as_that_of_lsq() -> None:
+    moved = []
+    for name in ("lsq", "q4_0"):
+        quantizer = grouped(name)
+        with torch.no_grad():
+            (quantizer.start if name == "q4_0" else quantizer.scale).copy_(torch.linspace(0.1, 0.4, 12).half())
+        optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+        (quantizer(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))) * 0.05).sum().backward()
+        before = quantizer.step().detach()
+        optimizer.step()
+        moved.append(quantizer.step().detach() - before)
+    assert moved[0].abs().max() > 0.02
+    torch.testing.assert_close(*moved, rtol=0, atol=2e-4)  # float16 numbers there
 
 
 def test_a_step_of_adam_moves_the_step_of_a_block_by_a_share_of_it() -> None:
