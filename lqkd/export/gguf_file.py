@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import ParityError, UsageError
+from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export.deploy import deployable_copy
 from lqkd.export.gguf_names import ARCHITECTURE, BYTES, Sizes, byte_tokens, check_known, layers, sizes
 from lqkd.models import GPT
@@ -28,6 +28,8 @@ GGUF = "gguf"
 """The name of the format."""
 FLOAT = "F32"
 _PREFIX = "lqkd."
+_OWN = ("version", "sizes")
+"""What a file tells by itself under that prefix."""
 
 
 def require() -> None:
@@ -60,16 +62,28 @@ def to_gguf(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | No
         Name of each tensor to its type in the file: ``Q4_0``, ``Q8_0`` or ``F32``.
 
     Raises:
-        UsageError: when the network is another, a grid has no type in the file, or the training has failed.
+        UsageError: when the network is another, a grid has no type in the file, the training has failed, or ``about``
+            is not possible.
         ParityError: when the file decodes to something else; nothing is written then.
     """
     require()
+    _check_about(about or {})
     student = gguf_student(model)
     encoded = dict(_encoded(student))
     with atomic_path(path) as temporary:
         _write(encoded, sizes(student), temporary, about or {})
         check_gguf(temporary, student)
     return {name: kind for name, (kind, _) in encoded.items()}
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
+    for key in _OWN:
+        if key in about:
+            raise UsageError(f"about[{key!r}] is not possible: the file says {', '.join(_OWN)} by itself")
+    try:
+        json.dumps(dict(about), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"about is not possible: a file keeps JSON values ({first_line(error)})") from error
 
 
 def gguf_student(model: nn.Module) -> GPT:

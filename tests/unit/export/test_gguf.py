@@ -138,6 +138,12 @@ def _inputs() -> object:
     return Inputs.of(texts())
 
 
+def test_what_a_file_says_by_itself_is_not_said_otherwise(student: GPT, tmp_path: Path) -> None:
+    for about, message in (({"sizes": 1}, "the file says version, sizes by itself"), ({"x": object()}, "JSON values")):
+        with pytest.raises(UsageError, match=message):
+            to_gguf(student, tmp_path / "student.gguf", about=about)
+
+
 def not_finite(student: GPT) -> None:
     student.blocks[0].expand.weight.data[0, 0] = float("nan")
 
