@@ -15,6 +15,9 @@ from lqkd.errors import UsageError
 from lqkd.export.gguf_names import BYTES
 
 RUNTIME = "xllamacpp"
+_ONE_TOKEN = [[ord("A"), 1e3]]
+"""What is answered, whatever the probabilities, which are told as they are: none are told of an answer that ends the
+text or is a part of a character."""
 COMPARED = 64
 """Tokens that are asked for, each of which takes llama.cpp some milliseconds."""
 
@@ -78,7 +81,7 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
     except RuntimeError as error:
         raise UsageError(f"llama.cpp does not load {str(path)!r} ({error})") from error
     for prompt in prompts:
-        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": BYTES}
+        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": BYTES, "logit_bias": _ONE_TOKEN}
         answer: dict[str, Any] = server.handle_completions(asked)
         if "error" in answer:
             raise UsageError(

@@ -123,7 +123,9 @@ def test_a_student_is_taken_away_on_the_grid_that_it_was_trained_on(tmp_path: Pa
     torch.manual_seed(0)
     network = GPT(context=16, width=32, depth=1, heads=2, gelu="tanh")
     rows = torch.utils.data.DataLoader(counted(64), batch_size=16)
-    made = lqkd.distill(network, None, rows, rows, test=rows, bits="q4_0", epochs=1, folder=tmp_path / "run")
+    made = lqkd.distill(
+        network, None, rows, rows, test=rows, task=CausalLM(), bits="q4_0", epochs=1, folder=tmp_path / "run"
+    )
     assert (made.summary["weight_bits"], made.summary["activation_bits"]) == ("4 (8 in 3 layers)", "32")
     file = made.export(format="gguf")
     assert torch.equal(lqkd.export.from_gguf(file)(counted()), made.network(counted()))
