@@ -17,6 +17,23 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0
 """Of float16's positive numbers; a step of zero would hold its block at zero for ever."""
 
 
+def _half_step(scale: Tensor, start: Tensor) -> Tensor:
+    step = start * scale
+    sign = torch.where(step < 0, -1.0, 1.0).to(step.dtype)
+    return step.abs().clamp(SMALLEST, LARGEST).to(torch.float16).to(step.dtype) * sign
+
+
+# A graph of torch.compile would leave out the way to float16 and back.
+@torch.library.custom_op("lqkd::half_step", mutates_args=())
+def _in_graph(scale: Tensor, start: Tensor) -> Tensor:
+    return _half_step(scale, start)
+
+
+@_in_graph.register_fake
+def _(scale: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(scale)
+
+
 class _HalfStep(torch.autograd.Function):
     """``start * scale`` rounded to float16, in the dtype that it is given.
 
@@ -26,9 +43,7 @@ class _HalfStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, start: Tensor) -> Tensor:
         ctx.save_for_backward(start)
-        step = start * scale
-        sign = torch.where(step < 0, -1.0, 1.0).to(step.dtype)
-        return step.abs().clamp(SMALLEST, LARGEST).to(torch.float16).to(step.dtype) * sign
+        return _in_graph(scale, start) if torch.compiler.is_compiling() else _half_step(scale, start)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
