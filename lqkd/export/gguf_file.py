@@ -21,7 +21,7 @@ from lqkd.models import GPT
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.codes import check_finite, check_fitted
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers import Q4_0, Q8_0, BlockFormat
+from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, BlockFormat
 from lqkd.utils.files import atomic_path
 
 GGUF = "gguf"

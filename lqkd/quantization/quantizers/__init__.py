@@ -5,7 +5,7 @@ from __future__ import annotations
 from lqkd.quantization.quantizers.apot import APoT
 from lqkd.quantization.quantizers.base import Quantizer
 from lqkd.quantization.quantizers.binary import IRNet, ReAct
-from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, BlockFormat
+from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
@@ -44,7 +44,6 @@ __all__ = [
     "TTQ",
     "TWN",
     "APoT",
-    "BlockFormat",
     "DoReFa",
     "IRNet",
     "LSQPlus",

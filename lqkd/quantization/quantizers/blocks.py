@@ -203,7 +203,7 @@ class Q8_0(BlockFormat):
     Examples:
         >>> quantizer = Q8_0(8)
         >>> quantizer(torch.tensor([0.5, -1.0])).detach(), quantizer.code_range()
-        (tensor([ 0.5039, -0.9995]), (-127, 127))
+        (tensor([ 0.5039, -0.9999]), (-127, 127))
     """
 
     format_name, format_bits = "q8_0", 8

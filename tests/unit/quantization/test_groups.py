@@ -15,7 +15,8 @@ from lqkd.errors import UsageError
 from lqkd.export import deploy
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, size
 from lqkd.quantization.analysis.oscillation import dampening_loss
-from lqkd.quantization.quantizers import QUANTIZERS, BlockFormat, Quantizer
+from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
+from lqkd.quantization.quantizers.blocks import BlockFormat
 
 WIDTH, ROWS = 96, 4
 RANGES = {"lsq": (-8, 7), "lsq_ewgs": (-8, 7), "q4_0": (-8, 7), "q8_0": (-127, 127)}
