@@ -58,7 +58,7 @@ class BlockFormat(LSQ):
     the file decodes to. The gradients of x and d are those of :class:`LSQ` (arXiv 1902.08153, eq. 2 and 3, section
     2.2), that of d passed through its rounding. ``start`` is what d was fitted to and the parameter ``scale`` begins at
     1, since steps of so few weights are small: Adam would move a step itself by its learning rate, whatever the
-    gradient, which at 0.001 is a third of a step of 4 bits and twice one of 8. So it moves each by a share of it. The
+    gradient, which at 0.001 is a third of a step of 4 bits in a small GPT. So it moves each by a share of it. The
     gradient of ``scale`` is that of d divided by ``start``, with which SGD moves d as it does in LSQ.
     """
 
@@ -66,7 +66,6 @@ class BlockFormat(LSQ):
     """(channels,) or (): d as it was fitted, within float16's range."""
 
     block_size = 32
-    initials = ("max", "mse")
     format_name: str
     """What recipes and GGUF files call it."""
     format_bits: int
@@ -80,7 +79,6 @@ class BlockFormat(LSQ):
         channel_axis: int = 0,
         batched: bool = False,
         group_size: int | None = None,
-        initial: str = "max",
         bound_gradient: bool = True,
     ) -> None:
         require_weights(self.format_name, batched)
@@ -90,7 +88,6 @@ class BlockFormat(LSQ):
             channels=channels,
             channel_axis=channel_axis,
             group_size=group_size,
-            initial=initial,
             bound_gradient=bound_gradient,
         )
         self.register_buffer("start", torch.ones_like(self.scale))
@@ -112,7 +109,7 @@ class BlockFormat(LSQ):
         """The step with the least squared error, likewise."""
 
     def _fit(self, x: Tensor) -> bool:
-        return self._fit_mse(x) if self.initial == "mse" else self._take_step(self._largest_step(self._per_channel(x)))
+        return self._take_step(self._largest_step(self._per_channel(x)))
 
     def _fit_mse(self, x: Tensor) -> bool:
         return self._take_step(self._initial_step(self._per_channel(x)))
@@ -137,17 +134,16 @@ class Q4_0(BlockFormat):
 
     The step d has a sign: the grid reaches from ``-8 d`` to ``7 d``, and a negative d turns it round, so that the
     longer side is that of the block's largest weight. Codes are the file's minus 8; where d is negative they fall as
-    the weight rises. ``initial: max`` starts as ggml's ``quantize_row_q4_0_ref`` rounds, with ``d = m / -8`` for the
-    weight m of the largest magnitude; ``mse`` at the step of either sign with the least squared error.
+    the weight rises. It starts as ggml's ``quantize_row_q4_0_ref`` rounds, with ``d = m / -8`` for the weight m of the
+    largest magnitude.
 
     Args:
         bits: 4.
-        initial: ``max`` or ``mse``.
         bound_gradient: see :class:`LSQ`.
         signed, channels, channel_axis, batched, group_size: see :class:`~lqkd.quantization.Quantizer`.
 
     Raises:
-        UsageError: when ``bits`` is not 4, ``initial`` is neither, or it is for activations.
+        UsageError: when ``bits`` is not 4 or it is for activations.
 
     Examples:
         >>> quantizer = Q4_0(4)
@@ -188,17 +184,15 @@ class Q4_0(BlockFormat):
 class Q8_0(BlockFormat):
     """ggml's Q8_0: ``x_hat = d * q`` with q from -127 to 127, 8.5 bits a weight.
 
-    ``initial: max`` starts as ggml's ``quantize_row_q8_0_ref`` rounds, with ``d = max |x| / 127``; ``mse`` at the step
-    with the least squared error. The step is positive.
+    It starts as ggml's ``quantize_row_q8_0_ref`` rounds, with ``d = max |x| / 127``. The step is positive.
 
     Args:
         bits: 8.
-        initial: ``max`` or ``mse``.
         bound_gradient: see :class:`LSQ`.
         signed, channels, channel_axis, batched, group_size: see :class:`~lqkd.quantization.Quantizer`.
 
     Raises:
-        UsageError: when ``bits`` is not 8, ``initial`` is neither, or it is for activations.
+        UsageError: when ``bits`` is not 8 or it is for activations.
 
     Examples:
         >>> quantizer = Q8_0(8)

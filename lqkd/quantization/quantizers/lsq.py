@@ -46,9 +46,6 @@ class LSQ(UniformQuantizer):
                 [ 1, -8,  7]], dtype=torch.int32), torch.Size([2]))
     """
 
-    initials: tuple[str, ...] = ("mse", "mean")
-    """What ``initial`` may be."""
-
     def __init__(
         self,
         bits: int,
@@ -64,11 +61,8 @@ class LSQ(UniformQuantizer):
         super().__init__(
             bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched, group_size=group_size
         )
-        if initial not in self.initials:
-            raise UsageError(
-                f"initial={initial!r} of quantizer {type(self).__name__} is not possible: use "
-                + " or ".join(self.initials)
-            )
+        if initial not in ("mse", "mean"):
+            raise UsageError(f"initial={initial!r} of quantizer {type(self).__name__} is not possible: use mse or mean")
         self.initial = initial
         self.bound_gradient = bound_gradient
         self.scale = nn.Parameter(torch.ones(() if channels is None else (channels,)))

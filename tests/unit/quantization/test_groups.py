@@ -120,8 +120,9 @@ def test_a_step_is_a_float16_number_whatever_training_makes_of_it(name: str) -> 
 def test_the_grid_of_the_least_error_turns_to_the_longer_side() -> None:
     longer = torch.arange(-7, 9).repeat(2) / 8.0
     x = torch.stack([longer, -longer])
-    for initial in ("max", "mse"):
-        quantizer = QUANTIZERS["q4_0"](4, channels=2, group_size=32, initial=initial)
+    for mse in (False, True):
+        quantizer = QUANTIZERS["q4_0"](4, channels=2, group_size=32)
+        quantizer.forget(mse)
         quantizer.initialize(x)
         assert quantizer.step().tolist() == [-0.125, 0.125]
 
