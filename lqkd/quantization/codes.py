@@ -151,7 +151,12 @@ def check_ungrouped(quantizer: Quantizer, place: str) -> None:
     if quantizer.group_size is not None:
         raise UsageError(
             f"the weight of {place} has a grid per {quantizer.group_size} inputs, which an integer layer does not "
-            "have: leave group_size at null for such files; the grids of q4_0 and q8_0 are for --format gguf"
+            "have: "
+            + (
+                "its file is that of --format gguf"
+                if quantizer.block_size
+                else "leave group_size at null for such files"
+            )
         )
 
 

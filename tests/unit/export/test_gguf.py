@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lqkd.data import PythonTopics
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_gguf, llama_cpp, to_gguf
+from lqkd.export.command import export
 from lqkd.export.gguf_command import as_served, prove
 from lqkd.export.gguf_file import check_gguf, said_of
 from lqkd.export.gguf_names import byte_tokens
@@ -185,6 +186,11 @@ def test_a_network_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> No
     network = nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 256))
     with pytest.raises(UsageError, match="--format gguf is not possible for Sequential"):
         to_gguf(quantize_model(network, Recipe("q4_0"))[0], tmp_path / "student.gguf")
+
+
+def test_a_time_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--latency is not possible with --format gguf"):
+        export(tmp_path, format="gguf", latency=True)
 
 
 def test_bytes_have_the_names_that_the_tokenizer_of_gpt_2_gives_them() -> None:
