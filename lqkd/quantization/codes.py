@@ -149,14 +149,10 @@ def check_finite(value: Tensor, place: str, name: str) -> None:
 def check_ungrouped(quantizer: Quantizer, place: str) -> None:
     """Raise UsageError when ``quantizer`` has a grid per group: an integer kernel sums what shares one scale."""
     if quantizer.group_size is not None:
+        instead = "leave group_size at null" if quantizer.block_size is None else "its file is that of --format gguf"
         raise UsageError(
             f"the weight of {place} has a grid per {quantizer.group_size} inputs, which an integer layer does not "
-            "have: "
-            + (
-                "its file is that of --format gguf"
-                if quantizer.block_size
-                else "leave group_size at null for such files"
-            )
+            f"have: {instead}"
         )
 
 

@@ -215,11 +215,18 @@ def test_llama_cpp_says_what_the_student_says(tmp_path: Path) -> None:
     assert found.divergence < 2e-3  # of activations in 8 bits
     assert found.same >= 46
     assert found.llama_cpp == pytest.approx(found.pytorch, abs=0.02)
-    with torch.no_grad():  # an answer that would end the text, and one that is a part of a character
-        for token in (0, 0xC3):
-            student.norm.bias.copy_(40 * student.head.weight[token])
-            to_gguf(student, tmp_path / "student.gguf")
-            assert llama_cpp.compare(tmp_path / "student.gguf", student, tokens, most=4).same == 4
     text = "Café:\n\n  the 'import'\tstatement"  # characters of two bytes, and what GPT-2's tokenizer splits at
     read, given = llama_cpp.log_probabilities(tmp_path / "student.gguf", [text, text.encode()])
     torch.testing.assert_close(read, given, rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [0, 0xC3])
+def test_llama_cpp_tells_of_an_answer_that_ends_the_text_or_is_half_a_character(token: int, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    student = quantised()
+    with torch.no_grad():
+        student.norm.bias.copy_(100 * student.head.weight[token])
+    assert (student(texts()).argmax(dim=-1) == token).all()
+    to_gguf(student, tmp_path / "student.gguf")
+    assert llama_cpp.compare(tmp_path / "student.gguf", student, texts(), most=4).same == 4
