@@ -54,7 +54,7 @@ class Export:
     run: str
     """run folder"""
     format: str = argument("portable")
-    """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs) or torch"""
+    """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs), torch or gguf (llama.cpp)"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")

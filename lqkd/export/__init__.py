@@ -1,4 +1,4 @@
-"""Taking the student away: integer ONNX, QONNX and torch.export, with proof of parity, and asking what was exported.
+"""Taking the student away: integer ONNX, QONNX, torch.export and GGUF, with proof, and asking what was exported.
 
 All but asking a run needs ``pip install 'lqkd[export]'``. Nothing here needs Lightning but :mod:`lqkd.export.command`
 and :mod:`lqkd.export.export_check`.
@@ -11,6 +11,7 @@ from typing import Any
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import Deployed, deploy
+from lqkd.export.gguf_file import from_gguf, to_gguf
 
 MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is None), None)
 """A package that exporting needs and that is not installed; None when all are."""
@@ -20,7 +21,7 @@ if MISSING is None:
     from lqkd.export.formats import FORMATS
     from lqkd.export.parity import Parity, check
 
-__all__ = ["FORMATS", "Deployed", "Parity", "ParityError", "check", "deploy", "to_onnx"]
+__all__ = ["FORMATS", "Deployed", "Parity", "ParityError", "check", "deploy", "from_gguf", "to_gguf", "to_onnx"]
 
 
 def require() -> None:

@@ -19,6 +19,8 @@ from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
+from lqkd.export.gguf_command import write_gguf
+from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
@@ -33,6 +35,11 @@ from lqkd.utils.progress import Progress, Stages, track
 
 CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
+_UNTIMED = {
+    "qonnx": "its package executes node by node, for tests",
+    GGUF: "llama.cpp's own llama-bench times such a file",
+}
+"""Formats that are not timed, and why."""
 COMPARED = 32
 """Samples for the comparison layer by layer."""
 
@@ -64,9 +71,11 @@ def export(
         ParityError: when the file does not compute what the student computes; it is kept under another name.
     """
     check_format(format)
-    if latency and format == "qonnx":
-        raise UsageError("--latency is not possible with --format qonnx: its package executes node by node, for tests")
+    if latency and format in _UNTIMED:
+        raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
     wanted = _output(Path(run), format, output, overwrite)
+    if format == GGUF:
+        return _export_gguf(Path(run), wanted, allow_code)
     with Stages(5) as stage:
         stage("reading the run")
         reader, student, checkpoint = read_student(run, allow_code)
@@ -107,13 +116,27 @@ def export(
         raise ParityError(f"the file fails the comparison and is kept as {target}: {parity.problem}")
     write_card(summary, described, parity, deployed)
     model = program.module() if format == TORCH else exported.model
-    name = f"{target.name} ({format})"
     one = inputs.part(slice(1))
-    timed = report.measure_latency(model, name, deployed, student, one) if latency else None
+    timed = report.measure_latency(model, f"{target.name} ({format})", deployed, student, one) if latency else None
     report.tell(report.describe(student, one, summary, described, timed), target)
-    for sentence in outdated_exports(Path(run)).values():
-        print(f"lqkd: warning: {sentence}", file=sys.stderr)
+    _warn_of_outdated(Path(run))
     return target
+
+
+def _export_gguf(run: Path, target: Path, allow_code: bool) -> Path:
+    require()
+    reader, student, checkpoint = read_student(run, allow_code)
+    _, inputs = _inputs(reader)
+    about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
+    split, test = _test(reader)
+    write_gguf(student.cpu().eval(), target, inputs, test, split, reader.model.task.cpu(), about)
+    _warn_of_outdated(run)
+    return target
+
+
+def _warn_of_outdated(run: Path) -> None:
+    for sentence in outdated_exports(run).values():
+        print(f"lqkd: warning: {sentence}", file=sys.stderr)
 
 
 def rejected(output: Path) -> Path:
@@ -125,7 +148,7 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
     if not run.is_dir():
         raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
     suffix = SUFFIXES.get(format, ".onnx")
-    stem = "student" if format in ("portable", TORCH) else f"student.{format}"
+    stem = "student" if format in ("portable", TORCH, GGUF) else f"student.{format}"
     output = run / f"{stem}{suffix}" if given is None else Path(given)
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")

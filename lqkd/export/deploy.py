@@ -21,6 +21,7 @@ from lqkd.export.placement import check_takes, parameters, place_grids, propagat
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
+from lqkd.quantization.codes import check_ungrouped
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers.base import alone
@@ -81,9 +82,9 @@ def deploy(
         progress: called with the number of missing grids that are fitted and that of all.
 
     Raises:
-        UsageError: when the network cannot be traced, something in it cannot be exported, a quantizer was not fitted,
-            a scale is zero or not finite, the network does not take the example or calibration data, or grids are
-            missing and there is no calibration data.
+        UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
+            inputs, a quantizer was not fitted, a scale is zero or not finite, the network does not take the example or
+            calibration data, or grids are missing and there is no calibration data.
     """
     student = deployable_copy(student)
     inputs = as_float32(example, "an example")
@@ -96,6 +97,7 @@ def deploy(
                 f"quantizer {name!r} has no grid, since it has seen no data or nothing but zeros: train the student, "
                 "or call initialize_quantizers"
             )
+    _check_ungrouped(student)
     builder, folding = place_grids(student, inputs)
     network = builder.network
     names = _names(network, inputs)
@@ -117,7 +119,14 @@ def check_deployable(student: nn.Module, example: Inputs) -> None:
         UsageError: when the network cannot be traced, or something in it cannot be exported.
     """
     inputs = as_float32(example, "an example")
+    _check_ungrouped(student)
     _names(place_grids(deployable_copy(student), inputs)[0].network, inputs)
+
+
+def _check_ungrouped(student: nn.Module) -> None:
+    for name, layer in student.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
+            check_ungrouped(layer.weight_quantizer, name or "the network")
 
 
 def deployable_copy(student: nn.Module) -> nn.Module:

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lqkd.errors import first_line
 from lqkd.export import MISSING
 from lqkd.export.deploy import check_deployable
+from lqkd.export.gguf_file import check_gguf_grids, of_gguf
 from lqkd.models.calls import Inputs
 from lqkd.modules.base import TaskModule
+from lqkd.quantization.wrappers import unwrapped
 
 
 class ExportCheck(Callback):
@@ -23,6 +25,9 @@ class ExportCheck(Callback):
         if inputs is None or MISSING is not None:
             return
         try:
-            check_deployable(pl_module.product(), Inputs.joined([inputs, inputs]))
+            if of_gguf(pl_module.product()):
+                check_gguf_grids(unwrapped(pl_module.product()))
+            else:
+                check_deployable(pl_module.product(), Inputs.joined([inputs, inputs]))
         except Exception as error:  # of any type: a look ahead must not end the training
             rank_zero_warn(f"export will refuse this student: {first_line(error)}")

@@ -10,6 +10,7 @@ from lqkd.errors import UsageError
 from lqkd.export import packed, portable, qonnx
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
+from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
 
@@ -21,9 +22,9 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "qonnx": qonnx.build,
 }
 """The formats that are ONNX files."""
-FORMATS = (*BUILDERS, TORCH)
+FORMATS = (*BUILDERS, TORCH, GGUF)
 """All formats."""
-SUFFIXES = {TORCH: ".pt2"}
+SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
 """Of files that are not ONNX."""
 
 

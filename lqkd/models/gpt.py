@@ -27,15 +27,16 @@ class CausalSelfAttention(nn.Module):
 class GPTBlock(nn.Module):
     """Attention and a perceptron of four times the width, each after a layer norm and beside a shortcut."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, gelu: str) -> None:
         super().__init__()
+        self.gelu = "tanh" if gelu == "tanh" else "none"  # as PyTorch says it
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = CausalSelfAttention(width, heads)
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+        return x + self.contract(F.gelu(self.expand(self.norm2(x)), approximate=self.gelu))
 
 
 class GPT(nn.Module):
@@ -49,9 +50,11 @@ class GPT(nn.Module):
         width: of the hidden state.
         depth: number of blocks.
         heads: of the attention, a divisor of ``width``.
+        gelu: ``exact``, or ``tanh``, the approximation that GPT-2 was trained with and llama.cpp computes (Hendrycks
+            and Gimpel, arXiv 1606.08415, section 2).
 
     Raises:
-        UsageError: when a number is less than 1, or ``heads`` does not divide ``width``.
+        UsageError: when a number is less than 1, ``heads`` does not divide ``width``, or there is no such ``gelu``.
 
     Examples:
         >>> import torch
@@ -60,7 +63,13 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int = 256, context: int = 128, width: int = 96, depth: int = 3, heads: int = 4
+        self,
+        vocabulary: int = 256,
+        context: int = 128,
+        width: int = 96,
+        depth: int = 3,
+        heads: int = 4,
+        gelu: str = "exact",
     ) -> None:
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "width": width, "depth": depth, "heads": heads}
@@ -69,9 +78,11 @@ class GPT(nn.Module):
                 raise UsageError(f"{name}={value} is not possible: it must be at least 1")
         if width % heads:
             raise UsageError(f"heads={heads} is not possible: it must divide width={width}")
+        if gelu not in ("exact", "tanh"):
+            raise UsageError(f"gelu={gelu!r} is not possible: it is exact or tanh")
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(GPTBlock(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(GPTBlock(width, heads, gelu) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         # GPT-2's start: small, and smaller where a block adds to the shortcut.

@@ -71,8 +71,8 @@ def distill(
             which then has all splits.
         val: likewise for validation; None for none, and then the last epoch is kept.
         test: likewise, to report and never to choose by; None for none.
-        bits: such as ``w8a8``, ``w4a4``, ``w2a2``, ``w4a32``, ``w1a1``, ``ternary``, of all layers but the first and
-            the last, which keep 8; or a :class:`Recipe`.
+        bits: such as ``w8a8``, ``w4a4``, ``w2a2``, ``w4a32``, ``w1a1``, ``ternary``, ``q4_0``, of all layers but the
+            first and the last, which keep 8; or a :class:`Recipe`.
         task: what the networks are trained for; None to tell it from the first batch, see :func:`guess_task`.
         epochs: passes over the training data.
         folder: where the run is kept, new or empty; None for ``runs/distill/version_N``.

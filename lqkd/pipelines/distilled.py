@@ -72,14 +72,15 @@ class Distilled:
         overwrite: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the student as ONNX, once it is proven that the file computes the same.
+        """Write the student as ONNX or GGUF, once it is proven that the file computes the same.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
         split where there is no other. Of several processes the first one writes; the others do not wait for it.
 
         Args:
-            path: the file; None for ``student.onnx`` in the run's folder, or ``student.FORMAT.onnx`` of other formats.
-            format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``: see ``docs/export.md``.
+            path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats, or
+                ``student.gguf``.
+            format: ``portable``, ``packed4``, ``packed2``, ``qonnx`` or ``gguf``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -96,10 +97,12 @@ class Distilled:
         from lqkd.export import to_onnx
         from lqkd.export.command import told_of_data
         from lqkd.export.formats import BUILDERS
+        from lqkd.export.gguf_command import write_gguf
+        from lqkd.export.gguf_file import GGUF
 
-        if format not in BUILDERS:
-            raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
-        name = "student.onnx" if format == "portable" else f"student.{format}.onnx"
+        if format not in (*BUILDERS, GGUF):
+            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join((*BUILDERS, GGUF))}")
+        name = {"portable": "student.onnx", GGUF: "student.gguf"}.get(format, f"student.{format}.onnx")
         target = self.folder / name if path is None else Path(path)
         if target.is_dir():
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
@@ -111,6 +114,11 @@ class Distilled:
         split = next((split for split in ("test", "val") if has(self._data, split)), None)
         judged = () if split is None else islice(self._batches(split), 1)
         example = Inputs.joined([*map(self._inputs, judged), *calibration]).part(slice(COMPARED))
+        if format == GGUF:
+            test = () if split is None else self._batches(split)
+            about = {"data": type(self._data).__name__} | dict(about or {})
+            write_gguf(self.network, target, example, test, split or "train", self.task, about)
+            return target
         to_onnx(
             self.network,
             example,

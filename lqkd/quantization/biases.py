@@ -30,8 +30,8 @@ def bias_owners(model: nn.Module, folded: Mapping[str, str]) -> dict[str, str]:
     """Name of each layer whose bias is a whole number in an integer kernel to that of the module with the parameter.
 
     That is the batch norm that is folded into the layer, or the layer itself. Layers are left out whose weight or input
-    is in floating point or on uneven levels, or whose input has no quantizer of its own, and those whose bias is
-    another's too: their biases stay as they are.
+    is in floating point or on uneven levels, whose weight has a grid per group of inputs, or whose input has no
+    quantizer of its own, and those whose bias is another's too: their biases stay as they are.
 
     Args:
         model: a network with quantised layers.
@@ -54,7 +54,7 @@ def _has_integer_bias(layer: nn.Module) -> bool:
     if not isinstance(layer, QuantizedLayer) or not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return False
     weight, activation = layer.weight_quantizer, layer.input_quantizer
-    even = weight is not None and is_exactly_uniform(weight)
+    even = weight is not None and weight.group_size is None and is_exactly_uniform(weight)
     return even and activation is not None and not isinstance(activation, APoT | N2UQ)
 
 

@@ -122,7 +122,8 @@ def _fit_without_values(model: nn.Module) -> None:
         if quantizer is None or quantizer.is_ready or isinstance(quantizer, StatisticQuantizer):
             continue  # a scale that is measured anew in every step needs no first one
         if not layer.weight.any():
-            bound = math.sqrt((quantizer.channels or len(layer.weight)) / layer.weight.numel())  # 1 / sqrt(fan in)
+            channels = quantizer.channels if quantizer.group_size is None else None
+            bound = math.sqrt((channels or len(layer.weight)) / layer.weight.numel())  # 1 / sqrt(fan in)
             drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
             quantizer.initialize(drawn.to(layer.weight.device))
     if all(cast(Quantizer, owner._modules[name]).is_ready for owner, name in join_quantizers(model)):

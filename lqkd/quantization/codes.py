@@ -83,8 +83,9 @@ def weight_codes(quantizer: Quantizer, weight: Tensor, place: str) -> WeightCode
     """The codes of ``weight`` on the grid of its quantizer.
 
     Raises:
-        UsageError: when the quantizer is not fitted or its scale is zero or not finite.
+        UsageError: when the quantizer is not fitted, has groups, or its scale is zero or not finite.
     """
+    check_ungrouped(quantizer, place)
     check_fitted(quantizer, place)
     if not weight.isfinite().all():
         raise UsageError(f"the weight of {place} is not finite: the training has failed, choose another checkpoint")
@@ -143,6 +144,16 @@ def check_finite(value: Tensor, place: str, name: str) -> None:
     """Raise UsageError unless every element of ``value`` is finite."""
     if not value.isfinite().all():
         raise UsageError(f"a {name} of {place} is not finite: the training has failed, choose another checkpoint")
+
+
+def check_ungrouped(quantizer: Quantizer, place: str) -> None:
+    """Raise UsageError when ``quantizer`` has a grid per group: an integer kernel sums what shares one scale."""
+    if quantizer.group_size is not None:
+        instead = "leave group_size at null" if quantizer.block_size is None else "its file is that of --format gguf"
+        raise UsageError(
+            f"the weight of {place} has a grid per {quantizer.group_size} inputs, which an integer layer does not "
+            f"have: {instead}"
+        )
 
 
 def check_fitted(quantizer: Quantizer, place: str) -> None:

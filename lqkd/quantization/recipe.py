@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import glob
 import importlib
+import inspect
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
+from lqkd.quantization.quantizers import Q4_0, Q8_0, QUANTIZERS, Quantizer
 
 FLOAT_BITS = 32
 """The number of bits that means "leave it in floating point"."""
 
 
 TERNARY = "ternary"
+BLOCK_FORMATS = {kind.format_name: kind.format_bits for kind in (Q4_0, Q8_0)}
+"""What ``bits`` calls the grids of GGUF files, and their bits: weights only, on blocks of 32, embeddings with 8."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Rule:
             arguments.
         activation_quantizer: likewise, for the layer's input.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
+        group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128.
 
     Examples:
         >>> from torch import nn
@@ -48,6 +52,7 @@ class Rule:
     weight_quantizer: str | dict[str, Any] | None = None
     activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool | None = None
+    group_size: int | None = None
 
 
 @dataclass
@@ -56,13 +61,18 @@ class Recipe:
 
     Attributes:
         bits: weight and activation bits of all layers, e.g. ``w8a8``, ``w4a4`` or ``w2a32`` (32 is floating point),
-            or ``ternary``: weights of three values, which take 2 bits, and 8-bit activations.
+            or ``ternary``: weights of three values, which take 2 bits, and 8-bit activations; or the grid of a GGUF
+            file, on which the weights alone are then trained: ``q4_0``, of which embeddings and layers of 8 bits get
+            that of ``q8_0``, or ``q8_0``.
         weight_quantizer: quantizer of the weights: a name (``lsq``), a dotted path to a Quantizer class, or
             a mapping of ``name`` (either of them) and arguments, as in ``{name: lsq, initial: mean}``. Null chooses by
             the bits of each layer:
-            ``irnet`` for 1 bit, ``twn`` for the 2 bits of ``ternary``, ``lsq`` for all others.
+            ``irnet`` for 1 bit, ``twn`` for the 2 bits of ``ternary``, those of a GGUF file's grid, ``lsq`` for all
+            others.
         activation_quantizer: quantizer of the layers' inputs, likewise; null is ``react`` for 1 bit, else ``lsq``.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
+        group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128, of linear layers,
+            embeddings and attention; null for none. Convolutions have none: there give it in a rule for the others.
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
         residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
@@ -83,6 +93,7 @@ class Recipe:
     weight_quantizer: str | dict[str, Any] | None = None
     activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool = True
+    group_size: int | None = None
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
@@ -99,6 +110,7 @@ class LayerSettings:
     weight_quantizer: str | dict[str, Any]
     activation_quantizer: str | dict[str, Any]
     per_channel: bool
+    group_size: int | None = None
 
     @property
     def is_float(self) -> bool:
@@ -107,17 +119,20 @@ class LayerSettings:
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
-    """Weight and activation bits from a text like ``w4a4``, or ``ternary``.
+    """Weight and activation bits from a text like ``w4a4``, or ``ternary``, or the grid of a file such as ``q4_0``.
 
     Raises:
         UsageError: when the text has another form, or a number is neither 1 to 8 nor 32.
     """
     if bits == TERNARY:
         return 2, 8
+    if bits in BLOCK_FORMATS:
+        return BLOCK_FORMATS[bits], FLOAT_BITS
     match = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
     if match is None:
         raise UsageError(
-            f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or {TERNARY}"
+            f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or "
+            + ", ".join((TERNARY, *BLOCK_FORMATS))
         )
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for number in (weight_bits, activation_bits):
@@ -168,13 +183,21 @@ def build_quantizer(spec: str | dict[str, Any], bits: int, **arguments: Any) -> 
 
     Args:
         spec: see :func:`find_quantizer`.
-        arguments: what the layer determines: ``signed``, ``channels``, ``channel_axis``, ``batched``.
+        arguments: what the layer determines: ``signed``, ``channels``, ``channel_axis``, ``batched``, ``group_size``.
 
     Raises:
         UsageError: when the quantizer has no grid of so many bits or does not take its arguments.
     """
     kind, more = find_quantizer(spec)
-    reserved = sorted({"bits", *arguments} & more.keys())
+    if arguments.get("group_size") is None:
+        arguments.pop("group_size", None)
+    elif "group_size" not in inspect.signature(kind).parameters:
+        able = ", ".join(name for name, own in QUANTIZERS.items() if "group_size" in inspect.signature(own).parameters)
+        raise UsageError(
+            f"group_size={arguments['group_size']} is not possible with quantizer {kind.__name__}, which has no "
+            f"groups: use {able}"
+        )
+    reserved = sorted({"bits", "group_size", *arguments} & more.keys())
     if reserved:
         raise UsageError(f"argument {', '.join(reserved)} of quantizer {kind.__name__} cannot be set: layers set it")
     try:
@@ -201,14 +224,20 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         UsageError: when a rule matches no layer, or a setting is not possible.
     """
     weight_bits, activation_bits = parse_bits(recipe.bits)
+    in_blocks = recipe.bits in BLOCK_FORMATS
+    if in_blocks:
+        _check_free(recipe)
     base: dict[str, Any] = {
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "weight_quantizer": recipe.weight_quantizer,
         "activation_quantizer": recipe.activation_quantizer,
         "per_channel": recipe.per_channel,
+        "group_size": recipe.group_size,
     }
     settings = {name: dict(base) for name in layers}
+    for name in (name for name, kind in layers.items() if in_blocks and kind == "Embedding"):
+        settings[name].update(weight_bits=8)
     names = list(layers)
     for position, bits, setting in (
         (0, recipe.first_layer_bits, "first_layer_bits"),
@@ -217,7 +246,9 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         if bits is not None:
             check_bits(bits, f"quantization.{setting}", bits)
             if names:
-                settings[names[position]].update(weight_bits=bits, activation_bits=bits)
+                settings[names[position]].update(
+                    weight_bits=bits, activation_bits=activation_bits if in_blocks else bits
+                )
     for rule in recipe.rules:
         matched = [n for n, class_name in layers.items() if fnmatchcase(n, rule.match) or class_name == rule.match]
         if not matched:
@@ -229,13 +260,31 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
                 check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
         for name in matched:
             settings[name].update(changes)
-    return {name: _complete(entry, recipe.bits == TERNARY) for name, entry in settings.items()}
+    return {name: _complete(name, entry, recipe.bits) for name, entry in settings.items()}
 
 
-def _complete(entry: dict[str, Any], ternary: bool) -> LayerSettings:
+def _check_free(recipe: Recipe) -> None:
+    """Refuse what the grid of a file decides by itself."""
+    for setting, default in (("weight_quantizer", None), ("group_size", None), ("per_channel", True)):
+        if getattr(recipe, setting) != default:
+            raise UsageError(
+                f"quantization.{setting}={getattr(recipe, setting)!r} is not possible with bits={recipe.bits!r}, "
+                "which decides it: leave it out, or write bits like w4a32"
+            )
+
+
+def _complete(name: str, entry: dict[str, Any], bits: str) -> LayerSettings:
     """Choose the quantizers that nobody chose, by the number of bits."""
+    if entry["weight_quantizer"] is None and bits in BLOCK_FORMATS:
+        known = {own: name for name, own in BLOCK_FORMATS.items()} | {FLOAT_BITS: "lsq"}
+        if entry["weight_bits"] not in known:
+            raise UsageError(
+                f"weight_bits={entry['weight_bits']} of layer {name!r} is not possible with bits={bits!r}: a GGUF "
+                f"file's grids have {', '.join(map(str, sorted(known)))} bits"
+            )
+        entry["weight_quantizer"] = known[entry["weight_bits"]]
     if entry["weight_quantizer"] is None:
-        by_bits = {1: "irnet", 2: "twn"} if ternary else {1: "irnet"}
+        by_bits = {1: "irnet", 2: "twn"} if bits == TERNARY else {1: "irnet"}
         entry["weight_quantizer"] = by_bits.get(entry["weight_bits"], "lsq")
     if entry["activation_quantizer"] is None:
         entry["activation_quantizer"] = "react" if entry["activation_bits"] == 1 else "lsq"

@@ -304,3 +304,16 @@ def test_a_setting_in_yaml_compiles_a_run_of_the_command_line(traced: None, tmp_
     (folder,) = (tmp_path / "runs" / "regularizer").iterdir()
     assert json.loads((folder / "summary.json").read_text())["compile_seconds"] > 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["compile"] is True
+
+
+@pytest.mark.slow  # compiles twice
+def test_a_compiled_weight_is_on_the_grid_of_the_file(compiled_kernels: None) -> None:
+    """A compiler that leaves out the way to float16 and back gives steps that no file holds."""
+    network, _ = quantize_model(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32)), Recipe("q4_0", last_layer_bits=8))
+    initialize_quantizers(network, torch.randn(4, 64))
+    layers: Any = list(network)
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight_quantizer.scale.uniform_(0.5, 1.5)
+        compiled = torch.compile(lambda layer=layer: layer.quantized_weight() * 1.0, fullgraph=True)()
+        assert torch.equal(compiled, layer.quantized_weight())

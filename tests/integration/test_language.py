@@ -123,6 +123,28 @@ class Named(nn.Module):
         return Output(None, self.gpt(input_ids))
 
 
+def test_a_student_is_taken_away_on_the_grid_that_it_was_trained_on(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    network = GPT(context=16, width=32, depth=1, heads=2, gelu="tanh")
+    rows = torch.utils.data.DataLoader(counted(64), batch_size=16)
+    made = lqkd.distill(
+        network, None, rows, rows, test=rows, task=CausalLM(), bits="q4_0", epochs=1, folder=tmp_path / "run"
+    )
+    assert (made.summary["weight_bits"], made.summary["activation_bits"]) == ("4 (8 in 3 layers)", "32")
+    file = made.export(format="gguf")
+    assert torch.equal(lqkd.export.from_gguf(file)(counted()), made.network(counted()))
+    report = json.loads((made.folder / "student.gguf.report.json").read_text())
+    assert report["measured"]["value"] == pytest.approx(made.summary["test"], rel=1e-5)
+    assert "each decodes to the bits that were trained" in (made.folder / "student.gguf.md").read_text()
+    with pytest.raises(UsageError, match="has a grid per 32 inputs, which an integer layer does not have"):
+        made.export()
+
+
+def counted(texts: int = 2) -> Tensor:
+    return torch.arange(16) + torch.arange(texts)[:, None] % 40 + 60
+
+
 def test_padded_dicts_and_dataclasses_go_through_the_one_call(tmp_path: Path) -> None:
     counted = torch.arange(16).expand(48, 16)
     lengths = torch.arange(48)[:, None] % 13 + 4

@@ -160,7 +160,8 @@ def dampening_loss(layer: QuantizedLayer) -> Tensor:
     with torch.no_grad():
         codes = quantizer.codes(weight)
         nearest = quantizer.dequantize(codes)
-        lowest, highest = (quantizer.dequantize(torch.full_like(codes, end)) for end in quantizer.code_range())
+        ends = [quantizer.dequantize(torch.full_like(codes, end)) for end in quantizer.code_range()]
+        lowest, highest = torch.minimum(*ends), torch.maximum(*ends)  # a step of q4_0 may be negative
     return (nearest - weight.float().clamp(lowest, highest)).square().sum()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lqkd.quantization.quantizers.apot import APoT
 from lqkd.quantization.quantizers.base import Quantizer
 from lqkd.quantization.quantizers.binary import IRNet, ReAct
+from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
@@ -24,6 +25,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "mse": Mse,
     "n2uq": N2UQ,
     "pact": PACT,
+    "q4_0": Q4_0,
+    "q8_0": Q8_0,
     "react": ReAct,
     "ttq": TTQ,
     "twn": TWN,
@@ -35,6 +38,8 @@ __all__ = [
     "LSQEWGS",
     "N2UQ",
     "PACT",
+    "Q4_0",
+    "Q8_0",
     "QUANTIZERS",
     "TTQ",
     "TWN",

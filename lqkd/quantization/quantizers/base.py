@@ -34,6 +34,9 @@ class Quantizer(nn.Module, ABC):
     * ``progress`` is the part of the training that is done, 0 to 1, in a family whose estimator follows it; training
       sets it before each step. It is no part of the state: the step says it. ``None`` for all other families.
     * A NaN stays at its element: it neither reaches other elements nor the parameters at initialisation.
+    * A family with groups has one grid for each ``group_size`` neighbours on the last axis, the input axis of a linear
+      weight: ``channels`` then counts the groups of the whole tensor, and every method takes and returns the tensor as
+      it is.
     * Parameters and buffers stay in float32 when the network goes to half precision, by whatever call: a step may be
       below what float16 can hold, and bfloat16 would move every level. Float64 and devices are followed.
 
@@ -59,6 +62,10 @@ class Quantizer(nn.Module, ABC):
     """
 
     progress: float | None = None
+    group_size: int | None = None
+    """Number of neighbours on the last axis that share a grid; None where a grid is of a channel or the tensor."""
+    block_size: int | None = None
+    """The only group size that there is in the family's format; None where a recipe may choose."""
     initialized: Tensor
     """0-dim bool buffer: whether the parameters have been fitted to data."""
     format: Tensor
@@ -122,7 +129,9 @@ class Quantizer(nn.Module, ABC):
                 for parameter in self.parameters():
                     x = x + 0.0 * parameter.sum().to(x.dtype)
                 return x
-        return self._quantize(x)
+        if self.group_size is None:
+            return self._quantize(x)
+        return self._quantize(self._grouped(x)).view(x.shape)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -137,7 +146,7 @@ class Quantizer(nn.Module, ABC):
         """
         if x.numel() == 0:
             return
-        x = finite(x.detach())
+        x = self._grouped(finite(x.detach()))
         decided = self.signed
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
         self.check_bits(self.bits, signed)
@@ -190,6 +199,11 @@ class Quantizer(nn.Module, ABC):
             raise UsageError(f"bits={bits!r} is not possible: a quantizer takes an integer from 1 to 8")
         return bits
 
+    def overhead_bytes(self) -> int:
+        """What the quantizer's own numbers take beside the codes of a weight: 4 bytes each, or what its format has."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return sum(4 * tensor.numel() for tensor in tensors if tensor is not None and tensor.is_floating_point())
+
     def _format(self) -> Tensor:
         return torch.tensor([self.bits, -1 if self.signed is None else int(self.signed)])
 
@@ -212,6 +226,10 @@ class Quantizer(nn.Module, ABC):
         super()._apply(at_least_float32, recurse)
         return self
 
+    def _grouped(self, x: Tensor) -> Tensor:
+        """``x`` as (groups, group size), in which a group is a channel; ``x`` itself without groups."""
+        return x if self.group_size is None else x.reshape(-1, self.group_size)
+
     def _broadcast(self, parameter: Tensor, ndim: int) -> Tensor:
         """View a (channels,) parameter so that it broadcasts over a tensor of ``ndim`` dimensions."""
         if self.channels is None:
@@ -232,6 +250,8 @@ class Quantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         granularity = "per tensor" if self.channels is None else f"{self.channels} channels on axis {self.channel_axis}"
+        if self.group_size is not None:
+            granularity = f"{self.channels} groups of {self.group_size}"
         return f"bits={self.bits}, signed={self.signed}, {granularity}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lqkd.errors import UsageError
 from lqkd.quantization.kernels import learned_offset_quantize, uniform_codes
 from lqkd.quantization.quantizers.base import max_over_ranks, mean_over_ranks
 from lqkd.quantization.quantizers.lsq import LSQ
@@ -29,11 +30,11 @@ class LSQPlus(LSQ):
         bits: 1 to 8 with an offset, 2 to 8 without.
         signed: true for a symmetric signed grid without an offset; otherwise codes count from zero and the offset
             takes care of negative values.
-        channels, channel_axis, batched: see :class:`Quantizer`.
+        channels, channel_axis, batched, group_size: see :class:`Quantizer`; groups only of a symmetric signed grid.
         bound_gradient: see :class:`LSQ`.
 
     Raises:
-        UsageError: when ``bits`` is out of range, or 1 for a symmetric signed grid.
+        UsageError: when ``bits`` is out of range, or 1 for a symmetric signed grid, or there are groups of another.
 
     Examples:
         >>> quantizer = LSQPlus(4, batched=True)
@@ -53,6 +54,7 @@ class LSQPlus(LSQ):
         channels: int | None = None,
         channel_axis: int = 0,
         batched: bool = False,
+        group_size: int | None = None,
         bound_gradient: bool = True,
     ) -> None:
         super().__init__(
@@ -61,8 +63,11 @@ class LSQPlus(LSQ):
             channels=channels,
             channel_axis=channel_axis,
             batched=batched,
+            group_size=group_size,
             bound_gradient=bound_gradient,
         )
+        if group_size is not None and not signed:
+            raise UsageError(f"group_size={group_size} of quantizer LSQPlus is for a signed grid without an offset")
         self.offset = None if signed else nn.Parameter(torch.zeros_like(self.scale))
 
     def zero_level(self) -> Tensor:

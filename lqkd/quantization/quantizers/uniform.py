@@ -24,7 +24,7 @@ class UniformQuantizer(Quantizer):
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
-        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
@@ -37,6 +37,19 @@ class UniformQuantizer(Quantizer):
     """
 
     scale: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        batched: bool = False,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
+        self.group_size = group_size
 
     @classmethod
     def check_bits(cls, bits: int, signed: bool | None) -> int:
@@ -51,10 +64,17 @@ class UniformQuantizer(Quantizer):
         return positive_step(self.scale)
 
     def codes(self, x: Tensor) -> Tensor:
-        return uniform_codes(x, self._broadcast(self.step(), x.ndim), *self.code_range()).to(torch.int32)
+        rows = self._grouped(x)
+        codes = uniform_codes(rows, self._broadcast(self.step(), rows.ndim), *self.code_range())
+        return codes.to(torch.int32).view(x.shape)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        return codes * self._broadcast(self.step(), codes.ndim)
+        return self._times(codes, self.step())
+
+    def _times(self, codes: Tensor, step: Tensor) -> Tensor:
+        """``codes * step`` in the shape of ``codes``, for one step a grid."""
+        rows = self._grouped(codes)
+        return (rows * self._broadcast(step, rows.ndim)).view(codes.shape)
 
     def at_codes(self, codes: Tensor, x: Tensor) -> Tensor:
         """The values of ``codes`` instead of those of ``x``: no gradient to ``x``, that of ``s * codes`` to the step.
@@ -63,7 +83,7 @@ class UniformQuantizer(Quantizer):
         """
         step = self.step()
         step = step.detach() + (step - step.detach()) * self._gradient_scale(x)
-        return codes * self._broadcast(step, codes.ndim)
+        return self._times(codes, step)
 
     def _gradient_scale(self, x: Tensor) -> float:
         """Factor of the gradient of the step for an input like ``x``."""
@@ -112,8 +132,11 @@ class _Calibrated(UniformQuantizer):
         channels: int | None = None,
         channel_axis: int = 0,
         batched: bool = False,
+        group_size: int | None = None,
     ) -> None:
-        super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
+        super().__init__(
+            bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched, group_size=group_size
+        )
         self.register_buffer("scale", torch.ones(() if channels is None else (channels,)))
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -128,7 +151,7 @@ class MinMax(_Calibrated):
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
-        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
@@ -150,7 +173,7 @@ class Mse(_Calibrated):
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
-        signed, channels, channel_axis, batched: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import QUANTIZERS, APoT, Quantizer
+from lqkd.quantization.quantizers import Q4_0, QUANTIZERS, APoT, Quantizer
 
 
 @dataclass(frozen=True, order=True)
@@ -70,7 +70,7 @@ def ends_and_middle(pair: tuple[str, str]) -> list[Case]:
 
 
 def usual(pair: tuple[str, str]) -> Case:
-    return max(case for case in cases_of(pair) if case.bits <= 4)
+    return max([case for case in cases_of(pair) if case.bits <= 4], default=cases_of(pair)[0])
 
 
 # x_hat is no fixed point where the scale or the threshold is measured on the tensor, where the grid is on another
@@ -119,6 +119,11 @@ def fitted(case: Case) -> Quantizer:
     return quantizer
 
 
+def falling(quantizer: Quantizer) -> bool:
+    """Whether codes fall where values rise, as where ggml's Q4_0 turns its longer side up."""
+    return isinstance(quantizer, Q4_0) and bool((quantizer.step() < 0).all())
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().view(torch.int32), b.detach().view(torch.int32))
 
@@ -146,7 +151,8 @@ def test_output_is_dequantized_codes_within_range_and_levels(case: Case) -> None
             assert torch.isin(values, row).all()
     everything = torch.arange(low, high + 1)
     if quantizer.channels is None:
-        assert same_bits(quantizer.dequantize(everything), quantizer.levels().float())
+        values = quantizer.dequantize(everything)
+        assert same_bits(values.flip(0) if falling(quantizer) else values, quantizer.levels().float())
 
 
 @every_pair
@@ -176,10 +182,14 @@ def test_codes_never_fall_where_the_input_rises(
 ) -> None:
     quantizer = fitted(choice.draw(st.sampled_from(cases_of(pair)))).eval()
     x = torch.tensor(sorted(values)).repeat(4, 1)
-    assert (quantizer.codes(x).diff(dim=1) >= 0).all()
+    rise = quantizer.codes(x).diff(dim=1)
+    if isinstance(quantizer, Q4_0):
+        rise = rise * quantizer.step().sign().expand(4).unsqueeze(1)
+    assert (rise >= 0).all()
 
 
 LEVELS = {"apot": lambda bits, signed: 2**bits - signed, "twn": lambda bits, signed: 3, "ttq": lambda bits, signed: 3}
+LEVELS["q8_0"] = lambda bits, signed: 255
 
 
 @at_each(cases_of)  # what is wrong at one number of bits alone is wrong in its levels

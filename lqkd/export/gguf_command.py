@@ -1,0 +1,138 @@
+"""A run's language model as a GGUF file: written, proven and told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lqkd.errors import ParityError
+from lqkd.export import llama_cpp, report
+from lqkd.export.card import Summary, card_path
+from lqkd.export.deploy import OUTPUT
+from lqkd.export.gguf_file import GGUF, from_gguf, gguf_student, to_gguf
+from lqkd.export.parity import Parity, agree, differences, judge_outputs
+from lqkd.models import GPT
+from lqkd.models.calls import Inputs
+from lqkd.models.gpt import GPTBlock
+from lqkd.models.outputs import heads
+from lqkd.quantization import size
+from lqkd.tasks import Task
+from lqkd.tasks.values import change_shown, shown
+from lqkd.utils.escaping import markdown, terminal
+from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
+
+TEXTS = 8
+"""Samples on which llama.cpp is asked."""
+
+
+def write_gguf(
+    student: nn.Module, path: Path, inputs: Inputs, test: Iterable[Any], split: str, task: Task, about: dict[str, Any]
+) -> None:
+    """Write the file, compare what it says with the student's own words, and print and write what came of it.
+
+    The network is built once more out of nothing but the file, and computes the logits of ``inputs`` and the task's
+    metric on all of ``test``. Where the package ``xllamacpp`` is installed, llama.cpp runs the file.
+
+    Args:
+        student: as it was trained.
+        path: of the file; it is not kept where the comparison fails.
+        inputs: texts (B, T) of tokens.
+        test: batches of the task.
+        split: what they are of.
+        task: says how good an answer is.
+        about: what the file shall say about itself.
+
+    Raises:
+        UsageError: when no file can be made of the student.
+        ParityError: when the file does not hold what was trained.
+    """
+    served = as_served(student)
+    kinds = to_gguf(student, path, about=about)
+    parity = prove(path, served, student, inputs, test, task)
+    parity.split = split
+    if parity.problem is not None:
+        path.unlink()
+        raise ParityError(f"the file fails the comparison and is not kept: {parity.problem}")
+    weights = size(student)
+    summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
+    rows = _rows(summary, kinds, parity, student)
+    tokens = inputs.alone()
+    if llama_cpp.available() and tokens is not None and served.head.out_features == llama_cpp.BYTES:
+        rows.append(("llama.cpp", str(llama_cpp.compare(path, served, tokens[:TEXTS]))))
+    print_table(f"export to {path.name}", None, rows, left=2)
+    print(terminal(f"written to {path}"))
+    _write_card(path, rows, kinds, about)
+    described = {"format": GGUF, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
+    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
+
+
+def as_served(student: nn.Module) -> GPT:
+    """The student as llama.cpp computes it, but for activations: with GELU by tanh, on the CPU and in eval mode.
+
+    Raises:
+        UsageError: when no file can be made of it.
+    """
+    served = gguf_student(student)
+    for block in served.blocks:
+        cast(GPTBlock, block).gelu = "tanh"
+    return served
+
+
+@torch.no_grad()
+def prove(
+    path: Path, served: GPT, student: nn.Module, inputs: Inputs, test: Iterable[Any] = (), task: Task | None = None
+) -> Parity:
+    """Compare the network that is read from a file with the student, to the last bit of its logits.
+
+    Args:
+        path: the file.
+        served: the student as :func:`as_served` gives it.
+        student: as it was trained.
+        inputs: texts.
+        test: batches of the task, on which all three are measured.
+        task: None for the classification of images.
+    """
+    held = from_gguf(path)
+    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (served, held))
+    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
+    judge_outputs(parity, tolerance=0.0)
+    agree(parity, lambda given: given.call(held), lambda given: given.call(served), test, student, task)
+    return parity
+
+
+def _rows(summary: Summary, kinds: dict[str, str], parity: Parity, student: nn.Module) -> list[tuple[str, str]]:
+    metric, counts = parity.metric or "", Counter(kinds.values())
+    types = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    rows = [
+        ("format", GGUF),
+        ("file", f"{summary.file_bytes / 1000:.1f} kB (in float: {summary.float_bytes / 1000:.1f} kB)"),
+        ("tensors", f"{types}; each decodes to the bits that were trained"),
+        ("judged on", f"{parity.samples} samples of the {parity.split} split"),
+    ]
+    for name, value in (("as trained", parity.trained), ("of the file", parity.exported)):
+        if value is not None:
+            rows.append((f"{metric} {name}", shown(metric, value, 2)))
+    approximated = all(block.gelu == "tanh" for block in student.modules() if isinstance(block, GPTBlock))
+    if not approximated and parity.exported is not None and parity.trained is not None:
+        change = change_shown(metric, parity.exported - parity.trained)
+        rows.append(("GELU", f"by tanh in llama.cpp: {change}; GPT(gelu='tanh') trains what is computed"))
+    if parity.agreement_with_trained is not None:
+        rows.append((f"same {parity.answer} as trained", f"{parity.agreement_with_trained:.3%}"))
+    return rows
+
+
+def _write_card(path: Path, rows: list[tuple[str, str]], kinds: dict[str, str], about: dict[str, Any]) -> None:
+    lines = [f"# {markdown(path.name)}", "", "A low-bit language model for llama.cpp, exported by lqkd.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in rows), ""]
+    lines += ["## Origin", "", f"data: {markdown(about.get('data'))}", ""]
+    if about.get("checkpoint"):
+        lines += [f"checkpoint: SHA-256 `{about['checkpoint']}`", ""]
+    lines += ["## Tensors", "", "| tensor | type |", "|---|---|"]
+    lines += [f"| {markdown(name)} | {kind} |" for name, kind in kinds.items()]
+    write_text(card_path(path), "\n".join(lines) + "\n")
