@@ -75,14 +75,19 @@ class _Copies:
         self._of: tuple[int, ...] = ()  # the step and the state of the network that was finished last
         self._changed: dict[str, Tensor] = {}
 
-    def __call__(self, module: TaskModule) -> dict[str, Tensor]:
+    def __call__(self, module: TaskModule, untrained: bool = False) -> dict[str, Tensor]:
         """Those tensors of ``module.product()`` that finishing changes, by name; the network itself stays as it is.
 
         All processes call this together. Several files of one step cost no more than one.
+
+        Args:
+            module: whose product it is.
+            untrained: whether this is asked for before the first step too; a file of then has the network as it is.
         """
         trainer = module.trainer
         trains = trainer.state.fn == "fit" and trainer.state.status == TrainerStatus.RUNNING
-        due = _due(trainer) if trains and trainer.global_step > 0 and not trainer.sanity_checking else []
+        begun = trainer.global_step > 0 or untrained
+        due = _due(trainer) if trains and begun and not trainer.sanity_checking else []
         if not due:
             return {}
         state = {key: value for key, value in module.product().state_dict().items() if isinstance(value, Tensor)}

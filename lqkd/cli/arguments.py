@@ -20,15 +20,16 @@ from lqkd.tasks.values import MONITOR
 
 @dataclass(frozen=True)
 class Distill:
-    """Make a low-bit student for a folder of photographs: train it in floating point where its weights do not know
-    these classes, distil it at few bits, export it as ONNX, verified, and write a page about it. Every choice is
-    printed and becomes a configuration that fit takes. The same command goes on after any interruption."""
+    """Make a low-bit student for a folder of images or texts: train it in floating point where its weights do not know
+    them, distil it at few bits, export it as ONNX, verified, and write a page about it. Every choice is printed and
+    becomes a configuration that fit takes. The same command goes on after any interruption."""
 
-    photographs: str
-    """folder with one folder of images per class (CLASS/IMAGE), or with train/, val/ and test/ that have these"""
-    student: str = argument("resnet18", metavar="NETWORK")
-    """name in torchvision or timm, hf-hub:OWNER/NAME, or a YAML file"""
-    bits: str = argument("w4a4")
+    folder: str
+    """images by class (CLASS/IMAGE), images/ and masks/, or texts (.txt, .md, .jsonl); or train/, val/ and test/ with
+    these"""
+    student: str | None = argument(None, metavar="NETWORK", shown="resnet18, lraspp_mobilenet_v3_large or gpt")
+    """name in torchvision or timm, hf-hub:OWNER/NAME, gpt for texts, or a YAML file"""
+    bits: str | None = argument(None, shown="w4a4, of texts w4a32")
     """of weights and activations: w8a8, w4a4, w2a2, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
     """network, likewise, or a run that has trained one"""
@@ -38,11 +39,11 @@ class Distill:
     """likewise"""
     epochs: int | None = argument(None, metavar="N", shown="by the number of images")
     """of each training"""
-    image_size: int | None = argument(None, metavar="PIXELS", shown="by the photographs")
+    image_size: int | None = argument(None, metavar="PIXELS", shown="by the images")
     """side of what networks see"""
     batch_size: int | None = argument(None, metavar="N", shown="by the number of images")
     """images of a step"""
-    out: str | None = argument(None, metavar="FOLDER", shown="runs/PHOTOGRAPHS_STUDENT_BITS")
+    out: str | None = argument(None, metavar="FOLDER", shown="runs/FOLDER_STUDENT_BITS")
     """new or empty, or to go on in"""
 
 

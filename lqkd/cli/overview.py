@@ -6,7 +6,7 @@ from lqkd.utils.suggest import nearest
 
 VERBS = {
     "From photographs to a file": {
-        "distill": "make a low-bit student for a folder of photographs: distill PHOTOGRAPHS",
+        "distill": "make a low-bit student for a folder of images or texts: distill FOLDER",
     },
     "Training": {
         "fit": "train as a config says, in a new run folder, and test the best checkpoint",

@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 from lqkd.utils.counter_rng import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, uniform
 
 
-def crop_offsets(padding: int, *, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+def crop_offsets(padding: int, *, seed: int, epoch: int | Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Return the top and left corner of each sample's window in its padded image.
 
     Args:
         padding: pixels added on every side.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids.
 
     Returns:
@@ -32,14 +32,14 @@ def crop_offsets(padding: int, *, seed: int, epoch: int, indices: Tensor) -> tup
     return top, left
 
 
-def random_crop(images: Tensor, padding: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def random_crop(images: Tensor, padding: int, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """Pad with zeros (black, before normalisation) and cut a window of the original size, one per sample.
 
     Args:
         images: (B, C, H, W) uint8.
         padding: pixels added on every side.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids on the device of ``images``.
 
     Returns:
@@ -56,13 +56,13 @@ def random_crop(images: Tensor, padding: int, *, seed: int, epoch: int, indices:
     return every_row.index_select(0, starts.flatten()).view(images.shape)
 
 
-def random_flip(images: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def random_flip(images: Tensor, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """Mirror each sample left to right with probability one half.
 
     Args:
         images: (B, C, H, W) uint8.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids on the device of ``images``.
 
     Returns:
@@ -89,7 +89,14 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return scaled.sub_(_per_channel(mean, images.device)).div_(_per_channel(std, images.device))
 
 
-@lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1) float32; kept, because copying it to a GPU for every batch would wait for the GPU each time."""
+    """(C, 1, 1) float32."""
+    return _made(values, device) if torch.compiler.is_compiling() else _kept(values, device)
+
+
+def _made(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+# Copying it to a GPU for every batch would wait for the GPU each time; a compiled graph has it as a constant.
+_kept = lru_cache(maxsize=64)(_made)

@@ -27,14 +27,14 @@ LARGEST_RATIO = 3.3
 SMALLEST_RATIO = 0.3
 
 
-def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """Set a random rectangle of each image to zero, which is the mean colour once images are normalised.
 
     Args:
         images: (B, C, H, W) float32, normalised; they are overwritten, which spares the CPU a fresh copy.
         probability: that an image is erased at all.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids on the device of ``images``.
 
     Returns:
@@ -47,7 +47,7 @@ def random_erasing(images: Tensor, probability: float, *, seed: int, epoch: int,
 
 
 def erased_boxes(
-    height: int, width: int, *, seed: int, epoch: int, indices: Tensor
+    height: int, width: int, *, seed: int, epoch: int | Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rectangle of each sample: area uniform, ratio log-uniform, anywhere within the image.
 
@@ -58,7 +58,7 @@ def erased_boxes(
         height: of the images.
         width: of the images.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids.
 
     Returns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,13 +28,13 @@ from lqkd.utils.counter_rng import (
 _QUANTILES = 2**14
 
 
-def choose_partners(candidates: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def choose_partners(candidates: Tensor, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """Return the partner of each sample, uniform over all candidates but the sample itself.
 
     Args:
         candidates: (N,) int64 stable sample ids, sorted.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids, each of them among the candidates.
 
     Returns:
@@ -53,7 +54,7 @@ def mix(
     cutmix: float,
     probability: float,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     indices: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Mix each image with its partner by mixup or CutMix; where both are on, each has half of the mixed images.
@@ -65,7 +66,7 @@ def mix(
         cutmix: likewise of CutMix; one of the two is above 0.
         probability: that an image is mixed at all.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids of ``images`` on their device.
 
     Returns:
@@ -77,11 +78,12 @@ def mix(
         cut = uniform(seed, epoch, indices, STREAM_MIX_KIND) < 0.5
     mixed = uniform(seed, epoch, indices, STREAM_MIX) < probability
     share = torch.ones(len(images), device=images.device)
+    of_mixup, of_cutmix = quantiles((mixup or 1.0, cutmix or 1.0), images.device)
     if mixup:
-        share = torch.where(mixed & ~cut, shares(mixup, seed=seed, epoch=epoch, indices=indices), share)
+        share = torch.where(mixed & ~cut, shares(of_mixup, seed=seed, epoch=epoch, indices=indices), share)
     keep = share[:, None, None, None]  # of each pixel the image's own share
     if cutmix:
-        drawn = shares(cutmix, seed=seed, epoch=epoch, indices=indices)
+        drawn = shares(of_cutmix, seed=seed, epoch=epoch, indices=indices)
         drawn = torch.where(mixed & cut, drawn, 1)  # the others get an empty rectangle
         inside = cut_boxes(drawn, *images.shape[-2:], seed=seed, epoch=epoch, indices=indices)
         keep = keep * (1 - inside)  # (B, 1, H, W)
@@ -89,9 +91,9 @@ def mix(
     return blend(images, partners, keep), share
 
 
-def shares(alpha: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Return each sample's own share: (B,) float32, one of 16,384 equally likely quantiles of Beta(alpha, alpha)."""
-    return _quantiles(alpha, indices.device)[integers(seed, epoch, indices, STREAM_MIX_SHARE, _QUANTILES)]
+def shares(quantiles: Tensor, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
+    """Return each sample's own share: (B,) float32, one of the equally likely ``quantiles`` (16384,) of a Beta."""
+    return quantiles[integers(seed, epoch, indices, STREAM_MIX_SHARE, _QUANTILES)]
 
 
 def blend(images: Tensor, partners: Tensor, keep: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def blend(images: Tensor, partners: Tensor, keep: Tensor) -> Tensor:
     return images.mul_(keep).add_(partners.mul_(1 - keep))
 
 
-def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int | Tensor, indices: Tensor) -> Tensor:
     """Return where CutMix shows the partner (Yun et al., arXiv 1905.04899, equation 2).
 
     A rectangle in the image's proportions with ``1 - share`` of its area, centred on any pixel and cut off at the
@@ -122,7 +124,7 @@ def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, 
         height: of the images.
         width: of the images.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids on the device of ``share``.
 
     Returns:
@@ -135,9 +137,18 @@ def cut_boxes(share: Tensor, height: int, width: int, *, seed: int, epoch: int, 
     return box_mask(y - tall, x - wide, y + tall, x + wide, height, width)
 
 
+def quantiles(alphas: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return 16,384 equally likely quantiles of Beta(alpha, alpha) for each alpha: (N, 16384) float32."""
+    return _kept(alphas, device)
+
+
+# A compiled graph has them as a constant, for which a function may be called once only.
+quantiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=16)
-def _quantiles(alpha: float, device: torch.device) -> Tensor:
+def _kept(alphas: tuple[float, ...], device: torch.device) -> Tensor:
     from scipy.special import betaincinv
 
-    middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
-    return torch.from_numpy(betaincinv(alpha, alpha, middles.numpy())).to(device, torch.float32)
+    middles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return torch.from_numpy(np.stack([betaincinv(alpha, alpha, middles) for alpha in alphas])).to(device, torch.float32)

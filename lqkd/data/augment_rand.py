@@ -49,13 +49,13 @@ def amount(operation: str, magnitude: int, height: int, width: int) -> float:
     return 0.9 * part if operation in _SIGNED else 0.0
 
 
-def choose_operations(draw: int, *, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+def choose_operations(draw: int, *, seed: int, epoch: int | Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Return each sample's operation of a round, all equally likely, and whether its amount is negative.
 
     Args:
         draw: the round, counted from 0.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids.
 
     Returns:
@@ -65,7 +65,9 @@ def choose_operations(draw: int, *, seed: int, epoch: int, indices: Tensor) -> t
     return operations, uniform(seed, epoch, indices, STREAM_OPERATION_SIGN, draw) < 0.5
 
 
-def rand_augment(images: Tensor, rounds: int, magnitude: int, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def rand_augment(
+    images: Tensor, rounds: int, magnitude: int, *, seed: int, epoch: int | Tensor, indices: Tensor
+) -> Tensor:
     """Apply ``rounds`` random operations to each image, one after the other.
 
     Args:
@@ -73,7 +75,7 @@ def rand_augment(images: Tensor, rounds: int, magnitude: int, *, seed: int, epoc
         rounds: operations per image.
         magnitude: their strength, 0 ... 30.
         seed: the run's seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
         indices: (B,) int64 stable sample ids on the device of ``images``.
 
     Returns:

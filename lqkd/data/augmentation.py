@@ -99,7 +99,7 @@ class Augmentation:
         std: tuple[float, ...],
         *,
         seed: int,
-        epoch: int,
+        epoch: int | Tensor,
         indices: Tensor,
     ) -> Tensor:
         """Do all that is done to an image by itself: crop, flip, RandAugment, normalisation, erasing.
@@ -109,7 +109,7 @@ class Augmentation:
             mean: C channel means on the [0, 1] scale.
             std: C channel standard deviations on the [0, 1] scale.
             seed: the run's seed.
-            epoch: the epoch, counted from 0.
+            epoch: the epoch, counted from 0; a 0-dim int64 tensor in a graph.
             indices: (B,) int64 stable sample ids on the device of ``images``.
 
         Returns:
@@ -127,7 +127,9 @@ class Augmentation:
             normal = random_erasing(normal, self.random_erasing, seed=seed, epoch=epoch, indices=indices)
         return normal
 
-    def mix(self, images: Tensor, partners: Tensor, *, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(
+        self, images: Tensor, partners: Tensor, *, seed: int, epoch: int | Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mix images with their partners, both as :meth:`single` leaves them; see :func:`lqkd.data.augment_mix.mix`."""
         return mix(
             images,

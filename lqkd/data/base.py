@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -149,6 +149,7 @@ class ImageDataModule(LightningDataModule):
         self.trust_fraction = trust_fraction
         self._images: ImageSet | None = None
         self._fingerprint: str | None = None
+        self.compiled: Callable[..., dict[str, Tensor]] | None = None
         self._check_settings()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -281,6 +282,7 @@ class ImageDataModule(LightningDataModule):
             shuffle=False,
         )
         unmixed = copy.copy(self)
+        unmixed.compiled = None
         unmixed.augmentation = dataclasses.replace(self.augmentation, mixup=0.0, cutmix=0.0, mix_probability=None)
         for batch in loader:
             on_device = Batch(batch.images.to(device), batch.labels.to(device), batch.indices.to(device))
@@ -335,28 +337,56 @@ class ImageDataModule(LightningDataModule):
         """
         if not train:
             return batch._replace(images=normalize(batch.images, self.mean, self.std))
+        given = [batch.images, batch.indices]
         if self.augmentation.mixes:
-            return self._mixed(batch, epoch)
-        return batch._replace(images=self._augmented(batch.images, batch.indices, epoch))
+            given += [batch.labels, *self._partners(batch, epoch)]
+        if self.compiled is None:
+            return batch._replace(**self.augment(epoch, *given))
+        # A number would be a graph's own, and each epoch would be compiled anew.
+        now = torch.full((), epoch, dtype=torch.int64, device=batch.images.device)
+        return batch._replace(**self.compiled(now, *given))
 
-    def _augmented(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+    def augment(self, epoch: int | Tensor, images: Tensor, indices: Tensor, *of_mixing: Tensor) -> dict[str, Tensor]:
+        """What is done to a training batch on its device, by tensors alone, so that it can be compiled.
+
+        Args:
+            epoch: counted from 0; a 0-dim int64 tensor in a graph.
+            images: (B, C, H, W) uint8.
+            indices: (B,) int64 stable sample ids.
+            of_mixing: where images are mixed, the labels (B,), then of each image's partner image, index and label.
+
+        Returns:
+            Those fields of the batch that change, by their names.
+        """
+        if not of_mixing:
+            return {"images": self._augmented(images, indices, epoch)}
+        labels, partners, ids, others = of_mixing
+        both = self._augmented(torch.cat([images, partners]), torch.cat([indices, ids]), epoch)
+        images, share = self.augmentation.mix(*both.chunk(2), seed=self.run_seed, epoch=epoch, indices=indices)
+        own, other = (F.one_hot(of, self.num_classes) for of in (labels, others))
+        return {
+            "images": images,
+            "labels": torch.where(share >= 0.5, labels, others),
+            "targets": own * share[:, None] + other * (1 - share[:, None]),
+        }
+
+    def _augmented(self, images: Tensor, indices: Tensor, epoch: int | Tensor) -> Tensor:
         return self.augmentation.single(images, self.mean, self.std, seed=self.run_seed, epoch=epoch, indices=indices)
 
-    def _mixed(self, batch: Batch, epoch: int) -> Batch:
+    def _partners(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each image's partner image, index and label, on the device of the batch."""
         data, device = self._loaded(), batch.images.device
         assert isinstance(data.train_images, Tensor), "setup refuses mixing for others"
         # The images are in the main memory, and so is the choice among them.
         ids = choose_partners(self.train_indices, seed=self.run_seed, epoch=epoch, indices=batch.indices.cpu())
-        partners = data.train_images.index_select(0, ids).to(device)
-        both = self._augmented(torch.cat([batch.images, partners]), torch.cat([batch.indices, ids.to(device)]), epoch)
-        images, share = self.augmentation.mix(*both.chunk(2), seed=self.run_seed, epoch=epoch, indices=batch.indices)
-        others = data.train_labels.index_select(0, ids).to(device)
-        own, other = (F.one_hot(labels, self.num_classes) for labels in (batch.labels, others))
-        return batch._replace(
-            images=images,
-            labels=torch.where(share >= 0.5, batch.labels, others),
-            targets=own * share[:, None] + other * (1 - share[:, None]),
-        )
+        chosen = (data.train_images.index_select(0, ids), ids, data.train_labels.index_select(0, ids))
+        return tuple(of.to(device) for of in chosen)  # type: ignore[return-value]
+
+    def stays_eager(self) -> str | None:
+        """Why :meth:`augment` cannot be compiled; None where it can."""
+        if self.augmentation.rand_augment:
+            return f"rand_augment={self.augmentation.rand_augment} sorts images by what is done to them"
+        return None
 
     def augmentation_key(self) -> dict[str, Any]:
         """All settings but for mean and std that, with epoch and index, decide what a training image looks like.

@@ -203,14 +203,22 @@ class SegmentationFolder(ImageDataModule):
         Returns:
             The batch with (B, 3, H, W) float32 images, contiguous, and (B, H, W) int64 masks as ``labels``.
         """
-        planes = batch.images
-        if train and self.augmentation.horizontal_flip:
-            planes = random_flip(planes, seed=self.run_seed, epoch=epoch, indices=batch.indices)
+        if train:
+            return super().preprocess(batch, train=True, epoch=epoch)
+        return batch._replace(**self._taken_apart(batch.images))
+
+    def augment(self, epoch: int | Tensor, images: Tensor, indices: Tensor, *of_mixing: Tensor) -> dict[str, Tensor]:
+        """Mirror half of the images (B, 4, H, W) with their masks, and take these off; see the parent."""
+        if self.augmentation.horizontal_flip:
+            images = random_flip(images, seed=self.run_seed, epoch=epoch, indices=indices)
+        return self._taken_apart(images)
+
+    def _taken_apart(self, planes: Tensor) -> dict[str, Tensor]:
         masks = planes[:, 3].to(torch.int64)
-        return batch._replace(
-            images=normalize(planes[:, :3], self.mean, self.std),
-            labels=masks.masked_fill(masks == self.ignore_index, UNLABELLED),
-        )
+        return {
+            "images": normalize(planes[:, :3], self.mean, self.std),
+            "labels": masks.masked_fill(masks == self.ignore_index, UNLABELLED),
+        }
 
     def augmentation_key(self) -> dict[str, Any]:
         """All settings that, with epoch and index, decide what a training image looks like; see the parent."""

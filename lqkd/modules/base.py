@@ -34,8 +34,9 @@ AVERAGED = "averaged_weights"
 UNFINISHED = "unfinished"
 """Where a checkpoint keeps those tensors that training goes on from in place of what ``state_dict`` has of them."""
 
-Finish = Callable[["TaskModule"], Mapping[str, Tensor]]
-"""Makes tensors of a module's product, by their names, for a file."""
+Finish = Callable[..., Mapping[str, Tensor]]
+"""Makes tensors of a module's product, by their names, for a file; called with the module, and ``untrained=True`` for
+what is asked of it before the first step."""
 
 
 class TaskModule(LightningModule):
@@ -113,6 +114,20 @@ class TaskModule(LightningModule):
             yield
         finally:
             self._finish_saved = finish
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Inside the block, before the first step, the product is finished as all that a training evaluates is."""
+        made = {} if self._finish_saved is None else self._finish_saved(self, untrained=True)
+        state = self.product().state_dict()
+        before = {name: state[name].clone() for name in made}
+        try:
+            for name, value in made.items():
+                state[name].copy_(value)
+            yield
+        finally:
+            for name, value in before.items():
+                state[name].copy_(value)
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and network of all that must fit the data and the task."""

@@ -76,6 +76,7 @@ class ClassifierModule(TaskModule):
         check_collates(self.trainer.train_dataloader, "training")
         if self.compilation.setting:
             self.compilation.start("network", self.network)
+        self.compilation.start_augmentation(self.trainer.datamodule, self.device)  # type: ignore[attr-defined]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self._started = time.perf_counter()

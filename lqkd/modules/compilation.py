@@ -1,7 +1,8 @@
-"""The passes of networks in a training through ``torch.compile``; everything else stays eager."""
+"""A training's passes of networks and its augmentation through ``torch.compile``; everything else stays eager."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lqkd.data import ImageDataModule
 from lqkd.errors import UsageError, first_line
 from lqkd.quantization import quantizers
 from lqkd.quantization.kernel import compiler_options, own_graphs
@@ -26,7 +28,7 @@ MOST_GRAPHS = 64
 
 
 class CompiledCall:
-    """A network that is called through ``torch.compile``: one graph without breaks, of static shapes.
+    """A network, or another function, that is called through ``torch.compile``: one graph of static shapes.
 
     The first call decides which shapes are compiled for. Batches of others, such as the last of an epoch, run eagerly,
     and so does a network that is not ``ready``.
@@ -36,6 +38,7 @@ class CompiledCall:
         eager: how often it ran eagerly then, since the shapes were others or it was not ready.
         odd: the first other shapes and those that were compiled for; None while there were none.
         fresh: whether it was compiled since this was last set to false.
+        seconds: that calls took in which it was compiled.
 
     Args:
         network: what is called, with tensors and whatever else is the same in each call.
@@ -43,23 +46,28 @@ class CompiledCall:
         ready: whether it can be compiled as it is now.
         cuda_graphs: whether the device records its work as CUDA graphs.
         whole: whether it must be one graph; otherwise what cannot be compiled runs eagerly in between.
+        device: where it computes; None for where the parameters of a network are.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Callable[..., Any],
         name: str,
         ready: Callable[[], bool] = lambda: True,
         cuda_graphs: bool = False,
         whole: bool = True,
+        device: str | None = None,
     ) -> None:
         self.name = name
         self.passes = self.eager = 0
+        self.seconds = 0.0
         self.odd: tuple[str, str] | None = None
         self.fresh = False
         self._network, self._ready, self._cuda_graphs = network, ready, cuda_graphs
         self._shapes: list[tuple[torch.Size, torch.dtype]] | None = None
-        device = next((parameter.device.type for parameter in network.parameters()), "cpu")
+        if device is None:
+            parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+            device = next((parameter.device.type for parameter in parameters), "cpu")
         options = compiler_options(device) | {"fallback_random": True}  # dropout draws what it draws eagerly
         if cuda_graphs:
             options["triton.cudagraphs"] = True
@@ -89,7 +97,7 @@ class CompiledCall:
             alike = [shape for shape, _ in shapes] == [shape for shape, _ in self._shapes]
             self.odd = self.odd or (_described(shapes, alike), _described(self._shapes, alike))
             return self._network(*args, **keywords)
-        graphs = counters["stats"]["unique_graphs"]
+        graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
         try:
             # Gradients may be asked for one loss after another, and callbacks may add hooks to a network.
             with functorch.patch(donated_buffer=False), dynamo.patch(skip_nnmodule_hook_guards=False):
@@ -105,14 +113,17 @@ class CompiledCall:
                 f"compile is not possible: the {self.name} is no single graph ({first_line(error)}{_place(error)}); "
                 "set it to false"
             ) from error
-        self.fresh |= counters["stats"]["unique_graphs"] > graphs
+        if counters["stats"]["unique_graphs"] > graphs:
+            self.fresh = True
+            self.seconds += time.perf_counter() - started
         # The next run of a CUDA graph writes into the same memory.
         return tree_map_only(Tensor, torch.clone, returned) if self._cuda_graphs else returned
 
 
 def _described(shapes: Sequence[tuple[torch.Size, torch.dtype]], with_dtype: bool) -> str:
     kinds = (f" {str(dtype).removeprefix('torch.')}" if with_dtype else "" for _, dtype in shapes)
-    return ", ".join("x".join(map(str, shape)) + kind for (shape, _), kind in zip(shapes, kinds, strict=True))
+    named = zip(shapes, kinds, strict=True)
+    return ", ".join("x".join(map(str, shape)) + kind for (shape, _), kind in named if len(shape))
 
 
 def _place(error: Exception) -> str:
@@ -122,11 +133,11 @@ def _place(error: Exception) -> str:
 
 
 class Compilation:
-    """The compiled networks of one training.
+    """The compiled networks of one training, and its compiled augmentation.
 
     Attributes:
         setting: what the user wants.
-        seconds: that steps took in which something was compiled.
+        seconds: that steps took in which something was compiled, and augmentation that was.
 
     Args:
         setting: see the attribute.
@@ -141,6 +152,7 @@ class Compilation:
         self.setting = setting
         self.seconds = 0.0
         self._calls: dict[int, CompiledCall] = {}  # by the identity of the network
+        self._data: ImageDataModule | None = None  # whose augmentation is compiled
         self._told = False
 
     def check(self, network: nn.Module, device: torch.device) -> None:
@@ -174,16 +186,40 @@ class Compilation:
         graphs, whole = self.setting == "cuda_graphs", bool(self.setting)  # a teacher's own setting is not as strict
         self._calls[id(network)] = CompiledCall(network, name, ready, graphs, whole)
 
+    def start_augmentation(self, data: Any, device: torch.device) -> None:
+        """Compile what a data module of lqkd does to images on a GPU, from the next training batch on.
+
+        Nothing happens where that is not wanted, nor to other data modules; what has to stay eager is told.
+
+        Args:
+            data: the data module of the training, or None.
+            device: where it is trained.
+        """
+        if not self.setting or not isinstance(data, ImageDataModule):
+            return
+        reason = data.stays_eager()
+        if device.type == "cpu":
+            reason = "on a CPU it takes longer compiled"
+        if reason is not None:
+            rank_zero_info(f"compile: the augmentation runs eagerly: {reason}")
+            return
+        self._data = data
+        data.compiled = self._calls[id(data)] = CompiledCall(data.augment, "augmentation", device=device.type)
+
     def stop(self) -> None:
         """Run everything eagerly again."""
         self._calls = {}
+        if self._data is not None:
+            self._data.compiled = None
+        self._data = None
 
     def begin(self) -> None:
         """A training begins: nothing is compiled yet, whatever became of the one before."""
-        self._calls, self.seconds, self._told = {}, 0.0, False
+        self.stop()
+        self.seconds, self._told = 0.0, False
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_calls": {}}  # what is compiled cannot be pickled, and is compiled anew
+        return vars(self) | {"_calls": {}, "_data": None}  # what is compiled cannot be pickled, and is compiled anew
 
     def begin_step(self) -> None:
         """Say that nobody needs what compiled networks returned in the step before."""
@@ -200,9 +236,16 @@ class Compilation:
     def end_step(self, seconds: float) -> None:
         """Tell what was compiled in a step that took so long, and that of the first batch of another shape."""
         fresh = [call for call in self._calls.values() if call.fresh]
-        if fresh:
+        before = [call for call in fresh if call is self._calls.get(id(self._data))]  # the step begins
+        in_step = [call for call in fresh if call not in before]
+        for call in before:
+            self.seconds += call.seconds
+            rank_zero_info(f"compile: {call.name}, in {call.seconds:.1f} s")
+            call.seconds = 0.0
+        if in_step:
             self.seconds += seconds
-            rank_zero_info(f"compile: {' and '.join(call.name for call in fresh)}, in a step that took {seconds:.1f} s")
+            names = " and ".join(call.name for call in in_step)
+            rank_zero_info(f"compile: {names}, in a step that took {seconds:.1f} s")
         for call in fresh:
             call.fresh = False
         odd = next((call for call in self._calls.values() if call.odd), None)
@@ -215,6 +258,8 @@ class Compilation:
     def verdict(self) -> str | None:
         """What there is to say at the end where less than half of the passes were compiled; None otherwise."""
         for call in self._calls.values():
+            if call is self._calls.get(id(self._data)) and not call.passes:
+                return f"compile: the augmentation ran eagerly: {type(self._data).__name__} has a preprocess of its own"
             if 2 * call.eager > call.passes:
                 return (
                     f"compile: {call.eager} of {call.passes} batches of the {call.name} ran eagerly: their shapes are "

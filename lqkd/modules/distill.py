@@ -114,8 +114,9 @@ class DistillModule(TaskModule):
         distillation: distillation losses by name, each with its teacher; null for the short form.
         compile: whether training passes of the student and of all teachers run through ``torch.compile``, each as one
             graph without breaks; ``cuda_graphs`` also lets a GPU record them. Results differ from eager ones by
-            rounding. Evaluations, batches of another size than the first (the last of an epoch), augmentation, losses
-            and optimizers stay eager.
+            rounding. On a GPU so does the augmentation of an :class:`lqkd.data.ImageDataModule` without RandAugment.
+            Evaluations, batches of another size than the first (the last of an epoch), losses and optimizers stay
+            eager.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -411,6 +412,7 @@ class DistillModule(TaskModule):
         for name, network in self.networks():
             if self.compilation.setting or (isinstance(network, FrozenTeacher) and network.compiled):
                 self.compilation.start(name, network)
+        self.compilation.start_augmentation(self.trainer.datamodule, self.device)  # type: ignore[attr-defined]
 
     def _first_batch(self) -> Any:
         """The first batch, on the device."""

@@ -45,6 +45,9 @@ def measure(
     validation split stands in for it; without any of both all values are None. What is not done is told in one line,
     which ``module.warnings`` keeps. Samples without a label (negative) are left out.
 
+    The quantised student is measured as the trained one will be, with what callbacks make of it before it is validated
+    (:class:`~lqkd.callbacks.BatchNormReestimation`, say), and is then what it was.
+
     A student without ``student_weights`` that is no better than chance before quantization has not been trained: there
     is no ``student_float`` of it.
 
@@ -83,7 +86,8 @@ def measure(
         with float_mode(module.student):
             found, _ = value_of(module, module.student, *split)
         measured["student_float"] = None if _is_chance(module, found) else found
-        measured["student_start"], _ = value_of(module, module.student, *split)
+        with module.finished() if batches_of(*split) else nullcontext():  # what is trained is measured so
+            measured["student_start"], _ = value_of(module, module.student, *split)
     return measured
 
 

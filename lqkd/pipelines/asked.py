@@ -1,4 +1,4 @@
-"""What is asked of a distillation from a folder of photographs; read and checked without PyTorch."""
+"""What is asked of a distillation from a folder; read and checked without PyTorch."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Asked:
         UsageError: when one is not possible.
     """
 
-    photographs: str
-    student: str
-    bits: str
+    folder: str
+    student: str | None
+    bits: str | None
     teacher: str | None
     student_weights: str | None
     teacher_weights: str | None
@@ -39,10 +39,10 @@ class Asked:
     batch_size: int | None
 
     def __post_init__(self) -> None:
-        root = Path(self.photographs).expanduser()
+        root = Path(self.folder).expanduser()
         if not root.is_dir():
             what = "is no folder" if root.exists() else "does not exist"
-            raise UsageError(f"{self.photographs!r} {what}: give a folder with one folder of images per class")
+            raise UsageError(f"{self.folder!r} {what}: give a folder of images by class, with masks, or of texts")
         for name in ("epochs", "image_size", "batch_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -57,15 +57,15 @@ class Asked:
             raise UsageError(f"distill needs {missing[0]}: pip install 'lqkd[{_NEEDS[missing[0]]}]'")
 
     def place(self, out: str | Path | None) -> Path:
-        """The folder for all of it, absolute; None for one in ``runs`` named after the photographs and the student."""
+        """The folder for all of it, absolute; None for one in ``runs`` named after the folder and the student."""
         if out is not None:
             return Path(out).expanduser().resolve()
-        parts = (Path(self.photographs).resolve().name, self.student, self.bits)
+        parts = (Path(self.folder).resolve().name, self.student or "", self.bits or "")
         name = "_".join("".join(c if c.isalnum() or c in "-._" else "_" for c in part) for part in parts)
         return Path("runs", name).resolve()
 
     def _kept(self) -> dict[str, Any]:
-        return {**asdict(self), "photographs": str(Path(self.photographs).expanduser().resolve())}
+        return {**asdict(self), "folder": str(Path(self.folder).expanduser().resolve())}
 
     def write(self, folder: Path) -> None:
         """Keep what was asked for."""
@@ -83,6 +83,7 @@ class Asked:
             raise UsageError(f"out={str(folder)!r} holds something else: give a new or empty folder")
         before: Any = load_yaml((folder / ASKED).read_text(encoding="utf-8"), str(folder / ASKED))
         before = before if isinstance(before, dict) else {}
+        before.setdefault("folder", before.get("photographs"))  # as it was called
         for name, now in self._kept().items():
             if before.get(name) != now:
                 raise UsageError(

@@ -1,10 +1,11 @@
-"""A low-bit student from a folder of photographs."""
+"""A low-bit student from a folder of images or texts."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,8 @@ from lightning.pytorch import Callback
 
 from lqkd.errors import Stopped, UsageError
 from lqkd.pipelines.asked import ASKED, Asked
-from lqkd.pipelines.photographs import look_at
+from lqkd.pipelines.found import Texts
+from lqkd.pipelines.look import kind_of, look_at
 from lqkd.pipelines.plan import FLOAT, STUDENT, TEACHER, plan
 from lqkd.runs.folder import CONFIG
 from lqkd.runs.outcome import print_outcome
@@ -31,9 +33,9 @@ _ABOUT = """\
 
 
 def distill_folder(
-    photographs: str | Path,
-    student: str = "resnet18",
-    bits: str = "w4a4",
+    folder: str | Path,
+    student: str | None = None,
+    bits: str | None = None,
     *,
     teacher: str | None = None,
     student_weights: str | None = None,
@@ -43,20 +45,32 @@ def distill_folder(
     batch_size: int | None = None,
     out: str | Path | None = None,
 ) -> Path:
-    """Train a student on a folder of photographs, distil it at few bits, export it and make a page about it.
+    """Train a student on what a folder holds, distil it at few bits, export it and make a page about it.
+
+    ==========================================  =================================  ====================================
+    the folder holds                            task                               student, bits
+    ==========================================  =================================  ====================================
+    ``CLASS/IMAGE``                             :class:`~lqkd.tasks                ``resnet18``, ``w4a4``
+                                                .Classification`
+    ``images/`` and ``masks/``                  :class:`~lqkd.tasks                ``lraspp_mobilenet_v3_large``,
+                                                .Segmentation`                     ``w4a4``
+    ``.txt``, ``.md`` and ``.jsonl``            :class:`~lqkd.tasks.CausalLM`      ``gpt``, ``w4a32``
+    ==========================================  =================================  ====================================
 
     Everything that is not given is chosen by the data and printed, and becomes a configuration that ``fit`` takes:
     ``float.yaml`` for the student in floating point, where its weights do not know these classes; ``teacher.yaml`` for
     a teacher of which that is true; ``student.yaml`` for the distillation. Their runs lie beside them, in ``float/``,
-    ``teacher/`` and ``student/``, and the last has ``student.onnx``, ``report.html`` and ``summary.json``. Called again
-    in the same way it goes on with what was stopped or killed; what is done is kept.
+    ``teacher/`` and ``student/``, and the last has ``student.onnx``, ``report.html`` and ``summary.json``. Of a
+    language model no file is made yet. Called again in the same way it goes on with what was stopped or killed; what is
+    done is kept.
 
     Args:
-        photographs: a folder with a folder of images for each class, or with ``train/``, ``val/`` and ``test/``; see
-            :class:`~lqkd.data.ImageFolder`.
+        folder: as :class:`~lqkd.data.ImageFolder`, :class:`~lqkd.data.SegmentationFolder` or
+            :class:`~lqkd.data.TextFiles` take it; also with ``train/``, ``val/`` and ``test/``.
         student: the network: ``resnet18`` and other names of torchvision, then of timm; ``torchvision/NAME``,
-            ``timm/NAME``, ``hf-hub:OWNER/NAME``; a YAML file with ``class_path`` and ``init_args``.
-        bits: such as ``w8a8``, ``w4a4``, ``w2a2``.
+            ``timm/NAME``, ``hf-hub:OWNER/NAME``; ``gpt``; a YAML file with ``class_path`` and ``init_args``. None for
+            that of the table.
+        bits: such as ``w8a8``, ``w4a4``, ``w2a2``; None likewise.
         teacher: a network, likewise, or the run of one that ``fit`` has trained; None for the student's own float
             network.
         student_weights: a file, ``builtin:NAME``, or ``pretrained`` for what the network's library publishes; None for
@@ -65,20 +79,20 @@ def distill_folder(
         epochs: of each training.
         image_size: side in pixels of what networks see.
         batch_size: images of a step.
-        out: folder for all of it, new or empty; None for ``runs/PHOTOGRAPHS_STUDENT_BITS``.
+        out: folder for all of it, new or empty; None for ``runs/FOLDER_STUDENT_BITS``.
 
     Returns:
         The run folder of the student.
 
     Raises:
-        UsageError: when a setting is not possible, the folder holds something else than classes, or ``out`` was begun
+        UsageError: when a setting is not possible, the folder holds something else, or ``out`` was begun
             with other settings: before anything is trained.
         ParityError: when the exported file does not compute what was trained.
         Stopped: after Ctrl-C or SIGTERM.
     """
-    asked = Asked(
-        str(photographs), student, bits, teacher, student_weights, teacher_weights, epochs, image_size, batch_size
-    )
+    asked = Asked(str(folder), student, bits, teacher, student_weights, teacher_weights, epochs, image_size, batch_size)
+    kind = kind_of(Path(asked.folder).expanduser())
+    asked = replace(asked, student=student or kind.student, bits=bits or kind.bits)
     place = asked.place(out)
     if asked.begun_in(place):
         tell(f"going on in {place}")
@@ -86,9 +100,9 @@ def distill_folder(
         _begin(asked, place)
     for name in (name for name in _WHAT if (place / f"{name}.yaml").is_file()):
         with _told(_WHAT[name]):
-            _train(place / f"{name}.yaml", place / name)
+            _train(place / f"{name}.yaml", place / name, exported=kind is not Texts)
     with _told("the export"):
-        _take_away(place / STUDENT)
+        _take_away(place / STUDENT, exported=kind is not Texts)
     return place / STUDENT
 
 
@@ -98,7 +112,7 @@ def _begin(asked: Asked, place: Path) -> None:
     try:
         shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
         made.mkdir(parents=True)
-        chosen = plan(asked, look_at(Path(asked.photographs).expanduser()), made, place)
+        chosen = plan(asked, look_at(Path(asked.folder).expanduser()), made, place)
         for name, config in chosen.configs.items():
             about = _ABOUT.format(what=f"{_WHAT[name][0].upper()}{_WHAT[name][1:]}", path=place / f"{name}.yaml")
             write_text(made / f"{name}.yaml", about + yaml.safe_dump(config, sort_keys=False))
@@ -117,24 +131,25 @@ def _begin(asked: Asked, place: Path) -> None:
         tell(f"{about:<12}{told}", indent=12)
 
 
-def _train(config: Path, folder: Path) -> None:
+def _train(config: Path, folder: Path, exported: bool) -> None:
     """Train as a configuration says, unless that is done, or go on with it."""
     from lqkd.export.export_check import ExportCheck  # whose packages are optional
 
-    callbacks: list[Callback] = [ExportCheck()]
+    callbacks: list[Callback] = [ExportCheck()] if exported else []
     if not (folder / CONFIG).is_file():
         run(["fit", "--config", str(config)], [config], False, callbacks)
     elif find(folder).finished() is None:
         resume(folder, of_distillation=callbacks)
 
 
-def _take_away(folder: Path) -> None:
-    """The file, the page and what they are."""
+def _take_away(folder: Path, exported: bool) -> None:
+    """The file, where one can be made, the page and what they are."""
     from lqkd.export.command import export  # whose packages are optional
     from lqkd.export.report import report_path
 
     file = folder / "student.onnx"
-    if not (file.is_file() and report_path(file).is_file()) or file in outdated_exports(folder):
+    made = file.is_file() and report_path(file).is_file() and file not in outdated_exports(folder)
+    if exported and not made:
         export(folder, overwrite=True)
     report(folder)
     print_outcome(folder)

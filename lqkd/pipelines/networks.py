@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from lqkd.utils.yaml_text import load_yaml
 
 _FILES = (".yaml", ".yml")
 TRAINED = "network.safetensors"
+GPT = "gpt"
+TOPICS = "builtin:topics_gpt"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Network:
         return network
 
 
-def named(name: str, classes: int, setting: str) -> Network:
+def named(name: str, classes: int, setting: str, pixels: bool = False) -> Network:
     """The network that a user names.
 
     Args:
@@ -72,6 +75,7 @@ def named(name: str, classes: int, setting: str) -> Network:
             ``class_path`` and ``init_args``.
         classes: their number.
         setting: for messages, such as ``student``.
+        pixels: whether it is one that gives every pixel a class, of which torchvision alone has some.
 
     Raises:
         UsageError: when there is no such network.
@@ -82,7 +86,27 @@ def named(name: str, classes: int, setting: str) -> Network:
         found, options = architecture(name)
         network = _of_library(found, classes, options)
         return replace(network, name=name)
-    return _of_library(_full_name(name, setting), classes, {})
+    return _of_library(_full_name(name, setting, pixels), classes, {})
+
+
+def language_model(name: str, weights: str | None, setting: str) -> tuple[Network, str | None]:
+    """The network that a user names for texts as bytes, and the weights that it starts from.
+
+    Args:
+        name: ``gpt`` for :class:`~lqkd.models.GPT`, which starts from what it has read already unless other weights are
+            given, or a YAML file with ``class_path`` and ``init_args``.
+        weights: a file or ``builtin:NAME``; None for these.
+        setting: for messages.
+
+    Raises:
+        UsageError: when there is no such network.
+    """
+    if name == GPT:
+        return Network(name, {"class_path": "lqkd.models.GPT"}), weights or TOPICS
+    if not name.lower().endswith(_FILES):
+        accepted = f"{GPT} (lqkd.models.GPT, of bytes), or a YAML file with class_path and init_args"
+        raise UsageError(f"{setting}={name!r} is no network for texts that is known: give {accepted}")
+    return Network(name, _read(Path(name), None, setting)), weights
 
 
 def _of_library(name: str, classes: int, options: Mapping[str, Any]) -> Network:
@@ -98,15 +122,20 @@ def _of_library(name: str, classes: int, options: Mapping[str, Any]) -> Network:
     return replace(network, image_size=known.input_size[-1]) if known and known.fixed_input_size else network
 
 
-def _full_name(name: str, setting: str) -> str:
+def _full_name(name: str, setting: str, pixels: bool) -> str:
     """``torchvision/NAME`` or ``timm/NAME``; torchvision's where both have it."""
     if name.startswith(("torchvision/", "timm/")):
         return name
     from torchvision import models
 
-    known = models.list_models(module=models)
+    known = models.list_models(module=models.segmentation if pixels else models)
     if name in known:
         return f"torchvision/{name}"
+    if pixels:
+        raise UsageError(
+            f"{setting}={name!r} is no network for masks that is known: give one of torchvision's "
+            f"({', '.join(known)}), or a YAML file with class_path and init_args"
+        )
     timm = importlib.import_module("timm") if importlib.util.find_spec("timm") is not None else None
     if timm is not None and timm.is_model(name):
         return f"timm/{name}"
@@ -117,8 +146,11 @@ def _full_name(name: str, setting: str) -> str:
     raise UsageError(f"{setting}={name!r} is unknown{other}{near or f': give {accepted}'}")
 
 
-def _read(path: Path, classes: int, setting: str) -> dict[str, Any]:
-    """A network's configuration in a file, with the number of classes where its class takes ``num_classes``."""
+def _read(path: Path, classes: int | None, setting: str) -> dict[str, Any]:
+    """A network's configuration in a file, with the number of classes where its class takes ``num_classes``.
+
+    That is ``classes`` of some; it is None of what has none.
+    """
     if not path.is_file():
         raise UsageError(f"{setting}={str(path)!r} does not exist: give a YAML file with class_path and init_args")
     config = load_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -126,10 +158,19 @@ def _read(path: Path, classes: int, setting: str) -> dict[str, Any]:
         raise UsageError(
             f"{setting}={str(path)!r} names no class: it must hold class_path, and init_args as it takes them"
         )
-    return {
-        "class_path": config["class_path"],
-        "init_args": {"num_classes": classes, **(config.get("init_args") or {})},
-    }
+    own = config.get("init_args") or {}
+    number = {_name_of_classes(config["class_path"]): classes} if classes is not None else {}
+    return {"class_path": config["class_path"], "init_args": {**number, **own}}
+
+
+def _name_of_classes(class_path: str) -> str:
+    """What a class calls the number of classes."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        known = [*inspect.signature(getattr(importlib.import_module(module), name)).parameters]
+    except (ImportError, AttributeError, ValueError, TypeError):  # which is told when it is to be built
+        known = []
+    return "classes" if "classes" in known and "num_classes" not in known else "num_classes"
 
 
 def trained(place: Path, setting: str) -> Network:
@@ -163,7 +204,7 @@ def trained(place: Path, setting: str) -> Network:
         knows=True,
         mean=mean,
         std=std,
-        image_size=data.get("image_size"),
+        image_size=data.get("image_size") if isinstance(data.get("image_size"), int) else None,
     )
 
 

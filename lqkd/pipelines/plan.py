@@ -1,11 +1,11 @@
-"""What is trained to distil a student from a folder of photographs: choices, and the configurations that they make."""
+"""What is trained to distil a student from a folder: choices, and the configurations that they make."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from lqkd.errors import UsageError, first_line
 from lqkd.models.calls import Inputs
 from lqkd.pipelines.asked import Asked
-from lqkd.pipelines.networks import TRAINED, Network, named, starting_from, trained
-from lqkd.pipelines.photographs import Photographs
+from lqkd.pipelines.found import Found, Pairs, Photographs, Texts
+from lqkd.pipelines.networks import TOPICS, TRAINED, Network, language_model, named, starting_from, trained
 from lqkd.quantization import Recipe, quantize_model
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners
@@ -29,6 +29,13 @@ _STEPS = 300
 """Steps that a training aims at: as many epochs as that takes, within limits."""
 _IN_FLOAT, _AT_FEW_BITS = (10, 20), (5, 12)
 """Fewest and most epochs; random weights get the most. At few bits an epoch takes several times as long."""
+_OF_LANGUAGE = [
+    {"match": "Embedding", "weight_bits": 8},
+    {"match": "head", "weight_bits": 8, "activation_bits": 32},
+]
+"""What has more bits in a language model."""
+Size = int | tuple[int, int]
+"""Pixels of what networks see: the side of a square, or height and width."""
 _JUDGES = 50
 """Validation images below which they cannot tell a teacher from chance."""
 
@@ -50,9 +57,9 @@ class Plan:
 class _Training:
     """What all trainings have in common."""
 
-    found: Photographs
+    found: Found
     out: Path
-    image_size: int
+    image_size: Size | None
     batch_size: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -68,15 +75,15 @@ class _Training:
         return self.asked_epochs or min(most, max(fewest, math.ceil(_STEPS / self.steps)))
 
     def config(
-        self, name: str, model: str, settings: Mapping[str, Any], image_size: int, **trainer: Any
+        self, name: str, model: str, settings: Mapping[str, Any], image_size: Size | None, **trainer: Any
     ) -> dict[str, Any]:
         """A configuration of the training ``name``."""
-        data: dict[str, Any] = {
-            "root": str(self.found.root.resolve()),
-            "image_size": image_size,
-            "batch_size": self.batch_size,
-            "crop_scale": [0.5, 1.0],
-        }
+        described = self.found.data()
+        data: dict[str, Any] = {**described["init_args"], "batch_size": self.batch_size}
+        if image_size is not None:
+            data["image_size"] = image_size if isinstance(image_size, int) else [*image_size]
+        if self.found.task is not None:
+            settings = {**settings, "task": self.found.task}
         if self.mean is not None and self.std is not None:
             data |= {"mean": list(self.mean), "std": list(self.std)}
         return {
@@ -84,7 +91,7 @@ class _Training:
             "run": {"root": str(self.out.parent), "name": self.out.name, "version": name},
             "trainer": {"devices": 1, "enable_model_summary": False, **trainer},
             "model": {"class_path": f"lqkd.modules.{model}", "init_args": dict(settings)},
-            "data": {"class_path": "lqkd.data.ImageFolder", "init_args": data},
+            "data": {"class_path": described["class_path"], "init_args": data},
         }
 
     def in_float(self, name: str, network: Network) -> dict[str, Any]:
@@ -92,8 +99,9 @@ class _Training:
         settings: dict[str, Any] = {"network": network.config}
         if network.weights is not None:
             settings |= {"weights": network.weights, "replace_head": True}
-        rate = 0.05 if network.weights is None else 0.01
-        settings |= {"optimizer": _sgd(rate, 5e-4), "schedule": _cosine()}
+        anew, onwards, _ = self.found.optimizers
+        optimizer = copy.deepcopy(anew if network.weights is None else onwards)  # YAML would have an alias
+        settings |= {"optimizer": optimizer, "schedule": _cosine()}
         fewest, most = _IN_FLOAT
         epochs = self.epochs(most if network.weights is None else fewest, most)
         size = network.image_size or self.image_size
@@ -104,7 +112,7 @@ class _Training:
         return str(self.out / name / TRAINED)
 
 
-def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
+def plan(asked: Asked, found: Photographs | Pairs | Texts, folder: Path, out: Path) -> Plan:
     """Choose what was not asked for.
 
     Args:
@@ -116,14 +124,14 @@ def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
     Raises:
         UsageError: when a setting is not possible.
     """
-    parse_bits(asked.bits)
-    classes = len(found.classes)
-    student = _network(asked.student, asked.student_weights, classes, STUDENT, folder, out)
+    bits = asked.bits or found.bits
+    parse_bits(bits)
+    student = _network(asked.student or found.student, asked.student_weights, found, STUDENT, folder, out)
     teacher = None
     if asked.teacher is not None:
-        teacher = _network(asked.teacher, asked.teacher_weights, classes, TEACHER, folder, out)
+        teacher = _network(asked.teacher, asked.teacher_weights, found, TEACHER, folder, out)
     size, about_size = _image_size(asked, found, student)
-    quantization, callbacks, about_bits = _quantization(student, asked.bits, size)
+    quantization, callbacks, about_bits = _quantization(student, bits, size)
     batch = asked.batch_size or min(32, 2 ** max(1, int(math.log2(max(2, found.train / 2)))))
     training = _Training(found, out, size, batch, student.mean, student.std, asked.epochs)
     configs: dict[str, dict[str, Any]] = {}
@@ -132,31 +140,42 @@ def plan(asked: Asked, found: Photographs, folder: Path, out: Path) -> Plan:
     if teacher is not None and not teacher.knows:
         configs[TEACHER] = training.in_float(TEACHER, teacher)
     own = student.weights if student.knows else training.result(FLOAT)
+    temperature, of_task, of_teacher = found.distillation
+    hotter = {} if temperature is None else {"init_args": {"temperature": temperature}}
     settings = {
         "teacher": _teacher(training, teacher or student, own if teacher is None else None),
         "student": student.config,
         "student_weights": own,
         "quantization": quantization,
-        "distillation_loss": {"class_path": "lqkd.losses.HintonKL"},
-        "balance": {"class_path": "lqkd.balances.FixedBalance", "init_args": {"task": 0.5, "distill": 0.5}},
-        "student_optimizer": _sgd(0.01, 1e-4),
+        "distillation_loss": {"class_path": "lqkd.losses.HintonKL", **hotter},
+        "balance": {"class_path": "lqkd.balances.FixedBalance", "init_args": {"task": of_task, "distill": of_teacher}},
+        "student_optimizer": copy.deepcopy(found.optimizers[2]),
     }
     trainer = {"max_epochs": training.epochs(*_AT_FEW_BITS), "callbacks": callbacks}
     configs[STUDENT] = training.config(STUDENT, "DistillModule", settings, size, **trainer)
     told = [*_about_data(training, about_size), *_about_networks(configs, found, student, teacher)]
-    told += [("bits", about_bits), ("learns from", "0.5 of the labels, 0.5 of HintonKL from the teacher")]
+    learns = "the labels" if not isinstance(found, Texts) else "the text"
+    told += [("bits", about_bits), ("learns from", f"{of_task} of {learns}, {of_teacher} of HintonKL from the teacher")]
     return Plan(configs, [*told, *_about_training(configs, STUDENT, "student_optimizer", "distilled")])
 
 
-def _network(name: str, weights: str | None, classes: int, setting: str, folder: Path, out: Path) -> Network:
+def _network(
+    name: str, weights: str | None, found: Photographs | Pairs | Texts, setting: str, folder: Path, out: Path
+) -> Network:
     place = Path(name).expanduser()
     if setting == TEACHER and (place.is_dir() or place.suffix in (".safetensors", ".pt", ".pth", ".ckpt")):
         if weights is not None:
             raise UsageError(f"teacher_weights={weights!r} is not possible beside the run or file teacher={name!r}")
         return trained(place, setting)
-    network = named(name, classes, setting)
+    if isinstance(found, Texts):
+        network, weights = language_model(name, weights, setting)
+    else:
+        network = named(name, len(found.classes), setting, pixels=isinstance(found, Pairs))
     file = f"{setting}_pretrained.safetensors"
-    return starting_from(network, weights, f"{setting}_weights", folder / file, out / file)
+    started = starting_from(network, weights, f"{setting}_weights", folder / file, out / file)
+    if weights == TOPICS:  # they fit, and know another text
+        return replace(started, told=f"weights of {TOPICS}, which has read Python's help", knows=False)
+    return started
 
 
 def _teacher(training: _Training, network: Network, own: str | None) -> dict[str, Any]:
@@ -166,7 +185,7 @@ def _teacher(training: _Training, network: Network, own: str | None) -> dict[str
         "network": copy.deepcopy(network.config),
         "weights": weights,
     }  # YAML would have an alias
-    if training.found.val < _JUDGES:
+    if training.found.val < _JUDGES and not isinstance(training.found, Texts):
         settings["minimum_accuracy"] = 0.0
     if network.knows and network.mean is not None and network.mean != training.mean:
         settings |= {"mean": list(network.mean), "std": list(network.std or ())}
@@ -175,7 +194,7 @@ def _teacher(training: _Training, network: Network, own: str | None) -> dict[str
     return {"class_path": "lqkd.teachers.FrozenTeacher", "init_args": settings}
 
 
-def _quantization(student: Network, bits: str, size: int) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+def _quantization(student: Network, bits: str, size: Size | None) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """Recipe, callbacks and what they are: where possible those with which the file computes what was trained.
 
     Raises:
@@ -183,6 +202,10 @@ def _quantization(student: Network, bits: str, size: int) -> tuple[dict[str, Any
     """
     from lqkd.export.deploy import check_deployable  # whose packages are optional
 
+    if size is None:  # of a text, whose student no file is made of yet
+        quantize_model(student.build(), Recipe(bits=bits))
+        told = f"{bits}, 8 for the weights of embeddings and of the last layer"
+        return {"bits": bits, "rules": copy.deepcopy(_OF_LANGUAGE)}, [], told
     callbacks = [{"class_path": "lqkd.callbacks.BatchNormReestimation"}]
     chosen: dict[str, Any] = {"bits": bits}
     told = f"{bits}, 8 in the first and last layer"
@@ -197,13 +220,23 @@ def _quantization(student: Network, bits: str, size: int) -> tuple[dict[str, Any
     except UsageError as error:
         told += f"; additions and biases stay in floating point: {error}"
     try:
-        check_deployable(network, Inputs.of(torch.zeros(2, 3, size, size)))
+        check_deployable(network, Inputs.of(torch.zeros(2, 3, *_sides(size))))
     except Exception as error:  # of any type, when a network takes no such image
         raise UsageError(f"student={student.name!r} at {bits} could not be exported: {first_line(error)}") from error
     return chosen, callbacks, told
 
 
-def _image_size(asked: Asked, found: Photographs, student: Network) -> tuple[int, str]:
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _image_size(asked: Asked, found: Photographs | Pairs | Texts, student: Network) -> tuple[Size | None, str]:
+    if isinstance(found, Texts):
+        if asked.image_size is not None:
+            raise UsageError(f"image_size={asked.image_size} is not possible: {asked.folder!r} holds texts")
+        return None, ""
+    if isinstance(found, Pairs):
+        return _of_pairs(asked.image_size, found)
     if asked.image_size is not None:
         if student.image_size not in (None, asked.image_size):
             raise UsageError(
@@ -221,18 +254,27 @@ def _image_size(asked: Asked, found: Photographs, student: Network) -> tuple[int
     return size, f"{size} pixels square, of photographs whose shorter side has {found.side}"
 
 
+def _of_pairs(asked: int | None, found: Pairs) -> tuple[Size, str]:
+    """The size of images with masks, in the proportions of most of them."""
+    if asked is not None:
+        return (asked, asked), f"{asked} pixels square, as asked"
+    shorter, most = min(found.size), _LARGEST["cuda" if torch.cuda.is_available() else "cpu"]
+    factor = min(1.0, most / shorter)
+    height, width = (max(16, round(side * factor / 16) * 16) for side in found.size)
+    return (height, width), f"{height} by {width} pixels, of photographs of {found.size[0]} by {found.size[1]}"
+
+
 def _about_data(training: _Training, about_size: str) -> Iterator[tuple[str, str]]:
-    found, names = training.found, training.found.classes
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    yield "data", f"{found.train + found.val + found.test} images of {len(names)} classes: {listed}"
-    yield "", f"{found.train} to train, {found.val} to validate, {found.test} to test"
-    yield "images", about_size
-    yield "", "in training a cut of at least half of a photograph, mirrored half of the time"
-    yield "batches", f"{training.batch_size} images, {training.steps} to an epoch"
+    found = training.found
+    yield from zip(("data", *[""] * 9), found.told(), strict=False)
+    if about_size:
+        yield "images", about_size
+        yield "", "in training a cut of at least half of a photograph, mirrored half of the time"
+    yield "batches", f"{training.batch_size} {found.things}, {training.steps} to an epoch"
 
 
 def _about_networks(
-    configs: Mapping[str, Any], found: Photographs, student: Network, teacher: Network | None
+    configs: Mapping[str, Any], found: Found, student: Network, teacher: Network | None
 ) -> Iterator[tuple[str, str]]:
     yield "student", student.name
     yield "", student.told
@@ -241,19 +283,16 @@ def _about_networks(
     if teacher is not None:
         yield "", teacher.told
         yield from _about_training(configs, TEACHER, "optimizer", "first trained")
-    if found.val < _JUDGES:
+    if found.val < _JUDGES and not isinstance(found, Texts):
         yield "", f"not compared with chance: {found.val} images to validate are too few"
 
 
 def _about_training(configs: Mapping[str, Any], name: str, optimizer: str, begins: str) -> Iterator[tuple[str, str]]:
     if name in configs:
         epochs = configs[name]["trainer"]["max_epochs"]
-        rate = configs[name]["model"]["init_args"][optimizer]["init_args"]["lr"]
-        yield "", f"{begins}: {epochs} epoch{'s' if epochs != 1 else ''}, SGD (lr {rate:g})"
-
-
-def _sgd(rate: float, decay: float) -> dict[str, Any]:
-    return {"class_path": "torch.optim.SGD", "init_args": {"lr": rate, "momentum": 0.9, "weight_decay": decay}}
+        made = configs[name]["model"]["init_args"][optimizer]
+        kind, rate = made["class_path"].rpartition(".")[2], made["init_args"]["lr"]
+        yield "", f"{begins}: {epochs} epoch{'s' if epochs != 1 else ''}, {kind} (lr {rate:g})"
 
 
 def _cosine() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lqkd.modules.base import TaskModule
 from lqkd.modules.references import REFERENCES
 from lqkd.quantization import bit_operations, size
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.runs.artifact import keep_artifact
 from lqkd.runs.checkpoint import BestAndLast
 from lqkd.runs.folder import NETWORKS, SUMMARY
 from lqkd.runs.logger import flush_table
@@ -170,8 +171,10 @@ class RunSummary(Callback):
         plain: dict[str, Any] = {
             key: value for key, value in self.values.items() if isinstance(value, int | float | str)
         }
-        reached = plain.get("test", plain.get("val"))
+        reached, folder = plain.get("test", plain.get("val")), run_folder_of(trainer)
         for logger in trainer.loggers:
+            if folder is not None:
+                keep_artifact(logger, folder, plain)
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary.update({f"summary/{key}": value for key, value in plain.items()})
             if isinstance(logger, TensorBoardLogger) and reached is not None:

@@ -9,6 +9,8 @@ The hash is the SplitMix64 finaliser (Steele, Lea and Flood, "Fast splittable ps
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,12 +51,13 @@ STREAM_SHARDING = 1041
 """Which image comes into which shard."""
 
 
-def random_bits(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
+def random_bits(seed: int, epoch: int | Tensor, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
     """Return 64 random bits per sample.
 
     Args:
         seed: any integer; values that differ by a multiple of 2**64 are the same seed.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, counted from 0: a number, or a 0-dim int64 tensor on the device of ``indices``, so that a
+            compiled graph is not bound to one epoch.
         indices: (B,) int64 stable sample ids.
         stream: which decision the numbers are for, one of the ``STREAM_*`` constants, below 2**32.
         draw: which of several independent numbers for the same decision, counted from 0.
@@ -63,19 +66,16 @@ def random_bits(seed: int, epoch: int, indices: Tensor, stream: int, draw: int =
         (B,) int64 on the device of ``indices``, uniform over all 2**64 values.
     """
     assert indices.dtype == torch.int64, indices.dtype
-    key = 0
+    key: int | Tensor = 0
     for part in (seed, epoch, stream + (draw << 32)):
-        key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
-    z = (indices * _signed(_GOLDEN)).add_(
-        _signed(key)
-    )  # int64 arithmetic wraps modulo 2**64, which is what SplitMix needs
-    # In place, because these tensors are so small that most of the time goes into making them.
-    z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_FIRST))
-    z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_SECOND))
-    return z.bitwise_xor_(_shift_right(z, 31))
+        if isinstance(part, Tensor) or isinstance(key, Tensor):
+            key = _finalised((_wrapped(key) ^ _wrapped(part)) + _signed(_GOLDEN))
+        else:
+            key = _mix(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
+    return _finalised((indices * _signed(_GOLDEN)).add_(_wrapped(key)))
 
 
-def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
+def uniform(seed: int, epoch: int | Tensor, indices: Tensor, stream: int, draw: int = 0) -> Tensor:
     """Return one uniform number per sample; the arguments are those of :func:`random_bits`.
 
     Returns:
@@ -91,7 +91,9 @@ def uniform(seed: int, epoch: int, indices: Tensor, stream: int, draw: int = 0) 
     return _shift_right(random_bits(seed, epoch, indices, stream, draw), 40).to(torch.float32).mul_(2.0**-24)
 
 
-def integers(seed: int, epoch: int, indices: Tensor, stream: int, limit: int | Tensor, draw: int = 0) -> Tensor:
+def integers(
+    seed: int, epoch: int | Tensor, indices: Tensor, stream: int, limit: int | Tensor, draw: int = 0
+) -> Tensor:
     """Return one uniform integer per sample; the other arguments are those of :func:`random_bits`.
 
     Args:
@@ -108,6 +110,19 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * _FIRST) & _MASK
     z = ((z ^ (z >> 27)) * _SECOND) & _MASK
     return z ^ (z >> 31)
+
+
+def _finalised(z: Tensor) -> Tensor:
+    """:func:`_mix` of int64, which wraps modulo 2**64 as SplitMix needs it; ``z`` is overwritten."""
+    # In place, because these tensors are so small that most of the time goes into making them.
+    z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_FIRST))
+    z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_SECOND))
+    return z.bitwise_xor_(_shift_right(z, 31))
+
+
+def _wrapped(value: int | Tensor) -> Any:
+    """What is calculated with a tensor of int64: a tensor, or the number of the same 64 bits."""
+    return value if isinstance(value, Tensor) else _signed(value & _MASK)
 
 
 def _signed(value: int) -> int:

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lqkd.data import ImageFolder
+from lqkd.data import Batch, Digits, ImageFolder
 from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
+from lqkd.modules.compilation import Compilation
 from lqkd.quantization import Recipe, kernel, quantize_model, quantizers
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import Recorder, digits, distiller, network, parameters_of
 from tests.gpu.conftest import DEVICE
+from tests.integration.test_compiled_augmentation import CROPPED, MIXED
 from tests.integration.test_exact_resume import assert_same, train
 from tests.unit.data.images import write_classes
 
@@ -173,3 +175,19 @@ def test_a_compiled_training_has_the_losses_of_an_eager_one(on_gpu: MakeTrainer,
     assert module.compilation.seconds > 0
     assert compiled[0] == pytest.approx(eager[0], rel=1e-4)
     assert compiled == pytest.approx(eager, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [CROPPED, MIXED], ids=["cropped", "mixed"])
+def test_compiled_augmentation_makes_the_images_of_an_eager_one(
+    settings: dict[str, Any],
+) -> None:
+    def batches(compile: bool) -> list[Batch]:
+        data = Digits(batch_size=16, limit_train=32, seed=3, **settings)
+        data.setup("fit")
+        Compilation(compile).start_augmentation(data, torch.device(DEVICE))
+        loaded = [Batch(*(part.to(DEVICE) for part in batch[:3])) for batch in data.train_dataloader()]
+        return [data.preprocess(batch, train=True, epoch=epoch) for epoch in range(2) for batch in loaded]
+
+    for compiled, eager in zip(batches(True), batches(False), strict=True):
+        assert torch.equal(compiled.labels, eager.labels)
+        torch.testing.assert_close(compiled.images, eager.images, rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lqkd.callbacks import BatchNormReestimation, IntegerBiases
 from lqkd.errors import UsageError
+from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.modules.base import TaskModule
-from lqkd.quantization import QuantizedLayer, fold_batchnorm, initialize_quantizers
+from lqkd.quantization import QuantizedLayer, Recipe, fold_batchnorm, initialize_quantizers
 from lqkd.quantization.batchnorm import foldable, reestimate_batchnorm
 from lqkd.quantization.biases import integer_biases
 from lqkd.runs import BestAndLast
@@ -30,7 +32,7 @@ from tests.integration.test_exact_resume import StopAt
 MakeTrainer = Callable[..., Trainer]
 
 
-def fit(make: MakeTrainer, *callbacks: BatchNormReestimation, lr: float = 0.05, epochs: int = 1) -> DistillModule:
+def fit(make: MakeTrainer, *callbacks: Callback, lr: float = 0.05, epochs: int = 1) -> DistillModule:
     module = distiller(student_optimizer=lambda p: torch.optim.SGD(p, lr=lr))
     make(callbacks=list(callbacks), num_sanity_val_steps=1, max_epochs=epochs).fit(module, datamodule=digits(4))
     return module
@@ -99,7 +101,7 @@ def test_what_is_saved_within_an_epoch_has_them_too_once_a_step(make_trainer: Ma
     trainer = make_trainer(callbacks=[counted, IntegerBiases(), *savers, StopAt(0, 3)], enable_checkpointing=True)
     with pytest.raises(InterruptedError):
         trainer.fit(distiller(), datamodule=digits(4))
-    assert counted.copies == 3
+    assert counted.copies == 1 + 3  # one for what is measured before the first step
     data = digits(4)
     data.setup()
     batches = [data.preprocess(batch, train=True, epoch=0).images for batch in islice(data.train_dataloader(), 2)]
@@ -164,7 +166,8 @@ def test_a_signal_saves_before_statistics_are_computed_for_which_there_may_be_no
 ) -> None:
     class Impatient(BatchNormReestimation):
         def finish_copy(self, trainer: Trainer, module: TaskModule) -> None:
-            signal.raise_signal(signal.SIGINT)
+            if trainer.global_step > 0:
+                signal.raise_signal(signal.SIGINT)
 
     class Stopping(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -215,3 +218,35 @@ def test_conversion_to_synchronised_batch_norm_leaves_quantised_layers_and_the_t
     initialize_quantizers(module.student, torch.randn(2, 1, 8, 8))
     fold_batchnorm(module.student.eval())
     assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in module.student.modules())
+
+
+def test_the_student_that_is_not_trained_is_measured_as_the_trained_one_is(make_trainer: MakeTrainer) -> None:
+    # With a learning rate of zero both are the same network.
+    def measured(*callbacks: Callback) -> tuple[float | None, float]:
+        module = distiller(
+            student=CifarResNet(8, width=8, in_channels=1),
+            student_weights="builtin:digits_student",
+            quantization=Recipe("w2a2"),
+            student_optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        )
+        trainer = make_trainer(callbacks=list(callbacks))
+        trainer.fit(module, datamodule=digits(4))
+        (tested,) = trainer.test(module, datamodule=digits(4), verbose=False)
+        return module.references["student_start"], tested["test/acc"]
+
+    start, end = measured(BatchNormReestimation(3), IntegerBiases())
+    assert start == pytest.approx(end)
+    as_it_was, _ = measured()
+    assert as_it_was is not None
+    assert start > as_it_was + 0.05
+
+
+def test_measuring_it_changes_no_bit_of_the_training(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = fit(make_trainer, BatchNormReestimation(3), IntegerBiases())
+    monkeypatch.setattr(TaskModule, "finished", lambda self: nullcontext())
+    plain = fit(make_trainer, BatchNormReestimation(3), IntegerBiases())
+    assert measured.references["student_start"] != plain.references["student_start"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(measured.state_dict()[name], value), name

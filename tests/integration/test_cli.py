@@ -29,6 +29,7 @@ from torch import nn
 from lqkd.cli import main
 from lqkd.runs import BestAndLast
 from lqkd.runs.outcome import print_outcome
+from tests.unit.callbacks.wandb_records import wandb_artifacts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = str(ROOT / "configs" / "regularizer.yaml")
@@ -240,7 +241,7 @@ def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     loggers = [
-        {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "test"}},
+        {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"log_model": True, "project": "test"}},
         {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "."}},
     ]
     (tmp_path / "loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
@@ -253,7 +254,9 @@ def test_wandb_and_tensorboard_write_into_the_run_folder(tmp_path: Path, monkeyp
         }
         wandb.finish()  # as the end of a process does
     for folder in folders:
-        assert list(folder.rglob("*.wandb"))
+        (records,) = folder.rglob("*.wandb")
+        (student,) = (files for name, files in wandb_artifacts(records).items() if name.startswith("student-"))
+        assert student == {"student.safetensors", "config.yaml", "summary.json"}
         assert list(folder.rglob("events.out.tfevents*"))
         assert (folder / "metrics.csv").is_file()
 

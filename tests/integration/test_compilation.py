@@ -146,6 +146,7 @@ def test_a_switch_of_bits_compiles_the_student_once_more(
     with caplog.at_level("INFO", LOGGER):
         assert run(True) == expected
     assert [text.partition(", in")[0] for text in told(caplog)] == [
+        "compile: the augmentation runs eagerly: on a CPU it takes longer compiled",
         "compile: teacher large and student",
         "compile: student",
     ]

@@ -1,4 +1,4 @@
-"""``lqkd distill``: from a folder of photographs to a student that can be taken away, in one command."""
+"""``lqkd distill``: from a folder of images or texts to a student that can be taken away, in one command."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from lqkd import UsageError
 from lqkd.cli import main
 from lqkd.pipelines.asked import Asked
-from lqkd.pipelines.photographs import look_at
+from lqkd.pipelines.look import look_at
 from lqkd.pipelines.plan import Plan, plan
 from tests.forked import Forks
+from tests.photographs import write_photographs
 
 CLASSES = {"brick": (200, 90, 60), "leaf": (60, 150, 60), "sky": (90, 140, 220)}
 NETWORK = {"class_path": "lqkd.models.CifarResNet", "init_args": {"depth": 8, "width": 4}}
@@ -59,7 +60,7 @@ def made(place: Path) -> Path:
 
 
 def chosen(**settings: Any) -> Plan:
-    asked = dict.fromkeys(Asked.__dataclass_fields__) | {"photographs": "photographs", "bits": "w4a4"}
+    asked = dict.fromkeys(Asked.__dataclass_fields__) | {"folder": "photographs", "bits": "w4a4"}
     return plan(
         Asked(**asked | {"student": "network.yaml"} | settings), look_at(Path("photographs")), Path(), Path("o")
     )
@@ -229,6 +230,102 @@ def test_a_network_that_cannot_be_is_refused_in_a_sentence(settings: dict[str, A
         chosen(**settings)
 
 
+# ---- images with masks, and texts
+
+
+SMALL_GPT = {"class_path": "lqkd.models.GPT", "init_args": {"width": 8, "depth": 1, "heads": 2}}
+
+
+@pytest.fixture(scope="module")
+def pairs(place: Path) -> Path:
+    """24 images of 106x106 pixels with masks of three classes, and a network for them."""
+    write_photographs(place / "pairs")
+    network = {"class_path": "benchmarks.fcn.CifarFCN", "init_args": {"width": 4}}
+    (place / "pixels.yaml").write_text(yaml.safe_dump(network))
+    return place / "pairs"
+
+
+@pytest.fixture(scope="module")
+def texts(place: Path) -> Path:
+    """Two texts of 40 kB together, and a network for them."""
+    (place / "texts").mkdir()
+    for name, word in (("one.txt", "a tree "), ("two.md", "the sea ")):
+        lines = (word * (1 + number % 9) for number in range(560))
+        (place / "texts" / name).write_text("\n".join(lines))
+    (place / "gpt.yaml").write_text(yaml.safe_dump(SMALL_GPT))
+    return place / "texts"
+
+
+def planned(folder: Path, **settings: Any) -> Plan:
+    asked = Asked(**dict.fromkeys(Asked.__dataclass_fields__) | {"folder": str(folder)} | settings)
+    return plan(asked, look_at(folder), Path(), Path("o"))
+
+
+def test_images_with_masks_are_a_segmentation_of_the_numbers_in_the_masks(pairs: Path) -> None:
+    made = planned(pairs, student="pixels.yaml")
+    assert [*made.configs] == ["float", "student"]
+    model, data = (made.configs["student"][part]["init_args"] for part in ("model", "data"))
+    assert model["task"] == {"class_path": "lqkd.tasks.Segmentation", "init_args": {"classes": 3}}
+    assert model["student"]["init_args"] == {"classes": 3, "width": 4}
+    assert (data["classes"], data["image_size"]) == (["0", "1", "2"], [112, 112])
+    told = [sentence for _, sentence in made.told]
+    assert told[:2] == ["24 images with masks of 3 classes: 0, 1, 2", "15 to train, 4 to validate, 5 to test"]
+
+
+def test_texts_are_a_language_model_that_goes_on_from_what_it_has_read(texts: Path) -> None:
+    made = planned(texts)
+    assert [*made.configs] == ["float", "student"]  # the weights that there are know another text
+    model = made.configs["student"]["model"]["init_args"]
+    assert model["task"]["class_path"] == "lqkd.tasks.CausalLM"
+    assert model["quantization"]["bits"] == "w4a32"
+    assert made.configs["float"]["model"]["init_args"]["weights"] == "builtin:topics_gpt"
+    assert "minimum_accuracy" not in model["teacher"]["init_args"]
+    assert "text, as bytes" in made.told[0][1]
+
+
+def test_texts_in_parts_are_trained_and_tested_as_they_are_named(texts: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "1.txt").write_bytes((texts / "one.txt").read_bytes() + part.encode())
+    data = planned(tmp_path, student="gpt.yaml").configs["student"]["data"]["init_args"]
+    assert (data["root"], data["test"]) == (str(tmp_path / "train"), str(tmp_path / "test"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("pairs", {"student": "resnet18"}, "'resnet18' is no network for masks that is known: give one of"),
+        ("texts", {"student": "resnet18"}, "student='resnet18' is no network for texts that is known: give gpt"),
+        ("texts", {"student": "gpt.yaml", "image_size": 8}, "image_size=8 is not possible"),
+    ],
+)
+def test_what_does_not_fit_the_folder_is_refused(
+    kind: str, settings: dict[str, Any], message: str, pairs: Path, texts: Path
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        planned(Path(kind), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "options", "metric"),
+    [
+        ("pairs", ["--student", "pixels.yaml", "--image-size", "32"], "val/miou"),
+        ("texts", ["--student", "gpt.yaml"], "val/loss"),
+    ],
+)
+def test_a_folder_of_another_kind_becomes_a_run_with_all_that_there_is(
+    folder: str, options: list[str], metric: str, pairs: Path, texts: Path
+) -> None:
+    assert main(["distill", folder, *options, "--epochs", "1", "--out", f"made_of_{folder}"]) == 0
+    run = Path(f"made_of_{folder}") / "student"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["finished"], summary["metric"]) == (True, metric)
+    assert (run / "student.onnx").is_file() == (folder == "pairs")
+    assert (run / "report.html").is_file()
+    assert main(["fit", "--config", f"made_of_{folder}/student.yaml", "--trainer.fast_dev_run", "true"]) == 0
+
+
 # ---- what is no folder of classes, and other mistakes
 
 
@@ -248,7 +345,7 @@ def other(folder: Path, kind: str) -> None:
     for name in files:
         (folder / name).parent.mkdir(exist_ok=True)
         if name.endswith((".jpg", ".png")):
-            Image.new("RGB", (8, 8)).save(folder / name)
+            Image.new("L" if name.startswith("masks") else "RGB", (8, 8)).save(folder / name)
         else:
             (folder / name).write_text('{"images": [], "annotations": []}')
 
@@ -258,11 +355,11 @@ def other(folder: Path, kind: str) -> None:
     [
         ("nothing", "holds no files and no image"),
         ("images", "holds 2 images and no folder of a class"),
-        ("text", "holds text (reviews.csv) and no image, and there is no task for text yet"),
-        ("coco", "is a data set of boxes (COCO's annotations/instances.json), and there is no task for boxes yet"),
+        ("text", "holds text (reviews.csv) in files that are not read: give a folder with"),
+        ("coco", "is a data set of boxes (COCO's annotations/instances.json), and detection is not there yet"),
         ("voc", "is a data set of boxes (VOC's Annotations and JPEGImages)"),
         ("yolo", "is a data set of boxes (YOLO's labels)"),
-        ("masks", "holds images with masks, which this does not train yet"),
+        ("masks", "has masks with the numbers 0 only: a pixel has the number of its class"),
         ("one class", "has one class folder, 'cat'"),
     ],
 )

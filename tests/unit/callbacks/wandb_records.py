@@ -10,17 +10,28 @@ from pathlib import Path
 from typing import Any
 
 
-def wandb_history(path: Path, patience: float = 30.0) -> list[dict[str, Any]]:
-    """Rows of the history in a ``.wandb`` file, once it is complete: its writer may outlive ``wandb.finish``."""
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of the history in a ``.wandb`` file."""
+    histories = [record.history.item for record in _complete(path) if record.HasField("history")]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in histories]
+
+
+def wandb_artifacts(path: Path) -> dict[str, set[str]]:
+    """Names of the artifacts in a ``.wandb`` file, and of the files in each."""
+    found = [record.request.log_artifact.artifact for record in _complete(path) if record.HasField("request")]
+    found += [record.artifact for record in _complete(path) if record.HasField("artifact")]
+    return {artifact.name: {entry.path for entry in artifact.manifest.contents} for artifact in found if artifact.name}
+
+
+def _complete(path: Path, patience: float = 30.0) -> list[Any]:
+    """Everything in a file, once it is complete: its writer may outlive ``wandb.finish``."""
     end = time.monotonic() + patience
     while True:
         records = list(_records(path.read_bytes()))
         if any(record.HasField("exit") for record in records):
-            break
+            return records
         assert time.monotonic() < end, f"{path} has no end"
         time.sleep(0.1)
-    histories = [record.history.item for record in records if record.HasField("history")]
-    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in histories]
 
 
 def _records(data: bytes) -> Iterator[Any]:

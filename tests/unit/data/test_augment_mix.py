@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lqkd.data.augment_mix import choose_partners, cut_boxes, mix, shares
+from lqkd.data.augment_mix import choose_partners, cut_boxes, mix, quantiles, shares
 from lqkd.utils.counter_rng import STREAM_CUTMIX_X, STREAM_CUTMIX_Y, integers
 
 IDS = torch.arange(3000)
@@ -24,14 +24,14 @@ def mixed(mixup: float, cutmix: float, probability: float = 1.0, seed: int = 0) 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_follow_the_beta_distribution(alpha: float) -> None:
-    found = shares(alpha, seed=0, epoch=0, indices=IDS).numpy()
+    found = shares(quantiles((alpha,), IDS.device)[0], seed=0, epoch=0, indices=IDS).numpy()
     assert stats.kstest(found, stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 
 def test_mixup_is_the_equation_of_the_paper() -> None:
     generator = torch.Generator().manual_seed(0)
     images, partners = (torch.randn(64, 3, 5, 6, generator=generator) for _ in range(2))
-    share = shares(0.4, seed=7, epoch=1, indices=IDS[:64])[:, None, None, None]
+    share = shares(quantiles((0.4,), IDS.device)[0], seed=7, epoch=1, indices=IDS[:64])[:, None, None, None]
     expected = share * images + (1 - share) * partners
     result, found = mix(images, partners, mixup=0.4, cutmix=0, probability=1, seed=7, epoch=1, indices=IDS[:64])
     torch.testing.assert_close(result, expected)
@@ -46,7 +46,7 @@ def test_the_share_of_cutmix_is_counted_in_pixels() -> None:
 
 
 def test_the_boxes_of_cutmix_are_those_of_torchvision() -> None:
-    share = shares(1.0, seed=0, epoch=0, indices=IDS[:200])
+    share = shares(quantiles((1.0,), IDS.device)[0], seed=0, epoch=0, indices=IDS[:200])
     centre_y = integers(0, 0, IDS[:200], STREAM_CUTMIX_Y, 10).tolist()
     centre_x = integers(0, 0, IDS[:200], STREAM_CUTMIX_X, 7).tolist()
     found = cut_boxes(share, 10, 7, seed=0, epoch=0, indices=IDS[:200])

@@ -80,3 +80,12 @@ def test_integers_are_uniform_below_their_limit_for_each_sample_its_own() -> Non
     own = integers(0, 0, IDS, STREAM_CROP_X, limits)
     assert ((own >= 0) & (own < limits)).all()
     assert torch.equal(own[limits == 5], integers(0, 0, IDS[limits == 5], STREAM_CROP_X, 5))
+
+
+@pytest.mark.parametrize(("seed", "epoch", "draw"), [(0, 0, 0), (-7, 12, 3), (2**63 + 5, 2**40, 1)])
+def test_an_epoch_in_a_tensor_gives_the_numbers_of_the_number(seed: int, epoch: int, draw: int) -> None:
+    told = torch.tensor(epoch)
+    assert torch.equal(
+        random_bits(seed, told, IDS, STREAM_CROP_X, draw), random_bits(seed, epoch, IDS, STREAM_CROP_X, draw)
+    )
+    assert told == epoch
