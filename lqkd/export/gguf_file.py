@@ -155,12 +155,13 @@ def from_gguf(path: str | Path) -> GPT:
         UsageError: when it is no file of :func:`to_gguf`.
     """
     require()
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-    if f"{_PREFIX}sizes" not in fields:
+    try:
+        said = said_of(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is no GGUF file that can be read ({first_line(error)})") from error
+    if "sizes" not in said:
         raise UsageError(f"{str(path)!r} was not written by lqkd")
-    told = Sizes(**json.loads(fields[f"{_PREFIX}sizes"].contents()))
+    told = Sizes(**said["sizes"])
     network = GPT(told.vocabulary, told.context, told.width, told.depth, told.heads, gelu="tanh")
     found = dict(_tensors(path))
     if "output.weight" not in found:

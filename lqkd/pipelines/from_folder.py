@@ -47,15 +47,13 @@ def distill_folder(
 ) -> Path:
     """Train a student on what a folder holds, distil it at few bits, export it and make a page about it.
 
-    ==========================================  =================================  ====================================
-    the folder holds                            task                               student, bits
-    ==========================================  =================================  ====================================
-    ``CLASS/IMAGE``                             :class:`~lqkd.tasks                ``resnet18``, ``w4a4``
-                                                .Classification`
-    ``images/`` and ``masks/``                  :class:`~lqkd.tasks                ``lraspp_mobilenet_v3_large``,
-                                                .Segmentation`                     ``w4a4``
-    ``.txt``, ``.md`` and ``.jsonl``            :class:`~lqkd.tasks.CausalLM`      ``gpt``, ``w4a32``
-    ==========================================  =================================  ====================================
+    ===============================  ============================  =========================================
+    the folder holds                 task                          student and bits, unless others are given
+    ===============================  ============================  =========================================
+    ``CLASS/IMAGE``                  ``Classification``            ``resnet18``, ``w4a4``
+    ``images/`` and ``masks/``       ``Segmentation``              ``lraspp_mobilenet_v3_large``, ``w4a4``
+    ``.txt``, ``.md``, ``.jsonl``    ``CausalLM``                  ``gpt``, ``w4a32``
+    ===============================  ============================  =========================================
 
     Everything that is not given is chosen by the data and printed, and becomes a configuration that ``fit`` takes:
     ``float.yaml`` for the student in floating point, where its weights do not know these classes; ``teacher.yaml`` for

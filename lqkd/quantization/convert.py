@@ -7,11 +7,12 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
 from lqkd.quantization.cost import size
+from lqkd.quantization.granularity import granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
@@ -20,7 +21,6 @@ from lqkd.quantization.recipe import (
     LayerSettings,
     Recipe,
     build_quantizer,
-    find_quantizer,
     parse_bits,
     resolve,
 )
@@ -359,7 +359,7 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
     if isinstance(module, QuantizedLayer):
         weight, activation = module.weight_quantizer, module.input_quantizer
         notes = [
-            f"{what} {type(q).__name__} {_granularity(q)}"
+            f"{what} {type(q).__name__} {granularity(q)}"
             for what, q in (("weight", weight), ("input", activation))
             if q is not None
         ]
@@ -376,12 +376,6 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
         note = "floating point: no quantised layer of this kind"
     passed_over = note != _CHOSEN and any(_is_weight(p) for p in module._parameters.values() if p is not None)
     return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note, passed_over)
-
-
-def _granularity(quantizer: Quantizer) -> str:
-    if quantizer.group_size is not None:
-        return f"in groups of {quantizer.group_size}"
-    return "per tensor" if quantizer.channels is None else "per channel"
 
 
 def _is_weight(parameter: nn.Parameter) -> bool:
@@ -414,8 +408,9 @@ def layer_quantizers(
     input_quantizer = None
     try:
         if settings.weight_bits != FLOAT_BITS and id(weight) not in weight_quantizers:
+            shared = grids(layer, weight, settings, kind.weight_axis(layer), layer_kind(layer))
             weight_quantizers[id(weight)] = build_quantizer(
-                settings.weight_quantizer, settings.weight_bits, signed=True, **_grids(layer, weight, kind, settings)
+                settings.weight_quantizer, settings.weight_bits, signed=True, **shared
             ).to(weight.device)
         if settings.activation_bits != FLOAT_BITS and kind.quantizes_input:
             input_quantizer = build_quantizer(settings.activation_quantizer, settings.activation_bits, batched=True).to(
@@ -424,37 +419,6 @@ def layer_quantizers(
     except UsageError as error:
         raise UsageError(f"layer {name!r}: {error}") from None
     return weight_quantizers.get(id(weight)), input_quantizer
-
-
-def _grids(
-    layer: nn.Module, weight: Tensor, kind: type[QuantizedLayer], settings: LayerSettings
-) -> dict[str, int | None]:
-    """Which values of a weight share a grid, as arguments of its quantizer.
-
-    Raises:
-        UsageError: when there cannot be such groups.
-    """
-    axis, group = kind.weight_axis(layer), settings.group_size
-    block = find_quantizer(settings.weight_quantizer)[0].block_size
-    if group is None and block is None:
-        return {"channels": weight.shape[axis] if settings.per_channel else None, "channel_axis": axis}
-    asked = f"weight_quantizer={settings.weight_quantizer!r}" if group is None else f"group_size={group!r}"
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 2):
-        raise UsageError(f"{asked} is not possible: it is a whole number from 2 on, such as 32, 64 or 128, or null")
-    if block is not None and group not in (None, block):
-        raise UsageError(f"{asked} is not possible with {settings.weight_quantizer!r}, whose blocks are of {block}")
-    if not isinstance(layer, nn.Linear | nn.Embedding | nn.MultiheadAttention):
-        raise UsageError(
-            f"{asked} is not possible for a {layer_kind(layer)}: groups are along the input axis of linear layers, "
-            "embeddings and attention; give it in a rule for these"
-        )
-    if not settings.per_channel:
-        raise UsageError(f"{asked} is not possible with per_channel=false: a group is a part of an output channel")
-    size = cast(int, group or block)
-    width = weight.shape[-1]
-    if width % size:
-        raise UsageError(f"{asked} is not possible for inputs of width {width}: groups of {size} must divide it")
-    return {"channels": weight.numel() // size, "channel_axis": 0, "group_size": size}
 
 
 def _replace_children(parent: nn.Module, replacements: dict[int, nn.Module]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lqkd.runs.folder import SUMMARY
+from lqkd.errors import UsageError
+from lqkd.quantization.recipe import BLOCK_FORMATS
+from lqkd.runs.folder import NETWORKS, SUMMARY
 from lqkd.runs.networks import networks_of
 from lqkd.runs.provenance import REPORTS
+from lqkd.runs.student import describe_student
 from lqkd.runs.verdicts import in_a_sentence, measured_on, verdicts
 from lqkd.tasks.values import name_of
 from lqkd.utils.schema import SUMMARY as SCHEMA
@@ -57,8 +61,16 @@ def _next(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     files = sorted(path.name.removesuffix(REPORTS.removeprefix("*")) for path in folder.glob(REPORTS))
     yield from (("file", str(folder / name)) for name in files)
     if not files and summary["weight_bits"]:
-        yield "next, a file to take away", f"python -m lqkd export {folder}"
+        yield "next, a file to take away", f"python -m lqkd export {folder}{_format(folder)}"
     if (folder / PAGE).is_file():
         yield "page", str(folder / PAGE)
     else:
         yield "next, a page about it", f"python -m lqkd report {folder}"
+
+
+def _format(folder: Path) -> str:
+    """The option of ``export`` that a student on the grid of a file needs; nothing for all others."""
+    said: dict[str, Any] = {}
+    with suppress(UsageError):  # there is no such file, or it is damaged: told by whoever needs it
+        said = describe_student(folder / NETWORKS[0])
+    return " --format gguf" if (said.get("quantization") or {}).get("bits") in BLOCK_FORMATS else ""

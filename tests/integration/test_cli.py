@@ -24,6 +24,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from lqkd.cli import main
@@ -482,6 +483,16 @@ def test_the_table_says_of_a_student_without_weights_that_it_was_not_trained(
     (tmp_path / "summary.json").write_text(json.dumps(summary_of(plain) | {"student_float": None}))
     print_outcome(tmp_path)
     assert re.search(r"student in float\W+not trained", capsys.readouterr().out)
+
+
+def test_the_file_that_is_proposed_is_one_that_holds_the_grid(
+    capsys: pytest.CaptureFixture, plain: Path, tmp_path: Path
+) -> None:
+    shutil.copy(plain / "summary.json", tmp_path)
+    for bits, option in (("w4a4", ""), ("q4_0", " --format gguf")):
+        save_file({}, tmp_path / "student.safetensors", {"quantization": json.dumps({"bits": bits})})
+        print_outcome(tmp_path)
+        assert f"a file to take away: python -m lqkd export {tmp_path}{option}\n" in capsys.readouterr().out
 
 
 def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Path) -> None:

@@ -121,6 +121,15 @@ def test_other_settings_are_refused_where_something_was_begun(made: Path, capsys
     assert f"out='{made}' was begun with epochs=6, and now it is 7" in capsys.readouterr().err
 
 
+def test_a_folder_that_an_earlier_version_began_is_gone_on_with(tmp_path: Path) -> None:
+    asked = Asked(**dict.fromkeys(Asked.__dataclass_fields__) | {"folder": "photographs", "student": "network.yaml"})
+    asked.write(tmp_path)
+    kept = yaml.safe_load((tmp_path / "distill.yaml").read_text())
+    kept = {"photographs" if name == "folder" else name: value for name, value in kept.items()}  # as it was called
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(kept))
+    assert asked.begun_in(tmp_path)
+
+
 def after(file: Path, number: int) -> Any:
     """Send a signal as soon as there is a file."""
 

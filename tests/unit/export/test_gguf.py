@@ -188,6 +188,19 @@ def test_a_network_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> No
         to_gguf(quantize_model(network, Recipe("q4_0"))[0], tmp_path / "student.gguf")
 
 
+def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("text")
+    for name in ("text.gguf", "missing.gguf"):
+        with pytest.raises(UsageError, match=f"{name}' is no GGUF file that can be read"):
+            from_gguf(tmp_path / name)
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(UsageError, match="was not written by lqkd"):
+        from_gguf(tmp_path / "other.gguf")
+
+
 def test_a_time_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--latency is not possible with --format gguf"):
         export(tmp_path, format="gguf", latency=True)
