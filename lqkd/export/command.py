@@ -18,7 +18,7 @@ from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import BUILDERS, SUFFIXES, TORCH, check_expressible, check_format
+from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.gguf_command import write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.parity import TEST, VALIDATION, check
@@ -147,9 +147,8 @@ def rejected(output: Path) -> Path:
 def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -> Path:
     if not run.is_dir():
         raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
-    suffix = SUFFIXES.get(format, ".onnx")
-    stem = "student" if format in ("portable", TORCH, GGUF) else f"student.{format}"
-    output = run / f"{stem}{suffix}" if given is None else Path(given)
+    suffix = Path(file_name(format)).suffix
+    output = run / file_name(format) if given is None else Path(given)
     if output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     if output.suffix != suffix:

@@ -24,8 +24,14 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
 """The formats that are ONNX files."""
 FORMATS = (*BUILDERS, TORCH, GGUF)
 """All formats."""
-SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
+_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
 """Of files that are not ONNX."""
+
+
+def file_name(format: str) -> str:
+    """What a file of a format is called in the run folder."""
+    stem = "student" if format in ("portable", *_SUFFIXES) else f"student.{format}"
+    return f"{stem}{_SUFFIXES.get(format, '.onnx')}"
 
 
 def check_format(name: str) -> None:

@@ -96,14 +96,13 @@ class Distilled:
         require()
         from lqkd.export import to_onnx
         from lqkd.export.command import told_of_data
-        from lqkd.export.formats import BUILDERS
+        from lqkd.export.formats import BUILDERS, file_name
         from lqkd.export.gguf_command import write_gguf
         from lqkd.export.gguf_file import GGUF
 
         if format not in (*BUILDERS, GGUF):
             raise UsageError(f"format={format!r} is not possible here: use one of {', '.join((*BUILDERS, GGUF))}")
-        name = {"portable": "student.onnx", GGUF: "student.gguf"}.get(format, f"student.{format}.onnx")
-        target = self.folder / name if path is None else Path(path)
+        target = self.folder / file_name(format) if path is None else Path(path)
         if target.is_dir():
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
         if target.exists() and not overwrite:

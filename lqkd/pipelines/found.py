@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lqkd.quantization.recipe import BLOCK_FORMATS
+
 CONTEXT = 128
 """Bytes that a language model sees at once."""
 
@@ -45,6 +47,11 @@ class Found:
     def data(self) -> dict[str, Any]:
         """The data's configuration, but for sizes."""
         raise NotImplementedError
+
+    @classmethod
+    def file_format(cls, bits: str) -> str | None:
+        """The format of the file that a student of so many bits becomes; None where there is none."""
+        return "portable"
 
     def told(self) -> Iterator[str]:
         """What it is, in lines."""
@@ -127,7 +134,7 @@ class Texts(Found):
 
     parts: dict[str, str] = field(hash=False)
     student = "gpt"
-    bits = "w4a32"
+    bits = "q4_0"
     things = "windows"
     optimizers = (_optimizer("AdamW", 0.003, 0.1), _optimizer("AdamW", 0.001, 0.1), _optimizer("AdamW", 0.0003, 0.0))
     distillation = (1.0, 1.0, 1.0)
@@ -138,6 +145,10 @@ class Texts(Found):
 
     def data(self) -> dict[str, Any]:
         return {"class_path": "lqkd.data.TextFiles", "init_args": {**self.parts, "context": CONTEXT}}
+
+    @classmethod
+    def file_format(cls, bits: str) -> str | None:
+        return "gguf" if bits in BLOCK_FORMATS else None
 
     def told(self) -> Iterator[str]:
         yield f"text, as bytes: {self.train + self.val + self.test} windows of {CONTEXT}; the next byte is predicted"

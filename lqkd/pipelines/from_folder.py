@@ -13,7 +13,6 @@ from lightning.pytorch import Callback
 
 from lqkd.errors import Stopped, UsageError
 from lqkd.pipelines.asked import ASKED, Asked
-from lqkd.pipelines.found import Texts
 from lqkd.pipelines.look import kind_of, look_at
 from lqkd.pipelines.plan import FLOAT, STUDENT, TEACHER, plan
 from lqkd.runs.folder import CONFIG
@@ -52,15 +51,15 @@ def distill_folder(
     ===============================  ============================  =========================================
     ``CLASS/IMAGE``                  ``Classification``            ``resnet18``, ``w4a4``
     ``images/`` and ``masks/``       ``Segmentation``              ``lraspp_mobilenet_v3_large``, ``w4a4``
-    ``.txt``, ``.md``, ``.jsonl``    ``CausalLM``                  ``gpt``, ``w4a32``
+    ``.txt``, ``.md``, ``.jsonl``    ``CausalLM``                  ``gpt``, ``q4_0``
     ===============================  ============================  =========================================
 
     Everything that is not given is chosen by the data and printed, and becomes a configuration that ``fit`` takes:
     ``float.yaml`` for the student in floating point, where its weights do not know these classes; ``teacher.yaml`` for
     a teacher of which that is true; ``student.yaml`` for the distillation. Their runs lie beside them, in ``float/``,
-    ``teacher/`` and ``student/``, and the last has ``student.onnx``, ``report.html`` and ``summary.json``. Of a
-    language model no file is made yet. Called again in the same way it goes on with what was stopped or killed; what is
-    done is kept.
+    ``teacher/`` and ``student/``, and the last has ``student.onnx``, ``report.html`` and ``summary.json``; of texts
+    ``student.gguf`` for llama.cpp, unless ``bits`` are others than ``q4_0`` and ``q8_0``, for which there is no file.
+    Called again in the same way it goes on with what was stopped or killed; what is done is kept.
 
     Args:
         folder: as :class:`~lqkd.data.ImageFolder`, :class:`~lqkd.data.SegmentationFolder` or
@@ -91,16 +90,16 @@ def distill_folder(
     asked = Asked(str(folder), student, bits, teacher, student_weights, teacher_weights, epochs, image_size, batch_size)
     kind = kind_of(Path(asked.folder).expanduser())
     asked = replace(asked, student=student or kind.student, bits=bits or kind.bits)
-    place = asked.place(out)
+    place, wanted = asked.place(out), kind.file_format(bits or kind.bits)
     if asked.begun_in(place):
         tell(f"going on in {place}")
     else:
         _begin(asked, place)
     for name in (name for name in _WHAT if (place / f"{name}.yaml").is_file()):
         with _told(_WHAT[name]):
-            _train(place / f"{name}.yaml", place / name, exported=kind is not Texts)
+            _train(place / f"{name}.yaml", place / name, exported=wanted is not None)
     with _told("the export"):
-        _take_away(place / STUDENT, exported=kind is not Texts)
+        _take_away(place / STUDENT, wanted)
     return place / STUDENT
 
 
@@ -140,15 +139,17 @@ def _train(config: Path, folder: Path, exported: bool) -> None:
         resume(folder, of_distillation=callbacks)
 
 
-def _take_away(folder: Path, exported: bool) -> None:
-    """The file, where one can be made, the page and what they are."""
+def _take_away(folder: Path, wanted: str | None) -> None:
+    """The file of the format that is wanted, the page and what they are."""
     from lqkd.export.command import export  # whose packages are optional
+    from lqkd.export.formats import file_name
     from lqkd.export.report import report_path
 
-    file = folder / "student.onnx"
-    made = file.is_file() and report_path(file).is_file() and file not in outdated_exports(folder)
-    if exported and not made:
-        export(folder, overwrite=True)
+    if wanted is not None:
+        file = folder / file_name(wanted)
+        made = file.is_file() and report_path(file).is_file() and file not in outdated_exports(folder)
+        if not made:
+            export(folder, format=wanted, overwrite=True)
     report(folder)
     print_outcome(folder)
 

@@ -102,7 +102,8 @@ def language_model(name: str, weights: str | None, setting: str) -> tuple[Networ
         UsageError: when there is no such network.
     """
     if name == GPT:
-        return Network(name, {"class_path": "lqkd.models.GPT"}), weights or TOPICS
+        served = {"gelu": "tanh"}  # as llama.cpp computes it
+        return Network(name, {"class_path": "lqkd.models.GPT", "init_args": served}), weights or TOPICS
     if not name.lower().endswith(_FILES):
         accepted = f"{GPT} (lqkd.models.GPT, of bytes), or a YAML file with class_path and init_args"
         raise UsageError(f"{setting}={name!r} is no network for texts that is known: give {accepted}")

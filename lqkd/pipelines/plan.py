@@ -16,10 +16,10 @@ from lqkd.models.calls import Inputs
 from lqkd.pipelines.asked import Asked
 from lqkd.pipelines.found import Found, Pairs, Photographs, Texts
 from lqkd.pipelines.networks import TOPICS, TRAINED, Network, language_model, named, starting_from, trained
-from lqkd.quantization import Recipe, quantize_model
+from lqkd.quantization import Recipe, Rule, quantize_model
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners
-from lqkd.quantization.recipe import parse_bits
+from lqkd.quantization.recipe import BLOCK_FORMATS, parse_bits
 
 FLOAT, TEACHER, STUDENT = "float", "teacher", "student"
 """The trainings, and their folders: the student in floating point, the teacher, the student at few bits."""
@@ -29,7 +29,7 @@ _STEPS = 300
 """Steps that a training aims at: as many epochs as that takes, within limits."""
 _IN_FLOAT, _AT_FEW_BITS = (10, 20), (5, 12)
 """Fewest and most epochs; random weights get the most. At few bits an epoch takes several times as long."""
-_OF_LANGUAGE = [
+_OF_LANGUAGE: list[dict[str, Any]] = [
     {"match": "Embedding", "weight_bits": 8},
     {"match": "head", "weight_bits": 8, "activation_bits": 32},
 ]
@@ -202,10 +202,8 @@ def _quantization(student: Network, bits: str, size: Size | None) -> tuple[dict[
     """
     from lqkd.export.deploy import check_deployable  # whose packages are optional
 
-    if size is None:  # of a text, whose student no file is made of yet
-        quantize_model(student.build(), Recipe(bits=bits))
-        told = f"{bits}, 8 for the weights of embeddings and of the last layer"
-        return {"bits": bits, "rules": copy.deepcopy(_OF_LANGUAGE)}, [], told
+    if size is None:
+        return _of_text(student, bits)
     callbacks = [{"class_path": "lqkd.callbacks.BatchNormReestimation"}]
     chosen: dict[str, Any] = {"bits": bits}
     told = f"{bits}, 8 in the first and last layer"
@@ -224,6 +222,29 @@ def _quantization(student: Network, bits: str, size: Size | None) -> tuple[dict[
     except Exception as error:  # of any type, when a network takes no such image
         raise UsageError(f"student={student.name!r} at {bits} could not be exported: {first_line(error)}") from error
     return chosen, callbacks, told
+
+
+def _of_text(student: Network, bits: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Likewise of a language model: on the grid of a GGUF file, whose file it becomes, or another that has none.
+
+    Raises:
+        UsageError: when the student could not be exported.
+    """
+    recipe = Recipe(bits, rules=[] if bits in BLOCK_FORMATS else [Rule(**rule) for rule in _OF_LANGUAGE])
+    network, _ = quantize_model(student.build(), recipe)
+    if bits not in BLOCK_FORMATS:
+        told = f"{bits}, 8 for the weights of embeddings and of the last layer; no file is made of these"
+        return {"bits": bits, "rules": copy.deepcopy(_OF_LANGUAGE)}, [], told
+    from lqkd.export.gguf_file import check_gguf_grids, require  # whose packages are optional
+
+    try:
+        require()
+        check_gguf_grids(network)
+    except UsageError as error:
+        raise UsageError(
+            f"student={student.name!r} at {bits} could not be exported: {error}; or give bits=w4a32"
+        ) from error
+    return {"bits": bits}, [], f"{bits} of a GGUF file, in which embeddings, the first and the last layer have q8_0"
 
 
 def _sides(size: Size) -> tuple[int, int]:
