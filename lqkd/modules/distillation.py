@@ -157,7 +157,7 @@ class Distillation(nn.ModuleDict):
 
     def learned(self) -> dict[str, Tensor]:
         """Numbers that the losses have learned, detached, by what they are logged as after ``train/``."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, term in self.terms():
             numbers = cast(DistillationLoss, term.losses[0]).learned()
             found |= {f"{name}/{key}" if self.named else key: value for key, value in numbers.items()}

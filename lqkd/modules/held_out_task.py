@@ -11,7 +11,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import Learning, kept_batch, part_of
-from lqkd.regularizers import LookAhead, Regularizer
+from lqkd.regularizers import LookAhead
 
 
 class HeldOutTask:
@@ -45,7 +45,7 @@ def looking(distillation: Distillation) -> dict[str, int]:
     """By name of its term, how many held-out rows a player that looks ahead sees at a step."""
     found = {}
     for name, term in distillation.terms():
-        player = cast(Regularizer, term.regularizer).player if term.regularizer is not None else None
+        player = None if term.regularizer is None else term.regularizer.player
         if isinstance(player, LookAhead) and player.rows:
             found[name] = player.rows
     return found
