@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,8 @@ class MetaWeightNet(Regularizer):
     maps = frozenset({"classes", "samples"})
     sees_losses = True
     bounded = True
+    told: ClassVar[str | None] = None
+    """What it has learned, in a sentence: nothing but its weights."""
 
     def __init__(self, hidden: int = 100, rows: int = 128, step_size: float = 0.01) -> None:
         if rows == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lqkd.callbacks import RegularizerMonitor
 from lqkd.errors import UsageError
 from lqkd.losses import CurriculumTemperature, HintonKL
 from lqkd.models import CifarResNet
@@ -18,6 +20,7 @@ from lqkd.modules import DistillModule, Term
 from lqkd.quantization import Recipe
 from lqkd.regularizers import MetaWeightNet
 from lqkd.runs import BestAndLast, RunLogger
+from lqkd.runs.summary import RunSummary
 from tests.conftest import digits, parameters_of
 from tests.integration.test_exact_resume import StopAt
 from tests.integration.test_trust import STUDENT, Marked, held_out, trained_teacher
@@ -70,7 +73,9 @@ def test_a_training_that_is_cut_and_resumed_learns_the_same_temperature_and_weig
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 
-def test_each_step_looks_ahead_to_other_held_out_rows_and_trains_on_none(make_trainer: MakeTrainer) -> None:
+def test_each_step_looks_ahead_to_other_held_out_rows_and_trains_on_none(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     module = distilling()
     looked: list[Tensor] = []
 
@@ -79,12 +84,17 @@ def test_each_step_looks_ahead_to_other_held_out_rows_and_trains_on_none(make_tr
             looked.append(arguments[0].flatten(1))
 
     module.student.register_forward_hook(look)
-    make_trainer(limit_train_batches=2).fit(module, datamodule=held_out(Marked))
+    callbacks = [RegularizerMonitor(), RunSummary()]
+    trainer = make_trainer(limit_train_batches=2, callbacks=callbacks, logger=RunLogger(tmp_path))
+    trainer.fit(module, datamodule=held_out(Marked))
     white = torch.cat(looked)[:, 0].max()
     assert not any(0 < int((images[:, 0] == white).sum()) < len(images) for images in looked)
     first, second = (images for images in looked if bool((images[:, 0] == white).all()))
     assert len(first) == len(second) == 16
     assert not (first[:, None] == second).all(2).any()  # no row is looked at twice
+    told = json.loads((tmp_path / "summary.json").read_text())["regularizer"]["weighted"]
+    assert told["verdict"] == "believed"  # not turned down from 1: it begins at 1/2
+    assert told["sentence"] == "weighted: teachers are believed 0.50 against the student in epoch 1."
 
 
 def test_without_held_out_rows_it_is_refused(make_trainer: MakeTrainer) -> None:
