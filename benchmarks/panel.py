@@ -1,4 +1,4 @@
-"""The network and the data of configs/studies/panel.yaml."""
+"""The networks and the data of configs/studies/panel.yaml and panel_features.yaml."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRAINING, TEACHERS, VALIDATION = 12_500, 25_000, 5_000
 """Rows of the training set: the first that students train on, the first that teachers may have been trained on, and how
 many after these choose."""
 UNLABELLED = -1
-_WRONG = 2_000
-"""Stream of the random numbers that decide whose label is wrong, and which it has."""
+_WRONG, _NOISE = 2_000, 2_001
+"""Streams of the random numbers that decide whose label is wrong, and which it has, and of noise in features."""
 
 
 class PanelNetwork(nn.Sequential):
@@ -32,6 +32,47 @@ class PanelNetwork(nn.Sequential):
         for before, after, stride in zip((1, *widths), widths, (2, 2, 1, 1), strict=False):
             layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+class NoisyPanelNetwork(PanelNetwork):
+    """The same network, whose module ``noisy`` gives its features after the third convolution, half of them noise.
+
+    Every second channel shows a normal number in the place of each normalised one, before the scale, shift and ReLU of
+    batch norm: it varies as much as it did and says nothing of the image, which decides it and nothing else. Logits
+    are those of :class:`PanelNetwork`, whose weights it takes.
+
+    Args:
+        widths: as there.
+    """
+
+    def __init__(self, widths: tuple[int, int, int, int] = (8, 16, 32, 32)) -> None:
+        super().__init__(widths)
+        self.noisy = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        *layers, noisy = self.children()
+        features = images
+        for layer in layers[:9]:
+            features = layer(features)
+        norm, shown = layers[7], features.clone()
+        assert isinstance(norm, nn.BatchNorm2d)
+        drawn = normal_of(images, features[:, 1::2].shape[1:])
+        shown[:, 1::2] = (norm.bias[1::2, None, None] + norm.weight[1::2, None, None] * drawn).relu()
+        noisy(shown)
+        for layer in layers[9:]:
+            features = layer(features)
+        return features
+
+
+def normal_of(images: Tensor, shape: torch.Size) -> Tensor:
+    """Normal numbers (B, ``shape``) float32 that images (B, ...) decide, each its own (Box & Muller, 1958)."""
+    pixels = (256 * images).round().long().flatten(1)
+    keys = (pixels * torch.arange(1, 2 * pixels.shape[1], 2, device=images.device)).sum(1)
+    numbers = torch.arange(shape.numel(), device=images.device)
+    indices = (keys[:, None] * shape.numel() + numbers).flatten()
+    one, other = (uniform(0, 0, indices, _NOISE, draw=draw) for draw in range(2))
+    drawn = (-2 * (1 - one).log()).sqrt() * (2 * torch.pi * other).cos()
+    return drawn.view(-1, *shape)
 
 
 class PanelFashionMNIST(FashionMNIST):

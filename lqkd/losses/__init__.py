@@ -7,6 +7,7 @@ from lqkd.losses.base import DistillationLoss
 from lqkd.losses.channels import CWD
 from lqkd.losses.contrastive import ContrastiveRepresentation
 from lqkd.losses.correlation import CorrelationCongruence
+from lqkd.losses.curriculum import CurriculumTemperature
 from lqkd.losses.dist import DIST
 from lqkd.losses.dkd import DKD
 from lqkd.losses.hints import Hints
@@ -32,6 +33,7 @@ __all__ = [
     "BinaryKL",
     "ContrastiveRepresentation",
     "CorrelationCongruence",
+    "CurriculumTemperature",
     "DistillationLoss",
     "ForwardKL",
     "HintonKL",

@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module, ABC):
     needs_labels: bool = False
     """Whether it cannot do without labels."""
     temperature: float = 1.0
-    """What it divides logits by before it compares them."""
+    """What it divides logits by before it compares them; of one that learns it, before training."""
 
     def connect(self, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> None:
         """Make what matches the student's features to the teacher's, once, before there is an optimizer.
@@ -86,3 +86,11 @@ class DistillationLoss(nn.Module, ABC):
     @abstractmethod
     def reduce(self, divergence: Tensor) -> Tensor:
         """0-dim loss from a (weighted) divergence map."""
+
+    def of_samples(self, divergence: Tensor) -> Tensor:
+        """What it is of every sample by itself, (B,), from a map with samples."""
+        return torch.vmap(lambda one: self.reduce(one.unsqueeze(0)))(divergence)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Numbers that it has learned, 0-dim and detached, by the name under which they are logged."""
+        return {}

@@ -24,6 +24,7 @@ from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
 from lqkd.modules.held_out_features import HeldOutFeatures, asked_of, kept_features, restore_asked
+from lqkd.modules.held_out_task import HeldOutTask, kept_task
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
 from lqkd.modules.memory_format import faster_in_channels_last
@@ -196,6 +197,7 @@ class DistillModule(TaskModule):
         self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
         self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
         self.held_out_features: dict[str, HeldOutFeatures] = {}  # likewise, of terms of features
+        self.held_out_task: dict[str, HeldOutTask] = {}  # likewise, of terms whose player looks ahead to them
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
@@ -228,7 +230,7 @@ class DistillModule(TaskModule):
         return super().configure_callbacks()
 
     def metric_names(self) -> set[str]:
-        names = {f"train/{name}" for name in (*self.balance.names, *self.penalties)}
+        names = {f"train/{name}" for name in (*self.balance.names, *self.penalties, *self.distillation.learned())}
         logged = (*self.balance.names, *self.balance.learned())
         return super().metric_names() | names | {f"balance/{name}" for name in logged}
 
@@ -402,6 +404,7 @@ class DistillModule(TaskModule):
         self.passes.cache, of_teacher = prepare_teacher(self)
         fit_trust(self, known=self._resumed)
         self.held_out_features = kept_features(self)
+        self.held_out_task = kept_task(self)
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
         self._report_references()
@@ -463,7 +466,7 @@ class DistillModule(TaskModule):
         super().teardown(stage)
         on_cpu = {name: rows.known.to(torch.device("cpu")) for name, rows in self.held_out.items()}
         self.known_of_held_out |= on_cpu  # for a checkpoint that is saved after the training
-        self.held_out, self.held_out_features = {}, {}
+        self.held_out, self.held_out_features, self.held_out_task = {}, {}, {}
         for teacher in self.teachers():
             teacher.restore()
         self.passes.release()
@@ -518,7 +521,8 @@ class DistillModule(TaskModule):
         self.samples_in_batch = len(inputs)
         outputs = self.passes.run(batch, inputs, self.current_epoch, cached)
         losses = {TASK: self.task.loss(outputs.student.output, batch)}
-        divergences = self.distillation(outputs, losses[TASK], batch, self.task, self.student)
+        held_out = {name: rows.at(self.global_step) for name, rows in self.held_out_task.items()}
+        divergences = self.distillation(outputs, losses[TASK], batch, self.task, self.student, held_out)
         losses |= self.distillation.reduce(divergences)
         loss, balance = self.balance(losses, outputs.student.output)
         penalties = {name: penalty() for name, penalty in self.penalties.items()}
@@ -530,7 +534,8 @@ class DistillModule(TaskModule):
     def _numbers(self, losses: Losses) -> dict[str, Tensor]:
         """What is logged of a batch, detached."""
         numbers = {"train/loss": losses.loss}
-        numbers |= {f"train/{name}": value for name, value in (losses.by_name | losses.penalties).items()}
+        told = losses.by_name | losses.penalties | self.distillation.learned()
+        numbers |= {f"train/{name}": value for name, value in told.items()}
         numbers |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
         return {name: value.detach().clone() for name, value in numbers.items()}  # some are parameters
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.losses import DistillationLoss
 from lqkd.losses.taps import Taps
 from lqkd.modules.passes import Outputs
 from lqkd.modules.term import DistillationTerm, Divergences, Shapes
@@ -85,7 +86,13 @@ class Distillation(nn.ModuleDict):
                 term.bind(student)
 
     def forward(
-        self, outputs: Outputs, loss: Tensor, batch: Any, task: Task, student: nn.Module
+        self,
+        outputs: Outputs,
+        loss: Tensor,
+        batch: Any,
+        task: Task,
+        student: nn.Module,
+        held_out: Mapping[str, tuple[Tensor, Any]] | None = None,
     ) -> dict[str, Divergences]:
         """What every term gives for a batch, by its name.
 
@@ -95,13 +102,14 @@ class Distillation(nn.ModuleDict):
             batch: what the task takes.
             task: what the networks are trained for.
             student: the network that is trained.
+            held_out: by term whose player looks ahead to held-out rows, their images and what the task takes of them.
         """
         divergences = {}
         for name, term in self.terms():
             teachers = [outputs.teachers[teacher] for teacher in term.teachers]
             features = outputs.features[term.teachers[0]], outputs.student.features
             divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task))
-            look_ahead(term, divergences[name], outputs, loss, batch, task, student)
+            look_ahead(term, divergences[name], outputs, loss, batch, task, student, (held_out or {}).get(name))
         return divergences
 
     def reduce(self, divergences: Mapping[str, Divergences]) -> dict[str, Tensor]:
@@ -147,6 +155,14 @@ class Distillation(nn.ModuleDict):
         made = {name: term.shapes for name, term in self.terms() if term.shapes is not None}
         return made if len(made) == len(self) else None
 
+    def learned(self) -> dict[str, Tensor]:
+        """Numbers that the losses have learned, detached, by what they are logged as after ``train/``."""
+        found: dict[str, Tensor] = {}
+        for name, term in self.terms():
+            numbers = cast(DistillationLoss, term.losses[0]).learned()
+            found |= {f"{name}/{key}" if self.named else key: value for key, value in numbers.items()}
+        return found
+
     def connect(self, shapes: Mapping[str, tuple[Shapes, Shapes]]) -> None:
         """Make what depends on shapes, once; by name of the term, see :meth:`DistillationTerm.connect`."""
         for name, term in self.terms():
@@ -162,6 +178,7 @@ def look_ahead(
     batch: Any,
     task: Task,
     student: nn.Module,
+    held_out: tuple[Tensor, Any] | None = None,
 ) -> None:
     """Tell the maps of a term how they agree with the task, where its player asks; see :meth:`Distillation.forward`."""
     player = None if term.regularizer is None else term.regularizer.player
@@ -180,7 +197,11 @@ def look_ahead(
     def loss_of(logits: Tensor, part: slice) -> Tensor:
         return task.loss(logits, task.part(batch, part))
 
-    term.look_ahead_exactly(divergences.maps, student, divergences.teachers, alone, rows.labels, loss_of)
+    others = None
+    if held_out is not None:
+        images, other = held_out
+        others = images, lambda logits: task.loss(logits, other)
+    term.look_ahead_exactly(divergences.maps, student, divergences.teachers, alone, rows.labels, loss_of, others)
 
 
 def _unique(paths: Iterable[str]) -> list[str]:

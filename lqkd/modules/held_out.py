@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.trust.believed import Believed, believed
 from lqkd.losses.trust.fitted import FittedInterpolation
 from lqkd.losses.trust.interpolation import Interpolation, Seen, seen
+from lqkd.losses.trust.map import FEWEST_ROWS
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.distilling import Distilling
 from lqkd.quantization.modes import evaluating
@@ -252,6 +254,33 @@ def chosen_of(batches: Iterable[Any], positions: Tensor, samples: Callable[[Any]
     back = torch.cat(found).argsort()[positions.argsort().argsort()]
     joined = [_rows_of(_joined(values), back, len(positions)) for values in zip(*parts, strict=True)]
     return tree_unflatten(joined, spec)
+
+
+def kept_batch(module: Learning, what: str) -> Any:
+    """As many held-out rows as may be kept, in a random order, as one batch on the device.
+
+    Args:
+        module: attached to a Trainer.
+        what: they are for, in a message.
+
+    Raises:
+        UsageError: when there are too few, or samples of the batches cannot be told apart.
+    """
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+
+    def samples(batch: Any) -> int:
+        return len(module.inputs(batch))
+
+    count = sum(samples(batch) for batch in data.trust_batches(module.device))
+    if count < FEWEST_ROWS:
+        raise UsageError(
+            f"{count} held-out rows are too few {what}: at least {FEWEST_ROWS} are needed; raise "
+            "data.init_args.trust_fraction"
+        )
+    order = random_bits(1, 0, torch.arange(count), STREAM_TRUST).argsort(stable=True)
+    batches = iter(data.trust_batches(module.device))
+    first = next(batches)
+    return chosen_of(chain([first], batches), order[: min(MOST_ROWS, rows_that_fit(first))], samples)
 
 
 def part_of(tensors: Any, samples: Tensor, size: int) -> Any:

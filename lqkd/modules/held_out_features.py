@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lqkd.errors import UsageError
-from lqkd.losses.trust.map import FEWEST_ROWS
 from lqkd.modules.distillation import Distillation
-from lqkd.modules.held_out import MOST_ROWS, WINDOW, Learning, chosen_of, part_of, rows_that_fit
+from lqkd.modules.held_out import WINDOW, Learning, kept_batch, part_of
 from lqkd.modules.term import DistillationTerm
 from lqkd.quantization.modes import evaluating
 from lqkd.regularizers import ExplainedVariance
 from lqkd.regularizers.explained import Asked
-from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
+
+_WHAT = "to say what of features can be predicted"
 
 
 class HeldOutFeatures:
@@ -91,7 +89,7 @@ def kept_features(module: Learning) -> dict[str, HeldOutFeatures]:
     found = {}
     for name, term in explained(module.distillation).items():
         with isolate_rng(), module.distillation.told(name):
-            found[name] = HeldOutFeatures(module, term, _batch(module))
+            found[name] = HeldOutFeatures(module, term, kept_batch(module, _WHAT))
     return found
 
 
@@ -116,26 +114,3 @@ def restore_asked(distillation: Distillation, asked: Mapping[str, Mapping[str, A
         for one, counts in zip(_of(term), known.pop("counts", []), strict=False):
             one.counts = counts
         cast(ExplainedVariance, term.regularizer).asked = Asked(**known)
-
-
-def _batch(module: Learning) -> Any:
-    """As many held-out rows as may be kept, in a random order.
-
-    Raises:
-        UsageError: when there are too few to say anything.
-    """
-    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-
-    def samples(batch: Any) -> int:
-        return len(module.inputs(batch))
-
-    count = sum(samples(batch) for batch in data.trust_batches(module.device))
-    if count < FEWEST_ROWS:
-        raise UsageError(
-            f"{count} held-out rows are too few to say what of features can be predicted: at least {FEWEST_ROWS} are "
-            "needed; raise data.init_args.trust_fraction"
-        )
-    order = random_bits(1, 0, torch.arange(count), STREAM_TRUST).argsort(stable=True)
-    batches = iter(data.trust_batches(module.device))
-    first = next(batches)
-    return chosen_of(chain([first], batches), order[: min(MOST_ROWS, rows_that_fit(first))], samples)

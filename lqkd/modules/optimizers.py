@@ -11,11 +11,13 @@ from torch.optim import SGD, Optimizer, SparseAdam
 
 from lqkd.balances import Balance
 from lqkd.errors import UsageError, first_line
+from lqkd.losses import CurriculumTemperature
 from lqkd.modules.distillation import Distillation
 from lqkd.quantization import quantizers
 
 _PLAYERS = ("student_", "regularizer_", "")
 _OF_SCHEDULE = ("class_path", "init_args.scheduler.class_path", "init_args.interval")
+_TEMPERATURES = "temperatures"
 SETTINGS_IN_CHECKPOINT = {f"model.{player}optimizer.class_path" for player in _PLAYERS} | {
     f"model.{player}schedule.{key}" for player in _PLAYERS for key in _OF_SCHEDULE
 }
@@ -23,13 +25,19 @@ SETTINGS_IN_CHECKPOINT = {f"model.{player}optimizer.class_path" for player in _P
 
 
 def student_groups(student: nn.Module, losses: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups ``student``, ``student_quantizers``, without weight decay, and ``connectors`` of the losses."""
+    """Parameter groups ``student``, ``student_quantizers`` and, of the losses, ``connectors`` and ``temperatures``.
+
+    Quantizers and temperatures get no weight decay.
+    """
     own = {id(p) for quantizer in quantizers(student).values() for p in quantizer.parameters()}
+    learned = [m for m in losses.modules() if isinstance(m, CurriculumTemperature)]
+    temperatures = {id(p): p for loss in learned for p in loss.parameters()}
     parameters = list(student.parameters())
     return _non_empty(
         _group("student", (p for p in parameters if id(p) not in own)),
         _group("student_quantizers", (p for p in parameters if id(p) in own), weight_decay=0.0),
-        _group("connectors", losses.parameters()),
+        _group("connectors", (p for p in losses.parameters() if id(p) not in temperatures)),
+        _group(_TEMPERATURES, temperatures.values(), weight_decay=0.0),
     )
 
 
@@ -43,8 +51,8 @@ def regularizer_groups(distillation: Distillation, balance: Balance) -> list[dic
 
 
 def learning_rate_factors(distillation: Distillation, balance: Balance) -> dict[str, float]:
-    """By group of :func:`regularizer_groups`, what the optimizer's learning rate is multiplied by."""
-    factors = {"balance": balance.learning_rate_factor}
+    """By group of :func:`student_groups` and :func:`regularizer_groups`, what the learning rate is multiplied by."""
+    factors = {"balance": balance.learning_rate_factor, _TEMPERATURES: CurriculumTemperature.learning_rate_factor}
     for name, term in distillation.terms():
         if term.regularizer is not None:
             factors[_of_term(distillation, name)] = term.regularizer.learning_rate_factor

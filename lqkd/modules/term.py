@@ -202,7 +202,9 @@ class DistillationTerm(nn.Module):
             divergence = compare(teacher, student, rows.labels)
             if self.regularizers:
                 regularizer = cast(Regularizer, self.regularizers[index])
-                if regularizer.sees_logits:
+                if regularizer.sees_losses:
+                    pair = (compare.of_samples(divergence.detach()),) * 2
+                elif regularizer.sees_logits:
                     pair = divergences.teachers[min(index, len(divergences.teachers) - 1)], rows.logits
                 else:
                     pair = compare.pair(teacher, student)
@@ -236,11 +238,13 @@ class DistillationTerm(nn.Module):
         images: Tensor,
         labels: Tensor | None,
         task: Callable[[Tensor, slice], Tensor],
+        others: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         """Set every map's alignment from the task loss after a step of distillation in the parameters.
 
         With a held out half, each half of the batch is looked at from the other. ``task`` is the task loss, 0-dim, of
-        the logits (B', C) of a part of the batch.
+        the logits (B', C) of a part of the batch; ``others`` are held-out images and the task loss of their logits,
+        in the place of the batch's.
         """
         middle = len(images) // 2
         for module, regularizer, each, teacher in zip(self.losses, self.regularizers, maps, teachers, strict=True):
@@ -266,7 +270,7 @@ class DistillationTerm(nn.Module):
                     distill,
                     weights[here],
                     images[here],
-                    (images[there], task_there),
+                    others or (images[there], task_there),
                     player.step_size,
                 )
             each.alignment = aligned

@@ -26,6 +26,7 @@ from lqkd.losses.trust import (
 from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
 from lqkd.modules.held_out_features import explained
+from lqkd.modules.held_out_task import looking
 from lqkd.modules.own import joined_sentence, leave
 from lqkd.modules.references import as_stop, batches_of, loader_of, warn
 from lqkd.modules.stages import in_stage
@@ -62,6 +63,7 @@ def check_held_out(module: Trusting) -> None:
     trusted = dict(_trusted(module))
     asking = dict.fromkeys(trusted, "combination: trust")
     asking |= dict.fromkeys(explained(module.distillation), "regularizer ExplainedVariance")
+    asking |= {name: f"player LookAhead(rows={rows})" for name, rows in looking(module.distillation).items()}
     for name, what in asking.items():
         with module.distillation.told(name):
             if not hasattr(data, "trust_batches"):

@@ -8,6 +8,7 @@ from lqkd.regularizers.elementwise import ElementwiseMLP
 from lqkd.regularizers.explained import ExplainedVariance
 from lqkd.regularizers.guards import GUARDS, Barrier, BoundedBarrier, BoundedRange, Entropy, Guard, MeanOne, NoGuard
 from lqkd.regularizers.interpolation import HeldOutInterpolation
+from lqkd.regularizers.meta_weight import MetaWeightNet
 from lqkd.regularizers.players import PLAYERS, Adversarial, Cooperative, HeldOut, LookAhead, Player, alignment
 from lqkd.regularizers.sample import SampleWeight
 from lqkd.regularizers.table import LearnableTable
@@ -31,6 +32,7 @@ __all__ = [
     "LearnableTable",
     "LookAhead",
     "MeanOne",
+    "MetaWeightNet",
     "NoGuard",
     "Player",
     "Regularizer",

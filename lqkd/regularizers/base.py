@@ -47,6 +47,11 @@ class Regularizer(nn.Module, ABC):
     """The kinds of divergence map that it can weigh."""
     sees_logits: ClassVar[bool] = False
     """Whether it looks at the logits of both networks even where the map is one of features."""
+    sees_losses: ClassVar[bool] = False
+    """Whether it looks at the distillation loss (B,) of each sample, which it is then given in place of both networks'
+    outputs."""
+    bounded: ClassVar[bool] = False
+    """Whether its weights are bounded from above without a guard."""
     learning_rate_factor: ClassVar[float] = 1.0
     """Multiplies the regularizer optimizer's learning rate for the parameters of this regularizer."""
 
@@ -59,7 +64,7 @@ class Regularizer(nn.Module, ABC):
         self.guard = _named("guard", guard, GUARDS, Guard)  # type: ignore[type-abstract]
         self.player = _named("player", player, PLAYERS, Player)  # type: ignore[type-abstract]
         self.max_weight = max_weight
-        if self.player.maximises and not self.guard.limits_above:
+        if self.player.maximises and not (self.guard.limits_above or self.bounded):
             limiting = [name for name, kind in GUARDS.items() if kind.limits_above]
             raise UsageError(
                 f"guard {type(self.guard).__name__} does not go with player {type(self.player).__name__}, which would "
@@ -90,8 +95,8 @@ class Regularizer(nn.Module, ABC):
         """Weights w >= 0 in float32, broadcastable to the divergence map (from the left for weights of samples).
 
         Args:
-            teacher, student: what the map compares, or logits where it :attr:`sees_logits`; any floating dtype; no
-                gradient flows into them.
+            teacher, student: what the map compares, logits where it :attr:`sees_logits`, or losses where it
+                :attr:`sees_losses`; any floating dtype; no gradient flows into them.
             labels: (B,) int64, negative where a sample has none; None when there are none at all.
         """
         with torch.autocast(teacher.device.type, enabled=False):

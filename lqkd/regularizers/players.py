@@ -115,7 +115,9 @@ class LookAhead(Player):
         exact: whether to take the step in the parameters instead of at the logits.
         step_size: learning rate of the exact form's step.
         held_out: whether the exact form measures the task on the other half of the batch, if that has two samples at
-            least (Shu et al., arXiv 1902.07379, measure it on a clean set).
+            least.
+        rows: on how many rows of no training batch (``data.init_args.trust_fraction``) the exact form measures the
+            task, other ones at each step, as Shu et al. do (arXiv 1902.07379); 0 for the batch.
 
     Raises:
         UsageError: when an argument is not possible.
@@ -128,7 +130,7 @@ class LookAhead(Player):
     maximises = True
     needs_alignment = True
 
-    def __init__(self, exact: bool = False, step_size: float = 0.01, held_out: bool = False) -> None:
+    def __init__(self, exact: bool = False, step_size: float = 0.01, held_out: bool = False, rows: int = 0) -> None:
         super().__init__()
         if not (math.isfinite(step_size) and step_size > 0):
             raise UsageError(f"player step_size={step_size!r} is not possible: it must be a positive number")
@@ -136,7 +138,14 @@ class LookAhead(Player):
             raise UsageError(
                 "player held_out=true is not possible with exact=false, which looks at each sample's own task"
             )
-        self.exact, self.step_size, self.held_out = exact, float(step_size), held_out
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            raise UsageError(f"player rows={rows!r} is not possible: it must be a whole number >= 0")
+        if rows and (held_out or not exact):
+            raise UsageError(
+                f"player rows={rows} is not possible with exact={exact}, held_out={held_out}: the exact form alone "
+                "measures the task on other rows, and those of a batch are then not needed"
+            )
+        self.exact, self.step_size, self.held_out, self.rows = exact, float(step_size), held_out, rows
 
     def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
         assert alignment is not None

@@ -36,8 +36,10 @@ def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:
 
 LOSSES = concrete(all_losses, DistillationLoss)
 REGULARIZERS = concrete(all_regularizers, Regularizer)
-# Of held-out rows, which no run here has: see test_held_out.py and test_held_out_features.py.
-LEARNER, EXPLAINED = (REGULARIZERS.pop(name) for name in ("HeldOutInterpolation", "ExplainedVariance"))
+# Of held-out rows, which no run here has: see test_held_out.py, test_held_out_features.py and test_published.py.
+LEARNER, EXPLAINED, META = (
+    REGULARIZERS.pop(name) for name in ("HeldOutInterpolation", "ExplainedVariance", "MetaWeightNet")
+)
 BALANCES = concrete(all_balances, Balance)
 
 
@@ -105,6 +107,7 @@ def regularizers() -> Iterator[tuple[str, Callable[[], Regularizer | None]]]:
     """Every regularizer with every guard and player that go together, and none."""
     yield "none", lambda: None
     yield "explained", EXPLAINED
+    yield "meta", META
     for (name, kind), guard, player in itertools.product(REGULARIZERS.items(), GUARDS, PLAYERS):
         if PLAYERS[player].maximises and not GUARDS[guard].limits_above:
             with pytest.raises(UsageError, match=f"guard {GUARDS[guard].__name__} does not go with player"):

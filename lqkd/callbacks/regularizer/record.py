@@ -15,7 +15,14 @@ from torch import Tensor
 from lqkd.callbacks.regularizer.moments import EpochWeights, Moments, combine, epoch_weights
 from lqkd.callbacks.regularizer.statistics import EpochStatistic, Optimum, Sums, add, measure
 from lqkd.callbacks.regularizer.verdict import Verdict, verdict
-from lqkd.regularizers import BoundedRange, ExplainedVariance, HeldOut, HeldOutInterpolation, Regularizer
+from lqkd.regularizers import (
+    BoundedRange,
+    ExplainedVariance,
+    HeldOut,
+    HeldOutInterpolation,
+    MetaWeightNet,
+    Regularizer,
+)
 
 
 class Record:
@@ -145,7 +152,8 @@ class Record:
 
     def verdict(self) -> Verdict:
         """What became of the regularizer, of which there is an epoch at least."""
-        learners = [one for one in self.regularizers if isinstance(one, HeldOutInterpolation | ExplainedVariance)]
+        taught = HeldOutInterpolation | ExplainedVariance | MetaWeightNet
+        learners = [one for one in self.regularizers if isinstance(one, taught)]
         told = "; ".join(one.told or "" for one in learners)
         return verdict(self.history, self.name, told if learners else None)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.panel import TEACHERS, VALIDATION, PanelFashionMNIST
+from benchmarks.panel import TEACHERS, VALIDATION, NoisyPanelNetwork, PanelFashionMNIST, PanelNetwork
 from tests.unit.data.test_fashion_mnist import idx
 
 
@@ -53,3 +53,24 @@ def test_with_few_labels_the_held_out_rows_are_some_of_these(root: Path) -> None
     assert [int((data.images(rows)[1] >= 0).sum()) for rows in (data.train_indices, data.trust_indices)] == [800, 200]
     assert len(data.trust_indices) == 200
     assert not torch.isin(data.train_indices, data.trust_indices).any()
+
+
+def test_half_of_the_channels_are_noise_that_the_image_decides_and_the_logits_are_as_they_were() -> None:
+    torch.manual_seed(0)
+    clean, noisy = PanelNetwork().eval(), NoisyPanelNetwork().eval()
+    noisy.load_state_dict(clean.state_dict())
+    seen: list[torch.Tensor] = []
+    noisy.noisy.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    images = torch.randn(600, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(noisy(images), clean(images))
+        noisy(images[7:9])
+        features = torch.nn.Sequential(*list(clean.children())[:9])(images)
+    shown, again = seen
+    assert torch.equal(shown[7:9], again)  # whatever stands beside it in the batch
+    torch.testing.assert_close(shown[:, ::2], features[:, ::2])
+    drawn = shown[:, 1::2].double()  # max(0, n) of a normal n, where batch norm has no weights yet
+    assert drawn.mean() == pytest.approx((2 * torch.pi) ** -0.5, abs=0.005)
+    assert drawn.square().mean() == pytest.approx(0.5, abs=0.01)
+    both = torch.corrcoef(torch.stack([drawn.flatten(), features[:, 1::2].double().flatten()]))
+    assert both[0, 1].abs() < 0.01

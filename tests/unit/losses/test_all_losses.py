@@ -23,6 +23,7 @@ from lqkd.losses import (
     BinaryKL,
     ContrastiveRepresentation,
     CorrelationCongruence,
+    CurriculumTemperature,
     DistillationLoss,
     ForwardKL,
     HintonKL,
@@ -37,11 +38,19 @@ from lqkd.losses import (
     Standardized,
 )
 
+
+def curriculum() -> DistillationLoss:
+    loss = CurriculumTemperature()
+    loss.progress = 1.0  # before that its temperature gets no gradient
+    return loss
+
+
 MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "LogitResidual": LogitResidual,
     "HintonKL": HintonKL,
     "BinaryKL": BinaryKL,
     "SoftCrossEntropy": SoftCrossEntropy,
+    "CurriculumTemperature": curriculum,
     "DKD": DKD,
     "DIST": DIST,
     "ForwardKL": ForwardKL,
@@ -282,6 +291,14 @@ def test_a_connected_loss_can_be_saved_and_loaded(name: str) -> None:
         nn.init.normal_(parameter)
     other.load_state_dict(state)
     torch.testing.assert_close(divergence(other, teacher, student), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if MAKERS[name]().kind in ("classes", "samples")])
+def test_the_loss_of_a_sample_is_that_of_a_batch_of_one(name: str) -> None:
+    loss, teacher, student = connected(name)
+    of_all = divergence(loss, teacher, student)
+    alone = [loss.reduce(of_all[row : row + 1]) for row in range(5)]
+    torch.testing.assert_close(loss.of_samples(of_all), torch.stack(alone))
 
 
 @pytest.mark.parametrize("name", ["HintonKL", "SoftCrossEntropy", "DKD", "DIST"])
