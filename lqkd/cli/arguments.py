@@ -21,16 +21,16 @@ from lqkd.tasks.values import MONITOR
 @dataclass(frozen=True)
 class Distill:
     """Make a low-bit student for a folder of images or texts: train it in floating point where its weights do not know
-    them, distil it at few bits, export it as ONNX, verified, and write a page about it. Every choice is printed and
+    them, distil it at few bits, export it as ONNX or GGUF, verified, and write a page about it. Every choice is printed and
     becomes a configuration that fit takes. The same command goes on after any interruption."""
 
     folder: str
     """images by class (CLASS/IMAGE), images/ and masks/, or texts (.txt, .md, .jsonl); or train/, val/ and test/ with
     these"""
-    student: str | None = argument(None, metavar="NETWORK", shown="resnet18, lraspp_mobilenet_v3_large or gpt")
+    student: str | None = argument(None, metavar="NETWORK", shown="by what it holds")
     """name in torchvision or timm, hf-hub:OWNER/NAME, gpt for texts, or a YAML file"""
-    bits: str | None = argument(None, shown="w4a4, of texts w4a32")
-    """of weights and activations: w8a8, w4a4, w2a2, ..."""
+    bits: str | None = argument(None, shown="w4a4, of texts q4_0")
+    """of weights and activations: w8a8, w4a4, w2a2, q4_0, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
     """network, likewise, or a run that has trained one"""
     student_weights: str | None = argument(None, metavar="FILE", shown="what is published, else random")
@@ -55,7 +55,7 @@ class Export:
     run: str
     """run folder"""
     format: str = argument("portable")
-    """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs), torch or gguf (llama.cpp)"""
+    """portable (8-bit codes), packed4, packed2 (storage), qonnx (FPGAs), torch or gguf"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")

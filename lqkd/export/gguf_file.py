@@ -224,6 +224,7 @@ def _blocks(quantizer: BlockFormat, weight: Tensor, place: str) -> np.ndarray:
     check_fitted(quantizer, place)
     check_finite(weight, place, "weight")
     check_finite(quantizer.scale, place, "scale")  # which a step, within float16's range, would hide
+    check_finite(quantizer.start, place, "start of a step")
     codes = quantizer.codes(weight).reshape(-1, quantizer.block_size).numpy()
     steps = quantizer.step().to(torch.float16).numpy().reshape(-1, 1).view(np.uint8)  # (blocks, 2)
     if isinstance(quantizer, Q4_0):  # a byte has a code of the first half and one of the second

@@ -29,7 +29,8 @@ class RowDivergence(DistillationLoss):
             for all classes. It is never more than that of all classes.
 
     Raises:
-        UsageError: when an argument is out of range; in training when there are no more classes than ``top_k``.
+        UsageError: when an argument is out of range; in training when logits are no rows, or have no more classes than
+            ``top_k``.
     """
 
     kind: MapKind = "samples"
@@ -38,7 +39,7 @@ class RowDivergence(DistillationLoss):
     def __init__(self, temperature: float = 1.0, top_k: int | None = None) -> None:
         super().__init__()
         self.temperature = positive("temperature", temperature)
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise UsageError(f"top_k={top_k!r} is not possible: it must be at least 1, or null")
         self.top_k = top_k
 
@@ -52,6 +53,11 @@ class RowDivergence(DistillationLoss):
         """
 
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        if student.ndim != 2:
+            raise UsageError(
+                f"logits of shape {tuple(student.shape)} are not possible with {type(self).__name__}: rows (N, V) are "
+                "needed"
+            )
         if self.top_k is not None and student.shape[-1] <= self.top_k:
             raise UsageError(
                 f"top_k={self.top_k} is not possible with {student.shape[-1]} classes: less, or null for all of them"
@@ -155,7 +161,9 @@ class JensenShannon(RowDivergence):
 
     def rows(self, log_p: Tensor, log_q: Tensor, target: Tensor | None) -> Tensor:
         own = torch.tensor([self.beta, 1 - self.beta], dtype=log_p.dtype, device=log_p.device).log()
-        log_m = torch.logaddexp(log_p + own[0], log_q + own[1])
+        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)
+        least = torch.finfo(log_p.dtype).min / 2  # in place of infinity, whose gradient is none
+        log_m = torch.logaddexp(log_p.masked_fill(nowhere, least) + own[0], log_q.masked_fill(nowhere, least) + own[1])
         return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
 
 
@@ -220,7 +228,9 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return None, None, gradients[0].unsqueeze(1).to(kept.dtype) * kept, None
+        weight = gradients[0].unsqueeze(1)
+        narrow = kept.dtype == torch.float16  # in which a loss that is scaled up would overflow before the product
+        return None, None, (weight * kept.float()).to(kept.dtype) if narrow else weight.to(kept.dtype) * kept, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -228,8 +238,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row of (n, K), (n,)."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    """KL(p || q) of each row of (n, K), (n,); what p thinks impossible, as padding of a vocabulary, counts nothing."""
+    impossible = log_p == -torch.inf
+    apart = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
+    return (log_p.exp() * apart).sum(dim=1)
 
 
 def _with_rest(log_p: Tensor, first: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from lqkd.modules.references import REFERENCES, in_a_line, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
-from lqkd.modules.step_length import GradientLength, gradient_norms
+from lqkd.modules.step_length import GradientLength, gradient_norms, measured_together
 from lqkd.modules.tasks import check_teacher, check_term, task_of
 from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
@@ -541,7 +541,7 @@ class DistillModule(TaskModule):
 
     def _student_parameters(self) -> list[nn.Parameter]:
         """Those that are trained, for what measures gradients in them."""
-        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return measured_together(self.student, (p for p in self.student.parameters() if p.requires_grad))
 
     def _report(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""

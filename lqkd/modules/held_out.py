@@ -35,7 +35,7 @@ MOST_BYTES = 2**28
 
 _PLAIN = (str, int, float)
 _NO_SAMPLES = (
-    "HeldOutInterpolation keeps held-out rows, for which the batches of trust_batches must be tensors with the samples "
+    "held-out rows are kept, for which the batches of trust_batches must be tensors with the samples "
     "in front, or tuples, lists, dicts and named tuples of such"
 )
 _OTHER_ROWS = (

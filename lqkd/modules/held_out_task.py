@@ -32,7 +32,7 @@ class HeldOutTask:
         self._module, self._rows, self._batch = module, rows, batch
         self._size = len(module.inputs(batch))
         if module.inputs(batch).alone() is None:
-            raise UsageError("player LookAhead(exact=True) needs networks that are called with one tensor alone")
+            raise UsageError("to look ahead with held-out rows needs networks that are called with one tensor alone")
 
     def at(self, step: int) -> tuple[Tensor, Any]:
         """What the student is called with, and the batch for the task, at a step, counted from 0."""

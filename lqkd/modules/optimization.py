@@ -14,7 +14,7 @@ from lqkd.modules.base import TaskModule
 from lqkd.modules.divergence import LossWatch, diverged
 from lqkd.modules.losses import Losses
 from lqkd.modules.optimizer_checks import GradientsAreThere
-from lqkd.modules.step_length import GradientLength
+from lqkd.modules.step_length import GradientLength, measured_together
 from lqkd.modules.steps import total_steps
 
 
@@ -30,7 +30,8 @@ class SharedBackward:
 
     Args:
         module: whose optimizers these are.
-        gradient_clip_val: largest gradient norm of each optimizer's parameters; None for no clipping.
+        gradient_clip_val: largest gradient norm of each optimizer's parameters, without the steps of blocks; None for
+            no clipping.
         accumulate_grad_batches: batches whose gradients are averaged for one step, >= 1.
 
     Raises:
@@ -113,7 +114,8 @@ class SharedBackward:
             if not closures:  # the student's
                 self.length.apply(samples_per_rank)
             if self.gradient_clip_val is not None:
-                nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+                together = measured_together(self._module, parameters)
+                nn.utils.clip_grad_norm_(together, self.gradient_clip_val)
             closures.append(GradientsAreThere(name, optimizer, parameters))
         counted.step(closures[0])  # Lightning counts this one: global_step is the number of student steps
         for optimizer, closure in zip(plain[1:], closures[1:], strict=True):

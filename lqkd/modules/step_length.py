@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lqkd.balances.base import TASK, GradientScale
+from lqkd.quantization.quantizers.blocks import BlockFormat
 from lqkd.utils.reduction import mean_over_processes
 
 TOTAL = "total"
@@ -54,6 +55,15 @@ def gradient_norms(
         total = gradient if total is None else total + gradient
     assert total is not None
     return norms | {TOTAL: total.norm()}
+
+
+def measured_together(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of ``parameters`` that one norm of a gradient is of: all but steps of blocks, which are learned by shares.
+
+    The gradient of such a share is divided by the step's own size, some thousandth, and would be all of the norm.
+    """
+    relative = {id(each.scale) for each in module.modules() if isinstance(each, BlockFormat)}
+    return [parameter for parameter in parameters if id(parameter) not in relative]
 
 
 class GradientLength:

@@ -65,7 +65,8 @@ def check_term(task: Task, term: Term) -> None:
         return
     if regularizer.player.needs_alignment:
         raise UsageError(
-            f"player {type(regularizer.player).__name__} looks ahead from samples: task {name} has other rows"
+            f"player {type(regularizer.player).__name__} of regularizer {type(regularizer).__name__} looks ahead from "
+            f"samples: task {name} has other rows"
         )
     if regularizer.sees_logits and loss.compares != "logits":
         raise UsageError(

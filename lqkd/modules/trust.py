@@ -63,7 +63,12 @@ def check_held_out(module: Trusting) -> None:
     trusted = dict(_trusted(module))
     asking = dict.fromkeys(trusted, "combination: trust")
     asking |= dict.fromkeys(explained(module.distillation), "regularizer ExplainedVariance")
-    asking |= {name: f"player LookAhead(rows={rows})" for name, rows in looking(module.distillation).items()}
+    ahead = looking(module.distillation)
+    asking |= {
+        name: f"regularizer {type(term.regularizer).__name__}"
+        for name, term in module.distillation.terms()
+        if name in ahead
+    }
     for name, what in asking.items():
         with module.distillation.told(name):
             if not hasattr(data, "trust_batches"):

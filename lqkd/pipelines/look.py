@@ -146,8 +146,8 @@ def _of_boxes(root: Path) -> Iterator[str]:
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             with open(path, encoding="utf-8", errors="replace") as stream:
                 begins = stream.read(1 << 16)
-            if any(f'"{key}"' in begins for key in ("annotations", "categories", "licenses")):
+            if all(f'"{key}"' in begins for key in ("images", "annotations")) or '"bbox"' in begins:
                 yield f"COCO's {path.relative_to(root)}"
     for labels in (root / "labels", root / "train" / "labels"):
-        if labels.is_dir() and any(labels.rglob("*.txt")):
+        if labels.is_dir() and any(labels.rglob("*.txt")) and labels.with_name("images").is_dir():
             yield f"YOLO's {labels.relative_to(root)}"

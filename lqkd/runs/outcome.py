@@ -60,17 +60,20 @@ def _next(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     """What there is, and what can be done next."""
     files = sorted(path.name.removesuffix(REPORTS.removeprefix("*")) for path in folder.glob(REPORTS))
     yield from (("file", str(folder / name)) for name in files)
-    if not files and summary["weight_bits"]:
-        yield "next, a file to take away", f"python -m lqkd export {folder}{_format(folder)}"
+    option = _format(folder)
+    if not files and summary["weight_bits"] and option is not None:
+        yield "next, a file to take away", f"python -m lqkd export {folder}{option}"
     if (folder / PAGE).is_file():
         yield "page", str(folder / PAGE)
     else:
         yield "next, a page about it", f"python -m lqkd report {folder}"
 
 
-def _format(folder: Path) -> str:
-    """The option of ``export`` that a student on the grid of a file needs; nothing for all others."""
+def _format(folder: Path) -> str | None:
+    """The option of ``export`` for the file of a student's grid; None of a language model on a grid without one."""
     said: dict[str, Any] = {}
     with suppress(UsageError):  # there is no such file, or it is damaged: told by whoever needs it
         said = describe_student(folder / NETWORKS[0])
-    return " --format gguf" if (said.get("quantization") or {}).get("bits") in BLOCK_FORMATS else ""
+    if (said.get("quantization") or {}).get("bits") in BLOCK_FORMATS:
+        return " --format gguf"
+    return None if (said.get("student") or {}).get("class_path") == "lqkd.models.GPT" else ""

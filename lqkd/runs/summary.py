@@ -174,7 +174,7 @@ class RunSummary(Callback):
         reached, folder = plain.get("test", plain.get("val")), run_folder_of(trainer)
         for logger in trainer.loggers:
             if folder is not None:
-                keep_artifact(logger, folder, plain)
+                keep_artifact(logger, folder, finite(plain, []))
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary.update({f"summary/{key}": value for key, value in plain.items()})
             if isinstance(logger, TensorBoardLogger) and reached is not None:

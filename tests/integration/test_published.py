@@ -98,7 +98,7 @@ def test_each_step_looks_ahead_to_other_held_out_rows_and_trains_on_none(
 
 
 def test_without_held_out_rows_it_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(UsageError, match=r"distillation.weighted: player LookAhead\(rows=16\) needs .*trust_fraction"):
+    with pytest.raises(UsageError, match=r"distillation.weighted: regularizer \w+ needs .*trust_fraction"):
         make_trainer().fit(distilling(), datamodule=digits())
     with pytest.raises(UsageError, match=r"\d held-out rows are too few to look ahead with: at least 20 are needed"):
         make_trainer().fit(distilling(), datamodule=held_out(trust_fraction=0.003))

@@ -118,7 +118,8 @@ class BlockFormat(LSQ):
         usable = step.isfinite() & (step != 0)
         if not usable.any():
             return False
-        self._set_step(torch.where(usable, step, 1.0).reshape(self.scale.shape))  # 1 for a block of zeros
+        of_zeros = step[usable].abs().median()  # what it learns may become like what the others hold
+        self._set_step(torch.where(usable, step, of_zeros).reshape(self.scale.shape))
         return True
 
     def _set_step(self, step: Tensor) -> None:

@@ -14,6 +14,8 @@ from lqkd.quantization.quantizers.base import Quantizer, integer_range, max_over
 
 SEARCH_SAMPLE = 2**18
 """About as many elements as a range search looks at; larger tensors are thinned out evenly."""
+_SHORT = 256
+"""Elements of rows that are not thinned out."""
 
 
 class UniformQuantizer(Quantizer):
@@ -207,9 +209,12 @@ def mse_step(rows: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 def thinned(rows: Tensor) -> Tensor:
-    """Every k-th column of (channels, elements), so that about ``SEARCH_SAMPLE`` elements remain; the peak stays."""
+    """Every k-th column of (channels, elements), so that about ``SEARCH_SAMPLE`` elements remain; the peak stays.
+
+    Short rows, such as groups, are left whole: each would be fitted to a few of its values.
+    """
     every = max(1, rows.numel() // SEARCH_SAMPLE)
-    if every == 1:
+    if every == 1 or rows.shape[1] <= _SHORT:
         return rows
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return torch.cat([rows[:, ::every], largest], dim=1)

@@ -129,6 +129,7 @@ def test_nothing_is_kept_where_no_gradient_is_asked() -> None:
         (lambda: ReverseKL(top_k=0), "top_k=0"),
         (lambda: JensenShannon(beta=1.0), "beta=1.0"),
         (lambda: CAKLD(confidence=1.5), "confidence=1.5"),
+        (lambda: ForwardKL()(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)), r"logits of shape \(2, 3, 4\)"),
         (lambda: ForwardKL(top_k=12)(*logits()), "top_k=12 is not possible with 12 classes"),
         (lambda: CAKLD()(*logits()), "labels=None is not possible with CAKLD"),
     ],
@@ -136,3 +137,24 @@ def test_nothing_is_kept_where_no_gradient_is_asked() -> None:
 def test_what_is_not_possible_is_told(make: Any, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         make()
+
+
+@every
+def test_what_both_think_impossible_counts_nothing(
+    kind: type[RowDivergence], arguments: dict[str, Any], reference: Any
+) -> None:
+    found = []
+    for padding in (0, 3):
+        teacher, student = (torch.nn.functional.pad(x, (0, padding), value=-torch.inf) for x in logits())
+        student.requires_grad_()
+        values = kind(**arguments)(teacher, student, LABELS)
+        values.sum().backward()
+        found.append((values.detach(), student.grad[:, :12]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_forward_divergence_takes_what_the_teacher_alone_thinks_impossible() -> None:
+    teacher, student = logits()
+    teacher[:, 5] = -torch.inf
+    p, q = (softmax(x.numpy(), axis=1) for x in (teacher, student))
+    np.testing.assert_allclose(ForwardKL()(teacher, student).numpy(), entropy(p, q, axis=1), rtol=1e-10)

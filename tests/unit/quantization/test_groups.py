@@ -240,3 +240,9 @@ def test_an_integer_file_of_groups_is_refused() -> None:
     initialize_quantizers(model, torch.randn(4, 64))
     with pytest.raises(UsageError, match="the weight of 0 has a grid per 32 inputs, which an integer layer does not"):
         deploy(model, torch.randn(4, 64))
+
+
+def test_the_step_of_a_group_does_not_depend_on_how_many_others_there_are() -> None:
+    weight = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))  # so large that searches look at a part
+    whole, alone = (grouped("lsq", x=rows) for rows in (weight, weight[:8]))
+    torch.testing.assert_close(whole.step()[:64], alone.step())
