@@ -21,14 +21,14 @@ from lqkd.tasks.values import MONITOR
 @dataclass(frozen=True)
 class Distill:
     """Make a low-bit student for a folder of images or texts: train it in floating point where its weights do not know
-    them, distil it at few bits, export it as ONNX or GGUF, verified, and write a page about it. Every choice is printed and
+    them, distil it at few bits, export it as ONNX or GGUF, verified, and write a page. Every choice is printed and
     becomes a configuration that fit takes. The same command goes on after any interruption."""
 
     folder: str
     """images by class (CLASS/IMAGE), images/ and masks/, or texts (.txt, .md, .jsonl); or train/, val/ and test/ with
     these"""
-    student: str | None = argument(None, metavar="NETWORK", shown="by what it holds")
-    """name in torchvision or timm, hf-hub:OWNER/NAME, gpt for texts, or a YAML file"""
+    student: str | None = argument(None, metavar="NETWORK", shown="by the folder")
+    """of torchvision or timm, hf-hub:OWNER/NAME, gpt, or a YAML file"""
     bits: str | None = argument(None, shown="w4a4, of texts q4_0")
     """of weights and activations: w8a8, w4a4, w2a2, q4_0, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
