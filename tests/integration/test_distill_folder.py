@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from lqkd import UsageError
 from lqkd.cli import main
 from lqkd.pipelines.asked import Asked
+from lqkd.pipelines.found import Texts
 from lqkd.pipelines.look import look_at
 from lqkd.pipelines.plan import Plan, plan
 from tests.forked import Forks
@@ -292,6 +293,12 @@ def test_texts_are_a_language_model_that_goes_on_from_what_it_has_read(texts: Pa
     assert made.configs["float"]["model"]["init_args"]["weights"] == "builtin:topics_gpt"
     assert "minimum_accuracy" not in model["teacher"]["init_args"]
     assert "text, as bytes" in made.told[0][1]
+
+
+def test_texts_beside_a_file_about_categories_are_no_boxes(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_bytes((texts / "one.txt").read_bytes())
+    (tmp_path / "metadata.json").write_text('{"categories": ["novels"], "licenses": []}')
+    assert isinstance(look_at(tmp_path), Texts)
 
 
 def test_texts_in_parts_are_trained_and_tested_as_they_are_named(texts: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import deploy
+from lqkd.modules.step_length import measured_together
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, size
 from lqkd.quantization.analysis.oscillation import dampening_loss
 from lqkd.quantization.quantizers import QUANTIZERS, Quantizer
@@ -246,3 +247,11 @@ def test_the_step_of_a_group_does_not_depend_on_how_many_others_there_are() -> N
     weight = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))  # so large that searches look at a part
     whole, alone = (grouped("lsq", x=rows) for rows in (weight, weight[:8]))
     torch.testing.assert_close(whole.step()[:64], alone.step())
+
+
+def test_steps_of_blocks_which_are_learned_by_shares_are_in_no_norm_of_gradients() -> None:
+    network, _ = quantize_model(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4)), Recipe("q4_0"))
+    initialize_quantizers(network, torch.randn(2, 32))
+    together = {id(parameter) for parameter in measured_together(network, network.parameters())}
+    apart = [name for name, parameter in network.named_parameters() if id(parameter) not in together]
+    assert apart == ["0.weight_quantizer.scale", "1.weight_quantizer.scale"]
