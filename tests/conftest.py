@@ -43,6 +43,9 @@ LONGEST = (
     *(
         "test_documentation.py",
         "test_gpu_pack.py",
+        "test_notebooks.py",
+        "test_export.py",
+        "test_typing.py",
         "test_resume.py",
         "test_combinations.py",
         "test_networks.py",
