@@ -63,7 +63,11 @@ def write_gguf(
     summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
     rows = _rows(summary, kinds, parity, student)
     tokens = inputs.alone()
-    if llama_cpp.available() and tokens is not None and served.head.out_features == llama_cpp.BYTES:
+    if not llama_cpp.available():
+        rows.append(("llama.cpp", f"not asked: pip install {llama_cpp.RUNTIME}"))
+    elif tokens is None or served.head.out_features != llama_cpp.BYTES:
+        rows.append(("llama.cpp", "not asked: the file has no tokenizer, since its tokens are no bytes"))
+    else:
         rows.append(("llama.cpp", str(llama_cpp.compare(path, served, tokens[:TEXTS]))))
     print_table(f"export to {path.name}", None, rows, left=2)
     print(terminal(f"written to {path}"))

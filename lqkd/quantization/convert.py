@@ -16,14 +16,7 @@ from lqkd.quantization.granularity import granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
-from lqkd.quantization.recipe import (
-    FLOAT_BITS,
-    LayerSettings,
-    Recipe,
-    build_quantizer,
-    parse_bits,
-    resolve,
-)
+from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.quantization.trial import refusal

@@ -493,6 +493,10 @@ def test_the_file_that_is_proposed_is_one_that_holds_the_grid(
         save_file({}, tmp_path / "student.safetensors", {"quantization": json.dumps({"bits": bits})})
         print_outcome(tmp_path)
         assert f"a file to take away: python -m lqkd export {tmp_path}{option}\n" in capsys.readouterr().out
+    said = {"quantization": {"bits": "w4a32"}, "student": {"class_path": "lqkd.models.GPT"}}
+    save_file({}, tmp_path / "student.safetensors", {key: json.dumps(value) for key, value in said.items()})
+    print_outcome(tmp_path)  # no file is made of a language model on another grid
+    assert "a file to take away" not in capsys.readouterr().out
 
 
 def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Path) -> None:

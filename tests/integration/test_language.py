@@ -86,6 +86,23 @@ def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(trainer: C
     assert not torch.equal(parameters_of(module.distillation), before)
 
 
+def test_a_gradient_is_clipped_by_its_length_without_the_steps_of_blocks(trainer: Callable[..., Trainer]) -> None:
+    module = DistillModule(
+        FrozenTeacher(gpt(24, seed=2)),
+        gpt(32),
+        quantization=Recipe(bits="q4_0"),
+        distillation_loss=HintonKL(),
+        student_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        gradient_clip_val=0.01,
+        task=CausalLM(),
+    )
+    before = {name: value.detach().clone() for name, value in module.student.named_parameters()}
+    trainer(max_steps=1).fit(module, datamodule=text())
+    after = dict(module.student.named_parameters())
+    moved = [after[name] - value for name, value in before.items() if not name.endswith("quantizer.scale")]
+    assert torch.cat([each.detach().flatten() for each in moved]).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_command_line_trains_asks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     brief = ["--trainer.max_epochs", "1", "--data.init_args.limit_train", "192", "--trainer.limit_val_batches", "2"]
     brief += ["--run.root", str(tmp_path)]

@@ -16,10 +16,11 @@ from lqkd.data import PythonTopics
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_gguf, llama_cpp, to_gguf
 from lqkd.export.command import export
-from lqkd.export.gguf_command import as_served, prove
+from lqkd.export.gguf_command import as_served, prove, write_gguf
 from lqkd.export.gguf_file import check_gguf, said_of
 from lqkd.export.gguf_names import byte_tokens
 from lqkd.models import GPT, load_weights
+from lqkd.models.calls import Inputs
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from lqkd.tasks import CausalLM
 
@@ -149,11 +150,18 @@ def not_finite(student: GPT) -> None:
     student.blocks[0].expand.weight.data[0, 0] = float("nan")
 
 
+def without_a_start(student: GPT) -> None:
+    student.head.weight_quantizer.start[0] = float("nan")
+
+
 def unfitted(student: GPT) -> None:
     student.head.weight_quantizer.forget()
 
 
-@pytest.mark.parametrize(("damage", "message"), [(not_finite, "is not finite"), (unfitted, "has no grid")])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(not_finite, "is not finite"), (without_a_start, "start of a step"), (unfitted, "has no grid")],
+)
 def test_a_failed_training_is_refused(
     student: GPT, tmp_path: Path, damage: Callable[[GPT], None], message: str
 ) -> None:
@@ -204,6 +212,14 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
 def test_a_time_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--latency is not possible with --format gguf"):
         export(tmp_path, format="gguf", latency=True)
+
+
+def test_a_runtime_that_was_not_asked_is_told(
+    student: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama_cpp, "available", lambda: False)
+    write_gguf(student, tmp_path / "s.gguf", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
+    assert "not asked: pip install xllamacpp" in capsys.readouterr().out
 
 
 def test_bytes_have_the_names_that_the_tokenizer_of_gpt_2_gives_them() -> None:
