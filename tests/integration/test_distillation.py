@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lqkd.balances import Balance, FixedBalance, GradientBalance, GradNorm, OutputGradientBalance
 from lqkd.balances.equalized_at import AtWeights
+from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss, Standardized
 from lqkd.losses.taps import Taps
@@ -81,6 +82,15 @@ def test_features_at_taps_are_distilled_with_a_regularizer_for_each(
         first, second = module.distillation.regularizers
         assert parameters_of(first).shape == parameters_of(second).shape or not isinstance(regularizer, SampleWeight)
         assert not torch.equal(parameters_of(first)[:4], parameters_of(second)[:4])
+
+
+def test_weights_of_places_are_kept_with_the_images_that_the_student_saw(make_trainer: MakeTrainer) -> None:
+    monitor = RegularizerMonitor()
+    module = distiller(distillation_loss=Features(), taps=TAPS, regularizer=ConvModulator())
+    make_trainer(callbacks=[monitor]).fit(module, datamodule=digits())
+    kept = monitor.records[""].photographs
+    assert kept is not None
+    assert [tuple(one.shape) for one in (kept.images, *kept.weights)] == [(4, 1, 8, 8), (4, 8, 8), (4, 4, 4)]
 
 
 def test_gradients_of_features_reach_the_layers_before_the_tap_only(make_trainer: MakeTrainer) -> None:

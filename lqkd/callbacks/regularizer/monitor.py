@@ -75,7 +75,8 @@ class RegularizerMonitor(Callback):
     ``confidence``, ``divergence``, ``places``, ``agreement``, ``balance`` and ``step_length``, which
     ``docs/reading_the_pictures.md`` explains, as PNG and, once training has ended, as SVG. Of a term whose teachers
     held-out rows judge there are also the tables and pictures ``believed`` and ``reliability``, of one whose
-    regularizer they teach ``trust``, and the picture ``map``.
+    regularizer they teach ``trust``, and the picture ``map``; of one whose weights differ by place the picture
+    ``photographs``, of the last batch that was measured.
 
     Tables and pictures are written as often as that takes no more than a quarter of a percent of the time each, tables
     from the first epoch on, and when training ends; tables also when it fails, and pictures after Ctrl-C, for a few
@@ -158,9 +159,12 @@ class RegularizerMonitor(Callback):
             pl_module.watch_gradients = False  # type: ignore[assignment]
         if not isinstance(outputs, Mapping):
             return
+        task = getattr(pl_module, "task", None)
         for name, report in outputs.get("terms", {"": outputs}).items():
             record = self.records.setdefault(name, Record(name))
             record.add(report, self._of_term(pl_module, name), measured)
+            if measured and task is not None:
+                record.see(task.inputs(batch))
         if measured:
             with torch.no_grad():
                 add(self.records[""].sums, of_losses(outputs))
@@ -292,7 +296,9 @@ class RegularizerMonitor(Callback):
         drawn = (
             (f"{record.path}{name}", figure)
             for record in self.records.values()
-            for name, figure in pictures(record.history, record.statistics, record.name, self._maps(trainer, record))
+            for name, figure in pictures(
+                record.history, record.statistics, record.name, self._maps(trainer, record), record.photographs
+            )
         )
         for name, figure in drawn:
             if time.monotonic() > until:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lqkd.callbacks.regularizer import trust_pictures as trust
 from lqkd.callbacks.regularizer.moments import EpochWeights
+from lqkd.callbacks.regularizer.photograph_pictures import over_photographs
+from lqkd.callbacks.regularizer.photographs import Photographs
 from lqkd.callbacks.regularizer.statistics import GRID, TOTAL, EpochStatistic, of_bin
 from lqkd.utils import figures
 from lqkd.utils.figures import End, canvas, name_ends, over_epochs
@@ -32,6 +34,7 @@ def pictures(
     statistics: Mapping[str, History],
     term: str = "",
     maps: Mapping[str, Tensor] | None = None,
+    photographs: Photographs | None = None,
 ) -> Iterable[tuple[str, Figure]]:
     """Name and figure of every picture that there is something for.
 
@@ -40,15 +43,19 @@ def pictures(
         statistics: by name.
         term: that they are of; if it has a name, it is in the heading.
         maps: by teacher, the matrix (C, C) that held-out rows have made of its logits.
+        photographs: of the last batch that was measured, with their weights.
     """
-    for name, figure in _figures(weights, statistics, maps or {}):
+    for name, figure in _figures(weights, statistics, maps or {}, photographs):
         if term:
             figures.title(figure, f"{term}: {figures.finding_of(figure)}")
         yield name, figure
 
 
 def _figures(
-    weights: Sequence[EpochWeights], statistics: Mapping[str, History], maps: Mapping[str, Tensor]
+    weights: Sequence[EpochWeights],
+    statistics: Mapping[str, History],
+    maps: Mapping[str, Tensor],
+    photographs: Photographs | None,
 ) -> Iterable[tuple[str, Figure]]:
     if weights:
         yield "weights", weights_over_epochs(weights)
@@ -72,6 +79,8 @@ def _figures(
             yield name, draw(statistics[of])
     if maps:
         yield "map", trust.matrices(maps)
+    if photographs is not None:
+        yield "photographs", over_photographs(photographs)
 
 
 def weights_over_epochs(history: Sequence[EpochWeights]) -> Figure:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lqkd.callbacks.regularizer.moments import EpochWeights, Moments, combine, epoch_weights
+from lqkd.callbacks.regularizer.photographs import Photographs
 from lqkd.callbacks.regularizer.statistics import EpochStatistic, Optimum, Sums, add, measure
 from lqkd.callbacks.regularizer.verdict import Verdict, verdict
 from lqkd.regularizers import (
@@ -47,6 +48,7 @@ class Record:
         """Kinds of verdict that there was a warning of."""
         self.sums: Sums = {}
         self.last_weights: list[Tensor] = []
+        self.photographs: Photographs | None = None
         self._moments = Moments()
         self._texts: dict[str, list[str]] = {}  # of history and statistics, for checkpoints
 
@@ -113,6 +115,10 @@ class Record:
         if measured:
             with torch.no_grad():
                 add(self.sums, measure(parts, report, [_optimum(one) for one in self.regularizers[: len(parts)]]))
+
+    def see(self, inputs: Any) -> None:
+        """Keep some samples of the batch that was added last, if they are photographs whose weights differ by place."""
+        self.photographs = Photographs.of(inputs, self.last_weights) or self.photographs
 
     # ---- at its end
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lqkd.callbacks.pace import Pace
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.callbacks.regularizer.photographs import Photographs
 from lqkd.callbacks.regularizer.pictures import pictures
 from lqkd.callbacks.regularizer.statistics import WEIGHT_EDGES, EpochStatistic
 from lqkd.regularizers import LearnableTable
@@ -252,6 +253,28 @@ def test_the_title_of_places_says_where_weights_are_large() -> None:
     weights, divergences = (axes.images[0].get_array().tolist() for axes in figure.axes if axes.images)
     assert np.ravel(weights).tolist() == value
     assert np.ravel(divergences).tolist() == [1.0] * 64
+
+
+def test_weights_lie_over_the_places_of_the_photographs_that_they_are_of() -> None:
+    images, weights = torch.rand(5, 3, 8, 12), torch.full((5, 6, 2, 3), 0.5)
+    weights[2, :, 1, 0] = 4.0  # below left in the third photograph, which is the first of the second row
+    found = Photographs.of(images, [torch.rand(5, 6, 1, 1), weights])  # a weight for each channel has no places
+    assert found is not None
+    figure = dict(pictures([], {}, photographs=found))["photographs"]
+    assert finding_of(figure) == "On these photographs a place counts from 0.5 to 4"
+    photograph, *over = (image.get_array() for axes in figure.axes for image in axes.images)
+    first = images[0].permute(1, 2, 0)
+    assert np.allclose(photograph[:8, :12], (first - first.min()) / (first.max() - first.min()))
+    rows, columns = np.nonzero(over[1] > 1)
+    assert (set(rows), set(columns)) == ({12, 13, 14, 15}, {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weights"),
+    [(torch.rand(4, 16), torch.rand(4, 1, 2, 2)), (torch.rand(4, 3, 8, 8), torch.rand(4, 10))],
+)
+def test_texts_and_weights_without_places_have_no_photographs(inputs: torch.Tensor, weights: torch.Tensor) -> None:
+    assert Photographs.of(inputs, [weights]) is None
 
 
 @pytest.mark.parametrize("spread", [1e-4, 0.01, 0.5, 30.0])
