@@ -70,7 +70,7 @@ class CurriculumTemperature(DistillationLoss):
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         still = self.theta.detach()
         tau = self._of(still - self.strength * (self.theta - still)).to(student.dtype)  # theta, its gradient reversed
-        log_p_teacher, log_p_student = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
+        log_p_teacher, log_p_student = _over(teacher, tau).log_softmax(-1), _over(student, tau).log_softmax(-1)
         return divergence_of(log_p_teacher, log_p_student) * tau**2
 
     def reduce(self, divergence: Tensor) -> Tensor:
@@ -81,3 +81,9 @@ class CurriculumTemperature(DistillationLoss):
 
     def _of(self, theta: Tensor) -> Tensor:
         return self.lowest + (self.highest - self.lowest) * theta.sigmoid()
+
+
+def _over(logits: Tensor, tau: Tensor) -> Tensor:
+    """``logits / tau``; of those that are -inf tau gets no gradient, which would be NaN."""
+    impossible = logits == -torch.inf
+    return (logits.masked_fill(impossible, 0.0) / tau).masked_fill(impossible, -torch.inf)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss, MapKind
+from lqkd.losses.probabilities import log_sum_exp, times_log
 from lqkd.losses.settings import positive
 from lqkd.utils.pieces import rows_at_once
 
@@ -239,12 +240,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row of (n, K), (n,); what p thinks impossible, as padding of a vocabulary, counts nothing."""
-    impossible = log_p == -torch.inf
-    apart = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
-    return (log_p.exp() * apart).sum(dim=1)
+    return times_log(log_p.exp(), log_p - log_q).sum(dim=1)
 
 
 def _with_rest(log_p: Tensor, first: Tensor) -> Tensor:
     """Logarithms (n, k + 1) of the probabilities of the classes ``first``, (n, k), and of all others together."""
-    rest = log_p.scatter(1, first, -torch.inf).logsumexp(dim=1, keepdim=True)
+    rest = log_sum_exp(log_p.scatter(1, first, -torch.inf), dim=1)
     return torch.cat((log_p.gather(1, first), rest), dim=1)

@@ -148,8 +148,9 @@ def further(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of logits (..., C), in float32."""
-    return logits.float().log_softmax(-1)
+    """Of logits (..., C), in float32; -1000 for a logit of -inf, so that differences are numbers."""
+    found = logits.float().log_softmax(-1)
+    return found.masked_fill(found == -torch.inf, -1000.0)
 
 
 def check_pull(start: float, strength: float) -> None:
