@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss
 from lqkd.losses.logits import divergence_of
 from lqkd.losses.precision import in_full_precision
-from lqkd.losses.settings import positive
+from lqkd.losses.settings import check, positive, share
 
 
 class CurriculumTemperature(DistillationLoss):
@@ -50,14 +49,11 @@ class CurriculumTemperature(DistillationLoss):
     def __init__(self, start: float = 15.6, lowest: float = 1.0, highest: float = 21.0, ramp: float = 10 / 240) -> None:
         super().__init__()
         self.lowest, self.highest = positive("lowest", lowest), positive("highest", highest)
-        if not self.lowest < start < self.highest:
-            raise UsageError(f"start={start!r} is not possible: it must be between {lowest} and {highest}")
-        if not 0 <= ramp <= 1:
-            raise UsageError(f"ramp={ramp!r} of CurriculumTemperature is not possible: it must be >= 0 and <= 1")
+        check(f"it must be between {lowest} and {highest}", lambda x: self.lowest < x < self.highest, start=start)
         self.temperature = float(start)  # for what is made before the first step
-        self.ramp, self.progress = float(ramp), 0.0
-        share = (start - self.lowest) / (self.highest - self.lowest)
-        self.theta = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+        self.ramp, self.progress = share("ramp", ramp), 0.0
+        part = (start - self.lowest) / (self.highest - self.lowest)
+        self.theta = nn.Parameter(torch.tensor(math.log(part / (1 - part))))
 
     @property
     def strength(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss, MapKind
 from lqkd.losses.probabilities import log_sum_exp, times_log
-from lqkd.losses.settings import positive
+from lqkd.losses.settings import check, positive
 from lqkd.utils.pieces import rows_at_once
 
 
@@ -156,8 +156,7 @@ class JensenShannon(RowDivergence):
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0, top_k: int | None = None) -> None:
         super().__init__(temperature, top_k)
-        if not 0 < beta < 1:
-            raise UsageError(f"beta={beta!r} is not possible: it lies between 0 and 1, and is neither")
+        check("it lies between 0 and 1, and is neither", lambda x: 0 < x < 1, beta=beta)
         self.beta = beta
 
     def rows(self, log_p: Tensor, log_q: Tensor, target: Tensor | None) -> Tensor:
@@ -194,8 +193,8 @@ class CAKLD(RowDivergence):
 
     def __init__(self, confidence: float | None = None, temperature: float = 1.0, top_k: int | None = None) -> None:
         super().__init__(temperature, top_k)
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise UsageError(f"confidence={confidence!r} is not possible: it lies between 0 and 1, or is null")
+        if confidence is not None:
+            check("it lies between 0 and 1, or is null", lambda x: 0 <= x <= 1, confidence=confidence)
         self.confidence = confidence
         self.needs_labels = confidence is None
 
