@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lqkd.balances.base import Balance
 from lqkd.balances.norms import LossGradients
-from lqkd.errors import UsageError
+from lqkd.losses.settings import positive
 from lqkd.utils.reduction import mean_over_processes
 
 
@@ -44,9 +43,7 @@ class DynamicWeightAverage(Balance):
 
     def __init__(self, temperature: float = 2.0, **limits: Any) -> None:
         super().__init__(**limits)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UsageError(f"balance temperature={temperature!r} is not possible: it must be a positive number")
-        self.temperature = float(temperature)
+        self.temperature = positive("temperature", temperature, "balance ")
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
         self._make(len(self.names))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import LossGradients
 from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 
 TASK = "task"
 """The name of the first loss of every balance."""
@@ -90,18 +91,12 @@ class Balance(nn.Module, ABC):
                 f"balance gradient_scale={gradient_scale!r} is unknown: use {', '.join(get_args(GradientScale))}"
             )
         self.gradient_scale: GradientScale = gradient_scale
-        if not 0 <= minimum < maximum:
-            raise UsageError(
-                f"balance minimum={minimum!r}, maximum={maximum!r} is not possible: 0 <= minimum < maximum is needed"
-            )
-        if teacher_share is not None and not 0 <= teacher_share <= 1:
-            raise UsageError(
-                f"balance teacher_share={teacher_share!r} is not possible: it must be >= 0 and <= 1, or null"
-            )
-        if not 0 <= hold <= release <= 1:
-            raise UsageError(
-                f"balance hold={hold!r}, release={release!r} is not possible: 0 <= hold <= release <= 1 is needed"
-            )
+        bounds, times = {"minimum": minimum, "maximum": maximum}, {"hold": hold, "release": release}
+        check("0 <= minimum < maximum is needed", lambda low, high: 0 <= low < high, "balance ", **bounds)
+        if teacher_share is not None:
+            within = "it must be >= 0 and <= 1, or null"
+            check(within, lambda x: 0 <= x <= 1, "balance ", teacher_share=teacher_share)
+        check("0 <= hold <= release <= 1 is needed", lambda a, b: 0 <= a <= b <= 1, "balance ", **times)
         self.minimum, self.maximum = float(minimum), float(maximum)
         self.teacher_share = teacher_share
         self.hold, self.release = float(hold), float(release)

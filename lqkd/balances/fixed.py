@@ -12,6 +12,7 @@ from torch import Tensor
 from lqkd.balances.base import Balance
 from lqkd.balances.norms import LossGradients
 from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 
 
 class FixedBalance(Balance):
@@ -43,8 +44,9 @@ class FixedBalance(Balance):
         self, task: float = 1.0, distill: float = 1.0, terms: Mapping[str, float] | None = None, **limits: Any
     ) -> None:
         super().__init__(**limits)
-        self.task, self.distill, self.terms = float(task), float(distill), dict(terms or {})
+        self.terms = dict(terms or {})
         check_weights(task=task, distill=distill, **{f"terms.{name}": value for name, value in self.terms.items()})
+        self.task, self.distill = float(task), float(distill)
         if task == distill == sum(self.terms.values()) == 0:
             raise UsageError("balance task=0 and distill=0 leave nothing to train on: one must be greater than 0")
         self._fill()
@@ -69,7 +71,6 @@ class FixedBalance(Balance):
 
 
 def check_weights(**weights: float) -> None:
-    """Raise :class:`UsageError` when a weight is negative or not finite."""
+    """Raise :class:`UsageError` when a weight is no number, negative, or not finite."""
     for name, value in weights.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"balance {name}={value!r} is not possible: a weight is a finite number >= 0")
+        check("a weight is a finite number >= 0", lambda x: 0 <= x < math.inf, "balance ", **{name: value})

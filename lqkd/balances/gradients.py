@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lqkd.balances.base import Balance
 from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import SMALLEST_NORM, LossGradients
-from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 
 
 class _RatioBalance(Balance):
@@ -26,10 +26,8 @@ class _RatioBalance(Balance):
 
     def __init__(self, equalized_at: AtLogits | AtWeights, ratio: float, momentum: float, **limits: Any) -> None:
         super().__init__(**limits)
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise UsageError(f"balance ratio={ratio!r} is not possible: it must be a finite number greater than 0")
-        if not 0 <= momentum < 1:
-            raise UsageError(f"balance momentum={momentum!r} is not possible: it must be >= 0 and < 1")
+        check("it must be a finite number greater than 0", lambda x: 0 < x < math.inf, "balance ", ratio=ratio)
+        check("it must be >= 0 and < 1", lambda x: 0 <= x < 1, "balance ", momentum=momentum)
         self.equalized_at = equalized_at
         self.ratio, self.momentum = float(ratio), float(momentum)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -183,8 +181,7 @@ class LearnableRatioBalance(OutputGradientBalance):
 
     def __init__(self, ratio: float = 1.0, span: float = 2.0, momentum: float = 0.99, **limits: Any) -> None:
         super().__init__(ratio, momentum, **limits)
-        if not 1 < span < math.inf:
-            raise UsageError(f"balance span={span!r} is not possible: it must be a finite number greater than 1")
+        check("it must be a finite number greater than 1", lambda x: 1 < x < math.inf, "balance ", span=span)
         self.span = float(span)
 
     def _make(self, count: int) -> None:

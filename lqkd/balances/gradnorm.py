@@ -12,6 +12,7 @@ from lqkd.balances.base import Balance
 from lqkd.balances.equalized_at import AtLogits, AtWeights
 from lqkd.balances.norms import LossGradients
 from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 from lqkd.utils.reduction import mean_over_processes
 
 _SMALLEST_LOSS = 1e-12
@@ -36,8 +37,7 @@ class _NormBalance(Balance):
     ) -> None:
         super().__init__(minimum, maximum, **limits)
         self.equalized_at = equalized_at
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise UsageError(f"balance alpha={alpha!r} is not possible: it must be a finite number >= 0")
+        check("it must be a finite number >= 0", lambda x: 0 <= x < math.inf, "balance ", alpha=alpha)
         if not 0 < minimum < 1 < maximum:
             raise UsageError(
                 f"balance minimum={minimum!r}, maximum={maximum!r} is not possible for weights of mean 1: "

@@ -12,6 +12,7 @@ from lqkd.balances.base import Balance
 from lqkd.balances.fixed import check_weights
 from lqkd.balances.norms import LossGradients
 from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 
 
 class ScheduledBalance(Balance):
@@ -62,10 +63,8 @@ class ScheduledBalance(Balance):
                 f"balance task=0, start={start!r}, end={end!r} leaves nothing to train on at one end: one of task and "
                 "lambda must be greater than 0"
             )
-        if not 0 <= begin <= finish <= 1:
-            raise UsageError(
-                f"balance begin={begin!r}, finish={finish!r} is not possible: 0 <= begin <= finish <= 1 is needed"
-            )
+        ends = {"begin": begin, "finish": finish}
+        check("0 <= begin <= finish <= 1 is needed", lambda a, b: 0 <= a <= b <= 1, "balance ", **ends)
         if shape not in ("linear", "cosine"):
             raise UsageError(f"balance shape={shape!r} is unknown: use linear or cosine")
         self.begin, self.finish, self.shape = float(begin), float(finish), shape

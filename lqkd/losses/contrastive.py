@@ -12,7 +12,7 @@ from lqkd.losses.base import DistillationLoss, MapKind
 from lqkd.losses.directions import unit
 from lqkd.losses.matching import channels, check_layout, only_pair, pooled
 from lqkd.losses.precision import in_full_precision
-from lqkd.losses.settings import positive
+from lqkd.losses.settings import check, positive
 
 
 class ContrastiveRepresentation(DistillationLoss):
@@ -52,8 +52,7 @@ class ContrastiveRepresentation(DistillationLoss):
 
     def __init__(self, dimension: int = 128, temperature: float = 0.07) -> None:
         super().__init__()
-        if dimension < 1:
-            raise UsageError(f"dimension={dimension!r} is not possible: it must be 1 or greater")
+        check("it must be 1 or greater", lambda x: x >= 1, dimension=dimension)
         self.dimension = dimension
         self.temperature = positive("temperature", temperature)
         self.embed_teacher: nn.Linear | None = None

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss
 from lqkd.losses.logits import divergence_of
 from lqkd.losses.precision import in_full_precision
-from lqkd.losses.settings import positive
+from lqkd.losses.settings import check, positive, share
 
 
 class CurriculumTemperature(DistillationLoss):
@@ -50,14 +49,11 @@ class CurriculumTemperature(DistillationLoss):
     def __init__(self, start: float = 15.6, lowest: float = 1.0, highest: float = 21.0, ramp: float = 10 / 240) -> None:
         super().__init__()
         self.lowest, self.highest = positive("lowest", lowest), positive("highest", highest)
-        if not self.lowest < start < self.highest:
-            raise UsageError(f"start={start!r} is not possible: it must be between {lowest} and {highest}")
-        if not 0 <= ramp <= 1:
-            raise UsageError(f"ramp={ramp!r} of CurriculumTemperature is not possible: it must be >= 0 and <= 1")
+        check(f"it must be between {lowest} and {highest}", lambda x: self.lowest < x < self.highest, start=start)
         self.temperature = float(start)  # for what is made before the first step
-        self.ramp, self.progress = float(ramp), 0.0
-        share = (start - self.lowest) / (self.highest - self.lowest)
-        self.theta = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+        self.ramp, self.progress = share("ramp", ramp), 0.0
+        part = (start - self.lowest) / (self.highest - self.lowest)
+        self.theta = nn.Parameter(torch.tensor(math.log(part / (1 - part))))
 
     @property
     def strength(self) -> float:
@@ -70,7 +66,7 @@ class CurriculumTemperature(DistillationLoss):
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         still = self.theta.detach()
         tau = self._of(still - self.strength * (self.theta - still)).to(student.dtype)  # theta, its gradient reversed
-        log_p_teacher, log_p_student = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
+        log_p_teacher, log_p_student = _over(teacher, tau).log_softmax(-1), _over(student, tau).log_softmax(-1)
         return divergence_of(log_p_teacher, log_p_student) * tau**2
 
     def reduce(self, divergence: Tensor) -> Tensor:
@@ -81,3 +77,9 @@ class CurriculumTemperature(DistillationLoss):
 
     def _of(self, theta: Tensor) -> Tensor:
         return self.lowest + (self.highest - self.lowest) * theta.sigmoid()
+
+
+def _over(logits: Tensor, tau: Tensor) -> Tensor:
+    """``logits / tau``; of those that are -inf tau gets no gradient, which would be NaN."""
+    impossible = logits == -torch.inf
+    return (logits.masked_fill(impossible, 0.0) / tau).masked_fill(impossible, -torch.inf)

@@ -9,6 +9,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss
 from lqkd.losses.logits import divergence_of
 from lqkd.losses.precision import in_full_precision
+from lqkd.losses.probabilities import log_sum_exp
 from lqkd.losses.settings import positive, weights
 
 
@@ -61,15 +62,17 @@ class DKD(DistillationLoss):
         binary_student, others_student = self._decoupled(student, target)
         tckd = divergence_of(binary_teacher, binary_student).sum(dim=1, keepdim=True)  # (B, 1)
         nckd = divergence_of(others_teacher, others_student)  # (B, C), where it is of the true class meaningless
+        nckd = nckd.masked_fill(binary_teacher[:, 1:] == -torch.inf, 0.0)  # the teacher knows of no others
         return torch.where(target, self.alpha * tckd, self.beta * nckd) * self.temperature**2
 
     def _decoupled(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of (p_t, 1 - p_t), (B, 2), and of the prediction among the other classes, (B, C), 0 at t."""
         log_p = (logits / self.temperature).log_softmax(dim=1)
         others = log_p.masked_fill(target, -torch.inf)
-        log_rest = others.logsumexp(dim=1, keepdim=True)
+        log_rest = log_sum_exp(others, dim=1)
         log_target = log_p.masked_fill(~target, 0.0).sum(dim=1, keepdim=True)
-        return torch.cat((log_target, log_rest), dim=1), (log_p - log_rest).masked_fill(target, 0.0)
+        among_others = log_p - log_rest.clamp_min(torch.finfo(log_p.dtype).min)
+        return torch.cat((log_target, log_rest), dim=1), among_others.masked_fill(target, 0.0)
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.sum(dim=-1).mean()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lqkd.losses.base import DistillationLoss
 from lqkd.losses.precision import in_full_precision
+from lqkd.losses.probabilities import times_log
 from lqkd.losses.settings import positive
 
 
@@ -30,7 +31,7 @@ class LogitResidual(DistillationLoss):
 
     @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (teacher - student).square()
+        return (teacher - student).masked_fill(teacher == student, 0.0).square()  # of -inf and -inf too
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.mean()
@@ -105,7 +106,8 @@ class SoftCrossEntropy(DistillationLoss):
     @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         p_teacher = (teacher / self.temperature).softmax(dim=-1)
-        return -p_teacher * (student / self.temperature).log_softmax(dim=-1) * self.temperature**2
+        log_p_student = (student / self.temperature).log_softmax(dim=-1)
+        return -times_log(p_teacher, log_p_student) * self.temperature**2
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.sum(dim=-1).mean()
@@ -146,6 +148,9 @@ class BinaryKL(DistillationLoss):
 
 
 def divergence_of(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``p log(p / q) - p + q``, element by element: non-negative, and in the sum KL(p || q) where p and q sum to 1."""
+    """``p log(p / q) - p + q``, element by element: non-negative, and in the sum KL(p || q) where p and q sum to 1.
+
+    It is q where p is 0, even if q is, and infinite where q alone is.
+    """
     p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).clamp_min(0.0)  # rounding can leave -1e-9
+    return (times_log(p, log_p - log_q) - p + q).clamp_min(0.0)  # rounding can leave -1e-9

@@ -12,6 +12,7 @@ from lqkd.losses.base import DistillationLoss, MapKind
 from lqkd.losses.hints import Hints
 from lqkd.losses.matching import channels, check_comparable, only_pair
 from lqkd.losses.precision import in_full_precision
+from lqkd.losses.settings import check
 
 
 class MGD(DistillationLoss):
@@ -44,8 +45,7 @@ class MGD(DistillationLoss):
 
     def __init__(self, masked: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= masked < 1:
-            raise UsageError(f"masked={masked!r} is not possible: it must be >= 0 and < 1")
+        check("it must be >= 0 and < 1", lambda x: 0 <= x < 1, masked=masked)
         self.masked = float(masked)
         self.hints = Hints()
         self.generator: nn.Sequential | None = None

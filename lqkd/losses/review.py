@@ -12,6 +12,7 @@ from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss, MapKind
 from lqkd.losses.matching import check_comparable, to_common_size
 from lqkd.losses.precision import in_full_precision
+from lqkd.losses.settings import check
 
 PYRAMID = (4, 2, 1)
 """Heights and widths to which the hierarchical context loss averages feature maps."""
@@ -52,8 +53,7 @@ class ReviewKD(DistillationLoss):
 
     def __init__(self, max_channels: int = 512) -> None:
         super().__init__()
-        if max_channels < 1:
-            raise UsageError(f"max_channels={max_channels!r} is not possible: it must be 1 or greater")
+        check("it must be 1 or greater", lambda x: x >= 1, max_channels=max_channels)
         self.max_channels = max_channels
         self.fusions: nn.ModuleList | None = None
 

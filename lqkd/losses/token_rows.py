@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.base import DistillationLoss, MapKind
-from lqkd.losses.settings import positive
+from lqkd.losses.probabilities import log_sum_exp, times_log
+from lqkd.losses.settings import check, positive
 from lqkd.utils.pieces import rows_at_once
 
 
@@ -155,8 +156,7 @@ class JensenShannon(RowDivergence):
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0, top_k: int | None = None) -> None:
         super().__init__(temperature, top_k)
-        if not 0 < beta < 1:
-            raise UsageError(f"beta={beta!r} is not possible: it lies between 0 and 1, and is neither")
+        check("it lies between 0 and 1, and is neither", lambda x: 0 < x < 1, beta=beta)
         self.beta = beta
 
     def rows(self, log_p: Tensor, log_q: Tensor, target: Tensor | None) -> Tensor:
@@ -193,8 +193,8 @@ class CAKLD(RowDivergence):
 
     def __init__(self, confidence: float | None = None, temperature: float = 1.0, top_k: int | None = None) -> None:
         super().__init__(temperature, top_k)
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise UsageError(f"confidence={confidence!r} is not possible: it lies between 0 and 1, or is null")
+        if confidence is not None:
+            check("it lies between 0 and 1, or is null", lambda x: 0 <= x <= 1, confidence=confidence)
         self.confidence = confidence
         self.needs_labels = confidence is None
 
@@ -239,12 +239,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row of (n, K), (n,); what p thinks impossible, as padding of a vocabulary, counts nothing."""
-    impossible = log_p == -torch.inf
-    apart = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
-    return (log_p.exp() * apart).sum(dim=1)
+    return times_log(log_p.exp(), log_p - log_q).sum(dim=1)
 
 
 def _with_rest(log_p: Tensor, first: Tensor) -> Tensor:
     """Logarithms (n, k + 1) of the probabilities of the classes ``first``, (n, k), and of all others together."""
-    rest = log_p.scatter(1, first, -torch.inf).logsumexp(dim=1, keepdim=True)
+    rest = log_sum_exp(log_p.scatter(1, first, -torch.inf), dim=1)
     return torch.cat((log_p.gather(1, first), rest), dim=1)

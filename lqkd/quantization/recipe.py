@@ -124,11 +124,14 @@ def parse_bits(bits: str) -> tuple[int, int]:
     Raises:
         UsageError: when the text has another form, or a number is neither 1 to 8 nor 32.
     """
-    if bits == TERNARY:
+    text = bits if isinstance(bits, str) else ""
+    if text == TERNARY:
         return 2, 8
-    if bits in BLOCK_FORMATS:
-        return BLOCK_FORMATS[bits], FLOAT_BITS
-    match = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
+    if text in BLOCK_FORMATS:
+        return BLOCK_FORMATS[text], FLOAT_BITS
+    if text.lower() in (TERNARY, *BLOCK_FORMATS):
+        raise UsageError(f"quantization.bits={bits!r} is not possible: write {text.lower()}")
+    match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
     if match is None:
         raise UsageError(
             f"quantization.bits={bits!r} is not understood: write weight and activation bits like w4a4, or "

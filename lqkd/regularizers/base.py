@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.base import MapKind
+from lqkd.losses.settings import check
 from lqkd.regularizers.guards import GUARDS, Guard
 from lqkd.regularizers.players import PLAYERS, Player
 
@@ -59,8 +60,7 @@ class Regularizer(nn.Module, ABC):
         self, guard: Guard | str = "barrier", player: Player | str = "cooperative", max_weight: float = 100.0
     ) -> None:
         super().__init__()
-        if not max_weight > 1:
-            raise UsageError(f"max_weight={max_weight!r} is not possible: it must be greater than 1, or .inf for none")
+        check("it must be greater than 1, or .inf for none", lambda x: x > 1, max_weight=max_weight)
         self.guard = _named("guard", guard, GUARDS, Guard)  # type: ignore[type-abstract]
         self.player = _named("player", player, PLAYERS, Player)  # type: ignore[type-abstract]
         self.max_weight = max_weight

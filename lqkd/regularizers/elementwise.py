@@ -17,7 +17,7 @@ class ElementwiseMLP(Regularizer):
 
     The same small network sees each class, so its size does not depend on their number and it cannot memorise
     single residuals. Its last layer starts at zero and its bias where the weight is exactly 1: training begins as
-    plain distillation. It weighs logits (B, C), with weights (B, C).
+    plain distillation. It weighs logits (B, C), with weights (B, C). Where one of them is -inf it sees two zeros.
 
     Args:
         hidden: width of the hidden layer, >= 1.
@@ -49,6 +49,8 @@ class ElementwiseMLP(Regularizer):
         self.network = MLP(3 + label, hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B, C)
+        ruled_out = (teacher == -torch.inf) | (student == -torch.inf)
+        teacher, student = teacher.masked_fill(ruled_out, 0.0), student.masked_fill(ruled_out, 0.0)
         features = [teacher, student, teacher - student]
         if self.label:
             if labels is None:

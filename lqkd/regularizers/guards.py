@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.losses.settings import check, positive
 from lqkd.utils.reduction import mean_over_batch
 
 
@@ -162,9 +162,7 @@ class Entropy(MeanOne):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UsageError(f"guard temperature={temperature!r} is not possible: it must be a positive number")
-        self.temperature = float(temperature)
+        self.temperature = positive("temperature", temperature, "guard ")
 
     def forward(self, weights: Tensor, scale: Tensor) -> Tensor:
         return self.temperature * mean_over_batch(scale) * (weights * _positive(weights).log()).mean()
@@ -197,8 +195,8 @@ class BoundedRange(Guard):
 
     def __init__(self, low: float = 0.2, high: float = 5.0) -> None:
         super().__init__()
-        if not 0 <= low < 1 < high < math.inf:
-            raise UsageError(f"guard low={low!r}, high={high!r} is not possible: 0 <= low < 1 < high is needed")
+        bounds = {"low": low, "high": high}
+        check("0 <= low < 1 < high is needed", lambda low, high: 0 <= low < 1 < high < math.inf, "guard ", **bounds)
         self.low, self.high = float(low), float(high)
 
     def constrain(self, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.losses.settings import positive, share
 from lqkd.utils.reduction import mean_over_batch
 
 
@@ -85,9 +86,7 @@ class Adversarial(Player):
 
     def __init__(self, ramp: float = 0.1) -> None:
         super().__init__()
-        if not 0 <= ramp <= 1:
-            raise UsageError(f"player ramp={ramp!r} is not possible: it must be >= 0 and <= 1")
-        self.ramp = float(ramp)
+        self.ramp = share("ramp", ramp, "player ")
         self.progress = 0.0
 
     @property
@@ -132,8 +131,7 @@ class LookAhead(Player):
 
     def __init__(self, exact: bool = False, step_size: float = 0.01, held_out: bool = False, rows: int = 0) -> None:
         super().__init__()
-        if not (math.isfinite(step_size) and step_size > 0):
-            raise UsageError(f"player step_size={step_size!r} is not possible: it must be a positive number")
+        self.step_size = positive("step_size", step_size, "player ")
         if held_out and not exact:
             raise UsageError(
                 "player held_out=true is not possible with exact=false, which looks at each sample's own task"
@@ -145,7 +143,7 @@ class LookAhead(Player):
                 f"player rows={rows} is not possible with exact={exact}, held_out={held_out}: the exact form alone "
                 "measures the task on other rows, and those of a batch are then not needed"
             )
-        self.exact, self.step_size, self.held_out, self.rows = exact, float(step_size), held_out, rows
+        self.exact, self.held_out, self.rows = exact, held_out, rows
 
     def price(self, divergence: Tensor, alignment: Tensor | None) -> tuple[Tensor, Tensor]:
         assert alignment is not None

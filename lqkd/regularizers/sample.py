@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lqkd.losses.probabilities import times_log
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
 from lqkd.regularizers.mlp import MLP
@@ -20,8 +21,9 @@ class SampleWeight(Regularizer):
 
     They are: the entropy of the teacher's and of the student's prediction, each over log C; the teacher's confidence;
     the probability that the student gives to the teacher's class; and the root mean square of the difference of
-    their log-probabilities. It weighs any map, of logits or features, and does not depend on the number of
-    classes. The logits are (B, C), the weights (B,); every weight is 1 at the start.
+    their log-probabilities, in which a class with a logit of -inf counts 0. It weighs any map, of logits or features,
+    and does not depend on the number of classes. The logits are (B, C), the weights (B,); every weight is 1 at the
+    start.
 
     Args:
         hidden: width of the hidden layer, >= 1.
@@ -59,13 +61,14 @@ def _features(teacher: Tensor, student: Tensor) -> Tensor:
     """(n, 5) what is looked at of logits (n, C)."""
     log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
     t, s = log_t.exp(), log_s.exp()
+    ruled_out = (log_t == -torch.inf) | (log_s == -torch.inf)
     most = math.log(max(2, t.shape[1]))
     confidence, chosen = t.max(dim=1)
     features = (
-        -(t * log_t).sum(1) / most,
-        -(s * log_s).sum(1) / most,
+        -times_log(t, log_t).sum(1) / most,
+        -times_log(s, log_s).sum(1) / most,
         confidence,
         s.gather(1, chosen.unsqueeze(1)).squeeze(1),
-        (log_t - log_s).square().mean(1).sqrt(),
+        (log_t - log_s).masked_fill(ruled_out, 0.0).square().mean(1).sqrt(),
     )
     return torch.stack(features, dim=-1)

@@ -94,7 +94,8 @@ class FittedInterpolation(nn.Module):
             teachers: (K, N, C) logits of each teacher: whether several of them agree is looked at.
         """
         t, s = log_probabilities(teacher), log_probabilities(student)
-        fine = t.isfinite().all(1) & s.isfinite().all(1)
+        both_or_none = ((teacher == -torch.inf) == (student == -torch.inf)).all(1)  # of classes that are impossible
+        fine = t.isfinite().all(1) & s.isfinite().all(1) & both_or_none
         if int(fine.sum()) < _FOLDS:
             return self.chosen
         t, s, labels = t[fine], s[fine], labels[fine]

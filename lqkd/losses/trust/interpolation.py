@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.losses.settings import check
 
 WeightOf = Literal["all", "class", "sample"]
 FURTHER = 7
@@ -148,8 +148,9 @@ def further(t: Tensor, s: Tensor, teachers: Tensor | None = None) -> Tensor:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of logits (..., C), in float32."""
-    return logits.float().log_softmax(-1)
+    """Of logits (..., C), in float32; -1000 for a logit of -inf, so that differences are numbers."""
+    found = logits.float().log_softmax(-1)
+    return found.masked_fill(found == -torch.inf, -1000.0)
 
 
 def check_pull(start: float, strength: float) -> None:
@@ -158,7 +159,5 @@ def check_pull(start: float, strength: float) -> None:
     Raises:
         UsageError: then.
     """
-    if not 0 < start < 1:
-        raise UsageError(f"start={start!r} is not possible: the weight of the teacher is between 0 and 1")
-    if not 0 <= strength < math.inf:
-        raise UsageError(f"strength={strength!r} is not possible: it must be a finite number of at least 0")
+    check("the weight of the teacher is between 0 and 1", lambda x: 0 < x < 1, start=start)
+    check("it must be a finite number of at least 0", lambda x: 0 <= x < math.inf, strength=strength)

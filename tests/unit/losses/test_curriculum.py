@@ -72,7 +72,7 @@ def test_it_learns_by_the_students_optimizer_in_a_group_of_its_own() -> None:
     [
         ({"start": 21.0}, r"start=21.0 is not possible: it must be between 1.0 and 21.0"),
         ({"lowest": 0.0}, r"lowest=0.0 is not possible"),
-        ({"ramp": 1.5}, r"ramp=1.5 of CurriculumTemperature is not possible"),
+        ({"ramp": 1.5}, r"ramp=1.5 is not possible: it must be >= 0 and <= 1"),
     ],
 )
 def test_bounds_that_cannot_be_are_refused(arguments: dict[str, float], told: str) -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 from torch import Tensor
@@ -181,6 +182,20 @@ def test_without_a_label_the_objective_is_zero() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="is not possible"):
         Interpolation(10, **settings)
+
+
+@pytest.mark.parametrize("of", ["sample", "class", "auto"])
+def test_a_class_that_both_rule_out_is_as_if_it_were_not_there(of: str) -> None:
+    labels = rows(200)[1] % 8
+    teacher, student = (F.one_hot(labels, 8) + noise(200, seed=seed)[:, :8] for seed in (0, 1))
+    padded = [F.pad(logits, (0, 2), value=-math.inf) for logits in (teacher, student)]
+    found = []
+    for t, s in ((teacher, student), padded):
+        interpolation = FittedInterpolation(t.shape[1]) if of == "auto" else Interpolation(t.shape[1], of)
+        if isinstance(interpolation, FittedInterpolation):
+            interpolation.fit(t, s, labels)
+        found.append(interpolation(t, s)[0][:, :8])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_which_a_network_says_nothing_finite_are_left_out_of_a_fit() -> None:

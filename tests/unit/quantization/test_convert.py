@@ -147,6 +147,7 @@ def test_weights_only_quantization_has_no_input_quantizer() -> None:
     [
         (Recipe(bits="w0a4"), r"quantization.bits='w0a4' is not possible: bits are 1 to 8"),
         (Recipe(bits="w4a9"), r"bits are 1 to 8"),
+        (Recipe(bits="Q4_0"), r"bits=.Q4_0. is not possible: write q4_0$"),
         (Recipe(bits="4"), r"is not understood: write weight and activation bits like w4a4, or ternary"),
         (Recipe(weight_quantizer="lsqq"), r"quantizer 'lsqq' is unknown: use .*lsq"),
         (Recipe(rules=[Rule("layer9.*", weight_bits=8)]), r"match='layer9.\*' matches no layer: the layers are conv1"),

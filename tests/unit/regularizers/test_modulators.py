@@ -100,6 +100,19 @@ def test_a_sample_weight_is_finite_for_extreme_logits(extreme: float) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in regularizer.parameters())
 
 
+@pytest.mark.parametrize("make", [ElementwiseMLP, SampleWeight])
+def test_a_class_that_is_ruled_out_leaves_the_weights_of_all_others(make: Callable[[], Regularizer]) -> None:
+    regularizer, logits = connected(make, "classes", (6, 10))
+    torch.nn.init.normal_(regularizer.network.layers[-1].weight)
+    for ruled_out in ([0], [1], [0, 1]):  # by the teacher, the student, both
+        masked = logits.clone()
+        masked[ruled_out, :, 9] = -torch.inf
+        weights = regularizer(*masked)
+        assert weights.isfinite().all()
+        if weights.ndim == 2:
+            assert torch.equal(weights[:, :9], regularizer(*logits)[:, :9])
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
