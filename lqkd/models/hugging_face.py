@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,11 @@ def reading(source: str, setting: str, what: str) -> Iterator[None]:
 
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    # Which does not reach the bar of the tensors of a GGUF file.
+    quiet = redirect_stderr(StringIO()) if source.endswith(".gguf") else nullcontext()
     try:
-        yield
+        with quiet:
+            yield
     except UsageError:
         raise
     except Exception as error:  # transformers raises whatever a parser, a download or a constructor does
