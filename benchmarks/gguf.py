@@ -42,8 +42,8 @@ def rounded_again(network: GPT, student: GPT, kinds: dict[str, str]) -> GPT:
     """``network`` with the weights behind the grid of ``student``, rounded by the package ``gguf``."""
     import gguf
 
-    weights = dict(layers(student))
-    for name, layer in layers(network):
+    weights = {name: layer for name, layer, _ in layers(student)}
+    for name, layer, _ in layers(network):
         kind = kinds[f"{name}.weight"]
         if kind != "F32":
             of, values = gguf.GGMLQuantizationType[kind], cast(Tensor, weights[name].weight).numpy()

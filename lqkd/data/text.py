@@ -1,4 +1,4 @@
-"""Texts as bytes, in windows of one length."""
+"""Texts as bytes or tokens, in windows of one length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
     """A batch of texts of one length, of which every token is predicted from those before it."""
 
     tokens: Tensor
-    """(B, T): uint8 bytes from the loader, int64 once the data module has preprocessed them."""
+    """(B, T): uint8 bytes or int32 tokens from the loader, int64 once the data module has preprocessed them."""
     labels: None
     """None: no token is left out; see :class:`~lqkd.tasks.CausalLM`."""
     indices: Tensor
@@ -42,14 +42,16 @@ class TokenBatches(TensorBatches):
 class TextDataModule(LightningDataModule, ABC):
     """Texts, held in memory as bytes, for the task :class:`~lqkd.tasks.CausalLM` with ``bytes_per_token: 1``.
 
+    A subclass may make other tokens of them (:meth:`encode`).
+
     A subclass says what the texts are (:meth:`texts`). Where it has none for testing or validation, long ones are cut,
     at ends of lines, else between words, into pieces of at most a fiftieth of all; pieces are held out for testing, the
     same ones in every run, and for validation, as the seed says. The rest is trained on. What a split has is put
-    together in its order and cut into windows of ``context`` bytes, each beginning anew; what is left at the end is too
-    short for one and left out. The order of windows is a pure function of (seed, epoch).
+    together in its order and cut into windows of ``context`` tokens, each beginning anew; what is left at the end is
+    too short for one and left out. The order of windows is a pure function of (seed, epoch).
 
     Args:
-        context: Bytes that the network sees at once, 2 or more.
+        context: Bytes, or tokens, that the network sees at once, 2 or more.
         batch_size: Windows per process and training step.
         eval_batch_size: Windows per process and step in validation and test; null means batch_size.
         validation_fraction: Share of the training text held out for validation, in (0, 1).
@@ -63,6 +65,8 @@ class TextDataModule(LightningDataModule, ABC):
 
     num_classes = 256
     """Tokens."""
+    unit = "bytes"
+    """What messages call them."""
     input_dtype = torch.int64
     run_seed: int
     """The seed in use, after ``setup``."""
@@ -99,6 +103,10 @@ class TextDataModule(LightningDataModule, ABC):
     def texts(self) -> dict[str, list[bytes]]:
         """Read all texts, once, on every process: under ``train``, and under ``val`` and ``test`` those that are held
         out already."""
+
+    def encode(self, texts: list[bytes]) -> Tensor:
+        """The tokens (N,) of texts, one after the other: their bytes, uint8."""
+        return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the texts, hold out what no training sees, and cut windows; once for all stages."""
@@ -177,16 +185,16 @@ class TextDataModule(LightningDataModule, ABC):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _cut(self, split: str, texts: list[bytes]) -> Tensor:
-        """(N, context) uint8."""
-        whole = b"".join(texts)
+        """(N, context) whole numbers."""
+        whole = self.encode(texts) if texts else torch.empty(0, dtype=torch.uint8)
         count = len(whole) // self.context
         if not count:
             named = {"train": "training", "val": "validation", "test": "testing"}[split]
             raise UsageError(
-                f"context={self.context} is not possible: the text for {named} has {len(whole)} bytes, too few for one "
-                "window"
+                f"context={self.context} is not possible: the text for {named} has {len(whole)} {self.unit}, too few "
+                "for one window"
             )
-        return torch.frombuffer(bytearray(whole), dtype=torch.uint8)[: count * self.context].view(count, self.context)
+        return whole[: count * self.context].view(count, self.context)
 
 
 def _pieces(texts: list[bytes]) -> list[bytes]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lqkd.data.parts import looked_for
 from lqkd.data.text import TextDataModule
+from lqkd.data.tokenized import Tokenizer, tokenized
 from lqkd.errors import UsageError
 from lqkd.utils.escaping import terminal
 
@@ -21,7 +23,7 @@ _ENDINGS = (".txt", ".md", ".jsonl")
 
 
 class TextFiles(TextDataModule):
-    """Text files of one's own, read as bytes of UTF-8.
+    """Text files of one's own in UTF-8, read as bytes or by a tokenizer of Hugging Face.
 
     A folder stands for all its files that end with ``.txt``, ``.md`` or ``.jsonl``, in subfolders too, in the order of
     their names; others are named in a warning, hidden ones left out, and so are a text that is there twice and what
@@ -31,15 +33,46 @@ class TextFiles(TextDataModule):
         root: A file, or a folder.
         val: A file or folder for validation; null means that a part of ``root`` is held out.
         test: Likewise for testing.
+        tokenizer: A folder, a ``.gguf`` file, or a name on Hugging Face's hub, as :func:`~lqkd.models.causal_lm` takes
+            it for the network whose tokenizer it is; null for bytes. A text is tokenized once and kept in $LQKD_CACHE,
+            else ~/.cache/lqkd. It adds no tokens of its own.
         kwargs: The settings of :class:`~lqkd.data.TextDataModule`.
 
     Raises:
-        UsageError: when there is no such file, nothing in it, or it is no text in UTF-8.
+        UsageError: when there is no such file, nothing in it, or it is no text in UTF-8, or no such tokenizer.
     """
 
-    def __init__(self, *, root: str, val: str | None = None, test: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        root: str,
+        val: str | None = None,
+        test: str | None = None,
+        tokenizer: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.root, self.val, self.test = root, val, test
+        self.root, self.val, self.test, self.tokenizer = root, val, test, tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._read_bytes = self._read_tokens = 0
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.tokenizer is not None and self._tokenizer is None:
+            self._tokenizer, self.unit = Tokenizer(self.tokenizer), "tokens"
+            self.num_classes = self._tokenizer.size
+            super().setup(stage)
+            rank_zero_info(
+                f"tokenizer={self.tokenizer}: {self._read_tokens:,} of {self.num_classes:,} tokens, "
+                f"{self._read_bytes / self._read_tokens:.4g} bytes each (the task's bytes_per_token)"
+            )
+        super().setup(stage)
+
+    def encode(self, texts: list[bytes]) -> Tensor:
+        if self._tokenizer is None:
+            return super().encode(texts)
+        found = tokenized(texts, self._tokenizer)
+        self._read_bytes, self._read_tokens = self._read_bytes + sum(map(len, texts)), self._read_tokens + len(found)
+        return found
 
     def texts(self) -> dict[str, list[bytes]]:
         held_out = {name: Path(path) for name, path in (("val", self.val), ("test", self.test)) if path is not None}

@@ -129,7 +129,8 @@ def _export_gguf(run: Path, target: Path, allow_code: bool) -> Path:
     _, inputs = _inputs(reader)
     about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
     split, test = _test(reader)
-    write_gguf(student.cpu().eval(), target, inputs, test, split, reader.model.task.cpu(), about)
+    tokenizer = getattr(reader.datamodule, "tokenizer", None)
+    write_gguf(student.cpu().eval(), target, inputs, test, split, reader.model.task.cpu(), about, tokenizer)
     _warn_of_outdated(run)
     return target
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,9 @@ from lqkd.export import llama_cpp, report
 from lqkd.export.card import Summary, card_path
 from lqkd.export.deploy import OUTPUT
 from lqkd.export.gguf_file import GGUF, from_gguf, gguf_student, to_gguf
+from lqkd.export.gguf_names import vocabulary
+from lqkd.export.gguf_tokenizer import BYTES
 from lqkd.export.parity import Parity, agree, differences, judge_outputs
-from lqkd.models import GPT
 from lqkd.models.calls import Inputs
 from lqkd.models.gpt import GPTBlock
 from lqkd.models.outputs import heads
@@ -32,7 +33,14 @@ TEXTS = 8
 
 
 def write_gguf(
-    student: nn.Module, path: Path, inputs: Inputs, test: Iterable[Any], split: str, task: Task, about: dict[str, Any]
+    student: nn.Module,
+    path: Path,
+    inputs: Inputs,
+    test: Iterable[Any],
+    split: str,
+    task: Task,
+    about: dict[str, Any],
+    tokenizer: str | None = None,
 ) -> None:
     """Write the file, compare what it says with the student's own words, and print and write what came of it.
 
@@ -47,13 +55,14 @@ def write_gguf(
         split: what they are of.
         task: says how good an answer is.
         about: what the file shall say about itself.
+        tokenizer: see :func:`~lqkd.export.to_gguf`.
 
     Raises:
         UsageError: when no file can be made of the student.
         ParityError: when the file does not hold what was trained.
     """
     served = as_served(student)
-    kinds = to_gguf(student, path, about=about)
+    kinds = to_gguf(student, path, about=about, tokenizer=tokenizer)
     parity = prove(path, served, student, inputs, test, task)
     parity.split = split
     if parity.problem is not None:
@@ -65,7 +74,7 @@ def write_gguf(
     tokens = inputs.alone()
     if not llama_cpp.available():
         rows.append(("llama.cpp", f"not asked: pip install {llama_cpp.RUNTIME}"))
-    elif tokens is None or served.head.out_features != llama_cpp.BYTES:
+    elif tokens is None or (tokenizer is None and vocabulary(served) != BYTES):
         rows.append(("llama.cpp", "not asked: the file has no tokenizer, since its tokens are no bytes"))
     else:
         rows.append(("llama.cpp", str(llama_cpp.compare(path, served, tokens[:TEXTS]))))
@@ -76,21 +85,27 @@ def write_gguf(
     report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
 
 
-def as_served(student: nn.Module) -> GPT:
+def as_served(student: nn.Module) -> nn.Module:
     """The student as llama.cpp computes it, but for activations: with GELU by tanh, on the CPU and in eval mode.
 
     Raises:
         UsageError: when no file can be made of it.
     """
     served = gguf_student(student)
-    for block in served.blocks:
-        cast(GPTBlock, block).gelu = "tanh"
+    for block in served.modules():
+        if isinstance(block, GPTBlock):
+            block.gelu = "tanh"
     return served
 
 
 @torch.no_grad()
 def prove(
-    path: Path, served: GPT, student: nn.Module, inputs: Inputs, test: Iterable[Any] = (), task: Task | None = None
+    path: Path,
+    served: nn.Module,
+    student: nn.Module,
+    inputs: Inputs,
+    test: Iterable[Any] = (),
+    task: Task | None = None,
 ) -> Parity:
     """Compare the network that is read from a file with the student, to the last bit of its logits.
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError, first_line
+from lqkd.export import gguf_llama
 from lqkd.export.deploy import deployable_copy
-from lqkd.export.gguf_names import ARCHITECTURE, BYTES, Sizes, byte_tokens, check_known, layers, sizes
+from lqkd.export.gguf_names import Sizes, architecture, check_known, describe, layers, sizes, vocabulary
+from lqkd.export.gguf_tokenizer import add_tokenizer
 from lqkd.models import GPT
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.codes import check_finite, check_fitted
@@ -42,28 +44,34 @@ def require() -> None:
         raise UsageError("--format gguf needs gguf: pip install 'lqkd[gguf]'")
 
 
-def to_gguf(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | None = None) -> dict[str, str]:
+def to_gguf(
+    model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | None = None, tokenizer: str | None = None
+) -> dict[str, str]:
     """Write a language model as a GGUF file for llama.cpp, and prove that the file holds what was trained.
 
     Weights on the grid of ``q4_0`` or ``q8_0`` are written as their codes and float16 steps, nothing is quantised
     again; all others as float32. The file is then read by the package ``gguf``, and every tensor must decode to the
-    bits of the weight that the student computes with. A text of bytes gets a tokenizer with the 256 bytes as its
-    tokens; other vocabularies none: such a file takes numbers of tokens.
+    bits of the weight that the student computes with. Queries and keys of a Llama have their rows in another order in
+    the file, as llama.cpp's converter writes them.
 
     llama.cpp quantizes the inputs of each layer to 8 bits as it computes, and its GELU is ``GPT(gelu="tanh")``: its
     logits are near those of the student, not equal.
 
     Args:
-        model: a :class:`~lqkd.models.GPT`, trained at ``bits="q4_0"`` or ``"q8_0"``; it is left alone.
+        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, trained at ``bits="q4_0"`` or
+            ``"q8_0"``; it is left alone.
         path: of the file, complete or not there; an existing one is replaced.
         about: what the file shall also say about itself, JSON values, under ``lqkd.NAME``.
+        tokenizer: of Hugging Face, as :class:`~lqkd.data.TextFiles` takes it: one in a GGUF file is copied, one of
+            GPT-2's or SmolLM's kind is written. None for the 256 bytes; of another vocabulary the file has none then,
+            and takes numbers of tokens.
 
     Returns:
         Name of each tensor to its type in the file: ``Q4_0``, ``Q8_0`` or ``F32``.
 
     Raises:
         UsageError: when the network is another, a grid has no type in the file, the training has failed, or ``about``
-            is not possible.
+            or ``tokenizer`` is not possible.
         ParityError: when the file decodes to something else; nothing is written then.
     """
     require()
@@ -71,7 +79,7 @@ def to_gguf(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | No
     student = gguf_student(model)
     encoded = dict(_encoded(student))
     with atomic_path(path) as temporary:
-        _write(encoded, sizes(student), temporary, about or {})
+        _write(encoded, student, temporary, about or {}, tokenizer)
         check_gguf(temporary, student)
     return {name: kind for name, (kind, _) in encoded.items()}
 
@@ -86,7 +94,7 @@ def _check_about(about: Mapping[str, Any]) -> None:
         raise UsageError(f"about is not possible: a file keeps JSON values ({first_line(error)})") from error
 
 
-def gguf_student(model: nn.Module) -> GPT:
+def gguf_student(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that a file is made of.
 
     Raises:
@@ -138,7 +146,7 @@ def check_gguf(path: str | Path, model: nn.Module) -> None:
     Raises:
         ParityError: when a tensor is missing or is another, or one decodes to other bits.
     """
-    expected = {name: values for name, (_, values) in _decoded(check_known(model))}
+    expected = {name: values for name, (_, _, values) in _decoded(check_known(model))}
     found = dict(_tensors(path))
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())
@@ -148,8 +156,10 @@ def check_gguf(path: str | Path, model: nn.Module) -> None:
             raise ParityError(f"tensor {name} of the file decodes to other numbers than the student computes with")
 
 
-def from_gguf(path: str | Path) -> GPT:
+def from_gguf(path: str | Path) -> nn.Module:
     """The network of a file, in floating point and out of nothing but the file, as llama.cpp reads it.
+
+    That of a Llama is read by transformers, which knows nothing of lqkd.
 
     Raises:
         UsageError: when it is no file of :func:`to_gguf`.
@@ -159,8 +169,10 @@ def from_gguf(path: str | Path) -> GPT:
         said = said_of(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(path)!r} is no GGUF file that can be read ({first_line(error)})") from error
-    if "sizes" not in said:
+    if "version" not in said:
         raise UsageError(f"{str(path)!r} was not written by lqkd")
+    if "sizes" not in said:
+        return gguf_llama.read(path)
     told = Sizes(**said["sizes"])
     network = GPT(told.vocabulary, told.context, told.width, told.depth, told.heads, gelu="tanh")
     found = dict(_tensors(path))
@@ -170,7 +182,7 @@ def from_gguf(path: str | Path) -> GPT:
         for module in network.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = told.epsilon
-        for name, layer in layers(network):
+        for name, layer, _ in layers(network):
             for key, parameter in layer.named_parameters():
                 parameter.copy_(torch.from_numpy(found[f"{name}.{key}"]))
     return network.eval()
@@ -198,22 +210,24 @@ def _tensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @torch.no_grad()
-def _decoded(student: GPT) -> Iterator[tuple[str, tuple[nn.Module, np.ndarray]]]:
-    """Name of each tensor, its layer, and its float32 values in the student."""
-    for name, layer in layers(student):
+def _decoded(student: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor | None, np.ndarray]]]:
+    """Name of each tensor, its layer, the order of its rows in the file, and its float32 values there."""
+    for name, layer, order in layers(student):
         weight = layer.quantized_weight() if isinstance(layer, QuantizedLayer) else layer.weight
-        yield f"{name}.weight", (layer, cast(Tensor, weight).numpy())
-        if getattr(layer, "bias", None) is not None:
-            yield f"{name}.bias", (layer, cast(Tensor, layer.bias).numpy())
+        for key, values in (("weight", weight), ("bias", getattr(layer, "bias", None))):
+            if values is not None:
+                values = cast(Tensor, values)
+                yield f"{name}.{key}", (layer, order, (values if order is None else values[order]).numpy())
 
 
 @torch.no_grad()
-def _encoded(student: GPT) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
+def _encoded(student: nn.Module) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
     """Name of each tensor, its type, and its bytes (uint8) or numbers (float32)."""
-    for name, (layer, values) in _decoded(student):
+    for name, (layer, order, values) in _decoded(student):
         quantizer = getattr(layer, "weight_quantizer", None)
         if name.endswith(".weight") and isinstance(quantizer, BlockFormat):
-            yield name, (quantizer.format_name.upper(), _blocks(quantizer, cast(Tensor, layer.weight), name))
+            packed = _blocks(quantizer, cast(Tensor, layer.weight), name)
+            yield name, (quantizer.format_name.upper(), packed if order is None else packed[order.numpy()])
         else:
             check_finite(torch.from_numpy(values), name, "number")
             yield name, (FLOAT, values)
@@ -236,25 +250,26 @@ def _blocks(quantizer: BlockFormat, weight: Tensor, place: str) -> np.ndarray:
     return np.concatenate([steps, packed], axis=1).reshape(len(weight), -1)
 
 
-def _write(encoded: Mapping[str, tuple[str, np.ndarray]], told: Sizes, path: Path, about: Mapping[str, Any]) -> None:
+def _write(
+    encoded: Mapping[str, tuple[str, np.ndarray]],
+    student: nn.Module,
+    path: Path,
+    about: Mapping[str, Any],
+    tokenizer: str | None,
+) -> None:
     import gguf
 
     kinds = [kind for kind, _ in encoded.values() if kind != FLOAT]
     most = max(sorted(set(kinds)), key=kinds.count) if kinds else "F32"
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    own = {"version": metadata.version("lqkd")} | ({"sizes": asdict(sizes(student))} if type(student) is GPT else {})
+    writer = gguf.GGUFWriter(path, architecture(student))
     try:
         writer.add_name(str(about.get("name", "lqkd student")))
-        writer.add_context_length(told.context)
-        writer.add_embedding_length(told.width)
-        writer.add_block_count(told.depth)
-        writer.add_feed_forward_length(4 * told.width)
-        writer.add_head_count(told.heads)
-        writer.add_layer_norm_eps(told.epsilon)
-        writer.add_vocab_size(told.vocabulary)
+        describe(student, writer)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_tokenizer(writer, told.vocabulary)
-        for key, value in {"version": metadata.version("lqkd"), "sizes": asdict(told), **about}.items():
+        add_tokenizer(writer, vocabulary(student), tokenizer)
+        for key, value in {**own, **about}.items():
             writer.add_string(f"{_PREFIX}{key}", json.dumps(value))
         for name, (kind, values) in encoded.items():
             writer.add_tensor(name, values, raw_dtype=None if kind == FLOAT else gguf.GGMLQuantizationType[kind])
@@ -263,20 +278,3 @@ def _write(encoded: Mapping[str, tuple[str, np.ndarray]], told: Sizes, path: Pat
         writer.write_tensors_to_file()
     finally:
         writer.close()
-
-
-def _add_tokenizer(writer: Any, vocabulary: int) -> None:
-    """The bytes, as a tokenizer of GPT-2's kind that merges nothing; none for another vocabulary."""
-    import gguf
-
-    if vocabulary != BYTES:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(byte_tokens())
-    writer.add_token_types([gguf.TokenType.NORMAL] * BYTES)
-    writer.add_token_merges(["no merge"])  # of parts longer than a byte, which never occurs; a list must have an entry
-    writer.add_bos_token_id(0)  # a byte that no text has; llama.cpp's own choice would be 11
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(False)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export.gguf_names import BYTES
+from lqkd.models.outputs import Asked, main_tensor
 
 RUNTIME = "xllamacpp"
-_ONE_TOKEN = [[ord("A"), 1e3]]
-"""What is answered, whatever the probabilities, which are told as they are: none are told of an answer that ends the
-text or is a part of a character."""
+_ANSWER = "A"
+"""The token that is answered, whatever the probabilities, which are told as they are: none are told of an answer that
+ends the text or is a part of a character."""
 COMPARED = 64
 """Tokens that are asked for, each of which takes llama.cpp some milliseconds."""
 
@@ -55,10 +55,10 @@ def available() -> bool:
 
 
 def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], threads: int = 1) -> Iterator[Tensor]:
-    """The log-probabilities (256,) of the token after each text by llama.cpp on the CPU, float32.
+    """The log-probabilities (V,) of the token after each text by llama.cpp on the CPU, float32.
 
     Args:
-        path: a GGUF file of :func:`~lqkd.export.to_gguf` with a vocabulary of bytes.
+        path: a GGUF file of :func:`~lqkd.export.to_gguf` with a tokenizer.
         texts: tokens, at least one and fewer than the context of the network; a string goes through the tokenizer that
             the file has.
         threads: of the CPU.
@@ -68,8 +68,10 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
     """
     if not available():
         raise UsageError(f"asking llama.cpp needs {RUNTIME}: pip install {RUNTIME}")
+    import gguf
     import xllamacpp
 
+    tokens = gguf.GGUFReader(path).fields[gguf.Keys.Tokenizer.LIST].contents()
     settings = xllamacpp.CommonParams()
     prompts = [text if isinstance(text, str) else list(text) for text in texts]
     longest = max(len(text.encode() if isinstance(text, str) else text) for text in prompts)
@@ -81,13 +83,14 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
     except RuntimeError as error:
         raise UsageError(f"llama.cpp does not load {str(path)!r} ({error})") from error
     for prompt in prompts:
-        asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": BYTES, "logit_bias": _ONE_TOKEN}
+        asked: dict[str, Any] = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": len(tokens)}
+        asked["logit_bias"] = [[tokens.index(_ANSWER), 1e3]]
         answer: dict[str, Any] = server.handle_completions(asked)
         if "error" in answer:
             raise UsageError(
                 f"llama.cpp refuses a text of {len(prompt)} for {str(path)!r} ({answer['error']['message']})"
             )
-        found = torch.full((BYTES,), -torch.inf)
+        found = torch.full((len(tokens),), -torch.inf)
         for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]
         yield found
@@ -99,7 +102,7 @@ def compare(path: str | Path, student: nn.Module, tokens: Tensor, most: int = CO
 
     Args:
         path: the file.
-        student: what it was made of, (B, T) tokens to logits (B, T, 256), in eval mode and on the CPU.
+        student: what it was made of, (B, T) tokens to logits (B, T, V), in eval mode and on the CPU.
         tokens: (B, T) int64 texts.
         most: so many tokens, spread over the texts.
 
@@ -110,7 +113,8 @@ def compare(path: str | Path, student: nn.Module, tokens: Tensor, most: int = CO
     places = places[:: max(1, len(places) // most)][:most]
     theirs = torch.stack([*log_probabilities(path, [tokens[row, :place].tolist() for row, place in places])])
     rows, columns = (torch.tensor(part) for part in zip(*places, strict=True))
-    ours = student(tokens).float().log_softmax(dim=-1)[rows, columns - 1]
+    logits = main_tensor(student(tokens), Asked("student", len(tokens)))
+    ours = logits.float().log_softmax(dim=-1)[rows, columns - 1]
     known, p = tokens[rows, columns].unsqueeze(1), ours.exp()
     apart = torch.where(p > 0, p * (ours - theirs), 0.0)
     return Comparison(

@@ -18,7 +18,7 @@ from lqkd.export import from_gguf, llama_cpp, to_gguf
 from lqkd.export.command import export
 from lqkd.export.gguf_command import as_served, prove, write_gguf
 from lqkd.export.gguf_file import check_gguf, said_of
-from lqkd.export.gguf_names import byte_tokens
+from lqkd.export.gguf_tokenizer import byte_tokens
 from lqkd.models import GPT, load_weights
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
