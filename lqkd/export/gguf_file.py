@@ -23,7 +23,7 @@ from lqkd.models import GPT
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.codes import check_finite, check_fitted
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, BlockFormat
+from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, TQ2_0, BlockFormat
 from lqkd.utils.files import atomic_path
 
 GGUF = "gguf"
@@ -49,17 +49,17 @@ def to_gguf(
 ) -> dict[str, str]:
     """Write a language model as a GGUF file for llama.cpp, and prove that the file holds what was trained.
 
-    Weights on the grid of ``q4_0`` or ``q8_0`` are written as their codes and float16 steps, nothing is quantised
-    again; all others as float32. The file is then read by the package ``gguf``, and every tensor must decode to the
-    bits of the weight that the student computes with. Queries and keys of a Llama have their rows in another order in
-    the file, as llama.cpp's converter writes them.
+    Weights on the grid of ``q4_0``, ``q8_0`` or ``tq2_0`` are written as their codes and float16 steps, nothing is
+    quantised again; all others as float32. The file is then read by the package ``gguf``, and every tensor must decode
+    to the bits of the weight that the student computes with. Queries and keys of a Llama have their rows in another
+    order in the file, as llama.cpp's converter writes them.
 
     llama.cpp quantizes the inputs of each layer to 8 bits as it computes, and its GELU is ``GPT(gelu="tanh")``: its
     logits are near those of the student, not equal.
 
     Args:
-        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, trained at ``bits="q4_0"`` or
-            ``"q8_0"``; it is left alone.
+        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, trained at ``bits="q4_0"``,
+            ``"q8_0"`` or ``"tq2_0"``; it is left alone.
         path: of the file, complete or not there; an existing one is replaced.
         about: what the file shall also say about itself, JSON values, under ``lqkd.NAME``.
         tokenizer: of Hugging Face, as :class:`~lqkd.data.TextFiles` takes it: one in a GGUF file is copied, one of
@@ -67,7 +67,7 @@ def to_gguf(
             and takes numbers of tokens.
 
     Returns:
-        Name of each tensor to its type in the file: ``Q4_0``, ``Q8_0`` or ``F32``.
+        Name of each tensor to its type in the file: ``Q4_0``, ``Q8_0``, ``TQ2_0`` or ``F32``.
 
     Raises:
         UsageError: when the network is another, a grid has no type in the file, the training has failed, or ``about``
@@ -121,7 +121,7 @@ def check_gguf_grids(student: nn.Module) -> None:
         if not isinstance(quantizer, BlockFormat):
             raise UsageError(
                 f"the weight of {name} is on the grid of {type(quantizer).__name__}, which a GGUF file has no "
-                "type for: train with quantization.bits=q4_0 or q8_0"
+                "type for: train with quantization.bits=q4_0, q8_0 or tq2_0"
             )
         if cast(QuantizedLayer, layer).output_scale is not None:
             raise UsageError(
@@ -234,7 +234,7 @@ def _encoded(student: nn.Module) -> Iterator[tuple[str, tuple[str, np.ndarray]]]
 
 
 def _blocks(quantizer: BlockFormat, weight: Tensor, place: str) -> np.ndarray:
-    """The bytes (rows, bytes a row) of a weight: of each block the float16 step, then its codes."""
+    """The bytes (rows, bytes a row) of a weight: of each block the float16 step and its codes, in ggml's order."""
     check_fitted(quantizer, place)
     check_finite(weight, place, "weight")
     check_finite(quantizer.scale, place, "scale")  # which a step, within float16's range, would hide
@@ -244,6 +244,12 @@ def _blocks(quantizer: BlockFormat, weight: Tensor, place: str) -> np.ndarray:
     if isinstance(quantizer, Q4_0):  # a byte has a code of the first half and one of the second
         halves = (codes + 8).astype(np.uint8).reshape(len(codes), 2, -1)
         packed = halves[:, 0] | (halves[:, 1] << 4)
+    elif isinstance(quantizer, TQ2_0):  # a byte has one of each quarter of 128, and the step is behind them
+        quarters = (codes + 1).astype(np.uint8).reshape(len(codes), 2, 4, 32) << np.array(
+            [[0], [2], [4], [6]], np.uint8
+        )
+        packed = np.bitwise_or.reduce(quarters, axis=2).reshape(len(codes), -1)
+        return np.concatenate([packed, steps], axis=1).reshape(len(weight), -1)
     else:
         assert isinstance(quantizer, Q8_0)
         packed = codes.astype(np.int8).view(np.uint8)

@@ -8,7 +8,20 @@ import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import N2UQ, TTQ, TWN, APoT, DoReFa, LSQPlus, Quantizer, ReAct, UniformQuantizer
+from lqkd.quantization.quantizers import (
+    N2UQ,
+    SEQ,
+    TTQ,
+    TWN,
+    AbsMean,
+    APoT,
+    DoReFa,
+    Dynamic,
+    LSQPlus,
+    Quantizer,
+    ReAct,
+    UniformQuantizer,
+)
 from lqkd.quantization.quantizers.apot import magnitudes
 from lqkd.quantization.quantizers.binary import BinaryQuantizer
 
@@ -42,8 +55,13 @@ def activation_codes(quantizer: Quantizer, place: str) -> ActivationCodes | None
         place: its layer, for messages.
 
     Raises:
-        UsageError: when it is not fitted, has a grid per channel, or its scale is zero or not finite.
+        UsageError: when it is not fitted, has a grid per channel or token, or its scale is zero or not finite.
     """
+    if isinstance(quantizer, Dynamic):
+        raise UsageError(
+            f"the input of {place} is measured for each token (quantizer dynamic), and an integer file has one grid for "
+            "a tensor: train with activation_quantizer=lsq, or with 32 activation bits"
+        )
     check_fitted(quantizer, place)
     if quantizer.channels is not None:
         raise UsageError(f"the input of {place} has a grid per channel: integer layers need one per tensor")
@@ -90,17 +108,17 @@ def weight_codes(quantizer: Quantizer, weight: Tensor, place: str) -> WeightCode
     if not weight.isfinite().all():
         raise UsageError(f"the weight of {place} is not finite: the training has failed, choose another checkpoint")
     codes = quantizer.codes(weight).long()
-    bits, top = quantizer.bits, quantizer.code_range()[1]
-    if isinstance(quantizer, UniformQuantizer):
+    bits = quantizer.bits
+    if isinstance(quantizer, UniformQuantizer) or (isinstance(quantizer, SEQ) and quantizer.ternary):
         return WeightCodes(codes, step_of(quantizer.step(), place), None, bits)
-    if isinstance(quantizer, TWN):
+    if isinstance(quantizer, TWN | AbsMean):
         return WeightCodes(codes, step_of(quantizer.scale, place), None, bits)
     if isinstance(quantizer, BinaryQuantizer):
         return WeightCodes(2 * codes - 1, step_of(quantizer.scale, place), None, bits)
-    if isinstance(quantizer, DoReFa | N2UQ) and bits < 8:
-        odd = 2 * codes - top  # evenly spaced without a zero: odd multiples of half a distance
-        scale = quantizer.scale if isinstance(quantizer, N2UQ) or bits == 1 else torch.ones_like(quantizer.scale)
-        return WeightCodes(odd, step_of(scale / top, place), None, bits)
+    if isinstance(quantizer, DoReFa | N2UQ | SEQ) and bits < 8:
+        # Evenly spaced without a zero: odd multiples of half a distance.
+        lowest = quantizer.code_range()[0]
+        return WeightCodes(2 * (codes - lowest) - (2**bits - 1), step_of(_half_distance(quantizer), place), None, bits)
     if isinstance(quantizer, APoT):
         table = _apot_integers(quantizer)
         if table is not None:
@@ -112,11 +130,19 @@ def weight_codes(quantizer: Quantizer, weight: Tensor, place: str) -> WeightCode
     return WeightCodes(codes - quantizer.code_range()[0], None, levels, bits)
 
 
+def _half_distance(quantizer: DoReFa | N2UQ | SEQ) -> Tensor:
+    """Of two levels."""
+    if isinstance(quantizer, SEQ):
+        return quantizer.step() / 2
+    measured = isinstance(quantizer, N2UQ) or quantizer.bits == 1
+    return (quantizer.scale if measured else torch.ones_like(quantizer.scale)) / quantizer.code_range()[1]
+
+
 def is_exactly_uniform(quantizer: Quantizer) -> bool:
     """Whether the levels of a weight quantizer are integers times one scale that fit into 8 bits."""
     if isinstance(quantizer, APoT):
         return _apot_integers(quantizer) is not None
-    return not isinstance(quantizer, TTQ) and not (isinstance(quantizer, DoReFa | N2UQ) and quantizer.bits == 8)
+    return not isinstance(quantizer, TTQ) and not (isinstance(quantizer, DoReFa | N2UQ | SEQ) and quantizer.bits == 8)
 
 
 def _apot_integers(quantizer: APoT) -> Tensor | None:

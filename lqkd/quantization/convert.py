@@ -12,7 +12,7 @@ from torch import nn
 from lqkd.errors import UsageError
 from lqkd.quantization.computed import computed
 from lqkd.quantization.cost import size
-from lqkd.quantization.granularity import granularity, grids
+from lqkd.quantization.granularity import check_tokens, granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import Quantizer
@@ -409,6 +409,7 @@ def layer_quantizers(
             input_quantizer = build_quantizer(settings.activation_quantizer, settings.activation_bits, batched=True).to(
                 weight.device
             )
+            check_tokens(input_quantizer, layer, layer_kind(layer))
     except UsageError as error:
         raise UsageError(f"layer {name!r}: {error}") from None
     return weight_quantizers.get(id(weight)), input_quantizer

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.quantizers import Dynamic, Quantizer
 from lqkd.quantization.recipe import LayerSettings, find_quantizer
 
 
@@ -47,8 +47,28 @@ def grids(layer: nn.Module, weight: Tensor, settings: LayerSettings, axis: int, 
     return {"channels": weight.numel() // size, "channel_axis": 0, "group_size": size}
 
 
+def check_tokens(quantizer: Quantizer, layer: nn.Module | None, place: str) -> None:
+    """Refuse to measure tokens where the last axis does not hold one.
+
+    Args:
+        quantizer: of activations.
+        layer: whose input it is of; None where it is of an addition.
+        place: what messages call it.
+
+    Raises:
+        UsageError: then.
+    """
+    if isinstance(quantizer, Dynamic) and not isinstance(layer, nn.Linear | nn.MultiheadAttention):
+        raise UsageError(
+            f"quantizer dynamic is not possible for a {place}: it has a grid for each vector along the last axis, as "
+            "inputs of linear layers and of attention have them; use lsq"
+        )
+
+
 def granularity(quantizer: Quantizer) -> str:
     """The same of a quantizer, in words."""
     if quantizer.group_size is not None:
         return f"in groups of {quantizer.group_size}"
+    if isinstance(quantizer, Dynamic):
+        return "per token"
     return "per tensor" if quantizer.channels is None else "per channel"

@@ -69,6 +69,37 @@ Esser et al., "Learned Step Size Quantization" (arXiv 1902.08153), eq. 1-3 and s
 """
 
 
+def stretched_codes(x: Tensor, step: Tensor, bound: Any, shift: Any) -> Tensor:
+    """``round(clamp(x / step, -bound, bound) - shift)`` as a floating tensor in the compute dtype, without -0.0.
+
+    Args:
+        x: any shape, any floating dtype.
+        step: positive, broadcastable to ``x``.
+        bound: where the range ends, in steps, such that what is there has a code.
+        shift: of the levels, in steps; numbers or 0-dim tensors.
+    """
+    codes = (torch.clamp(x.to(compute_dtype(x)) / step, -bound, bound) - shift).round()
+    return torch.where(codes == 0, 0.0, codes)
+
+
+def _stretched(x: Tensor, step: Tensor, gradient_scale: Tensor, bound: Tensor, shift: Tensor) -> Tensor:
+    return ((stretched_codes(x, step, bound, shift) + shift) * step).to(x.dtype)
+
+
+def _stretched_backward(
+    gradient: Tensor, x: Tensor, step: Tensor, gradient_scale: Tensor, bound: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    ratio = x.to(compute_dtype(x)) / step
+    inside = ratio.abs() <= bound
+    slope = stretched_codes(x, step, bound, shift) + shift - torch.where(inside, ratio, 0.0)
+    return torch.where(inside, gradient, 0.0), _total(gradient * slope) * gradient_scale
+
+
+stretched_quantize = Kernel(_stretched, _stretched_backward)
+"""``x_hat = (round(clamp(x / s, -bound, bound) - shift) + shift) * s`` with the gradients of LSQ: positive parameter s;
+constants gradient_scale, bound, shift. With ``shift = 0.5`` the grid of SEQ (Liu et al., arXiv 2502.02631)."""
+
+
 def _element_wise_scaled(
     x: Tensor, scale: Tensor, gradient_scale: Tensor, qmin: Tensor, qmax: Tensor, delta: Tensor
 ) -> Tensor:
@@ -260,3 +291,15 @@ def _nearest_level_backward(
 nearest_level_quantize = Kernel(_nearest_level, _nearest_level_backward)
 """``x_hat = alpha * l``, l the level nearest to ``x / alpha``, with the gradients of APoT (Li et al., arXiv
 1909.13144). Parameter alpha; tables levels (ascending) and the midpoints between them."""
+
+
+class StraightThrough(torch.autograd.Function):
+    """The second tensor with the gradient of the first: a straight-through estimator that rounds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -11,15 +11,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import Q4_0, Q8_0, QUANTIZERS, Quantizer
+from lqkd.quantization.quantizers import Q4_0, Q8_0, QUANTIZERS, TQ2_0, Quantizer
 
 FLOAT_BITS = 32
 """The number of bits that means "leave it in floating point"."""
 
 
 TERNARY = "ternary"
-BLOCK_FORMATS = {kind.format_name: kind.format_bits for kind in (Q4_0, Q8_0)}
-"""What ``bits`` calls the grids of GGUF files, and their bits: weights only, on blocks of 32, embeddings with 8."""
+BLOCK_FORMATS = {kind.format_name: kind.format_bits for kind in (Q4_0, Q8_0, TQ2_0)}
+"""What ``bits`` calls the grids of GGUF files, and their bits: weights only, in blocks, embeddings with 8."""
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Recipe:
     Attributes:
         bits: weight and activation bits of all layers, e.g. ``w8a8``, ``w4a4`` or ``w2a32`` (32 is floating point),
             or ``ternary``: weights of three values, which take 2 bits, and 8-bit activations; or the grid of a GGUF
-            file, on which the weights alone are then trained: ``q4_0``, of which embeddings and layers of 8 bits get
-            that of ``q8_0``, or ``q8_0``.
+            file, on which the weights alone are then trained: ``q4_0`` or the three values of ``tq2_0``, of which
+            embeddings and layers of 8 bits get that of ``q8_0``, or ``q8_0``.
         weight_quantizer: quantizer of the weights: a name (``lsq``), a dotted path to a Quantizer class, or
             a mapping of ``name`` (either of them) and arguments, as in ``{name: lsq, initial: mean}``. Null chooses by
             the bits of each layer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.granularity import check_tokens
 from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits
@@ -53,6 +54,7 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
     for port in dict.fromkeys(wanted):
         try:
             quantizer = build_quantizer(recipe.residual_quantizer, recipe.residual_bits, batched=True)
+            check_tokens(quantizer, None, "value outside of layers")
         except UsageError as error:
             raise UsageError(f"residual_quantizer for the {port}: {error}") from None
         _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))

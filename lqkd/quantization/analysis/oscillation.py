@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers import Quantizer, UniformQuantizer
+from lqkd.quantization.quantizers import SEQ, Quantizer, UniformQuantizer
 
 MOMENTUM = 0.01
 """m of the moving averages of the oscillations and of the integers, as in the paper's code."""
@@ -135,7 +135,7 @@ class Freezing(Oscillation):
             levels = quantizer.dequantize(self.tensors["integer"]).to(layer.weight.dtype)
             layer.weight.copy_(torch.where(self.tensors["frozen"], levels, layer.weight))
 
-    def __call__(self, quantizer: UniformQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, quantizer: UniformQuantizer | SEQ, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The forward hook: ``output`` with fixed integers for frozen weights."""
         if quantizer.bits != self.bits or not quantizer.training:
             return output
@@ -171,6 +171,6 @@ def refusal(quantizer: Quantizer) -> str | None:
     Both move a weight to a level, which only means something where levels are on the scale of the weights and stay
     when the weights move.
     """
-    if isinstance(quantizer, UniformQuantizer):
+    if isinstance(quantizer, UniformQuantizer | SEQ):
         return None
     return f"{type(quantizer).__name__} measures or normalises the weights anew in every step"

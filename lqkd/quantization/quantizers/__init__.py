@@ -5,18 +5,22 @@ from __future__ import annotations
 from lqkd.quantization.quantizers.apot import APoT
 from lqkd.quantization.quantizers.base import Quantizer
 from lqkd.quantization.quantizers.binary import IRNet, ReAct
-from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0
+from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, TQ2_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
+from lqkd.quantization.quantizers.dynamic import Dynamic
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.n2uq import N2UQ
 from lqkd.quantization.quantizers.pact import PACT
-from lqkd.quantization.quantizers.ternary import TTQ, TWN
+from lqkd.quantization.quantizers.seq import SEQ
+from lqkd.quantization.quantizers.ternary import TTQ, TWN, AbsMean
 from lqkd.quantization.quantizers.uniform import MinMax, Mse, UniformQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
+    "absmean": AbsMean,
     "apot": APoT,
     "dorefa": DoReFa,
+    "dynamic": Dynamic,
     "irnet": IRNet,
     "lsq": LSQ,
     "lsq_ewgs": LSQEWGS,
@@ -28,6 +32,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "q4_0": Q4_0,
     "q8_0": Q8_0,
     "react": ReAct,
+    "seq": SEQ,
+    "tq2_0": TQ2_0,
     "ttq": TTQ,
     "twn": TWN,
 }
@@ -41,10 +47,14 @@ __all__ = [
     "Q4_0",
     "Q8_0",
     "QUANTIZERS",
+    "SEQ",
+    "TQ2_0",
     "TTQ",
     "TWN",
     "APoT",
+    "AbsMean",
     "DoReFa",
+    "Dynamic",
     "IRNet",
     "LSQPlus",
     "MinMax",

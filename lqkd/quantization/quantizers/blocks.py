@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqkd.quantization.kernels import learned_step_quantize
+from lqkd.quantization.kernels import learned_step_quantize, stretched_quantize
 from lqkd.quantization.quantizers.lsq import LSQ
+from lqkd.quantization.quantizers.seq import TERNARY_STEPS, stretched_bound
 from lqkd.quantization.quantizers.statistic import require_bits, require_weights
 from lqkd.quantization.quantizers.uniform import mse_step
 
@@ -52,7 +53,7 @@ class _HalfStep(torch.autograd.Function):
 
 
 class BlockFormat(LSQ):
-    """Blocks of 32 weights along the input axis with one step each: ``x_hat = d * q``.
+    """Blocks of weights along the input axis, 32 unless a format has others, with one step each: ``x_hat = d * q``.
 
     The step d is ``start * scale`` rounded to float16, in training too, and ``x_hat`` in float32 is bit for bit what
     the file decodes to. The gradients of x and d are those of :class:`LSQ` (arXiv 1902.08153, eq. 2 and 3, section
@@ -109,13 +110,15 @@ class BlockFormat(LSQ):
         """The step with the least squared error, likewise."""
 
     def _fit(self, x: Tensor) -> bool:
-        return self._take_step(self._largest_step(self._per_channel(x)))
+        rows = self._per_channel(x)
+        return self._take_step(self._largest_step(rows), rows)
 
     def _fit_mse(self, x: Tensor) -> bool:
-        return self._take_step(self._initial_step(self._per_channel(x)))
+        rows = self._per_channel(x)
+        return self._take_step(self._initial_step(rows), rows)
 
-    def _take_step(self, step: Tensor) -> bool:
-        usable = step.isfinite() & (step != 0)
+    def _take_step(self, step: Tensor, rows: Tensor) -> bool:
+        usable = step.isfinite() & (step != 0) & rows.any(1)
         if not usable.any():
             return False
         of_zeros = step[usable].abs().median()  # what it learns may become like what the others hold
@@ -215,6 +218,46 @@ class Q8_0(BlockFormat):
 
     def _largest_step(self, rows: Tensor) -> Tensor:
         return rows.abs().amax(1) / 127
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return mse_step(rows, *self.code_range())
+
+
+class TQ2_0(BlockFormat):
+    """ggml's TQ2_0: ``x_hat = d * q`` with q from -1 to 1 in blocks of 256, 2.0625 bits a weight.
+
+    The step is positive. It starts at the least squared error of its block: ggml's own rounding, ``d = max |x|``, would
+    leave only what is above half of the largest weight. Within 1.5 steps of zero the gradient of x passes, as in the
+    three levels of :class:`SEQ` (arXiv 2502.02631), whose grid this is: a weight beyond the last level can return.
+
+    Args:
+        bits: 2, of whose four values three are used.
+        bound_gradient: see :class:`LSQ`; it changes nothing here.
+        signed, channels, channel_axis, batched, group_size: see :class:`~lqkd.quantization.Quantizer`.
+
+    Raises:
+        UsageError: when ``bits`` is not 2 or it is for activations.
+
+    Examples:
+        >>> quantizer = TQ2_0(2)
+        >>> quantizer(torch.tensor([1.0, -1.0, 0.25])).detach(), quantizer.block_size
+        (tensor([ 1., -1.,  0.]), 256)
+    """
+
+    format_name, format_bits, block_size = "tq2_0", 2, 256
+
+    def code_range(self) -> tuple[int, int]:
+        return -1, 1
+
+    def step(self) -> Tensor:
+        return super().step().abs()
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        constants = (self._gradient_scale(x), stretched_bound(TERNARY_STEPS), 0.0)
+        return stretched_quantize(x, self.step(), constants=constants, channel_axis=self.channel_axis)
+
+    def _largest_step(self, rows: Tensor) -> Tensor:
+        return self._initial_step(rows)
 
     def _initial_step(self, rows: Tensor) -> Tensor:
         return mse_step(rows, *self.code_range())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.kernel import compute_dtype
-from lqkd.quantization.kernels import centred_codes, centred_quantize
+from lqkd.quantization.kernels import StraightThrough, centred_codes, centred_quantize
 from lqkd.quantization.quantizers.base import max_over_ranks
 from lqkd.quantization.quantizers.statistic import TINY, StatisticQuantizer
 from lqkd.quantization.quantizers.uniform import mse_step
@@ -153,7 +151,7 @@ class N2UQ(StatisticQuantizer):
         inside = (u > edges[0]) & (u <= edges[-1])
         ramp = segment + (u - edges[segment]) / lengths[segment]
         ramp = torch.where(inside, ramp, 0.0)  # constant outside, where only the output scale has a gradient
-        value = _ValueOf.apply(ramp, torch.where(u.isnan(), u, (codes - self._zero(self.bits)).to(u.dtype)))
+        value = StraightThrough.apply(ramp, torch.where(u.isnan(), u, (codes - self._zero(self.bits)).to(u.dtype)))
         return (value * step).to(x.dtype)
 
     def _measure(self, x: Tensor) -> Tensor:
@@ -194,15 +192,3 @@ class N2UQ(StatisticQuantizer):
 
 def _weight_factor(bits: int) -> float:
     return (2**bits - 1) / 2 ** (bits - 1)
-
-
-class _ValueOf(torch.autograd.Function):
-    """The second tensor with the gradient of the first: a straight-through estimator that rounds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None

@@ -1,4 +1,4 @@
-"""Ternary weights: TWN and TTQ."""
+"""Ternary weights: TWN, the absmean of BitNet b1.58, and TTQ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,54 @@ def _ternary_codes(x: Tensor, threshold: Tensor) -> Tensor:
     return (x > threshold).to(torch.int32) - (x < -threshold).to(torch.int32)
 
 
-class TWN(StatisticQuantizer):
+class _MeasuredTernary(StatisticQuantizer):
+    """``x_hat = alpha * {-1, 0, 1}``, threshold and alpha measured on the weight, with a straight-through gradient."""
+
+    name: str
+    share: float
+    """The threshold as a share of the mean magnitude."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        batched: bool = False,
+        group_size: int | None = None,
+    ) -> None:
+        require_weights(self.name, batched)
+        super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis)
+        self.group_size = group_size
+
+    @classmethod
+    def check_bits(cls, bits: int, signed: bool | None) -> int:
+        return require_bits(cls.name, super().check_bits(bits, signed), 2)
+
+    def code_range(self) -> tuple[int, int]:
+        return -1, 1
+
+    def _threshold(self, x: Tensor) -> Tensor:
+        return self.share * self._mean_magnitude(finite(x.detach()))
+
+    def codes(self, x: Tensor) -> Tensor:
+        rows = self._grouped(x)
+        return _ternary_codes(rows, self._threshold(rows)).view(x.shape)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        rows = self._grouped(codes)
+        return (rows * self._broadcast(self.scale, rows.ndim)).view(codes.shape)
+
+    def levels(self) -> Tensor:
+        return torch.stack([-self.scale, torch.zeros_like(self.scale), self.scale], dim=-1)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        threshold = self._threshold(x).reshape(self.scale.shape)
+        return ternary_quantize(x, threshold, self._measured_scale(x), channel_axis=self.channel_axis)
+
+
+class TWN(_MeasuredTernary):
     """Ternary weight networks (Li et al., arXiv 1605.04711).
 
     ``x_hat = alpha * {-1, 0, 1}`` with the threshold ``Delta = 0.7 * mean|w|``, the paper's approximation of the best
@@ -24,7 +71,7 @@ class TWN(StatisticQuantizer):
 
     Args:
         bits: 2.
-        signed, channels, channel_axis: see :class:`Quantizer`.
+        signed, channels, channel_axis, group_size: see :class:`Quantizer`.
         batched: must be false.
 
     Raises:
@@ -36,44 +83,38 @@ class TWN(StatisticQuantizer):
         tensor([ 1., -1.,  0.,  0.])
     """
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        channels: int | None = None,
-        channel_axis: int = 0,
-        batched: bool = False,
-    ) -> None:
-        require_weights("twn", batched)
-        super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis)
-
-    @classmethod
-    def check_bits(cls, bits: int, signed: bool | None) -> int:
-        return require_bits("twn", super().check_bits(bits, signed), 2)
-
-    def code_range(self) -> tuple[int, int]:
-        return -1, 1
-
-    def _threshold(self, x: Tensor) -> Tensor:
-        return 0.7 * self._mean_magnitude(finite(x.detach()))
-
-    def codes(self, x: Tensor) -> Tensor:
-        return _ternary_codes(x, self._threshold(x))
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        return codes * self._broadcast(self.scale, codes.ndim)
-
-    def levels(self) -> Tensor:
-        return torch.stack([-self.scale, torch.zeros_like(self.scale), self.scale], dim=-1)
+    name, share = "twn", 0.7
 
     def _measure(self, x: Tensor) -> Tensor:
         large, axes = x.abs() > self._threshold(x), self._axes(x)
         return (x.abs() * large).sum(axes, keepdim=True) / large.sum(axes, keepdim=True).clamp_min(1)
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        threshold = self._threshold(x).reshape(self.scale.shape)
-        return ternary_quantize(x, threshold, self._measured_scale(x), channel_axis=self.channel_axis)
+
+class AbsMean(_MeasuredTernary):
+    """The ternary weights of BitNet b1.58 (Ma et al., arXiv 2402.17764, eq. 1 to 3).
+
+    ``x_hat = gamma * round(clip(w / gamma, -1, 1))`` with ``gamma = mean|w|``, measured on the weight in every step: so
+    the threshold is ``gamma / 2``. The gradient passes straight through. The paper has one gamma for a whole weight
+    (``per_channel: false``).
+
+    Args:
+        bits: 2, of whose four values three are used.
+        signed, channels, channel_axis, group_size: see :class:`Quantizer`.
+        batched: must be false.
+
+    Raises:
+        UsageError: when ``bits`` is not 2, or for activations.
+
+    Examples:
+        >>> quantizer = AbsMean(2)
+        >>> quantizer(torch.tensor([0.9, -2.6, 0.5, 0.0]))
+        tensor([ 1., -1.,  0.,  0.])
+    """
+
+    name, share = "absmean", 0.5
+
+    def _measure(self, x: Tensor) -> Tensor:
+        return self._mean_magnitude(x)
 
 
 class TTQ(Quantizer):

@@ -194,18 +194,29 @@ class Mse(_Calibrated):
 def mse_step(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     """The step of a uniform grid with the least squared error, (channels,), the same on every rank.
 
-    The largest level is searched among 80 fractions, 1 down to 0.02, of the largest magnitude.
-
     Args:
         rows: (channels, elements), finite.
         qmin, qmax: the integer range.
     """
+    return least_squares(rows, qmax, lambda x, step: (x / step).clamp(qmin, qmax).round() * step)
+
+
+def least_squares(rows: Tensor, steps: float, on_grid: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The step with the least squared error of the grid that it makes, (channels,), the same on every rank.
+
+    The end of the grid is searched among 80 fractions, 1 down to 0.02, of the largest magnitude.
+
+    Args:
+        rows: (channels, elements), finite.
+        steps: so many are between zero and the end of the grid.
+        on_grid: the values nearest to some, for a 0-dim step.
+    """
     rows = thinned(rows)
     peak = max_over_ranks(rows.abs().amax(1)).clamp_min(torch.finfo(torch.float32).tiny)
     relative = rows / peak.unsqueeze(1)
-    steps = torch.logspace(0, -1.7, 80, dtype=rows.dtype, device=rows.device) / qmax
-    errors = torch.stack([((relative / s).clamp(qmin, qmax).round() * s - relative).square().mean(1) for s in steps])
-    return steps[mean_over_ranks(errors).argmin(0)] * peak
+    tried = torch.logspace(0, -1.7, 80, dtype=rows.dtype, device=rows.device) / steps
+    errors = torch.stack([(on_grid(relative, step) - relative).square().mean(1) for step in tried])
+    return tried[mean_over_ranks(errors).argmin(0)] * peak
 
 
 def thinned(rows: Tensor) -> Tensor:

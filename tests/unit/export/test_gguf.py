@@ -27,10 +27,10 @@ from lqkd.tasks import CausalLM
 gguf = pytest.importorskip("gguf")
 
 
-def quantised(recipe: Recipe | None = None, tied: bool = False, **settings: str) -> GPT:
+def quantised(recipe: Recipe | None = None, tied: bool = False, **settings: str | int) -> GPT:
     """A fitted student whose steps are no longer those of the start."""
     torch.manual_seed(0)
-    network = GPT(context=16, width=64, depth=2, heads=2, **{"gelu": "tanh", **settings})
+    network = GPT(**{"context": 16, "width": 64, "depth": 2, "heads": 2, "gelu": "tanh", **settings})
     if tied:
         network.head.weight = network.token.weight
     quantize_model(network, recipe or Recipe("q4_0"))
@@ -92,6 +92,31 @@ def test_a_number_that_is_one_percent_off_fails_the_proof(student: GPT, file: Pa
     struct.pack_into(kind, content, place, 1.01 * number)
     file.write_bytes(content)
     with pytest.raises(ParityError, match=f"tensor {name} of the file decodes to other numbers"):
+        check_gguf(file, student)
+
+
+def ternary_by_hand(packed: bytes, rows: int) -> Tensor:
+    """TQ2_0, byte by byte: 64 bytes, each with the codes of four places 32 apart, then a float16 step."""
+    values = []
+    for start in range(0, len(packed), 66):
+        (step,) = struct.unpack("<e", packed[start + 64 : start + 66])
+        for half in (packed[start : start + 32], packed[start + 32 : start + 64]):
+            values += [step * ((byte >> shift & 3) - 1) for shift in (0, 2, 4, 6) for byte in half]
+    return torch.tensor(values, dtype=torch.float64).view(rows, -1)
+
+
+def test_a_ternary_file_holds_the_weights_that_were_trained_and_a_step_one_percent_off_fails(tmp_path: Path) -> None:
+    student, file = quantised(Recipe("tq2_0"), width=256, depth=1), tmp_path / "student.gguf"
+    kinds = to_gguf(student, file)
+    assert (kinds["blk.0.ffn_down.weight"], kinds["token_embd.weight"]) == ("TQ2_0", "Q8_0")
+    tensor = entry(file, "blk.0.ffn_down.weight")
+    held = ternary_by_hand(tensor.data.tobytes(), 256)
+    assert torch.equal(held, student.blocks[0].contract.quantized_weight().detach().double())
+    assert torch.equal(from_gguf(file)(texts()), student(texts()))
+    place, content = int(tensor.data_offset) + 64, bytearray(file.read_bytes())
+    struct.pack_into("<e", content, place, 1.01 * struct.unpack_from("<e", content, place)[0])
+    file.write_bytes(content)
+    with pytest.raises(ParityError, match=r"blk.0.ffn_down.weight of the file decodes to other numbers"):
         check_gguf(file, student)
 
 

@@ -19,7 +19,7 @@ WEIGHTS = [
     (name, bits)
     for name in ("lsq", "lsq_ewgs", "lsq_plus", "dorefa", "minmax", "mse", "apot", "n2uq")
     for bits in (2, 3, 4, 5, 6, 8)
-] + [("irnet", 1), ("react", 1), ("dorefa", 1), ("ttq", 2), ("twn", 2)]
+] + [("irnet", 1), ("react", 1), ("dorefa", 1), ("ttq", 2), ("twn", 2), ("absmean", 2), ("seq", 2), ("seq", 8)]
 
 
 def fitted(name: str, bits: int, x: torch.Tensor, *, batched: bool) -> Quantizer:
@@ -61,7 +61,7 @@ def test_codes_give_the_values_of_a_weight_quantizer(name: str, bits: int) -> No
     else:
         values = found.codes * found.scale.expand(6).unsqueeze(1)
         assert found.codes.abs().max() <= 128
-    if name in ("lsq", "lsq_ewgs", "lsq_plus", "minmax", "mse", "twn", "irnet", "react"):
+    if name in ("lsq", "lsq_ewgs", "lsq_plus", "minmax", "mse", "twn", "absmean", "seq", "irnet", "react"):
         assert torch.equal(values, quantizer(weight))
     else:
         assert torch.allclose(values, quantizer(weight), rtol=1e-6, atol=0)
