@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import Quantizer
+from lqkd.quantization.quantizers import LevelwiseStep, Quantizer
 from lqkd.quantization.recipe import LayerSettings, find_quantizer
 
 
@@ -51,4 +51,6 @@ def granularity(quantizer: Quantizer) -> str:
     """The same of a quantizer, in words."""
     if quantizer.group_size is not None:
         return f"in groups of {quantizer.group_size}"
+    if isinstance(quantizer, LevelwiseStep) and not quantizer.shared:
+        return "per call"
     return "per tensor" if quantizer.channels is None else "per channel"

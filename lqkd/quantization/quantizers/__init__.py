@@ -7,6 +7,7 @@ from lqkd.quantization.quantizers.base import Quantizer
 from lqkd.quantization.quantizers.binary import IRNet, ReAct
 from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
+from lqkd.quantization.quantizers.levelwise import LevelwiseStep
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.n2uq import N2UQ
@@ -47,6 +48,7 @@ __all__ = [
     "DoReFa",
     "IRNet",
     "LSQPlus",
+    "LevelwiseStep",
     "MinMax",
     "Mse",
     "Quantizer",
