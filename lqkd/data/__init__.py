@@ -16,7 +16,10 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.base import ImageDataModule as ImageDataModule
     from lqkd.data.cifar import CIFAR10 as CIFAR10
     from lqkd.data.cifar import CIFAR100 as CIFAR100
+    from lqkd.data.coco_detection import CocoDetection as CocoDetection
     from lqkd.data.decoding import DecodingDataModule as DecodingDataModule
+    from lqkd.data.detection import DetectionDataModule as DetectionDataModule
+    from lqkd.data.digit_scenes import DigitScenes as DigitScenes
     from lqkd.data.digits import Digits as Digits
     from lqkd.data.fashion_mnist import FashionMNIST as FashionMNIST
     from lqkd.data.image_folder import ImageFolder as ImageFolder
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.text import Tokens as Tokens
     from lqkd.data.text_files import PythonTopics as PythonTopics
     from lqkd.data.text_files import TextFiles as TextFiles
+    from lqkd.data.voc_detection import VocDetection as VocDetection
     from lqkd.data.worker_loader import WorkerBatches as WorkerBatches
 
 _WHERE = {
@@ -37,7 +41,10 @@ _WHERE = {
     "Batch": "lqkd.data.loader",
     "CIFAR10": "lqkd.data.cifar",
     "CIFAR100": "lqkd.data.cifar",
+    "CocoDetection": "lqkd.data.coco_detection",
     "DecodingDataModule": "lqkd.data.decoding",
+    "DetectionDataModule": "lqkd.data.detection",
+    "DigitScenes": "lqkd.data.digit_scenes",
     "Digits": "lqkd.data.digits",
     "FashionMNIST": "lqkd.data.fashion_mnist",
     "ImageDataModule": "lqkd.data.base",
@@ -51,6 +58,7 @@ _WHERE = {
     "TextFiles": "lqkd.data.text_files",
     "TokenBatches": "lqkd.data.text",
     "Tokens": "lqkd.data.text",
+    "VocDetection": "lqkd.data.voc_detection",
     "WorkerBatches": "lqkd.data.worker_loader",
 }
 

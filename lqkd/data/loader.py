@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -17,8 +17,9 @@ class Batch(NamedTuple):
 
     images: Tensor
     """(B, C, H, W): uint8 from the loader, normalised float32 once the data module has preprocessed it."""
-    labels: Tensor
-    """(B,) int64 classes; of a mixed image the class that has the larger share of it. For segmentation (B, H, W)."""
+    labels: Any
+    """(B,) int64 classes; of a mixed image the class that has the larger share of it. For segmentation (B, H, W), for
+    detection a list with a dict of ``boxes`` (N, 4) and ``labels`` (N,) for each image."""
     indices: Tensor
     """(B,) int64 positions in the data set: the same sample has the same number in every epoch and process."""
     targets: Tensor | None = None

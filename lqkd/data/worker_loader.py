@@ -101,7 +101,8 @@ class WorkerBatches:
     """Iterate over a subset of encoded images as :class:`~lqkd.data.Batch`, this process's share only.
 
     Which samples make which batch, in which order and process, is decided by ``plan`` exactly as for images in memory.
-    Workers only decode: the number of workers changes nothing but the speed.
+    Workers only decode: the number of workers changes nothing but the speed. What they make is the images of a batch, or
+    several of its fields by their names.
 
     Args:
         plan: the batches, over any tensor with one row per image.
@@ -141,7 +142,8 @@ class WorkerBatches:
             for images in loader:
                 if isinstance(images, UsageError):
                     raise images
-                yield keys.batches.popleft()._replace(images=images)
+                fields = images if isinstance(images, dict) else {"images": images}
+                yield keys.batches.popleft()._replace(**fields)
         finally:
             self._kept = loader
 

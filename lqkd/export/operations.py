@@ -88,6 +88,13 @@ _AVERAGE_POOL = {
 """Arguments of the pooling functions behind the input, and their defaults."""
 
 
+_OF_EACH_SAMPLE = (
+    "it normalises by statistics of each sample, which no integer layer can take over: build the network with batch norm"
+)
+_REMEDIES = {"GroupNorm": _OF_EACH_SAMPLE, "group_norm": _OF_EACH_SAMPLE}
+"""What to do about an operator that has no counterpart, where more can be said."""
+
+
 def operation(node: fx.Node, network: nn.Module) -> Operation | None:
     """The operation of ``node``; ``None`` for sizes and what is computed from them.
 
@@ -123,7 +130,8 @@ def unsupported(node: fx.Node, network: nn.Module, detail: str = "") -> UsageErr
         if node.op == "call_module"
         else getattr(node.target, "__name__", str(node.target))
     )
-    return UsageError(f"operator {kind}{detail} in {place(node)} cannot be exported: replace it in the network")
+    remedy = _REMEDIES.get(kind, "replace it in the network")
+    return UsageError(f"operator {kind}{detail} in {place(node)} cannot be exported: {remedy}")
 
 
 def place(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from lqkd.errors import UsageError, first_line
+from lqkd.export.calls import separated
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
@@ -46,6 +47,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
             )
     check_takes(student, example, "an example")
     _check_traced(student, example)
+    student = separated(student)
     folding = fold_batchnorm(student)
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()

@@ -13,6 +13,7 @@ from lqkd.losses.dkd import DKD
 from lqkd.losses.hints import Hints
 from lqkd.losses.logits import BinaryKL, HintonKL, LogitResidual, SoftCrossEntropy
 from lqkd.losses.mgd import MGD
+from lqkd.losses.pearson import PKD
 from lqkd.losses.quantized_features import QuantizedFeatures
 from lqkd.losses.relational import RKD
 from lqkd.losses.review import ReviewKD
@@ -27,6 +28,7 @@ __all__ = [
     "DIST",
     "DKD",
     "MGD",
+    "PKD",
     "RKD",
     "VID",
     "AttentionTransfer",

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
@@ -25,6 +26,22 @@ class Asked(NamedTuple):
     """How many there were in the batch."""
     training: bool = False
     """Whether it ran in training mode."""
+
+
+def answers(returned: Any, asked: Asked) -> Tensor:
+    """Everything of a network's answer that counts, (B, K): its main tensor, or, of several without one, all of them.
+
+    Args:
+        returned: what the network returned.
+        asked: for a message.
+
+    Raises:
+        UsageError: when there is no tensor.
+    """
+    tensors = [value for value in heads(returned, "").values() if isinstance(value, Tensor)]
+    if isinstance(returned, Mapping) and len(tensors) > 1 and not set(NAMES) & returned.keys():
+        return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
+    return main_tensor(returned, asked).flatten(1)
 
 
 def main_tensor(returned: Any, asked: Asked) -> Tensor:

@@ -85,12 +85,14 @@ class DistillModule(TaskModule):
         own_joined: by name of such a term, what the student's own float network is called among its teachers, where it
             was added to them.
         own_added: whether it is none of the user's teachers.
+        quantization: the recipe of the student, with what the task has made of it.
+        completed: whether that is another one than was given.
 
     Args:
         teacher: the frozen teacher, or an ensemble of them; null where ``teachers`` names them.
         student: the network to quantise and train, still in floating point.
         student_weights: ``builtin:NAME`` or a file with the student's float weights; null keeps its own.
-        quantization: which layers get which quantizers and bits.
+        quantization: which layers get which quantizers and bits; the task adds what it leaves open.
         regularizer: the learnable regularizer; null distils with the plain distillation loss.
         distillation_loss: divergence between teacher and student: of logits, or of the features at ``taps``.
         taps: pairs of modules whose outputs a loss on features compares, each pair with a connector and a regularizer
@@ -171,10 +173,11 @@ class DistillModule(TaskModule):
             with self.distillation.told(name):
                 check_term(self.task, term)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
-        self.student, self.coverage = quantize_model(student, quantization)
+        self.quantization = self.task.recipe(quantization, student)
+        self.completed = self.quantization is not quantization
+        self.student, self.coverage = quantize_model(student, self.quantization)
         self._channels_last = channels_last  # None until it is measured
         self._lay_out()
-        self.quantization = quantization
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
         taps_of_student = self.distillation.taps_of_student(self.student)

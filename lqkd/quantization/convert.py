@@ -15,8 +15,16 @@ from lqkd.quantization.cost import size
 from lqkd.quantization.granularity import check_tokens, granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
-from lqkd.quantization.quantizers import Quantizer
-from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, build_quantizer, parse_bits, resolve
+from lqkd.quantization.quantizers import LSQ, LevelwiseStep, Quantizer
+from lqkd.quantization.recipe import (
+    FLOAT_BITS,
+    LayerSettings,
+    Recipe,
+    build_quantizer,
+    find_quantizer,
+    parse_bits,
+    resolve,
+)
 from lqkd.quantization.residual import quantize_joins
 from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.quantization.trial import refusal
@@ -200,7 +208,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None
     }
     replacements = {
-        id(module): _quantized_layer(name, module, settings[name], weight_quantizers)
+        id(module): _quantized_layer(name, module, settings[name], weight_quantizers, found.calls.get(name, 1))
         for name, module in floats.items()
         if not settings[name].is_float or _attention_needs(name, module, settings)
     }
@@ -377,13 +385,13 @@ def _is_weight(parameter: nn.Parameter) -> bool:
 
 
 def _quantized_layer(
-    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer]
+    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer], calls: int
 ) -> nn.Module:
-    return _class(layer).from_float(layer, *layer_quantizers(name, layer, settings, weight_quantizers))
+    return _class(layer).from_float(layer, *layer_quantizers(name, layer, settings, weight_quantizers, calls))
 
 
 def layer_quantizers(
-    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer]
+    name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer], calls: int = 1
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """Make the quantizers of the weight and the input of one layer, not fitted yet; None is floating point.
 
@@ -392,9 +400,10 @@ def layer_quantizers(
         layer: the layer, quantised already or not.
         settings: what the recipe says about it.
         weight_quantizers: those made before, by the identity of the weight: a shared weight gets one quantizer.
+        calls: how often a pass calls the layer.
 
     Raises:
-        UsageError: when a quantizer has no grid of so many bits.
+        UsageError: when a quantizer has no grid of so many bits, or none for several calls.
     """
     kind = type(layer) if isinstance(layer, QuantizedLayer) else _class(layer)
     weight = _weight(layer)
@@ -406,13 +415,24 @@ def layer_quantizers(
                 settings.weight_quantizer, settings.weight_bits, signed=True, **shared
             ).to(weight.device)
         if settings.activation_bits != FLOAT_BITS and kind.quantizes_input:
-            input_quantizer = build_quantizer(settings.activation_quantizer, settings.activation_bits, batched=True).to(
-                weight.device
-            )
+            input_quantizer = _input_quantizer(settings, calls).to(weight.device)
             check_tokens(input_quantizer, layer, layer_kind(layer))
     except UsageError as error:
         raise UsageError(f"layer {name!r}: {error}") from None
     return weight_quantizers.get(id(weight)), input_quantizer
+
+
+def _input_quantizer(settings: LayerSettings, calls: int) -> Quantizer:
+    kind, arguments = find_quantizer(settings.activation_quantizer)
+    if calls == 1 or settings.per_level is None:
+        return build_quantizer(settings.activation_quantizer, settings.activation_bits, batched=True)
+    if kind is not LSQ:
+        raise UsageError(
+            f"per_level={str(settings.per_level).lower()} is not possible with activation_quantizer="
+            f"{settings.activation_quantizer!r}, and a pass calls it {calls} times: use lsq, or give a rule for it with "
+            "per_level null"
+        )
+    return LevelwiseStep(settings.activation_bits, calls=calls, shared=not settings.per_level, **arguments)
 
 
 def _replace_children(parent: nn.Module, replacements: dict[int, nn.Module]) -> None:

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import Dynamic, Quantizer
+from lqkd.quantization.quantizers import Dynamic, LevelwiseStep, Quantizer
 from lqkd.quantization.recipe import LayerSettings, find_quantizer
 
 
@@ -71,4 +71,6 @@ def granularity(quantizer: Quantizer) -> str:
         return f"in groups of {quantizer.group_size}"
     if isinstance(quantizer, Dynamic):
         return "per token"
+    if isinstance(quantizer, LevelwiseStep) and not quantizer.shared:
+        return "per call"
     return "per tensor" if quantizer.channels is None else "per channel"

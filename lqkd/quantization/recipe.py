@@ -35,6 +35,7 @@ class Rule:
         activation_quantizer: likewise, for the layer's input.
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128.
+        per_level: see :class:`Recipe`.
 
     Examples:
         >>> from torch import nn
@@ -53,6 +54,7 @@ class Rule:
     activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool | None = None
     group_size: int | None = None
+    per_level: bool | None = None
 
 
 @dataclass
@@ -73,6 +75,9 @@ class Recipe:
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128, of linear layers,
             embeddings and attention; null for none. Convolutions have none: there give it in a rule for the others.
+        per_level: of a layer that is called several times in a pass, as a detector's head is for every level of a
+            pyramid: a step of its input for each call (true), or one for all whose gradient counts all calls (false);
+            null is one whose gradient counts each call by itself, or what the task says. For ``lsq``.
         first_layer_bits: weight and activation bits of the first layer, 32 for floating point, null for no exception.
         last_layer_bits: weight and activation bits of the last layer, likewise.
         residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
@@ -94,6 +99,7 @@ class Recipe:
     activation_quantizer: str | dict[str, Any] | None = None
     per_channel: bool = True
     group_size: int | None = None
+    per_level: bool | None = None
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
@@ -111,6 +117,7 @@ class LayerSettings:
     activation_quantizer: str | dict[str, Any]
     per_channel: bool
     group_size: int | None = None
+    per_level: bool | None = None
 
     @property
     def is_float(self) -> bool:
@@ -237,6 +244,7 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
         "activation_quantizer": recipe.activation_quantizer,
         "per_channel": recipe.per_channel,
         "group_size": recipe.group_size,
+        "per_level": recipe.per_level,
     }
     settings = {name: dict(base) for name in layers}
     for name in (name for name, kind in layers.items() if in_blocks and kind == "Embedding"):

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -197,7 +198,7 @@ class RunSummary(Callback):
             "image_shape": list(getattr(data, "image_shape", ())),
             "resize_size": getattr(data, "resize_size", None),
             name: module.hparams.get(name),
-            "quantization": module.hparams.get("quantization"),
+            "quantization": _recipe(module),
             "task": module.hparams.get("task"),
         }
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
@@ -210,6 +211,14 @@ class RunSummary(Callback):
         if score is None and self._validated_step == trainer.global_step:
             score = trainer.callback_metrics.get(module.task.monitor)
         return None if score is None else float(score)
+
+
+def _recipe(module: TaskModule) -> Any:
+    """The settings with which the student is quantised again: those that were given, or the task has made of them."""
+    given = module.hparams.get("quantization")
+    if not isinstance(module, DistillModule) or given is None:
+        return given
+    return asdict(module.quantization) if module.completed else given
 
 
 def _samples(module: LightningModule, batch: Any) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.tasks.base import Task as Task
     from lqkd.tasks.causal_lm import CausalLM as CausalLM
     from lqkd.tasks.classification import Classification as Classification
+    from lqkd.tasks.detection import Detection as Detection
     from lqkd.tasks.keyed import KeyedClassification as KeyedClassification
     from lqkd.tasks.labels import Samples as Samples
     from lqkd.tasks.multi_label import MultiLabel as MultiLabel
@@ -26,6 +27,7 @@ _WHERE = {
     "Asked": "lqkd.models.outputs",
     "CausalLM": "lqkd.tasks.causal_lm",
     "Classification": "lqkd.tasks.classification",
+    "Detection": "lqkd.tasks.detection",
     "Inputs": "lqkd.models.calls",
     "KeyedClassification": "lqkd.tasks.keyed",
     "MultiLabel": "lqkd.tasks.multi_label",

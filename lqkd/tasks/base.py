@@ -19,6 +19,7 @@ TOLERANCE = 0.01
 if TYPE_CHECKING:  # which takes a second to import, and a prediction does without
     from torchmetrics import MetricCollection
 
+    from lqkd.quantization import Recipe
     from lqkd.tasks.metrics import SameAnswer
 
 
@@ -94,6 +95,13 @@ class Task(nn.Module, ABC):
             UsageError: when batches of this task cannot be cut.
         """
         raise UsageError(f"player LookAhead(exact=True) cuts batches in halves, which task {_name(self)} cannot")
+
+    def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
+        """How ``network``, still in floating point, is quantised, where ``recipe`` leaves it open; as it says here.
+
+        Only a task knows which layers give its answers.
+        """
+        return recipe
 
     # ---- evaluation
 

@@ -49,6 +49,8 @@ STREAM_SHARDS = 1040
 """The order of shards."""
 STREAM_SHARDING = 1041
 """Which image comes into which shard."""
+STREAM_SCENE = 1042
+"""What is in a drawn scene, and where."""
 
 
 def random_bits(seed: int, epoch: int | Tensor, indices: Tensor, stream: int, draw: int = 0) -> Tensor:

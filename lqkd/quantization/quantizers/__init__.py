@@ -8,6 +8,7 @@ from lqkd.quantization.quantizers.binary import IRNet, ReAct
 from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, TQ2_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.dynamic import Dynamic
+from lqkd.quantization.quantizers.levelwise import LevelwiseStep
 from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.n2uq import N2UQ
@@ -57,6 +58,7 @@ __all__ = [
     "Dynamic",
     "IRNet",
     "LSQPlus",
+    "LevelwiseStep",
     "MinMax",
     "Mse",
     "Quantizer",

@@ -1,0 +1,175 @@
+"""LSQ for the input of a layer that is called several times in a pass, as a head is for each level of a pyramid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqkd.errors import UsageError
+from lqkd.quantization.kernels import learned_step_quantize
+from lqkd.quantization.quantizers.base import finite, max_over_ranks
+from lqkd.quantization.quantizers.lsq import LSQ
+from lqkd.quantization.quantizers.uniform import mse_step
+
+
+class LevelwiseStep(LSQ):
+    """:class:`LSQ` with a step for each of the calls of a pass, or with one for all whose gradient counts them all.
+
+    Call k of a pass, counted from 0, takes step k. A pass makes ``calls`` calls, always in the same order: the first
+    call after the last one begins the next pass, and so does one after a change between training and evaluation. The
+    gradient of each step is multiplied by LSQ's factor (see there) of the N features of a sample that its call has; the
+    one step of ``shared`` gets a gradient from every call, and N counts the features of all of them, as its first pass
+    has had them. Chen et al., "AQD: Towards Accurate Fully-Quantized Object Detection" (arXiv 2007.06919), quantise
+    heads level by level.
+
+    All calls have the same bits and are signed or not together. The steps are fitted to the first pass, each to its own
+    call; where a call has zeros only, its step is that of the call before it that has more.
+
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        calls: of a pass, at least 2.
+        shared: whether one step serves all calls.
+        signed, initial, bound_gradient: see :class:`LSQ`.
+
+    Raises:
+        UsageError: as :class:`LSQ`, or when ``calls`` is less than 2.
+
+    Examples:
+        >>> quantizer = LevelwiseStep(4, calls=2)
+        >>> finer, coarser = torch.linspace(0, 1, 60).view(1, 60), torch.linspace(0, 8, 15).view(1, 15)
+        >>> _ = quantizer(finer), quantizer(coarser)  # the first pass fits both
+        >>> [round(float(step), 2) for step in quantizer.step()]
+        [0.07, 0.54]
+        >>> torch.equal(quantizer(finer), quantizer.at(0)(finer)), torch.equal(quantizer(coarser), quantizer.at(1)(coarser))
+        (True, True)
+    """
+
+    features: Tensor
+    """(calls,) int64 buffer: of a sample, as the first pass has had them."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        calls: int,
+        shared: bool = False,
+        signed: bool | None = None,
+        initial: str = "mse",
+        bound_gradient: bool = True,
+    ) -> None:
+        if calls < 2:
+            raise UsageError(f"calls={calls} of LevelwiseStep is not possible: a layer that is called once needs LSQ")
+        super().__init__(bits, signed=signed, batched=True, initial=initial, bound_gradient=bound_gradient)
+        self.calls, self.shared = calls, shared
+        if not shared:
+            self.scale = torch.nn.Parameter(torch.ones(calls))
+        self.register_buffer("features", torch.zeros(calls, dtype=torch.int64))
+        self._of_calls = [0] * calls  # host copies of it, which are there before the first pass ends
+        self._fitted: set[int] = set()
+        self._given_sign = signed
+        self._next = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        call, self._next = self._next, (self._next + 1) % self.calls
+        if not self._ready:
+            if not self.training or torch.is_inference_mode_enabled():
+                return x
+            self._fit_call(call, x)
+            if not self._fitted:
+                return x + 0.0 * self.scale.sum().to(x.dtype)  # in the graph, on which DDP insists
+        constants = (self._gradient_scale_of(call), *self.code_range())
+        return learned_step_quantize(x, self._scale_of(call), constants=constants, channel_axis=self.channel_axis)
+
+    def at(self, call: int) -> LSQ:
+        """The quantizer of one call by itself, with its step."""
+        alone = LSQ(
+            self.bits, signed=self.signed, batched=True, initial=self.initial, bound_gradient=self.bound_gradient
+        ).train(self.training)
+        alone.scale = torch.nn.Parameter(self._scale_of(call).detach().clone())
+        alone._ready = self._ready
+        for name in ("initialized", "format"):
+            alone._buffers[name] = self._buffers[name].clone()  # type: ignore[union-attr]
+        return alone
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Those of one step for all calls.
+
+        Raises:
+            UsageError: where each call has a step of its own.
+        """
+        return super().codes(x) if self.shared else self._no_codes()
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Likewise."""
+        return super().dequantize(codes) if self.shared else self._no_codes()
+
+    def _no_codes(self) -> Any:
+        raise UsageError(f"a LevelwiseStep has a step for each of its {self.calls} calls: at(call) gives that of one")
+
+    def _scale_of(self, call: int) -> Tensor:
+        return self.scale if self.shared else self.scale[call]
+
+    def _gradient_scale_of(self, call: int) -> float:
+        features = sum(self._of_calls) if self.shared else self._of_calls[call]
+        largest = self.code_range()[1]
+        scale = 1.0 / math.sqrt(max(features, 1) * largest)
+        return min(scale, 1.0 / largest**2) if self.bound_gradient else scale
+
+    @torch.no_grad()
+    def _fit_call(self, call: int, x: Tensor) -> None:
+        """Fit the step of a call of the first pass; its last one ends the fitting where there was anything to fit."""
+        if x.numel() == 0:
+            return
+        self._of_calls[call] = x.numel() // len(x)
+        values = finite(x.detach())
+        self._decide_sign(bool(max_over_ranks(-values.min()) > 0))
+        if not (self.shared and self._fitted):
+            self._fit_step(call, values)
+        if call == self.calls - 1 and self._fitted:
+            self.features.copy_(torch.tensor(self._of_calls))
+            self._ready, self.wants_mse = True, False
+            self.initialized.fill_(True)
+            self.format.copy_(self._format())
+
+    def _decide_sign(self, negative: bool) -> None:
+        if self._given_sign is not None or (self._fitted and (self.signed or not negative)):
+            return
+        before = self.code_range()[1]
+        self.check_bits(self.bits, negative)
+        self.signed = negative
+        if self._fitted:  # calls before this one had no negative values
+            self.scale.mul_(before / self.code_range()[1])
+
+    def _fit_step(self, call: int, values: Tensor) -> None:
+        rows = values.reshape(1, -1)
+        step = mse_step(rows, *self.code_range()) if self.wants_mse else self._initial_step(rows)
+        usable = bool(step.isfinite()) and bool(step > 0) and bool(max_over_ranks(values.abs().max()) > 0)
+        if usable:
+            self._fitted.add(call)
+            if self.shared:
+                self.scale.copy_(step.squeeze(0))
+            else:
+                first = len(self._fitted) == 1
+                self.scale[0 if first else call :] = step.squeeze(0)  # until later calls say more
+
+    @torch.no_grad()
+    def forget(self, mse: bool = False) -> None:
+        super().forget(mse)
+        self._fitted, self._next = set(), 0
+
+    def train(self, mode: bool = True) -> LevelwiseStep:
+        """A pass that was broken off ends with a change between training and evaluation."""
+        self._next = 0
+        super().train(mode)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "features" in state_dict:
+            self._of_calls = state_dict[prefix + "features"].tolist()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {'one step' if self.shared else 'a step each'} for {self.calls} calls"
