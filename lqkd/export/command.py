@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
+from lqkd.modules.references import as_stop, batches_of
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.runs.provenance import fingerprint, outdated_exports
@@ -257,10 +259,12 @@ def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:
     data = cast(LightningDataModule, reader.datamodule)
     if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-        return TEST, _batches(reader, data.test_dataloader())
-    return VALIDATION, _batches(reader, data.val_dataloader())
+        return TEST, _batches(reader, data.test_dataloader(), reader.trainer.limit_test_batches)
+    return VALIDATION, _batches(reader, data.val_dataloader(), 1.0)
 
 
-def _batches(reader: RunReader, loader: Any) -> Iterator[Any]:
-    for batch in track(loader, "comparing samples", len(loader)) if hasattr(loader, "__len__") else loader:
+def _batches(reader: RunReader, loader: Any, limit: float) -> Iterator[Any]:
+    """As many batches as the training was tested on."""
+    most = as_stop(batches_of(loader, limit))
+    for batch in loader if most is None else track(islice(loader, most), "comparing samples", most):
         yield move_data_to_device(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0), torch.device("cpu"))
