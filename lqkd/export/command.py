@@ -22,6 +22,8 @@ from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.gguf_command import write_gguf
 from lqkd.export.gguf_file import GGUF, require
+from lqkd.export.nbits import NBITS
+from lqkd.export.nbits_command import write_nbits
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
@@ -40,6 +42,7 @@ CALIBRATION_BATCHES = 8
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
     GGUF: "llama.cpp's own llama-bench times such a file",
+    NBITS: "its time depends on the length of a text",
 }
 """Formats that are not timed, and why."""
 COMPARED = 32
@@ -76,8 +79,8 @@ def export(
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
     wanted = _output(Path(run), format, output, overwrite)
-    if format == GGUF:
-        return _export_gguf(Path(run), wanted, allow_code)
+    if format in (GGUF, NBITS):
+        return _export_language_model(Path(run), wanted, format, allow_code)
     with Stages(5) as stage:
         stage("reading the run")
         reader, student, checkpoint = read_student(run, allow_code)
@@ -125,14 +128,19 @@ def export(
     return target
 
 
-def _export_gguf(run: Path, target: Path, allow_code: bool) -> Path:
-    require()
+def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
+    if format == GGUF:
+        require()
     reader, student, checkpoint = read_student(run, allow_code)
     _, inputs = _inputs(reader)
     about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
     split, test = _test(reader)
-    tokenizer = getattr(reader.datamodule, "tokenizer", None)
-    write_gguf(student.cpu().eval(), target, inputs, test, split, reader.model.task.cpu(), about, tokenizer)
+    student, task = student.cpu().eval(), reader.model.task.cpu()
+    if format == NBITS:
+        write_nbits(student, target, inputs, test, split, task, about)
+    else:
+        tokenizer = getattr(reader.datamodule, "tokenizer", None)
+        write_gguf(student, target, inputs, test, split, task, about, tokenizer)
     _warn_of_outdated(run)
     return target
 

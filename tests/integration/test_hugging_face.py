@@ -45,6 +45,9 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) ->
     assert torch.equal(from_gguf(run / "student.gguf")(tokens).logits, load_student(run)(tokens).logits)
     report = json.loads((run / "student.gguf.report.json").read_text())
     assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
+    assert main(["export", str(run), "--format", "nbits"]) == 0
+    report = json.loads((run / "student.nbits.onnx.report.json").read_text())
+    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
     card = (run / "student.gguf.md").read_text()
     assert "nats a token against" in card  # llama.cpp was asked
 
