@@ -52,3 +52,9 @@ def save_tokenizer(folder: Path) -> Path:
     own.train_from_iterator(["the quick brown fox jumps over the lazy dog; the dog sleeps"] * 9, trainer)
     transformers.PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(folder)
     return folder
+
+
+def language_model(folder: Path) -> Path:
+    """A Llama and its tokenizer in one folder, for texts of up to 256 tokens."""
+    llama(folder, vocab_size=300, max_position_embeddings=256, initializer_range=0.1)
+    return save_tokenizer(folder)

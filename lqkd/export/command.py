@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,14 @@ from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.gguf_command import write_gguf
 from lqkd.export.gguf_file import GGUF, require
+from lqkd.export.nbits import NBITS
+from lqkd.export.nbits_command import write_nbits
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import is_qonnx, kernels
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
+from lqkd.modules.references import as_stop, batches_of
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.runs.provenance import fingerprint, outdated_exports
@@ -38,6 +42,7 @@ CALIBRATION_BATCHES = 8
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
     GGUF: "llama.cpp's own llama-bench times such a file",
+    NBITS: "its time depends on the length of a text",
 }
 """Formats that are not timed, and why."""
 COMPARED = 32
@@ -74,8 +79,8 @@ def export(
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
     wanted = _output(Path(run), format, output, overwrite)
-    if format == GGUF:
-        return _export_gguf(Path(run), wanted, allow_code)
+    if format in (GGUF, NBITS):
+        return _export_language_model(Path(run), wanted, format, allow_code)
     with Stages(5) as stage:
         stage("reading the run")
         reader, student, checkpoint = read_student(run, allow_code)
@@ -123,14 +128,19 @@ def export(
     return target
 
 
-def _export_gguf(run: Path, target: Path, allow_code: bool) -> Path:
-    require()
+def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
+    if format == GGUF:
+        require()
     reader, student, checkpoint = read_student(run, allow_code)
     _, inputs = _inputs(reader)
     about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
     split, test = _test(reader)
-    tokenizer = getattr(reader.datamodule, "tokenizer", None)
-    write_gguf(student.cpu().eval(), target, inputs, test, split, reader.model.task.cpu(), about, tokenizer)
+    student, task = student.cpu().eval(), reader.model.task.cpu()
+    if format == NBITS:
+        write_nbits(student, target, inputs, test, split, task, about)
+    else:
+        tokenizer = getattr(reader.datamodule, "tokenizer", None)
+        write_gguf(student, target, inputs, test, split, task, about, tokenizer)
     _warn_of_outdated(run)
     return target
 
@@ -257,10 +267,12 @@ def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:
     data = cast(LightningDataModule, reader.datamodule)
     if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-        return TEST, _batches(reader, data.test_dataloader())
-    return VALIDATION, _batches(reader, data.val_dataloader())
+        return TEST, _batches(reader, data.test_dataloader(), reader.trainer.limit_test_batches)
+    return VALIDATION, _batches(reader, data.val_dataloader(), 1.0)
 
 
-def _batches(reader: RunReader, loader: Any) -> Iterator[Any]:
-    for batch in track(loader, "comparing samples", len(loader)) if hasattr(loader, "__len__") else loader:
+def _batches(reader: RunReader, loader: Any, limit: float) -> Iterator[Any]:
+    """As many batches as the training was tested on."""
+    most = as_stop(batches_of(loader, limit))
+    for batch in loader if most is None else track(islice(loader, most), "comparing samples", most):
         yield move_data_to_device(reader.trainer.strategy.batch_to_device(batch, dataloader_idx=0), torch.device("cpu"))

@@ -13,6 +13,7 @@ from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.nbits import NBITS
 
 TORCH = "torch"
 BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
@@ -22,7 +23,7 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "qonnx": qonnx.build,
 }
 """The formats that are ONNX files."""
-FORMATS = (*BUILDERS, TORCH, GGUF)
+FORMATS = (*BUILDERS, TORCH, GGUF, NBITS)
 """All formats."""
 _SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
 """Of files that are not ONNX."""

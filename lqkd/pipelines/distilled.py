@@ -99,9 +99,12 @@ class Distilled:
         from lqkd.export.formats import BUILDERS, file_name
         from lqkd.export.gguf_command import write_gguf
         from lqkd.export.gguf_file import GGUF
+        from lqkd.export.nbits import NBITS
+        from lqkd.export.nbits_command import write_nbits
 
-        if format not in (*BUILDERS, GGUF):
-            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join((*BUILDERS, GGUF))}")
+        known = (*BUILDERS, GGUF, NBITS)
+        if format not in known:
+            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(known)}")
         target = self.folder / file_name(format) if path is None else Path(path)
         if target.is_dir():
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
@@ -113,10 +116,11 @@ class Distilled:
         split = next((split for split in ("test", "val") if has(self._data, split)), None)
         judged = () if split is None else islice(self._batches(split), 1)
         example = Inputs.joined([*map(self._inputs, judged), *calibration]).part(slice(COMPARED))
-        if format == GGUF:
+        if format in (GGUF, NBITS):
+            write = write_gguf if format == GGUF else write_nbits
             test = () if split is None else self._batches(split)
             about = {"data": type(self._data).__name__} | dict(about or {})
-            write_gguf(self.network, target, example, test, split or "train", self.task, about)
+            write(self.network, target, example, test, split or "train", self.task, about)
             return target
         to_onnx(
             self.network,

@@ -57,11 +57,12 @@ class RunReader(LqkdCLI):
         """The weights are loaded afterwards, by :func:`load_float_weights`."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        on_cpu = self._get(self.config_init, "trainer").accelerator == "cpu"
+        asked = self._get(self.config_init, "trainer")
         return Trainer(
-            accelerator="cpu" if on_cpu else "auto",
+            accelerator="cpu" if asked.accelerator == "cpu" else "auto",
             devices=1,
             limit_val_batches=1,
+            limit_test_batches=asked.limit_test_batches,
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,

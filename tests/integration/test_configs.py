@@ -15,6 +15,7 @@ from benchmarks.fcn import CifarFCN
 from lqkd.cli import main
 from lqkd.data.shards import make_shards
 from lqkd.models import CifarResNet, build_model
+from tests.hugging_face import language_model
 from tests.photographs import write_photographs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -93,6 +94,12 @@ def test_a_shipped_config_runs_one_step(
             make_shards(folder, tmp_path / "shards", 10**6)
             folder = tmp_path / "shards"
         arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "4"]
+    if name == "TextFiles":
+        given = str(language_model(tmp_path / "model"))
+        for place in ("teacher.init_args.network", "student"):
+            arguments += [f"--model.init_args.{place}.init_args.pretrained", given]
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps\n" * 2000)
+        arguments += ["--data.init_args.tokenizer", given, "--data.init_args.root", str(tmp_path / "text.txt")]
     if "ImageNet" in name:
         request.getfixturevalue("imagenet_weights")
         arguments += ["--data.init_args.image_size", "32", "--data.init_args.num_workers", "0"]

@@ -1,0 +1,157 @@
+"""A language model as ONNX for MatMulNBits of ONNX Runtime, written from the codes and steps that were trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from lqkd.errors import ParityError, UsageError
+from lqkd.export.deploy import OUTPUT, deployable_copy
+from lqkd.export.nbits_graph import OPSET, RUNTIME_DOMAIN, Graph, unpack
+from lqkd.export.nbits_networks import logits
+from lqkd.export.runtimes import session
+from lqkd.quantization import Quantizer, quantizers
+from lqkd.quantization.layers import QuantizedLayer
+from lqkd.utils.files import atomic_path
+
+NBITS = "nbits"
+"""The name of the format."""
+TOKENS = "input_ids"
+"""What a file calls its input."""
+_LARGEST = 2**31 - 1
+"""Bytes of a file of protocol buffers."""
+
+
+def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Write a language model as ONNX whose matrices are multiplied by ONNX Runtime's ``MatMulNBits``.
+
+    Weights in groups along the input axis are written as their codes, 2, 4 or 8 bits, and float32 steps; nothing is
+    quantised again. The file is then read, and codes times steps must be the bits of every weight that the student
+    computes with. An embedding that is the head too is held once. Input is ``input_ids`` (B, T) int64, output
+    ``logits`` (B, T, V) float32, for any B and T; sums are made in float32.
+
+    Args:
+        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0`` or
+            ``q8_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
+        path: of the file, complete or not there; an existing one is replaced.
+        about: what the file shall also say about itself, JSON values.
+
+    Returns:
+        Bits to the number of layers that have as many.
+
+    Raises:
+        UsageError: when the network is another, MatMulNBits does not have a grid, the training has failed, or the file
+            would be larger than ONNX allows.
+        ParityError: when the file decodes to something else; nothing is written then.
+    """
+    student = nbits_student(model)
+    graph = Graph()
+    output = logits(graph, TOKENS, student)
+    graph.nodes.append(helper.make_node("Identity", [output], [OUTPUT]))
+    shape: list[Any] = ["batch", "tokens"]
+    made = helper.make_graph(
+        graph.nodes,
+        "lqkd",
+        [helper.make_tensor_value_info(TOKENS, TensorProto.INT64, shape)],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [*shape, None])],
+        list(graph.initializers.values()),
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(RUNTIME_DOMAIN, 1)]
+    written = helper.make_model(made, opset_imports=opsets, ir_version=10, producer_name="lqkd")
+    helper.set_model_props(
+        written,
+        {key: json.dumps(value) for key, value in {"version": metadata.version("lqkd"), **(about or {})}.items()},
+    )
+    if written.ByteSize() > _LARGEST:
+        raise UsageError(f"--format nbits is not possible: the file would have {written.ByteSize():,} bytes, of 2 GiB")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(written.SerializeToString())
+        check_nbits(temporary, student)
+    return dict(Counter(quantizer.bits for _, _, quantizer in _quantized(student)))
+
+
+def nbits_student(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that a file is made of.
+
+    Raises:
+        UsageError: when no file can be.
+    """
+    student = deployable_copy(model)
+    held = {quantizer for _, _, quantizer in _quantized(student)}
+    if not held:
+        raise UsageError(
+            "--format nbits is not possible for a network in floating point: train a student below 32 bits"
+        )
+    for name, quantizer in quantizers(student).items():
+        if quantizer not in held:
+            raise UsageError(f"{name} puts activations on a grid, which a file of --format nbits does not have")
+    return student
+
+
+@torch.no_grad()
+def check_nbits(path: str | Path, model: nn.Module) -> None:
+    """Decode every weight of a file and compare it with what ``model`` computes with.
+
+    Raises:
+        ParityError: when one is missing or decodes to other bits.
+    """
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    for name, layer, expected in _weights(model):
+        found = _decoded(tensors, name, layer)
+        if found is None or found.shape != expected.shape or found.tobytes() != expected.tobytes():
+            raise ParityError(f"tensor {name} of the file decodes to other numbers than the student computes with")
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, np.ndarray]]:
+    """Name, layer and values of every parameter, of a shared one once, and of a quantised one on its grid."""
+    for place, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            quantized = key == "weight" and isinstance(module, QuantizedLayer)
+            values = cast(QuantizedLayer, module).quantized_weight() if quantized else parameter
+            tied = next(name for name, other in model.named_parameters() if other is parameter)
+            if tied == f"{place}.{key}":
+                yield tied, module, values.numpy()
+
+
+def _decoded(tensors: Mapping[str, np.ndarray], name: str, layer: nn.Module) -> np.ndarray | None:
+    """A parameter out of a file, float32: codes times steps, or numbers, which linear layers have the other way."""
+    place = name.removesuffix(".weight")
+    codes, scales, values = (tensors.get(key) for key in (f"{place}.codes", f"{place}.scales", name))
+    if codes is not None and scales is not None:
+        size = cast(int, cast(Quantizer, layer.weight_quantizer).group_size)
+        bits = 8 * codes.shape[-1] // size
+        numbers = unpack(codes, bits).astype(np.float32) - np.float32(2 ** (bits - 1))
+        return (numbers * scales[..., None]).reshape(len(codes), -1)
+    transposed = values is not None and values.ndim == 2 and isinstance(layer, nn.Linear)
+    return np.ascontiguousarray(values.T) if values is not None and transposed else values
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
+    """Name, layer and quantizer of what has a quantised weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            yield name, module, module.weight_quantizer
+
+
+class Runtime(nn.Module):
+    """A file in ONNX Runtime: tokens (B, T) to logits (B, T, V)."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self._session = session(onnx.load(path), optimised=True, threads=torch.get_num_threads())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        (found,) = self._session.run([OUTPUT], {TOKENS: tokens.numpy()})
+        return torch.from_numpy(found)

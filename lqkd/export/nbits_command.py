@@ -1,0 +1,100 @@
+"""A run's language model as ONNX for MatMulNBits: written, proven and told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lqkd.errors import ParityError
+from lqkd.export import report
+from lqkd.export.card import Summary, card_path
+from lqkd.export.deploy import OUTPUT
+from lqkd.export.nbits import NBITS, Runtime, nbits_student, to_nbits
+from lqkd.export.parity import Parity, agree, differences, judge_outputs
+from lqkd.models.calls import Inputs
+from lqkd.models.outputs import heads
+from lqkd.quantization import size
+from lqkd.tasks import Task
+from lqkd.tasks.values import shown
+from lqkd.utils.escaping import markdown, terminal
+from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
+
+
+def write_nbits(
+    student: nn.Module, path: Path, inputs: Inputs, test: Iterable[Any], split: str, task: Task, about: dict[str, Any]
+) -> None:
+    """Write the file, compare what ONNX Runtime makes of it with the student, and print and write what came of it.
+
+    Args:
+        student: as it was trained.
+        path: of the file; it is not kept where the comparison fails.
+        inputs: texts (B, T) of tokens.
+        test: batches of the task.
+        split: what they are of.
+        task: says how good an answer is.
+        about: what the file shall say about itself.
+
+    Raises:
+        UsageError: when no file can be made of the student.
+        ParityError: when the file does not compute what was trained.
+    """
+    counts = to_nbits(student, path, about=about)
+    parity = prove(path, student, inputs, test, task)
+    parity.split = split
+    if parity.problem is not None:
+        path.unlink()
+        raise ParityError(f"the file fails the comparison and is not kept: {parity.problem}")
+    weights = size(student)
+    summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
+    rows = _rows(summary, counts, parity)
+    print_table(f"export to {path.name}", None, rows, left=2)
+    print(terminal(f"written to {path}"))
+    lines = [f"# {markdown(path.name)}", "", "A low-bit language model for ONNX Runtime, exported by lqkd.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in rows), ""]
+    lines += ["## Origin", "", f"data: {markdown(about.get('data'))}", ""]
+    if about.get("checkpoint"):
+        lines += [f"checkpoint: SHA-256 `{about['checkpoint']}`", ""]
+    write_text(card_path(path), "\n".join(lines))
+    described = {"format": NBITS, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
+    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
+
+
+@torch.no_grad()
+def prove(path: Path, student: nn.Module, inputs: Inputs, test: Iterable[Any] = (), task: Task | None = None) -> Parity:
+    """Compare a file, run by ONNX Runtime, with the student.
+
+    Args:
+        path: the file.
+        student: as it was trained.
+        inputs: texts, on which logits may differ by no more than sums in another order make them.
+        test: batches of the task, on which both are measured.
+        task: None for the classification of images.
+    """
+    runtime, plain = Runtime(path), nbits_student(student)
+    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (plain, runtime))
+    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
+    judge_outputs(parity)
+    agree(parity, lambda given: given.call(runtime), lambda given: given.call(plain), test, student, task)
+    return parity
+
+
+def _rows(summary: Summary, counts: dict[int, int], parity: Parity) -> list[tuple[str, str]]:
+    layers = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    rows = [
+        ("format", f"{NBITS}: MatMulNBits of ONNX Runtime"),
+        ("file", f"{summary.file_bytes / 1000:.1f} kB (in float: {summary.float_bytes / 1000:.1f} kB)"),
+        ("layers", f"{layers}; each decodes to the bits that were trained"),
+        ("logits", f"at most {max(parity.outputs.values()):.2g} of the largest apart"),
+        ("judged on", f"{parity.samples} samples of the {parity.split} split"),
+    ]
+    for name, value in (("as trained", parity.trained), ("of the file", parity.exported)):
+        if value is not None:
+            rows.append((f"{parity.metric} {name}", shown(parity.metric or "", value, 2)))
+    if parity.agreement is not None:
+        rows.append((f"same {parity.answer}", f"{parity.agreement:.3%}"))
+    return rows

@@ -1,0 +1,91 @@
+"""A language model of Hugging Face from the command line: from a folder and a text to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lqkd.cli import main
+from lqkd.export import from_gguf
+from lqkd.models import causal_lm
+from lqkd.runs import load_student
+from tests.hugging_face import language_model
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "smollm2.yaml")
+
+
+def fit(tmp_path: Path, *more: str) -> int:
+    folder = str(tmp_path / "model")
+    arguments = ["--model.student.init_args.pretrained", folder, "--data.init_args.tokenizer", folder]
+    arguments += ["--model.teacher.init_args.network.init_args.pretrained", folder, "--run.root", str(tmp_path)]
+    arguments += ["--data.init_args.root", str(tmp_path / "text.txt"), "--data.init_args.context", "16"]
+    arguments += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.limit_test_batches", "2"]
+    return main(["fit", "--config", CONFIG, *arguments, *more])
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LQKD_CACHE", str(tmp_path / "cache"))
+    language_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(f"the quick brown fox {number} jumps\n" for number in range(1500)))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) -> None:
+    assert fit(text, "--model.balance.init_args.task", "1") == 0
+    run = text / "smollm2_q4_0" / "version_0"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["weight_bits"], summary["activation_bits"]) == ("4 (8 in 2 layers)", "32")
+    assert main(["export", str(run), "--format", "gguf"]) == 0
+    tokens = torch.arange(32).view(2, 16)
+    assert torch.equal(from_gguf(run / "student.gguf")(tokens).logits, load_student(run)(tokens).logits)
+    report = json.loads((run / "student.gguf.report.json").read_text())
+    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
+    assert main(["export", str(run), "--format", "nbits"]) == 0
+    report = json.loads((run / "student.nbits.onnx.report.json").read_text())
+    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
+    card = (run / "student.gguf.md").read_text()
+    assert "nats a token against" in card  # llama.cpp was asked
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("--data.init_args.context", "512", "texts of 512 tokens are longer than the 256 that it was made for"),
+        ("--data.init_args.tokenizer", "{other}", "the data have 350 tokens, and logits are of fewer"),
+        ("--model.quantization.group_size", "48", "group_size=48 is not possible with bits='q4_0'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    setting: str, value: str, message: str, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(text / "model")
+    other.add_tokens([f"word{number}" for number in range(350 - len(other))])
+    other.save_pretrained(text / "other")
+    assert fit(text, setting, value.format(other=text / "other")) == 2
+    assert message in capsys.readouterr().err
+    assert not (text / "smollm2_q4_0").exists() or not any((text / "smollm2_q4_0").rglob("*.ckpt"))
+
+
+def test_perplexity_is_that_of_transformers(text: Path) -> None:
+    from lqkd.data import TextFiles
+    from lqkd.tasks import CausalLM
+
+    data = TextFiles(root=str(text / "text.txt"), tokenizer=str(text / "model"), context=16, seed=0)
+    data.setup()
+    network, task = causal_lm(str(text / "model")), CausalLM()
+    metrics, losses = task.metrics(), []
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            seen = data.preprocess(batch, train=False, epoch=0)
+            logits = network(seen.tokens).logits
+            task.update(metrics, logits, seen)
+            losses += [network(row[None], labels=row[None]).loss.double() for row in seen.tokens]
+    expected = float(torch.stack(losses).mean().exp())
+    assert float(metrics.compute()["perplexity"]) == pytest.approx(expected, rel=1e-5)
