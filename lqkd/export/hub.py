@@ -35,6 +35,7 @@ _REFERENCES = {
     "teacher": "teacher",
     "student_float": "student in floating point",
     "student_start": "student, quantised and not trained",
+    "student_gptq": "student, calibrated by GPTQ and not trained",
 }
 
 
@@ -121,7 +122,7 @@ def card(name: str, summary: dict[str, Any], described: dict[str, Any]) -> str:
         head["pipeline_tag"] = pipeline
     if measured:
         head["model-index"] = [{"name": name, "results": [result]}]
-    rows = [(title, summary[of]) for of, title in _REFERENCES.items()]
+    rows = [(title, summary.get(of)) for of, title in _REFERENCES.items()]
     rows += [("student as trained", reached), (f"`{FILE}`", values[FILE])]
     lines = [
         "---",

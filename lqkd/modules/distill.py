@@ -120,6 +120,9 @@ class DistillModule(TaskModule):
             rounding. On a GPU so does the augmentation of an :class:`lqkd.data.ImageDataModule` without RandAugment.
             Evaluations, batches of another size than the first (the last of an epoch), losses and optimizers stay
             eager.
+        gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
+            reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
+            each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -153,9 +156,13 @@ class DistillModule(TaskModule):
         teachers: dict[str, FrozenTeacher] | None = None,
         distillation: dict[str, Term] | None = None,
         compile: Compile = False,
+        gptq_batches: int = 0,
     ) -> None:
         super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
+        if gptq_batches < 0:
+            raise UsageError(f"gptq_batches={gptq_batches} is not possible: it must be at least 0")
+        self.gptq_batches = gptq_batches
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
         short = {"distillation_loss": distillation_loss, "taps": taps or None, "regularizer": regularizer}

@@ -27,6 +27,7 @@ class Distilling(Protocol):
     warnings: list[str]
     own: str | None
     own_joined: dict[str, str]
+    gptq_batches: int
 
     @property
     def accumulate_grad_batches(self) -> int: ...

@@ -20,6 +20,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lqkd.data.reading import apart, first_batch, only_loader
 from lqkd.errors import UsageError
+from lqkd.modules.calibrated import calibrated
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import float_mode
@@ -27,9 +28,9 @@ from lqkd.quantization.modes import evaluating
 from lqkd.tasks import Asked, Classification, Task
 from lqkd.utils.progress import track
 
-REFERENCES = ("teacher", "student_float", "student_start")
+REFERENCES = ("teacher", "student_float", "student_start", "student_gptq")
 """Keys of what :func:`measure` returns, values of the task's metric: the teacher, the student before it was quantised,
-and quantised before its first step."""
+quantised before its first step, and with the codes of GPTQ where that is asked for."""
 
 _CONSTANT = "always the same answer"
 
@@ -88,6 +89,9 @@ def measure(
         measured["student_float"] = None if _is_chance(module, found) else found
         with module.finished() if batches_of(*split) else nullcontext():  # what is trained is measured so
             measured["student_start"], _ = value_of(module, module.student, *split)
+        if module.gptq_batches and batches_of(*split):
+            with calibrated(module), module.finished():
+                measured["student_gptq"], _ = value_of(module, module.student, *split)
     return measured
 
 
@@ -100,8 +104,8 @@ def logged(references: Mapping[str, float | None], task: Task) -> dict[str, floa
 
 def in_a_line(references: Mapping[str, float | None], task: Task) -> str:
     """The values that are known, in a line; empty without any."""
-    names = dict(zip(REFERENCES, ("teacher", "student in float", "quantised only"), strict=True))
-    known = [f"{name} {task.shown(v)}" for key, name in names.items() if (v := references[key]) is not None]
+    names = dict(zip(REFERENCES, ("teacher", "student in float", "quantised only", "calibrated only"), strict=True))
+    known = [f"{name} {task.shown(v)}" for key, name in names.items() if (v := references.get(key)) is not None]
     return f"before training: {', '.join(known)}" if known else ""
 
 

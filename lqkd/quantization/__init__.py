@@ -9,6 +9,7 @@ from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batc
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
 from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
 from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, operation_shares, size
+from lqkd.quantization.gptq import gptq, gptq_weight
 from lqkd.quantization.layers import (
     QuantConv1d,
     QuantConv2d,
@@ -57,6 +58,8 @@ __all__ = [
     "coverage",
     "float_mode",
     "fold_batchnorm",
+    "gptq",
+    "gptq_weight",
     "initialize_quantizers",
     "layer_costs",
     "measure_sensitivity",

@@ -59,8 +59,8 @@ def activation_codes(quantizer: Quantizer, place: str) -> ActivationCodes | None
     """
     if isinstance(quantizer, Dynamic):
         raise UsageError(
-            f"the input of {place} is measured for each token (quantizer dynamic), and an integer file has one grid for "
-            "a tensor: train with activation_quantizer=lsq, or with 32 activation bits"
+            f"the input of {place} is measured for each token (quantizer dynamic), and an integer file has one grid a "
+            "tensor: train with activation_quantizer=lsq, or with 32 activation bits"
         )
     check_fitted(quantizer, place)
     if quantizer.channels is not None:

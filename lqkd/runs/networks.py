@@ -41,6 +41,7 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[Network]:
         ("teacher", summary.get("teacher"), ""),
         ("student in float", summary.get("student_float"), whole),
         ("quantised only (PTQ)", start, packed),
+        ("calibrated only (GPTQ)", summary.get("student_gptq"), packed),
         (f"trained, {bits_of(summary)}", value, packed),
     ):
         if known is not None:

@@ -71,19 +71,34 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
         >>> bits = {"weight_bits": "2", "activation_bits": "2", "packed_bytes": 10, "float_bytes": 100}
         >>> in_a_sentence(bits | {"test": 0.96, "student_float": 0.98})
         'W2 A2: accuracy 96.00%, 2.00 points worse than in float (98.00%), at a size 10 times smaller.'
+        >>> in_a_sentence({"metric": "val/loss", "mode": "min", "test": 1.2, "student_start": 1.1})
+        'float: loss 1.2; quantised only: 1.1. Training has not paid: quantised only is as good or better.'
     """
     metric, (value, split) = summary.get("metric") or "val/acc", measured_on(summary)
     if value is None:
         return f"{bits_of(summary)}: nothing was measured, for there are neither validation nor test data."
     told = f"{bits_of(summary)}: {name_of(metric)} {shown(metric, value, 2)}"
     told += "" if split.startswith("test") else f" on the {split}"
-    reference, untrained = summary.get("student_float"), summary.get("student_start")
+    reference, mode = summary.get("student_float"), summary.get("mode")
     if reference is not None:
-        told += f", {_against(metric, summary.get('mode'), value, reference)} in float ({shown(metric, reference, 2)})"
+        told += f", {_against(metric, mode, value, reference)} in float ({shown(metric, reference, 2)})"
     whole, packed = summary.get("float_bytes"), summary.get("packed_bytes")
     if whole and packed and whole != packed:
         told += f", at a size {whole / packed:.3g} times smaller"
-    return f"{told}." if untrained is None else f"{told}; quantised only: {shown(metric, untrained, 2)}."
+    untrained = {name: found for key, name in _UNTRAINED.items() if (found := summary.get(key)) is not None}
+    told += "".join(f"; {name}: {shown(metric, found, 2)}" for name, found in untrained.items())
+    reached = [name for name, found in untrained.items() if not _better(mode, value, found)]
+    if reached and summary.get("test") is not None:  # which these are values of, too
+        told += f". Training has not paid: {' and '.join(reached)} is as good or better"
+    return f"{told}."
+
+
+_UNTRAINED = {"student_start": "quantised only", "student_gptq": "calibrated only (GPTQ)"}
+"""What a trained student must be better than, by its key."""
+
+
+def _better(mode: str | None, value: float, other: float) -> bool:
+    return value < other if mode == "min" else value > other
 
 
 def _against(metric: str, mode: str | None, value: float, reference: float) -> str:
@@ -91,7 +106,7 @@ def _against(metric: str, mode: str | None, value: float, reference: float) -> s
     size = f"{100 * abs(change):.2f} points" if is_share(metric) else f"{abs(change):.3g}"
     if size.startswith("0.00 ") or not change:
         return "as good as"
-    return f"{size} {'better' if (change > 0) == (mode != 'min') else 'worse'} than"
+    return f"{size} {'better' if _better(mode, value, reference) else 'worse'} than"
 
 
 def _text(value: Any) -> str | None:

@@ -24,7 +24,13 @@ _NOTE = (
     "measured before the training."
 )
 UNTRAINED = "quantised only (PTQ)"
-_REFERENCES = {"the teacher": "teacher", "the student in float": "student_float", UNTRAINED: "student_start"}
+CALIBRATED = "calibrated only (GPTQ)"
+_REFERENCES = {
+    "the teacher": "teacher",
+    "the student in float": "student_float",
+    UNTRAINED: "student_start",
+    CALIBRATED: "student_gptq",
+}
 """Rows below the variants, by what summary.json calls their value on the test split; no variant has such a name."""
 _FROM_SUMMARY = ("weight_bits", "activation_bits", "packed_bytes", "float_bytes", "bit_operations", "epochs", "steps")
 
@@ -119,7 +125,7 @@ def references(runs: Sequence[Run]) -> dict[str, Summary]:
             else:
                 groups.append((known, [variant]))
         bits = [", ".join(dict.fromkeys(bits_of(run.summary) for run in runs if run.variant in of)) for _, of in groups]
-        by_bits = title == UNTRAINED and len(set(bits)) == len(groups)
+        by_bits = title in (UNTRAINED, CALIBRATED) and len(set(bits)) == len(groups)
         for (shared, names), width in zip(groups, bits, strict=True):
             of = f", {width}" if by_bits else f" of {', '.join(names)}"
             name = title if len(groups) == 1 else f"{title}{of}"

@@ -41,10 +41,10 @@ def student(**settings: Any) -> DistillModule:
     return DistillModule(
         FrozenTeacher(gpt(24, seed=2)),
         gpt(),
-        quantization=Recipe(bits="w4a8"),
         student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4)} | settings,
+        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4), "quantization": Recipe("w4a8")}
+        | settings,
     )
 
 
@@ -77,6 +77,21 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer]) -> None:
+    ends, references = [], []
+    for batches in (0, 2):
+        module = student(gptq_batches=batches, quantization=Recipe("w2a8", weight_quantizer="seq", group_size=8))
+        trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+        references.append(module.references)
+    assert torch.equal(*ends)
+    without, measured = references
+    assert without["student_gptq"] is None
+    assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
+    with pytest.raises(UsageError, match="gptq_batches=1: GPTQ is not possible for TWN"):
+        trainer().fit(student(gptq_batches=1, quantization=Recipe("ternary", last_layer_bits=None)), datamodule=text())
 
 
 def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(trainer: Callable[..., Trainer]) -> None:

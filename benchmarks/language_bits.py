@@ -1,0 +1,146 @@
+"""What training on few bits is worth beside what none reaches: the table of ``configs/studies/language_bits.yaml``.
+
+The network in float, its weights rounded to the grids on which the students start, and calibrated on them by GPTQ, on
+the text's test split; beside them the runs of the study, as it wrote them. In bits a byte, less is better.
+
+::
+
+    python -m benchmarks.language_bits --measure          # a minute: writes results/language_bits_ptq_cpu_torch...csv
+    python -m benchmarks.language_bits                    # the table, from the two files in results/
+    python -m benchmarks.language_bits --runs studies/language_bits/runs.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lqkd.data import PythonTopics
+from lqkd.models import GPT, load_weights
+from lqkd.quantization import Recipe, Rule, gptq, initialize_quantizers, quantize_model
+from lqkd.studies.tables import markdown
+from lqkd.tasks import CausalLM
+from lqkd.utils.tables import write_csv
+
+STUDY = Path("configs/studies/language_bits.yaml")
+RUNS = Path(f"results/study_language_bits_runs_cpu_torch{torch.__version__.partition('+')[0]}.csv")
+PTQ = Path(f"results/language_bits_ptq_cpu_torch{torch.__version__.partition('+')[0]}.csv")
+WIDTHS = ("4", "3", "2", "1.58")
+TRAINED = {"labels": "labels alone", "kl": "and KL, 1 : 1", "weighed": "and KL weighed by token"}
+FLOAT, ROUNDED, CALIBRATED = "float", "rounded", "GPTQ"
+BATCHES = 16
+"""Training batches that GPTQ is calibrated on: of 64 texts of 128 bytes."""
+
+
+def recipe_of(width: str) -> Recipe:
+    """What the study trains at a width."""
+    settings = yaml.safe_load(STUDY.read_text(encoding="utf-8"))["variants"][f"w{width}_kl"]
+    base = yaml.safe_load((STUDY.parent / "../language/quickstart.yaml").read_text(encoding="utf-8"))
+    quantization = dict(base["model"]["init_args"]["quantization"])
+    prefix = "model.init_args.quantization."
+    quantization |= {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    rules = [Rule(**rule) for rule in quantization.pop("rules")]
+    return Recipe(**quantization, rules=rules)
+
+
+def network() -> GPT:
+    """The network in float that every student starts from."""
+    made = GPT()
+    load_weights(made, "builtin:topics_gpt")
+    return made.eval()
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, batches: Any) -> float:
+    """Of a text of bytes, over all tokens that are predicted."""
+    task, total, count = CausalLM(bytes_per_token=1), 0.0, 0
+    for batch in batches:
+        rows = task.rows(model(batch.tokens.long()), batch)
+        assert rows.labels is not None
+        total += float(nn.functional.cross_entropy(rows.logits, rows.labels, reduction="sum"))
+        count += len(rows.labels)
+    return total / count / math.log(2)
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """The rows of :data:`PTQ`."""
+    data = PythonTopics(seed=0)
+    data.setup()
+    test = list(data.test_dataloader())
+    calibration: list[Tensor] = [batch.tokens.long() for batch in islice(data.train_dataloader(), BATCHES)]
+    yield {"width": "", "how": FLOAT, "bits_per_byte": bits_per_byte(network(), test), "seconds": 0.0}
+    for width in WIDTHS:
+        model, _ = quantize_model(network(), recipe_of(width))
+        initialize_quantizers(model, calibration[0])
+        yield {"width": width, "how": ROUNDED, "bits_per_byte": bits_per_byte(model.eval(), test), "seconds": 0.0}
+        started = time.perf_counter()
+        gptq(model, calibration)
+        seconds = round(time.perf_counter() - started, 1)
+        yield {"width": width, "how": CALIBRATED, "bits_per_byte": bits_per_byte(model, test), "seconds": seconds}
+
+
+def table(ptq: Path, runs: Path) -> str:
+    """Bits a byte on the test split by width, and how much of the gap that GPTQ leaves is closed."""
+    untrained = {(row["width"], row["how"]): float(row["bits_per_byte"]) for row in _read(ptq)}
+    trained: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in _read(runs):
+        if row["status"] == "finished" and row["test"]:
+            width, _, how = row["variant"].removeprefix("w").partition("_")
+            trained[width, how].append(float(row["test"]) / math.log(2))
+    best = untrained["", FLOAT]
+    headings = ["weights", "float", "rounded", "GPTQ", *TRAINED.values(), "of the gap of GPTQ closed with KL", "seeds"]
+    rows = []
+    for width in WIDTHS:
+        by_method = {how: trained[width, how] for how in TRAINED}
+        if not any(by_method.values()):
+            continue
+        left = untrained[width, CALIBRATED]
+        closed = [(left - value) / (left - best) for value in by_method["kl"]]
+        counts = sorted({len(values) for values in by_method.values()})
+        rows.append(
+            [
+                "three values" if width == "1.58" else f"{width} bits",
+                *(f"{value:.3f}" for value in (best, untrained[width, ROUNDED], left)),
+                *(_spread(values, ".3f") for values in by_method.values()),
+                _spread([100 * value for value in closed], ".0f") + " %",
+                " to ".join(map(str, counts)),
+            ]
+        )
+    return markdown(headings, rows)
+
+
+def _spread(values: list[float], how: str) -> str:
+    if not values:
+        return "n/a"
+    return f"{statistics.fmean(values):{how}}" + (f" ± {statistics.stdev(values):{how}}" if len(values) > 1 else "")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure what no training reaches, and write it")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="runs.csv of the study")
+    given = parser.parse_args()
+    if given.measure:
+        write_csv(PTQ, list(measure()))
+    print(table(PTQ, given.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The student as GPTQ alone makes it, for as long as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from lqkd.data.reading import apart
+from lqkd.errors import UsageError
+from lqkd.modules.distilling import Distilling
+from lqkd.modules.stages import in_stage
+from lqkd.quantization import gptq
+
+
+@contextmanager
+def calibrated(module: Distilling) -> Iterator[None]:
+    """Inside the block the student has the codes of GPTQ, calibrated on ``module.gptq_batches`` training batches.
+
+    It is then what it was, to the last bit. Processes calibrate together, each on its own batches.
+
+    Raises:
+        UsageError: when there is nothing that GPTQ can calibrate.
+    """
+    trainer, student = module.trainer, module.student
+    state = {name: tensor.clone() for name, tensor in student.state_dict().items() if isinstance(tensor, Tensor)}
+    try:
+        with (
+            apart(trainer.train_dataloader) as loader,
+            in_stage(trainer, RunningStage.TRAINING),
+            trainer.precision_plugin.forward_context(),
+        ):
+            on_device = (
+                trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                for batch in islice(loader, module.gptq_batches)
+            )
+            inputs = [module.inputs(batch) for batch in on_device]
+            gptq(student, inputs, lambda network, given: given.call(network))
+        yield
+    except UsageError as error:
+        raise UsageError(f"gptq_batches={module.gptq_batches}: {error}") from None
+    finally:
+        with torch.no_grad():
+            for name, tensor in student.state_dict().items():
+                if name in state:
+                    tensor.copy_(state[name])

@@ -1,0 +1,244 @@
+"""GPTQ: the best codes that weights can have without training, for the inputs that they meet."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.quantization.calibrate import without_compiler
+from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.modes import evaluating
+from lqkd.quantization.quantizers import SEQ, Quantizer, UniformQuantizer
+from lqkd.quantization.quantizers.base import mean_over_ranks
+
+BLOCK = 128
+"""Columns after which their errors reach those beyond, as in the paper: nothing but the time depends on it."""
+
+
+@torch.no_grad()
+def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: float = 0.01) -> Tensor:
+    """Weights on the grid of ``quantizer`` for the least squared error of the layer's outputs, column by column.
+
+    Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1: columns are rounded one after another in the order of the
+    weight, and the error of each is made up for by those that are left, along the rows of the Cholesky factor of the
+    inverse Hessian. Where the quantizer has groups, the grid of each is fitted anew, for the least squared error, to
+    what its columns have become when its turn comes; a grid of a row or of the whole weight stays as it was fitted.
+
+    Args:
+        weight: (O, I).
+        hessian: (I, I) of the mean over inputs x of ``x x^T``; a factor changes nothing.
+        quantizer: fitted to ``weight``, with levels that do not move with it; grids of groups are changed.
+        damping: what is added to the diagonal, in parts of its mean.
+
+    Returns:
+        (O, I) in the dtype of ``weight``; the quantizer leaves each of them as it is.
+
+    Raises:
+        UsageError: when the quantizer measures its levels on the weight, is not fitted, or the Hessian is not finite.
+
+    Examples:
+        >>> from lqkd.quantization import QUANTIZERS
+        >>> quantizer = QUANTIZERS["minmax"](2, signed=True)
+        >>> quantizer.initialize(torch.tensor([-1.0, 1.0]))
+        >>> gptq_weight(torch.tensor([[0.4, 0.4]]), torch.ones(2, 2), quantizer)  # of two inputs that are the same
+        tensor([[0., 1.]])
+    """
+    _check(quantizer)
+    work = weight.detach().double().clone()
+    inverse = _inverse_factor(hessian.double(), damping)
+    result, columns = torch.empty_like(work), work.shape[1]
+    group = quantizer.group_size
+    grid = quantizer
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = work.new_zeros(len(work), end - start)
+        for column in range(start, end):
+            if group is not None and column % group == 0:
+                # What earlier columns of this block owe to the group's own columns beyond it is not there yet.
+                ahead = work[:, column : column + group].clone()
+                ahead[:, max(0, end - column) :] -= errors @ inverse[start:end, end : column + group]
+                grid = _fit_group(quantizer, column // group, ahead.to(weight.dtype))
+            rounded = grid.dequantize(grid.codes(work[:, column : column + 1].to(weight.dtype))).squeeze(1).double()
+            result[:, column] = rounded
+            error = (work[:, column] - rounded) / inverse[column, column]
+            errors[:, column - start] = error
+            work[:, column + 1 : end] -= error.unsqueeze(1) * inverse[column, column + 1 : end]
+        work[:, end:] -= errors @ inverse[start:end, end:]
+    return result.to(weight.dtype)
+
+
+def _check(quantizer: Quantizer) -> None:
+    if not isinstance(quantizer, UniformQuantizer | SEQ):
+        raise UsageError(
+            f"GPTQ is not possible for {type(quantizer).__name__}, whose levels move with the weights: it takes lsq, "
+            "lsq_plus, lsq_ewgs, seq, minmax, mse and the grids of GGUF files"
+        )
+    if not quantizer.is_ready:
+        raise UsageError("GPTQ needs a grid: call initialize_quantizers before")
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian."""
+    if not hessian.isfinite().all():
+        raise UsageError("GPTQ is not possible: an input of the layer is not finite")
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weights are rounded alone
+    diagonal += damping * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _fit_group(quantizer: Quantizer, index: int, columns: Tensor) -> Quantizer:
+    """Fit the grids of one group of every row to ``columns`` (O, group size); they are returned as a grid a row."""
+    rows = len(columns)
+    grid = copy.deepcopy(quantizer)
+    grid.group_size, grid.channels, grid.channel_axis = None, rows, 0
+    tensors = {**grid._parameters, **grid._buffers}
+    a_group = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.shape == (quantizer.channels,)
+    }
+    for tensor in a_group.values():
+        tensor.data = tensor.data.view(rows, -1)[:, index].clone()
+    if columns.any():
+        grid.forget(mse=True)
+        grid.initialize(columns)
+    for name, tensor in a_group.items():
+        cast(Tensor, getattr(quantizer, name)).data.view(rows, -1)[:, index] = tensor.data
+    return grid
+
+
+@torch.no_grad()
+def gptq(
+    model: nn.Module,
+    batches: Sequence[Any],
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    damping: float = 0.01,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Give every quantised linear layer the codes of :func:`gptq_weight`, in place and without training.
+
+    Layers take turns in the order in which a pass calls them, and each sees the inputs that the layers before it give
+    it on their new codes: so the network runs over the batches once for each layer. Embeddings, convolutions,
+    attention's own projections, and weights that two modules share stay as rounding leaves them.
+
+    Args:
+        model: a network with fitted quantizers, whose latent weights become what their grids say; its grids of groups
+            are fitted anew.
+        batches: inputs of the network, on its device; some thousand rows of each layer are enough.
+        call: how the network is called with one of them; None for ``model(batch)``.
+        damping: see :func:`gptq_weight`.
+        progress: called with the number of layers that are done and that of all.
+
+    Returns:
+        The names of the layers that were changed.
+
+    Raises:
+        UsageError: when there is no such layer or no batch, or a quantizer has levels that move with the weights.
+
+    Examples:
+        >>> from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+        >>> _ = torch.manual_seed(0)
+        >>> network, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16) @ torch.randn(16, 16)
+        >>> wanted = network(x)
+        >>> recipe = Recipe("w2a32", first_layer_bits=None, last_layer_bits=None)
+        >>> model, _ = quantize_model(network, recipe)
+        >>> initialize_quantizers(model, x)
+        >>> rounded = (model(x) - wanted).square().mean()
+        >>> gptq(model, [x])
+        ['0']
+        >>> bool((model(x) - wanted).square().mean() < rounded)
+        True
+    """
+    if not batches:
+        raise UsageError("GPTQ needs at least one batch to calibrate on")
+    layers = _linear_layers(model)
+    for layer in layers.values():
+        _check(cast(Quantizer, layer.weight_quantizer))
+    with evaluating(model), without_compiler(model):
+        run = _Calibration(model, batches, call)
+        names = [name for name in run.order(layers) if name in layers]
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(done, len(names))
+            layer = layers[name]
+            quantizer = cast(Quantizer, layer.weight_quantizer)
+            weight = layer.weight
+            weight.copy_(gptq_weight(weight, run.hessian(layer), quantizer, damping))
+    return names
+
+
+def _linear_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those that :func:`gptq` changes, by name.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    shared = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    found = {
+        name: cast(QuantizedLayer, module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer)
+        and isinstance(module, nn.Linear)
+        and module.weight_quantizer is not None
+        and shared[id(module.weight)] == 1
+    }
+    if not found:
+        raise UsageError(
+            f"GPTQ is not possible for {type(model).__name__}: it has no linear layer with low-bit weights"
+        )
+    return found
+
+
+class _Calibration:
+    """Passes of a network over batches, and what its layers see."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], call: Callable[[nn.Module, Any], Any] | None) -> None:
+        self.model, self.batches, self.call = model, batches, call
+
+    def _run(self, batch: Any) -> None:
+        self.model(batch) if self.call is None else self.call(self.model, batch)
+
+    def order(self, layers: dict[str, QuantizedLayer]) -> list[str]:
+        """Names of the layers that a pass calls, in the order of the last call of each."""
+        names, called = {id(layer): name for name, layer in layers.items()}, dict[str, None]()
+
+        def note(layer: nn.Module, _: Any) -> None:
+            called.pop(names[id(layer)], None)
+            called[names[id(layer)]] = None
+
+        handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+        try:
+            self._run(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return list(called)
+
+    def hessian(self, layer: QuantizedLayer) -> Tensor:
+        """The mean of ``x x^T`` over the rows of the layer's quantised inputs, (I, I) float64, over all ranks."""
+        width = layer.weight.shape[1]
+        total = torch.zeros(width, width, dtype=torch.float64, device=layer.weight.device)
+        rows = 0
+
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal rows
+            x = layer.quantized_input(inputs[0]).reshape(-1, width).float()
+            total.add_((x.T @ x).double())
+            rows += len(x)
+
+        handle = layer.register_forward_pre_hook(add)
+        try:
+            for batch in self.batches:
+                self._run(batch)
+        finally:
+            handle.remove()
+        return mean_over_ranks(total / max(rows, 1))

@@ -1,0 +1,109 @@
+"""Weights that are rounded one column after another, each error made up for by what is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lqkd.errors import UsageError
+from lqkd.models import GPT
+from lqkd.quantization import (
+    QUANTIZERS,
+    Quantizer,
+    Recipe,
+    gptq,
+    gptq_weight,
+    initialize_quantizers,
+    quantize_model,
+)
+
+
+def inputs(width: int, seed: int = 0) -> Tensor:
+    """(4 * width, width) float64 whose columns depend on each other; the third is always zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * width, width, generator=generator, dtype=torch.float64)
+    x = x + x @ torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+    x[:, 2] = 0.0
+    return x
+
+
+def removed_one_by_one(weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Tensor:
+    """The same without a factor and without blocks: the inverse of what is left after each column, in float64."""
+    h, w, group = hessian.clone(), weight.double().clone(), quantizer.group_size
+    h[2, 2] = 1.0
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    inverse, grid = torch.linalg.inv(h), quantizer
+    for i in range(w.shape[1]):
+        if group is not None and i % group == 0:
+            more = {"ternary": True} if getattr(quantizer, "ternary", False) else {}
+            grid = type(quantizer)(quantizer.bits, signed=True, channels=len(w), **more)
+            grid.forget(mse=True)
+            grid.initialize(w[:, i : i + group].float())
+        value = grid(w[:, i : i + 1].float()).double().detach()
+        error = (w[:, i : i + 1] - value) / inverse[i, i]
+        w[:, i + 1 :] -= error * inverse[i, i + 1 :]
+        w[:, i : i + 1] = value
+        inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1] / inverse[i, i]
+    return w
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "width", "group"),
+    [("lsq", 3, 160, None), ("q4_0", 4, 160, 32), ("seq", 2, 192, 48), ("tq2_0", 2, 256, 256)],
+)
+def test_codes_are_those_of_columns_that_are_removed_one_by_one(
+    name: str, bits: int, width: int, group: int | None
+) -> None:
+    weight = torch.randn(6, width, generator=torch.Generator().manual_seed(1))
+    x = inputs(width)
+    hessian = x.T @ x / len(x)
+    size = {} if group is None else {"group_size": group}
+    quantizer = QUANTIZERS[name](bits, signed=True, channels=weight.numel() // (group or width), **size)
+    quantizer.initialize(weight)
+    before = quantizer(weight).detach()
+    expected = removed_one_by_one(weight, hessian, quantizer)
+    found = gptq_weight(weight, hessian, quantizer)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer(found).detach(), found, rtol=1e-6, atol=0)
+    errors = [(x @ (each - weight).double().T).square().mean() for each in (found, before)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_a_language_model_is_nearer_to_the_float_one_and_each_layer_sees_the_codes_before_it() -> None:
+    torch.manual_seed(0)
+    network, texts = GPT(context=32, width=32, depth=2, heads=2), torch.randint(256, (16, 32))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3.0)  # logits that say something
+    wanted = network(texts)
+    model, _ = quantize_model(network, Recipe("w2a32", weight_quantizer="seq", group_size=16))
+    initialize_quantizers(model, texts)
+    first = model.blocks[0].attention.qkv.weight
+    untouched, embedding = first.detach().clone(), model.token.weight.detach().clone()
+    rounded = (model(texts) - wanted).square().mean()
+    names = gptq(model, [texts[:8], texts[8:]])
+    assert names[:2] == ["blocks.0.attention.qkv", "blocks.0.attention.out"]
+    assert (len(names), names[-1]) == (9, "head")
+    assert not torch.equal(first, untouched)
+    assert torch.equal(model.token.weight, embedding)
+    assert (model(texts) - wanted).square().mean() < 0.7 * rounded
+    block = model.blocks[0]
+    codes = block.expand.weight.detach().clone()
+    with torch.no_grad():  # of other inputs come other codes
+        block.norm2.weight.mul_(torch.linspace(0.1, 2, 32))
+    gptq(model, [texts])
+    assert not torch.equal(codes, block.expand.weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "settings", "message"),
+    [
+        (nn.Sequential(nn.Linear(8, 8)), {"weight_quantizer": "absmean"}, "GPTQ is not possible for AbsMean, whose"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3)), {}, "GPTQ is not possible for Sequential: it has no linear layer"),
+    ],
+)
+def test_what_it_cannot_calibrate_is_refused(network: nn.Module, settings: dict[str, str], message: str) -> None:
+    recipe = Recipe("w2a32", first_layer_bits=None, last_layer_bits=None, **settings)
+    with pytest.raises(UsageError, match=message):
+        gptq(quantize_model(network, recipe)[0], [torch.randn(2, 8)])
