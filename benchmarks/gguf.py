@@ -22,7 +22,6 @@ from lqkd import load_student
 from lqkd.data import PythonTopics
 from lqkd.export import from_gguf, llama_cpp, to_gguf
 from lqkd.export.gguf_names import check_known, layers
-from lqkd.models import GPT
 from lqkd.tasks import CausalLM
 from lqkd.utils.tables import print_table
 
@@ -38,7 +37,7 @@ def nats(network: nn.Module, texts: Tensor) -> float:
 
 
 @torch.no_grad()
-def rounded_again(network: GPT, student: GPT, kinds: dict[str, str]) -> GPT:
+def rounded_again(network: nn.Module, student: nn.Module, kinds: dict[str, str]) -> nn.Module:
     """``network`` with the weights behind the grid of ``student``, rounded by the package ``gguf``."""
     import gguf
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 
 
 def llama(folder: Path, **settings: Any) -> nn.Module:
     """A Llama of two blocks, saved to ``folder``; its head is its embedding."""
+    import transformers
+
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": 64,
@@ -31,6 +30,9 @@ def llama(folder: Path, **settings: Any) -> nn.Module:
 
 
 def gpt2(folder: Path) -> nn.Module:
+    """A GPT-2 of two blocks, saved to ``folder``."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2)
     network = transformers.GPT2LMHeadModel(config).eval()
@@ -41,6 +43,7 @@ def gpt2(folder: Path) -> nn.Module:
 
 def save_tokenizer(folder: Path) -> Path:
     """A tokenizer of GPT-2's kind, of bytes and 44 pairs of them."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     own = Tokenizer(models.BPE())

@@ -15,7 +15,7 @@ KINDS: list[tuple[str, str, str, str]] = [
     ("Training: `model`", "lqkd.modules", "TaskModule", "lqkd.modules.base"),
     ("Teachers: `model.init_args.teacher`", "lqkd.teachers", "FrozenTeacher TeacherEnsemble", ""),
     ("Tasks: `task`", "lqkd.tasks", "Task", "lqkd.tasks"),
-    ("Networks: `student`, `network`", "lqkd.models", "CifarResNet build_model", ""),
+    ("Networks: `student`, `network`", "lqkd.models", "CifarResNet GPT build_model causal_lm", ""),
     ("Distillation losses: `distillation_loss`", "lqkd.losses", "DistillationLoss", "lqkd.losses"),
     ("Regularizers: `regularizer`", "lqkd.regularizers", "Regularizer", "lqkd.regularizers"),
     ("Guards: `guard`", "lqkd.regularizers", "Guard", "lqkd.regularizers"),

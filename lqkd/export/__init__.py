@@ -1,4 +1,4 @@
-"""Taking the student away: integer ONNX, QONNX, torch.export and GGUF, with proof, and asking what was exported.
+"""Taking the student away: integer ONNX, QONNX, torch.export, GGUF and MatMulNBits, with proof, and asking a file.
 
 All but asking a run needs ``pip install 'lqkd[export]'``. Nothing here needs Lightning but :mod:`lqkd.export.command`
 and :mod:`lqkd.export.export_check`.
@@ -19,9 +19,21 @@ MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is N
 if MISSING is None:
     from lqkd.export.api import to_onnx
     from lqkd.export.formats import FORMATS
+    from lqkd.export.nbits import to_nbits
     from lqkd.export.parity import Parity, check
 
-__all__ = ["FORMATS", "Deployed", "Parity", "ParityError", "check", "deploy", "from_gguf", "to_gguf", "to_onnx"]
+__all__ = [
+    "FORMATS",
+    "Deployed",
+    "Parity",
+    "ParityError",
+    "check",
+    "deploy",
+    "from_gguf",
+    "to_gguf",
+    "to_nbits",
+    "to_onnx",
+]
 
 
 def require() -> None:

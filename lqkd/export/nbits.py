@@ -32,7 +32,7 @@ _LARGEST = 2**31 - 1
 """Bytes of a file of protocol buffers."""
 
 
-def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | None = None) -> dict[str, int]:
+def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | None = None) -> dict[int, int]:
     """Write a language model as ONNX whose matrices are multiplied by ONNX Runtime's ``MatMulNBits``.
 
     Weights in groups along the input axis are written as their codes, 2, 4 or 8 bits, and float32 steps; nothing is

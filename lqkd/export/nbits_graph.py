@@ -77,7 +77,7 @@ class Graph:
                 block_size=size,
                 accuracy_level=1,  # sums in float32, as in training
             )
-        bias = layer.bias
+        bias = cast("Tensor | None", layer.bias)
         return product if bias is None else self("Add", product, self.hold(f"{name}.bias", _finite(bias, name).numpy()))
 
     @torch.no_grad()

@@ -155,7 +155,8 @@ def _linear(network: nn.Module) -> None:
     for parent in [*network.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, Conv1D):
-                layer = nn.Linear(*child.weight.shape, bias=True, device="meta")
+                inputs, outputs = child.weight.shape
+                layer = nn.Linear(inputs, outputs, device="meta")
                 layer.weight = nn.Parameter(child.weight.t().contiguous())
                 layer.bias = child.bias
                 setattr(parent, name, layer)

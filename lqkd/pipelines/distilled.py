@@ -80,7 +80,7 @@ class Distilled:
         Args:
             path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats, or
                 ``student.gguf``.
-            format: ``portable``, ``packed4``, ``packed2``, ``qonnx`` or ``gguf``: see ``docs/export.md``.
+            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``gguf`` or ``nbits``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 

@@ -18,6 +18,7 @@ from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
 from tests.documentation import COMMANDS, LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, files, read_blocks
 from tests.forked import Forks
+from tests.hugging_face import language_model
 from tests.photographs import write_photographs
 
 TRAINED_ELSEWHERE = {"docs/extending.md", "docs/choosing.md"}
@@ -96,6 +97,7 @@ def prepared(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(place / "photographs" / name / f"{number}.jpg")
     write_photographs(place / "pairs")
     (place / "shakespeare.txt").write_text("".join(f"Line {n} of a play.\n" for n in range(3000)), encoding="utf-8")
+    language_model(place / "my_model")
     for name in ("IMAGE.png", "cat.jpg", "dog.png"):
         Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(place / name)
     for root, test, classes in (("DIR", "test", 10), ("DIR100", "test", 100), ("SOURCE", "val", 2)):
