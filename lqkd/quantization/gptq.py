@@ -25,10 +25,11 @@ BLOCK = 128
 def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: float = 0.01) -> Tensor:
     """Weights on the grid of ``quantizer`` for the least squared error of the layer's outputs, column by column.
 
-    Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1: columns are rounded one after another in the order of the
-    weight, and the error of each is made up for by those that are left, along the rows of the Cholesky factor of the
-    inverse Hessian. Where the quantizer has groups, the grid of each is fitted anew, for the least squared error, to
-    what its columns have become when its turn comes; a grid of a row or of the whole weight stays as it was fitted.
+    Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1: columns are rounded one after another, and the error of each
+    is made up for by those that are left, along the rows of the Cholesky factor of the inverse Hessian. Inputs with the
+    most energy come first, as ``--act-order`` of the authors' code has them; with groups so do groups, and columns
+    within each. There the grid of a group is fitted anew, for the least squared error, to what its columns have become
+    when its turn comes; a grid of a row or of the whole weight stays as it was fitted.
 
     Args:
         weight: (O, I).
@@ -50,10 +51,11 @@ def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: 
         tensor([[0., 1.]])
     """
     _check(quantizer)
-    work = weight.detach().double().clone()
-    inverse = _inverse_factor(hessian.double(), damping)
-    result, columns = torch.empty_like(work), work.shape[1]
     group = quantizer.group_size
+    order = _order(hessian.diagonal(), group)
+    work = weight.detach().double()[:, order]
+    inverse = _inverse_factor(hessian.double()[order][:, order], damping)
+    result, columns = torch.empty_like(work), work.shape[1]
     grid = quantizer
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -63,14 +65,24 @@ def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: 
                 # What earlier columns of this block owe to the group's own columns beyond it is not there yet.
                 ahead = work[:, column : column + group].clone()
                 ahead[:, max(0, end - column) :] -= errors @ inverse[start:end, end : column + group]
-                grid = _fit_group(quantizer, column // group, ahead.to(weight.dtype))
+                grid = _fit_group(quantizer, int(order[column]) // group, ahead.to(weight.dtype))
             rounded = grid.dequantize(grid.codes(work[:, column : column + 1].to(weight.dtype))).squeeze(1).double()
             result[:, column] = rounded
             error = (work[:, column] - rounded) / inverse[column, column]
             errors[:, column - start] = error
             work[:, column + 1 : end] -= error.unsqueeze(1) * inverse[column, column + 1 : end]
         work[:, end:] -= errors @ inverse[start:end, end:]
-    return result.to(weight.dtype)
+    return result[:, order.argsort()].to(weight.dtype)
+
+
+def _order(energy: Tensor, group: int | None) -> Tensor:
+    """The columns by falling energy of their inputs, those of a group one after another: (I,) int64."""
+    if group is None:
+        return energy.argsort(descending=True, stable=True)
+    by_group = energy.view(-1, group)
+    within = by_group.argsort(dim=1, descending=True, stable=True)
+    groups = by_group.sum(1).argsort(descending=True, stable=True)
+    return (within + group * torch.arange(len(by_group), device=energy.device).unsqueeze(1))[groups].flatten()
 
 
 def _check(quantizer: Quantizer) -> None:

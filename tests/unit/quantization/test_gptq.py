@@ -30,8 +30,13 @@ def inputs(width: int, seed: int = 0) -> Tensor:
 
 def removed_one_by_one(weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Tensor:
     """The same without a factor and without blocks: the inverse of what is left after each column, in float64."""
-    h, w, group = hessian.clone(), weight.double().clone(), quantizer.group_size
+    h, group = hessian.clone(), quantizer.group_size
+    energy = h.diagonal().tolist()
+    of_group = [sum(energy[i // (group or 1) * (group or 1) :][: group or 1]) for i in range(len(energy))]
+    order = sorted(range(len(energy)), key=lambda i: (-of_group[i], -energy[i]))
+    w = weight.double()[:, order]
     h[2, 2] = 1.0
+    h = h[order][:, order]
     h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     inverse, grid = torch.linalg.inv(h), quantizer
     for i in range(w.shape[1]):
@@ -45,7 +50,7 @@ def removed_one_by_one(weight: Tensor, hessian: Tensor, quantizer: Quantizer) ->
         w[:, i + 1 :] -= error * inverse[i, i + 1 :]
         w[:, i : i + 1] = value
         inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1] / inverse[i, i]
-    return w
+    return w[:, torch.tensor(order).argsort()]
 
 
 @pytest.mark.parametrize(
