@@ -77,9 +77,7 @@ class DigitScenes(DetectionDataModule):
 
         digits = load_digits()
         labels = torch.from_numpy(digits.target).to(torch.int64)
-        test, train = stratified_split(
-            torch.arange(len(labels)), labels, _TEST_DIGITS, seed=_SEED, stream=STREAM_TEST
-        )
+        test, train = stratified_split(torch.arange(len(labels)), labels, _TEST_DIGITS, seed=_SEED, stream=STREAM_TEST)
         ink = torch.from_numpy(digits.images).float() / 16  # (1797, 8, 8), from 0 to 1
         photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
         sets = [
@@ -135,7 +133,9 @@ def _scene(
     """Pixels (3, H, W) uint8, boxes (N, 4) and labels (N,) of one scene; N is at least 1."""
     height, width = size
     photograph = photographs[int(draws[0] * len(photographs))]
-    top, left = (int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True))
+    top, left = (
+        int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True)
+    )
     pixels = photograph[:, top : top + height, left : left + width].float()
     boxes: list[list[float]] = []
     shown: list[int] = []

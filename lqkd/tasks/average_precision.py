@@ -138,7 +138,9 @@ def mean_average_precision() -> Any:
             class_metrics=True,
         )
     except ModuleNotFoundError as error:
-        raise UsageError('detection needs faster-coco-eval, which measures it: pip install "lqkd[detection]"') from error
+        raise UsageError(
+            'detection needs faster-coco-eval, which measures it: pip install "lqkd[detection]"'
+        ) from error
 
 
 def _table(number: int, columns: Sequence[Tensor]) -> Tensor:

@@ -98,24 +98,34 @@ def test_categories_of_coco_are_labels_in_the_order_of_their_numbers_and_images_
 
 
 def test_lists_of_voc_say_what_is_trained_selected_and_tested_on(tmp_path: Path) -> None:
-    root = voc(tmp_path / "set", {name: BOXES for name in "abcde"})
+    root = voc(tmp_path / "set", dict.fromkeys("abcde", BOXES))
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for part, names in (("train", "a b"), ("val", "c"), ("test", "d")):
         (root / "ImageSets" / "Main" / f"{part}.txt").write_text(names)
     data = loaded(VocDetection(root=str(root), image_size=(32, 32)))
     data.write_split(tmp_path / "split.csv")
     rows = (tmp_path / "split.csv").read_text().split()[1:]
-    assert rows == [f"{part},JPEGImages/{name}.png" for part, name in zip(["train"] * 2 + ["val", "test"], "abcd", strict=True)]
+    assert rows == [
+        f"{part},JPEGImages/{name}.png" for part, name in zip(["train"] * 2 + ["val", "test"], "abcd", strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
     ("objects", "settings", "complaint"),
     [
-        ([("red", [4, 6, 81, 40])], {}, r"00.xml: the box \[4, 6, 81, 40\] of 'red' reaches out of .*00.png, which has 80x60"),
+        (
+            [("red", [4, 6, 81, 40])],
+            {},
+            r"00.xml: the box \[4, 6, 81, 40\] of 'red' reaches out of .*00.png, which has 80x60",
+        ),
         ([("red", [30, 6, 4, 40])], {}, r"00.xml: the box \[30, 6, 4, 40\] of 'red' has swapped corners"),
         ([("red", [4, 6, 4, 40])], {}, r"00.xml: the box \[4, 6, 4, 40\] of 'red' has no area: correct them, or give"),
         ([("red", ["x", 6, 4, 40])], {}, "annotation .*00.xml cannot be read: could not convert string to float"),
-        ([("blue", [4, 6, 30, 40])], {"classes": ["red", "green"]}, "00.xml has an object 'blue': the classes are 'red', 'green'"),
+        (
+            [("blue", [4, 6, 30, 40])],
+            {"classes": ["red", "green"]},
+            "00.xml has an object 'blue': the classes are 'red', 'green'",
+        ),
     ],
 )
 def test_a_box_that_cannot_be_is_told_with_its_file(
@@ -155,7 +165,9 @@ def _cut_short(root: Path) -> None:
         ),
     ],
 )
-def test_a_set_that_cannot_be_trained_on_is_refused(tmp_path: Path, harm: Callable[[Path], Any], complaint: str) -> None:
+def test_a_set_that_cannot_be_trained_on_is_refused(
+    tmp_path: Path, harm: Callable[[Path], Any], complaint: str
+) -> None:
     root = voc(tmp_path / "set", {"00": BOXES, "01": BOXES, "02": BOXES})
     harm(root)
     with pytest.raises(UsageError, match=complaint):
@@ -165,7 +177,10 @@ def test_a_set_that_cannot_be_trained_on_is_refused(tmp_path: Path, harm: Callab
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda said: said["annotations"][0].update(category_id=5), "of category 5 on a.png, and lists the categories 2, 9"),
+        (
+            lambda said: said["annotations"][0].update(category_id=5),
+            "of category 5 on a.png, and lists the categories 2, 9",
+        ),
         (lambda said: said["annotations"][0].update(image_id=5), "an annotation of image 5, which it does not list"),
         (lambda said: said.pop("categories"), "is no file of COCO's annotations"),
         (lambda said: said["images"].append({"id": 1, "file_name": "d.png"}), "d.png does not exist"),
@@ -187,4 +202,6 @@ def test_scenes_are_the_same_in_every_run_and_what_is_tested_is_never_trained_on
         prepared: Batch = first.preprocess(batch, train=False, epoch=0)
         assert prepared.images.dtype == torch.float32
         assert all(len(target["labels"]) == len(target["boxes"]) for target in batch.labels)
-    assert {int(label) for batch in first.test_dataloader() for target in batch.labels for label in target["labels"]} == set(range(10))
+    assert {
+        int(label) for batch in first.test_dataloader() for target in batch.labels for label in target["labels"]
+    } == set(range(10))

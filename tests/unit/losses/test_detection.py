@@ -11,7 +11,9 @@ from lqkd.losses.detection import Assigned, assign, fcos_losses, focal_loss, gio
 from lqkd.models import positions
 
 AT = positions(64, 96, [8, 16, 32])
-BOXES = torch.tensor([[3.0, 5.0, 27.0, 30.0], [10.0, 8.0, 22.0, 20.0], [0.0, 0.0, 96.0, 64.0], [70.0, 30.0, 74.0, 33.0]])
+BOXES = torch.tensor(
+    [[3.0, 5.0, 27.0, 30.0], [10.0, 8.0, 22.0, 20.0], [0.0, 0.0, 96.0, 64.0], [70.0, 30.0, 74.0, 33.0]]
+)
 LABELS = torch.tensor([2, 0, 1, 1])
 
 
@@ -59,7 +61,11 @@ def test_giou_loss_is_algorithm_1_for_boxes_that_overlap_hold_each_other_or_lie_
 
 def test_the_loss_of_an_image_is_the_same_whatever_else_is_in_the_batch() -> None:
     """So that two processes have the gradient of one, and an image without an object is only background."""
-    classes, raw, centerness = numbers(2, len(AT.points), 3), numbers(2, len(AT.points), 4).abs(), numbers(2, len(AT.points))
+    classes, raw, centerness = (
+        numbers(2, len(AT.points), 3),
+        numbers(2, len(AT.points), 4).abs(),
+        numbers(2, len(AT.points)),
+    )
     points = AT.points.double()
     boxes = torch.cat([points - 8 * raw[..., :2], points + 8 * raw[..., 2:]], dim=-1)
     nothing = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -73,6 +79,8 @@ def test_the_loss_of_an_image_is_the_same_whatever_else_is_in_the_batch() -> Non
     expected = (
         focal_loss(classes[0], each[0].labels).sum() / there.sum()
         + (giou_loss(boxes[0], each[0].boxes.double())[there] * weight).sum() / weight.sum()
-        - (weight * centerness[0][there].sigmoid().log() + (1 - weight) * (-centerness[0][there]).sigmoid().log()).mean()
+        - (
+            weight * centerness[0][there].sigmoid().log() + (1 - weight) * (-centerness[0][there]).sigmoid().log()
+        ).mean()
     )
     assert float(together[0]) == pytest.approx(float(expected), rel=1e-6)

@@ -20,7 +20,9 @@ def test_what_positions_are_to_say_is_decoded_to_the_objects_they_were_assigned_
     classes = torch.full((1, len(at.points), 3), -9.0)
     for place in (assigned.labels >= 0).nonzero().flatten().tolist():
         classes[0, place, assigned.labels[place]] = 5.0
-    (found,) = detections(classes, assigned.boxes.unsqueeze(0), assigned.centerness.logit(eps=1e-4).unsqueeze(0), (128, 128))
+    (found,) = detections(
+        classes, assigned.boxes.unsqueeze(0), assigned.centerness.logit(eps=1e-4).unsqueeze(0), (128, 128)
+    )
     seen = {(int(label), *box) for label, box in zip(found["labels"], found["boxes"].tolist(), strict=True)}
     assigned_to = {
         (int(assigned.labels[place]), *assigned.boxes[place].tolist())

@@ -100,5 +100,7 @@ def test_a_recipe_chooses_a_step_for_each_level_or_one_for_all() -> None:
         kinds[per_level] = model.head.input_quantizer
     assert type(kinds[None]) is LSQ
     assert (kinds[True].step().shape, kinds[False].step().shape) == ((3,), ())
-    with pytest.raises(UsageError, match=r"layer 'head': per_level=true is not possible with activation_quantizer='pact'"):
+    with pytest.raises(
+        UsageError, match=r"layer 'head': per_level=true is not possible with activation_quantizer='pact'"
+    ):
         quantize_model(Shared(), Recipe("w4a4", per_level=True, activation_quantizer="pact"))

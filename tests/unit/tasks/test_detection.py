@@ -49,7 +49,9 @@ def by_pycocotools(found: list[dict[str, torch.Tensor]], true: list[Objects]) ->
         area = sides[2] * sides[3]
         return {"image_id": image, "bbox": sides, "category_id": label, "area": area, "iscrowd": 0} | more
 
-    truths = [(n, b, c) for n, one in enumerate(true) for b, c in zip(one.boxes.tolist(), one.labels.tolist(), strict=True)]
+    truths = [
+        (n, b, c) for n, one in enumerate(true) for b, c in zip(one.boxes.tolist(), one.labels.tolist(), strict=True)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {
@@ -71,7 +73,6 @@ def by_pycocotools(found: list[dict[str, torch.Tensor]], true: list[Objects]) ->
 
 
 def test_map_is_that_of_pycocotools() -> None:
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
     found, true = predicted(40)
     metrics = box_metrics(NAMES)
     for start in range(0, 40, 7):
@@ -120,7 +121,9 @@ def test_images_of_several_sizes_are_padded_to_one_that_the_network_takes() -> N
 )
 def test_targets_that_cannot_be_are_refused(target: dict[str, Any], complaint: str) -> None:
     task, images = Detection(3), torch.zeros(1, 3, 32, 32)
-    tensors = {key: torch.tensor(value, dtype=torch.float32 if key == "boxes" else None) for key, value in target.items()}
+    tensors = {
+        key: torch.tensor(value, dtype=torch.float32 if key == "boxes" else None) for key, value in target.items()
+    }
     outputs = task.outputs(SmallFCOS(3, width=4, depth=1).eval()(images), Asked("network", 1))
     with pytest.raises(UsageError, match=complaint):
         task.check_batch(outputs, (images, [tensors]))
@@ -130,11 +133,11 @@ def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -
     def bits(**settings: Any) -> dict[str, tuple[int, bool]]:
         network = SmallFCOS(3, width=4, depth=1)
         model, _ = quantize_model(network, Detection(3).recipe(Recipe("w2a2", **settings), network))
-        layers = {name: model.get_submodule(name) for name in (*SmallFCOS.last_layers, "head.box_tower.0")}
+        layers = {name: model.get_submodule(name) for name in (*SmallFCOS.last_layers, "head.box_tower.convolutions.0")}
         assert all(isinstance(layer.input_quantizer, LevelwiseStep) for layer in layers.values())
         return {name: (layer.weight_quantizer.bits, layer.input_quantizer.shared) for name, layer in layers.items()}
 
-    last, of_tower = dict.fromkeys(SmallFCOS.last_layers, (8, False)), {"head.box_tower.0": (2, False)}
+    last, of_tower = dict.fromkeys(SmallFCOS.last_layers, (8, False)), {"head.box_tower.convolutions.0": (2, False)}
     assert bits() == last | of_tower
     assert bits(rules=[Rule("head.boxes", weight_bits=4)]) == last | {"head.boxes": (4, False)} | of_tower
     assert bits(last_layer_bits=None, per_level=False) == dict.fromkeys([*last, *of_tower], (2, True))
