@@ -47,7 +47,9 @@ def check_sides(box: Sequence[float], name: str, where: str) -> bool:
     if not np.isfinite(box).all():
         raise UsageError(f"{where}: the box {_told(box)} of {name!r} has a side that is no number.")
     if box[2] < box[0] or box[3] < box[1]:
-        raise UsageError(f"{where}: the box {_told(box)} of {name!r} has swapped corners: x1, y1 is the upper left one.")
+        raise UsageError(
+            f"{where}: the box {_told(box)} of {name!r} has swapped corners: x1, y1 is the upper left one."
+        )
     return bool(box[2] > box[0] and box[3] > box[1])
 
 

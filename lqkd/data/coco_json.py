@@ -60,7 +60,9 @@ def read_coco(path: Path, images: Path) -> Coco:
         else:
             empty.append(empty_box(box, names[label], f"{path} ({listed[image]})"))
     if crowds:
-        rank_zero_warn(f"{crowds} of {len(annotations)} boxes of {path} are crowds, no single objects: they are left out")
+        rank_zero_warn(
+            f"{crowds} of {len(annotations)} boxes of {path} are crowds, no single objects: they are left out"
+        )
     boxed = []
     for image, name in listed.items():
         file = images / name

@@ -31,8 +31,8 @@ class DetectionDataModule(ImageDataModule):
 
     Batches are :class:`~lqkd.data.Batch`, whose ``labels`` are a dict for each image, on the device: ``boxes`` (N, 4)
     float32 xyxy in pixels of the resized image, and ``labels`` (N,) int64 from 0. Training takes a random window of an
-    image, resized, and may mirror half of them; evaluation takes whole images, resized. Boxes go with their images. What
-    is done to an image depends on (seed, epoch, image) alone. Metrics are in pixels of ``image_size``.
+    image, resized, and may mirror half of them; evaluation takes whole images, resized. Boxes go with their images.
+    What is done to an image depends on (seed, epoch, image) alone. Metrics are in pixels of ``image_size``.
 
     Args:
         image_size: Height and width of what networks see, in pixels: multiples of the network's coarsest stride.
@@ -220,8 +220,8 @@ class DetectionFolder(DetectionDataModule):
                 raise UsageError(f"no image of {where} has an object: there is nothing to find.")
         if "all" not in parts and (parts.keys() == {"train"} or "train" not in parts):
             raise UsageError(
-                f"root={self.root} has {' and '.join(parts) or 'nothing'}: a part 'train' and at least one of 'val' and "
-                "'test' are needed"
+                f"root={self.root} has {' and '.join(parts) or 'nothing'}: a part 'train' and at least one of 'val' "
+                "and 'test' are needed"
             )
 
     def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:

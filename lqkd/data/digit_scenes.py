@@ -20,17 +20,17 @@ from lqkd.utils.counter_rng import STREAM_SCENE, STREAM_TEST, uniform
 _SEED = 0  # never the run's: every run has the same scenes
 _TEST_DIGITS = 359  # a fifth of 1,797, those that Digits tests with
 _TEST_SCENES = 200
-_MOST = 4
+_MOST = 5
 _DRAWS = 8
 """Numbers for an object: digit, height, width, place (2), shade, and two that are left."""
-_SMALLEST, _LARGEST = 0.18, 0.6
+_SMALLEST, _LARGEST = 0.25, 0.6
 """Heights of digits, in units of the scene's."""
 _INK = 0.3
 """How opaque a pixel is from which on it belongs to a digit."""
 
 
 class DigitScenes(DetectionDataModule):
-    """Up to 4 handwritten digits of different sizes on a part of a photograph, each with its box; 10 classes.
+    """Up to 5 handwritten digits of different sizes on a part of a photograph, each with its box; 10 classes.
 
     Digits are the 1,797 of :class:`~lqkd.data.Digits`, photographs the two that scikit-learn ships. Which digits lie
     where is a function of the number of the scene alone, the same in every run. Test scenes, 200 of them, show digits
@@ -52,7 +52,7 @@ class DigitScenes(DetectionDataModule):
         self,
         *,
         scenes: int = 1000,
-        image_size: tuple[int, int] = (128, 128),
+        image_size: tuple[int, int] = (96, 96),
         batch_size: int = 16,
         crop_scale: tuple[float, float] = (0.6, 1.0),
         horizontal_flip: bool = False,
@@ -77,9 +77,7 @@ class DigitScenes(DetectionDataModule):
 
         digits = load_digits()
         labels = torch.from_numpy(digits.target).to(torch.int64)
-        test, train = stratified_split(
-            torch.arange(len(labels)), labels, _TEST_DIGITS, seed=_SEED, stream=STREAM_TEST
-        )
+        test, train = stratified_split(torch.arange(len(labels)), labels, _TEST_DIGITS, seed=_SEED, stream=STREAM_TEST)
         ink = torch.from_numpy(digits.images).float() / 16  # (1797, 8, 8), from 0 to 1
         photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
         sets = [
@@ -135,7 +133,9 @@ def _scene(
     """Pixels (3, H, W) uint8, boxes (N, 4) and labels (N,) of one scene; N is at least 1."""
     height, width = size
     photograph = photographs[int(draws[0] * len(photographs))]
-    top, left = (int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True))
+    top, left = (
+        int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True)
+    )
     pixels = photograph[:, top : top + height, left : left + width].float()
     boxes: list[list[float]] = []
     shown: list[int] = []

@@ -28,8 +28,8 @@ class VocDetection(DetectionFolder):
         settings: Those of :class:`~lqkd.data.DetectionDataModule`.
 
     Raises:
-        UsageError: when a setting is out of range, an image has no annotation, a file cannot be read, an object is of no
-            class, a box lies outside of its image, has swapped corners or no area, or no image has an object.
+        UsageError: when a setting is out of range, an image has no annotation, a file cannot be read, an object is of
+            no class, a box lies outside of its image, has swapped corners or no area, or no image has an object.
     """
 
     def __init__(

@@ -69,7 +69,9 @@ def boxed_voc(found: Sequence[Found], classes: Sequence[str]) -> Voc:
         kept = []
         for name, box in objects:
             if name not in labels:
-                raise UsageError(f"{annotation} has an object {name!r}: the classes are {', '.join(map(repr, classes))}.")
+                raise UsageError(
+                    f"{annotation} has an object {name!r}: the classes are {', '.join(map(repr, classes))}."
+                )
             if check_sides(box, name, annotation):
                 kept.append((box, labels[name]))
             else:

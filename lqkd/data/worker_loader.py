@@ -101,8 +101,8 @@ class WorkerBatches:
     """Iterate over a subset of encoded images as :class:`~lqkd.data.Batch`, this process's share only.
 
     Which samples make which batch, in which order and process, is decided by ``plan`` exactly as for images in memory.
-    Workers only decode: the number of workers changes nothing but the speed. What they make is the images of a batch, or
-    several of its fields by their names.
+    Workers only decode: the number of workers changes nothing but the speed. What they make is the images of a batch,
+    or several of its fields by their names.
 
     Args:
         plan: the batches, over any tensor with one row per image.

@@ -67,7 +67,9 @@ def assign(boxes: Tensor, labels: Tensor, at: Positions, radius: float = 1.5, re
     smallest, which = torch.where(chosen, areas, math.inf).min(dim=1)
     there = smallest < math.inf
     sides = distances[torch.arange(count, device=which.device), which]  # (P, 4): left, top, right, bottom
-    shares = [torch.minimum(a, b) / torch.maximum(a, b) for a, b in ((sides[:, 0], sides[:, 2]), (sides[:, 1], sides[:, 3]))]
+    shares = [
+        torch.minimum(a, b) / torch.maximum(a, b) for a, b in ((sides[:, 0], sides[:, 2]), (sides[:, 1], sides[:, 3]))
+    ]
     return Assigned(
         torch.where(there, labels[which], UNLABELLED),
         torch.where(there.unsqueeze(1), boxes[which], 0.0),
@@ -118,7 +120,9 @@ def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
         tensor([0.0000, 0.6667])
     """
     tiny = torch.finfo(boxes.dtype).eps
-    inner = (torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])).clamp_min(0)
+    inner = (torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])).clamp_min(
+        0
+    )
     outer = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
     areas = [(of[..., 2:] - of[..., :2]).prod(dim=-1) for of in (boxes, others)]
     intersection, hull = inner.prod(dim=-1), outer.prod(dim=-1)

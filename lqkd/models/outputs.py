@@ -28,7 +28,7 @@ class Asked(NamedTuple):
     """Whether it ran in training mode."""
 
 
-def answers(returned: Any, asked: Asked) -> Tensor:
+def everything(returned: Any, asked: Asked) -> Tensor:
     """Everything of a network's answer that counts, (B, K): its main tensor, or, of several without one, all of them.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,15 +35,35 @@ class Pyramid(nn.Module):
         return [output(level) for output, level in zip(self.outputs, reversed(sums), strict=True)]
 
 
+class Tower(nn.Module):
+    """3x3 convolutions that all levels share, each followed by the level's own batch norm and a ReLU.
+
+    Levels differ in their statistics, which in training are a level's own: running averages over all levels would fit
+    none of them in evaluation. Chen et al., "AQD" (arXiv 2007.06919), have batch norm by level in heads as well.
+    """
+
+    def __init__(self, width: int, depth: int, levels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(width) for _ in range(levels)) for _ in range(depth))
+        for convolution in self.convolutions:
+            nn.init.normal_(convolution.weight, std=0.01)  # type: ignore[arg-type]
+
+    def forward(self, level: Tensor, number: int) -> Tensor:
+        for convolution, norms in zip(self.convolutions, self.norms, strict=True):
+            level = F.relu(norms[number](convolution(level)))  # type: ignore[index]
+        return level
+
+
 class FCOSHead(nn.Module):
     """What is said at every position of a level: FCOS (arXiv 1904.01355), section 3, with batch norm.
 
-    It is called once for each level, with the same weights.
+    It is called once for each level, with the same convolutions.
     """
 
-    def __init__(self, width: int, num_classes: int, depth: int) -> None:
+    def __init__(self, width: int, num_classes: int, depth: int, levels: int) -> None:
         super().__init__()
-        self.class_tower, self.box_tower = (_tower(width, depth) for _ in range(2))
+        self.class_tower, self.box_tower = (Tower(width, depth, levels) for _ in range(2))
         self.classes = nn.Conv2d(width, num_classes, 3, padding=1)
         self.boxes = nn.Conv2d(width, 4, 3, padding=1)
         self.centerness = nn.Conv2d(width, 1, 3, padding=1)
@@ -52,16 +72,16 @@ class FCOSHead(nn.Module):
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         nn.init.constant_(self.classes.bias, -math.log((1 - _PRIOR) / _PRIOR))  # type: ignore[arg-type]
 
-    def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_classes, of_boxes = self.class_tower(level), self.box_tower(level)
+    def forward(self, level: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        of_classes, of_boxes = self.class_tower(level, number), self.box_tower(level, number)
         return self.classes(of_classes), self.boxes(of_boxes), self.centerness(of_boxes)
 
 
 class SmallFCOS(nn.Module):
-    """A detector without anchors for small networks: residual blocks, a pyramid of three levels and one head for all.
+    """A detector without anchors for small networks: residual blocks, a pyramid of three levels, one head.
 
-    FCOS (Tian et al., arXiv 1904.01355) with batch norm in its head, on strides 8, 16 and 32. Decoding and non-maximum
-    suppression are apart from it, in :func:`lqkd.models.detections`; it returns the head's maps, in training too:
+    FCOS (Tian et al., arXiv 1904.01355) with batch norm in its head, by level, on strides 8, 16 and 32. Decoding and
+    non-maximum suppression are apart from it, in :func:`lqkd.models.detections`; it returns maps, in training too:
     ``classes_S`` (B, num_classes, H / S, W / S) logits, ``boxes_S`` (B, 4, H / S, W / S) logarithms of the distances to
     left, top, right and bottom in strides, and ``centerness_S`` (B, 1, H / S, W / S) logits, for each stride S.
 
@@ -80,6 +100,7 @@ class SmallFCOS(nn.Module):
         UsageError: when a number is less than 1, or ``width`` is odd.
 
     Examples:
+        >>> import torch
         >>> maps = SmallFCOS(num_classes=3, width=8)(torch.randn(2, 3, 64, 96))
         >>> list(maps)[:3], maps["classes_8"].shape, maps["boxes_32"].shape
         (['classes_8', 'boxes_8', 'centerness_8'], torch.Size([2, 3, 8, 12]), torch.Size([2, 4, 2, 3]))
@@ -100,28 +121,20 @@ class SmallFCOS(nn.Module):
         self.norm = nn.BatchNorm2d(width // 2)
         widths = [width // 2, width, 2 * width, 3 * width, 4 * width]
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            BasicBlock(before, after, stride=2) for before, after in zip(widths, widths[1:], strict=False)
+            BasicBlock(before, after, stride=2) for before, after in pairwise(widths)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         self.pyramid = Pyramid(widths[2:], 2 * width)
-        self.head = FCOSHead(2 * width, num_classes, depth)
+        self.head = FCOSHead(2 * width, num_classes, depth, len(self.strides))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         finest = self.layer2(self.layer1(F.relu(self.norm(self.stem(images)))))
         finer = self.layer3(finest)
         maps = {}
-        for stride, level in zip(self.strides, self.pyramid([finest, finer, self.layer4(finer)]), strict=True):
-            of_level = zip(("classes", "boxes", "centerness"), self.head(level), strict=True)
+        levels = self.pyramid([finest, finer, self.layer4(finer)])
+        for number, (stride, level) in enumerate(zip(self.strides, levels, strict=True)):
+            of_level = zip(("classes", "boxes", "centerness"), self.head(level, number), strict=True)
             maps |= {f"{name}_{stride}": values for name, values in of_level}
         return maps
-
-
-def _tower(width: int, depth: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        convolution = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        nn.init.normal_(convolution.weight, std=0.01)
-        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers)

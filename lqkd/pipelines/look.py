@@ -43,7 +43,10 @@ def look_at(root: Path) -> Photographs | Pairs | Texts:
     """
     boxes = next(_of_boxes(root), None)
     if boxes is not None:
-        raise UsageError(f"{str(root)!r} is a data set of boxes ({boxes}), and detection is not there yet: {_NEEDED}")
+        raise UsageError(
+            f"{str(root)!r} is a data set of boxes ({boxes}), on which distill does not train yet, but fit on those of "
+            f"COCO and VOC (docs/detection.md): {_NEEDED}"
+        )
     whole = root / "train" if has_folders(root / "train") else root
     if (whole / "images").is_dir() and (whole / "masks").is_dir():
         return _pairs(root)

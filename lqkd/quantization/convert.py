@@ -429,8 +429,7 @@ def _input_quantizer(settings: LayerSettings, calls: int) -> Quantizer:
     if kind is not LSQ:
         raise UsageError(
             f"per_level={str(settings.per_level).lower()} is not possible with activation_quantizer="
-            f"{settings.activation_quantizer!r}, and a pass calls it {calls} times: use lsq, or give a rule for it with "
-            "per_level null"
+            f"{settings.activation_quantizer!r}, and a pass calls it {calls} times: use lsq, or leave per_level null"
         )
     return LevelwiseStep(settings.activation_bits, calls=calls, shared=not settings.per_level, **arguments)
 

@@ -101,7 +101,9 @@ class Detection(Task):
         for stride in self.strides:
             maps = [self._map(returned, f"{name}_{stride}", asked) for name in ("classes", "boxes", "centerness")]
             wanted = (self.classes, 4, 1)
-            if any(of.shape != (asked.samples, count, *maps[0].shape[2:]) for of, count in zip(maps, wanted, strict=True)):
+            if any(
+                of.shape != (asked.samples, count, *maps[0].shape[2:]) for of, count in zip(maps, wanted, strict=True)
+            ):
                 shapes = ", ".join("x".join(map(str, of.shape)) for of in maps)
                 raise UsageError(
                     f"the {asked.network} returns maps of shapes {shapes} on stride {stride} for {asked.samples} "
@@ -180,7 +182,9 @@ class Detection(Task):
         rows = []
         for of_image in predictions.tolist():
             there = [row for row in of_image if row[4] > 0]
-            told = [f"{names[int(row[5])]} {row[4]:.3f} [{' '.join(f'{side:.1f}' for side in row[:4])}]" for row in there]
+            told = [
+                f"{names[int(row[5])]} {row[4]:.3f} [{' '.join(f'{side:.1f}' for side in row[:4])}]" for row in there
+            ]
             rows.append({"objects": len(there), "found": "; ".join(told)})
         return rows
 

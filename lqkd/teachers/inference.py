@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError, first_line
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import Asked, answers
+from lqkd.models.outputs import Asked, everything
 from lqkd.quantization.batchnorm import fold_batchnorm
 from lqkd.quantization.computed import copy_of
 
@@ -58,9 +58,9 @@ def _rearranged(network: nn.Module, inputs: Inputs, untouched: Collection[str]) 
         made = copy_of(network).eval()  # a graph that cannot be traced; channels_last needs none
     made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     asked = Asked("teacher", len(inputs))
-    expected = answers(inputs.call(network), asked)
+    expected = everything(inputs.call(network), asked)
     try:
-        found = answers(inputs.map(_channels_last).call(made), asked)
+        found = everything(inputs.map(_channels_last).call(made), asked)
     except RuntimeError as error:
         return copy_of(network).eval(), first_line(error)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from benchmarks.fcn import CifarFCN
 from lqkd.cli import main
 from lqkd.data.shards import make_shards
-from lqkd.models import CifarResNet, build_model
+from lqkd.models import CifarResNet, SmallFCOS, build_model
 from tests.hugging_face import language_model
 from tests.photographs import write_photographs
 
@@ -40,7 +40,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for index in range(count):
                     Image.new("RGB", (32, 32), (label % 256, 20 * index, 100)).save(folder / f"{index}.png")
     write_photographs(root / "SegmentationFolder", ("train", "val", "test"))
+    write_cells(root / "VocDetection")
     return root
+
+
+def write_cells(root: Path) -> None:
+    """Pictures with a box each, in VOC's folders."""
+    for name in ("JPEGImages", "Annotations"):
+        (root / name).mkdir(parents=True)
+    sides = "".join(f"<{side}>{at}</{side}>" for side, at in (("xmin", 2), ("ymin", 3), ("xmax", 30), ("ymax", 28)))
+    for number in range(12):
+        Image.new("RGB", (64, 48), (20 * number, 60, 90)).save(root / "JPEGImages" / f"{number}.jpg")
+        text = f"<annotation><object><name>RBC</name><bndbox>{sides}</bndbox></object></annotation>"
+        (root / "Annotations" / f"{number}.xml").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, depth, width in (("teacher", 14, 16), ("student", 8, 8)):
         weights = CifarFCN(depth, width, classes=4).state_dict()
         save_file(weights, root / "weights" / f"bccd_{name}.safetensors")
+    save_file(SmallFCOS(num_classes=3).state_dict(), root / "weights" / "bccd_detector.safetensors")
     return root
 
 
@@ -88,7 +101,7 @@ def test_a_shipped_config_runs_one_step(
     monkeypatch.setenv("LQKD_CACHE", str(tmp_path))
     arguments = ["fit", "--config", str(config), "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]
     name = yaml.safe_load(config.read_text())["data"]["class_path"].rpartition(".")[2]
-    if name not in ("Digits", "PythonTopics"):
+    if name not in ("Digits", "DigitScenes", "PythonTopics"):
         folder = tiny / name.removeprefix("Streamed").removeprefix("Rotated")
         if name == "StreamedImageNet":
             make_shards(folder, tmp_path / "shards", 10**6)

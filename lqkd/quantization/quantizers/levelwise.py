@@ -43,8 +43,8 @@ class LevelwiseStep(LSQ):
         >>> _ = quantizer(finer), quantizer(coarser)  # the first pass fits both
         >>> [round(float(step), 2) for step in quantizer.step()]
         [0.07, 0.54]
-        >>> torch.equal(quantizer(finer), quantizer.at(0)(finer)), torch.equal(quantizer(coarser), quantizer.at(1)(coarser))
-        (True, True)
+        >>> [torch.equal(quantizer(x), quantizer.at(call)(x)) for call, x in enumerate((finer, coarser))]
+        [True, True]
     """
 
     features: Tensor

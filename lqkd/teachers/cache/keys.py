@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.models.outputs import Asked, answers
+from lqkd.models.outputs import Asked, everything
 from lqkd.quantization.computed import copy_of
 from lqkd.teachers.frozen import FrozenTeacher
 
@@ -85,7 +85,7 @@ def probe(teacher: FrozenTeacher, image_shape: Sequence[int], dtype: torch.dtype
     try:
         with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             torch.default_generator.manual_seed(0)  # for a network that draws; manual_seed would reach other devices
-            answered = answers(copied(images), Asked("teacher", _PROBES))
+            answered = everything(copied(images), Asked("teacher", _PROBES))
     finally:
         torch.set_num_threads(threads)
     answers = answered.double() @ torch.randn(answered.shape[1], generator=noise).double()

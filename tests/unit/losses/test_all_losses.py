@@ -194,7 +194,7 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         loss, _, _ = connected(name, channels=channels_for(name))
         if list(loss.parameters()):
             with_parameters.add(name)
-    assert with_parameters == {"Hints", "VID", "MGD", "CWD", "ReviewKD", "ContrastiveRepresentation"}
+    assert with_parameters == {"Hints", "VID", "MGD", "CWD", "PKD", "ReviewKD", "ContrastiveRepresentation"}
 
 
 @pytest.mark.parametrize("name", ZERO_AT_AGREEMENT)

@@ -1,0 +1,105 @@
+"""Detection from the first step to the file: a small detector of digits on photographs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lqkd import load_student
+from lqkd.errors import UsageError
+from lqkd.export import to_onnx
+from lqkd.models import SmallFCOS
+from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization.quantizers import LevelwiseStep
+from lqkd.tasks import Detection
+from tests.forked import Forks, send
+
+CONFIG = Path(__file__).parents[2] / "configs" / "detection" / "quickstart.yaml"
+SMALL = [
+    *("--data.init_args.scenes", "60", "--data.init_args.image_size", "[64, 64]", "--trainer.max_epochs", "2"),
+    *(
+        "--trainer.limit_test_batches",
+        "1",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.log_every_n_steps",
+        "1",
+    ),
+    *("--model.init_args.teachers.own.init_args.minimum_accuracy", "0.0"),
+    *("--model.init_args.teachers.own.init_args.precision", "fp32"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps."""
+    folder = tmp_path_factory.mktemp("detection")
+    assert lqkd.run("fit", "--config", str(CONFIG), "--run.root", str(folder), *SMALL) == 0, lqkd.log.read_text()
+    return folder / "detection" / "version_0"
+
+
+def test_a_run_says_its_metric_and_leaves_a_student_with_a_step_for_each_level(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["metric"], summary["mode"], summary["weight_bits"]) == ("val/map", "max", "2 (8 in 4 layers)")
+    assert all(0 <= summary[name] <= 1 for name in ("teacher", "student_float", "student_start", "val", "test"))
+    student = load_student(run)
+    assert isinstance(student.get_submodule("head.boxes").input_quantizer, LevelwiseStep)
+    maps = student(torch.zeros(1, 3, 64, 64))
+    assert {name: tuple(maps[name].shape) for name in ("classes_8", "boxes_16")} == {
+        "classes_8": (1, 10, 8, 8),
+        "boxes_16": (1, 4, 4, 4),
+    }
+
+
+def test_a_run_becomes_one_integer_file_whose_map_is_that_of_the_network(run: Path, lqkd: Forks) -> None:
+    assert lqkd.run("export", str(run)) == 0, lqkd.log.read_text()
+    report = json.loads((run / "student.onnx.report.json").read_text(encoding="utf-8"))
+    model = onnx.load(run / "student.onnx")
+    parity = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "lqkd.parity"))
+    assert parity["passed"]
+    assert len(parity["outputs"]) == 9
+    assert (parity["metric"], report["measured"]["value"]) == ("map", parity["exported"])
+    assert parity["exported"] == pytest.approx(parity["pytorch"], abs=1e-3)
+    assert len(model.graph.output) == 9
+    assert "NonMaxSuppression" not in {node.op_type for node in model.graph.node}
+
+
+def test_a_run_tells_the_objects_of_its_test_images(run: Path, lqkd: Forks) -> None:
+    assert lqkd.run("predict", "--config", str(run / "config.yaml")) == 0, lqkd.log.read_text()
+    with open(run / "predictions.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows
+    assert all(int(row["objects"]) == len([one for one in row["found"].split("; ") if one]) for row in rows)
+
+
+def test_a_head_with_group_norm_is_refused_at_export_with_what_helps() -> None:
+    network = SmallFCOS(3, width=4, depth=1)
+    network.head.class_tower.norms[0][1] = nn.GroupNorm(2, 8)
+    task, images = Detection(3), torch.randn(4, 3, 32, 32)
+    student, _ = quantize_model(network, task.recipe(Recipe("w4a4"), network))
+    initialize_quantizers(student, images)
+    with pytest.raises(
+        UsageError, match=r"operator GroupNorm in head.class_tower.norms.0.1 cannot be exported: .* batch norm"
+    ):
+        to_onnx(student, images, calibration=[images])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(
+    run: Path, lqkd: Forks, tmp_path: Path
+) -> None:
+    command = ["fit", "--config", str(CONFIG), "--run.root", str(tmp_path), *SMALL]
+    folder = tmp_path / "detection" / "version_0"
+    last = folder / "checkpoints" / "last.ckpt"
+    status = lqkd.run(*command, meanwhile=lambda pid: send(pid, signal.SIGKILL, last.exists))
+    assert status == -signal.SIGKILL, lqkd.log.read_text()
+    assert lqkd.run("resume", str(folder)) == 0, lqkd.log.read_text()
+    whole, resumed = (load_student(of).state_dict() for of in (run, folder))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
