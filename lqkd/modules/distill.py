@@ -19,6 +19,7 @@ from lqkd.balances.equalized_at import AtWeights
 from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
+from lqkd.losses.settings import check
 from lqkd.modules.base import TaskModule
 from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
@@ -160,8 +161,7 @@ class DistillModule(TaskModule):
     ) -> None:
         super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
-        if gptq_batches < 0:
-            raise UsageError(f"gptq_batches={gptq_batches} is not possible: it must be at least 0")
+        check("it must be at least 0", lambda n: n >= 0, gptq_batches=gptq_batches)
         self.gptq_batches = gptq_batches
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
