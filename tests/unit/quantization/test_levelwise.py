@@ -104,3 +104,8 @@ def test_a_recipe_chooses_a_step_for_each_level_or_one_for_all() -> None:
         UsageError, match=r"layer 'head': per_level=true is not possible with activation_quantizer='pact'"
     ):
         quantize_model(Shared(), Recipe("w4a4", per_level=True, activation_quantizer="pact"))
+
+
+def test_steps_by_level_of_a_network_without_levels_are_refused() -> None:
+    with pytest.raises(UsageError, match="per_level=true has no effect: a pass calls each layer once"):
+        quantize_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), Recipe("w4a4", per_level=True))
