@@ -6,7 +6,7 @@ from lqkd.models.build import build_model
 from lqkd.models.cifar_resnet import CifarResNet
 from lqkd.models.decoding import detections
 from lqkd.models.gpt import GPT
-from lqkd.models.position_grid import Positions, boxes_at, positions
+from lqkd.models.position_grid import boxes_at, positions
 from lqkd.models.small_fcos import SmallFCOS
 from lqkd.models.weight_files import builtin_weights
 from lqkd.models.weights import load_weights
@@ -14,7 +14,6 @@ from lqkd.models.weights import load_weights
 __all__ = [
     "GPT",
     "CifarResNet",
-    "Positions",
     "SmallFCOS",
     "boxes_at",
     "build_model",

@@ -251,7 +251,8 @@ class Detection(Task):
         return scenes_of(batch, self.strides[-1])
 
     def _positions(self, outputs: Tensor, scenes: Scenes) -> Positions:
-        at = positions(*scenes.images.shape[-2:], self.strides, outputs.device)
+        height, width = scenes.images.shape[-2:]
+        at = positions(height, width, self.strides, outputs.device)
         if len(at.points) != outputs.shape[1]:
             raise UsageError(
                 f"the network answers for {outputs.shape[1]} positions of images of "
