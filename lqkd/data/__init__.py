@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.coco_detection import CocoDetection as CocoDetection
     from lqkd.data.decoding import DecodingDataModule as DecodingDataModule
     from lqkd.data.detection import DetectionDataModule as DetectionDataModule
+    from lqkd.data.detection import DetectionFolder as DetectionFolder
     from lqkd.data.digit_scenes import DigitScenes as DigitScenes
     from lqkd.data.digits import Digits as Digits
     from lqkd.data.fashion_mnist import FashionMNIST as FashionMNIST
@@ -44,6 +45,7 @@ _WHERE = {
     "CocoDetection": "lqkd.data.coco_detection",
     "DecodingDataModule": "lqkd.data.decoding",
     "DetectionDataModule": "lqkd.data.detection",
+    "DetectionFolder": "lqkd.data.detection",
     "DigitScenes": "lqkd.data.digit_scenes",
     "Digits": "lqkd.data.digits",
     "FashionMNIST": "lqkd.data.fashion_mnist",

@@ -49,7 +49,9 @@ class VocDetection(DetectionFolder):
     def annotated(self) -> tuple[dict[str, list[Boxed]], tuple[str, ...], list[str]]:
         lists = {part: self.root / "ImageSets" / "Main" / f"{part}.txt" for part in ("train", "val", "test")}
         listed = {part: file.read_text(encoding="utf-8").split() for part, file in lists.items() if file.is_file()}
-        read = {part: read_voc(self.root, names) for part, names in (listed or {"all": None}).items()}
+        read = {part: read_voc(self.root, names) for part, names in listed.items()}
+        if not listed:
+            read = {"all": read_voc(self.root, None)}
         occurring = {name for part in read.values() for one in part for name, _ in one.objects}
         names = tuple(sorted(occurring)) if self.classes is None else self.classes
         voc = {part: boxed_voc(found, names) for part, found in read.items()}

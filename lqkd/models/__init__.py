@@ -7,7 +7,7 @@ from lqkd.models.cifar_resnet import CifarResNet
 from lqkd.models.decoding import detections
 from lqkd.models.gpt import GPT
 from lqkd.models.hugging_face import causal_lm
-from lqkd.models.position_grid import Positions, boxes_at, positions
+from lqkd.models.position_grid import boxes_at, positions
 from lqkd.models.small_fcos import SmallFCOS
 from lqkd.models.weight_files import builtin_weights
 from lqkd.models.weights import load_weights
@@ -15,7 +15,6 @@ from lqkd.models.weights import load_weights
 __all__ = [
     "GPT",
     "CifarResNet",
-    "Positions",
     "SmallFCOS",
     "boxes_at",
     "build_model",

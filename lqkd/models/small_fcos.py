@@ -132,7 +132,7 @@ class SmallFCOS(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         finest = self.layer2(self.layer1(F.relu(self.norm(self.stem(images)))))
         finer = self.layer3(finest)
-        maps = {}
+        maps: dict[str, Tensor] = {}
         levels = self.pyramid([finest, finer, self.layer4(finer)])
         for number, (stride, level) in enumerate(zip(self.strides, levels, strict=True)):
             of_level = zip(("classes", "boxes", "centerness"), self.head(level, number), strict=True)

@@ -17,7 +17,7 @@ from lqkd.quantization.codes import activation_codes, is_exactly_uniform, weight
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.moves import clamps, moves
-from lqkd.quantization.quantizers import N2UQ, APoT, Dynamic, Quantizer, ReAct
+from lqkd.quantization.quantizers import N2UQ, APoT, Dynamic, LevelwiseStep, Quantizer, ReAct
 
 _TIE = 4e-6
 """How near to half way, relative to the value in steps, floating point decides on the side."""
@@ -55,7 +55,8 @@ def _has_integer_bias(layer: nn.Module) -> bool:
         return False
     weight, activation = layer.weight_quantizer, layer.input_quantizer
     even = weight is not None and weight.group_size is None and is_exactly_uniform(weight)
-    return even and activation is not None and not isinstance(activation, APoT | N2UQ | Dynamic)
+    floating = APoT | N2UQ | Dynamic | LevelwiseStep
+    return even and activation is not None and not isinstance(activation, floating)
 
 
 @torch.no_grad()
@@ -153,7 +154,11 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
 
     found = {str(node.target): behind(node) for node in graph.nodes if node.op == "call_module"}
     return {
-        name: [q for q in quantizers if q.is_ready and q.channels is None and not isinstance(q, APoT | N2UQ | ReAct)]
+        name: [
+            q
+            for q in quantizers
+            if q.is_ready and q.channels is None and not isinstance(q, APoT | LevelwiseStep | N2UQ | ReAct)
+        ]
         for name, quantizers in found.items()
         if isinstance(model.get_submodule(name), QuantizedLayer)
     }

@@ -17,6 +17,7 @@ from lqkd.quantization.quantizers import (
     APoT,
     DoReFa,
     Dynamic,
+    LevelwiseStep,
     LSQPlus,
     Quantizer,
     ReAct,
@@ -65,6 +66,8 @@ def activation_codes(quantizer: Quantizer, place: str) -> ActivationCodes | None
     check_fitted(quantizer, place)
     if quantizer.channels is not None:
         raise UsageError(f"the input of {place} has a grid per channel: integer layers need one per tensor")
+    if isinstance(quantizer, LevelwiseStep) and not quantizer.shared:
+        raise UsageError(f"the input of {place} has a grid for each call: integer layers need one of one call")
     if isinstance(quantizer, ReAct):
         return ActivationCodes(torch.ones(()), MIDDLE, MIDDLE - 1, MIDDLE + 1)
     if isinstance(quantizer, LSQPlus) and quantizer.offset is not None:

@@ -202,6 +202,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         name: module for name, module in layers.items() if not isinstance(module, QuantizedLayer)
     }
     _check_tied(layers, settings)
+    _check_levels(settings, found)
     weight_quantizers = {
         id(module.weight): module.weight_quantizer
         for module in layers.values()
@@ -342,6 +343,15 @@ def _check_tied(layers: dict[str, nn.Module], settings: dict[str, LayerSettings]
                 f"layers {other!r} and {name!r} share one weight whose output channels lie on different axes: "
                 "give both per_channel=false"
             )
+
+
+def _check_levels(settings: dict[str, LayerSettings], found: Survey) -> None:
+    """Refuse steps by level where no layer has several levels, or nobody knows of any."""
+    asked = [name for name, entry in settings.items() if entry.per_level is not None]
+    if asked and not any(found.calls.get(name, 1) > 1 for name in asked):
+        why = "a pass calls each layer once" if found.untraceable is None else f"no trace tells ({found.untraceable})"
+        value = str(settings[asked[0]].per_level).lower()
+        raise UsageError(f"quantization.per_level={value} has no effect: {why}; leave it null")
 
 
 def _axis(layer: nn.Module) -> int:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
 from lqkd.callbacks.predictions import Predictions
-from lqkd.data import ImageFolder, SegmentationFolder
+from lqkd.data import DetectionFolder, ImageFolder, SegmentationFolder
 from lqkd.data.reading import collation_problem
 from lqkd.errors import DivergenceError, FullDiskError, LostProcessError, Stopped, UsageError, first_line
 from lqkd.models.finite import not_finite
@@ -437,7 +437,7 @@ class _KeepRun(Description):
     @rank_zero_only
     def _keep_split(self, trainer: Trainer) -> None:
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, (ImageFolder, SegmentationFolder)):
+        if isinstance(data, (DetectionFolder, ImageFolder, SegmentationFolder)):
             data.write_split(self._folder(trainer) / SPLIT)
 
     @rank_zero_only

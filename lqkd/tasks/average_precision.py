@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
 
 from lqkd.errors import UsageError
 from lqkd.tasks.scenes import Objects
@@ -65,7 +66,7 @@ class FoundObjects(Metric):
         """Every number by its name; NaN where there is nothing to measure, such as an object of that size."""
         metric = mean_average_precision()
         metric.distributed_available_fn = lambda: False  # all is here already
-        images, found, true = (torch.cat([*state]).cpu() for state in (self.images, self.found, self.true))
+        images, found, true = (dim_zero_cat(state).cpu() for state in (self.images, self.found, self.true))
         for number in images.sort().values:
             of_found, of_true = found[found[:, 0] == number], true[true[:, 0] == number]
             metric.update(

@@ -17,6 +17,7 @@ from lqkd.models.outputs import Asked
 from lqkd.models.position_grid import Positions, boxes_at, positions
 from lqkd.quantization import Recipe, Rule
 from lqkd.quantization.graph import survey
+from lqkd.quantization.recipe import parse_bits
 from lqkd.tasks.average_precision import box_metrics, mean_average_precision
 from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.scenes import Scenes, scenes_of
@@ -37,7 +38,8 @@ class Detection(Task):
     positions, each a class that is there or not, without labels: ``BinaryKL`` compares them. Losses on features compare
     levels of the pyramid. Layers that a network names as its ``last_layers`` get the bits of
     ``quantization.last_layer_bits``, 8 by default, and inputs of those that are called once a level a step for each
-    level, unless ``quantization.per_level`` says otherwise. Decoding and non-maximum suppression are never quantised.
+    level, where ``lsq`` quantises them and ``quantization.per_level`` says nothing else. Decoding and non-maximum
+    suppression are never quantised.
 
     Logs COCO's mean average precision, exact over all ranks, in pixels of the images that networks see: ``map``,
     ``map_50``, ``map_75``, ``map_small``, ``map_medium``, ``map_large``, and ``map_of_NAME`` of each class.
@@ -149,7 +151,8 @@ class Detection(Task):
 
     def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
         """The last layers' bits for all that the network names as such, and a step for each level."""
-        if recipe.per_level is None and any(count > 1 for count in survey(network).calls.values()):
+        called_again = any(count > 1 for count in survey(network).calls.values())
+        if recipe.per_level is None and called_again and _learns_steps(recipe):
             recipe = replace(recipe, per_level=True)
         bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
         if bits is None or not named:
@@ -248,7 +251,8 @@ class Detection(Task):
         return scenes_of(batch, self.strides[-1])
 
     def _positions(self, outputs: Tensor, scenes: Scenes) -> Positions:
-        at = positions(*scenes.images.shape[-2:], self.strides, outputs.device)
+        height, width = scenes.images.shape[-2:]
+        at = positions(height, width, self.strides, outputs.device)
         if len(at.points) != outputs.shape[1]:
             raise UsageError(
                 f"the network answers for {outputs.shape[1]} positions of images of "
@@ -268,6 +272,14 @@ class Detection(Task):
 
     def _decoded(self, outputs: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         return detections(*self._parts(outputs), size, self.min_score, self.overlap, self.most_objects)
+
+
+def _learns_steps(recipe: Recipe) -> bool:
+    """Whether all inputs are quantised by ``lsq``, which alone has steps by level."""
+    quantizers = [recipe.activation_quantizer, *(rule.activation_quantizer for rule in recipe.rules)]
+    names = [spec.get("name") if isinstance(spec, dict) else spec for spec in quantizers]
+    bits = [parse_bits(recipe.bits)[1], *(rule.activation_bits for rule in recipe.rules)]
+    return all(name in (None, "lsq") for name in names) and 1 not in bits
 
 
 def _in_common(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:

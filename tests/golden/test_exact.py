@@ -43,7 +43,7 @@ def test_every_regularizer_balance_and_loss_on_features_is_in_a_recorded_run() -
                 # the quickstart's balance; a loss for several labels; what needs rows that no run here holds out; what
                 # is younger than the records
                 others = ("FixedBalance", "BinaryKL", "HeldOutInterpolation", "ExplainedVariance", "MetaWeightNet")
-                others += ("CurriculumTemperature", "ForwardKL", "ReverseKL", "JensenShannon", "CAKLD")
+                others += ("CurriculumTemperature", "ForwardKL", "ReverseKL", "JensenShannon", "CAKLD", "PKD")
                 assert f"{package.__name__}.{name}" in text or name in others, name
     for name, combination in COMBINATIONS.items():
         assert combination.trusted or f"ensemble: {name}" in text  # those need rows that no run here holds out

@@ -60,7 +60,7 @@ def test_the_factor_of_a_step_counts_the_features_of_the_calls_that_it_serves() 
     by_call = [step_gradient(x, s, 15) / math.sqrt(n * 15) for x, s, n in zip(LEVELS, steps, features, strict=True)]
     assert each.scale.grad is not None
     assert each.scale.grad.tolist() == pytest.approx(by_call, rel=1e-4)
-    total = sum(step_gradient(x, float(one.scale), 15) for x in LEVELS) / math.sqrt(sum(features) * 15)
+    total = sum(step_gradient(x, float(one.scale.detach()), 15) for x in LEVELS) / math.sqrt(sum(features) * 15)
     assert one.scale.grad is not None
     assert float(one.scale.grad) == pytest.approx(total, rel=1e-4)
 
@@ -104,3 +104,8 @@ def test_a_recipe_chooses_a_step_for_each_level_or_one_for_all() -> None:
         UsageError, match=r"layer 'head': per_level=true is not possible with activation_quantizer='pact'"
     ):
         quantize_model(Shared(), Recipe("w4a4", per_level=True, activation_quantizer="pact"))
+
+
+def test_steps_by_level_of_a_network_without_levels_are_refused() -> None:
+    with pytest.raises(UsageError, match="per_level=true has no effect: a pass calls each layer once"):
+        quantize_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), Recipe("w4a4", per_level=True))

@@ -141,3 +141,10 @@ def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -
     assert bits() == last | of_tower
     assert bits(rules=[Rule("head.boxes", weight_bits=4)]) == last | {"head.boxes": (4, False)} | of_tower
     assert bits(last_layer_bits=None, per_level=False) == dict.fromkeys([*last, *of_tower], (2, True))
+
+
+def test_inputs_on_other_grids_than_lsq_have_one_for_all_levels() -> None:
+    for settings in ({"activation_quantizer": "pact"}, {"bits": "w1a1"}):
+        network = SmallFCOS(3, width=4, depth=1)
+        model, _ = quantize_model(network, Detection(3).recipe(Recipe(**settings), network))
+        assert not any(isinstance(module, LevelwiseStep) for module in model.modules())
