@@ -13,6 +13,9 @@ from lqkd.export import gguf_llama
 from lqkd.export.nbits_graph import Graph
 from lqkd.models import GPT
 
+_FIXED = ("default", "linear", "llama3", "yarn")
+"""Rotary positions whose frequencies do not depend on the length of a text."""
+
 
 def logits(graph: Graph, tokens: str, network: nn.Module) -> str:
     """The logits (B, T, V) of tokens (B, T).
@@ -54,6 +57,13 @@ def _gpt(graph: Graph, tokens: str, network: Any) -> str:
 
 def _llama(graph: Graph, tokens: str, network: Any) -> str:
     config, model = network.config, network.model
+    rotary = config.rope_parameters.get("rope_type", "default")
+    if rotary not in _FIXED:
+        raise UsageError(
+            f"--format nbits is not possible for rotary positions of type {rotary!r}: of {', '.join(_FIXED)}"
+        )
+    if config.hidden_act != "silu":
+        raise UsageError(f"--format nbits is not possible for hidden_act={config.hidden_act!r}: silu is")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     size = model.layers[0].self_attn.head_dim
     x = graph.embedding(tokens, model.embed_tokens, "model.embed_tokens")

@@ -53,6 +53,7 @@ def logits(network: nn.Module, tokens: Tensor) -> Tensor:
 
 
 LOW = Recipe("w2a32", group_size=32, first_layer_bits=None, rules=[Rule("*head", weight_bits=8, activation_bits=32)])
+SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
 UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj", weight_bits=32)])
 
 
@@ -61,7 +62,7 @@ UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj",
     [
         ("gpt", Recipe("q4_0"), {}),
         ("gpt", LOW, {"gelu": "tanh"}),
-        ("llama", Recipe("q4_0"), {}),
+        ("llama", Recipe("q4_0"), SCALED),
         ("llama", UNEVEN, {"tie_word_embeddings": False, "attention_bias": True}),
     ],
     ids=["gpt", "two bits", "llama", "partly in float"],
@@ -124,6 +125,9 @@ def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -
 
 
 def test_other_networks_are_refused(tmp_path: Path) -> None:
+    turned = a_llama(tmp_path / "llama", Recipe("q4_0"), hidden_act="gelu")
+    with pytest.raises(UsageError, match="--format nbits is not possible for hidden_act='gelu'"):
+        to_nbits(turned, tmp_path / "student.onnx")
     network = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))
     with pytest.raises(UsageError, match="--format nbits is not possible for Sequential"):
         to_nbits(fitted(network, Recipe("q4_0")), tmp_path / "student.onnx")
