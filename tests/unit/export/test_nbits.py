@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export.nbits import Runtime, check_nbits, to_nbits
+from lqkd.export.nbits import Runtime, check_nbits, check_nbits_grids, of_nbits, to_nbits
 from lqkd.export.nbits_graph import pack, unpack
 from lqkd.models import GPT, causal_lm
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
@@ -115,13 +115,20 @@ def test_codes_are_packed_from_the_lowest_bits_on(bits: int) -> None:
             Recipe("w4a32", last_layer_bits=None),
             "the weight of token is on the grid of LSQ without groups, which MatMulNBits does not have",
         ),
-        (Recipe("w4a8", group_size=32), "puts activations on a grid"),
+        (Recipe("w4a8", group_size=32), "the input of .* is on a grid"),
     ],
 )
 def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         to_nbits(gpt(recipe), tmp_path / "student.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_look_ahead_knows_whose_weights_have_groups() -> None:
+    assert of_nbits(gpt(Recipe("w4a32", group_size=32)))
+    assert not of_nbits(gpt(Recipe("w4a32")))
+    with pytest.raises(UsageError, match="is on a grid"):
+        check_nbits_grids(gpt(Recipe("w4a8", group_size=32)))
 
 
 def test_other_networks_are_refused(tmp_path: Path) -> None:
