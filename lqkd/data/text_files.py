@@ -57,15 +57,16 @@ class TextFiles(TextDataModule):
         self._read_bytes = self._read_tokens = 0
 
     def setup(self, stage: str | None = None) -> None:
-        if self.tokenizer is not None and self._tokenizer is None:
-            self._tokenizer, self.unit = Tokenizer(self.tokenizer), "tokens"
-            self.num_classes = self._tokenizer.size
+        if self.tokenizer is None or self._tokenizer is not None:
             super().setup(stage)
-            rank_zero_info(
-                f"tokenizer={self.tokenizer}: {self._read_tokens:,} of {self.num_classes:,} tokens, "
-                f"{self._read_bytes / self._read_tokens:.4g} bytes each (the task's bytes_per_token)"
-            )
+            return
+        self._tokenizer, self.unit = Tokenizer(self.tokenizer), "tokens"
+        self.num_classes = self._tokenizer.size
         super().setup(stage)
+        rank_zero_info(
+            f"tokenizer={self.tokenizer}: {self._read_tokens:,} tokens, of {self.num_classes:,} that there are, with "
+            f"{self._read_bytes / self._read_tokens:.4g} bytes each (the task's bytes_per_token)"
+        )
 
     def encode(self, texts: list[bytes]) -> Tensor:
         if self._tokenizer is None:

@@ -24,9 +24,14 @@ class ExportCheck(Callback):
         inputs = pl_module.example_inputs() if isinstance(pl_module, TaskModule) else None
         if inputs is None or MISSING is not None:
             return
+        from lqkd.export.nbits import check_nbits_grids, of_nbits  # which need onnx
+
         try:
-            if of_gguf(pl_module.product()):
-                check_gguf_grids(unwrapped(pl_module.product()))
+            student = unwrapped(pl_module.product())
+            if of_gguf(student):
+                check_gguf_grids(student)
+            elif of_nbits(student):
+                check_nbits_grids(student)
             else:
                 check_deployable(pl_module.product(), Inputs.joined([inputs, inputs]))
         except Exception as error:  # of any type: a look ahead must not end the training

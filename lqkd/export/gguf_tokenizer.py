@@ -67,8 +67,11 @@ def _copy(writer: Any, vocabulary: int, path: Path, source: str) -> None:
             continue
         kind, *inner = field.types
         values = field.contents()
-        if key == gguf.Keys.Tokenizer.LIST:
-            _check_size(len(values), vocabulary, source)
+        if key == gguf.Keys.Tokenizer.LIST and len(values) != vocabulary:  # llama.cpp wants as many
+            raise UsageError(
+                f"tokenizer={source!r} has {len(values)} tokens and the network {vocabulary}: to be copied it must "
+                "have as many"
+            )
         writer.add_key_value(key, values, kind, inner[-1] if inner else None)
 
 
@@ -81,24 +84,27 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
         own = transformers.AutoTokenizer.from_pretrained(**located(source, "tokenizer"))
     told = json.loads(own.backend_tokenizer.to_str()) if getattr(own, "backend_tokenizer", None) is not None else {}
     pre = _pre(told.get("pre_tokenizer") or {})
-    if told.get("model", {}).get("type") != "BPE" or pre is None:
+    if told.get("model", {}).get("type") != "BPE" or pre is None or told.get("normalizer") is not None:
         raise UsageError(
             f"tokenizer={source!r} is of a kind that is not written into a GGUF file: those of GPT-2 and SmolLM are, "
             "and any that a .gguf file has, from which it is copied"
         )
     numbers = own.get_vocab()
-    _check_size(1 + max(numbers.values()), vocabulary, source)
+    if (tokens := 1 + max(numbers.values())) > vocabulary:
+        raise UsageError(
+            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
+        )
     added = {entry["content"]: entry["special"] for entry in told.get("added_tokens", [])}
-    tokens = [f"[PAD{number}]" for number in range(vocabulary)]  # those that have no text, as llama.cpp calls them
+    names = [f"[PAD{number}]" for number in range(vocabulary)]  # those that have no text, as llama.cpp calls them
     kinds = [gguf.TokenType.UNUSED] * vocabulary
     for token, number in numbers.items():
-        tokens[number], kinds[number] = token, gguf.TokenType.NORMAL
+        names[number], kinds[number] = token, gguf.TokenType.NORMAL
         if token in added:
             kinds[number] = gguf.TokenType.CONTROL if added[token] else gguf.TokenType.USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in told["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
+    writer.add_token_list(names)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges or ["no merge"])
     for add, number in (
@@ -121,10 +127,3 @@ def _pre(told: dict[str, Any]) -> str | None:
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not last.get("use_regex", True):
         return None
     return {"[]": "gpt-2", json.dumps([_DIGITS]): "smollm"}.get(json.dumps(before))
-
-
-def _check_size(tokens: int, vocabulary: int, source: str) -> None:
-    if tokens > vocabulary:
-        raise UsageError(
-            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
-        )

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import OUTPUT, deployable_copy
-from lqkd.export.nbits_graph import OPSET, RUNTIME_DOMAIN, Graph, unpack
-from lqkd.export.nbits_networks import logits
+from lqkd.export.nbits_graph import OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
+from lqkd.export.nbits_networks import check_known, is_known, logits
 from lqkd.export.runtimes import session
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.layers import QuantizedLayer
@@ -87,7 +87,21 @@ def nbits_student(model: nn.Module) -> nn.Module:
         UsageError: when no file can be.
     """
     student = deployable_copy(model)
-    held = {quantizer for _, _, quantizer in _quantized(student)}
+    check_nbits_grids(student)
+    return student
+
+
+def check_nbits_grids(student: nn.Module) -> None:
+    """Refuse networks and grids that such a file does not have, whatever quantizers know yet.
+
+    Raises:
+        UsageError: for the first one.
+    """
+    check_known(student)
+    held = set()
+    for name, layer, quantizer in _quantized(student):
+        check_grid(layer, name)
+        held.add(quantizer)
     if not held:
         raise UsageError(
             "--format nbits is not possible for a network in floating point: train a student below 32 bits"
@@ -95,7 +109,11 @@ def nbits_student(model: nn.Module) -> nn.Module:
     for name, quantizer in quantizers(student).items():
         if quantizer not in held:
             raise UsageError(f"{name} puts activations on a grid, which a file of --format nbits does not have")
-    return student
+
+
+def of_nbits(student: nn.Module) -> bool:
+    """Whether it is a language model with weights in groups, of which other ONNX files have none."""
+    return is_known(student) and any(quantizer.group_size for quantizer in quantizers(student).values())
 
 
 @torch.no_grad()

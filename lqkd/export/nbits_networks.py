@@ -13,21 +13,41 @@ from lqkd.export import gguf_llama
 from lqkd.export.nbits_graph import Graph
 from lqkd.models import GPT
 
+_FIXED = ("default", "linear", "llama3", "yarn")
+"""Rotary positions whose frequencies do not depend on the length of a text."""
 
-def logits(graph: Graph, tokens: str, network: nn.Module) -> str:
-    """The logits (B, T, V) of tokens (B, T).
+
+def is_known(network: nn.Module) -> bool:
+    """Whether it is of a class that graphs are made of."""
+    return type(network) is GPT or gguf_llama.is_llama(network)
+
+
+def check_known(network: nn.Module) -> None:
+    """Refuse a network that a graph would compute otherwise, or not at all.
 
     Raises:
-        UsageError: for another network than those that are known here.
+        UsageError: then.
     """
-    if type(network) is GPT:
-        return _gpt(graph, tokens, network)
-    if gguf_llama.is_llama(network):
-        return _llama(graph, tokens, network)
-    raise UsageError(
-        f"--format nbits is not possible for {type(network).__name__}: files are made of lqkd.models.GPT and of "
-        "transformers' LlamaForCausalLM"
-    )
+    if not is_known(network):
+        raise UsageError(
+            f"--format nbits is not possible for {type(network).__name__}: files are made of lqkd.models.GPT and of "
+            "transformers' LlamaForCausalLM"
+        )
+    config: Any = getattr(network, "config", None)
+    if config is None:
+        return
+    rotary = config.rope_parameters.get("rope_type", "default")
+    if rotary not in _FIXED:
+        raise UsageError(
+            f"--format nbits is not possible for rotary positions of type {rotary!r}: of {', '.join(_FIXED)} alone"
+        )
+    if config.hidden_act != "silu":
+        raise UsageError(f"--format nbits is not possible for hidden_act={config.hidden_act!r}: silu is")
+
+
+def logits(graph: Graph, tokens: str, network: nn.Module) -> str:
+    """The logits (B, T, V) of tokens (B, T) of a network that is known."""
+    return _gpt(graph, tokens, network) if type(network) is GPT else _llama(graph, tokens, network)
 
 
 def _gpt(graph: Graph, tokens: str, network: Any) -> str:

@@ -62,8 +62,7 @@ def causal_lm(pretrained: str) -> nn.Module:
             "begin at random: it must be a causal language model that was trained as one"
         )
     network.config.use_cache = False
-    if hasattr(network.config, "quantization_config"):  # of the file, whose weights are in floating point here
-        del network.config.quantization_config
+    _as_float(network)
     _linear(network)
     network.register_forward_pre_hook(_check_length, with_kwargs=True)
     return network.eval()
@@ -145,6 +144,14 @@ def _in_package(source: str, setting: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"{setting}={source!r} needs the package {package}, which is not installed")
     return Path(spec.submodule_search_locations[0]) / file
+
+
+def _as_float(network: Any) -> None:
+    """Forget that a file's weights were in few bits: transformers would not convert the network any more."""
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        network.__dict__.pop(mark, None)
 
 
 @torch.no_grad()

@@ -87,6 +87,14 @@ def test_llama_cpp_says_what_the_student_says_of_tokens_and_of_a_text(
     torch.testing.assert_close(read, given, rtol=0, atol=0.02)
 
 
+def test_a_network_that_was_read_from_a_file_is_trained_and_written_again(file: Path, tmp_path: Path) -> None:
+    network = causal_lm(str(file)).float()
+    quantize_model(network, Recipe("q4_0"))
+    initialize_quantizers(network, texts())
+    to_gguf(network.eval(), tmp_path / "again.gguf", tokenizer=str(file))
+    assert torch.equal(from_gguf(tmp_path / "again.gguf")(texts()).logits, network(texts()).logits)
+
+
 def test_a_tokenizer_is_copied_from_a_file(student: nn.Module, file: Path, tmp_path: Path) -> None:
     to_gguf(student, tmp_path / "again.gguf", tokenizer=str(file))
     told, again = (
@@ -97,12 +105,24 @@ def test_a_tokenizer_is_copied_from_a_file(student: nn.Module, file: Path, tmp_p
     assert len(told["tokenizer.ggml.tokens"]) == 320
 
 
-def test_a_tokenizer_of_another_network_is_refused(tokenizer: str, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_kind_is_refused(student: nn.Module, tokenizer: str, tmp_path: Path) -> None:
+    from tokenizers.normalizers import Lowercase
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(tokenizer)
+    other.backend_tokenizer.normalizer = Lowercase()
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is of a kind that is not written into a GGUF file"):
+        to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
+
+
+def test_a_tokenizer_of_another_network_is_refused(file: Path, tokenizer: str, tmp_path: Path) -> None:
     llama(tmp_path)
     small, _ = quantize_model(causal_lm(str(tmp_path)), Recipe("q4_0"))
     initialize_quantizers(small, texts() % 64)
-    with pytest.raises(UsageError, match=r"has \d+ tokens and the network 64: it must be that of the network"):
-        to_gguf(small, tmp_path / "student.gguf", tokenizer=tokenizer)
+    for source in (tokenizer, str(file)):
+        with pytest.raises(UsageError, match=r"has \d+ tokens and the network 64: "):
+            to_gguf(small, tmp_path / "student.gguf", tokenizer=source)
 
 
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export.nbits import Runtime, check_nbits, to_nbits
+from lqkd.export.nbits import Runtime, check_nbits, check_nbits_grids, of_nbits, to_nbits
 from lqkd.export.nbits_graph import pack, unpack
 from lqkd.models import GPT, causal_lm
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
@@ -53,6 +53,7 @@ def logits(network: nn.Module, tokens: Tensor) -> Tensor:
 
 
 LOW = Recipe("w2a32", group_size=32, first_layer_bits=None, rules=[Rule("*head", weight_bits=8, activation_bits=32)])
+SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
 UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj", weight_bits=32)])
 
 
@@ -61,7 +62,7 @@ UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj",
     [
         ("gpt", Recipe("q4_0"), {}),
         ("gpt", LOW, {"gelu": "tanh"}),
-        ("llama", Recipe("q4_0"), {}),
+        ("llama", Recipe("q4_0"), SCALED),
         ("llama", UNEVEN, {"tie_word_embeddings": False, "attention_bias": True}),
     ],
     ids=["gpt", "two bits", "llama", "partly in float"],
@@ -114,7 +115,7 @@ def test_codes_are_packed_from_the_lowest_bits_on(bits: int) -> None:
             Recipe("w4a32", last_layer_bits=None),
             "the weight of token is on the grid of LSQ without groups, which MatMulNBits does not have",
         ),
-        (Recipe("w4a8", group_size=32), "puts activations on a grid"),
+        (Recipe("w4a8", group_size=32), "the input of .* is on a grid"),
     ],
 )
 def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -> None:
@@ -123,7 +124,17 @@ def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_look_ahead_knows_whose_weights_have_groups() -> None:
+    assert of_nbits(gpt(Recipe("w4a32", group_size=32)))
+    assert not of_nbits(gpt(Recipe("w4a32")))
+    with pytest.raises(UsageError, match="is on a grid"):
+        check_nbits_grids(gpt(Recipe("w4a8", group_size=32)))
+
+
 def test_other_networks_are_refused(tmp_path: Path) -> None:
+    turned = a_llama(tmp_path / "llama", Recipe("q4_0"), hidden_act="gelu")
+    with pytest.raises(UsageError, match="--format nbits is not possible for hidden_act='gelu'"):
+        to_nbits(turned, tmp_path / "student.onnx")
     network = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))
     with pytest.raises(UsageError, match="--format nbits is not possible for Sequential"):
         to_nbits(fitted(network, Recipe("q4_0")), tmp_path / "student.onnx")
