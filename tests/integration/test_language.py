@@ -105,7 +105,7 @@ def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[...
     without, measured = references
     assert without["student_gptq"] is None
     assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
-    with pytest.raises(UsageError, match="gptq_batches=1: GPTQ is not possible for TWN"):
+    with pytest.raises(UsageError, match="gptq_batches=1 is not possible: GPTQ is not possible for TWN"):
         trainer().fit(student(gptq_batches=1, quantization=Recipe("ternary", last_layer_bits=None)), datamodule=text())
 
 
