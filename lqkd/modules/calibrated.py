@@ -34,15 +34,14 @@ def calibrated(module: Distilling) -> Iterator[None]:
             in_stage(trainer, RunningStage.TRAINING),
             trainer.precision_plugin.forward_context(),
         ):
-            on_device = (
-                trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                for batch in islice(loader, module.gptq_batches)
-            )
+            few = islice(loader, module.gptq_batches)
+            on_device = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in few)
             inputs = [module.inputs(batch) for batch in on_device]
-            gptq(student, inputs, lambda network, given: given.call(network))
+            try:
+                gptq(student, inputs, lambda network, given: given.call(network))
+            except UsageError as error:
+                raise UsageError(f"gptq_batches={module.gptq_batches} is not possible: {error}") from None
         yield
-    except UsageError as error:
-        raise UsageError(f"gptq_batches={module.gptq_batches}: {error}") from None
     finally:
         with torch.no_grad():
             for name, tensor in student.state_dict().items():

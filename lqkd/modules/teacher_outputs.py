@@ -97,7 +97,8 @@ def _open_cache(module: Distilling) -> OpenCache | None:
     def shapes() -> TensorShapes:
         return shapes_of(module.passes.ask_teachers(given))
 
-    return settings.open(key, data.train_indices, _epochs(module), [*module.named_teachers], shapes)
+    names, axis = [*module.named_teachers], module.task.class_axis
+    return settings.open(key, data.train_indices, _epochs(module), names, shapes, axis)
 
 
 def _teacher_input(module: Distilling, data: Any) -> Inputs:

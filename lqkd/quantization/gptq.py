@@ -243,8 +243,8 @@ class _Calibration:
 
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             nonlocal rows
-            x = layer.quantized_input(inputs[0]).reshape(-1, width).float()
-            total.add_((x.T @ x).double())
+            x = layer.quantized_input(inputs[0]).reshape(-1, width).double()  # which no autocast rounds
+            total.add_(x.T @ x)
             rows += len(x)
 
         handle = layer.register_forward_pre_hook(add)

@@ -48,6 +48,8 @@ class Task(nn.Module, ABC):
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
+    class_axis: ClassVar[int] = 1
+    """The axis of :meth:`outputs` (B, ...) that has a logit for each class; of a text it is the last."""
     confidences: ClassVar[bool] = False
     """Whether :meth:`predictions` are the confidence (B, C) of each class."""
     answer: ClassVar[str] = "answer"

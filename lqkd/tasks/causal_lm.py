@@ -72,6 +72,7 @@ class CausalLM(Task):
     mode = "min"
     one_row_a_sample = False
     predicts_classes = True
+    class_axis = -1
     answer = "next token"
 
     def __init__(

@@ -19,7 +19,7 @@ from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
-from lqkd.losses import CAKLD, HintonKL
+from lqkd.losses import CAKLD, ForwardKL, HintonKL
 from lqkd.models import GPT
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
@@ -68,6 +68,21 @@ def test_tokens_weighed_by_a_regularizer_are_learned_the_same_from_a_cache(
     assert all(torch.equal(ends[0], end) for end in ends)
 
 
+def test_a_cache_of_the_first_words_of_a_token_trains_as_the_teacher_itself(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    ends = []
+    for cache in (None, *[TeacherCache(str(tmp_path), dtype="float32", top_k=8)] * 2):
+        module = student(teacher_cache=cache, distillation_loss=ForwardKL(top_k=8), regularizer=None)
+        trainer(max_steps=3, limit_test_batches=1).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+    live, written, read = ends
+    assert torch.equal(written, read)
+    torch.testing.assert_close(read, live, rtol=1e-3, atol=1e-3)  # rounding moves AdamW's first steps
+    with pytest.raises(UsageError, match=r"top_k=256 .* less than the number of classes, which is 256"):
+        trainer().fit(student(teacher_cache=TeacherCache(str(tmp_path), top_k=256)), datamodule=text())
+
+
 def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     whole, resumed = student(), student()
     trainer().fit(whole, datamodule=text())
@@ -90,7 +105,7 @@ def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[...
     without, measured = references
     assert without["student_gptq"] is None
     assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
-    with pytest.raises(UsageError, match="gptq_batches=1: GPTQ is not possible for TWN"):
+    with pytest.raises(UsageError, match="gptq_batches=1 is not possible: GPTQ is not possible for TWN"):
         trainer().fit(student(gptq_batches=1, quantization=Recipe("ternary", last_layer_bits=None)), datamodule=text())
 
 

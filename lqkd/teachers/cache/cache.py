@@ -36,7 +36,9 @@ class TeacherCache:
     Attributes:
         folder: where caches are kept; null means the folder teachers in $LQKD_CACHE, else in ~/.cache/lqkd.
         dtype: of the stored numbers: ``float16`` or ``float32``.
-        top_k: keep this many of a teacher's logits and share the rest's probability out evenly; null keeps all.
+        top_k: keep this many of a teacher's logits, of a text for each token, and share the rest's probability out
+            evenly; null keeps all. :class:`~lqkd.losses.ForwardKL` and its like with the same ``top_k`` and temperature
+            1 say of these what they say of all.
         epochs: the first epochs that are stored, the teacher answers live in later ones; null means all.
         max_bytes: a training that would store more is refused.
 
@@ -65,6 +67,7 @@ class TeacherCache:
         epochs: int,
         teachers: Sequence[str],
         shapes: Callable[[], TensorShapes],
+        class_axis: int = 1,
     ) -> OpenCache:
         """The cache of ``key``, made where there is none.
 
@@ -75,6 +78,7 @@ class TeacherCache:
             epochs: of the training.
             teachers: their names, in the order in which the key tells of them.
             shapes: gives the shapes of all that is stored of them; called only for a new cache.
+            class_axis: of their outputs (B, ...); ``top_k`` takes the largest along the last axis alone.
 
         Raises:
             UsageError: when it would be too large, for ``max_bytes`` or for the disk, or the folder cannot be written.
@@ -87,7 +91,7 @@ class TeacherCache:
         if header is None:
             header = {"key": key, "tensors": shapes()}
         tensors = [[(name, tuple(shape)) for name, shape in of_teacher] for of_teacher in header["tensors"]]
-        self._check_top_k([of_teacher[0][1] for of_teacher in tensors])
+        self._check_top_k([of_teacher[0][1] for of_teacher in tensors], class_axis)
         codec = Codec(tuple(teachers), tensors, self.dtype, self.top_k)
         store = RecordStore(folder, len(indices), codec.layout)
         self._check_size(store, stored, folder)
@@ -98,15 +102,15 @@ class TeacherCache:
             raise UsageError(f"teacher_cache.folder={root} cannot be written: {error}") from error
         return OpenCache(folder, store, codec, indices.cpu().numpy(), repeats, self.epochs)
 
-    def _check_top_k(self, outputs: Sequence[tuple[int, ...]]) -> None:
+    def _check_top_k(self, outputs: Sequence[tuple[int, ...]], class_axis: int) -> None:
         if self.top_k is None:
             return
-        if any(len(shape) != 1 for shape in outputs):
+        if any(class_axis not in (-1, len(shape)) for shape in outputs):
             raise UsageError(
                 f"teacher_cache.top_k={self.top_k} is not possible: teachers answer with {outputs[0]} numbers for a "
-                "sample, not with one for each class"
+                "sample, of which the last axis is not that of classes"
             )
-        classes = min(shape[0] for shape in outputs)
+        classes = min(shape[-1] for shape in outputs)
         if self.top_k >= classes:
             raise UsageError(
                 f"teacher_cache.top_k={self.top_k} is not possible: it must be less than the number of classes, which "

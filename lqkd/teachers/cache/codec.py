@@ -39,8 +39,8 @@ def _tensors(seen: Seen) -> list[tuple[str, Tensor]]:
 class Codec:
     """Turns what teachers answer into records and back.
 
-    With ``top_k`` a record holds each teacher's k largest logits and one more: the logit that each of the other classes
-    has when their probability is shared out evenly. The k largest probabilities stay exact.
+    With ``top_k`` a record holds each teacher's k largest logits along the last axis and one more: the logit that each
+    of the other classes has when their probability is shared out evenly. The k largest probabilities stay exact.
 
     Args:
         teachers: names of the teachers.
@@ -63,8 +63,9 @@ class Codec:
             for index, (_, shape) in enumerate(tensors):
                 kept = shape
                 if index == 0 and self.top_k is not None:
-                    fields.append((f"{teacher} classes", "<u2" if shape[0] <= 2**16 else "<u4", (self.top_k,)))
-                    kept = (self.top_k + 1,)
+                    number_of_class = "<u2" if shape[-1] <= 2**16 else "<u4"
+                    fields.append((f"{teacher} classes", number_of_class, (*shape[:-1], self.top_k)))
+                    kept = (*shape[:-1], self.top_k + 1)
                 fields.append((f"{teacher} {index}", number, kept))
         return np.dtype(fields)
 
@@ -98,8 +99,9 @@ class Codec:
             values = [self._tensor(records[f"{teacher} {index}"], device) for index in range(len(tensors))]
             if self.top_k is not None:
                 classes = torch.from_numpy(records[f"{teacher} classes"].astype(np.int64)).to(device)
-                (count,) = tensors[0][1]
-                values[0] = values[0][:, -1:].expand(-1, count).scatter(1, classes, values[0][:, :-1])
+                kept, count = values[0], tensors[0][1][-1]
+                rest = kept[..., -1:].expand(*kept.shape[:-1], count)
+                values[0] = rest.scatter(-1, classes, kept[..., :-1])
             names = [tensor for tensor, _ in tensors[1:]]
             found[name] = Seen(values[0], dict(zip(names, values[1:], strict=True)))
         return found
@@ -110,10 +112,10 @@ class Codec:
 
 
 def _largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Of logits (B, C) the k largest and the one of each other class, (B, k + 1), and the classes of the k, (B, k)."""
-    values, classes = logits.topk(top_k, dim=1)
-    rest = logits.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
-    return torch.cat([values, rest - math.log(logits.shape[1] - top_k)], dim=1), classes
+    """Of logits (..., C) the k largest and the one of each other class, (..., k + 1), and the classes of the k."""
+    values, classes = logits.topk(top_k, dim=-1)
+    rest = logits.scatter(-1, classes, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([values, rest - math.log(logits.shape[-1] - top_k)], dim=-1), classes
 
 
 def projection(images: Tensor) -> Tensor:

@@ -275,6 +275,19 @@ def test_llama_cpp_says_what_the_student_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_llama_cpp_reads_three_values_as_they_were_trained(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    student = quantised(Recipe("tq2_0"), width=256, context=32)
+    with torch.no_grad():
+        for block in student.blocks:
+            block.expand.weight_quantizer.scale *= 20.0  # whose product says something
+    to_gguf(student, tmp_path / "student.gguf")
+    found = llama_cpp.compare(tmp_path / "student.gguf", student, texts(), most=8)
+    assert found.divergence < 2e-3
+    assert found.llama_cpp == pytest.approx(found.pytorch, abs=0.02)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [0, 0xC3])
 def test_llama_cpp_tells_of_an_answer_that_ends_the_text_or_is_half_a_character(token: int, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.losses import ForwardKL, JensenShannon, ReverseKL
 from lqkd.losses.taps import Seen
+from lqkd.losses.token_rows import RowDivergence
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import OpenCache, TeacherCache
 from lqkd.teachers.cache.codec import Codec, projection, shapes_of
@@ -136,6 +138,18 @@ def test_top_k_keeps_the_largest_probabilities_and_the_mass_of_the_rest() -> Non
     rest = got.scatter(1, kept, 0.0)
     torch.testing.assert_close(rest.sum(1), expected.scatter(1, kept, 0.0).sum(1))
     assert all(len(row[row > 0].unique()) == 1 for row in rest)
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(top_k=5), ReverseKL(top_k=5), JensenShannon(top_k=5)])
+def test_top_k_words_of_every_token_give_a_divergence_of_as_many_the_same(loss: RowDivergence) -> None:
+    logits, student = 3 * torch.randn(2, 7, 100), torch.randn(2, 7, 100)
+    codec = Codec(("a",), shapes_of({"a": Seen(logits, {})}), "float32", 5)
+    records = np.zeros(2, codec.layout)
+    codec.encode(records, {"a": Seen(logits, {})}, torch.zeros(2))
+    assert records.nbytes == 2 * (4 + 7 * (5 * 2 + 6 * 4))
+    found = codec.decode(records, torch.device("cpu"))["a"].output
+    live, cached = (loss(each.flatten(0, 1), student.flatten(0, 1)) for each in (logits, found))
+    torch.testing.assert_close(cached, live, rtol=1e-5, atol=1e-6)
 
 
 def test_float16_refuses_what_it_cannot_hold() -> None:
