@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -33,6 +32,7 @@ __all__ = ["pytest_runtest_setup", "pytest_sessionfinish", "pytest_terminal_summ
 
 # Compiling takes longer than these networks' training, for the same bits; see the fixture compiled_kernels.
 os.environ.setdefault("LQKD_COMPILE", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: there is a worker for every core
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
 
@@ -69,16 +69,15 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test with the marker ``own_process`` in a new Python process."""
+    """Run a test with the marker ``own_process`` in a fork of a process that has compiled nothing."""
     name = pyfuncitem.nodeid
     if pyfuncitem.get_closest_marker("own_process") is None or os.environ.get("LQKD_OWN_PROCESS") == name:
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", name]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"LQKD_OWN_PROCESS": name}
-    done = subprocess.run(
-        command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", name]
+    run = f"import sys, pytest\nos.chdir({str(pyfuncitem.config.rootpath)!r})\nsys.path.insert(0, '')\n"
+    run += f"sys.exit(int(pytest.main({arguments!r})))"
+    lqkd: Forks = pyfuncitem._request.getfixturevalue("lqkd")
+    assert lqkd.run(before=run, environment={"LQKD_OWN_PROCESS": name}) == 0, lqkd.log.read_text()
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -89,6 +90,14 @@ class Forks:
         finally:
             statuses = json.loads(self._server.stdout.readline())
         return list(statuses)
+
+    def run_function(self, function: Callable[..., None], *arguments: str, processes: int = 2) -> None:
+        """Call a function of a test file with a rank and ``arguments`` in so many processes at the same time."""
+        work = f"import runpy, sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        work += f"function = runpy.run_path({inspect.getfile(function)!r})[{function.__name__!r}]\n"
+        work += f"function(int(os.environ['RANK']), *{arguments!r})\nsys.exit(0)"
+        environments = [{"RANK": str(rank)} for rank in range(processes)]
+        assert self.run_ranks(before=work, environments=environments) == [0] * processes, self.log.read_text()
 
 
 @contextmanager

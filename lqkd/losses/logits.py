@@ -31,7 +31,7 @@ class LogitResidual(DistillationLoss):
 
     @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (teacher - student).masked_fill(teacher == student, 0.0).square()  # of -inf and -inf too
+        return (teacher - student).masked_fill_(teacher == student, 0.0).square()  # of -inf and -inf too
 
     def reduce(self, divergence: Tensor) -> Tensor:
         return divergence.mean()
@@ -153,4 +153,5 @@ def divergence_of(log_p: Tensor, log_q: Tensor) -> Tensor:
     It is q where p is 0, even if q is, and infinite where q alone is.
     """
     p, q = log_p.exp(), log_q.exp()
-    return (times_log(p, log_p - log_q) - p + q).clamp_min(0.0)  # rounding can leave -1e-9
+    apart = (log_p - log_q).masked_fill_(p == 0, 0.0)  # as times_log, in place
+    return (p * apart).sub_(p).add_(q).clamp_min(0.0)  # rounding can leave -1e-9

@@ -35,7 +35,7 @@ def positive(name: str, value: float, of: str = "") -> float:
 
 def not_negative(name: str, value: float) -> float:
     """``value`` as a float; UsageError when it is negative or not finite."""
-    check("it must be 0 or a positive number", lambda x: math.isfinite(x) and x >= 0, **{name: value})
+    check("it must be 0 or a positive number", lambda x: math.isfinite(x) and x >= 0, "", **{name: value})
     return float(value)
 
 

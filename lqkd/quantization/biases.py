@@ -55,8 +55,8 @@ def _has_integer_bias(layer: nn.Module) -> bool:
         return False
     weight, activation = layer.weight_quantizer, layer.input_quantizer
     even = weight is not None and weight.group_size is None and is_exactly_uniform(weight)
-    floating = APoT | N2UQ | Dynamic | LevelwiseStep
-    return even and activation is not None and not isinstance(activation, floating)
+    unequal = APoT | N2UQ | Dynamic | LevelwiseStep
+    return even and activation is not None and not isinstance(activation, unequal)
 
 
 @torch.no_grad()

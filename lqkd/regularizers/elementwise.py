@@ -49,7 +49,7 @@ class ElementwiseMLP(Regularizer):
         self.network = MLP(3 + label, hidden)
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B, C)
-        ruled_out = (teacher == -torch.inf) | (student == -torch.inf)
+        ruled_out = torch.minimum(teacher, student) == -torch.inf
         teacher, student = teacher.masked_fill(ruled_out, 0.0), student.masked_fill(ruled_out, 0.0)
         features = [teacher, student, teacher - student]
         if self.label:

@@ -61,7 +61,7 @@ def _features(teacher: Tensor, student: Tensor) -> Tensor:
     """(n, 5) what is looked at of logits (n, C)."""
     log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
     t, s = log_t.exp(), log_s.exp()
-    ruled_out = (log_t == -torch.inf) | (log_s == -torch.inf)
+    ruled_out = torch.minimum(log_t, log_s) == -torch.inf
     most = math.log(max(2, t.shape[1]))
     confidence, chosen = t.max(dim=1)
     features = (
@@ -69,6 +69,6 @@ def _features(teacher: Tensor, student: Tensor) -> Tensor:
         -times_log(s, log_s).sum(1) / most,
         confidence,
         s.gather(1, chosen.unsqueeze(1)).squeeze(1),
-        (log_t - log_s).masked_fill(ruled_out, 0.0).square().mean(1).sqrt(),
+        (log_t - log_s).masked_fill_(ruled_out, 0.0).square().mean(1).sqrt(),
     )
     return torch.stack(features, dim=-1)

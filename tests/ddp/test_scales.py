@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lqkd.quantization import Recipe, quantize_model, quantizers
+from tests.forked import Forks
 
 RECIPES = {
     "lsq": Recipe(bits="w4a4"),
@@ -67,9 +68,9 @@ def _train(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, Tensor]]]]:
+def ranks(lqkd: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, Tensor]]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_train, args=(str(folder),), nprocs=2)
+    lqkd.run_function(_train, str(folder))
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

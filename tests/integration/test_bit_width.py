@@ -182,8 +182,7 @@ def test_the_best_checkpoint_is_one_of_the_last_stage(make_trainer: MakeTrainer,
     assert saved["state_dict"][f"student.{LAYER}.format"][0] == 2
 
 
-@pytest.mark.parametrize("refit", ["clip", "mse", "data"])
-@pytest.mark.parametrize("resumed_after", [1, 2])
+@pytest.mark.parametrize(("refit", "resumed_after"), [("clip", 1), ("mse", 2), ("data", 1)])
 def test_a_resumed_schedule_ends_like_an_uninterrupted_one(
     make_trainer: MakeTrainer, tmp_path: Path, resumed_after: int, refit: Any
 ) -> None:

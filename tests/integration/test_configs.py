@@ -22,6 +22,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ADDED = sorted(CONFIGS.glob("trainer/*.yaml"))
 """Configurations to be added to another one."""
 WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(ADDED) - set(CONFIGS.glob("studies/*.yaml")))
+LIKE_ANOTHER = [
+    *(CONFIGS / "cifar10" / "full" / f"resnet20_{bits}.yaml" for bits in ("w3a3", "w4a4")),
+    CONFIGS / "cifar100" / "full" / "resnet20_w4a4.yaml",
+]
+"""Whole trainings that are ``resnet20_w2a2.yaml`` beside them but for bits and a number."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,18 @@ def whole_configs() -> list[ParameterSet]:
             path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name == "imagenet" else ()
         )
         for path in WHOLE
+        if path not in LIKE_ANOTHER
     ]
+
+
+def test_what_is_not_run_differs_from_what_is_in_bits_a_number_and_its_name() -> None:
+    def settings(path: Path) -> str:
+        bits = path.stem.partition("_")[2]
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        return "\n".join(line for line in lines if "weight_decay" not in line).replace(bits, "BITS")
+
+    for path in LIKE_ANOTHER:
+        assert settings(path) == settings(path.with_name("resnet20_w2a2.yaml"))
 
 
 @pytest.mark.parametrize("config", whole_configs())
@@ -106,7 +122,7 @@ def test_a_shipped_config_runs_one_step(
         if name == "StreamedImageNet":
             make_shards(folder, tmp_path / "shards", 10**6)
             folder = tmp_path / "shards"
-        arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "4"]
+        arguments += ["--data.init_args.root", str(folder), "--data.init_args.batch_size", "10"]
     if name == "TextFiles":
         given = str(language_model(tmp_path / "model"))
         for place in ("teacher.init_args.network", "student"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,10 @@ from lqkd.export import emitter as emitter_module
 from lqkd.export.runtimes import kernels
 from lqkd.models import CifarResNet, load_weights
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
+from tests.cifar10 import DATA, part_of_cifar10
 
 SHIPPED = str(Path(__file__).parents[2] / "configs" / "regularizer.yaml")
 FLOAT = str(Path(__file__).parents[2] / "configs" / "teachers" / "digits_student.yaml")
-DATA = Path(os.environ.get("LQKD_DATA", "missing"))
 
 
 def fit(root: Path, *arguments: str, config: str = SHIPPED) -> Path:
@@ -219,23 +217,16 @@ def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Pa
     }
 
 
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> CIFAR10:
+    return part_of_cifar10(tmp_path_factory.mktemp("cifar10"), batch_size=64)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="LQKD_DATA is not set")
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w2a2"])
-def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.TempPathFactory, bits: str) -> None:
-    root = tmp_path_factory.getbasetemp() / "cifar10"
-    if not root.exists():
-        with tarfile.open(DATA / "cifar10.tar.gz") as archive:
-            archive.extractall(root, filter="data")
-    data = CIFAR10(
-        root=str(root),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        cache_dir=str(root / "cache"),
-        batch_size=64,
-    )
-    data.setup()
-    train = [data.preprocess(batch, train=False, epoch=0) for batch in islice(data.train_dataloader(), 20)]
+def test_a_resnet_20_on_cifar_10_agrees_with_its_file(cifar10: CIFAR10, bits: str) -> None:
+    train = [cifar10.preprocess(batch, train=False, epoch=0) for batch in islice(cifar10.train_dataloader(), 20)]
     torch.manual_seed(0)
     network = CifarResNet(20)
     load_weights(network, str(DATA / "weights" / "cifar10_resnet20.safetensors"))
@@ -251,11 +242,11 @@ def test_a_resnet_20_on_cifar_10_agrees_with_its_file(tmp_path_factory: pytest.T
     reestimate_batchnorm(network, [batch.images for batch in train])
     deployed = deploy(network, train[0].images[:2], [batch.images for batch in train[:8]])
     exported = portable.build(deployed)
-    batches = (data.preprocess(b, train=False, epoch=0) for b in data.test_dataloader())
+    batches = (cifar10.preprocess(b, train=False, epoch=0) for b in cifar10.test_dataloader())
     test = [(batch.images, batch.labels) for batch in islice(batches, 16)]
     parity = check(exported, deployed, test[0][0][:32], test, network)
     assert parity.problem is None
-    assert parity.samples == 1024
+    assert parity.samples == sum(len(labels) for _, labels in test) > 1000
     assert parity.differing == 0
     assert parity.output_steps == 0
     found = kernels(exported.model)

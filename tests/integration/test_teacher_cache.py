@@ -125,39 +125,42 @@ def test_without_augmentation_one_epoch_serves_all(make_trainer: MakeTrainer, tm
     assert [path.name for path in folders(tmp_path / "cache")[0].glob("epoch_*")] == ["epoch_00000.records"]
 
 
-@pytest.mark.parametrize("change", ["weights", "normalisation", "augmentation", "seed", "data", "precision", "dtype"])
 def test_a_change_of_what_answers_depend_on_makes_another_cache(
-    make_trainer: MakeTrainer, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "cache"
     train(make_trainer, teacher_cache=TeacherCache(str(root)), epochs=1)
-    teacher, data, dtype = counted(), digits(5), "float16"
-    if change == "weights":
-        teacher.network.inner.linear.bias[3] += 1e-3
-    elif change == "normalisation":
-        teacher = counted(mean=[0.5], std=[0.25])
-    elif change == "augmentation":
-        data = Digits(batch_size=16, limit_train=80, eval_batch_size=256, crop_padding=2)
-    elif change == "seed":
-        data.seed = 1
-    elif change == "data":
-        whole = data.load()
-        whole.test_images[0, 0, 0, 0] += 1
-        monkeypatch.setattr(data, "load", lambda: whole)
-    elif change == "precision":
-        teacher = counted(precision="bf16")
-    else:
-        dtype = "float32"
-    cache = TeacherCache(str(root), dtype=dtype)
-    assert forwards(lambda: train(make_trainer, data, teacher=teacher, teacher_cache=cache, epochs=1)) > 0
-    assert len(folders(root)) == 2
+    changes = ("weights", "normalisation", "augmentation", "seed", "data", "precision", "dtype")
+    for caches, change in enumerate(changes, start=2):
+        teacher, data, dtype = counted(), digits(5), "float16"
+        if change == "weights":
+            teacher.network.inner.linear.bias[3] += 1e-3
+        elif change == "normalisation":
+            teacher = counted(mean=[0.5], std=[0.25])
+        elif change == "augmentation":
+            data = Digits(batch_size=16, limit_train=80, eval_batch_size=256, crop_padding=2)
+        elif change == "seed":
+            data.seed = 1
+        elif change == "data":
+            whole = data.load()
+            whole.test_images[0, 0, 0, 0] += 1
+            monkeypatch.setattr(data, "load", lambda whole=whole: whole)
+        elif change == "precision":
+            teacher = counted(precision="bf16")
+        else:
+            dtype = "float32"
+        given: dict[str, Any] = {"teacher": teacher, "teacher_cache": TeacherCache(str(root), dtype=dtype)}
+        assert forwards(lambda data=data, given=given: train(make_trainer, data, **given, epochs=1)) > 0, change
+        assert len(folders(root)) == caches, change
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
-    [({"resize_size": 8}, {"resize_size": 9}), ({"eval_batch_size": 16}, {"eval_batch_size": 20})],
+    ("one", "other", "precision"),
+    [
+        ({"resize_size": 8}, {"resize_size": 9}, "fp32"),
+        ({"eval_batch_size": 16}, {"eval_batch_size": 20}, "auto"),
+    ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_what_is_known_of_a_teacher_is_not_used_for_another_evaluation(
     make_trainer: MakeTrainer,
     tmp_path: Path,

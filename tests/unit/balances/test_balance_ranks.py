@@ -27,6 +27,7 @@ from lqkd.balances import (
     UncertaintyBalance,
 )
 from lqkd.balances.equalized_at import AtWeights
+from tests.forked import Forks
 
 STEPS, BATCH = 9, 8
 
@@ -108,8 +109,8 @@ def _train_on_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train_on_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_equal_one_with_the_same_global_batch(lqkd: Forks, tmp_path: Path) -> None:
+    lqkd.run_function(_train_on_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, balance in balances().items():
         one = train(balance, 0, 1)

@@ -11,6 +11,7 @@ from torch import distributed
 
 from lqkd.errors import UsageError
 from lqkd.quantization.quantizers import QUANTIZERS
+from tests.forked import Forks
 
 
 def _fit_on_rank(rank: int, folder: str) -> None:
@@ -37,8 +38,8 @@ def _fit_on_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_end_with_the_same_parameters(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fit_on_rank, args=(str(tmp_path),), nprocs=2)
+def test_ranks_end_with_the_same_parameters(lqkd: Forks, tmp_path: Path) -> None:
+    lqkd.run_function(_fit_on_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert len(first) > 20
