@@ -85,7 +85,7 @@ class SmallFCOS(nn.Module):
     ``classes_S`` (B, num_classes, H / S, W / S) logits, ``boxes_S`` (B, 4, H / S, W / S) logarithms of the distances to
     left, top, right and bottom in strides, and ``centerness_S`` (B, 1, H / S, W / S) logits, for each stride S.
 
-    With the defaults it has 0.74 million parameters. Input (B, in_channels, H, W) float, H and W multiples of 32.
+    With the defaults it has 0.75 million parameters. Input (B, in_channels, H, W) float, H and W multiples of 32.
 
     Attributes:
         last_layers: the layers whose results it returns, which keep 8 bits by default in a detection.

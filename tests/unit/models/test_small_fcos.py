@@ -14,8 +14,8 @@ def test_the_default_detector_is_small() -> None:
 
 def test_what_positions_are_to_say_is_decoded_to_the_objects_they_were_assigned_to() -> None:
     at = positions(128, 128, [8, 16, 32])
-    boxes = torch.tensor([[4.0, 6, 30, 28], [60, 50, 126, 120], [64, 8, 84, 24], [6, 6, 30, 26]])
-    labels = torch.tensor([1, 0, 2, 0])  # the first and the last lie in the same place, of other classes
+    boxes = torch.tensor([[4.0, 6, 30, 28], [60, 50, 126, 120], [64, 8, 84, 24]])
+    labels = torch.tensor([1, 0, 2])
     assigned = assign(boxes, labels, at, reach=2.0)
     classes = torch.full((1, len(at.points), 3), -9.0)
     for place in (assigned.labels >= 0).nonzero().flatten().tolist():
@@ -29,5 +29,13 @@ def test_what_positions_are_to_say_is_decoded_to_the_objects_they_were_assigned_
         for place in (assigned.labels >= 0).nonzero().flatten().tolist()
     }
     assert seen == assigned_to
-    assert len(seen) >= 3
+    assert len(seen) == 3
     assert bool((found["scores"].diff() <= 0).all())
+
+
+def test_a_surer_answer_hides_what_overlaps_it_in_its_own_class_only() -> None:
+    boxes = torch.tensor([[[4.0, 6, 30, 28], [5, 6, 30, 28], [4, 6, 31, 28]]])
+    classes = torch.tensor([[[5.0, -9], [3, -9], [-9, 4]]])  # twice the first class, then the second
+    (found,) = detections(classes, boxes, torch.full((1, 3), 9.0), (32, 32))
+    assert found["labels"].tolist() == [0, 1]
+    assert found["boxes"].tolist() == [[4, 6, 30, 28], [4, 6, 31, 28]]
