@@ -84,10 +84,14 @@ def imagenet_weights(random_weights: Path) -> None:
         save_file(build_model(f"torchvision/resnet{depth}").state_dict(), weights)
 
 
+SLOW = ("imagenet", "detection")
+"""Folders of configurations whose networks or evaluations are large."""
+
+
 def whole_configs() -> list[ParameterSet]:
     return [
         pytest.param(
-            path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name == "imagenet" else ()
+            path, id=str(path.relative_to(CONFIGS)), marks=pytest.mark.slow if path.parent.name in SLOW else ()
         )
         for path in WHOLE
         if path not in LIKE_ANOTHER
