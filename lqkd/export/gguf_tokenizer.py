@@ -62,16 +62,18 @@ def _copy(writer: Any, vocabulary: int, path: Path, source: str) -> None:
     """All that another GGUF file says about its tokenizer."""
     import gguf
 
-    for key, field in gguf.GGUFReader(path).fields.items():
-        if not key.startswith(_PREFIX):
-            continue
+    fields = {key: field for key, field in gguf.GGUFReader(path).fields.items() if key.startswith(_PREFIX)}
+    tokens = len(fields[gguf.Keys.Tokenizer.LIST].contents()) if gguf.Keys.Tokenizer.LIST in fields else vocabulary
+    _check_size(tokens, vocabulary, source)
+    more: dict[str, list[Any]] = {  # llama.cpp wants as many as the network has
+        gguf.Keys.Tokenizer.LIST: [_unused(number) for number in range(tokens, vocabulary)],
+        gguf.Keys.Tokenizer.TOKEN_TYPE: [gguf.TokenType.UNUSED] * (vocabulary - tokens),
+        gguf.Keys.Tokenizer.SCORES: [-1000.0] * (vocabulary - tokens),
+    }
+    for key, field in fields.items():
         kind, *inner = field.types
         values = field.contents()
-        if key == gguf.Keys.Tokenizer.LIST and len(values) != vocabulary:  # llama.cpp wants as many
-            raise UsageError(
-                f"tokenizer={source!r} has {len(values)} tokens and the network {vocabulary}: to be copied it must "
-                "have as many"
-            )
+        values = values + more[key] if key in more else values
         writer.add_key_value(key, values, kind, inner[-1] if inner else None)
 
 
@@ -90,12 +92,9 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
             "and any that a .gguf file has, from which it is copied"
         )
     numbers = own.get_vocab()
-    if (tokens := 1 + max(numbers.values())) > vocabulary:
-        raise UsageError(
-            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
-        )
+    _check_size(1 + max(numbers.values()), vocabulary, source)
     added = {entry["content"]: entry["special"] for entry in told.get("added_tokens", [])}
-    names = [f"[PAD{number}]" for number in range(vocabulary)]  # those that have no text, as llama.cpp calls them
+    names = [_unused(number) for number in range(vocabulary)]
     kinds = [gguf.TokenType.UNUSED] * vocabulary
     for token, number in numbers.items():
         names[number], kinds[number] = token, gguf.TokenType.NORMAL
@@ -118,6 +117,18 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
     writer.add_add_bos_token(False)  # as texts were trained on
     if isinstance(own.chat_template, str):
         writer.add_chat_template(own.chat_template)
+
+
+def _check_size(tokens: int, vocabulary: int, source: str) -> None:
+    if tokens > vocabulary:
+        raise UsageError(
+            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
+        )
+
+
+def _unused(number: int) -> str:
+    """What llama.cpp calls a token that has no text: those of a network with more tokens than its tokenizer."""
+    return f"[PAD{number}]"
 
 
 def _pre(told: dict[str, Any]) -> str | None:

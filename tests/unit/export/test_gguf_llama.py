@@ -26,7 +26,7 @@ def texts() -> Tensor:
 
 def quantised(folder: Path, **settings: object) -> nn.Module:
     """A fitted student whose steps are no longer those of the start, with logits that are worth comparing."""
-    llama(folder, vocab_size=320, initializer_range=0.2, **settings)
+    llama(folder, **{"vocab_size": 320, "initializer_range": 0.2, **settings})
     network = causal_lm(str(folder))
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -67,7 +67,8 @@ def test_transformers_reads_the_students_logits_to_the_last_bit(settings: dict[s
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("blk.0.attn_norm.bias", "has 1 biases, and a LlamaForCausalLM"), ("rope_freqs.weight", "scales")]
+    ("name", "message"),
+    [("blk.0.attn_norm.bias", "has 1 biases, and a LlamaForCausalLM"), ("rope_freqs.weight", "scales")],
 )
 def test_tensors_that_transformers_would_drop_are_refused(name: str, message: str, tmp_path: Path) -> None:
     student = quantised(tmp_path / "llama")
@@ -119,6 +120,28 @@ def test_a_tokenizer_is_copied_from_a_file(student: nn.Module, file: Path, tmp_p
     )
     assert told == again
     assert len(told["tokenizer.ggml.tokens"]) == 320
+
+
+def test_a_tokenizer_with_fewer_tokens_than_the_network_is_copied_with_unused_ones(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    padded, said = quantised(tmp_path / "llama", vocab_size=340), llama_cpp.log_probabilities
+    to_gguf(padded, tmp_path / "padded.gguf", tokenizer=str(file))
+    assert llama_cpp.compare(tmp_path / "padded.gguf", padded, texts(), most=4).same == 4
+    (of_text,), (before,) = (said(path, ["the dog"]) for path in (tmp_path / "padded.gguf", file))
+    assert (len(of_text), len(before)) == (340, 320)
+
+
+def test_llama_cpp_is_asked_of_a_vocabulary_without_capitals(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.BPE({letter: number for number, letter in enumerate("Ġabcdefgh")}, []))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(tmp_path)
+    student = quantised(tmp_path / "llama")
+    to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
+    assert llama_cpp.compare(tmp_path / "student.gguf", student, texts(), most=4).same == 4
 
 
 def test_a_tokenizer_of_another_kind_is_refused(student: nn.Module, tokenizer: str, tmp_path: Path) -> None:
