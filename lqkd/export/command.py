@@ -20,7 +20,7 @@ from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
-from lqkd.export.gguf_command import write_gguf
+from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
@@ -139,7 +139,7 @@ def _export_language_model(run: Path, target: Path, format: str, allow_code: boo
     if format == NBITS:
         write_nbits(student, target, inputs, test, split, task, about)
     else:
-        tokenizer = getattr(reader.datamodule, "tokenizer", None)
+        tokenizer = tokenizer_of(reader.datamodule, student)
         write_gguf(student, target, inputs, test, split, task, about, tokenizer)
     _warn_of_outdated(run)
     return target

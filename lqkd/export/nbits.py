@@ -41,9 +41,9 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
 
     Weights in groups along the input axis are written as their codes, 2, 4 or 8 bits, and float32 steps; nothing is
     quantised again. The file is then read, and codes times steps must be the bits of every weight that the student
-    computes with; ONNX Runtime's logits of a few tokens must be the student's but for sums in another order. An embedding
-    that is the head too is held once. Input is ``input_ids`` (B, T) int64, output
-    ``logits`` (B, T, V) float32, for any B and T; sums are made in float32.
+    computes with; ONNX Runtime's logits of a few tokens must be the student's, but for sums in another order. An
+    embedding that is the head too is held once. Input is ``input_ids`` (B, T) int64, output ``logits`` (B, T, V)
+    float32, for any B and T; sums are made in float32.
 
     Args:
         model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0`` or

@@ -186,6 +186,9 @@ def test_a_student_is_taken_away_on_the_grid_that_it_was_trained_on(tmp_path: Pa
     assert "each decodes to the bits that were trained" in (made.folder / "student.gguf.md").read_text()
     with pytest.raises(UsageError, match="has a grid per 32 inputs, which an integer layer does not have"):
         made.export()
+    made.module.trainer.datamodule.tokenizer = object()
+    with pytest.raises(UsageError, match="of type object, and the file would say that its 256 tokens are bytes"):
+        made.export(format="gguf", overwrite=True)
 
 
 def counted(texts: int = 2) -> Tensor:
