@@ -210,6 +210,7 @@ def _linear(network: nn.Module) -> None:
 
 def _check_length(network: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Refuse texts of more tokens than a network knows positions for: those with rotary ones would answer nonsense."""
-    tokens, longest = args[0] if args else keywords.get("input_ids"), network.config.max_position_embeddings
-    if tokens is not None and tokens.shape[1] > longest:
+    tokens = args[0] if args else keywords.get("input_ids")
+    longest = getattr(network.config, "max_position_embeddings", None)  # none of biases by distance, nor of states
+    if longest is not None and tokens is not None and tokens.shape[1] > longest:
         raise UsageError(f"texts of {tokens.shape[1]} tokens are longer than the {longest} that it was made for")
