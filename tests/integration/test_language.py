@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+import benchmarks.language_bits
 import lqkd
 from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
@@ -107,6 +108,15 @@ def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[...
     assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
     with pytest.raises(UsageError, match="gptq_batches=1 is not possible: GPTQ is not possible for TWN"):
         trainer().fit(student(gptq_batches=1, quantization=Recipe("ternary", last_layer_bits=None)), datamodule=text())
+
+
+def test_a_table_of_runs_that_are_not_there_says_what_writes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["language_bits", "--runs", "missing.csv"])
+    with pytest.raises(SystemExit):
+        benchmarks.language_bits.main()
+    assert "missing.csv is not there: python -m lqkd compare --config configs/studies/" in capsys.readouterr().err
 
 
 def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(trainer: Callable[..., Trainer]) -> None:
