@@ -263,11 +263,15 @@ def told_of_data(data: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:
-    """The batches of the test split, or of the validation split where there is none, and which it is."""
+    """The batches of the test split, or of the validation split where none is tested on, and which it is."""
     data = cast(LightningDataModule, reader.datamodule)
     if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-        return TEST, _batches(reader, data.test_dataloader(), reader.trainer.limit_test_batches)
+        loader, limit = data.test_dataloader(), reader.trainer.limit_test_batches
+        if batches_of(loader, limit):
+            return TEST, _batches(reader, loader, limit)
+        told = f"trainer.limit_test_batches is {limit}, so the file is judged on the validation split"
+        print(f"lqkd: warning: {told}", file=sys.stderr)
     return VALIDATION, _batches(reader, data.val_dataloader(), 1.0)
 
 

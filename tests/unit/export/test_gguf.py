@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lqkd.data import PythonTopics
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_gguf, llama_cpp, to_gguf
-from lqkd.export.command import export
+from lqkd.export.command import _test, export
 from lqkd.export.gguf_command import as_served, prove, tokenizer_of, write_gguf
 from lqkd.export.gguf_file import check_gguf, said_of
 from lqkd.export.gguf_tokenizer import byte_tokens
@@ -238,6 +239,14 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
 def test_a_time_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--latency is not possible with --format gguf"):
         export(tmp_path, format="gguf", latency=True)
+
+
+def test_a_run_that_was_tested_on_nothing_is_judged_on_the_validation_split(capsys: pytest.CaptureFixture[str]) -> None:
+    data = PythonTopics(context=16)
+    data.setup()
+    split, batches = _test(SimpleNamespace(datamodule=data, trainer=Trainer(limit_test_batches=0, logger=False)))
+    assert (split, len(next(batches).tokens)) == ("validation", 32)
+    assert "trainer.limit_test_batches is 0, so" in capsys.readouterr().err
 
 
 def test_a_runtime_that_was_not_asked_is_told(
