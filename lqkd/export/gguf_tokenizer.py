@@ -12,6 +12,8 @@ from lqkd.models.hugging_face import located, reading, require
 BYTES = 256
 """Tokens of a text of bytes."""
 _PREFIX = "tokenizer."
+_OTHERWISE = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+"""Settings of a tokenizer that merges pairs which llama.cpp does not have for those of these kinds."""
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -86,7 +88,9 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
         own = transformers.AutoTokenizer.from_pretrained(**located(source, "tokenizer"))
     told = json.loads(own.backend_tokenizer.to_str()) if getattr(own, "backend_tokenizer", None) is not None else {}
     pre = _pre(told.get("pre_tokenizer") or {})
-    if told.get("model", {}).get("type") != "BPE" or pre is None or told.get("normalizer") is not None:
+    model = told.get("model", {})
+    otherwise = told.get("normalizer") is not None or any(model.get(setting) for setting in _OTHERWISE)
+    if model.get("type") != "BPE" or pre is None or otherwise:
         raise UsageError(
             f"tokenizer={source!r} is of a kind that is not written into a GGUF file: those of GPT-2 and SmolLM are, "
             "and any that a .gguf file has, from which it is copied"

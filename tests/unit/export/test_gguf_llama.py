@@ -148,11 +148,15 @@ def test_a_tokenizer_of_another_kind_is_refused(student: nn.Module, tokenizer: s
     from tokenizers.normalizers import Lowercase
     from transformers import AutoTokenizer
 
-    other = AutoTokenizer.from_pretrained(tokenizer)
-    other.backend_tokenizer.normalizer = Lowercase()
-    other.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is of a kind that is not written into a GGUF file"):
-        to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
+    for changed, setting, value in (("normalizer", None, Lowercase()), ("model", "ignore_merges", True)):
+        other = AutoTokenizer.from_pretrained(tokenizer)
+        if setting is None:
+            setattr(other.backend_tokenizer, changed, value)
+        else:
+            setattr(getattr(other.backend_tokenizer, changed), setting, value)
+        other.save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match="is of a kind that is not written into a GGUF file"):
+            to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
 
 
 def test_a_tokenizer_of_another_network_is_refused(file: Path, tokenizer: str, tmp_path: Path) -> None:
