@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import OUTPUT, deployable_copy
-from lqkd.export.nbits_graph import OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
+from lqkd.export.nbits_graph import IN_FLOAT, OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
 from lqkd.export.nbits_networks import check_known, is_known, known_sizes, logits
 from lqkd.export.parity import Parity, differences, judge_outputs
 from lqkd.export.runtimes import session
@@ -46,8 +46,8 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
     float32, for any B and T; sums are made in float32.
 
     Args:
-        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0`` or
-            ``q8_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
+        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0``,
+            ``q8_0`` or ``tq2_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
         path: of the file, complete or not there; an existing one is replaced.
         about: what the file shall also say about itself, JSON values.
 
@@ -124,7 +124,9 @@ def check_nbits_grids(student: nn.Module) -> None:
         )
     for name, quantizer in quantizers(student).items():
         if quantizer not in held:
-            raise UsageError(f"{name} puts activations on a grid, which a file of --format nbits does not have")
+            raise UsageError(
+                f"{name} puts activations on a grid, which a file of --format nbits does not have: {IN_FLOAT}"
+            )
 
 
 def of_nbits(student: nn.Module) -> bool:

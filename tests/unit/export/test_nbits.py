@@ -125,6 +125,7 @@ def test_codes_are_packed_from_the_lowest_bits_on(bits: int) -> None:
             "the weight of token is on the grid of LSQ without groups, which MatMulNBits does not have",
         ),
         (Recipe("w4a8", group_size=32), "the input of .* is on a grid"),
+        (Recipe("w2a32", group_size=32), "head is on a grid, .* give it activation_bits: 32 in a rule, or"),
     ],
 )
 def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -> None:
