@@ -95,14 +95,18 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 
-def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer]) -> None:
+def test_what_gptq_reaches_is_measured_and_leaves_no_trace(
+    trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     ends, references = [], []
-    for batches in (0, 2):
+    for batches in (0, 20):
         module = student(gptq_batches=batches, quantization=Recipe("w2a8", weight_quantizer="seq", group_size=8))
         trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
         ends.append(parameters_of(module))
         references.append(module.references)
     assert torch.equal(*ends)
+    assert "on 6 training batches, all that an epoch has, of gptq_batches=20; the others" in caplog.text
     without, measured = references
     assert without["student_gptq"] is None
     assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
