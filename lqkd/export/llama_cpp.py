@@ -70,7 +70,8 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
 
     fields = gguf.GGUFReader(path).fields
     tokens = fields[gguf.Keys.Tokenizer.LIST].contents()
-    answered = _answered(path, tokens, fields[gguf.Keys.Tokenizer.TOKEN_TYPE].contents())
+    kinds = fields.get(gguf.Keys.Tokenizer.TOKEN_TYPE)  # without them all are text
+    answered = _answered(path, tokens, [gguf.TokenType.NORMAL] * len(tokens) if kinds is None else kinds.contents())
     settings = xllamacpp.CommonParams()
     prompts = [text if isinstance(text, str) else list(text) for text in texts]
     longest = max(len(text.encode() if isinstance(text, str) else text) for text in prompts)
