@@ -149,6 +149,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.measure:
         write_csv(PTQ, list(measure()))
+    for path, made_by in (
+        (PTQ, "python -m benchmarks.language_bits --measure writes it"),
+        (given.runs, f"python -m lqkd compare --config {STUDY} writes a runs.csv for --runs"),
+    ):
+        if not path.is_file():
+            parser.error(f"{path} is not there: {made_by}")
     print(table(PTQ, given.runs))
 
 

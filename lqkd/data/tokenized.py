@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,15 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of all that decides what tokens a text has."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
-        told = sorted(self._tokenizer.get_vocab().items()) if fast is None else fast.to_str()
+        told = self._files() if fast is None else fast.to_str()
         return hashlib.sha256(f"{type(self._tokenizer).__name__}{told}".encode()).hexdigest()
+
+    def _files(self) -> list[tuple[str, str]]:
+        """Names and hashes of all that a slow tokenizer is saved as: its vocabulary says nothing of its merges."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
     def numbers(self, texts: list[bytes]) -> Iterator[np.ndarray]:
         """The tokens of some texts in UTF-8 at a time, int32."""

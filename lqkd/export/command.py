@@ -20,7 +20,7 @@ from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
-from lqkd.export.gguf_command import write_gguf
+from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
@@ -139,7 +139,7 @@ def _export_language_model(run: Path, target: Path, format: str, allow_code: boo
     if format == NBITS:
         write_nbits(student, target, inputs, test, split, task, about)
     else:
-        tokenizer = getattr(reader.datamodule, "tokenizer", None)
+        tokenizer = tokenizer_of(reader.datamodule, student)
         write_gguf(student, target, inputs, test, split, task, about, tokenizer)
     _warn_of_outdated(run)
     return target
@@ -263,11 +263,15 @@ def told_of_data(data: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def _test(reader: RunReader) -> tuple[str, Iterator[Any]]:
-    """The batches of the test split, or of the validation split where there is none, and which it is."""
+    """The batches of the test split, or of the validation split where none is tested on, and which it is."""
     data = cast(LightningDataModule, reader.datamodule)
     if is_overridden("test_dataloader", data, LightningDataModule):
         data.setup("test")
-        return TEST, _batches(reader, data.test_dataloader(), reader.trainer.limit_test_batches)
+        loader, limit = data.test_dataloader(), reader.trainer.limit_test_batches
+        if batches_of(loader, limit):
+            return TEST, _batches(reader, loader, limit)
+        told = f"trainer.limit_test_batches is {limit}, so the file is judged on the validation split"
+        print(f"lqkd: warning: {told}", file=sys.stderr)
     return VALIDATION, _batches(reader, data.val_dataloader(), 1.0)
 
 

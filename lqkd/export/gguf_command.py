@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
-from lqkd.errors import ParityError
+from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import llama_cpp, report
 from lqkd.export.card import Summary, card_path
 from lqkd.export.deploy import OUTPUT
@@ -77,7 +78,7 @@ def write_gguf(
     elif tokens is None or (tokenizer is None and vocabulary(served) != BYTES):
         rows.append(("llama.cpp", "not asked: the file has no tokenizer, since its tokens are no bytes"))
     else:
-        rows.append(("llama.cpp", str(llama_cpp.compare(path, served, tokens[:TEXTS]))))
+        rows.append(("llama.cpp", _asked(path, served, tokens[:TEXTS])))
     print_table(f"export to {path.name}", None, rows, left=2)
     print(terminal(f"written to {path}"))
     _write_card(path, rows, kinds, about)
@@ -96,6 +97,29 @@ def as_served(student: nn.Module) -> nn.Module:
         if isinstance(block, GPTBlock):
             block.gelu = "tanh"
     return served
+
+
+def tokenizer_of(data: Any, network: nn.Module) -> str | None:
+    """The setting ``tokenizer`` of a data module, where it is one that :func:`~lqkd.export.to_gguf` takes.
+
+    A warning says it of another, such as an object: the file has none then.
+
+    Args:
+        data: of the training.
+        network: what was trained.
+
+    Raises:
+        UsageError: for another, when the network has as many tokens as there are bytes, whose file would say bytes.
+    """
+    found = getattr(data, "tokenizer", None)
+    if found is None or isinstance(found, str):
+        return found
+    told = f"the tokenizer of {type(data).__name__} is of type {type(found).__name__}"
+    helps = "where it is a folder, a .gguf file or a name, as lqkd.data.TextFiles has it, the file gets it"
+    if vocabulary(network) == BYTES:
+        raise UsageError(f"{told}, and the file would say that its {BYTES} tokens are bytes: {helps}")
+    rank_zero_warn(f"{told}, of which no file is made: the GGUF file has none, and takes numbers of tokens; {helps}")
+    return None
 
 
 @torch.no_grad()
@@ -123,6 +147,13 @@ def prove(
     judge_outputs(parity, tolerance=0.0)
     agree(parity, lambda given: given.call(held), lambda given: given.call(served), test, student, task)
     return parity
+
+
+def _asked(path: Path, served: nn.Module, tokens: Tensor) -> str:
+    try:
+        return str(llama_cpp.compare(path, served, tokens))
+    except Exception as error:  # of any type: the file is proven without it
+        return f"not asked: {first_line(error)}"
 
 
 def _rows(summary: Summary, kinds: dict[str, str], parity: Parity, student: nn.Module) -> list[tuple[str, str]]:

@@ -75,6 +75,10 @@ def to_gguf(
         ParityError: when the file decodes to something else; nothing is written then.
     """
     require()
+    if not isinstance(tokenizer, str | None):
+        raise UsageError(
+            f"tokenizer of type {type(tokenizer).__name__} is not possible: give a folder, a .gguf file or a name"
+        )
     _check_about(about or {})
     student = gguf_student(model)
     encoded = dict(_encoded(student))

@@ -12,6 +12,8 @@ from lqkd.models.hugging_face import located, reading, require
 BYTES = 256
 """Tokens of a text of bytes."""
 _PREFIX = "tokenizer."
+_OTHERWISE = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+"""Settings of a tokenizer that merges pairs which llama.cpp does not have for those of these kinds."""
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -62,16 +64,18 @@ def _copy(writer: Any, vocabulary: int, path: Path, source: str) -> None:
     """All that another GGUF file says about its tokenizer."""
     import gguf
 
-    for key, field in gguf.GGUFReader(path).fields.items():
-        if not key.startswith(_PREFIX):
-            continue
+    fields = {key: field for key, field in gguf.GGUFReader(path).fields.items() if key.startswith(_PREFIX)}
+    tokens = len(fields[gguf.Keys.Tokenizer.LIST].contents()) if gguf.Keys.Tokenizer.LIST in fields else vocabulary
+    _check_size(tokens, vocabulary, source)
+    more: dict[str, list[Any]] = {  # llama.cpp wants as many as the network has
+        gguf.Keys.Tokenizer.LIST: [_unused(number) for number in range(tokens, vocabulary)],
+        gguf.Keys.Tokenizer.TOKEN_TYPE: [gguf.TokenType.UNUSED] * (vocabulary - tokens),
+        gguf.Keys.Tokenizer.SCORES: [-1000.0] * (vocabulary - tokens),
+    }
+    for key, field in fields.items():
         kind, *inner = field.types
         values = field.contents()
-        if key == gguf.Keys.Tokenizer.LIST and len(values) != vocabulary:  # llama.cpp wants as many
-            raise UsageError(
-                f"tokenizer={source!r} has {len(values)} tokens and the network {vocabulary}: to be copied it must "
-                "have as many"
-            )
+        values = values + more[key] if key in more else values
         writer.add_key_value(key, values, kind, inner[-1] if inner else None)
 
 
@@ -84,18 +88,17 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
         own = transformers.AutoTokenizer.from_pretrained(**located(source, "tokenizer"))
     told = json.loads(own.backend_tokenizer.to_str()) if getattr(own, "backend_tokenizer", None) is not None else {}
     pre = _pre(told.get("pre_tokenizer") or {})
-    if told.get("model", {}).get("type") != "BPE" or pre is None or told.get("normalizer") is not None:
+    model = told.get("model", {})
+    otherwise = told.get("normalizer") is not None or any(model.get(setting) for setting in _OTHERWISE)
+    if model.get("type") != "BPE" or pre is None or otherwise:
         raise UsageError(
             f"tokenizer={source!r} is of a kind that is not written into a GGUF file: those of GPT-2 and SmolLM are, "
             "and any that a .gguf file has, from which it is copied"
         )
     numbers = own.get_vocab()
-    if (tokens := 1 + max(numbers.values())) > vocabulary:
-        raise UsageError(
-            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
-        )
+    _check_size(1 + max(numbers.values()), vocabulary, source)
     added = {entry["content"]: entry["special"] for entry in told.get("added_tokens", [])}
-    names = [f"[PAD{number}]" for number in range(vocabulary)]  # those that have no text, as llama.cpp calls them
+    names = [_unused(number) for number in range(vocabulary)]
     kinds = [gguf.TokenType.UNUSED] * vocabulary
     for token, number in numbers.items():
         names[number], kinds[number] = token, gguf.TokenType.NORMAL
@@ -118,6 +121,18 @@ def _convert(writer: Any, vocabulary: int, source: str) -> None:
     writer.add_add_bos_token(False)  # as texts were trained on
     if isinstance(own.chat_template, str):
         writer.add_chat_template(own.chat_template)
+
+
+def _check_size(tokens: int, vocabulary: int, source: str) -> None:
+    if tokens > vocabulary:
+        raise UsageError(
+            f"tokenizer={source!r} has {tokens} tokens and the network {vocabulary}: it must be that of the network"
+        )
+
+
+def _unused(number: int) -> str:
+    """What llama.cpp calls a token that has no text: those of a network with more tokens than its tokenizer."""
+    return f"[PAD{number}]"
 
 
 def _pre(told: dict[str, Any]) -> str | None:

@@ -15,9 +15,6 @@ from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked, main_tensor
 
 RUNTIME = "xllamacpp"
-_ANSWER = "A"
-"""The token that is answered, whatever the probabilities, which are told as they are: none are told of an answer that
-ends the text or is a part of a character."""
 COMPARED = 64
 """Tokens that are asked for, each of which takes llama.cpp some milliseconds."""
 
@@ -64,14 +61,17 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
         threads: of the CPU.
 
     Raises:
-        UsageError: when the runtime is missing, or refuses the file or a text.
+        UsageError: when the runtime is missing, or refuses the file or a text, or the file has no token that is text.
     """
     if not available():
         raise UsageError(f"asking llama.cpp needs {RUNTIME}: pip install {RUNTIME}")
     import gguf
     import xllamacpp
 
-    tokens = gguf.GGUFReader(path).fields[gguf.Keys.Tokenizer.LIST].contents()
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields[gguf.Keys.Tokenizer.LIST].contents()
+    kinds = fields.get(gguf.Keys.Tokenizer.TOKEN_TYPE)  # without them all are text
+    answered = _answered(path, tokens, [gguf.TokenType.NORMAL] * len(tokens) if kinds is None else kinds.contents())
     settings = xllamacpp.CommonParams()
     prompts = [text if isinstance(text, str) else list(text) for text in texts]
     longest = max(len(text.encode() if isinstance(text, str) else text) for text in prompts)
@@ -84,7 +84,7 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
         raise UsageError(f"llama.cpp does not load {str(path)!r} ({error})") from error
     for prompt in prompts:
         asked: dict[str, Any] = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": len(tokens)}
-        asked["logit_bias"] = [[tokens.index(_ANSWER), 1e3]]
+        asked["logit_bias"] = [[answered, 1e3]]
         answer: dict[str, Any] = server.handle_completions(asked)
         if "error" in answer:
             raise UsageError(
@@ -94,6 +94,19 @@ def log_probabilities(path: str | Path, texts: Sequence[Sequence[int] | str], th
         for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]
         yield found
+
+
+def _answered(path: str | Path, tokens: Sequence[str], kinds: Sequence[int]) -> int:
+    """The token that is answered, whatever the probabilities, which are told as they are.
+
+    None are told of an answer that ends the text or is a part of a character.
+    """
+    import gguf
+
+    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind == gguf.TokenType.NORMAL and token.isascii() and token.isalnum():
+            return number
+    raise UsageError(f"{str(path)!r} has no token of letters or digits, which llama.cpp could answer")
 
 
 @torch.no_grad()

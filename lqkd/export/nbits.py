@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import OUTPUT, deployable_copy
-from lqkd.export.nbits_graph import OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
-from lqkd.export.nbits_networks import check_known, is_known, logits
+from lqkd.export.nbits_graph import IN_FLOAT, OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
+from lqkd.export.nbits_networks import check_known, is_known, known_sizes, logits
+from lqkd.export.parity import Parity, differences, judge_outputs
 from lqkd.export.runtimes import session
+from lqkd.models.outputs import Asked, main_tensor
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.utils.files import atomic_path
@@ -28,6 +30,8 @@ NBITS = "nbits"
 """The name of the format."""
 TOKENS = "input_ids"
 """What a file calls its input."""
+_TOKENS = 8
+"""That are put through a file as it is written."""
 _LARGEST = 2**31 - 1
 """Bytes of a file of protocol buffers."""
 
@@ -37,12 +41,13 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
 
     Weights in groups along the input axis are written as their codes, 2, 4 or 8 bits, and float32 steps; nothing is
     quantised again. The file is then read, and codes times steps must be the bits of every weight that the student
-    computes with. An embedding that is the head too is held once. Input is ``input_ids`` (B, T) int64, output
-    ``logits`` (B, T, V) float32, for any B and T; sums are made in float32.
+    computes with; ONNX Runtime's logits of a few tokens must be the student's, but for sums in another order. An
+    embedding that is the head too is held once. Input is ``input_ids`` (B, T) int64, output ``logits`` (B, T, V)
+    float32, for any B and T; sums are made in float32.
 
     Args:
-        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0`` or
-            ``q8_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
+        model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0``,
+            ``q8_0`` or ``tq2_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
         path: of the file, complete or not there; an existing one is replaced.
         about: what the file shall also say about itself, JSON values.
 
@@ -52,7 +57,7 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
     Raises:
         UsageError: when the network is another, MatMulNBits does not have a grid, the training has failed, or the file
             would be larger than ONNX allows.
-        ParityError: when the file decodes to something else; nothing is written then.
+        ParityError: when the file decodes to something else, or computes it; nothing is written then.
     """
     student = nbits_student(model)
     graph = Graph()
@@ -77,7 +82,18 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
     with atomic_path(path) as temporary:
         temporary.write_bytes(written.SerializeToString())
         check_nbits(temporary, student)
+        _check_logits(temporary, student)
     return dict(Counter(quantizer.bits for _, _, quantizer in _quantized(student)))
+
+
+@torch.no_grad()
+def _check_logits(path: Path, student: nn.Module) -> None:
+    tokens = torch.arange(min(_TOKENS, *known_sizes(student)))[None]
+    ours, theirs = ({OUTPUT: main_tensor(network(tokens), Asked("student", 1))} for network in (student, Runtime(path)))
+    parity = Parity(outputs=differences(ours, theirs))
+    judge_outputs(parity)
+    if parity.problem is not None:
+        raise ParityError(f"ONNX Runtime computes something else from the file: {parity.problem}")
 
 
 def nbits_student(model: nn.Module) -> nn.Module:
@@ -108,7 +124,9 @@ def check_nbits_grids(student: nn.Module) -> None:
         )
     for name, quantizer in quantizers(student).items():
         if quantizer not in held:
-            raise UsageError(f"{name} puts activations on a grid, which a file of --format nbits does not have")
+            raise UsageError(
+                f"{name} puts activations on a grid, which a file of --format nbits does not have: {IN_FLOAT}"
+            )
 
 
 def of_nbits(student: nn.Module) -> bool:

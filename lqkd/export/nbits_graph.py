@@ -111,6 +111,10 @@ class Graph:
         return self._packed[id(weight)]
 
 
+IN_FLOAT = "give it activation_bits: 32 in a rule, or the recipe 32 activation bits and last_layer_bits: null"
+"""What helps where a file would need a grid for activations."""
+
+
 def check_grid(layer: nn.Module, name: str) -> Quantizer:
     """The quantizer of a layer's weight, where MatMulNBits has its grid.
 
@@ -123,13 +127,10 @@ def check_grid(layer: nn.Module, name: str) -> Quantizer:
         kind = f"{type(quantizer).__name__}" + ("" if getattr(quantizer, "group_size", None) else " without groups")
         raise UsageError(
             f"the weight of {name} is on the grid of {kind}, which MatMulNBits does not have: train with "
-            f"quantization.bits=q4_0 or q8_0, or with lsq and a group_size of {', '.join(map(str, GROUPS))}"
+            f"quantization.bits=q4_0, q8_0 or tq2_0, or with lsq and a group_size of {', '.join(map(str, GROUPS))}"
         )
     if quantized.input_quantizer is not None:
-        raise UsageError(
-            f"the input of {name} is on a grid, which a file of --format nbits does not have: train with 32 activation "
-            "bits"
-        )
+        raise UsageError(f"the input of {name} is on a grid, which a file of --format nbits does not have: {IN_FLOAT}")
     if quantized.output_scale is not None:
         raise UsageError(f"the weight of {name} has a factor of a folded batch norm, which MatMulNBits does not have")
     return quantizer

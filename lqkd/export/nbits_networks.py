@@ -45,6 +45,13 @@ def check_known(network: nn.Module) -> None:
         raise UsageError(f"--format nbits is not possible for hidden_act={config.hidden_act!r}: silu is")
 
 
+def known_sizes(network: Any) -> tuple[int, int]:
+    """How many tokens there are, and the longest text, of a network that is known."""
+    if type(network) is GPT:
+        return len(network.token.weight), len(network.position.weight)
+    return gguf_llama.vocabulary(network), network.config.max_position_embeddings
+
+
 def logits(graph: Graph, tokens: str, network: nn.Module) -> str:
     """The logits (B, T, V) of tokens (B, T) of a network that is known."""
     return _gpt(graph, tokens, network) if type(network) is GPT else _llama(graph, tokens, network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lqkd.losses.base import DistillationLoss
@@ -21,7 +22,9 @@ class DIST(DistillationLoss):
     Since ``1 - r`` is half the squared distance of the two vectors once they are centred and scaled to length 1, there
     is an elementwise map (B, C) of non-negative numbers with this loss as its reduction, the sum over classes and the
     mean over samples. A row or column without spread (a batch of one sample) correlates with nothing: its vector is
-    zero, and no gradient flows from it.
+    zero, and no gradient flows from it. A class whose logits are -inf in both networks is left out of the sample's
+    correlation, and of the mean over classes where that is so in all samples; in the correlation of a class over
+    samples such a one has the mean probability of its other classes.
 
     Args:
         temperature: tau > 0.
@@ -49,10 +52,15 @@ class DIST(DistillationLoss):
 
     @in_full_precision
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
-        p_teacher, p_student = ((z / self.temperature).softmax(dim=1) for z in (teacher, student))
+        out = (teacher == -torch.inf) & (student == -torch.inf)
+        mean = 1 / (~out).sum(1, keepdim=True).clamp_min(1).to(student.dtype)  # from which it does not deviate
+        p_teacher, p_student = (
+            torch.where(out, mean, (z / self.temperature).softmax(dim=1)) for z in (teacher, student)
+        )
         samples, classes = student.shape
         inter = (deviation(p_teacher, 1) - deviation(p_student, 1)).square()
         intra = (deviation(p_teacher, 0) - deviation(p_student, 0)).square()
+        intra = intra * (classes / (~out).any(0).sum().clamp_min(1))  # 1 where no class is out in all samples
         # The reduction divides by samples; the intra-class part is a mean over classes.
         return self.temperature**2 / 2 * (self.beta * inter + self.gamma * samples / classes * intra)
 

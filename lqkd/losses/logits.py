@@ -19,7 +19,8 @@ class LogitResidual(DistillationLoss):
     """Squared residual of the logits, ``(T - S)**2``, averaged over samples and classes.
 
     The residual form of learnable-regularizer distillation (arXiv 2509.20854); unweighted it is logit matching
-    (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919). Logits and map are (B, C).
+    (Ba & Caruana, arXiv 1312.6184, eq. 2; Kim et al., arXiv 2105.08919). Logits and map are (B, C). Where the teacher
+    alone rules a class out by a logit of -inf it is infinite: use :class:`HintonKL` there.
 
     Examples:
         >>> import torch

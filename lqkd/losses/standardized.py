@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
@@ -18,7 +17,8 @@ class Standardized(DistillationLoss):
 
     Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427. The student is then free in the
     mean and the scale of its logits. Mean and (population) standard deviation are those of the sample's C logits;
-    equal logits have z-scores 0 and get no gradient. The temperature is that of the inner loss; the paper's is 2, with
+    equal logits have z-scores 0 and get no gradient. Logits of -inf, of classes that are impossible, stay what they are
+    and do not count. The temperature is that of the inner loss; the paper's is 2, with
     a weight of 9. Map, kind and reduction are the inner loss'; so a regularizer looks at the z-scores.
 
     Args:
@@ -59,4 +59,8 @@ class Standardized(DistillationLoss):
 
 
 def _z_scores(logits: Tensor) -> Tensor:
-    return deviation(logits, -1) * math.sqrt(logits.shape[-1])
+    impossible = logits == -torch.inf
+    possible = (~impossible).sum(-1, keepdim=True).clamp_min(1)
+    mean = logits.masked_fill(impossible, 0.0).sum(-1, keepdim=True) / possible
+    z = deviation(torch.where(impossible, mean, logits), -1) * possible.to(logits.dtype).sqrt()
+    return z.masked_fill(impossible, -torch.inf)

@@ -114,7 +114,8 @@ class ReverseKL(RowDivergence):
     """``tau**2 * KL(p_S || p_T)``, row by row: it keeps the student from what the teacher thinks impossible.
 
     Gu et al., "MiniLLM" (arXiv 2306.08543), eq. 1, token by token on given text and not on text of the student's.
-    Logits (N, V), map (N,).
+    Logits (N, V), map (N,). It is infinite where the teacher alone rules a class out by a logit of -inf: use
+    :class:`ForwardKL` or :class:`JensenShannon` there.
 
     Args:
         temperature: tau > 0.
@@ -172,7 +173,8 @@ class CAKLD(RowDivergence):
 
     The confidence-aware Kullback-Leibler divergence of Du et al., "BitDistiller" (arXiv 2402.10631), made for language
     models of 2 and 3 bits. There gamma is one number: the probability that the teacher gives to the token that follows,
-    on average over the training text. Without a number each row has its own. Logits (N, V), map (N,).
+    on average over the training text. Without a number each row has its own. Logits (N, V), map (N,). It is infinite
+    where the teacher alone rules a class out by a logit of -inf: use :class:`ForwardKL` or :class:`JensenShannon`.
 
     Args:
         confidence: gamma, between 0 and 1; null for the probability that the teacher, softened, gives to the label of

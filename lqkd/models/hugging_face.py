@@ -37,8 +37,8 @@ def causal_lm(pretrained: str) -> nn.Module:
             as ``package:NAME/FILE``, or a name on Hugging Face's hub; environment variables are replaced.
 
     Raises:
-        UsageError: when transformers is not installed, there is no such model, it is no causal language model, or it
-            lacks weights.
+        UsageError: when transformers is not installed, there is no such model, it is no causal language model, it
+            lacks weights, or a GGUF file has more than transformers takes from it.
 
     Examples:
         >>> import tempfile, transformers
@@ -51,8 +51,10 @@ def causal_lm(pretrained: str) -> nn.Module:
     """
     transformers = require(pretrained, "pretrained")
     with reading(pretrained, "pretrained", "causal language model"):
+        place = located(pretrained, "pretrained")
+        held, architecture = _held(place)
         network, told = transformers.AutoModelForCausalLM.from_pretrained(
-            **located(pretrained, "pretrained"), dtype=torch.float32, output_loading_info=True
+            **place, **(_biases(held) if architecture == "llama" else {}), dtype=torch.float32, output_loading_info=True
         )
     if told["missing_keys"]:
         lacking = sorted(told["missing_keys"])
@@ -61,6 +63,7 @@ def causal_lm(pretrained: str) -> nn.Module:
             f"pretrained={pretrained!r} lacks weights of a {type(network).__name__} ({lacking[0]}{more}), which would "
             "begin at random: it must be a causal language model that was trained as one"
         )
+    _check_held(pretrained, held, network)
     network.config.use_cache = False
     _as_float(network)
     _linear(network)
@@ -146,6 +149,42 @@ def _in_package(source: str, setting: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
+def _held(place: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The tensors of a GGUF file, as its reader gives them, by name, and its architecture; none of other places."""
+    if "gguf_file" not in place:
+        return {}, None
+    import gguf
+
+    reader = gguf.GGUFReader(Path(place["pretrained_model_name_or_path"]) / place["gguf_file"])
+    told = reader.fields.get(gguf.Keys.General.ARCHITECTURE)
+    return {tensor.name: tensor for tensor in reader.tensors}, None if told is None else told.contents()
+
+
+def _biases(held: dict[str, Any]) -> dict[str, bool]:
+    """What a Llama of these tensors has biases in: its file does not say it, and transformers would drop them."""
+    found = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+    return {setting: True for setting, name in found.items() if name in held}
+
+
+def _check_held(pretrained: str, held: dict[str, Any], network: nn.Module) -> None:
+    """Refuse a GGUF file with tensors that transformers has dropped without a word.
+
+    Raises:
+        UsageError: then.
+    """
+    biases, places = (sum(name.endswith("bias") for name in names) for names in (held, network.state_dict()))
+    if biases > places:
+        raise UsageError(
+            f"pretrained={pretrained!r} has {biases} biases, and a {type(network).__name__} as transformers reads it "
+            f"has {places}: give the folder of Hugging Face's that the file was made of"
+        )
+    if "rope_freqs.weight" in held and (held["rope_freqs.weight"].data != 1).any():
+        raise UsageError(
+            f"pretrained={pretrained!r} scales its rotary positions (rope_freqs.weight), which transformers does not "
+            "read: give the folder of Hugging Face's that the file was made of"
+        )
+
+
 def _as_float(network: Any) -> None:
     """Forget that a file's weights were in few bits: transformers would not convert the network any more."""
     if hasattr(network.config, "quantization_config"):
@@ -171,6 +210,7 @@ def _linear(network: nn.Module) -> None:
 
 def _check_length(network: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Refuse texts of more tokens than a network knows positions for: those with rotary ones would answer nonsense."""
-    tokens, longest = args[0] if args else keywords.get("input_ids"), network.config.max_position_embeddings
-    if tokens is not None and tokens.shape[1] > longest:
+    tokens = args[0] if args else keywords.get("input_ids")
+    longest = getattr(network.config, "max_position_embeddings", None)  # none of biases by distance, nor of states
+    if longest is not None and tokens is not None and tokens.shape[1] > longest:
         raise UsageError(f"texts of {tokens.shape[1]} tokens are longer than the {longest} that it was made for")

@@ -97,7 +97,7 @@ class Distilled:
         from lqkd.export import to_onnx
         from lqkd.export.command import told_of_data
         from lqkd.export.formats import BUILDERS, file_name
-        from lqkd.export.gguf_command import write_gguf
+        from lqkd.export.gguf_command import tokenizer_of, write_gguf
         from lqkd.export.gguf_file import GGUF
         from lqkd.export.nbits import NBITS
         from lqkd.export.nbits_command import write_nbits
@@ -117,10 +117,13 @@ class Distilled:
         judged = () if split is None else islice(self._batches(split), 1)
         example = Inputs.joined([*map(self._inputs, judged), *calibration]).part(slice(COMPARED))
         if format in (GGUF, NBITS):
-            write = write_gguf if format == GGUF else write_nbits
             test = () if split is None else self._batches(split)
             about = {"data": type(self._data).__name__} | dict(about or {})
-            write(self.network, target, example, test, split or "train", self.task, about)
+            given = (self.network, target, example, test, split or "train", self.task, about)
+            if format == GGUF:
+                write_gguf(*given, tokenizer_of(self._data, self.network))
+            else:
+                write_nbits(*given)
             return target
         to_onnx(
             self.network,

@@ -33,15 +33,17 @@ def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: 
 
     Args:
         weight: (O, I).
-        hessian: (I, I) of the mean over inputs x of ``x x^T``; a factor changes nothing.
+        hessian: (I, I) of the mean over inputs x of ``x x^T``; a factor changes nothing. The weights of an input that
+            is always zero are rounded alone.
         quantizer: fitted to ``weight``, with levels that do not move with it; grids of groups are changed.
-        damping: what is added to the diagonal, in parts of its mean.
+        damping: what is added to the diagonal, 0 or more, in parts of the mean over inputs that are not always zero.
 
     Returns:
         (O, I) in the dtype of ``weight``; the quantizer leaves each of them as it is.
 
     Raises:
-        UsageError: when the quantizer measures its levels on the weight, is not fitted, or the Hessian is not finite.
+        UsageError: when the quantizer measures its levels on the weight, is not fitted, the damping is no such number,
+            or the Hessian is not finite or has no inverse with it.
 
     Examples:
         >>> from lqkd.quantization import QUANTIZERS
@@ -51,6 +53,7 @@ def gptq_weight(weight: Tensor, hessian: Tensor, quantizer: Quantizer, damping: 
         tensor([[0., 1.]])
     """
     _check(quantizer)
+    _check_damping(damping)
     group = quantizer.group_size
     order = _order(hessian.diagonal(), group)
     work = weight.detach().double()[:, order]
@@ -95,16 +98,29 @@ def _check(quantizer: Quantizer) -> None:
         raise UsageError("GPTQ needs a grid: call initialize_quantizers before")
 
 
+def _check_damping(damping: float) -> None:
+    if not 0 <= damping < float("inf"):
+        raise UsageError(f"damping={damping!r} of GPTQ is not possible: it must be 0 or a positive number")
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped Hessian."""
     if not hessian.isfinite().all():
         raise UsageError("GPTQ is not possible: an input of the layer is not finite")
     damped = hessian.clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weights are rounded alone
+    dead = diagonal == 0  # an input that is always zero
+    if dead.any():
+        diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"GPTQ with damping={damping} is not possible: too many inputs of the layer follow from others; raise it, "
+            "to 0.1 for instance, or take more batches"
+        ) from error
 
 
 def _fit_group(quantizer: Quantizer, index: int, columns: Tensor) -> Quantizer:
@@ -154,7 +170,8 @@ def gptq(
         The names of the layers that were changed.
 
     Raises:
-        UsageError: when there is no such layer or no batch, or a quantizer has levels that move with the weights.
+        UsageError: when there is no such layer or no batch, a quantizer has levels that move with the weights, or
+            :func:`gptq_weight` cannot calibrate a layer, which is named.
 
     Examples:
         >>> from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
@@ -172,6 +189,7 @@ def gptq(
     """
     if not batches:
         raise UsageError("GPTQ needs at least one batch to calibrate on")
+    _check_damping(damping)
     layers = _linear_layers(model)
     for layer in layers.values():
         _check(cast(Quantizer, layer.weight_quantizer))
@@ -184,7 +202,10 @@ def gptq(
             layer = layers[name]
             quantizer = cast(Quantizer, layer.weight_quantizer)
             weight = layer.weight
-            weight.copy_(gptq_weight(weight, run.hessian(layer), quantizer, damping))
+            try:
+                weight.copy_(gptq_weight(weight, run.hessian(layer), quantizer, damping))
+            except UsageError as error:
+                raise UsageError(f"layer {name!r}: {error}") from error
     return names
 
 

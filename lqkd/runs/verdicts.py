@@ -71,8 +71,11 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
         >>> bits = {"weight_bits": "2", "activation_bits": "2", "packed_bytes": 10, "float_bytes": 100}
         >>> in_a_sentence(bits | {"test": 0.96, "student_float": 0.98})
         'W2 A2: accuracy 96.00%, 2.00 points worse than in float (98.00%), at a size 10 times smaller.'
-        >>> in_a_sentence({"metric": "val/loss", "mode": "min", "test": 1.2, "student_start": 1.1})
+        >>> measured = {"metric": "val/loss", "mode": "min", "test": 1.2, "student_start": 1.1}
+        >>> in_a_sentence(measured)
         'float: loss 1.2; quantised only: 1.1. Training has not paid: quantised only is as good or better.'
+        >>> in_a_sentence(measured | {"student_gptq": 1.0}).partition(". ")[2]
+        'Training has not paid: quantised only and calibrated only (GPTQ) are as good or better.'
     """
     metric, (value, split) = summary.get("metric") or "val/acc", measured_on(summary)
     if value is None:
@@ -89,7 +92,9 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
     told += "".join(f"; {name}: {shown(metric, found, 2)}" for name, found in untrained.items())
     reached = [name for name, found in untrained.items() if not _better(mode, value, found)]
     if reached and summary.get("test") is not None:  # which these are values of, too
-        told += f". Training has not paid: {' and '.join(reached)} is as good or better"
+        told += (
+            f". Training has not paid: {' and '.join(reached)} {'is' if len(reached) == 1 else 'are'} as good or better"
+        )
     return f"{told}."
 
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+import benchmarks.language_bits
 import lqkd
 from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
@@ -94,19 +95,32 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 
-def test_what_gptq_reaches_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer]) -> None:
+def test_what_gptq_reaches_is_measured_and_leaves_no_trace(
+    trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     ends, references = [], []
-    for batches in (0, 2):
+    for batches in (0, 20):
         module = student(gptq_batches=batches, quantization=Recipe("w2a8", weight_quantizer="seq", group_size=8))
         trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
         ends.append(parameters_of(module))
         references.append(module.references)
     assert torch.equal(*ends)
+    assert "on 6 training batches, all that an epoch has, of gptq_batches=20; the others" in caplog.text
     without, measured = references
     assert without["student_gptq"] is None
     assert without["student_start"] == measured["student_start"] != measured["student_gptq"]
     with pytest.raises(UsageError, match="gptq_batches=1 is not possible: GPTQ is not possible for TWN"):
         trainer().fit(student(gptq_batches=1, quantization=Recipe("ternary", last_layer_bits=None)), datamodule=text())
+
+
+def test_a_table_of_runs_that_are_not_there_says_what_writes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["language_bits", "--runs", "missing.csv"])
+    with pytest.raises(SystemExit):
+        benchmarks.language_bits.main()
+    assert "missing.csv is not there: python -m lqkd compare --config configs/studies/" in capsys.readouterr().err
 
 
 def test_a_divergence_by_rows_is_learned_with_a_weight_for_each_token(trainer: Callable[..., Trainer]) -> None:
@@ -186,6 +200,9 @@ def test_a_student_is_taken_away_on_the_grid_that_it_was_trained_on(tmp_path: Pa
     assert "each decodes to the bits that were trained" in (made.folder / "student.gguf.md").read_text()
     with pytest.raises(UsageError, match="has a grid per 32 inputs, which an integer layer does not have"):
         made.export()
+    made.module.trainer.datamodule.tokenizer = object()
+    with pytest.raises(UsageError, match="of type object, and the file would say that its 256 tokens are bytes"):
+        made.export(format="gguf", overwrite=True)
 
 
 def counted(texts: int = 2) -> Tensor:

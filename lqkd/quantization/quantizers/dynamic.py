@@ -17,8 +17,8 @@ class Dynamic(Quantizer):
     2305.17888, eq. 1 and 2): ``x_hat = s * round(x / s)`` with ``s = max|x| / (2**(bits - 1) - 1)``. Where not
     ``symmetric``, ``s = (max(x, 0) - min(x, 0)) / (2**bits - 1)`` and codes are ``round(x / s) + z`` with
     ``z = round(-min(x, 0) / s)``, as the operator ``DynamicQuantizeLinear`` of ONNX has them for a tensor. Nothing
-    clips, so the gradient passes straight through; there is none through s. There is nothing to calibrate, and the same
-    in training and in eval mode.
+    clips, but what is infinite becomes the largest finite value of its token; the gradient passes straight through, and
+    there is none through s. There is nothing to calibrate, and the same in training and in eval mode.
 
     The grid is of the tensor at hand: ``dequantize`` takes codes to the values of those that :meth:`codes` saw last,
     and ``levels`` are in steps of a token, counted from its lowest code.

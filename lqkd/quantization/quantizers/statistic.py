@@ -90,5 +90,8 @@ def require_weights(quantizer: str, batched: bool) -> None:
 def require_bits(quantizer: str, bits: int, only: int) -> int:
     """Refuse every number of bits but one."""
     if bits != only:
-        raise UsageError(f"bits={bits!r} is not possible: quantizer {quantizer} has a grid for bits={only} only")
+        raise UsageError(
+            f"bits={bits!r} is not possible: quantizer {quantizer} has a grid for bits={only} only: give layers of "
+            "other bits, such as the first and the last, weight_quantizer: lsq in a rule"
+        )
     return bits

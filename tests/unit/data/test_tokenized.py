@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_a_text_is_tokenized_once(tokenizer: str, cache: Path, monkeypatch: pyte
     monkeypatch.undo()
     monkeypatch.setenv("LQKD_CACHE", str(cache.parent))
     assert torch.equal(tokenized(texts, own), first)
+
+
+def test_slow_tokenizers_with_one_vocabulary_and_other_merges_have_files_of_their_own(tmp_path: Path) -> None:
+    own = []
+    for name, merge in (("a", "t h"), ("b", "h e")):
+        folder = tmp_path / name
+        folder.mkdir()
+        tokens = ["<unk>", "t", "h", "e", "t@@", "h@@", "th@@", "he", "e</w>"]
+        (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+        (folder / "merges.txt").write_text(f"#version\n{merge}\n")
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+        own += [Tokenizer(str(folder)), Tokenizer(str(folder))]
+    assert [tokenizer.fingerprint() == own[0].fingerprint() for tokenizer in own] == [True, True, False, False]
 
 
 def test_where_the_cache_cannot_be_written_there_are_tokens_nevertheless(tokenizer: str, cache: Path) -> None:

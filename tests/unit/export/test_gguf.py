@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lqkd.data import PythonTopics
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_gguf, llama_cpp, to_gguf
-from lqkd.export.command import export
-from lqkd.export.gguf_command import as_served, prove, write_gguf
+from lqkd.export.command import _test, export
+from lqkd.export.gguf_command import as_served, prove, tokenizer_of, write_gguf
 from lqkd.export.gguf_file import check_gguf, said_of
 from lqkd.export.gguf_tokenizer import byte_tokens
 from lqkd.models import GPT, load_weights
@@ -239,12 +241,50 @@ def test_a_time_is_not_measured(tmp_path: Path) -> None:
         export(tmp_path, format="gguf", latency=True)
 
 
+def test_a_run_that_was_tested_on_nothing_is_judged_on_the_validation_split(capsys: pytest.CaptureFixture[str]) -> None:
+    data = PythonTopics(context=16)
+    data.setup()
+    split, batches = _test(SimpleNamespace(datamodule=data, trainer=Trainer(limit_test_batches=0, logger=False)))
+    assert (split, len(next(batches).tokens)) == ("validation", 32)
+    assert "trainer.limit_test_batches is 0, so" in capsys.readouterr().err
+
+
 def test_a_runtime_that_was_not_asked_is_told(
     student: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(llama_cpp, "available", lambda: False)
     write_gguf(student, tmp_path / "s.gguf", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
     assert "not asked: pip install xllamacpp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"), [(256, "the file would say that its 256 tokens are bytes"), (64, "")]
+)
+def test_an_object_is_no_tokenizer_of_a_file(vocabulary: int, message: str, tmp_path: Path) -> None:
+    data, network = SimpleNamespace(tokenizer=object()), quantised(vocabulary=vocabulary) if message else GPT(64, 16)
+    with pytest.raises(UsageError, match="tokenizer of type object is not possible"):
+        to_gguf(quantised(), tmp_path / "student.gguf", tokenizer=data.tokenizer)
+    told = (
+        pytest.raises(UsageError, match=message)
+        if message
+        else pytest.warns(UserWarning, match="the GGUF file has none")
+    )
+    with told:
+        assert tokenizer_of(data, network) is None
+
+
+def test_what_llama_cpp_raises_does_not_end_an_export(
+    student: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+
+    def fail(path: Path) -> Iterator[Tensor]:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(llama_cpp, "log_probabilities", lambda path, texts: fail(path))
+    write_gguf(student, tmp_path / "s.gguf", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
+    assert "not asked: no memory" in capsys.readouterr().out
+    assert (tmp_path / "s.gguf.md").exists()
 
 
 def test_bytes_have_the_names_that_the_tokenizer_of_gpt_2_gives_them() -> None:

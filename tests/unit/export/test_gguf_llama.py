@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_gguf, llama_cpp, to_gguf
-from lqkd.export.gguf_file import check_gguf
+from lqkd.export.gguf_file import _encoded, _write, check_gguf
 from lqkd.models import causal_lm
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, quantizers
 from tests.hugging_face import llama, save_tokenizer
@@ -25,8 +26,12 @@ def texts() -> Tensor:
 
 def quantised(folder: Path, **settings: object) -> nn.Module:
     """A fitted student whose steps are no longer those of the start, with logits that are worth comparing."""
-    llama(folder, vocab_size=320, initializer_range=0.2, **settings)
+    llama(folder, **{"vocab_size": 320, "initializer_range": 0.2, **settings})
     network = causal_lm(str(folder))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
     quantize_model(network, Recipe("q4_0"))
     initialize_quantizers(network, texts())
     with torch.no_grad():
@@ -52,13 +57,25 @@ def file(student: nn.Module, tokenizer: str, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "attention_bias": True}])
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "attention_bias": True}, {"mlp_bias": True}])
 def test_transformers_reads_the_students_logits_to_the_last_bit(settings: dict[str, bool], tmp_path: Path) -> None:
     student = quantised(tmp_path / "llama", **settings)
     kinds = to_gguf(student, tmp_path / "student.gguf")
-    assert ("output.weight" in kinds) == bool(settings)
+    assert ("output.weight" in kinds) == ("tie_word_embeddings" in settings)
     assert (kinds["token_embd.weight"], kinds["blk.1.attn_k.weight"]) == ("Q8_0", "Q4_0")
     assert torch.equal(from_gguf(tmp_path / "student.gguf")(texts()).logits, student(texts()).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("blk.0.attn_norm.bias", "has 1 biases, and a LlamaForCausalLM"), ("rope_freqs.weight", "scales")],
+)
+def test_tensors_that_transformers_would_drop_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    student = quantised(tmp_path / "llama")
+    encoded, file = dict(_encoded(student)) | {name: ("F32", np.full(8, 2.0, np.float32))}, tmp_path / "more.gguf"
+    _write(encoded, student, file, {}, None)
+    with pytest.raises(UsageError, match=message):
+        causal_lm(str(file))
 
 
 def test_a_step_of_a_query_that_is_one_percent_off_fails_the_proof(
@@ -105,15 +122,41 @@ def test_a_tokenizer_is_copied_from_a_file(student: nn.Module, file: Path, tmp_p
     assert len(told["tokenizer.ggml.tokens"]) == 320
 
 
+def test_a_tokenizer_with_fewer_tokens_than_the_network_is_copied_with_unused_ones(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    padded, said = quantised(tmp_path / "llama", vocab_size=340), llama_cpp.log_probabilities
+    to_gguf(padded, tmp_path / "padded.gguf", tokenizer=str(file))
+    assert llama_cpp.compare(tmp_path / "padded.gguf", padded, texts(), most=4).same == 4
+    (of_text,), (before,) = (said(path, ["the dog"]) for path in (tmp_path / "padded.gguf", file))
+    assert (len(of_text), len(before)) == (340, 320)
+
+
+def test_llama_cpp_is_asked_of_a_vocabulary_without_capitals(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.BPE({letter: number for number, letter in enumerate("Ġabcdefgh")}, []))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(tmp_path)
+    student = quantised(tmp_path / "llama")
+    to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
+    assert llama_cpp.compare(tmp_path / "student.gguf", student, texts(), most=4).same == 4
+
+
 def test_a_tokenizer_of_another_kind_is_refused(student: nn.Module, tokenizer: str, tmp_path: Path) -> None:
     from tokenizers.normalizers import Lowercase
     from transformers import AutoTokenizer
 
-    other = AutoTokenizer.from_pretrained(tokenizer)
-    other.backend_tokenizer.normalizer = Lowercase()
-    other.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is of a kind that is not written into a GGUF file"):
-        to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
+    for changed, setting, value in (("normalizer", None, Lowercase()), ("model", "ignore_merges", True)):
+        other = AutoTokenizer.from_pretrained(tokenizer)
+        if setting is None:
+            setattr(other.backend_tokenizer, changed, value)
+        else:
+            setattr(getattr(other.backend_tokenizer, changed), setting, value)
+        other.save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match="is of a kind that is not written into a GGUF file"):
+            to_gguf(student, tmp_path / "student.gguf", tokenizer=str(tmp_path))
 
 
 def test_a_tokenizer_of_another_network_is_refused(file: Path, tokenizer: str, tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_a_number_that_is_one_percent_off_fails_the_proof(name: str, tmp_path: P
         check_nbits(tmp_path / "student.onnx", student)
 
 
+def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path) -> None:
+    student = gpt(Recipe("q4_0"))
+    for block in student.blocks:
+        block.expand.register_forward_hook(lambda layer, given, found: found + 0.1)  # of which a graph knows nothing
+    with pytest.raises(ParityError, match="ONNX Runtime computes something else from the file"):
+        to_nbits(student, tmp_path / "student.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_packed_from_the_lowest_bits_on(bits: int) -> None:
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 2, 32)).astype(np.uint8)
@@ -116,6 +125,7 @@ def test_codes_are_packed_from_the_lowest_bits_on(bits: int) -> None:
             "the weight of token is on the grid of LSQ without groups, which MatMulNBits does not have",
         ),
         (Recipe("w4a8", group_size=32), "the input of .* is on a grid"),
+        (Recipe("w2a32", group_size=32), "head is on a grid, .* give it activation_bits: 32 in a rule, or"),
     ],
 )
 def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def test_a_text_longer_than_the_network_knows_positions_for_is_refused(tmp_path:
         network(torch.zeros(1, 33, dtype=torch.int64))
 
 
+def test_a_network_without_a_table_of_positions_takes_texts_of_any_length(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path)
+    assert causal_lm(str(tmp_path))(torch.zeros(1, 40, dtype=torch.int64)).logits.shape == (1, 40, 64)
+
+
 def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     llama(tmp_path)
     transformers.LlamaModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "headless")

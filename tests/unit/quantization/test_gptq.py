@@ -35,7 +35,7 @@ def removed_one_by_one(weight: Tensor, hessian: Tensor, quantizer: Quantizer) ->
     of_group = [sum(energy[i // (group or 1) * (group or 1) :][: group or 1]) for i in range(len(energy))]
     order = sorted(range(len(energy)), key=lambda i: (-of_group[i], -energy[i]))
     w = weight.double()[:, order]
-    h[2, 2] = 1.0
+    h[2, 2] = h.diagonal().sum() / (len(h) - 1)
     h = h[order][:, order]
     h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     inverse, grid = torch.linalg.inv(h), quantizer
@@ -73,6 +73,27 @@ def test_codes_are_those_of_columns_that_are_removed_one_by_one(
     torch.testing.assert_close(quantizer(found).detach(), found, rtol=1e-6, atol=0)
     errors = [(x @ (each - weight).double().T).square().mean() for each in (found, before)]
     assert errors[0] < 0.75 * errors[1]
+
+
+def test_a_factor_on_the_hessian_changes_nothing_where_an_input_is_always_zero() -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    hessian = inputs(32).T @ inputs(32)
+    quantizer = QUANTIZERS["lsq"](2, signed=True, channels=6)
+    quantizer.initialize(weight)
+    found = [gptq_weight(weight, hessian * factor, quantizer) for factor in (1.0, 2.0**-24)]
+    assert torch.equal(*found)
+
+
+def test_what_has_no_inverse_is_told_with_the_layer_and_the_damping() -> None:
+    recipe = Recipe("w2a32", first_layer_bits=None, last_layer_bits=None)
+    model, _ = quantize_model(nn.Sequential(nn.Linear(8, 8)), recipe)
+    same = torch.ones(4, 8)
+    initialize_quantizers(model, same)
+    with pytest.raises(UsageError, match=r"layer '0': GPTQ with damping=0.0 is not possible: too many inputs"):
+        gptq(model, [same], damping=0.0)
+    for damping in (-1.0, float("nan")):
+        with pytest.raises(UsageError, match=f"damping={damping} of GPTQ is not possible: it must be 0 or a positive"):
+            gptq(model, [same], damping=damping)
 
 
 def test_a_language_model_is_nearer_to_the_float_one_and_each_layer_sees_the_codes_before_it() -> None:
