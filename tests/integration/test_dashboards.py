@@ -43,7 +43,7 @@ EVERYTHING = {
             },
         ],
     },
-    "model": {"init_args": {"regularizer": {"init_args": {"guard": "bounded_barrier"}}}},
+    "model": {"init_args": {"regularizer": {"init_args": {"guard": "bounded_barrier"}}, "gptq_batches": 1}},
 }
 """Over configs/regularizer.yaml, with everything switched on that logs a number."""
 
