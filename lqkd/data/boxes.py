@@ -167,12 +167,13 @@ class CroppedBoxes(CroppedImages):
         else:
             window = random_window(height, width, self.crop_scale, draws, aspect=size[1] / size[0])
             image = functional.resized_crop(image, *window, size, antialias=True)
-            boxes = functional.resized_crop(boxes, *window, size)
+            boxes = functional.resized_crop(boxes, *window, size)  # which cuts them to the window
+            height, width = window[2:]
         if flip:
             image, boxes = functional.horizontal_flip(image), functional.horizontal_flip(boxes)
-        whole = _area(boxes)
+        whole = _area(corners) * (size[0] * size[1] / (height * width))  # of a box that nothing is cut off
         boxes = functional.clamp_bounding_boxes(boxes)
-        kept = _area(boxes) > VISIBLE * whole if self.crop_scale is not None else whole > 0
+        kept = _area(boxes) > (0.0 if self.crop_scale is None else VISIBLE) * whole
         target = {"boxes": boxes.as_subclass(Tensor)[kept].contiguous(), "labels": labels[kept]}
         return image.as_subclass(Tensor), target
 

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from lqkd.data import Batch, CocoDetection, DigitScenes, VocDetection
+from lqkd.data.boxes import CroppedBoxes
 from lqkd.data.detection import DetectionFolder
+from lqkd.data.worker_loader import Key
 from lqkd.errors import UsageError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
@@ -87,6 +90,29 @@ def test_boxes_go_with_their_images_whatever_is_done_to_both(tmp_path: Path) -> 
                 flipped += int(red[0] > green[0])
     assert seen > 12
     assert 0 < flipped < seen // 2
+
+
+class _OneImage:
+    """A grey image with a box at its left and one at its right."""
+
+    shape = (1, 3, 50, 50)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.full((100, 100, 3), 128, np.uint8)
+
+    def objects_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[0.0, 0, 40, 100], [60, 0, 100, 100]]), torch.tensor([0, 1])
+
+
+def test_what_is_less_than_a_quarter_in_a_window_is_no_object_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CroppedBoxes(_OneImage(), seed=0, crop_scale=(0.2, 1.0), flip=False)
+    left = {}
+    for inside in (0.1, 0.5):  # of the first box
+        window = (0, round(40 - 40 * inside), 100, 50)  # top, left, height, width
+        monkeypatch.setattr("lqkd.data.boxes.random_window", lambda *_, window=window, **__: window)
+        scene = data[Key(0, torch.tensor([0]))]["labels"][0]
+        left[inside] = [[round(side) for side in box] for box in scene["boxes"].tolist()]
+    assert left == {0.1: [[24, 0, 50, 50]], 0.5: [[0, 0, 20, 50]]}
 
 
 def test_categories_of_coco_are_labels_in_the_order_of_their_numbers_and_images_may_be_empty(tmp_path: Path) -> None:
