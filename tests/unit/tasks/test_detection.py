@@ -95,6 +95,12 @@ def test_what_no_object_says_anything_about_is_not_a_number() -> None:
     assert all(measured[name].isnan() for name in ("map_of_cat", "map_large"))
 
 
+def test_without_an_image_that_has_targets_no_number_is_there() -> None:
+    measured = box_metrics(NAMES).compute()
+    assert len(measured) == 9
+    assert all(value.isnan() for value in measured.values())
+
+
 def test_images_of_several_sizes_are_padded_to_one_that_the_network_takes() -> None:
     task = Detection(NAMES)
     images = [torch.ones(3, 40, 64), torch.ones(3, 33, 70)]
