@@ -15,9 +15,10 @@ from lqkd.losses.detection import Assigned, assign, fcos_losses
 from lqkd.models.decoding import detections
 from lqkd.models.outputs import Asked
 from lqkd.models.position_grid import Positions, boxes_at, positions
-from lqkd.quantization import Recipe, Rule
+from lqkd.quantization import LSQ, Recipe, Rule
+from lqkd.quantization.convert import layer_kind, quantizable_layers
 from lqkd.quantization.graph import survey
-from lqkd.quantization.recipe import parse_bits
+from lqkd.quantization.recipe import exactly, find_quantizer, resolve
 from lqkd.tasks.average_precision import box_metrics, mean_average_precision
 from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.scenes import Scenes, scenes_of
@@ -150,15 +151,20 @@ class Detection(Task):
     # ---- what a recipe leaves open
 
     def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
-        """The last layers' bits for all that the network names as such, and a step for each level."""
-        called_again = any(count > 1 for count in survey(network).calls.values())
-        if recipe.per_level is None and called_again and _learns_steps(recipe):
-            recipe = replace(recipe, per_level=True)
+        """The last layers' bits for all that the network names as such, and a step for each level where ``lsq`` is."""
         bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
-        if bits is None or not named:
-            return recipe
-        rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
-        return replace(recipe, rules=[*rules, *recipe.rules])
+        if bits is not None:
+            rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
+            recipe = replace(recipe, rules=[*rules, *recipe.rules])
+        layers = {name: layer_kind(layer) for name, layer in quantizable_layers(network).items()}
+        calls = survey(network).calls
+        settings = {name: of for name, of in resolve(recipe, layers).items() if calls.get(name, 1) > 1}
+        levelled = [
+            Rule(exactly(name), per_level=True)
+            for name, of in settings.items()
+            if of.per_level is None and find_quantizer(of.activation_quantizer)[0] is LSQ
+        ]
+        return replace(recipe, rules=[*recipe.rules, *levelled]) if levelled else recipe
 
     # ---- evaluation
 
@@ -272,14 +278,6 @@ class Detection(Task):
 
     def _decoded(self, outputs: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         return detections(*self._parts(outputs), size, self.min_score, self.overlap, self.most_objects)
-
-
-def _learns_steps(recipe: Recipe) -> bool:
-    """Whether all inputs are quantised by ``lsq``, which alone has steps by level."""
-    quantizers = [recipe.activation_quantizer, *(rule.activation_quantizer for rule in recipe.rules)]
-    names = [spec.get("name") if isinstance(spec, dict) else spec for spec in quantizers]
-    bits = [parse_bits(recipe.bits)[1], *(rule.activation_bits for rule in recipe.rules)]
-    return all(name in (None, "lsq") for name in names) and 1 not in bits
 
 
 def _in_common(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from lqkd import load_student
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
 from lqkd.models import SmallFCOS
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from lqkd.quantization.quantizers import LevelwiseStep
 from lqkd.tasks import Detection
 from tests.forked import Forks, send
@@ -95,9 +95,9 @@ def test_a_head_with_group_norm_is_refused_at_export_with_what_helps() -> None:
 
 @pytest.fixture(scope="module")
 def student() -> nn.Module:
-    """A small one with a step for each level, fitted to images."""
-    network = SmallFCOS(3, width=4, depth=1)
-    student, _ = quantize_model(network, Detection(3).recipe(Recipe("w4a4"), network))
+    """A small one with a step for each level but in one layer, fitted to images."""
+    network, rule = SmallFCOS(3, width=4, depth=1), Rule("head.boxes", activation_quantizer="minmax")
+    student, _ = quantize_model(network, Detection(3).recipe(Recipe("w4a4", rules=[rule]), network))
     initialize_quantizers(student, IMAGES)
     return student
 

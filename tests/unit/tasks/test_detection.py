@@ -150,7 +150,14 @@ def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -
 
 
 def test_inputs_on_other_grids_than_lsq_have_one_for_all_levels() -> None:
-    for settings in ({"activation_quantizer": "pact"}, {"bits": "w1a1"}):
+    towers = {"head.class_tower.convolutions.0", "head.box_tower.convolutions.0"}
+    for settings, levelled in (
+        ({"activation_quantizer": "pact"}, set()),
+        ({"bits": "w1a1"}, set(SmallFCOS.last_layers)),  # which keep 8 bits
+        ({"rules": [Rule("head.boxes", activation_quantizer="minmax")]}, towers | {"head.classes", "head.centerness"}),
+    ):
         network = SmallFCOS(3, width=4, depth=1)
         model, _ = quantize_model(network, Detection(3).recipe(Recipe(**settings), network))
-        assert not any(isinstance(module, LevelwiseStep) for module in model.modules())
+        layers = dict(model.named_modules())
+        found = {name for name in layers if isinstance(layers.get(f"{name}.input_quantizer"), LevelwiseStep)}
+        assert found == levelled
