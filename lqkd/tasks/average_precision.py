@@ -63,7 +63,7 @@ class FoundObjects(Metric):
         self.true.append(torch.cat([_table(n, columns) for n, columns in zip(numbers, truths, strict=True)]))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every number by its name; NaN where there is nothing to measure, such as an object of that size or an image."""
+        """Every number by its name; NaN where nothing is to be measured: no object of that size, or no image."""
         names = [*NUMBERS, *(f"class_{label}" for label in range(self.classes))]
         if not self.images:
             return dict.fromkeys(names, torch.tensor(torch.nan))
@@ -120,9 +120,14 @@ def box_metrics(names: Sequence[str]) -> MetricCollection:
     """
     source = FoundObjects(len(names))
     numbers = {name: name for name in NUMBERS}
-    numbers |= {f"map_of_{name.replace('.', '_')}": f"class_{label}" for label, name in enumerate(names)}
+    numbers |= {logged_as(name): f"class_{label}" for label, name in enumerate(names)}
     metrics = {name: OneNumber(source, number, name == "map") for name, number in numbers.items()}
     return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
+
+
+def logged_as(name: str) -> str:
+    """What the number of a class is called; a name with a dot would be that of a part of a collection."""
+    return f"map_of_{name.replace('.', '_')}"
 
 
 def mean_average_precision() -> Any:
