@@ -42,7 +42,9 @@ def positions(height: int, width: int, strides: Sequence[int], device: torch.dev
         >>> positions(16, 32, [8, 16]).points.tolist()[-3:], positions(16, 32, [8, 16]).levels
         ([[28.0, 12.0], [8.0, 8.0], [24.0, 8.0]], [8, 2])
     """
-    points, of, before = [], [], []
+    points: list[Tensor] = []
+    of: list[Tensor] = []
+    before: list[Tensor] = []
     for stride, finer in zip(strides, (0, *strides), strict=False):
         rows, columns = -(-height // stride), -(-width // stride)
         y, x = (stride * (torch.arange(count, device=device) + 0.5) for count in (rows, columns))
