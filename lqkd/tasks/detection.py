@@ -157,7 +157,7 @@ class Detection(Task):
     def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
         """The last layers' bits for all that the network names as such, and a step for each level where ``lsq`` is."""
         bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
-        if bits is not None:
+        if bits is not None and named:
             rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
             recipe = replace(recipe, rules=[*rules, *recipe.rules])
         layers = {name: layer_kind(layer) for name, layer in quantizable_layers(network).items()}

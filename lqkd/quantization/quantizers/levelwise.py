@@ -15,7 +15,7 @@ from lqkd.quantization.quantizers.lsq import LSQ
 from lqkd.quantization.quantizers.uniform import mse_step
 
 
-def begin_pass(network: nn.Module, inputs: Any = None) -> None:
+def begin_pass(network: nn.Module, inputs: Any) -> None:
     """Let the next call of every :class:`LevelwiseStep` in ``network`` be the first of a pass; a forward pre-hook.
 
     A pass that was broken off, as where memory ran out, would otherwise move the levels of all that follow.
