@@ -20,6 +20,9 @@ from lqkd.utils.counter_rng import STREAM_FLIP, uniform
 VISIBLE = 0.25
 """The share of a box's area that must be left in a window for the object still to count."""
 
+_ROUNDED = 0.5
+"""Pixels by which a box may reach out of its image, as those that were rounded do; it is cut to the image."""
+
 
 class Boxed(NamedTuple):
     """An image's file and its objects."""
@@ -51,6 +54,25 @@ def check_sides(box: Sequence[float], name: str, where: str) -> bool:
             f"{where}: the box {_told(box)} of {name!r} has swapped corners: x1, y1 is the upper left one."
         )
     return bool(box[2] > box[0] and box[3] > box[1])
+
+
+def check_inside(box: Sequence[float], name: str, size: tuple[int, int], image: str, where: str) -> None:
+    """Refuse a box that reaches out of its image by more than rounding.
+
+    Args:
+        box: x1, y1, x2, y2.
+        name: of its class.
+        size: width and height of the image, in pixels.
+        image: its file.
+        where: the file of the box.
+
+    Raises:
+        UsageError: then, in one sentence with both files and the box.
+    """
+    if min(box[0], box[1], size[0] - box[2], size[1] - box[3]) < -_ROUNDED:
+        raise UsageError(
+            f"{where}: the box {_told(box)} of {name!r} reaches out of {image}, which has {size[0]}x{size[1]} pixels."
+        )
 
 
 def empty_box(box: Sequence[float], name: str, where: str) -> str:
@@ -93,21 +115,17 @@ class BoxedImages(EncodedImages):
         return torch.tensor(self._boxes[part]), torch.tensor(self._labels[part])
 
     def read(self, index: int) -> np.ndarray:
-        """Decode one image: (H, W, 3) uint8 in its own size.
+        """Decode one image: (H, W, 3) uint8 as the file stores it, for which boxes are, whatever rotation EXIF notes.
 
         Raises:
             UsageError: when it cannot be read, or a box lies outside of it.
         """
         path = self.files.path(index)
-        pixels = decode(path, path)
+        pixels = decode(path, path, upright=False)
         height, width = pixels.shape[:2]
         for box, label in zip(*(part.tolist() for part in self.objects_of(index)), strict=True):
-            if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
-                where = self._one_file if self.annotated is None else self.annotated[index]
-                raise UsageError(
-                    f"{where}: the box {_told(box)} of {self.names[label]!r} reaches out of {path}, which has {width}x"
-                    f"{height} pixels."
-                )
+            where = self._one_file if self.annotated is None else self.annotated[index]
+            check_inside(box, self.names[label], (width, height), path, where)
         return pixels
 
     def fingerprint(self) -> str:
@@ -167,12 +185,13 @@ class CroppedBoxes(CroppedImages):
         else:
             window = random_window(height, width, self.crop_scale, draws, aspect=size[1] / size[0])
             image = functional.resized_crop(image, *window, size, antialias=True)
-            boxes = functional.resized_crop(boxes, *window, size)
+            boxes = functional.resized_crop(boxes, *window, size)  # which cuts them to the window
+            height, width = window[2:]
         if flip:
             image, boxes = functional.horizontal_flip(image), functional.horizontal_flip(boxes)
-        whole = _area(boxes)
+        whole = _area(corners) * (size[0] * size[1] / (height * width))  # of a box that nothing is cut off
         boxes = functional.clamp_bounding_boxes(boxes)
-        kept = _area(boxes) > VISIBLE * whole if self.crop_scale is not None else whole > 0
+        kept = _area(boxes) > (0.0 if self.crop_scale is None else VISIBLE) * whole
         target = {"boxes": boxes.as_subclass(Tensor)[kept].contiguous(), "labels": labels[kept]}
         return image.as_subclass(Tensor), target
 

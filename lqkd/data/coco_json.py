@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lqkd.data.boxes import Boxed, check_sides, empty_box
+from lqkd.data.boxes import Boxed, check_inside, check_sides, empty_box
 from lqkd.errors import UsageError, first_line
 
 
@@ -34,18 +36,25 @@ def read_coco(path: Path, images: Path) -> Coco:
         images: the folder in which its images lie.
 
     Raises:
-        UsageError: when it cannot be read, an annotation is of no category or image that the file lists, a box has
-            swapped corners, or an image does not exist.
+        UsageError: when it cannot be read, lists something twice, an annotation is of no category or image
+            that the file lists, a box has swapped corners or lies outside, or an image does not exist.
     """
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        listed = {int(image["id"]): str(image["file_name"]) for image in said["images"]}
-        categories = {int(one["id"]): str(one["name"]) for one in said["categories"]}
-        annotations = said["annotations"]
+        images_said = [(int(image["id"]), str(image["file_name"])) for image in said["images"]]
+        sizes = {
+            int(image["id"]): (int(image.get("width") or 0), int(image.get("height") or 0)) for image in said["images"]
+        }
+        categories_said = [(int(one["id"]), str(one["name"])) for one in said["categories"]]
+        annotations = list(said["annotations"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is no file of COCO's annotations, with images, annotations and categories ({first_line(error)})."
         ) from error
+    _refuse_twice([number for number, _ in images_said], "the image of number", path)
+    _refuse_twice([name for _, name in images_said], "the image", path)
+    _refuse_twice([number for number, _ in categories_said], "the category of number", path)
+    listed, categories = dict(images_said), dict(categories_said)
     numbers = sorted(categories)
     names = tuple(categories[number] for number in numbers)
     labels = {number: label for label, number in enumerate(numbers)}
@@ -56,6 +65,8 @@ def read_coco(path: Path, images: Path) -> Coco:
         if annotation.get("iscrowd"):
             crowds += 1
         elif check_sides(box, names[label], f"{path} ({listed[image]})"):
+            if min(sizes[image]) > 0:
+                check_inside(box, names[label], sizes[image], listed[image], str(path))
             objects[image].append((box, label))
         else:
             empty.append(empty_box(box, names[label], f"{path} ({listed[image]})"))
@@ -66,11 +77,19 @@ def read_coco(path: Path, images: Path) -> Coco:
     boxed = []
     for image, name in listed.items():
         file = images / name
+        if not file.is_relative_to(images):
+            raise UsageError(f"{path} lists the image {name}, which does not lie in {images}.")
         if not file.is_file():
             raise UsageError(f"image {file} does not exist, which {path} lists.")
         corners = np.array([box for box, _ in objects[image]], np.float32).reshape(-1, 4)
         boxed.append(Boxed(str(file), corners, np.array([label for _, label in objects[image]], np.int64), str(path)))
     return Coco(boxed, names, empty)
+
+
+def _refuse_twice(listed: Sequence[int | str], what: str, path: Path) -> None:
+    for value, times in Counter(listed).most_common(1):
+        if times > 1:
+            raise UsageError(f"{path} lists {what} {value!r} {times} times: list it once.")
 
 
 def _object(

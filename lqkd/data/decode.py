@@ -14,8 +14,8 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _TOO_DEEP = ("I", "F")  # 32 bits per pixel: nothing says which value is white
 
 
-def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB") -> np.ndarray:
-    """Decode an image that Pillow can read, upright.
+def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB", *, upright: bool = True) -> np.ndarray:
+    """Decode an image that Pillow can read.
 
     Grey, palette and CMYK images are converted, an alpha channel is dropped (as torchvision's ``ImageFolder`` does),
     16-bit grey is scaled to 8 bits, the rotation that a camera notes in EXIF is applied, and of several frames the
@@ -25,6 +25,7 @@ def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB") -
         file: a path or an open binary file.
         name: what messages call the image.
         mode: ``RGB`` for three channels, ``L`` for one.
+        upright: whether the rotation in EXIF is applied; otherwise the pixels are as the file stores them.
 
     Returns:
         (H, W, C) uint8, not writable.
@@ -41,10 +42,10 @@ def decode(file: str | BinaryIO, name: str, mode: Literal["RGB", "L"] = "RGB") -
             image.load()
             if image.mode in _TOO_DEEP:
                 raise UsageError(f"{name} has 32-bit pixels: images must have 8 or 16 bits per channel.")
-            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-            if upright.mode in _SIXTEEN_BITS:
-                upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
-            pixels = np.asarray(upright if upright.mode == mode else upright.convert(mode))
+            turned = ImageOps.exif_transpose(image) if upright and _orientation(image) != 1 else image
+            if turned.mode in _SIXTEEN_BITS:
+                turned = Image.fromarray(((np.asarray(turned).astype(np.uint32) + 128) // 257).astype(np.uint8))
+            pixels = np.asarray(turned if turned.mode == mode else turned.convert(mode))
     except UsageError:
         raise
     except UnidentifiedImageError as error:  # whose text is the path once more

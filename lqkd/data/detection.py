@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,9 @@ class DetectionDataModule(ImageDataModule):
             std=std,
             limit_train=limit_train,
         )
-        if not isinstance(image_size, (tuple, list)) or len(image_size) != 2 or min(image_size) < 1:
-            raise UsageError(f"image_size={image_size!r} is not accepted: two numbers >= 1, height and width.")
+        whole = isinstance(image_size, (tuple, list)) and all(isinstance(side, int) for side in image_size)
+        if not whole or len(image_size) != 2 or min(image_size) < 1:
+            raise UsageError(f"image_size={image_size!r} is not accepted: two whole numbers >= 1, height and width.")
         self.image_size = (image_size[0], image_size[1])
         self.crop_scale = check_crop_scale(crop_scale)
         self.num_workers = check_workers(num_workers)
@@ -218,6 +220,14 @@ class DetectionFolder(DetectionDataModule):
                 raise UsageError(f"{where} has no image.")
             if not any(len(boxed.labels) for boxed in part):
                 raise UsageError(f"no image of {where} has an object: there is nothing to find.")
+        listed: dict[str, str] = {}
+        for name, boxed in ((name, boxed) for name, part in parts.items() for boxed in part):
+            other = listed.setdefault(boxed.image, name)
+            if other != name:
+                raise UsageError(f"image {boxed.image} is in the parts {other!r} and {name!r}: it can be in one only.")
+        if len(listed) < sum(map(len, parts.values())):
+            image, times = Counter(boxed.image for part in parts.values() for boxed in part).most_common(1)[0]
+            raise UsageError(f"image {image} is listed {times} times: list it once.")
         if "all" not in parts and (parts.keys() == {"train"} or "train" not in parts):
             raise UsageError(
                 f"root={self.root} has {' and '.join(parts) or 'nothing'}: a part 'train' and at least one of 'val' "

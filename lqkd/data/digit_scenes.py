@@ -34,7 +34,7 @@ class DigitScenes(DetectionDataModule):
 
     Digits are the 1,797 of :class:`~lqkd.data.Digits`, photographs the two that scikit-learn ships. Which digits lie
     where is a function of the number of the scene alone, the same in every run. Test scenes, 200 of them, show digits
-    that no other scene shows, on other parts of the same photographs.
+    that no other scene shows. What is behind them are windows of the same photographs, which may overlap with others'.
 
     Args:
         scenes: Those for training and validation together.

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from lqkd.data.boxes import Boxed, check_sides, empty_box
+from lqkd.data.boxes import Boxed, check_inside, check_sides, empty_box
 from lqkd.data.class_folders import SUFFIXES
 from lqkd.errors import UsageError, first_line
 
@@ -30,6 +30,8 @@ class Found(NamedTuple):
     image: str
     annotation: str
     objects: list[tuple[str, list[float]]]
+    size: tuple[int, int] | None
+    """Width and height as the annotation says, where it does."""
 
 
 def read_voc(root: Path, names: Sequence[str] | None) -> list[Found]:
@@ -40,12 +42,22 @@ def read_voc(root: Path, names: Sequence[str] | None) -> list[Found]:
         names: of the images, without an ending; None for all images.
 
     Raises:
-        UsageError: when an image has no annotation or an annotation no image, or one cannot be read.
+        UsageError: when an image has no annotation, an annotation no image or several of the same name, or one cannot
+            be read.
     """
     for folder in ("JPEGImages", "Annotations"):
         if not (root / folder).is_dir():
             raise UsageError(f"{root} has no folder {folder!r}: VOC's sets have JPEGImages and Annotations.")
-    images = {path.stem: path for path in sorted((root / "JPEGImages").iterdir()) if path.suffix.lower() in SUFFIXES}
+    images: dict[str, Path] = {}
+    for path in sorted((root / "JPEGImages").iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            other = images.setdefault(path.stem, path)
+            if other != path:
+                raise UsageError(f"{other} and {path} have the same annotation: images need different names.")
+    if names is None:
+        for path in sorted((root / "Annotations").glob("[!.]*.xml")):
+            if path.stem not in images:
+                raise UsageError(f"annotation {path} has no image in {root / 'JPEGImages'}.")
     found = []
     for name in sorted(images) if names is None else names:
         if name not in images:
@@ -53,7 +65,7 @@ def read_voc(root: Path, names: Sequence[str] | None) -> list[Found]:
         annotation = root / "Annotations" / f"{name}.xml"
         if not annotation.is_file():
             raise UsageError(f"image {images[name]} has no annotation: {annotation} does not exist.")
-        found.append(Found(str(images[name]), str(annotation), _objects(annotation)))
+        found.append(Found(str(images[name]), str(annotation), *_read(annotation)))
     return found
 
 
@@ -61,11 +73,11 @@ def boxed_voc(found: Sequence[Found], classes: Sequence[str]) -> Voc:
     """The same with numbers of classes.
 
     Raises:
-        UsageError: when a class is none of ``classes``, or a box has swapped corners.
+        UsageError: when a class is none of ``classes``, or a box has swapped corners or lies outside.
     """
     labels = {name: label for label, name in enumerate(classes)}
     boxed, empty = [], []
-    for image, annotation, objects in found:
+    for image, annotation, objects, size in found:
         kept = []
         for name, box in objects:
             if name not in labels:
@@ -73,6 +85,8 @@ def boxed_voc(found: Sequence[Found], classes: Sequence[str]) -> Voc:
                     f"{annotation} has an object {name!r}: the classes are {', '.join(map(repr, classes))}."
                 )
             if check_sides(box, name, annotation):
+                if size is not None:
+                    check_inside(box, name, size, image, annotation)
                 kept.append((box, labels[name]))
             else:
                 empty.append(empty_box(box, name, annotation))
@@ -81,12 +95,20 @@ def boxed_voc(found: Sequence[Found], classes: Sequence[str]) -> Voc:
     return Voc(boxed, empty)
 
 
-def _objects(path: Path) -> list[tuple[str, list[float]]]:
+def _read(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | None]:
+    """The objects of a file, and the size of its image."""
     try:
         root = ElementTree.parse(path).getroot()
-        return [
-            (str(one.findtext("name")).strip(), [float(str(one.findtext(f"bndbox/{side}"))) for side in _SIDES])
-            for one in root.iter("object")
-        ]
+        objects = []
+        for one in root.iter("object"):
+            told = {side: one.findtext(f"bndbox/{side}") for side in _SIDES}
+            name = (one.findtext("name") or "").strip()
+            missing = [side for side, value in told.items() if value is None]
+            if not name or missing:
+                what = f"{name!r} without {missing[0]} in its bndbox" if name else "without a name"
+                raise UsageError(f"annotation {path} has an object {what}.")
+            objects.append((name, [float(str(value)) for value in told.values()]))
+        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+        return objects, (width, height) if min(width, height) > 0 else None
     except (ElementTree.ParseError, ValueError, OSError) as error:
         raise UsageError(f"annotation {path} cannot be read: {first_line(error)}.") from error

@@ -50,6 +50,7 @@ def _of_call(module: nn.Module, call: int) -> nn.Module:
     own = copy.copy(module)
     for table in ("_modules", "_parameters", "_buffers"):
         setattr(own, table, dict(getattr(module, table)))
-    if isinstance(own, QuantizedLayer) and isinstance(own.input_quantizer, LevelwiseStep):
-        own.input_quantizer = own.input_quantizer.at(call)
+    if isinstance(own, QuantizedLayer) and own.input_quantizer is not None:
+        steps = own.input_quantizer
+        own.input_quantizer = steps.at(call) if isinstance(steps, LevelwiseStep) else copy.deepcopy(steps)
     return own

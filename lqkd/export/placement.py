@@ -47,7 +47,10 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
             )
     check_takes(student, example, "an example")
     _check_traced(student, example)
-    student = separated(student)
+    apart = separated(student)
+    if apart is not student:
+        _check_separated(apart, student, example)
+    student = apart
     folding = fold_batchnorm(student)
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
@@ -85,6 +88,18 @@ def _check_traced(student: nn.Module, example: Inputs) -> None:
         raise UsageError(
             f"the network cannot be exported: a trace of its forward goes another way than a batch ({difference}): the "
             "forward must not ask for the Python type of a value (isinstance, type), where a trace has a stand-in"
+        )
+
+
+@torch.no_grad()
+def _check_separated(apart: nn.Module, student: nn.Module, example: Inputs) -> None:
+    """Refuse a network with a layer for each call that computes something else than the one with layers for all."""
+    given = [example.map(torch.clone).call(network) for network in (apart, student)]
+    found, expected = map(_tensors, given)
+    if len(found) != len(expected) or not all(map(_agree, found, expected)):
+        raise UsageError(
+            "the network cannot be exported: with a layer of its own for each call of a pass it computes something "
+            "else; its forward must call layers in the same order in every pass"
         )
 
 

@@ -29,10 +29,10 @@ def assign(boxes: Tensor, labels: Tensor, at: Positions, radius: float = 1.5, re
     """The object of every position: FCOS (arXiv 1904.01355), section 3.1 and 3.2, with centre sampling.
 
     A position is of an object where it lies inside of its box and within ``radius`` strides of its middle, and where
-    the largest of its distances to the four sides belongs to its level: ``reach / 2`` to ``reach`` of its strides, from
-    0 on the finest level, without an end on the coarsest. With a reach of 8 these are the paper's limits, 64 pixels on
-    stride 8 and so on. Of several objects it is the smallest. A box that is too small for any position to lie inside
-    is no position's.
+    the largest of its distances to the four sides belongs to its level: up to ``reach`` of its strides, without an end
+    on the coarsest level, and above ``reach`` strides of the level before, 0 on the finest. With a reach of 8 these are
+    the paper's limits, 64 pixels on stride 8 and so on. Of several objects it is the smallest. A box that is too small
+    for any position to lie inside is no position's.
 
     The centerness is equation 3: ``sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))``.
 
@@ -60,7 +60,7 @@ def assign(boxes: Tensor, labels: Tensor, at: Positions, radius: float = 1.5, re
     strides = at.strides.unsqueeze(1)
     near = torch.maximum((x - (left + right) / 2).abs(), (y - (top + bottom) / 2).abs()) < radius * strides
     longest = distances.amax(dim=-1)
-    low = torch.where(strides == at.strides.min(), 0.0, strides * reach / 2)
+    low = at.finer.unsqueeze(1) * reach
     high = torch.where(strides == at.strides.max(), math.inf, strides * reach)
     chosen = (distances.amin(dim=-1) > 0) & near & (longest > low) & (longest <= high)
     areas = ((right - left) * (bottom - top)).expand(count, -1)

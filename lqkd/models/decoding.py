@@ -22,7 +22,7 @@ def detections(
     """The objects of every image, the surest first, as torchvision's detectors tell them.
 
     The score of a class at a position is ``sqrt(sigmoid(class) * sigmoid(centerness))``: FCOS (arXiv 1904.01355,
-    section 3.4) multiplies both, of which the root keeps the order. What overlaps a surer answer of its class by more
+    section 3.3) multiplies both, of which the root keeps the order. What overlaps a surer answer of its class by more
     than ``overlap`` is left out (non-maximum suppression). Nothing here is quantised, and no file holds it.
 
     Args:

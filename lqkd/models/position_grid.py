@@ -19,6 +19,8 @@ class Positions(NamedTuple):
     """(P, 2) float32: x and y of the middle of each position's field, in pixels."""
     strides: Tensor
     """(P,) float32: pixels from a position to the next of its level."""
+    finer: Tensor
+    """(P,) float32: the stride of the level before; 0 on the finest."""
 
     @property
     def levels(self) -> list[int]:
@@ -40,13 +42,16 @@ def positions(height: int, width: int, strides: Sequence[int], device: torch.dev
         >>> positions(16, 32, [8, 16]).points.tolist()[-3:], positions(16, 32, [8, 16]).levels
         ([[28.0, 12.0], [8.0, 8.0], [24.0, 8.0]], [8, 2])
     """
-    points, of = [], []
-    for stride in strides:
+    points: list[Tensor] = []
+    of: list[Tensor] = []
+    before: list[Tensor] = []
+    for stride, finer in zip(strides, (0, *strides), strict=False):
         rows, columns = -(-height // stride), -(-width // stride)
         y, x = (stride * (torch.arange(count, device=device) + 0.5) for count in (rows, columns))
         points.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))
-        of.append(torch.full((rows * columns,), float(stride), device=device))
-    return Positions(torch.cat(points), torch.cat(of))
+        for kept, value in ((of, stride), (before, finer)):
+            kept.append(torch.full((rows * columns,), float(value), device=device))
+    return Positions(torch.cat(points), torch.cat(of), torch.cat(before))
 
 
 def boxes_at(distances: Tensor, at: Positions) -> Tensor:

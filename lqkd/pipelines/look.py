@@ -44,8 +44,9 @@ def look_at(root: Path) -> Photographs | Pairs | Texts:
     boxes = next(_of_boxes(root), None)
     if boxes is not None:
         raise UsageError(
-            f"{str(root)!r} is a data set of boxes ({boxes}), on which distill does not train yet, but fit on those of "
-            f"COCO and VOC (docs/detection.md): {_NEEDED}"
+            f"{str(root)!r} is a data set of boxes ({boxes}), which distill does not take, but fit takes VOC's and "
+            "COCO's with lqkd.data.VocDetection and CocoDetection (configs/detection, docs/detection.md); for distill "
+            f"{_NEEDED}"
         )
     whole = root / "train" if has_folders(root / "train") else root
     if (whole / "images").is_dir() and (whole / "masks").is_dir():

@@ -157,7 +157,7 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
         name: [
             q
             for q in quantizers
-            if q.is_ready and q.channels is None and not isinstance(q, APoT | LevelwiseStep | N2UQ | ReAct)
+            if q.is_ready and q.channels is None and not isinstance(q, APoT | Dynamic | LevelwiseStep | N2UQ | ReAct)
         ]
         for name, quantizers in found.items()
         if isinstance(model.get_submodule(name), QuantizedLayer)

@@ -16,6 +16,7 @@ from lqkd.quantization.granularity import check_tokens, granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
 from lqkd.quantization.quantizers import LSQ, LevelwiseStep, Quantizer
+from lqkd.quantization.quantizers.levelwise import begin_pass
 from lqkd.quantization.recipe import (
     FLOAT_BITS,
     LayerSettings,
@@ -216,6 +217,9 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     for parent in [*model.modules(), *replacements.values()]:
         _replace_children(parent, replacements)
     model = replacements.get(id(model), model)
+    levelled = any(isinstance(module, LevelwiseStep) for module in model.modules())
+    if levelled and begin_pass not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(begin_pass)
     quantize_joins(model, survey(model), recipe)
     return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
 

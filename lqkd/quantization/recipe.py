@@ -299,6 +299,8 @@ def _complete(name: str, entry: dict[str, Any], bits: str) -> LayerSettings:
         entry["weight_quantizer"] = by_bits.get(entry["weight_bits"], "lsq")
     if entry["activation_quantizer"] is None:
         entry["activation_quantizer"] = "react" if entry["activation_bits"] == 1 else "lsq"
+    if entry["per_level"] not in (None, True, False):
+        raise UsageError(f"per_level={entry['per_level']!r} of layer {name!r} is not possible: true, false or null")
     find_quantizer(entry["weight_quantizer"])
     find_quantizer(entry["activation_quantizer"])
     return LayerSettings(**entry)

@@ -63,7 +63,10 @@ class FoundObjects(Metric):
         self.true.append(torch.cat([_table(n, columns) for n, columns in zip(numbers, truths, strict=True)]))
 
     def compute(self) -> dict[str, Tensor]:
-        """Every number by its name; NaN where there is nothing to measure, such as an object of that size."""
+        """Every number by its name; NaN where nothing is to be measured: no object of that size, or no image."""
+        names = [*NUMBERS, *(f"class_{label}" for label in range(self.classes))]
+        if not self.images:
+            return dict.fromkeys(names, torch.tensor(torch.nan))
         metric = mean_average_precision()
         metric.distributed_available_fn = lambda: False  # all is here already
         images, found, true = (dim_zero_cat(state).cpu() for state in (self.images, self.found, self.true))
@@ -74,11 +77,11 @@ class FoundObjects(Metric):
                 [{"labels": of_true[:, 1].long(), "boxes": of_true[:, 2:].float()}],
             )
         measured = metric.compute()
-        numbers = {name: measured[of_library] for name, of_library in NUMBERS.items()}
         by_class = dict(zip(measured["classes"].flatten().tolist(), measured["map_per_class"].flatten(), strict=True))
         missing = torch.tensor(-1.0)
-        numbers |= {f"class_{label}": by_class.get(label, missing) for label in range(self.classes)}
-        return {name: torch.where(value < 0, torch.nan, value.float()) for name, value in numbers.items()}
+        values = [measured[of_library] for of_library in NUMBERS.values()]
+        values += [by_class.get(label, missing) for label in range(self.classes)]
+        return {name: torch.where(of < 0, torch.nan, of.float()) for name, of in zip(names, values, strict=True)}
 
 
 class OneNumber(Metric):
@@ -117,9 +120,14 @@ def box_metrics(names: Sequence[str]) -> MetricCollection:
     """
     source = FoundObjects(len(names))
     numbers = {name: name for name in NUMBERS}
-    numbers |= {f"map_of_{name.replace('.', '_')}": f"class_{label}" for label, name in enumerate(names)}
+    numbers |= {logged_as(name): f"class_{label}" for label, name in enumerate(names)}
     metrics = {name: OneNumber(source, number, name == "map") for name, number in numbers.items()}
     return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
+
+
+def logged_as(name: str) -> str:
+    """What the number of a class is called; a name with a dot would be that of a part of a collection."""
+    return f"map_of_{name.replace('.', '_')}"
 
 
 def mean_average_precision() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,13 @@ from lqkd.losses.detection import Assigned, assign, fcos_losses
 from lqkd.models.decoding import detections
 from lqkd.models.outputs import Asked
 from lqkd.models.position_grid import Positions, boxes_at, positions
-from lqkd.quantization import Recipe, Rule
+from lqkd.quantization import LSQ, Recipe, Rule
+from lqkd.quantization.convert import layer_kind, quantizable_layers
 from lqkd.quantization.graph import survey
-from lqkd.quantization.recipe import parse_bits
-from lqkd.tasks.average_precision import box_metrics, mean_average_precision
+from lqkd.quantization.recipe import exactly, find_quantizer, resolve
+from lqkd.tasks.average_precision import box_metrics, logged_as, mean_average_precision
 from lqkd.tasks.base import Rows, Task, example_input
-from lqkd.tasks.scenes import Scenes, scenes_of
+from lqkd.tasks.scenes import Scenes, are_images, scenes_of
 
 _SURE, _SAME_PLACE = 0.3, 0.7
 """The score of an object, and the overlap of two, from which on a file's must have a partner in the network's."""
@@ -47,7 +49,8 @@ class Detection(Task):
     Args:
         classes: their names, or their number.
         strides: of the network's levels, in pixels, the finest first.
-        reach: the longest side of what a level looks for, in its strides; see :func:`lqkd.losses.detection.assign`.
+        reach: the largest distance from a position to a side of the box that it looks for, in strides of its level, so
+            that boxes are up to twice as long; see :func:`lqkd.losses.detection.assign`.
         min_score: the least score of an object that counts, in [0, 1).
         overlap: of two objects of a class, from which on one of them does not count, in (0, 1).
         most_objects: of an image that count; the metric looks at 100.
@@ -70,19 +73,19 @@ class Detection(Task):
         most_objects: int = 100,
     ) -> None:
         super().__init__()
-        self.names = tuple(map(str, range(classes)) if isinstance(classes, int) else classes)
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise UsageError(f"classes={classes!r} is not possible: at least 1, or names of which no two are the same")
-        if not strides or list(strides) != sorted(set(strides)) or strides[0] < 1:
-            raise UsageError(f"strides={list(strides)!r} is not possible: whole numbers that rise, such as [8, 16, 32]")
-        for name, value, valid in (
-            ("reach", reach, reach > 0),
-            ("min_score", min_score, 0 <= min_score < 1),
-            ("overlap", overlap, 0 < overlap < 1),
-            ("most_objects", most_objects, most_objects >= 1),
+        self.names = _names(classes)
+        whole = isinstance(strides, (list, tuple)) and all(type(stride) is int for stride in strides)
+        if not whole or not strides or list(strides) != sorted(set(strides)) or strides[0] < 1:
+            raise UsageError(f"strides={strides!r} is not possible: whole numbers that rise, such as [8, 16, 32]")
+        for name, value, valid, needed in (
+            ("reach", reach, lambda: 0 < reach < math.inf, "a number above 0"),
+            ("min_score", min_score, lambda: 0 <= min_score < 1, "a number from 0 to 1, 1 excluded"),
+            ("overlap", overlap, lambda: 0 < overlap < 1, "a number between 0 and 1, both excluded"),
+            ("most_objects", most_objects, lambda: type(most_objects) is int and most_objects >= 1, "a whole number"),
         ):
-            if not valid:
-                raise UsageError(f"{name}={value!r} of task Detection is not possible: see its description")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not valid():
+                raise UsageError(f"{name}={value!r} of task Detection is not possible: {needed} is needed")
         mean_average_precision()  # or the training would end at its first validation
         self.classes, self.strides, self.reach = len(self.names), tuple(strides), reach
         self.min_score, self.overlap, self.most_objects = min_score, overlap, most_objects
@@ -145,20 +148,27 @@ class Detection(Task):
         return len(self._scenes(batch).images)
 
     def part(self, batch: Any, samples: slice) -> Any:
-        return tuple(of[samples] for of in batch[:2])
+        if are_images(batch):
+            return batch[samples]
+        return tuple(None if of is None else of[samples] for of in batch[:2])
 
     # ---- what a recipe leaves open
 
     def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
-        """The last layers' bits for all that the network names as such, and a step for each level."""
-        called_again = any(count > 1 for count in survey(network).calls.values())
-        if recipe.per_level is None and called_again and _learns_steps(recipe):
-            recipe = replace(recipe, per_level=True)
+        """The last layers' bits for all that the network names as such, and a step for each level where ``lsq`` is."""
         bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
-        if bits is None or not named:
-            return recipe
-        rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
-        return replace(recipe, rules=[*rules, *recipe.rules])
+        if bits is not None and named:
+            rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
+            recipe = replace(recipe, rules=[*rules, *recipe.rules])
+        layers = {name: layer_kind(layer) for name, layer in quantizable_layers(network).items()}
+        calls = survey(network).calls
+        settings = {name: of for name, of in resolve(recipe, layers).items() if calls.get(name, 1) > 1}
+        levelled = [
+            Rule(exactly(name), per_level=True)
+            for name, of in settings.items()
+            if of.per_level is None and find_quantizer(of.activation_quantizer)[0] is LSQ
+        ]
+        return replace(recipe, rules=[*recipe.rules, *levelled]) if levelled else recipe
 
     # ---- evaluation
 
@@ -225,7 +235,7 @@ class Detection(Task):
             )
 
     def check_batch(self, outputs: Tensor, batch: Any) -> None:
-        """Refuse labels that are no class, boxes without an area, and answers for other positions than the images'."""
+        """Refuse labels that are no class, boxes without an area or outside, and answers for other positions."""
         scenes = self._scenes(batch)
         if scenes.objects is None:
             return
@@ -238,9 +248,16 @@ class Detection(Task):
                     f"label {wrong} of a box is out of range: the task has {self.classes} classes, whose labels are 0 "
                     f"to {self.classes - 1}; there is none for the background"
                 )
-            empty = ~((boxes[:, 2:] > boxes[:, :2]).all(dim=1))
-            if bool(empty.any()):
-                raise UsageError(f"the box {boxes[empty][0].tolist()} has no area: boxes are x1, y1, x2, y2")
+            area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+            if not bool(area.all()):
+                raise UsageError(f"the box {boxes[~area][0].tolist()} has no area: boxes are x1, y1, x2, y2")
+            height, width = scenes.images.shape[-2:]
+            outside = (boxes[:, 2:] <= 0).any(dim=1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
+            if bool(outside.any()):
+                raise UsageError(
+                    f"the box {boxes[outside][0].tolist()} lies outside of its image of {width}x{height} pixels: boxes "
+                    "are x1, y1, x2, y2 in pixels"
+                )
 
     def unlabelled(self, batch: Any) -> bool:
         return self._scenes(batch).objects is None
@@ -274,12 +291,22 @@ class Detection(Task):
         return detections(*self._parts(outputs), size, self.min_score, self.overlap, self.most_objects)
 
 
-def _learns_steps(recipe: Recipe) -> bool:
-    """Whether all inputs are quantised by ``lsq``, which alone has steps by level."""
-    quantizers = [recipe.activation_quantizer, *(rule.activation_quantizer for rule in recipe.rules)]
-    names = [spec.get("name") if isinstance(spec, dict) else spec for spec in quantizers]
-    bits = [parse_bits(recipe.bits)[1], *(rule.activation_bits for rule in recipe.rules)]
-    return all(name in (None, "lsq") for name in names) and 1 not in bits
+def _names(classes: int | list[str]) -> tuple[str, ...]:
+    """Of the classes; UsageError where they cannot be."""
+    numbered = type(classes) is int
+    if not numbered and not (isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)):
+        raise UsageError(f"classes={classes!r} is not possible: a whole number or a list of names is needed")
+    names = tuple(map(str, range(classes)) if isinstance(classes, int) else classes)
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"classes={classes!r} is not possible: at least 1, or names of which no two are the same")
+    logged: dict[str, str] = {}
+    for name in names:
+        other = logged.setdefault(logged_as(name), name)
+        if other != name:
+            raise UsageError(
+                f"classes {other!r} and {name!r} would both be logged as {logged_as(name)!r}: give one another name"
+            )
+    return names
 
 
 def _in_common(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:

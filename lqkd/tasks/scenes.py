@@ -34,7 +34,8 @@ def scenes_of(batch: Any, multiple: int) -> Scenes:
     """Read ``(images, targets, ...)``, or images alone. Nothing here waits for the device.
 
     Images are a tensor (B, channels, H, W), or a list of tensors (channels, H, W) of any sizes, which are padded with
-    zeros at the right and at the bottom. Targets are dicts with ``boxes`` and ``labels``, as torchvision's.
+    zeros at the right and at the bottom; a batch of such tensors is images alone. Targets are dicts with ``boxes`` and
+    ``labels``, as torchvision's.
 
     Args:
         batch: what a loader yields, on the device.
@@ -43,7 +44,7 @@ def scenes_of(batch: Any, multiple: int) -> Scenes:
     Raises:
         UsageError: when the batch is none of these.
     """
-    parts = (batch,) if isinstance(batch, Tensor) else batch
+    parts = (batch,) if are_images(batch) else batch
     if not isinstance(parts, (tuple, list)) or not parts:
         raise UsageError(f"a batch of the data is a {type(batch).__name__}: (images, targets) is needed")
     images = _padded(parts[0], multiple)
@@ -58,10 +59,21 @@ def scenes_of(batch: Any, multiple: int) -> Scenes:
     return Scenes(images, [_objects(target) for target in targets])
 
 
+def are_images(batch: Any) -> bool:
+    """Whether a batch is images alone: a tensor, or tensors of three axes."""
+    return isinstance(batch, Tensor) or _are_single(batch)
+
+
+def _are_single(images: Any) -> bool:
+    """Whether they are tensors (channels, H, W)."""
+    listed = isinstance(images, (list, tuple)) and len(images) > 0
+    return listed and all(isinstance(image, Tensor) and image.ndim == 3 for image in images)
+
+
 def _padded(images: Any, multiple: int) -> Tensor:
     if isinstance(images, Tensor) and images.ndim == 4 and len(images):
         stacked = images
-    elif isinstance(images, (list, tuple)) and images and all(isinstance(x, Tensor) and x.ndim == 3 for x in images):
+    elif _are_single(images):
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
         stacked = torch.stack([_grown(image, height, width) for image in images])
     else:

@@ -16,7 +16,7 @@ from lqkd import load_student
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
 from lqkd.models import SmallFCOS
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from lqkd.quantization.quantizers import LevelwiseStep
 from lqkd.tasks import Detection
 from tests.forked import Forks, send
@@ -35,6 +35,8 @@ SMALL = [
     *("--model.init_args.teachers.own.init_args.minimum_accuracy", "0.0"),
     *("--model.init_args.teachers.own.init_args.precision", "fp32"),
 ]
+
+IMAGES = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,28 @@ def test_a_head_with_group_norm_is_refused_at_export_with_what_helps() -> None:
         UsageError, match=r"operator GroupNorm in head.class_tower.norms.0.1 cannot be exported: .* batch norm"
     ):
         to_onnx(student, images, calibration=[images])
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    """A small one with a step for each level but in one layer, fitted to images."""
+    network, rule = SmallFCOS(3, width=4, depth=1), Rule("head.boxes", activation_quantizer="minmax")
+    student, _ = quantize_model(network, Detection(3).recipe(Recipe("w4a4", rules=[rule]), network))
+    initialize_quantizers(student, IMAGES)
+    return student
+
+
+def test_a_file_is_made_with_images_alone_to_test_it(student: nn.Module) -> None:
+    model = to_onnx(student, IMAGES, calibration=[IMAGES], test=[IMAGES], task=Detection(3))
+    parity = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "lqkd.parity"))
+    assert (parity["passed"], parity["samples"], parity["exported"]) == (True, 4, None)
+
+
+def test_a_file_with_the_steps_of_another_level_is_refused(student: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LevelwiseStep.at
+    monkeypatch.setattr(LevelwiseStep, "at", lambda self, call: right(self, 0))
+    with pytest.raises(UsageError, match="with a layer of its own for each call of a pass it computes something else"):
+        to_onnx(student, IMAGES, calibration=[IMAGES])
 
 
 @pytest.mark.slow

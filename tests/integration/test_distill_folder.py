@@ -375,7 +375,7 @@ def other(folder: Path, kind: str) -> None:
         ("nothing", "holds no files and no image"),
         ("images", "holds 2 images and no folder of a class"),
         ("text", "holds text (reviews.csv) in files that are not read: give a folder with"),
-        ("coco", "is a data set of boxes (COCO's annotations/instances.json), on which distill does not train yet"),
+        ("coco", "is a data set of boxes (COCO's annotations/instances.json), which distill does not take, but fit"),
         ("voc", "is a data set of boxes (VOC's Annotations and JPEGImages)"),
         ("yolo", "is a data set of boxes (YOLO's labels)"),
         ("masks", "has masks with the numbers 0 only: a pixel has the number of its class"),

@@ -21,6 +21,7 @@ from lqkd.quantization.calibrate import initialize_quantizers
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.convert import layer_kind, layer_quantizers, quantizable_layers, quantize_model
 from lqkd.quantization.cost import bit_operations, size
+from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve
@@ -185,6 +186,7 @@ def measure_sensitivity(
     if not groups:
         raise UsageError(f"the recipe (bits={recipe.bits!r}) quantises no layer: there is nothing to rank")
     settings = [_settings(network, recipe, groups, pair) for pair in wanted]
+    times = survey(network).calls
     for layer in _quantized(network).values():
         layer.weight_quantizer = layer.input_quantizer = None
     _calibrate(network, calls)
@@ -205,7 +207,7 @@ def measure_sensitivity(
         metric=judge.metric,
         distance=judge.distance,
     )
-    costs = [[_costs(network, group, own, example) for own in settings] for group in groups]
+    costs = [[_costs(network, group, own, times, example) for own in settings] for group in groups]
     if budget is not None:
         kind, base = (0, report.packed_bytes) if budget.quantity == "size" else (1, report.bit_operations)
         budget.check(base + sum(min(cost[kind] for cost in row) - base for row in costs), base)
@@ -214,7 +216,7 @@ def measure_sensitivity(
     for group, row in zip(groups, costs, strict=True):
         candidates = []
         for own, (packed_bytes, operations) in zip(settings, row, strict=True):
-            with _quantizing(network, group, own):
+            with _quantizing(network, group, own, times):
                 _calibrate(network, calls)
                 answers = (judge.answer(network, batch) for batch in validation)
                 increased, distance, found = judge.judge(zip(validation, answers, reference, strict=True))
@@ -284,13 +286,15 @@ def _settings(
 
 
 @contextmanager
-def _quantizing(network: nn.Module, group: list[str], settings: dict[str, LayerSettings]) -> Iterator[None]:
-    """Give the layers of ``group`` fresh quantizers inside the block, and none afterwards."""
+def _quantizing(
+    network: nn.Module, group: list[str], settings: dict[str, LayerSettings], times: Mapping[str, int]
+) -> Iterator[None]:
+    """Give the layers of ``group``, called so many times in a pass, fresh quantizers in the block, none afterwards."""
     layers = {name: layer for name, layer in _quantized(network).items() if name in group}
     shared: dict[int, Quantizer] = {}
     try:
         for name, layer in layers.items():
-            weight, activation = layer_quantizers(name, layer, settings[name], shared)
+            weight, activation = layer_quantizers(name, layer, settings[name], shared, times.get(name, 1))
             layer.weight_quantizer, layer.input_quantizer = weight, activation
         network.eval()
         yield
@@ -299,9 +303,11 @@ def _quantizing(network: nn.Module, group: list[str], settings: dict[str, LayerS
             layer.weight_quantizer = layer.input_quantizer = None
 
 
-def _costs(network: nn.Module, group: list[str], settings: dict[str, LayerSettings], example: Call) -> tuple[int, int]:
+def _costs(
+    network: nn.Module, group: list[str], settings: dict[str, LayerSettings], times: Mapping[str, int], example: Call
+) -> tuple[int, int]:
     """Bytes and bit operations of the network with only the layers of ``group`` quantised."""
-    with _quantizing(network, group, settings):
+    with _quantizing(network, group, settings, times):
         return size(network).packed_bytes, bit_operations(network, *example[0], keywords=example[1])
 
 

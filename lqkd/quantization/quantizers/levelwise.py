@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.kernels import learned_step_quantize
@@ -15,18 +15,34 @@ from lqkd.quantization.quantizers.lsq import LSQ
 from lqkd.quantization.quantizers.uniform import mse_step
 
 
+def begin_pass(network: nn.Module, inputs: Any) -> None:
+    """Let the next call of every :class:`LevelwiseStep` in ``network`` be the first of a pass; a forward pre-hook.
+
+    A pass that was broken off, as where memory ran out, would otherwise move the levels of all that follow.
+
+    Args:
+        network: of which a pass begins.
+        inputs: of the pass, which are left alone.
+    """
+    for module in network.modules():
+        if isinstance(module, LevelwiseStep):
+            module._next = 0
+
+
 class LevelwiseStep(LSQ):
     """:class:`LSQ` with a step for each of the calls of a pass, or with one for all whose gradient counts them all.
 
     Call k of a pass, counted from 0, takes step k. A pass makes ``calls`` calls, always in the same order: the first
-    call after the last one begins the next pass, and so does one after a change between training and evaluation. The
+    call after the last one begins the next pass, and so does one after a change between training and evaluation, or
+    after :func:`begin_pass`, which :func:`lqkd.quantization.quantize_model` hooks before the network's forward. The
     gradient of each step is multiplied by LSQ's factor (see there) of the N features of a sample that its call has; the
     one step of ``shared`` gets a gradient from every call, and N counts the features of all of them, as its first pass
     has had them. Chen et al., "AQD: Towards Accurate Fully-Quantized Object Detection" (arXiv 2007.06919), quantise
     heads level by level.
 
     All calls have the same bits and are signed or not together. The steps are fitted to the first pass, each to its own
-    call; where a call has zeros only, its step is that of the call before it that has more.
+    call; where a call has zeros only, its step is that of the call before it that has more. The one step of ``shared``
+    is fitted to the values of all calls of the first pass so far, and at its end to those of the whole pass.
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
@@ -65,10 +81,11 @@ class LevelwiseStep(LSQ):
         super().__init__(bits, signed=signed, batched=True, initial=initial, bound_gradient=bound_gradient)
         self.calls, self.shared = calls, shared
         if not shared:
-            self.scale = torch.nn.Parameter(torch.ones(calls))
+            self.scale = nn.Parameter(torch.ones(calls))
         self.register_buffer("features", torch.zeros(calls, dtype=torch.int64))
         self._of_calls = [0] * calls  # host copies of it, which are there before the first pass ends
         self._fitted: set[int] = set()
+        self._seen: list[Tensor] = []  # by the one step, in the first pass
         self._given_sign = signed
         self._next = 0
 
@@ -88,7 +105,7 @@ class LevelwiseStep(LSQ):
         alone = LSQ(
             self.bits, signed=self.signed, batched=True, initial=self.initial, bound_gradient=self.bound_gradient
         ).train(self.training)
-        alone.scale = torch.nn.Parameter(self._scale_of(call).detach().clone())
+        alone.scale = nn.Parameter(self._scale_of(call).detach().clone())
         alone._ready = self._ready
         for name in ("initialized", "format"):
             alone._buffers[name] = self._buffers[name].clone()  # type: ignore[union-attr]
@@ -121,14 +138,16 @@ class LevelwiseStep(LSQ):
     @torch.no_grad()
     def _fit_call(self, call: int, x: Tensor) -> None:
         """Fit the step of a call of the first pass; its last one ends the fitting where there was anything to fit."""
-        if x.numel() == 0:
-            return
-        self._of_calls[call] = x.numel() // len(x)
-        values = finite(x.detach())
-        self._decide_sign(bool(max_over_ranks(-values.min()) > 0))
-        if not (self.shared and self._fitted):
+        if x.numel() > 0:
+            self._of_calls[call] = x.numel() // len(x)
+            values = finite(x.detach())
+            self._decide_sign(bool(max_over_ranks(-values.min()) > 0))
+            if self.shared:
+                self._seen = [*(self._seen if call else []), values.flatten()]
+                values = torch.cat(self._seen)
             self._fit_step(call, values)
         if call == self.calls - 1 and self._fitted:
+            self._seen = []
             self.features.copy_(torch.tensor(self._of_calls))
             self._ready, self.wants_mse = True, False
             self.initialized.fill_(True)
@@ -158,10 +177,10 @@ class LevelwiseStep(LSQ):
     @torch.no_grad()
     def forget(self, mse: bool = False) -> None:
         super().forget(mse)
-        self._fitted, self._next = set(), 0
+        self._fitted, self._seen, self._next = set(), [], 0
 
     def train(self, mode: bool = True) -> LevelwiseStep:
-        """A pass that was broken off ends with a change between training and evaluation."""
+        """A change between training and evaluation ends a pass that was broken off."""
         self._next = 0
         super().train(mode)
         return self

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from lqkd.data import Batch, CocoDetection, DigitScenes, VocDetection
+from lqkd.data.boxes import CroppedBoxes
 from lqkd.data.detection import DetectionFolder
+from lqkd.data.worker_loader import Key
 from lqkd.errors import UsageError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
@@ -89,6 +92,29 @@ def test_boxes_go_with_their_images_whatever_is_done_to_both(tmp_path: Path) -> 
     assert 0 < flipped < seen // 2
 
 
+class _OneImage:
+    """A grey image with a box at its left and one at its right."""
+
+    shape = (1, 3, 50, 50)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.full((100, 100, 3), 128, np.uint8)
+
+    def objects_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[0.0, 0, 40, 100], [60, 0, 100, 100]]), torch.tensor([0, 1])
+
+
+def test_what_is_less_than_a_quarter_in_a_window_is_no_object_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CroppedBoxes(_OneImage(), seed=0, crop_scale=(0.2, 1.0), flip=False)
+    left = {}
+    for inside in (0.1, 0.5):  # of the first box
+        window = (0, round(40 - 40 * inside), 100, 50)  # top, left, height, width
+        monkeypatch.setattr("lqkd.data.boxes.random_window", lambda *_, window=window, **__: window)
+        scene = data[Key(0, torch.tensor([0]))]["labels"][0]
+        left[inside] = [[round(side) for side in box] for box in scene["boxes"].tolist()]
+    assert left == {0.1: [[24, 0, 50, 50]], 0.5: [[0, 0, 20, 50]]}
+
+
 def test_categories_of_coco_are_labels_in_the_order_of_their_numbers_and_images_may_be_empty(tmp_path: Path) -> None:
     data = loaded(CocoDetection(root=str(coco(tmp_path)), image_size=(60, 80), validation_fraction=0.5))
     batches = [*data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
@@ -99,9 +125,7 @@ def test_categories_of_coco_are_labels_in_the_order_of_their_numbers_and_images_
 
 def test_lists_of_voc_say_what_is_trained_selected_and_tested_on(tmp_path: Path) -> None:
     root = voc(tmp_path / "set", dict.fromkeys("abcde", BOXES))
-    (root / "ImageSets" / "Main").mkdir(parents=True)
-    for part, names in (("train", "a b"), ("val", "c"), ("test", "d")):
-        (root / "ImageSets" / "Main" / f"{part}.txt").write_text(names)
+    _lists(root, train="a b", val="c", test="d")
     data = loaded(VocDetection(root=str(root), image_size=(32, 32)))
     data.write_split(tmp_path / "split.csv")
     rows = (tmp_path / "split.csv").read_text().split()[1:]
@@ -141,12 +165,35 @@ def test_a_box_that_cannot_be_is_told_with_its_file(
         loaded(VocDetection(root=str(root), image_size=(32, 32), **settings))
 
 
+def test_boxes_are_for_the_image_as_it_is_stored_whatever_rotation_a_camera_notes(tmp_path: Path) -> None:
+    root = voc(tmp_path / "set", {"00": BOXES, "01": BOXES, "02": BOXES})
+    for file in (root / "JPEGImages").iterdir():
+        with Image.open(file) as image:
+            noted = image.getexif()
+            noted[0x0112] = 6  # a quarter to the right
+            image.save(file, exif=noted)
+    data = loaded(VocDetection(root=str(root), image_size=(60, 80), validation_fraction=0.5))
+    batch = next(iter(data.test_dataloader()))
+    assert batch.images[0, :, 20, 20].tolist() == [255, 0, 0]
+
+
 def test_an_empty_box_can_be_left_out_and_is_told(tmp_path: Path) -> None:
     root = voc(tmp_path / "set", {"00": [*BOXES, ("red", [4, 6, 4, 40])], "01": BOXES, "02": BOXES})
     with pytest.warns(UserWarning, match="left out 1 boxes without an area: .*00.xml"):
         data = loaded(VocDetection(root=str(root), image_size=(32, 32), leave_out_empty=True, validation_fraction=0.5))
     everything = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader()]
     assert sum(len(target["labels"]) for loader in everything for batch in loader for target in batch.labels) == 6
+
+
+def _change(root: Path, text: str, by: str) -> None:
+    file = root / "Annotations" / "00.xml"
+    file.write_text(file.read_text().replace(text, by))
+
+
+def _lists(root: Path, **parts: str) -> None:
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for part, names in parts.items():
+        (root / "ImageSets" / "Main" / f"{part}.txt").write_text(names)
 
 
 def _cut_short(root: Path) -> None:
@@ -159,6 +206,18 @@ def _cut_short(root: Path) -> None:
     [
         (_cut_short, "1 of 3 images with boxes cannot be used: .*00.png cannot be read as an image"),
         (lambda root: (root / "Annotations" / "00.xml").unlink(), "00.png has no annotation: .*00.xml does not exist"),
+        (lambda root: (root / "JPEGImages" / "00.png").unlink(), "annotation .*00.xml has no image in .*JPEGImages"),
+        (lambda root: picture(root / "JPEGImages" / "00.jpg", BOXES), "00.jpg and .*00.png have the same annotation"),
+        (lambda root: _change(root, "<name>red</name>", ""), "annotation .*00.xml has an object without a name"),
+        (lambda root: _change(root, "<xmax>30</xmax>", ""), "00.xml has an object 'red' without xmax in its bndbox"),
+        (
+            lambda root: _change(
+                root, "</annotation>", "<size><width>70</width><height>60</height></size></annotation>"
+            ),
+            r"00.xml: the box \[40, 10, 76, 34\] of 'green' reaches out of .*00.png, which has 70x60 pixels",
+        ),
+        (lambda root: _lists(root, train="00 01", test="01"), "01.png is in the parts 'train' and 'test'"),
+        (lambda root: _lists(root, train="00 00", test="01"), "00.png is listed 2 times: list it once"),
         (
             lambda root: [file.write_text("<annotation/>") for file in (root / "Annotations").iterdir()],
             "no image of root=.* has an object: there is nothing to find",
@@ -184,6 +243,15 @@ def test_a_set_that_cannot_be_trained_on_is_refused(
         (lambda said: said["annotations"][0].update(image_id=5), "an annotation of image 5, which it does not list"),
         (lambda said: said.pop("categories"), "is no file of COCO's annotations"),
         (lambda said: said["images"].append({"id": 1, "file_name": "d.png"}), "d.png does not exist"),
+        (lambda said: said["images"].append({"id": 1, "file_name": "a.png"}), "lists the image 'a.png' 2 times"),
+        (lambda said: said["images"].append({"id": 7, "file_name": "d.png"}), "lists the image of number 7 2 times"),
+        (lambda said: said["categories"].append({"id": 9, "name": "blue"}), "lists the category of number 9 2 times"),
+        (
+            lambda said: said["images"][0].update(width=70, height=60),
+            r"json: the box \[40, 10, 76, 34\] of 'green' reaches out of a.png, which has 70x60 pixels",
+        ),
+        (lambda said: said["images"].append({"id": 1, "file_name": "/etc/hosts"}), "/etc/hosts, which does not lie in"),
+        (lambda said: said.update(annotations=None), "is no file of COCO's annotations"),
     ],
 )
 def test_a_file_of_coco_that_contradicts_itself_is_refused(

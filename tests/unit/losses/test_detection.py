@@ -41,6 +41,14 @@ def test_positions_are_assigned_to_the_smallest_object_of_their_level_near_its_m
     assert set(found.labels.tolist()) == {-1, 0, 1, 2}
 
 
+def test_every_size_has_a_level_where_strides_do_not_double() -> None:
+    at, label = positions(64, 64, [4, 16, 32]), torch.tensor([0])
+    sides = (10, 30, 44, 60)
+    boxes = [torch.tensor([[32.0 - side / 2, 32 - side / 2, 32 + side / 2, 32 + side / 2]]) for side in sides]
+    found = [int((assign(box, label, at, reach=4.0).labels == 0).sum()) for box in boxes]
+    assert min(found) > 0
+
+
 def test_focal_loss_is_equation_5() -> None:
     logits, labels = numbers(4, 3), torch.tensor([0, 2, -1, 1])
     for row, label in enumerate(labels.tolist()):

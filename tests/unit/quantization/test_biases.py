@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lqkd.export import deploy
 from lqkd.export.integer import IntegerLayer
-from lqkd.quantization import Rule, fold_batchnorm
+from lqkd.models import SmallFCOS
+from lqkd.quantization import Recipe, Rule, fold_batchnorm, initialize_quantizers, quantize_model
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners, integer_biases
 from tests.unit.export.networks import images, quantised
@@ -107,3 +108,18 @@ def test_a_bias_that_leads_to_sums_half_way_between_two_levels_is_avoided() -> N
     assert 0.9 < float(moved[0].abs()) < 8.1
     torch.testing.assert_close(moved[0], moved[0].round(), rtol=0, atol=1e-2)
     torch.testing.assert_close(projected(after)[0].bias, after[0].bias, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_read_on_a_grid_for_each_call_or_token_is_no_obstacle() -> None:
+    for residual_bits in (None, 8):
+        network = SmallFCOS(3, width=4, depth=1)
+        student, _ = quantize_model(network, Recipe("w4a4", per_level=True, residual_bits=residual_bits))
+        initialize_quantizers(student, torch.randn(2, 3, 32, 32))
+        owners = bias_owners(student, foldable(student).folded)
+        assert owners
+        assert not any(name.startswith("head.") for name in owners)
+        assert integer_biases(student, foldable(student).folded).keys() == set(owners.values())
+    rule = Rule("1", activation_quantizer="dynamic")
+    chain, _ = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), Recipe(rules=[rule]))
+    initialize_quantizers(chain, torch.randn(8, 4))
+    assert integer_biases(chain, {}).keys() == {"0", "2"}

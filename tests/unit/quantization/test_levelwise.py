@@ -11,8 +11,10 @@ from torch import nn
 from lqkd.errors import UsageError
 from lqkd.quantization import LSQ, Recipe, initialize_quantizers, quantize_model
 from lqkd.quantization.quantizers import LevelwiseStep
+from lqkd.quantization.quantizers.uniform import mse_step
 
-LEVELS = [torch.rand(4, 6, 8, 8), 5 * torch.rand(4, 6, 4, 4), 30 * torch.rand(4, 6, 2, 2)]
+_DRAW = torch.Generator().manual_seed(0)
+LEVELS = [times * torch.rand(4, 6, side, side, generator=_DRAW) for times, side in ((1.0, 8), (5.0, 4), (30.0, 2))]
 
 
 class Shared(nn.Module):
@@ -80,6 +82,30 @@ def test_a_pass_that_was_broken_off_does_not_move_the_levels_of_the_next() -> No
     quantizer(LEVELS[0])  # and then an error
     quantizer.eval()
     assert all(torch.equal(quantizer(level), of) for level, of in zip(LEVELS, expected, strict=True))
+
+
+def test_a_training_step_that_was_broken_off_does_not_move_the_levels_of_the_next() -> None:
+    model, _ = quantize_model(Shared(), Recipe("w4a4", per_level=True))
+    initialize_quantizers(model, *LEVELS)
+    model.train()
+    expected = model(*LEVELS)
+    handle = model.last.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(*LEVELS)
+    handle.remove()
+    assert all(map(torch.equal, model(*LEVELS), expected))
+
+
+def test_one_step_for_all_calls_is_fitted_to_the_values_of_all() -> None:
+    together = torch.cat([level.flatten() for level in LEVELS]).view(1, -1)
+    assert torch.equal(fitted(shared=True).scale.detach(), mse_step(together, 0, 15)[0])
+
+
+def test_the_first_pass_ends_where_its_last_call_is_empty() -> None:
+    quantizer = LevelwiseStep(4, calls=2)
+    quantizer(LEVELS[0])
+    quantizer(LEVELS[1][:0])
+    assert quantizer.is_ready
 
 
 def test_a_copy_with_its_state_goes_on_with_the_same_gradients() -> None:

@@ -21,6 +21,7 @@ from lqkd.quantization import (
     quantize_model,
     reestimate_batchnorm,
 )
+from lqkd.quantization.quantizers import LevelwiseStep
 from lqkd.quantization.recipe import exactly, resolve
 
 
@@ -147,3 +148,23 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(data: tupl
             digits_network(), Recipe(), *data, progress=lambda *x: seen.append(x), budget=Budget.parse("bops=0.1%")
         )
     assert seen == []
+
+
+def test_a_layer_that_is_called_for_several_levels_is_measured_with_a_step_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class TwoLevels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            finer = self.body(x).relu()
+            return self.head(finer) + self.head(100 * finer)
+
+    kinds = set()
+    steps = LevelwiseStep.forward
+    monkeypatch.setattr(LevelwiseStep, "forward", lambda self, x: kinds.add(self.scale.shape) or steps(self, x))
+    batch = (torch.randn(8, 4), torch.randint(3, (8,)))
+    measure_sensitivity(TwoLevels(), Recipe(per_level=True), [batch], [batch[0]], bits=["w4a4"])
+    assert kinds == {(2,)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from typing import Any
 
 import pytest
@@ -95,6 +96,12 @@ def test_what_no_object_says_anything_about_is_not_a_number() -> None:
     assert all(measured[name].isnan() for name in ("map_of_cat", "map_large"))
 
 
+def test_without_an_image_that_has_targets_no_number_is_there() -> None:
+    measured = box_metrics(NAMES).compute()
+    assert len(measured) == 9
+    assert all(value.isnan() for value in measured.values())
+
+
 def test_images_of_several_sizes_are_padded_to_one_that_the_network_takes() -> None:
     task = Detection(NAMES)
     images = [torch.ones(3, 40, 64), torch.ones(3, 33, 70)]
@@ -115,6 +122,8 @@ def test_images_of_several_sizes_are_padded_to_one_that_the_network_takes() -> N
     [
         ({"boxes": [[1, 2, 9, 9]], "labels": [3]}, "label 3 of a box is out of range: the task has 3 classes"),
         ({"boxes": [[9, 2, 1, 9]], "labels": [0]}, r"the box \[9.0, 2.0, 1.0, 9.0\] has no area"),
+        ({"boxes": [[9, 2, math.inf, 9]], "labels": [0]}, r"the box \[9.0, 2.0, inf, 9.0\] has no area"),
+        ({"boxes": [[40, 2, 50, 9]], "labels": [0]}, "lies outside of its image of 32x32 pixels"),
         ({"boxes": [[1, 2, 9, 9]], "labels": [0, 1]}, r"has boxes \(1, 4\) and labels \(2,\)"),
         ({"boxes": [[1, 2, 9, 9]]}, "a target of the batch has 'boxes': a dict with 'boxes' and 'labels' is needed"),
     ],
@@ -127,6 +136,31 @@ def test_targets_that_cannot_be_are_refused(target: dict[str, Any], complaint: s
     outputs = task.outputs(SmallFCOS(3, width=4, depth=1).eval()(images), Asked("network", 1))
     with pytest.raises(UsageError, match=complaint):
         task.check_batch(outputs, (images, [tensors]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"classes": 2.0}, "classes=2.0 is not possible: a whole number or a list of names"),
+        ({"classes": True}, "classes=True is not possible"),
+        ({"classes": ["a.b", "a_b"]}, "classes 'a.b' and 'a_b' would both be logged as 'map_of_a_b'"),
+        ({"strides": "abc"}, "strides='abc' is not possible: whole numbers that rise"),
+        ({"strides": [8.5, 16]}, "is not possible: whole numbers that rise"),
+        ({"reach": "x"}, "reach='x' of task Detection is not possible: a number above 0 is needed"),
+        ({"most_objects": 1.5}, "most_objects=1.5 of task Detection is not possible: a whole number is needed"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        Detection(**{"classes": 3} | settings)
+
+
+def test_a_list_of_images_is_a_batch_without_targets() -> None:
+    task, images = Detection(3), [torch.ones(3, 40, 64), torch.ones(3, 33, 70), torch.ones(3, 32, 32)]
+    assert task.unlabelled(images)
+    part = task.part(images, slice(1, 3))
+    assert [one.shape for one in part] == [image.shape for image in images[1:]]
+    assert task.inputs(part).shape == (2, 3, 64, 96)
 
 
 def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -> None:
@@ -144,7 +178,14 @@ def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -
 
 
 def test_inputs_on_other_grids_than_lsq_have_one_for_all_levels() -> None:
-    for settings in ({"activation_quantizer": "pact"}, {"bits": "w1a1"}):
+    towers = {"head.class_tower.convolutions.0", "head.box_tower.convolutions.0"}
+    for settings, levelled in (
+        ({"activation_quantizer": "pact"}, set()),
+        ({"bits": "w1a1"}, set(SmallFCOS.last_layers)),  # which keep 8 bits
+        ({"rules": [Rule("head.boxes", activation_quantizer="minmax")]}, towers | {"head.classes", "head.centerness"}),
+    ):
         network = SmallFCOS(3, width=4, depth=1)
         model, _ = quantize_model(network, Detection(3).recipe(Recipe(**settings), network))
-        assert not any(isinstance(module, LevelwiseStep) for module in model.modules())
+        layers = dict(model.named_modules())
+        found = {name for name in layers if isinstance(layers.get(f"{name}.input_quantizer"), LevelwiseStep)}
+        assert found == levelled
