@@ -177,6 +177,12 @@ def test_boxes_are_for_the_image_as_it_is_stored_whatever_rotation_a_camera_note
     assert batch.images[0, :, 20, 20].tolist() == [255, 0, 0]
 
 
+def test_a_box_that_rounding_has_put_outside_is_cut_to_its_image(tmp_path: Path) -> None:
+    root = voc(tmp_path / "set", {name: [("green", [40, 10, 80.4, 34])] for name in ("00", "01", "02")})
+    data = loaded(VocDetection(root=str(root), image_size=(60, 80), validation_fraction=0.5))
+    assert next(iter(data.test_dataloader())).labels[0]["boxes"].tolist() == [[40, 10, 80, 34]]
+
+
 def test_an_empty_box_can_be_left_out_and_is_told(tmp_path: Path) -> None:
     root = voc(tmp_path / "set", {"00": [*BOXES, ("red", [4, 6, 4, 40])], "01": BOXES, "02": BOXES})
     with pytest.warns(UserWarning, match="left out 1 boxes without an area: .*00.xml"):
