@@ -15,7 +15,8 @@ from lqkd.models import CifarResNet
 from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.quantizers import Quantizer
 
-LEARNED = ["apot", "lsq", "lsq_ewgs", "lsq_plus", "n2uq", "pact", "react", "ttq"]
+LEARNED = ["apot", "lsq", "lsq_ewgs", "lsq_plus", "n2uq", "pact", "react", "seq", "tq2_0", "ttq"]
+OF_WEIGHTS = ("seq", "tq2_0", "ttq")
 
 
 def images(count: int = 8) -> Tensor:
@@ -78,9 +79,9 @@ def test_step_gradients_without_their_factor_sum_over_channels_to_that_of_one_st
 
 
 def grid(name: str) -> tuple[Quantizer, Tensor]:
-    weights_only, bits = name == "ttq", {"ttq": 2, "react": 1}.get(name, 3)
-    quantizer = QUANTIZERS[name](bits, batched=not weights_only)
-    x = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
+    bits = 2 if name in OF_WEIGHTS else {"react": 1}.get(name, 3)
+    quantizer = QUANTIZERS[name](bits, batched=name not in OF_WEIGHTS)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))  # a block of tq2_0 is 256 wide
     return quantizer, x.abs() if name == "pact" else x
 
 
