@@ -65,7 +65,7 @@ class FoundObjects(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Every number by its name; NaN where nothing is to be measured: no object of that size, or no image."""
         names = [*NUMBERS, *(f"class_{label}" for label in range(self.classes))]
-        if not self.images:
+        if len(self.images) == 0:  # a tensor once processes have been joined
             return dict.fromkeys(names, torch.tensor(torch.nan))
         metric = mean_average_precision()
         metric.distributed_available_fn = lambda: False  # all is here already
