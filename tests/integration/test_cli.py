@@ -297,12 +297,14 @@ def pretrained(name: str) -> nn.Module:
         (["--model.init_args.student_weights", "$NOWHERE/w.pt"], "name an environment variable that is not set"),
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path='nowhere.ckpt' does not exist"),
         (["--ckpt_path", SHIPPED], "is not a checkpoint that can be read"),
+        (["--data.init_args.validation_fraction", "1.5"], "validation_fraction=1.5"),
         (["--data", "lqkd.data.CIFAR10", "--data.init_args.root", "/nowhere"], "/nowhere"),
         (["--model.init_args.lamda", "1"], "model: Option 'lamda' is not accepted"),
         (["--model.regularizer.hidden", "abc"], "model.regularizer.hidden: Expected a int. Got value: abc"),
         (["--trainer.max_epochs", "abc"], "trainer.max_epochs: Expected a int; got abc"),
         (["--config", "nowhere.yaml"], "does not exist: give a YAML file"),
         (["--trainer.strategy", "foo"], "the Trainer refuses these settings"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision='bf16-true' is not possible: use bf16-mixed"),
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:02"], "Cosine needs to know the end"),
         (["--run.name", "/tmp/elsewhere"], "run.name='/tmp/elsewhere' is not possible"),
         (
@@ -333,6 +335,7 @@ def pretrained(name: str) -> nn.Module:
             "lightning.pytorch.callbacks.timer.Timer cannot be made with duration='soon' (Misconfiguration",
         ),
         (["--model.student_optimizer.lr", "-1"], "student_optimizer is not possible: Invalid learning rate: -1.0"),
+        (["--model.regularizer_optimizer.lr", "-1"], "regularizer_optimizer is not possible: Invalid learning rate"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_first_batch(
@@ -562,11 +565,14 @@ def test_a_run_that_may_not_be_read_is_one_line_on_resuming(
     ("arguments", "message"),
     [
         (["--seed_everything", "7"], "another split into training and validation images"),
+        (["--data.init_args.validation_fraction", "0.2"], "another split into training and validation images"),
+        (["--data.init_args.limit_train", "128"], "another split into training and validation images"),
         (["--trainer.max_epochs", "1"], "trainer.max_epochs=1 is not possible: the checkpoint has reached 2"),
         (["--trainer.max_steps", "1"], "trainer.max_steps=1 is not possible: the checkpoint has reached"),
         (["--model.teacher.minimum_accuracy", "1.01", "--trainer.max_epochs", "3"], "minimum_accuracy=1.01"),
         (["--run.name", "other"], "run.name='other' is not possible with resume"),
         (["--run.root=elsewhere"], "run.root='elsewhere' is not possible with resume"),
+        (["--run.version", "other"], "run.version='other' is not possible with resume"),
     ],
 )
 def test_a_resumption_that_is_refused_leaves_the_settings_as_they_were(
@@ -579,6 +585,7 @@ def test_a_resumption_that_is_refused_leaves_the_settings_as_they_were(
     assert len(errors) == 1
     assert message in errors[0]
     assert (copy / "config.yaml").read_bytes() == before
+    assert main(["resume", str(copy)]) == 0
 
 
 def test_a_finished_run_takes_no_settings_that_ask_for_no_more_training(
