@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.data.augment import normalize
 from lqkd.data.base import ImageDataModule, ImageSet
 from lqkd.data.boxes import Boxed, BoxedImages, CroppedBoxes
 from lqkd.data.encoded import EncodedImages
+from lqkd.data.folder import FolderDataModule, check_test_fraction, of_one_class
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.readable import refuse_unreadable
 from lqkd.data.resized_crop import check_crop_scale
-from lqkd.data.split import stratified_split
 from lqkd.data.worker_loader import WorkerBatches, check_workers, worker_batches
 from lqkd.errors import UsageError
-from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.utils.tables import write_csv
-
-_TEST_SEED = 0  # never the run's: every run is tested on the same images
 
 
 class DetectionDataModule(ImageDataModule):
@@ -111,7 +108,7 @@ class DetectionDataModule(ImageDataModule):
         return worker_batches(plan, cropped, self.num_workers, self.trainer)
 
 
-class DetectionFolder(DetectionDataModule):
+class DetectionFolder(FolderDataModule, DetectionDataModule, ABC):
     """Images with boxes in files; a subclass reads their annotations, in :meth:`annotated`.
 
     Where there are only a part for training and another one, this is for testing, and ``validation_fraction`` of the
@@ -131,18 +128,13 @@ class DetectionFolder(DetectionDataModule):
         self, *, root: str, test_fraction: float = 0.2, leave_out_empty: bool = False, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if not 0 < test_fraction < 1:
-            raise UsageError(
-                f"test_fraction={test_fraction} is not accepted: it must lie between 0 and 1, both excluded."
-            )
         self.root = Path(root).expanduser()
-        self.test_fraction, self.leave_out_empty = test_fraction, leave_out_empty
+        self.test_fraction, self.leave_out_empty = check_test_fraction(test_fraction), leave_out_empty
         self._read: tuple[dict[str, list[Boxed]], tuple[str, ...]] | None = None
-        self._given_validation = 0  # images at the end of the training set that are for validation
 
+    @abstractmethod
     def annotated(self) -> tuple[dict[str, list[Boxed]], tuple[str, ...], list[str]]:
         """By part (``train``, ``val``, ``test``, or ``all``) its images; the classes; what is said of empty boxes."""
-        raise NotImplementedError
 
     def prepare_data(self) -> None:
         """Read every image of a small set once, in one process while the others wait."""
@@ -162,15 +154,7 @@ class DetectionFolder(DetectionDataModule):
             train = train + parts["val"]
         test = parts["test"] if "test" in parts else parts["val"]
         sets = [BoxedImages(part, self.image_size, names) for part in (train, test)]
-        return ImageSet(sets[0], _of_one_class(train), sets[1], _of_one_class(test), names)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read the annotations and hold out images for validation and testing, once for all stages."""
-        first = self._images is None
-        super().setup(stage)
-        if first:
-            counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
-            rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
+        return ImageSet(sets[0], of_one_class(len(train)), sets[1], of_one_class(len(test)), names)
 
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation or testing; needs ``setup``.
@@ -234,24 +218,6 @@ class DetectionFolder(DetectionDataModule):
                 "and 'test' are needed"
             )
 
-    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._given_validation:
-            everything = torch.arange(len(labels))
-            return everything[-self._given_validation :], everything[: -self._given_validation]
-        return super()._hold_out(labels)
-
     def _hold_out_test(self, boxed: list[Boxed]) -> dict[str, list[Boxed]]:
-        size = round(self.test_fraction * len(boxed))
-        if not 0 < size < len(boxed):
-            raise UsageError(
-                f"test_fraction={self.test_fraction} holds out {size} of {len(boxed)} images: at least one must be held"
-                " out and one left."
-            )
-        labels = _of_one_class(boxed)
-        test, train = stratified_split(torch.arange(len(labels)), labels, size, seed=_TEST_SEED, stream=STREAM_TEST)
-        return {name: [boxed[index] for index in part.tolist()] for name, part in (("train", train), ("test", test))}
-
-
-def _of_one_class(images: Sequence[Any]) -> Tensor:
-    """(N,) int64: an image with boxes has no class by which a split could be stratified."""
-    return torch.zeros(len(images), dtype=torch.int64)
+        parts = self._test_apart(of_one_class(len(boxed)))
+        return {name: [boxed[index] for index in indices] for name, indices in parts.items()}

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import check_same_classes, has_folders, list_class_folders, paths_and_labels
 from lqkd.data.decoding import DecodingDataModule
 from lqkd.data.encoded import ImageFiles
+from lqkd.data.folder import FolderDataModule, check_test_fraction
 from lqkd.data.parts import folders_of_parts, looked_for
 from lqkd.data.readable import refuse_unreadable
-from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
-from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.utils.tables import write_csv
 
-_TEST_SEED = 0  # never the run's: every run is tested on the same images
 
-
-class ImageFolder(DecodingDataModule):
+class ImageFolder(FolderDataModule, DecodingDataModule):
     """A folder of one's own images; the names of the class folders, sorted, are the classes.
 
     What ``root`` holds decides what a network is trained, selected and tested on:
@@ -61,14 +57,9 @@ class ImageFolder(DecodingDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, validation_fraction=validation_fraction, **kwargs)
-        if not 0 < test_fraction < 1:
-            raise UsageError(
-                f"test_fraction={test_fraction} is not accepted: it must lie between 0 and 1, both excluded."
-            )
         self.root = Path(root).expanduser()
-        self.test_fraction = test_fraction
+        self.test_fraction = check_test_fraction(test_fraction)
         self._listed: dict[str, dict[str, list[str]]] | None = None
-        self._given_validation = 0  # images at the end of the training set that are for validation
 
     def prepare_data(self) -> None:
         """Decode every image of a small set once, in one process while the others wait."""
@@ -98,14 +89,6 @@ class ImageFolder(DecodingDataModule):
             names,
         )
 
-    def setup(self, stage: str | None = None) -> None:
-        """List the images and hold out those for validation and testing, once for all stages."""
-        first = self._images is None
-        super().setup(stage)
-        if first:
-            counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
-            rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
-
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation, testing or trust.
 
@@ -129,25 +112,15 @@ class ImageFolder(DecodingDataModule):
         write_csv(target, rows, ("split", "class", "file"))
 
     def _hold_out_test(self, paths: list[str], labels: Tensor) -> dict[str, tuple[list[str], Tensor]]:
-        size = round(self.test_fraction * len(labels))
-        if not 0 < size < len(labels):
-            raise UsageError(
-                f"test_fraction={self.test_fraction} holds out {size} of {len(labels)} images: at least one must be"
-                " held out and one left."
-            )
-        test, train = stratified_split(torch.arange(len(labels)), labels, size, seed=_TEST_SEED, stream=STREAM_TEST)
         return {
-            name: ([paths[index] for index in indices.tolist()], labels[indices])
-            for name, indices in (("train", train), ("test", test))
+            name: ([paths[index] for index in indices], labels[indices])
+            for name, indices in self._test_apart(labels).items()
         }
 
     def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._given_validation:
-            everything = torch.arange(len(labels))
-            return everything[-self._given_validation :], everything[: -self._given_validation]
         validation, train = super()._hold_out(labels)
         left = torch.bincount(labels[train], minlength=self.num_classes)
-        if not left.all():
+        if not self._given_validation and not left.all():
             name = self.class_names[int(left.argmin())]
             raise UsageError(
                 f"class {name!r} of root={self.root} has too few images: none is left for training once those for"

@@ -8,32 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lqkd.data.augment import normalize, random_flip
-from lqkd.data.base import ImageDataModule, ImageSet
+from lqkd.data.base import ImageSet
 from lqkd.data.class_folders import has_folders
 from lqkd.data.encoded import EncodedImages
+from lqkd.data.folder import FolderDataModule, check_test_fraction, of_one_class
 from lqkd.data.loader import Batch, TensorBatches
 from lqkd.data.mask_files import CroppedMasks, MaskedImages, list_pairs
 from lqkd.data.parts import folders_of_parts, looked_for
 from lqkd.data.readable import refuse_unreadable
 from lqkd.data.resized_crop import check_crop_scale
-from lqkd.data.split import stratified_split
 from lqkd.data.worker_loader import WorkerBatches, check_workers, worker_batches
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED
-from lqkd.utils.counter_rng import STREAM_TEST
 from lqkd.utils.tables import write_csv
-
-_TEST_SEED = 0  # never the run's: every run is tested on the same images
 
 Pairs = tuple[list[str], list[str]]
 """Files of images, and the mask's file of each."""
 
 
-class SegmentationFolder(ImageDataModule):
+class SegmentationFolder(FolderDataModule):
     """A folder of one's own images, each with a mask, for the task :class:`~lqkd.tasks.Segmentation`.
 
     The mask of ``images/NAME.jpg`` is ``masks/NAME.png``, of the same size: grey or with a palette, each pixel the
@@ -112,10 +109,6 @@ class SegmentationFolder(ImageDataModule):
             limit_train=limit_train,
             trust_fraction=trust_fraction,
         )
-        if not 0 < test_fraction < 1:
-            raise UsageError(
-                f"test_fraction={test_fraction} is not accepted: it must lie between 0 and 1, both excluded."
-            )
         if isinstance(classes, str) or not 2 <= len(classes) <= 255 or len(set(classes)) < len(classes):
             raise UsageError(f"classes={classes!r} is not accepted: it must be 2 to 255 different names.")
         if not len(classes) <= ignore_index <= 255:
@@ -128,10 +121,9 @@ class SegmentationFolder(ImageDataModule):
         self.root = Path(root).expanduser()
         self.classes, self.image_size, self.ignore_index = tuple(classes), (image_size[0], image_size[1]), ignore_index
         self.crop_scale = check_crop_scale(crop_scale)
-        self.test_fraction = test_fraction
+        self.test_fraction = check_test_fraction(test_fraction)
         self.num_workers = check_workers(num_workers)
         self._listed: dict[str, Pairs] | None = None
-        self._given_validation = 0  # images at the end of the training set that are for validation
 
     def prepare_data(self) -> None:
         """Read every pair of a small set once, in one process while the others wait."""
@@ -159,16 +151,8 @@ class SegmentationFolder(ImageDataModule):
             self._given_validation = len(parts["val"][0])
             images, masks = images + parts["val"][0], masks + parts["val"][1]
         test = parts["test"] if "test" in parts else parts["val"]
-        train_labels, test_labels = _of_one_class(images), _of_one_class(test[0])
+        train_labels, test_labels = of_one_class(len(images)), of_one_class(len(test[0]))
         return ImageSet(self._masked(images, masks), train_labels, self._masked(*test), test_labels, self.classes)
-
-    def setup(self, stage: str | None = None) -> None:
-        """List the images and hold out those for validation and testing, once for all stages."""
-        first = self._images is None
-        super().setup(stage)
-        if first:
-            counts = len(self.train_indices), len(self.val_indices), len(self._loaded().test_labels)
-            rank_zero_info("images of %s: %d to train, %d to validate, %d to test", self.root, *counts)
 
     def write_split(self, target: Path) -> None:
         """Write a table that says of each image whether it is for training, validation, testing or trust.
@@ -240,24 +224,10 @@ class SegmentationFolder(ImageDataModule):
     def _masked(self, images: list[str], masks: list[str]) -> MaskedImages:
         return MaskedImages(images, masks, self.image_size, len(self.classes), self.ignore_index)
 
-    def _hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._given_validation:
-            everything = torch.arange(len(labels))
-            return everything[-self._given_validation :], everything[: -self._given_validation]
-        return super()._hold_out(labels)
-
     def _hold_out_test(self, images: list[str], masks: list[str]) -> dict[str, Pairs]:
-        size = round(self.test_fraction * len(images))
-        if not 0 < size < len(images):
-            raise UsageError(
-                f"test_fraction={self.test_fraction} holds out {size} of {len(images)} images: at least one must be"
-                " held out and one left."
-            )
-        labels = _of_one_class(images)
-        test, train = stratified_split(torch.arange(len(labels)), labels, size, seed=_TEST_SEED, stream=STREAM_TEST)
         return {
-            name: ([images[index] for index in indices.tolist()], [masks[index] for index in indices.tolist()])
-            for name, indices in (("train", train), ("test", test))
+            name: ([images[index] for index in indices], [masks[index] for index in indices])
+            for name, indices in self._test_apart(of_one_class(len(images))).items()
         }
 
     def _parts(self) -> dict[str, Pairs]:
@@ -271,8 +241,3 @@ class SegmentationFolder(ImageDataModule):
             folders = {"all": self.root} if whole else folders_of_parts(self.root, "images and masks")
             self._listed = {name: list_pairs(folder) for name, folder in folders.items()}
         return self._listed
-
-
-def _of_one_class(images: Sequence[str]) -> Tensor:
-    """(N,) int64: an image with a mask has no class by which a split could be stratified."""
-    return torch.zeros(len(images), dtype=torch.int64)
