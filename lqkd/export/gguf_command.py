@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import llama_cpp, report
-from lqkd.export.card import Summary, card_path
+from lqkd.export.card import Summary
 from lqkd.export.deploy import OUTPUT
 from lqkd.export.gguf_file import GGUF, from_gguf, gguf_student, to_gguf
 from lqkd.export.gguf_names import vocabulary
 from lqkd.export.gguf_tokenizer import BYTES
+from lqkd.export.language_card import measured_rows, size_row, write_language_card
 from lqkd.export.parity import Parity, agree, differences, judge_outputs
 from lqkd.models.calls import Inputs
 from lqkd.models.gpt import GPTBlock
 from lqkd.models.outputs import heads
 from lqkd.quantization import size
 from lqkd.tasks import Task
-from lqkd.tasks.values import change_shown, shown
+from lqkd.tasks.values import change_shown
 from lqkd.utils.escaping import markdown, terminal
-from lqkd.utils.files import write_text
 from lqkd.utils.tables import print_table
 
 TEXTS = 8
@@ -81,7 +81,9 @@ def write_gguf(
         rows.append(("llama.cpp", _asked(path, served, tokens[:TEXTS])))
     print_table(f"export to {path.name}", None, rows, left=2)
     print(terminal(f"written to {path}"))
-    _write_card(path, rows, kinds, about)
+    types = [f"| {markdown(name)} | {kind} |" for name, kind in kinds.items()]
+    more = ["## Tensors", "", "| tensor | type |", "|---|---|", *types]
+    write_language_card(path, "llama.cpp", rows, about, more)
     described = {"format": GGUF, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
     report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
 
@@ -161,13 +163,10 @@ def _rows(summary: Summary, kinds: dict[str, str], parity: Parity, student: nn.M
     types = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     rows = [
         ("format", GGUF),
-        ("file", f"{summary.file_bytes / 1000:.1f} kB (in float: {summary.float_bytes / 1000:.1f} kB)"),
+        size_row(summary),
         ("tensors", f"{types}; each decodes to the bits that were trained"),
-        ("judged on", f"{parity.samples} samples of the {parity.split} split"),
+        *measured_rows(parity),
     ]
-    for name, value in (("as trained", parity.trained), ("of the file", parity.exported)):
-        if value is not None:
-            rows.append((f"{metric} {name}", shown(metric, value, 2)))
     approximated = all(block.gelu == "tanh" for block in student.modules() if isinstance(block, GPTBlock))
     if not approximated and parity.exported is not None and parity.trained is not None:
         change = change_shown(metric, parity.exported - parity.trained)
@@ -175,14 +174,3 @@ def _rows(summary: Summary, kinds: dict[str, str], parity: Parity, student: nn.M
     if parity.agreement_with_trained is not None:
         rows.append((f"same {parity.answer} as trained", f"{parity.agreement_with_trained:.3%}"))
     return rows
-
-
-def _write_card(path: Path, rows: list[tuple[str, str]], kinds: dict[str, str], about: dict[str, Any]) -> None:
-    lines = [f"# {markdown(path.name)}", "", "A low-bit language model for llama.cpp, exported by lqkd.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in rows), ""]
-    lines += ["## Origin", "", f"data: {markdown(about.get('data'))}", ""]
-    if about.get("checkpoint"):
-        lines += [f"checkpoint: SHA-256 `{about['checkpoint']}`", ""]
-    lines += ["## Tensors", "", "| tensor | type |", "|---|---|"]
-    lines += [f"| {markdown(name)} | {kind} |" for name, kind in kinds.items()]
-    write_text(card_path(path), "\n".join(lines) + "\n")

@@ -11,17 +11,16 @@ from torch import nn
 
 from lqkd.errors import ParityError
 from lqkd.export import report
-from lqkd.export.card import Summary, card_path
+from lqkd.export.card import Summary
 from lqkd.export.deploy import OUTPUT
+from lqkd.export.language_card import measured_rows, size_row, write_language_card
 from lqkd.export.nbits import NBITS, Runtime, nbits_student, to_nbits
 from lqkd.export.parity import Parity, agree, differences, judge_outputs
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
 from lqkd.quantization import size
 from lqkd.tasks import Task
-from lqkd.tasks.values import shown
-from lqkd.utils.escaping import markdown, terminal
-from lqkd.utils.files import write_text
+from lqkd.utils.escaping import terminal
 from lqkd.utils.tables import print_table
 
 
@@ -54,12 +53,7 @@ def write_nbits(
     rows = _rows(summary, counts, parity)
     print_table(f"export to {path.name}", None, rows, left=2)
     print(terminal(f"written to {path}"))
-    lines = [f"# {markdown(path.name)}", "", "A low-bit language model for ONNX Runtime, exported by lqkd.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {markdown(value)} |" for name, value in rows), ""]
-    lines += ["## Origin", "", f"data: {markdown(about.get('data'))}", ""]
-    if about.get("checkpoint"):
-        lines += [f"checkpoint: SHA-256 `{about['checkpoint']}`", ""]
-    write_text(card_path(path), "\n".join(lines))
+    write_language_card(path, "ONNX Runtime", rows, about, ())
     described = {"format": NBITS, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
     report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
 
@@ -87,14 +81,11 @@ def _rows(summary: Summary, counts: dict[int, int], parity: Parity) -> list[tupl
     layers = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
     rows = [
         ("format", f"{NBITS}: MatMulNBits of ONNX Runtime"),
-        ("file", f"{summary.file_bytes / 1000:.1f} kB (in float: {summary.float_bytes / 1000:.1f} kB)"),
+        size_row(summary),
         ("layers", f"{layers}; each decodes to the bits that were trained"),
         ("logits", f"at most {max(parity.outputs.values()):.2g} of the largest apart"),
-        ("judged on", f"{parity.samples} samples of the {parity.split} split"),
+        *measured_rows(parity),
     ]
-    for name, value in (("as trained", parity.trained), ("of the file", parity.exported)):
-        if value is not None:
-            rows.append((f"{parity.metric} {name}", shown(parity.metric or "", value, 2)))
     if parity.agreement is not None:
         rows.append((f"same {parity.answer}", f"{parity.agreement:.3%}"))
     return rows
