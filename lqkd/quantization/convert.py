@@ -220,8 +220,11 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     levelled = any(isinstance(module, LevelwiseStep) for module in model.modules())
     if levelled and begin_pass not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(begin_pass)
-    quantize_joins(model, survey(model), recipe)
-    return model, replace(coverage(model), already_quantised=len(layers) - len(floats))
+    found = survey(model)
+    quantize_joins(model, found, recipe)
+    if recipe.residual_bits is not None:
+        found = survey(model)
+    return model, replace(_coverage(model, found), already_quantised=len(layers) - len(floats))
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -261,10 +264,13 @@ def coverage(model: nn.Module) -> CoverageReport:
         0      Linear  float  float  40          floating point: the recipe says so
         2      Linear  float  float  18          floating point: the recipe says so
     """
+    return _coverage(model, survey(model))
+
+
+def _coverage(model: nn.Module, found: Survey) -> CoverageReport:
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)
-    found = survey(model)
     refusals = _refusals(model, found)
     rows = []
     for name, module in model.named_modules():
