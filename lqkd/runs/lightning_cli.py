@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -60,6 +59,7 @@ from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
 from lqkd.tasks import Classification, Task
 from lqkd.utils.files import write_text
+from lqkd.utils.yaml_text import load_yaml
 
 _MORE = (
     "Settings of a model, data or another class: fit --model.help lqkd.modules.DistillModule, fit --data.help "
@@ -165,17 +165,20 @@ class LqkdCLI(LightningCLI):
         if issubclass(_class_of(self._get(self.config, "model")), DistillModule):
             check_trainer_settings(trainer)
         self.config_text = self._config_text()
+        self.config_dump = self._settings()  # what checkpoints keep; Lightning would dump once more
         if self.subcommand == "fit":
             self._remember_code()
-        self.config_dump = yaml.safe_load(self.config_text)  # what checkpoints keep; Lightning would dump once more
         if self.config[self.subcommand].get("ckpt_path") is not None:
             self._do_without_files_of_weights()
 
+    def _settings(self) -> Any:
+        return load_yaml(self.config_text, CONFIG)
+
     def _remember_code(self) -> None:
         """Note what this run names, but for what a folder named before that it goes on in."""
-        settings: Any = yaml.safe_load(self.config_text)
+        settings: Any = self._settings()
         if self.resumption is not None:
-            kept = yaml.safe_load((self.resumption.folder / CONFIG).read_text(encoding="utf-8"))
+            kept = load_yaml((self.resumption.folder / CONFIG).read_text(encoding="utf-8"), CONFIG)
             settings = sorted(foreign_code(settings) - foreign_code(kept))
         remember_code(settings)
 
@@ -197,7 +200,7 @@ class LqkdCLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         config.pop("config", None)
         config["ckpt_path"] = None
-        return self._parser(self.subcommand).dump(config, skip_none=False)
+        return self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)  # parsing validated it
 
     def _parse_ckpt_path(self) -> None:
         """Choose the checkpoint; unlike Lightning's, never take settings from it, only say where they differ."""
@@ -226,7 +229,7 @@ class LqkdCLI(LightningCLI):
             raise UsageError(f"ckpt_path={str(path)!r} is not a checkpoint of a training: give a .ckpt of a run folder")
         if diverged is not None:
             raise UsageError(f"ckpt_path={str(path)!r} is of a training that diverged: {diverged}")
-        current = yaml.safe_load(self._parser(verb).dump(config, skip_none=False))["model"]
+        current = load_yaml(self._parser(verb).dump(config, skip_none=False), CONFIG)["model"]
         current = {"_class_path": current["class_path"], **current.get("init_args", {})}
         saved.pop("_instantiator", None)
         for key, line in differences(saved, current):
@@ -359,7 +362,7 @@ class LqkdCLI(LightningCLI):
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:
-            trainer = yaml.safe_load(self.config_text)["trainer"]
+            trainer = self._settings()["trainer"]
             finished = self.resumption.finished(trainer) if self.resumption is not None and self.by_request else None
             callbacks.append(_KeepRun(self.config_text, limits(trainer), finished))
             callbacks.append(StopOnSignal())
