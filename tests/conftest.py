@@ -1,4 +1,7 @@
-"""Small real parts from which tests are built."""
+"""Hooks, fixtures, and small real parts from which tests are built.
+
+Nothing heavy is imported here: the process that only hands out tests to the workers reads this file too.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from lightning.fabric.utilities import registry
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 
-from lqkd.callbacks.regularizer import pictures
-from lqkd.data import Digits
-from lqkd.models import CifarResNet
-from lqkd.modules import DistillModule
-from lqkd.quantization import Recipe
-from lqkd.regularizers import ElementwiseMLP
-from lqkd.teachers import FrozenTeacher
 from tests.forked import Forks, forks
 from tests.skips import pytest_runtest_setup, pytest_sessionfinish, pytest_terminal_summary
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from torch import nn
+
+    from lqkd.data import Digits
+    from lqkd.models import CifarResNet
+    from lqkd.modules import DistillModule
 
 __all__ = ["pytest_runtest_setup", "pytest_sessionfinish", "pytest_terminal_summary"]  # hooks, which pytest finds here
 
@@ -35,9 +35,6 @@ os.environ.setdefault("LQKD_COMPILE", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: there is a worker for every core
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
-
-torch.set_num_threads(1)  # these networks are too small for two threads to help each other
-registry.entry_points = lru_cache(registry.entry_points)  # every Trainer asks all installed packages for callbacks
 
 LONGEST = (
     *(
@@ -62,10 +59,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_collection() -> None:
+    """Import without collecting garbage, of which there is none."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported out of every collection of garbage: a tenth of the time of a small training."""
+    import torch
+    from lightning.fabric.utilities import registry
+
+    torch.set_num_threads(1)  # the tests' networks are too small for two threads to help each other
+    registry.entry_points = lru_cache(registry.entry_points)  # every Trainer asks all installed packages for callbacks
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -91,6 +99,8 @@ def lqkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 @pytest.fixture(scope="module")
 def drawing() -> Iterator[Callable[..., Any]]:
     """Draw no pictures, which takes half of the time of a short run; the function that would draw them."""
+    from lqkd.callbacks.regularizer import pictures
+
     with pytest.MonkeyPatch.context() as patched:
         drawing = pictures.pictures
         patched.setattr(pictures, "pictures", lambda *history: iter(()))
@@ -105,6 +115,8 @@ def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
@@ -120,6 +132,8 @@ def _no_run_of_wandb_outlives_its_test() -> Iterator[None]:
 
 
 def network(depth: int = 8, classes: int = 10) -> CifarResNet:
+    from lqkd.models import CifarResNet
+
     return CifarResNet(depth, num_classes=classes, width=4, in_channels=1)
 
 
@@ -128,6 +142,13 @@ def distiller(**arguments: Any) -> DistillModule:
 
     The teacher's precision is given, since to find it out takes as long as a short training.
     """
+    import torch
+
+    from lqkd.modules import DistillModule
+    from lqkd.quantization import Recipe
+    from lqkd.regularizers import ElementwiseMLP
+    from lqkd.teachers import FrozenTeacher
+
     torch.manual_seed(0)
     defaults: dict[str, Any] = {
         "teacher": FrozenTeacher(network(14), minimum_accuracy=0.0, precision="fp32"),
@@ -141,12 +162,16 @@ def distiller(**arguments: Any) -> DistillModule:
 
 def digits(batches: int = 7, batch_size: int = 16) -> Digits:
     """Digits with ``batches`` training batches an epoch."""
+    from lqkd.data import Digits
+
     return Digits(batch_size=batch_size, limit_train=batches * batch_size, eval_batch_size=256)
 
 
 @pytest.fixture
 def make_trainer(tmp_path: Any) -> Callable[..., Trainer]:
     """A real Trainer on the CPU, silent, that writes below ``tmp_path``."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
 
     def make(**arguments: Any) -> Trainer:
         defaults: dict[str, Any] = {
@@ -165,16 +190,7 @@ def make_trainer(tmp_path: Any) -> Callable[..., Trainer]:
     return make
 
 
-class Recorder(Callback):
-    """Keeps what ``look(trainer, module)`` returns after every training batch."""
-
-    def __init__(self, look: Callable[[Trainer, DistillModule], Any]) -> None:
-        self.look = look
-        self.seen: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(self.look(trainer, pl_module))
-
-
 def parameters_of(module: nn.Module) -> torch.Tensor:
+    import torch
+
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).clone()

@@ -19,10 +19,11 @@ from lqkd.modules.compilation import Compilation
 from lqkd.quantization import Recipe, kernel, quantize_model, quantizers
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
 from tests.gpu.conftest import DEVICE
 from tests.integration.test_compiled_augmentation import CROPPED, MIXED
 from tests.integration.test_exact_resume import assert_same, train
+from tests.recorder import Recorder
 from tests.unit.data.images import write_classes
 
 MakeTrainer = Callable[..., Trainer]

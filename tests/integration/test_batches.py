@@ -22,7 +22,8 @@ from lqkd.quantization import Recipe, Rule
 from lqkd.regularizers import ElementwiseMLP, LookAhead
 from lqkd.runs import RunSummary
 from lqkd.teachers import FrozenTeacher
-from tests.conftest import Recorder, distiller, network
+from tests.conftest import distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

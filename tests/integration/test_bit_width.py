@@ -17,7 +17,8 @@ from lqkd.models import CifarResNet
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.runs import BestAndLast
-from tests.conftest import Recorder, digits, distiller, parameters_of
+from tests.conftest import digits, distiller, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 LAYER = "layer1.0.conv1.weight_quantizer"

@@ -27,7 +27,8 @@ from lqkd.modules.compilation import CompiledCall
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import Recorder, digits, distiller, parameters_of
+from tests.conftest import digits, distiller, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 LOGGER = "lightning.pytorch.utilities.rank_zero"

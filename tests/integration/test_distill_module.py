@@ -31,7 +31,8 @@ from lqkd.regularizers import LearnableTable
 from lqkd.runs import RunSummary
 from lqkd.tasks.classification import lowest_accuracy
 from lqkd.teachers import FrozenTeacher
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -30,7 +30,8 @@ from lqkd.regularizers import (
     SampleWeight,
 )
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 TAPS = [Tap("layer1", "layer1"), Tap("layer2", "layer2")]

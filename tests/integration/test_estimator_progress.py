@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lqkd.errors import UsageError
 from lqkd.modules import Constant, DistillModule
 from lqkd.quantization import Recipe, quantizers
-from tests.conftest import Recorder, digits, distiller, parameters_of
+from tests.conftest import digits, distiller, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 LAYER = "layer1.0.conv1.weight_quantizer"

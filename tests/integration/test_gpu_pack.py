@@ -26,7 +26,8 @@ from benchmarks.gpu.results import Clock, Table
 from benchmarks.gpu.training import Place, Training, train
 from lqkd.models import CifarResNet
 from lqkd.quantization import quantizers
-from tests.conftest import Recorder, parameters_of
+from tests.conftest import parameters_of
+from tests.recorder import Recorder
 from tests.unit.data.images import write_classes
 
 MakeTrainer = Callable[..., Trainer]

@@ -30,9 +30,10 @@ from lqkd.runs.summary import RunSummary
 from lqkd.tasks import Classification, Rows
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import Recorder, network, parameters_of
+from tests.conftest import network, parameters_of
 from tests.integration.test_exact_resume import StopAt
 from tests.integration.test_trust import ORDER, STUDENT, Marked, held_out, trained_teacher
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -16,7 +16,8 @@ from lightning.pytorch.tuner import Tuner
 
 from lqkd.errors import UsageError
 from lqkd.modules import ClassifierModule
-from tests.conftest import Recorder, digits, distiller, network
+from tests.conftest import digits, distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 Make = Callable[[], LightningModule]

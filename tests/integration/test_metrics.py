@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lqkd.callbacks import RegularizerMonitor
 from lqkd.runs import RunLogger
-from tests.conftest import Recorder, digits, distiller
+from tests.conftest import digits, distiller
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -16,7 +16,8 @@ from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.regularizers import ElementwiseMLP, LookAhead
 from lqkd.tasks.labels import Samples
 from lqkd.teachers import FrozenTeacher
-from tests.conftest import Recorder, distiller, network
+from tests.conftest import distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

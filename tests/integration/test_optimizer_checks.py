@@ -13,7 +13,8 @@ from torch.optim import LBFGS, SGD, SparseAdam
 from lqkd.balances import BoundedUncertaintyBalance
 from lqkd.errors import UsageError
 from lqkd.regularizers import LearnableTable
-from tests.conftest import Recorder, digits, distiller, parameters_of
+from tests.conftest import digits, distiller, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 

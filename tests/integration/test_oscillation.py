@@ -19,7 +19,8 @@ from lqkd.modules import ClassifierModule, Constant, DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.quantization.analysis.oscillation import dampening_loss, weight_layers
 from lqkd.runs import RunLogger
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 LAYER = "layer1.0.conv1"

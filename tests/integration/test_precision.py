@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lqkd.errors import UsageError
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.quantization import QUANTIZERS, Recipe, initialize_quantizers, quantize_model, quantizers
-from tests.conftest import Recorder, digits, distiller, network
+from tests.conftest import digits, distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 pytestmark = pytest.mark.usefixtures("compiled_kernels")

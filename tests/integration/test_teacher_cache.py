@@ -21,7 +21,8 @@ from lqkd.modules import Tap
 from lqkd.regularizers import ElementwiseMLP
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import Recorder, digits, distiller, network
+from tests.conftest import digits, distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 EPOCHS = 2

@@ -19,7 +19,8 @@ from lqkd.modules import DistillModule, Tap, compilation
 from lqkd.teachers import FrozenTeacher
 from lqkd.teachers.cache.keys import weights_hash
 from lqkd.teachers.inference import computes_bf16
-from tests.conftest import Recorder, digits, distiller, network
+from tests.conftest import digits, distiller, network
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 CPU = torch.device("cpu")

@@ -22,7 +22,8 @@ from lqkd.runs.logger import RunLogger
 from lqkd.runs.verdicts import verdicts
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 LOSSES = ("task", "logits", "features", "relations")

@@ -31,8 +31,9 @@ from lqkd.tasks import Segmentation
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from lqkd.teachers.cache.keys import data_key
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 STUDENT = "builtin:digits_student"

@@ -21,8 +21,9 @@ from lqkd.modules import ClassifierModule, DistillModule
 from lqkd.quantization import Recipe, quantizers
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.runs import BestAndLast, RunLogger, RunSummary
-from tests.conftest import Recorder, digits, distiller, network, parameters_of
+from tests.conftest import digits, distiller, network, parameters_of
 from tests.integration.test_exact_resume import StopAt
+from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
 
