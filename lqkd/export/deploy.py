@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
-from lqkd.export.operations import KEEPS_GRID, operation
+from lqkd.export.operations import MOVES, operation
 from lqkd.export.placement import check_takes, parameters, place_grids, propagate_shapes, recompile
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
@@ -228,7 +228,7 @@ def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | 
         if found.kind == "grid":
             module = found.settings["module"]
             return module if isinstance(module, ActivationGrid | LookupGrid) else None
-        if found.kind not in (*KEEPS_GRID, "part", "chunks"):
+        if found.kind not in MOVES:
             return None
         node = found.inputs[0]
 

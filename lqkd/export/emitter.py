@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from torch import fx, nn
 from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
-from lqkd.export.operations import KEEPS_GRID, Operation, operation, shape_of, unsupported
+from lqkd.export.island_writers import IslandWriters
+from lqkd.export.nodes import Operation, shape_of
+from lqkd.export.operations import KEEPS_GRID, operation, unsupported
 from lqkd.models.outputs import heads
 
 BATCH = "batch"
@@ -38,7 +40,7 @@ class Exported:
     integer: bool
 
 
-class Emitter(ABC):
+class Emitter(IslandWriters):
     """Turns the nodes of a deployed network into ONNX nodes, in order.
 
     A value that is on a grid may exist as codes, and then becomes real numbers separately for each reader. A clamp is
@@ -228,7 +230,10 @@ class Emitter(ABC):
         if found.kind == "slice":
             slices = np.array(found.settings["slices"], np.int64)  # (axes, 4): axis, start, end, step
             names = ((1, "starts"), (2, "ends"), (0, "axes"), (3, "steps"))
-            return self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
+            if len(slices):
+                x = self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
+            dropped = found.settings["dropped"]
+            return self.add("Squeeze", [x, self.constant(dropped, f"{label}.axes", np.int64)], label) if dropped else x
         if found.kind == "pad":
             pads = self.constant(found.settings["pads"], f"{label}.pads", np.int64)
             return self.add("Pad", [x, pads, self.constant(zero, f"{label}.zero", dtype)], label)
@@ -361,14 +366,23 @@ class Emitter(ABC):
         self.floats[node] = self.add(name, [x], label, **settings)
 
     def _write_chunks(self, node: fx.Node, found: Operation) -> None:
-        metas = node.meta["tensor_meta"]
-        axis = found.settings["axis"]
-        sizes = self.constant([meta.shape[axis] for meta in metas], f"{self.label(node)}.sizes", np.int64)
-        names = [self.name(f"{self.label(node)}.{index}") for index in range(len(metas))]
+        axis, label = found.settings["axis"], self.label(node)
+        sizes = [meta.shape[axis] for meta in node.meta["tensor_meta"]]
+        self.parts[node] = self._split(found, sizes, label)
+
+    def _write_unbound(self, node: fx.Node, found: Operation) -> None:
+        label = self.label(node)
+        parts = self._split(found, [1] * len(node.meta["tensor_meta"]), f"{label}.split")
+        axes = self.constant([found.settings["axis"]], f"{label}.axes", np.int64)
+        self.parts[node] = [self.add("Squeeze", [part, axes], f"{label}.{i}") for i, part in enumerate(parts)]
+
+    def _split(self, found: Operation, sizes: list[int], label: str) -> list[str]:
+        names = [self.name(f"{label}.{index}") for index in range(len(sizes))]
         source = found.inputs[0]
         x = self.codes[source][0] if source in self.codes else self.floating(source)
-        self.nodes.append(helper.make_node("Split", [x, sizes], names, names[0], axis=axis))
-        self.parts[node] = names
+        lengths = self.constant(sizes, f"{label}.sizes", np.int64)
+        self.nodes.append(helper.make_node("Split", [x, lengths], names, names[0], axis=found.settings["axis"]))
+        return names
 
     def _write_part(self, node: fx.Node, found: Operation) -> None:
         whole = found.inputs[0]

@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear
-from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation
+from lqkd.export.nodes import Operation
+from lqkd.export.operations import CLAMPS, MOVES, operation
 
-_EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", "chunks", "part", *KEEPS_GRID)
+_EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", *MOVES)
 """Kinds that round alike everywhere when they compute in floating point."""
 
 
@@ -206,6 +207,8 @@ class Reference(fx.Interpreter):
         if not isinstance(x, Codes):
             return None
         return tuple(Codes(part, x.grid) for part in self._called(node, _whole))
+
+    _unbound = _chunks
 
     def _part(self, node: fx.Node, found: Operation, x: Any) -> Any:
         return x[found.settings["index"]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,9 +55,10 @@ _PAIRS = ("add", "mul")
 class _Tracer(fx.Tracer):
     """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Collection[str] | None = None) -> None:
         super().__init__()
         self.calls = Calls()
+        self.given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = QuantizedLayer | _BatchNorm | Quantizer
@@ -75,6 +77,23 @@ class _Tracer(fx.Tracer):
                 self.calls.inputs.setdefault(args[0].node, []).append(name)
         return result
 
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Arguments that are not given, where it is told which are, are what the forward takes by default."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self.given is None:
+            return function, arguments
+        defaults = inspect.signature(root_fn).parameters
+        for index, argument in enumerate(arguments):
+            if not isinstance(argument, fx.Proxy) or argument.node.op != "placeholder":
+                continue
+            name = str(argument.node.target)
+            if name in defaults and name not in self.given and defaults[name].default is not inspect.Parameter.empty:
+                arguments[index] = defaults[name].default
+                self.graph.erase_node(argument.node)
+        return function, arguments
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
         tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
@@ -83,13 +102,18 @@ class _Tracer(fx.Tracer):
         return super().trace(copied, concrete_args)
 
 
-def trace(model: nn.Module) -> fx.Graph:
+def trace(model: nn.Module, given: Collection[str] | None = None) -> fx.Graph:
     """The graph of ``model`` as it runs in eval mode; the model itself is left alone.
+
+    Args:
+        model: any network.
+        given: the names of the arguments that it is called with; those besides have their default. ``None`` makes all
+            of them inputs.
 
     Raises:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
-    return _Tracer().trace(model)
+    return _Tracer(given).trace(model)
 
 
 def obstacle(error: Exception) -> str:
