@@ -52,16 +52,16 @@ class _Apart(nn.Module):
         self.eval()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
-        masks = [x for x in (*args[:1], *args[2:3], keywords.get("key_padding_mask"), keywords.get("attn_mask"))]
+        masks = (*args[:1], *args[2:3], keywords.get("key_padding_mask"), keywords.get("attn_mask"))
         if any(mask is not None for mask in masks):
             raise UsageError(f"attention {self.place!r} cannot be exported: it is given a mask")
         if query is not key or key is not value:
-            raise UsageError(
-                f"attention {self.place!r} cannot be exported: it attends to something else than its input"
-            )
+            raise UsageError(f"attention {self.place!r} cannot be exported: keys or values are not what queries are of")
         x = query if self.batch_first else query.transpose(0, 1)  # (B, L, E)
-        parts = self.in_proj(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, self.width)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.in_proj(x).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(self._by_head(q), self._by_head(k), self._by_head(v))
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         return (output if self.batch_first else output.transpose(0, 1)), None
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.width)).transpose(1, 2)

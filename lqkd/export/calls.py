@@ -27,7 +27,7 @@ def separated(student: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, LevelwiseStep) for module in student.modules()):
         return student
-    graph = trace(student)
+    graph = trace(student, keep=True)
     network = fx.GraphModule(student, graph)
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     done: Counter[str] = Counter()

@@ -292,12 +292,19 @@ class Emitter(IslandWriters):
         self.floats[node] = self.add("Conv", operands, label, kernel_shape=kernel, group=module.groups, **attributes)
 
     def _linear(self, node: fx.Node, found: Operation, operands: list[str]) -> str:
-        label = self.label(node)
-        if len(shape_of(found.inputs[0])) == 2:
+        label, source = self.label(node), found.inputs[0]
+        if len(shape_of(source)) == 2:
             return self.add("Gemm", operands, label, transB=1)
-        transposed = self.add("Transpose", [operands[1]], f"{label}.transposed", perm=[1, 0])
-        product = self.add("MatMul", [operands[0], transposed], f"{label}.product" if operands[2:] else label)
-        return self.add("Add", [product, operands[2]], label) if operands[2:] else product
+        # Runtimes have an integer kernel for two axes alone.
+        rows = self.constant([-1, shape_of(source)[-1]], f"{label}.rows", np.int64)
+        if source in self.codes:
+            codes, grid = self.codes[source]
+            operands[0] = self.dequantize(self.add("Reshape", [codes, rows], f"{label}.codes"), grid, label)
+        else:
+            operands[0] = self.add("Reshape", [operands[0], rows], f"{label}.flat")
+        product = self.add("Gemm", operands, f"{label}.product", transB=1)
+        shape = self.constant([-1, *shape_of(node)[1:]], f"{label}.shape", np.int64)
+        return self.add("Reshape", [product, shape], label)
 
     def _write_norm(self, node: fx.Node, found: Operation) -> None:
         norm: Any = found.settings["module"]

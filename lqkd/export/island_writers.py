@@ -71,11 +71,14 @@ class IslandWriters(ABC):
 
     def _island_attention(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         query, key, value, *mask = operands
-        scale = self.constant(settings["scale"], f"{label}.scale", np.float32)
+        scale = self.constant(float(settings["scale"]), f"{label}.scale", np.float32)
         scaled = self.add("Mul", [query, scale], f"{label}.scaled")
         rank = settings["rank"]
         turned = self.add("Transpose", [key], f"{label}.keys", perm=[*range(rank - 2), rank - 1, rank - 2])
         scores = self.add("MatMul", [scaled, turned], f"{label}.scores")
+        if settings["causal"]:  # no query sees a later key
+            later = np.triu(np.full(settings["causal"], -np.inf, np.float32), 1)
+            mask.append(self.constant(later, f"{label}.later"))
         for name in mask:
             scores = self.add("Add", [scores, name], f"{label}.masked")
         weights = self.add("Softmax", [scores], f"{label}.weights", axis=-1)

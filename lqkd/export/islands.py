@@ -117,16 +117,15 @@ def _layer_norm(node: fx.Node) -> Operation:
 def _attention(node: fx.Node) -> Operation | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     query, key, value, mask, _, causal = (argument(node, i, name, None) for i, name in enumerate(names))
-    if causal or node.kwargs.get("enable_gqa"):
+    if node.kwargs.get("enable_gqa"):
         return None
     scale = node.kwargs.get("scale")
-    scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
-    return _island(
-        "Attention",
-        tuple(x for x in (query, key, value, mask) if x is not None),
-        scale=float(scale),
-        rank=len(shape_of(query)),
-    )
+    settings = {
+        "scale": shape_of(query)[-1] ** -0.5 if scale is None else scale,
+        "rank": len(shape_of(query)),
+        "causal": (shape_of(query)[-2], shape_of(key)[-2]) if causal else None,
+    }
+    return _island("Attention", tuple(x for x in (query, key, value, mask) if x is not None), **settings)
 
 
 def _expand(node: fx.Node) -> Operation:

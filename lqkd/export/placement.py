@@ -55,7 +55,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
     if apart is not student:
         _check_separated(apart, student, example)
     student = apart
-    folding = fold_batchnorm(student)
+    folding = fold_batchnorm(student, given=given(student, example))
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
     return builder, folding
@@ -63,8 +63,12 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
 
 def traced(student: nn.Module, example: Inputs) -> fx.Graph:
     """The graph of a network as the example calls it: arguments that it does not give are what they are by default."""
-    names = inspect.signature(student.forward).bind(*example.args, **example.keywords).arguments
-    return trace(student, names)
+    return trace(student, given(student, example), keep=True)
+
+
+def given(network: nn.Module, example: Inputs) -> tuple[str, ...]:
+    """The names of the arguments that the example calls a network with."""
+    return tuple(inspect.signature(network.forward).bind(*example.args, **example.keywords).arguments)
 
 
 def check_takes(network: nn.Module, inputs: Inputs, what: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import first_line
@@ -77,9 +77,7 @@ class _Tracer(fx.Tracer):
                 self.calls.inputs.setdefault(args[0].node, []).append(name)
         return result
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | None = None
-    ) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Arguments that are not given, where it is told which are, are what the forward takes by default."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         if self.given is None:
@@ -102,18 +100,26 @@ class _Tracer(fx.Tracer):
         return super().trace(copied, concrete_args)
 
 
-def trace(model: nn.Module, given: Collection[str] | None = None) -> fx.Graph:
+def trace(model: nn.Module, given: Collection[str] | None = None, *, keep: bool = False) -> fx.Graph:
     """The graph of ``model`` as it runs in eval mode; the model itself is left alone.
 
     Args:
         model: any network.
         given: the names of the arguments that it is called with; those besides have their default. ``None`` makes all
             of them inputs.
+        keep: whether tensors that the forward makes from nothing, such as masks, become buffers of ``model``, where the
+            graph finds them.
 
     Raises:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
-    return _Tracer(given).trace(model)
+    tracer = _Tracer(given)
+    graph = tracer.trace(model)
+    if keep:
+        for value, name in tracer.tensor_attrs.items():
+            if isinstance(value, Tensor) and name.startswith("_tensor_constant"):
+                model.register_buffer(name, value, persistent=False)
+    return graph
 
 
 def obstacle(error: Exception) -> str:

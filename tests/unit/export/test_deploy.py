@@ -197,7 +197,6 @@ class Around(nn.Module):
 
 
 BLOCKS = {
-    "QuantMultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
     "MultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
     "LSTM": Around(nn.LSTM(8, 8, batch_first=True)),
     "GRU": Around(nn.GRU(8, 8, batch_first=True)),
