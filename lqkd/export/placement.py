@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from torch.utils._pytree import tree_leaves
 from lqkd.errors import UsageError, first_line
 from lqkd.export.attention import take_attention_apart
 from lqkd.export.calls import separated
+from lqkd.export.constants import fold_constants
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
+from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.computed import computed
-from lqkd.quantization.graph import obstacle, trace
+from lqkd.quantization.graph import obstacle
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
 
@@ -51,11 +54,11 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
     check_takes(student, example, "an example")
     take_attention_apart(student)
     _check_traced(student, example)
-    apart = separated(student)
+    apart = separated(student, partial(traced, example=example))
     if apart is not student:
         _check_separated(apart, student, example)
     student = apart
-    folding = fold_batchnorm(student, given=given(student, example))
+    folding = fold_batchnorm(student, graph=traced(student, example))
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
     return builder, folding
@@ -63,7 +66,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
 
 def traced(student: nn.Module, example: Inputs) -> fx.Graph:
     """The graph of a network as the example calls it: arguments that it does not give are what they are by default."""
-    return trace(student, given(student, example), keep=True)
+    return sized_trace(student, given(student, example), example)
 
 
 def given(network: nn.Module, example: Inputs) -> tuple[str, ...]:
@@ -152,6 +155,7 @@ def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
         module._forward_pre_hooks.clear()
         if isinstance(module, QuantizedLayer):
             module.input_quantizer = None
+    fold_constants(network)
     recompile(network)
     propagate_shapes(network, example)
     for node in list(graph.nodes):

@@ -88,7 +88,7 @@ class Folding:
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), given: Collection[str] | None = None) -> Folding:
+def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph | None = None) -> Folding:
     """Fold batch norms into the convolutions before them, in place: the eval function stays the same at any bits.
 
     The results differ by the rounding of floating point only, which can move an activation that lies on a rounding
@@ -108,7 +108,7 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), given: Col
         model: the network.
         untouched: names of modules, layers or not, that must stay with the results that they have: no batch norm
             outside of one is folded into a convolution inside of it.
-        given: the names of the arguments that the network is called with; ``None`` stands for all that it takes.
+        graph: of the network, where one is at hand; ``None`` traces it.
 
     Returns:
         Which batch norms were folded and which were kept, and why.
@@ -123,7 +123,7 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), given: Col
         >>> network[1]
         Identity()
     """
-    found = foldable(model, untouched, given)
+    found = foldable(model, untouched, graph)
     for name, source in found.folded.items():
         norm, layer = cast(_BatchNorm, model.get_submodule(name)), cast(Any, model.get_submodule(source))
         _fold(layer, norm)
@@ -134,10 +134,10 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), given: Col
     return found
 
 
-def foldable(model: nn.Module, untouched: Collection[str] = (), given: Collection[str] | None = None) -> Folding:
+def foldable(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph | None = None) -> Folding:
     """What :func:`fold_batchnorm` would do, which see; nothing is changed."""
     try:
-        graph = trace(model, given)
+        graph = trace(model) if graph is None else graph
     except Exception as error:
         raise UsageError(
             f"batch norm of {type(model).__name__} cannot be folded: its graph cannot be traced ({obstacle(error)})"

@@ -52,7 +52,7 @@ _PAIRS = ("add", "mul")
 """Operations that are listed only when both operands are tensors."""
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
 
     def __init__(self, given: Collection[str] | None = None) -> None:
@@ -100,26 +100,20 @@ class _Tracer(fx.Tracer):
         return super().trace(copied, concrete_args)
 
 
-def trace(model: nn.Module, given: Collection[str] | None = None, *, keep: bool = False) -> fx.Graph:
+def trace(model: nn.Module) -> fx.Graph:
     """The graph of ``model`` as it runs in eval mode; the model itself is left alone.
-
-    Args:
-        model: any network.
-        given: the names of the arguments that it is called with; those besides have their default. ``None`` makes all
-            of them inputs.
-        keep: whether tensors that the forward makes from nothing, such as masks, become buffers of ``model``, where the
-            graph finds them.
 
     Raises:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
-    tracer = _Tracer(given)
-    graph = tracer.trace(model)
-    if keep:
-        for value, name in tracer.tensor_attrs.items():
-            if isinstance(value, Tensor) and name.startswith("_tensor_constant"):
-                model.register_buffer(name, value, persistent=False)
-    return graph
+    return Tracer().trace(model)
+
+
+def keep_constants(tracer: Tracer, model: nn.Module) -> None:
+    """Let tensors that a traced forward made from nothing, such as masks, be buffers of ``model``, as of its graph."""
+    for value, name in tracer.tensor_attrs.items():
+        if isinstance(value, Tensor) and name.startswith("_tensor_constant"):
+            model.register_buffer(name, value, persistent=False)
 
 
 def obstacle(error: Exception) -> str:
@@ -150,7 +144,7 @@ def survey(model: nn.Module) -> Survey:
     )
     if isinstance(model, QuantizedLayer):
         return Survey()
-    tracer = _Tracer()
+    tracer = Tracer()
     try:
         graph = tracer.trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways
