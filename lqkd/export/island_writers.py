@@ -92,6 +92,10 @@ class IslandWriters(ABC):
         rest = self.constant(shape[1:], f"{label}.rest", np.int64)
         return self.add("Expand", [*operands, self.add("Concat", [sizes, rest], f"{label}.shape", axis=0)], label)
 
+    def _island_reduce(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        axes = self.constant(settings["axes"], f"{label}.axes", np.int64)
+        return self.add(settings["operator"], [*operands, axes], label, keepdims=int(settings["keepdim"]))
+
     def _island_roll(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         (x,) = operands
         for axis, shift, size in settings["turns"]:

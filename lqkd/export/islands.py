@@ -144,6 +144,17 @@ def _roll(node: fx.Node) -> Operation | None:
     return _island("Roll", first(node), turns=[turn for turn in turns if turn[1]])
 
 
+def _reduced(name: str) -> Callable[[fx.Node], Operation | None]:
+    def finder(node: fx.Node) -> Operation | None:
+        axes, keep = argument(node, 1, "dim", None), argument(node, 2, "keepdim", False)
+        if axes is None or node.kwargs.get("dtype") is not None:
+            return None
+        axes = [axes] if isinstance(axes, int) else list(axes)
+        return _island("Reduce", first(node), operator=name, axes=axes, keepdim=bool(keep))
+
+    return finder
+
+
 def _stack(node: fx.Node) -> Operation:
     tensors, axis = argument(node, 0, "tensors", ()), argument(node, 1, "dim", 0)
     return _island("Stack", tuple(tensors), axis=axis)
@@ -158,6 +169,10 @@ _FINDERS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
     "expand": _expand,
+    torch.sum: _reduced("ReduceSum"),
+    "sum": _reduced("ReduceSum"),
+    torch.amax: _reduced("ReduceMax"),
+    "amax": _reduced("ReduceMax"),
     torch.roll: _roll,
     torch.stack: _stack,
     F.normalize: _normalize,

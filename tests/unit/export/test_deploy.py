@@ -247,3 +247,42 @@ def test_a_network_in_a_wrapper_is_not_quantised(how: str) -> None:
         quantize_model(WRAPPED[how](Small()), Recipe())
     with pytest.raises(UsageError, match=f"the part '1' was made by {how}"):
         quantize_model(nn.Sequential(nn.Identity(), WRAPPED[how](Small())), Recipe())
+
+
+class Gated(nn.Module):
+    """A residual branch that ends in a batch norm of zeros, in front of a gate (timm's residual networks begin so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.gate, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.norm(self.branch(x))
+        y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head((x + y).mean((2, 3)))
+
+
+def test_a_branch_that_is_still_zero_is_exported_and_adds_nothing() -> None:
+    network = Gated()
+    nn.init.zeros_(network.norm.weight)
+    nn.init.zeros_(network.norm.bias)
+    student, _ = quantize_model(network, Recipe(bits="w8a8"))
+    initialize_quantizers(student, images(32))
+    assert not student.gate.input_quantizer.is_ready
+    model = to_onnx(student.eval(), images(4), calibration=[images(32)])
+    assert not student.gate.input_quantizer.is_ready  # the student is left alone
+    with torch.no_grad():
+        network.norm.running_mean.fill_(3.0)  # times zero, whatever it is
+    assert to_onnx(student, images(4), calibration=[images(32)]).graph.node == model.graph.node
+
+
+def test_a_quantizer_that_saw_zeros_in_training_and_values_here_is_refused() -> None:
+    network = Gated()
+    nn.init.zeros_(network.norm.weight)
+    student, _ = quantize_model(network, Recipe(bits="w8a8"))
+    initialize_quantizers(student, images(32))
+    nn.init.ones_(student.norm.weight)
+    with pytest.raises(UsageError, match=r"quantizer 'gate.input_quantizer' has no grid"):
+        deploy(student.eval(), images(4), [images(32)])
