@@ -133,7 +133,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind = "grid"
     elif _is_layer(module):
         kind = "layer"
-    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+    elif _is_norm(module):
         kind = "norm"
     elif type(module) in IDENTITIES:
         kind = "identity"
@@ -154,6 +154,12 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
     elif type(module) in RESHAPES:
         kind = "reshape"
     return island_of_module(module, node) if kind is None else Operation(kind, first(node), settings)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is batch norm by running statistics, and nothing besides."""
+    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and plain and module.running_mean is not None
 
 
 def _is_layer(module: nn.Module) -> bool:

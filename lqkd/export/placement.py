@@ -22,7 +22,7 @@ from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
 from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
-from lqkd.quantization.batchnorm import Folding
+from lqkd.quantization.batchnorm import Folding, take_activations_apart
 from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import obstacle
 from lqkd.quantization.layers import QuantizedLayer
@@ -59,6 +59,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
         _check_separated(apart, student, example)
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
+    take_activations_apart(student)
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
     return builder, folding

@@ -213,6 +213,23 @@ def _is_activated(norm: nn.Module) -> bool:
     return type(norm).__module__.startswith("timm.") and {"drop", "act"} <= norm._modules.keys()
 
 
+def take_activations_apart(model: nn.Module) -> None:
+    """Exchange batch norms that also activate (timm's ``BatchNormAct2d``) for a plain one and what else they do.
+
+    Args:
+        model: changed in place; what it computes stays the same.
+    """
+    for name, norm in list(model.named_modules()):
+        if not isinstance(norm, _BatchNorm) or not _is_activated(norm):
+            continue
+        plain = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine, device="meta").train(norm.training)
+        plain._parameters, plain._buffers = dict(norm._parameters), dict(norm._buffers)
+        remainder = _remainder(norm)
+        move_output_quantizer(norm, remainder[-1])
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = nn.Sequential(plain, *remainder)
+
+
 def _remainder(norm: nn.Module) -> nn.Module:
     if not _is_activated(norm):
         return nn.Identity()

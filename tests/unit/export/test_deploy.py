@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -286,3 +287,34 @@ def test_a_quantizer_that_saw_zeros_in_training_and_values_here_is_refused() -> 
     nn.init.ones_(student.norm.weight)
     with pytest.raises(UsageError, match=r"quantizer 'gate.input_quantizer' has no grid"):
         deploy(student.eval(), images(4), [images(32)])
+
+
+class Preactivated(nn.Module):
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), timm.layers.BatchNormAct2d(8, act_layer=activation)
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.conv(self.norm(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ELU])
+def test_what_a_batch_norm_of_timm_does_besides_is_in_the_file(activation: type[nn.Module]) -> None:
+    student = quantised(Preactivated(activation), bits="w8a8", residual_bits=8)
+    model = to_onnx(student, images(4), calibration=[images(32)])
+    assert "BatchNormalization" in {node.op_type for node in model.graph.node}
+
+
+class Louder(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_batch_norm_that_computes_something_else_is_refused_by_name() -> None:
+    network = Preactivated(nn.ReLU)
+    network.norm = Louder(8)
+    student = quantised(network, bits="w8a8")
+    with pytest.raises(UsageError, match="operator Louder in norm cannot be exported"):
+        deploy(student, images(4), [images(32)])
