@@ -19,6 +19,7 @@ from lqkd.export.constants import fold_constants
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
+from lqkd.export.same_padding import take_padding_apart
 from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
@@ -157,6 +158,9 @@ def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
         if isinstance(module, QuantizedLayer):
             module.input_quantizer = None
     fold_constants(network)
+    recompile(network)
+    propagate_shapes(network, example)
+    take_padding_apart(network)
     recompile(network)
     propagate_shapes(network, example)
     for node in list(graph.nodes):

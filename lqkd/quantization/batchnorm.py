@@ -224,10 +224,10 @@ def take_activations_apart(model: nn.Module) -> None:
             continue
         plain = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine, device="meta").train(norm.training)
         plain._parameters, plain._buffers = dict(norm._parameters), dict(norm._buffers)
-        remainder = _remainder(norm)
+        remainder = cast(nn.Sequential, _remainder(norm))
         move_output_quantizer(norm, remainder[-1])
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = nn.Sequential(plain, *remainder)
+        model.get_submodule(parent)._modules[child] = nn.Sequential(plain, remainder)
 
 
 def _remainder(norm: nn.Module) -> nn.Module:

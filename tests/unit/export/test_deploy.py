@@ -16,6 +16,7 @@ from lqkd.export import check, deploy, to_onnx
 from lqkd.export.deploy import check_deployable
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.runtimes import kernels
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from tests.unit.export.networks import Small, images, quantised
@@ -318,3 +319,26 @@ def test_a_batch_norm_that_computes_something_else_is_refused_by_name() -> None:
     student = quantised(network, bits="w8a8")
     with pytest.raises(UsageError, match="operator Louder in norm cannot be exported"):
         deploy(student, images(4), [images(32)])
+
+
+class Same(nn.Module):
+    """Convolutions of timm's ports from TensorFlow: an even and an odd side, a stride, and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = (
+            timm.layers.Conv2dSame(3, 8, 3, stride=2),
+            timm.layers.Conv2dSame(8, 8, 5, stride=2, groups=8),
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.stem(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_padding_as_tensorflow_does_it_is_in_the_file(side: int) -> None:
+    student = quantised(Same(), bits="w8a8")
+    x = images(8)[..., :side, :side]
+    model = to_onnx(student, x, calibration=[x])
+    assert kernels(model).integer == {"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}
