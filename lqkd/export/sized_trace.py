@@ -15,6 +15,10 @@ _LOOKED_INTO = ("_patch_merging_pad",)
 """Functions of torchvision that a trace stops at, although it can follow them where sizes are known."""
 
 
+FEW, MANY = 2, 3
+"""The numbers of samples."""
+
+
 def sized_trace(model: nn.Module, given: Collection[str], example: Inputs) -> fx.Graph:
     """The graph of ``model`` for inputs of the sizes of the example, and any number of them.
 
@@ -30,7 +34,7 @@ def sized_trace(model: nn.Module, given: Collection[str], example: Inputs) -> fx
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
     count = len(example)
-    rows = [torch.tensor([i % count for i in range(samples)]) for samples in (2, 3)]
+    rows = [torch.tensor([i % count for i in range(samples)]) for samples in (FEW, MANY)]
     tracer = _SizedTracer(given, [_rows(example, chosen) for chosen in rows])
     with torch.no_grad():
         graph = tracer.trace(model)
@@ -81,7 +85,13 @@ class _Sized(fx.Proxy):
 
     def _length(self, axis: int) -> Any:
         few, many = (value.shape[axis] for value in self.known)
-        return few if few == many else self._called("size", axis)
+        if few == many:
+            return few
+        times, rest = divmod(few, FEW)
+        if rest or many != times * MANY:
+            return self._called("size", axis)
+        batch = cast(_SizedTracer, self.tracer).batch()
+        return batch if times == 1 else batch * times
 
     def _is_tensor(self) -> bool:
         return self.known is not None and isinstance(self.known[0], Tensor)
@@ -97,9 +107,17 @@ class _SizedTracer(Tracer):
         self.examples = [example.by_name(names) for example in examples]
         self.running = False
         self.looked_into: list[fx.Node] = []
+        self._first: _Sized | None = None
+        self._batch: Any = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Sized(node, self)
+
+    def batch(self) -> Any:
+        """The number of samples: the size of the first input, since an integer kernel's result may have none."""
+        if self._batch is None:
+            self._batch = self.create_proxy("call_method", "size", (self._first, 0), {})
+        return self._batch
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **keywords: Any
@@ -116,6 +134,8 @@ class _SizedTracer(Tracer):
             made.known = None
         finally:
             self.running = False
+        if self._first is None and kind == "placeholder" and made._is_tensor():
+            self._first = made
         return made
 
     def _value(self, which: int, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
