@@ -25,8 +25,11 @@ for path in sys.argv[2:]:
         sides = [int(prepare["resize_size"] * side / min(image.size)) for side in image.size]
         left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
         image = image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    pixels = np.asarray(image, np.float32).reshape(height, width, -1).transpose(2, 0, 1) / np.float32(255)
-    logits = session.run(None, {"images": ((pixels - mean) / std)[None]})[0][0].astype(np.float64)
+    pixels = np.asarray(image, np.uint8).reshape(height, width, -1)
+    planes = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    name = session.get_inputs()[0].name  # a file that was exported with --frames prepares pixels itself
+    given = pixels[None] if name == "frames" else ((planes - mean) / std)[None]
+    logits = session.run(None, {name: given})[0][0].astype(np.float64)
     if not np.isfinite(logits).all():
         sys.exit(f"{sys.argv[1]} answers with logits that are not finite: its training diverged, or it is damaged")
     odds = np.exp(logits - logits.max())

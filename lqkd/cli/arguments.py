@@ -64,6 +64,8 @@ class Export:
     """replace a file that exists"""
     latency: bool = argument(False)
     """also time it against float32 ONNX and PyTorch on this CPU, for some seconds"""
+    frames: bool = argument(False)
+    """take a camera's frames, bytes (B, H, W, C), and prepare them inside the file"""
     allow_code: bool = argument(False)
     """run the classes that the folder of somebody else names"""
 

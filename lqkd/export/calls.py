@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LevelwiseStep
 
 
-def separated(student: nn.Module) -> nn.Module:
+def separated(student: nn.Module, traced: Callable[[nn.Module], fx.Graph]) -> nn.Module:
     """The network with a copy of each layer and batch norm for each of its calls, where inputs have steps for them.
 
     An integer layer has one grid for its input, and a batch norm is folded into the layer before it: both need a layer
@@ -21,13 +21,14 @@ def separated(student: nn.Module) -> nn.Module:
 
     Args:
         student: a quantised network in eval mode that can be traced.
+        traced: what gives the graph of a network.
 
     Raises:
         Exception: whatever the network's own forward or the tracer raises.
     """
     if not any(isinstance(module, LevelwiseStep) for module in student.modules()):
         return student
-    graph = trace(student)
+    graph = traced(student)
     network = fx.GraphModule(student, graph)
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     done: Counter[str] = Counter()

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
@@ -20,6 +21,7 @@ from lqkd.export import metadata, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
 from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
+from lqkd.export.frames import takes_frames
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
@@ -56,6 +58,7 @@ def export(
     output: str | Path | None = None,
     overwrite: bool = False,
     latency: bool = False,
+    frames: bool = False,
     allow_code: bool = False,
 ) -> Path:
     """Export the student of a run from its best checkpoint, verify the file and write a model card beside it.
@@ -66,6 +69,7 @@ def export(
         output: file to write; None for ``student.onnx`` or its like in the run folder.
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
+        frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
@@ -78,6 +82,8 @@ def export(
     check_format(format)
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
+    if frames and format not in set(BUILDERS) - {"qonnx"}:
+        raise UsageError(f"--frames is not possible with --format {format}: use one of portable, packed4, packed2")
     wanted = _output(Path(run), format, output, overwrite)
     if format in (GGUF, NBITS):
         return _export_language_model(Path(run), wanted, format, allow_code)
@@ -106,14 +112,12 @@ def export(
             found = None if is_qonnx(exported.model) else kernels(exported.model)
     parity.split = split
     described = metadata.describe(format, deployed, parity, about)
-    if format != TORCH:
-        metadata.write(exported.model, described)
     target = wanted if parity.problem is None else rejected(wanted)
-    with atomic_path(target) as temporary:
-        if format == TORCH:
+    if format == TORCH:
+        with atomic_path(target) as temporary:
             save_program(program, temporary, described)
-        else:
-            temporary.write_bytes(exported.model.SerializeToString())
+    else:
+        _write_onnx(exported.model, target, described, frames)
     weights = size(student)
     summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, found)
     print_card(summary, described, parity)
@@ -126,6 +130,13 @@ def export(
     report.tell(report.describe(student, one, summary, described, timed), target)
     _warn_of_outdated(Path(run))
     return target
+
+
+def _write_onnx(model: onnx.ModelProto, target: Path, described: dict[str, Any], frames: bool) -> None:
+    metadata.write(model, described)
+    file = takes_frames(model, described["preprocessing"]) if frames else model
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(file.SerializeToString())
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
-from lqkd.export.operations import KEEPS_GRID, operation
+from lqkd.export.operations import MOVES, operation
 from lqkd.export.placement import check_takes, parameters, place_grids, propagate_shapes, recompile
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
@@ -91,6 +92,7 @@ def deploy(
     if isinstance(calibration, Tensor):
         raise UsageError("calibration is a tensor: give a list of batches, for instance [images]")
     batches = [as_float32(batch, "calibration data") for batch in calibration if not _is_empty(batch)]
+    _fit_to_zeros(student, [inputs, *batches])
     for name, quantizer in quantizers(student).items():
         if not quantizer.is_ready:
             raise UsageError(
@@ -106,6 +108,33 @@ def deploy(
     _make_integer(network)
     propagate_shapes(network, inputs)
     return Deployed(network, *names, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
+
+
+@torch.no_grad()
+def _fit_to_zeros(student: nn.Module, batches: list[Inputs]) -> None:
+    """Give a grid to quantizers that only zeros reach, as behind a branch that is still zero: every grid holds them.
+
+    In training they pass zeros on as they are, and so nothing changes.
+    """
+    waiting = [quantizer for quantizer in quantizers(student).values() if not quantizer.is_ready]
+    seen: dict[Quantizer, Tensor] = {}
+    values: set[Quantizer] = set()
+
+    def look(quantizer: Any, args: tuple[Tensor, ...]) -> None:
+        seen[quantizer] = args[0]
+        if args[0].any():
+            values.add(quantizer)
+
+    hooks = [quantizer.register_forward_pre_hook(look) for quantizer in waiting]
+    try:
+        for batch in batches if waiting else ():
+            check_takes(student, batch, "an example")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for quantizer, zeros in seen.items():
+        if quantizer not in values:
+            quantizer.initialize(torch.ones_like(zeros))
 
 
 def check_deployable(student: nn.Module, example: Inputs) -> None:
@@ -228,7 +257,7 @@ def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | 
         if found.kind == "grid":
             module = found.settings["module"]
             return module if isinstance(module, ActivationGrid | LookupGrid) else None
-        if found.kind not in (*KEEPS_GRID, "part", "chunks"):
+        if found.kind not in MOVES:
             return None
         node = found.inputs[0]
 

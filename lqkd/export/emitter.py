@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from torch import fx, nn
 from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
-from lqkd.export.operations import KEEPS_GRID, Operation, operation, shape_of, unsupported
+from lqkd.export.island_writers import IslandWriters
+from lqkd.export.nodes import Operation, shape_of
+from lqkd.export.operations import KEEPS_GRID, operation, unsupported
 from lqkd.models.outputs import heads
 
 BATCH = "batch"
@@ -38,7 +40,7 @@ class Exported:
     integer: bool
 
 
-class Emitter(ABC):
+class Emitter(IslandWriters):
     """Turns the nodes of a deployed network into ONNX nodes, in order.
 
     A value that is on a grid may exist as codes, and then becomes real numbers separately for each reader. A clamp is
@@ -228,7 +230,10 @@ class Emitter(ABC):
         if found.kind == "slice":
             slices = np.array(found.settings["slices"], np.int64)  # (axes, 4): axis, start, end, step
             names = ((1, "starts"), (2, "ends"), (0, "axes"), (3, "steps"))
-            return self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
+            if len(slices):
+                x = self.add("Slice", [x, *(self.constant(slices[:, i], f"{label}.{n}") for i, n in names)], label)
+            dropped = found.settings["dropped"]
+            return self.add("Squeeze", [x, self.constant(dropped, f"{label}.axes", np.int64)], label) if dropped else x
         if found.kind == "pad":
             pads = self.constant(found.settings["pads"], f"{label}.pads", np.int64)
             return self.add("Pad", [x, pads, self.constant(zero, f"{label}.zero", dtype)], label)
@@ -287,12 +292,19 @@ class Emitter(ABC):
         self.floats[node] = self.add("Conv", operands, label, kernel_shape=kernel, group=module.groups, **attributes)
 
     def _linear(self, node: fx.Node, found: Operation, operands: list[str]) -> str:
-        label = self.label(node)
-        if len(shape_of(found.inputs[0])) == 2:
+        label, source = self.label(node), found.inputs[0]
+        if len(shape_of(source)) == 2:
             return self.add("Gemm", operands, label, transB=1)
-        transposed = self.add("Transpose", [operands[1]], f"{label}.transposed", perm=[1, 0])
-        product = self.add("MatMul", [operands[0], transposed], f"{label}.product" if operands[2:] else label)
-        return self.add("Add", [product, operands[2]], label) if operands[2:] else product
+        # Runtimes have an integer kernel for two axes alone.
+        rows = self.constant([-1, shape_of(source)[-1]], f"{label}.rows", np.int64)
+        if source in self.codes:
+            codes, grid = self.codes[source]
+            operands[0] = self.dequantize(self.add("Reshape", [codes, rows], f"{label}.codes"), grid, label)
+        else:
+            operands[0] = self.add("Reshape", [operands[0], rows], f"{label}.flat")
+        product = self.add("Gemm", operands, f"{label}.product", transB=1)
+        shape = self.constant([-1, *shape_of(node)[1:]], f"{label}.shape", np.int64)
+        return self.add("Reshape", [product, shape], label)
 
     def _write_norm(self, node: fx.Node, found: Operation) -> None:
         norm: Any = found.settings["module"]
@@ -361,14 +373,23 @@ class Emitter(ABC):
         self.floats[node] = self.add(name, [x], label, **settings)
 
     def _write_chunks(self, node: fx.Node, found: Operation) -> None:
-        metas = node.meta["tensor_meta"]
-        axis = found.settings["axis"]
-        sizes = self.constant([meta.shape[axis] for meta in metas], f"{self.label(node)}.sizes", np.int64)
-        names = [self.name(f"{self.label(node)}.{index}") for index in range(len(metas))]
+        axis, label = found.settings["axis"], self.label(node)
+        sizes = [meta.shape[axis] for meta in node.meta["tensor_meta"]]
+        self.parts[node] = self._split(found, sizes, label)
+
+    def _write_unbound(self, node: fx.Node, found: Operation) -> None:
+        label = self.label(node)
+        parts = self._split(found, [1] * len(node.meta["tensor_meta"]), f"{label}.split")
+        axes = self.constant([found.settings["axis"]], f"{label}.axes", np.int64)
+        self.parts[node] = [self.add("Squeeze", [part, axes], f"{label}.{i}") for i, part in enumerate(parts)]
+
+    def _split(self, found: Operation, sizes: list[int], label: str) -> list[str]:
+        names = [self.name(f"{label}.{index}") for index in range(len(sizes))]
         source = found.inputs[0]
         x = self.codes[source][0] if source in self.codes else self.floating(source)
-        self.nodes.append(helper.make_node("Split", [x, sizes], names, names[0], axis=axis))
-        self.parts[node] = names
+        lengths = self.constant(sizes, f"{label}.sizes", np.int64)
+        self.nodes.append(helper.make_node("Split", [x, lengths], names, names[0], axis=found.settings["axis"]))
+        return names
 
     def _write_part(self, node: fx.Node, found: Operation) -> None:
         whole = found.inputs[0]

@@ -8,7 +8,7 @@ from torch import fx
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
 from lqkd.export.integer import IntegerLayer
-from lqkd.export.operations import Operation
+from lqkd.export.nodes import Operation
 
 
 class Floating(Emitter):

@@ -46,6 +46,7 @@ def hub_folder(
     format: str = "portable",
     overwrite: bool = False,
     latency: bool = False,
+    frames: bool = False,
     allow_code: bool = False,
 ) -> Path:
     """Write ``README.md``, ``config.json``, ``model.safetensors`` and ``model.onnx`` into a folder.
@@ -59,6 +60,7 @@ def hub_folder(
         format: one of the ONNX formats of :data:`lqkd.export.FORMATS`.
         overwrite: whether to replace files that exist.
         latency: whether to time the file against float32 ONNX and PyTorch on this CPU.
+        frames: whether the file takes a camera's frames, as for :func:`lqkd.export.command.export`.
         allow_code: whether classes of a run that somebody else made may be run.
 
     Returns:
@@ -78,7 +80,8 @@ def hub_folder(
             raise UsageError(f"{str(folder / name)!r} exists: give --overwrite, or another --hub")
     weights = student_file(run)
     load_student(weights, allow_code)  # which says so, if that is not possible
-    file = export(run, format=format, output=folder / FILE, overwrite=overwrite, latency=latency, allow_code=allow_code)
+    same = {"overwrite": overwrite, "latency": latency, "frames": frames, "allow_code": allow_code}
+    file = export(run, format=format, output=folder / FILE, **same)
     with atomic_path(folder / HUB_WEIGHTS) as temporary:
         shutil.copyfile(weights, temporary)
     write_json(folder / HUB_CONFIG, describe_student(weights))

@@ -97,11 +97,18 @@ class IntegerLayer(nn.Module):
             return self.product(x, (codes * self.multiplier).float(), bias.float())
         dtype = torch.float32 if bound.max() < EXACT else torch.float64
         sums = self.product(x.to(dtype), codes.to(dtype), None).double() * self.multiplier
-        return (sums + bias.double().view(-1, *[1] * (sums.ndim - 2))).float()
+        return (sums + self.by_channel(bias.double(), sums.ndim)).float()
+
+    def by_channel(self, values: Tensor, rank: int) -> Tensor:
+        """View (channels,) ``values`` so that they broadcast over a result of ``rank`` axes."""
+        return values.view(-1, *[1] * (rank - 2))
 
 
 class IntegerLinear(IntegerLayer):
     """:class:`torch.nn.Linear` with integer weights; input (..., in_features)."""
+
+    def by_channel(self, values: Tensor, rank: int) -> Tensor:
+        return values
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

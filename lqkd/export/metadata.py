@@ -14,7 +14,7 @@ from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
-from lqkd.export.operations import shape_of
+from lqkd.export.nodes import shape_of
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import Parity
 from lqkd.export.runtimes import has_two_bits, is_qonnx

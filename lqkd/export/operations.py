@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,28 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.islands import island_of_function, island_of_module
+from lqkd.export.nodes import Operation, argument, first, is_tensor, place, shape_of
 from lqkd.quantization import Quantizer
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation.
-
-    Attributes:
-        kind: its name, such as ``layer``, ``grid``, ``add`` or ``clamp``.
-        inputs: the nodes of its tensors.
-        settings: its other arguments.
-    """
-
-    kind: str
-    inputs: tuple[fx.Node, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
+from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS, is_identity
 
 KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "nearest", "identity")
 """Kinds whose result is on the grid of their input: they move, compare or drop values, or put zeros beside them."""
+MOVES = (*KEEPS_GRID, "part", "chunks", "unbound")
+"""Kinds whose result, or each of whose results, is on the grid of their input."""
 CLAMPS = ("relu", "clamp")
 """Kinds that a grid behind them can do as limits on its codes."""
 
@@ -115,7 +102,7 @@ def operation(node: fx.Node, network: nn.Module) -> Operation | None:
         module = network.get_submodule(str(node.target))
         found = _of_module(module, node)
     else:
-        if not _is_tensor(node) and "tensors" not in node.meta:
+        if not is_tensor(node) and "tensors" not in node.meta:
             return None
         found = _of_function(node)
     if found is None:
@@ -134,39 +121,9 @@ def unsupported(node: fx.Node, network: nn.Module, detail: str = "") -> UsageErr
     return UsageError(f"operator {kind}{detail} in {place(node)} cannot be exported: {remedy}")
 
 
-def place(node: fx.Node) -> str:
-    """The module in whose forward ``node`` is computed, for messages."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack), "")) or "the network's forward"
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of what ``node`` returned in the example."""
-    return tuple(node.meta["tensor_meta"].shape)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """An argument of a call, given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return hasattr(node.meta.get("tensor_meta"), "shape")
-
-
 def _attribute(network: nn.Module, target: str) -> Any:
     owner, _, name = target.rpartition(".")
     return getattr(network.get_submodule(owner), name)
-
-
-def _first(node: fx.Node) -> tuple[fx.Node, ...]:
-    value = node.args[0] if node.args else node.kwargs["input"]
-    assert isinstance(value, fx.Node)
-    return (value,)
 
 
 def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
@@ -176,7 +133,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind = "grid"
     elif _is_layer(module):
         kind = "layer"
-    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+    elif _is_norm(module):
         kind = "norm"
     elif type(module) in IDENTITIES:
         kind = "identity"
@@ -196,7 +153,13 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         return _resize(node, module.__dict__.get)
     elif type(module) in RESHAPES:
         kind = "reshape"
-    return None if kind is None else Operation(kind, _first(node), settings)
+    return island_of_module(module, node) if kind is None else Operation(kind, first(node), settings)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is batch norm by running statistics, and nothing besides."""
+    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and plain and module.running_mean is not None
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -212,26 +175,26 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
         tensors = argument(node, 0, "tensors", ())
         return Operation("cat", tuple(tensors), {"axis": argument(node, 1, "dim", 0)})
     if target in RELUS:
-        return Operation("relu", _first(node))
-    if target in IDENTITIES or (target == "to" and node.kwargs == {}):
-        return Operation("identity", _first(node))
+        return Operation("relu", first(node))
+    if is_identity(target) or (target == "to" and node.kwargs == {}):
+        return Operation("identity", first(node))
     if target is F.relu6:
-        return Operation("clamp", _first(node), {"low": 0.0, "high": 6.0})
+        return Operation("clamp", first(node), {"low": 0.0, "high": 6.0})
     if target in (F.hardtanh, torch.clamp, "clamp", "clamp_"):
         hard = target is F.hardtanh
         low = argument(node, 1, "min_val" if hard else "min", -1.0 if hard else None)
         high = argument(node, 2, "max_val" if hard else "max", 1.0 if hard else None)
-        return Operation("clamp", _first(node), {"low": low, "high": high})
+        return Operation("clamp", first(node), {"low": low, "high": high})
     if target in _ACTIVATIONS:
         return Operation(
             "activation",
-            _first(node),
+            first(node),
             _activation(_ACTIVATIONS[target], lambda name, default=None: argument(node, 1, name, default)),
         )
     if target in (F.max_pool2d, F.avg_pool2d):
         settings = _MAX_POOL if target is F.max_pool2d else _AVERAGE_POOL
         values = {n: argument(node, i, n, default) for i, (n, default) in enumerate(settings.items(), start=1)}
-        return Operation("maxpool" if target is F.max_pool2d else "avgpool", _first(node), _pool(values.__getitem__))
+        return Operation("maxpool" if target is F.max_pool2d else "avgpool", first(node), _pool(values.__getitem__))
     if target is F.adaptive_avg_pool2d:
         return _adaptive(node)
     if target is F.interpolate:
@@ -241,23 +204,25 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
     if target in (torch.mean, "mean"):
         return _mean(node)
     if target in RESHAPES or target in RESHAPE_METHODS:
-        return Operation("reshape", _first(node))
+        return Operation("reshape", first(node))
     if target in TRANSPOSITIONS:
-        return Operation("transpose", _first(node), {"order": _order(node)})
+        return Operation("transpose", first(node), {"order": _order(node)})
     if target is F.pad:
         return _pad(node)
     if target is operator.getitem:
         return _getitem(node)
     if target in (torch.chunk, "chunk", torch.split, "split"):
-        return Operation("chunks", _first(node), {"axis": argument(node, 2, "dim", 0)})
-    return None
+        return Operation("chunks", first(node), {"axis": argument(node, 2, "dim", 0)})
+    if target in (torch.unbind, "unbind"):
+        return Operation("unbound", first(node), {"axis": argument(node, 1, "dim", 0)})
+    return island_of_function(node)
 
 
 def _pair(node: fx.Node, kind: str) -> Operation | None:
     operands = (argument(node, 0, "input", None), argument(node, 1, "other", None))
     if set(node.kwargs) - {"input", "other"}:
         return None
-    nodes = tuple(x for x in operands if isinstance(x, fx.Node) and _is_tensor(x))
+    nodes = tuple(x for x in operands if isinstance(x, fx.Node) and is_tensor(x))
     numbers = [x for x in operands if isinstance(x, int | float)]
     if len(nodes) + len(numbers) != 2 or not nodes:
         return None
@@ -292,7 +257,7 @@ def _pool(get: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _adaptive(node: fx.Node) -> Operation | None:
-    (source,) = _first(node)
+    (source,) = first(node)
     (height, width), (rows, columns) = shape_of(source)[-2:], shape_of(node)[-2:]
     if (rows, columns) == (1, 1):
         return Operation("globalpool", (source,), {"keepdim": True})
@@ -304,7 +269,7 @@ def _adaptive(node: fx.Node) -> Operation | None:
 
 def _resize(node: fx.Node, get: Callable[[str], Any]) -> Operation | None:
     """Bilinear, or nearest neighbour by whole factors, where the factor that PyTorch is given is that of the sizes."""
-    source = _first(node)
+    source = first(node)
     before, after = shape_of(source[0])[2:], shape_of(node)[2:]
     factor, mode = get("scale_factor"), get("mode")
     factors = factor if isinstance(factor, tuple | list) else (factor,) * len(before)
@@ -320,7 +285,7 @@ def _resize(node: fx.Node, get: Callable[[str], Any]) -> Operation | None:
 
 
 def _mean(node: fx.Node) -> Operation | None:
-    (source,) = _first(node)
+    (source,) = first(node)
     axes, keep = argument(node, 1, "dim", None), argument(node, 2, "keepdim", False)
     rank = len(shape_of(source))
     if axes is None or rank < 3:
@@ -332,7 +297,7 @@ def _mean(node: fx.Node) -> Operation | None:
 
 
 def _order(node: fx.Node) -> list[int]:
-    rank = len(shape_of(_first(node)[0]))
+    rank = len(shape_of(first(node)[0]))
     given: list[Any] = list(node.args[1:]) or [v for k, v in node.kwargs.items() if k != "input"]
     if str(getattr(node.target, "__name__", node.target)) == "transpose":
         order = list(range(rank))
@@ -348,31 +313,35 @@ def _pad(node: fx.Node) -> Operation | None:
     value = argument(node, 3, "value", None)
     if mode != "constant" or value not in (None, 0, 0.0) or any(not isinstance(p, int) or p < 0 for p in pads):
         return None
-    rank = len(shape_of(_first(node)[0]))
+    rank = len(shape_of(first(node)[0]))
     begins, ends = [0] * rank, [0] * rank
     for index in range(len(pads) // 2):
         begins[rank - 1 - index], ends[rank - 1 - index] = pads[2 * index], pads[2 * index + 1]
-    return Operation("pad", _first(node), {"pads": begins + ends})
+    return Operation("pad", first(node), {"pads": begins + ends})
 
 
 def _getitem(node: fx.Node) -> Operation | None:
     source, index = node.args
     assert isinstance(source, fx.Node)
-    if not _is_tensor(source):  # one of the results of chunk or split
+    if not is_tensor(source):  # one of the results of chunk or split
         return Operation("part", (source,), {"index": index})
     entries = list(index) if isinstance(index, tuple) else [index]
     shape = shape_of(source)
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
-    slices = []
+    slices, dropped = [], []
     for axis, entry in enumerate(entries):
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            at = entry % shape[axis]
+            slices.append((axis, at, at + 1, 1))
+            dropped.append(axis)
+            continue
         if not isinstance(entry, slice) or any(isinstance(x, fx.Node) for x in (entry.start, entry.stop, entry.step)):
             return None
         if entry == slice(None):
             continue
         if axis == 0 or (entry.step or 1) < 0:
             return None
-        start, stop, step = entry.indices(shape[axis])
-        slices.append((axis, start, stop, step))
-    return Operation("slice", (source,), {"slices": slices})
+        slices.append((axis, *entry.indices(shape[axis])))
+    return Operation("slice", (source,), {"slices": slices, "dropped": dropped})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from lqkd.errors import UsageError, first_line
+from lqkd.export.attention import take_attention_apart
 from lqkd.export.calls import separated
-from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
+from lqkd.export.constants import fold_constants
+from lqkd.export.islands import KIND as ISLAND
+from lqkd.export.nodes import Operation, place
+from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
+from lqkd.export.same_padding import take_padding_apart
+from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
-from lqkd.quantization.batchnorm import Folding
+from lqkd.quantization.batchnorm import Folding, take_activations_apart
 from lqkd.quantization.computed import computed
-from lqkd.quantization.graph import obstacle, trace
+from lqkd.quantization.graph import obstacle
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
 
@@ -46,15 +53,27 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
                 "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
             )
     check_takes(student, example, "an example")
+    take_attention_apart(student)
     _check_traced(student, example)
-    apart = separated(student)
+    apart = separated(student, partial(traced, example=example))
     if apart is not student:
         _check_separated(apart, student, example)
     student = apart
-    folding = fold_batchnorm(student)
+    folding = fold_batchnorm(student, graph=traced(student, example))
+    take_activations_apart(student)
     builder = GridPlacement(_explicit(student, example), example)
     builder.place()
     return builder, folding
+
+
+def traced(student: nn.Module, example: Inputs) -> fx.Graph:
+    """The graph of a network as the example calls it: arguments that it does not give are what they are by default."""
+    return sized_trace(student, given(student, example), example)
+
+
+def given(network: nn.Module, example: Inputs) -> tuple[str, ...]:
+    """The names of the arguments that the example calls a network with."""
+    return tuple(inspect.signature(network.forward).bind(*example.args, **example.keywords).arguments)
 
 
 def check_takes(network: nn.Module, inputs: Inputs, what: str) -> None:
@@ -72,10 +91,9 @@ def _check_traced(student: nn.Module, example: Inputs) -> None:
     """Refuse a network of which a trace finds no graph, or that of something else than it computes."""
     _check_inputs(student, example)
     try:
-        graph = trace(student)
+        graph = traced(student, example)
     except Exception as error:  # networks that decide by their data fail in many ways
         raise UsageError(f"the network cannot be exported: its graph cannot be traced ({obstacle(error)})") from error
-    _keep_given(graph, example)
     expected = _tensors(example.map(torch.clone).call(student))
     try:
         given = example.map(torch.clone).by_name(parameters(fx.GraphModule(student, graph)))
@@ -124,9 +142,8 @@ def parameters(network: fx.GraphModule) -> tuple[str, ...]:
 
 def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
     """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
-    graph = trace(student)
+    graph = traced(student, example)
     network = fx.GraphModule(student, graph)
-    _keep_given(graph, example)
     for node in list(graph.nodes):
         if node.op != "call_module":
             continue
@@ -140,6 +157,10 @@ def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
         module._forward_pre_hooks.clear()
         if isinstance(module, QuantizedLayer):
             module.input_quantizer = None
+    fold_constants(network)
+    recompile(network)
+    propagate_shapes(network, example)
+    take_padding_apart(network)
     recompile(network)
     propagate_shapes(network, example)
     for node in list(graph.nodes):
@@ -147,6 +168,8 @@ def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
         if found is not None and found.kind == "identity":
             node.replace_all_uses_with(found.inputs[0])
             graph.erase_node(node)
+        elif node.target == "view":  # which may have stood behind a contiguous() that is gone
+            node.target = "reshape"
     recompile(network)
     return network
 
@@ -161,19 +184,6 @@ def _check_inputs(student: nn.Module, example: Inputs) -> None:
             raise UsageError(
                 f"input {name!r} of shape {tuple(value.shape)} has no batch axis: export takes tensors (B, ...) alone"
             )
-
-
-def _keep_given(graph: fx.Graph, example: Inputs) -> None:
-    """Leave those inputs in the graph that are given; without the others the network must do."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in placeholders[len(example.args) :]:
-        if node.target not in example.keywords:
-            if node.users:
-                raise UsageError(
-                    f"the network has an input {str(node.target)!r}, which is not given: export takes what the task's "
-                    "inputs() gives, or the example, and nothing besides"
-                )
-            graph.erase_node(node)
 
 
 def _expose(network: fx.GraphModule, node: fx.Node, module: Any, name: str, before: bool) -> None:
@@ -286,7 +296,7 @@ class GridPlacement:
         kind = self._kind(node)
         if kind == "grid":
             return isinstance(self._module(node), Quantizer)
-        if kind in (*KEEPS_GRID, "part", "chunks"):
+        if kind in MOVES:
             found = self._operation(node)
             assert found is not None
             return self._on_grid(found.inputs[0])
@@ -295,7 +305,7 @@ class GridPlacement:
     def _is_integer(self, node: fx.Node) -> bool:
         """Whether an integer kernel, or one between two grids, computes ``node``."""
         found = self._operation(node)
-        if found is None or not found.inputs or found.kind in ("grid", "output", *KEEPS_GRID, "part", "chunks"):
+        if found is None or not found.inputs or found.kind in ("grid", "output", ISLAND, *MOVES):
             return False
         if found.kind == "layer":
             module = self._module(node)

@@ -233,6 +233,7 @@ def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
     require()
     from lqkd.export import metadata
     from lqkd.export.deploy import OUTPUT
+    from lqkd.export.frames import FRAMES
     from lqkd.export.runtimes import Runner
     from lqkd.models.outputs import returned_by
 
@@ -253,9 +254,15 @@ def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UsageError(f"{str(file)!r} is damaged: {tensor.name!r} is not finite")
     runner = Runner(model, optimised=True)
+    frames = model.graph.input[0].name == FRAMES
+    if frames:  # the file prepares pixels itself, from what they are before mean and std
+        held = described.get("preprocessing") or {}
+        channels = held.get("channels", 0)
+        described["preprocessing"] = {**held, "mean": [0.0] * channels, "std": [1.0] * channels}
 
     def network(images: Tensor) -> Any:
-        found = runner(images.numpy())
+        given = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous() if frames else images
+        found = runner(given.numpy())
         return returned_by({name: torch.from_numpy(found[name]) for name in runner.outputs}, OUTPUT)
 
     return network, described

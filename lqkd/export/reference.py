@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear
-from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation
+from lqkd.export.nodes import Operation
+from lqkd.export.operations import CLAMPS, MOVES, operation
 
-_EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", "chunks", "part", *KEEPS_GRID)
+_EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", *MOVES)
 """Kinds that round alike everywhere when they compute in floating point."""
 
 
@@ -139,10 +140,11 @@ class Reference(fx.Interpreter):
         if not isinstance(layer, IntegerLayer) or layer.levels is not None or not isinstance(x, Codes):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
-        has_grid, linear = self._is_rounded(node), isinstance(layer, IntegerLinear)
-        if (linear and x.values.ndim != 2) or not (linear or has_grid):
+        linear = isinstance(layer, IntegerLinear)
+        has_grid = self._is_rounded(node) and not (linear and x.values.ndim > 2)  # which is reshaped before its grid
+        if not (linear or has_grid):
             return None
-        sums, factor = layer.sums(x.values, x.largest), scale.view(-1, *[1] * (x.values.ndim - 2))
+        sums, factor = layer.sums(x.values, x.largest), layer.by_channel(scale, x.values.ndim)
         if has_grid:
             return Unrounded(lambda grid: rounded(sums, factor / grid.scale, grid))
         self.step = scale
@@ -206,6 +208,8 @@ class Reference(fx.Interpreter):
         if not isinstance(x, Codes):
             return None
         return tuple(Codes(part, x.grid) for part in self._called(node, _whole))
+
+    _unbound = _chunks
 
     def _part(self, node: fx.Node, found: Operation, x: Any) -> Any:
         return x[found.settings["index"]]

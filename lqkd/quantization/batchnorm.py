@@ -88,7 +88,7 @@ class Folding:
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
+def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph | None = None) -> Folding:
     """Fold batch norms into the convolutions before them, in place: the eval function stays the same at any bits.
 
     The results differ by the rounding of floating point only, which can move an activation that lies on a rounding
@@ -108,6 +108,7 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
         model: the network.
         untouched: names of modules, layers or not, that must stay with the results that they have: no batch norm
             outside of one is folded into a convolution inside of it.
+        graph: of the network, where one is at hand; ``None`` traces it.
 
     Returns:
         Which batch norms were folded and which were kept, and why.
@@ -122,7 +123,7 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
         >>> network[1]
         Identity()
     """
-    found = foldable(model, untouched)
+    found = foldable(model, untouched, graph)
     for name, source in found.folded.items():
         norm, layer = cast(_BatchNorm, model.get_submodule(name)), cast(Any, model.get_submodule(source))
         _fold(layer, norm)
@@ -133,10 +134,10 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = ()) -> Folding
     return found
 
 
-def foldable(model: nn.Module, untouched: Collection[str] = ()) -> Folding:
+def foldable(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph | None = None) -> Folding:
     """What :func:`fold_batchnorm` would do, which see; nothing is changed."""
     try:
-        graph = trace(model)
+        graph = trace(model) if graph is None else graph
     except Exception as error:
         raise UsageError(
             f"batch norm of {type(model).__name__} cannot be folded: its graph cannot be traced ({obstacle(error)})"
@@ -210,6 +211,23 @@ def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -
 def _is_activated(norm: nn.Module) -> bool:
     """Whether ``norm`` is timm's batch norm with dropout and activation behind it."""
     return type(norm).__module__.startswith("timm.") and {"drop", "act"} <= norm._modules.keys()
+
+
+def take_activations_apart(model: nn.Module) -> None:
+    """Exchange batch norms that also activate (timm's ``BatchNormAct2d``) for a plain one and what else they do.
+
+    Args:
+        model: changed in place; what it computes stays the same.
+    """
+    for name, norm in list(model.named_modules()):
+        if not isinstance(norm, _BatchNorm) or not _is_activated(norm):
+            continue
+        plain = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine, device="meta").train(norm.training)
+        plain._parameters, plain._buffers = dict(norm._parameters), dict(norm._buffers)
+        remainder = cast(nn.Sequential, _remainder(norm))
+        move_output_quantizer(norm, remainder[-1])
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = nn.Sequential(plain, remainder)
 
 
 def _remainder(norm: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -191,6 +192,10 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
                 f"{f'the part {name!r}' if name else 'the network'} was made by {around} and cannot be quantised: give "
                 f"the network itself and {then} afterwards, which keeps the names of its layers"
             )
+    if "torchvision.models.swin_transformer" in sys.modules:
+        from lqkd.quantization.windows import call_window_layers
+
+        call_window_layers(model)
     found = survey(model)
     layers = _quantizable(model, found)
     settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})

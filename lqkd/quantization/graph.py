@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import first_line
@@ -51,12 +52,13 @@ _PAIRS = ("add", "mul")
 """Operations that are listed only when both operands are tensors."""
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Collection[str] | None = None) -> None:
         super().__init__()
         self.calls = Calls()
+        self.given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = QuantizedLayer | _BatchNorm | Quantizer
@@ -75,6 +77,21 @@ class _Tracer(fx.Tracer):
                 self.calls.inputs.setdefault(args[0].node, []).append(name)
         return result
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Arguments that are not given, where it is told which are, are what the forward takes by default."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self.given is None:
+            return function, arguments
+        defaults = inspect.signature(root_fn).parameters
+        for index, argument in enumerate(arguments):
+            if not isinstance(argument, fx.Proxy) or argument.node.op != "placeholder":
+                continue
+            name = str(argument.node.target)
+            if name in defaults and name not in self.given and defaults[name].default is not inspect.Parameter.empty:
+                arguments[index] = defaults[name].default
+                self.graph.erase_node(argument.node)
+        return function, arguments
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
         tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
@@ -89,7 +106,14 @@ def trace(model: nn.Module) -> fx.Graph:
     Raises:
         Exception: whatever the network's own forward, copy or the tracer raises.
     """
-    return _Tracer().trace(model)
+    return Tracer().trace(model)
+
+
+def keep_constants(tracer: Tracer, model: nn.Module) -> None:
+    """Let tensors that a traced forward made from nothing, such as masks, be buffers of ``model``, as of its graph."""
+    for value, name in tracer.tensor_attrs.items():
+        if isinstance(value, Tensor) and name.startswith("_tensor_constant"):
+            model.register_buffer(name, value, persistent=False)
 
 
 def obstacle(error: Exception) -> str:
@@ -120,7 +144,7 @@ def survey(model: nn.Module) -> Survey:
     )
     if isinstance(model, QuantizedLayer):
         return Survey()
-    tracer = _Tracer()
+    tracer = Tracer()
     try:
         graph = tracer.trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways

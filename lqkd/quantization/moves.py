@@ -34,7 +34,14 @@ def clamps(node: fx.Node, model: nn.Module) -> bool:
     return _is(node, model, CLAMPS)
 
 
+def is_identity(target: Any) -> bool:
+    """Whether a function or method has no effect in eval mode."""
+    # torchvision's function is not imported for it: who has not imported torchvision has no network that calls it.
+    return target in IDENTITIES or getattr(target, "__qualname__", "") == "stochastic_depth"
+
+
 def _is(node: fx.Node, model: nn.Module, kinds: tuple[Any, ...]) -> bool:
     if node.op == "call_module":
         return type(model.get_submodule(str(node.target))) in kinds
-    return node.op in ("call_function", "call_method") and node.target in kinds
+    called = node.op in ("call_function", "call_method")
+    return called and (node.target in kinds or (kinds is _MOVES and is_identity(node.target)))

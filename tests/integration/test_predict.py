@@ -331,6 +331,25 @@ def test_the_example_without_lqkd_says_what_predict_says(
     assert example(sys.executable, run, [*images, large]) == capsys.readouterr().out.splitlines()
 
 
+def test_a_file_that_takes_frames_says_the_same_of_images(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "student.onnx"
+    assert main(["export", str(run), "--frames", "--output", str(file)]) == 0
+    assert onnx.load(file).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    capsys.readouterr()
+    assert main(["predict", str(run / "student.onnx"), *images]) == 0
+    expected = capsys.readouterr().out.splitlines()
+    assert main(["predict", str(file), *images]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    assert example(sys.executable, tmp_path, images) == expected
+
+
+def test_frames_of_a_format_without_images_are_refused(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", str(run), "--frames", "--format", "torch"]) == 2
+    assert "--frames is not possible with --format torch" in capsys.readouterr().err
+
+
 def test_the_example_says_what_a_file_of_to_onnx_lacks_and_does_without_class_names(
     run: Path, images: list[str], tmp_path: Path
 ) -> None:

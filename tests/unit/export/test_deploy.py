@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lqkd.export import check, deploy, to_onnx
 from lqkd.export.deploy import check_deployable
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.runtimes import kernels
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from tests.unit.export.networks import Small, images, quantised
@@ -197,7 +199,6 @@ class Around(nn.Module):
 
 
 BLOCKS = {
-    "QuantMultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
     "MultiheadAttention": Around(nn.MultiheadAttention(8, 2, batch_first=True), arguments=3),
     "LSTM": Around(nn.LSTM(8, 8, batch_first=True)),
     "GRU": Around(nn.GRU(8, 8, batch_first=True)),
@@ -248,3 +249,96 @@ def test_a_network_in_a_wrapper_is_not_quantised(how: str) -> None:
         quantize_model(WRAPPED[how](Small()), Recipe())
     with pytest.raises(UsageError, match=f"the part '1' was made by {how}"):
         quantize_model(nn.Sequential(nn.Identity(), WRAPPED[how](Small())), Recipe())
+
+
+class Gated(nn.Module):
+    """A residual branch that ends in a batch norm of zeros, in front of a gate (timm's residual networks begin so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.gate, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.norm(self.branch(x))
+        y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head((x + y).mean((2, 3)))
+
+
+def test_a_branch_that_is_still_zero_is_exported_and_adds_nothing() -> None:
+    network = Gated()
+    nn.init.zeros_(network.norm.weight)
+    nn.init.zeros_(network.norm.bias)
+    student, _ = quantize_model(network, Recipe(bits="w8a8"))
+    initialize_quantizers(student, images(32))
+    assert not student.gate.input_quantizer.is_ready
+    model = to_onnx(student.eval(), images(4), calibration=[images(32)])
+    assert not student.gate.input_quantizer.is_ready  # the student is left alone
+    with torch.no_grad():
+        network.norm.running_mean.fill_(3.0)  # times zero, whatever it is
+    assert to_onnx(student, images(4), calibration=[images(32)]).graph.node == model.graph.node
+
+
+def test_a_quantizer_that_saw_zeros_in_training_and_values_here_is_refused() -> None:
+    network = Gated()
+    nn.init.zeros_(network.norm.weight)
+    student, _ = quantize_model(network, Recipe(bits="w8a8"))
+    initialize_quantizers(student, images(32))
+    nn.init.ones_(student.norm.weight)
+    with pytest.raises(UsageError, match=r"quantizer 'gate.input_quantizer' has no grid"):
+        deploy(student.eval(), images(4), [images(32)])
+
+
+class Preactivated(nn.Module):
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), timm.layers.BatchNormAct2d(8, act_layer=activation)
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.conv(self.norm(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.ELU])
+def test_what_a_batch_norm_of_timm_does_besides_is_in_the_file(activation: type[nn.Module]) -> None:
+    student = quantised(Preactivated(activation), bits="w8a8", residual_bits=8)
+    model = to_onnx(student, images(4), calibration=[images(32)])
+    assert "BatchNormalization" in {node.op_type for node in model.graph.node}
+
+
+class Louder(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_batch_norm_that_computes_something_else_is_refused_by_name() -> None:
+    network = Preactivated(nn.ReLU)
+    network.norm = Louder(8)
+    student = quantised(network, bits="w8a8")
+    with pytest.raises(UsageError, match="operator Louder in norm cannot be exported"):
+        deploy(student, images(4), [images(32)])
+
+
+class Same(nn.Module):
+    """Convolutions of timm's ports from TensorFlow: an even and an odd side, a stride, and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = (
+            timm.layers.Conv2dSame(3, 8, 3, stride=2),
+            timm.layers.Conv2dSame(8, 8, 5, stride=2, groups=8),
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.stem(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_padding_as_tensorflow_does_it_is_in_the_file(side: int) -> None:
+    student = quantised(Same(), bits="w8a8")
+    x = images(8)[..., :side, :side]
+    model = to_onnx(student, x, calibration=[x])
+    assert kernels(model).integer == {"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}

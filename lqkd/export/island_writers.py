@@ -1,0 +1,116 @@
+"""How operations without an integer form are written, in the operators of ONNX's opset 21."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from lqkd.export.nodes import Operation
+
+
+class IslandWriters(ABC):
+    """The part of an emitter that writes :mod:`lqkd.export.islands`; each method returns the name of the result."""
+
+    inputs: dict[fx.Node, str]
+    floats: dict[fx.Node, str]
+
+    @abstractmethod
+    def add(self, kind: str, inputs: list[str], wanted: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name."""
+
+    @abstractmethod
+    def constant(self, value: Any, wanted: str, dtype: Any = None) -> str:
+        """Keep a tensor or array in the file and return its name."""
+
+    @abstractmethod
+    def floating(self, node: fx.Node) -> str:
+        """The name of the real numbers of ``node``."""
+
+    @abstractmethod
+    def label(self, node: fx.Node) -> str:
+        """A name that says where ``node`` comes from."""
+
+    def _write_island(self, node: fx.Node, found: Operation) -> None:
+        operands = [self.floating(x) for x in found.inputs]
+        name, label = found.settings["name"], self.label(node)
+        writer = getattr(self, f"_island_{name.lower()}", None)
+        if writer is not None:
+            self.floats[node] = writer(operands, label, found.settings)
+            return
+        if "number" in found.settings:
+            number = self.constant(found.settings["number"], f"{label}.number", np.float32)
+            operands.insert(0 if found.settings["first"] else 1, number)
+        self.floats[node] = self.add(name, operands, label)
+
+    def _island_layernorm(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        x, *given = operands
+        held = dict(zip(settings.get("given", ()), given, strict=True))
+        for name in ("weight", "bias"):
+            if settings.get(name) is not None:
+                held[name] = self.constant(settings[name], f"{label}.{name}")
+        if "weight" not in held:
+            held["weight"] = self.constant(torch.ones(settings["shape"]), f"{label}.weight")
+        operands = [x, held["weight"], *([held["bias"]] if "bias" in held else [])]
+        return self.add("LayerNormalization", operands, label, axis=-len(settings["shape"]), epsilon=settings["eps"])
+
+    def _island_softmax(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        return self.add("Softmax", operands, label, axis=settings["axis"])
+
+    def _island_rsqrt(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        return self.add("Reciprocal", [self.add("Sqrt", operands, f"{label}.sqrt")], label)
+
+    def _island_normalize(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        axes = self.constant([settings["axis"]], f"{label}.axes", np.int64)
+        length = self.add("ReduceL2", [*operands, axes], f"{label}.length", keepdims=1)
+        least = self.constant(settings["eps"], f"{label}.eps", np.float32)
+        return self.add("Div", [*operands, self.add("Max", [length, least], f"{label}.divisor")], label)
+
+    def _island_attention(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        query, key, value, *mask = operands
+        scale = self.constant(float(settings["scale"]), f"{label}.scale", np.float32)
+        scaled = self.add("Mul", [query, scale], f"{label}.scaled")
+        rank = settings["rank"]
+        turned = self.add("Transpose", [key], f"{label}.keys", perm=[*range(rank - 2), rank - 1, rank - 2])
+        scores = self.add("MatMul", [scaled, turned], f"{label}.scores")
+        if settings["causal"]:  # no query sees a later key
+            later = np.triu(np.full(settings["causal"], -np.inf, np.float32), 1)
+            mask.append(self.constant(later, f"{label}.later"))
+        for name in mask:
+            scores = self.add("Add", [scores, name], f"{label}.masked")
+        weights = self.add("Softmax", [scores], f"{label}.weights", axis=-1)
+        return self.add("MatMul", [weights, value], label)
+
+    def _island_expand(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        shape = list(settings["shape"])
+        if not settings["batch"]:
+            return self.add("Expand", [*operands, self.constant(shape, f"{label}.shape", np.int64)], label)
+        sizes = self.add("Shape", [next(iter(self.inputs.values()))], f"{label}.batch", start=0, end=1)
+        rest = self.constant(shape[1:], f"{label}.rest", np.int64)
+        return self.add("Expand", [*operands, self.add("Concat", [sizes, rest], f"{label}.shape", axis=0)], label)
+
+    def _island_reduce(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        axes = self.constant(settings["axes"], f"{label}.axes", np.int64)
+        return self.add(settings["operator"], [*operands, axes], label, keepdims=int(settings["keepdim"]))
+
+    def _island_roll(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        (x,) = operands
+        for axis, shift, size in settings["turns"]:
+            halves = [
+                self._cut(x, axis, start, end, f"{label}.{name}")
+                for start, end, name in ((size - shift, size, "end"), (0, size - shift, "start"))
+            ]
+            x = self.add("Concat", halves, label, axis=axis)
+        return x
+
+    def _cut(self, x: str, axis: int, start: int, end: int, label: str) -> str:
+        bounds = ((start, "starts"), (end, "ends"), (axis, "axes"))
+        return self.add("Slice", [x, *(self.constant([v], f"{label}.{n}", np.int64) for v, n in bounds)], label)
+
+    def _island_stack(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        axis = self.constant([settings["axis"]], f"{label}.axis", np.int64)
+        parts = [self.add("Unsqueeze", [x, axis], f"{label}.{i}") for i, x in enumerate(operands)]
+        return self.add("Concat", parts, label, axis=settings["axis"])
