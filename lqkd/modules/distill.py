@@ -449,6 +449,12 @@ class DistillModule(TaskModule):
             try_training(self.student, "student", few.part(slice(1)) if alone else few, self.task)
         if self.task.unlabelled(batch):
             warn(self, "the first batch has no labels: samples without a label take part in distillation alone")
+        places = self.task.places(batch)
+        if places is not None and not bool(places.all()):
+            for name, term in self.distillation.terms():
+                if term.compares_padding():
+                    loss = type(term.losses[0]).__name__
+                    warn(self, f"{name}: {loss} compares features of padding too: Hints and others leave it out")
         return inputs
 
     def _fit_quantizers(self, inputs: Inputs) -> None:

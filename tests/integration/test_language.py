@@ -20,8 +20,9 @@ from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
-from lqkd.losses import CAKLD, ForwardKL, HintonKL
+from lqkd.losses import CAKLD, AttentionRelations, CosineDistance, ForwardKL, HintonKL, Hints
 from lqkd.models import GPT
+from lqkd.modules import Tap, Term
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
 from lqkd.tasks import CausalLM
@@ -82,6 +83,43 @@ def test_a_cache_of_the_first_words_of_a_token_trains_as_the_teacher_itself(
     torch.testing.assert_close(read, live, rtol=1e-3, atol=1e-3)  # rounding moves AdamW's first steps
     with pytest.raises(UsageError, match=r"top_k=256 .* less than the number of classes, which is 256"):
         trainer().fit(student(teacher_cache=TeacherCache(str(tmp_path), top_k=256)), datamodule=text())
+
+
+def inside(block: str = "blocks.0") -> dict[str, Term]:
+    """Terms of a teacher and a student of other widths, of hidden states and of attention."""
+    return {
+        "hidden": Term(Hints(), taps=[Tap(block, block)]),
+        "direction": Term(CosineDistance(), taps=[Tap(block, block)]),
+        "attention": Term(AttentionRelations(4), taps=[Tap(f"{block}.attention.qkv", f"{block}.attention.qkv")]),
+    }
+
+
+def test_hidden_states_and_attention_are_learned_the_same_from_a_cache(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    ends = []
+    for cache in (None, *[TeacherCache(str(tmp_path), dtype="float32")] * 2):
+        module = student(distillation=inside(), distillation_loss=None, regularizer=None, teacher_cache=cache)
+        trainer(max_steps=3).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+        assert all(float(module._logged[f"train/{name}"]) > 0 for name in inside())
+    assert all(torch.equal(ends[0], end) for end in ends)
+
+
+def test_what_padding_is_does_not_count_inside_of_networks_either() -> None:
+    torch.manual_seed(1)
+    teacher, own = FrozenTeacher(Named(24)), Named(16)
+    module = DistillModule(
+        teacher, own, task=CausalLM(), distillation=inside("gpt.blocks.0"), quantization=Recipe("w8a32")
+    )
+    mask = (torch.arange(16) < torch.tensor([[16], [9], [4]])).long()
+    batch = {"input_ids": torch.randint(256, (3, 16)), "attention_mask": mask}
+    module._connect(batch)
+    losses = [module.losses(batch).by_name]
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], 7)
+    losses.append(module.losses(batch).by_name)
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, msg=name)
 
 
 def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
