@@ -106,6 +106,19 @@ def test_hidden_states_and_attention_are_learned_the_same_from_a_cache(
     assert all(torch.equal(ends[0], end) for end in ends)
 
 
+def test_activations_that_are_computed_again_train_to_the_same_bits(trainer: Callable[..., Trainer]) -> None:
+    ends = []
+    for again in (False, True):
+        terms = inside() | {"tokens": Term(ForwardKL(), regularizer=SampleWeight(hidden=4))}
+        settings = {"distillation": terms, "distillation_loss": None, "regularizer": None}
+        module = student(gradient_checkpointing=again, quantization=Recipe("w2a8", weight_quantizer="seq"), **settings)
+        trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+    assert torch.equal(*ends)
+    with pytest.raises(UsageError, match="gradient_checkpointing=True is not possible with compile"):
+        student(gradient_checkpointing=True, compile=True)
+
+
 def test_what_padding_is_does_not_count_inside_of_networks_either() -> None:
     torch.manual_seed(1)
     teacher, own = FrozenTeacher(Named(24)), Named(16)
