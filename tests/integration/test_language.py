@@ -25,6 +25,7 @@ from lqkd.models import GPT
 from lqkd.modules import Tap, Term
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
+from lqkd.runs.checkpoint_io import AtomicCheckpointIO
 from lqkd.tasks import CausalLM
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import parameters_of
@@ -43,9 +44,13 @@ def student(**settings: Any) -> DistillModule:
     return DistillModule(
         FrozenTeacher(gpt(24, seed=2)),
         gpt(),
-        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4), "quantization": Recipe("w4a8")}
+        **{
+            "student_optimizer": lambda p: torch.optim.AdamW(p, lr=0.005),
+            "distillation_loss": HintonKL(),
+            "regularizer": SampleWeight(hidden=4),
+            "quantization": Recipe("w4a8"),
+        }
         | settings,
     )
 
@@ -109,6 +114,7 @@ def test_hidden_states_and_attention_are_learned_the_same_from_a_cache(
 def test_activations_that_are_computed_again_train_to_the_same_bits(trainer: Callable[..., Trainer]) -> None:
     ends = []
     for again in (False, True):
+        torch.manual_seed(3)
         terms = inside() | {"tokens": Term(ForwardKL(), regularizer=SampleWeight(hidden=4))}
         settings = {"distillation": terms, "distillation_loss": None, "regularizer": None}
         module = student(gradient_checkpointing=again, quantization=Recipe("w2a8", weight_quantizer="seq"), **settings)
@@ -143,6 +149,30 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
         trainer(**saving).fit(student(), datamodule=text())
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.slow
+def test_an_optimizer_whose_state_has_eight_bits_is_resumed_with_the_same_bits(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """By torchao, from the class_path alone: its step is compiled, which takes a while."""
+    eight = pytest.importorskip("torchao.optim").AdamW8bit
+
+    def made() -> DistillModule:
+        return student(student_optimizer=lambda p: eight(p, lr=0.005), regularizer=None)
+
+    whole, resumed = made(), made()
+    trainer(max_steps=4, limit_test_batches=1).fit(whole, datamodule=text())
+    state = next(state for state in whole.optimizers().state.values() if state["exp_avg"].numel() >= 4096)
+    assert state["exp_avg"].codes.dtype == torch.uint8
+    saving: dict[str, Any] = {"enable_checkpointing": True, "max_steps": 4, "plugins": [AtomicCheckpointIO()]}
+    callbacks = [BestAndLast(tmp_path, every_n_steps=1), StopAt(0, 2)]
+    with pytest.raises(InterruptedError):
+        trainer(**saving, callbacks=callbacks).fit(made(), datamodule=text())
+    trainer(**saving, callbacks=callbacks[:1]).fit(
+        resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 
