@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 _FLOAT = 4
 _LOGITS = 11.3
-"""Tensors as large as the logits at the peak, with cross-entropy and one divergence of predictions, as measured: those of
+"""Tensors as large as logits at the peak, with cross-entropy and one divergence of predictions, as measured: those of
 teacher and student, their rows, log-probabilities and gradients."""
 
 
