@@ -110,7 +110,7 @@ def test_a_resumed_training_ends_with_the_same_bits_and_other_files_are_refused(
     trainer().fit(whole, datamodule=stream(folder))
     assert whole.trainer.current_epoch > 0  # of some 70 steps each
     saving = {"enable_checkpointing": True}
-    callbacks = [BestAndLast(folder, every_n_steps=1), StopAt(0, 7)]
+    callbacks = [BestAndLast(folder, every_n_steps=1), StopAt(1, 7)]
     with pytest.raises(InterruptedError):
         trainer(**saving, callbacks=callbacks).fit(module(), datamodule=stream(folder))
     last = {"ckpt_path": folder / "last.ckpt", "weights_only": True}
