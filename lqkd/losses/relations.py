@@ -25,7 +25,7 @@ class AttentionRelations(DistillationLoss):
     text is the sum over relations of ``KL(R_T || R_S)``, averaged over heads and over the text's tokens; the loss is
     the mean over texts. Widths of teacher and student need not agree, nor their own numbers of heads.
 
-    ``[qq, kk, vv]`` is MiniLMv2 (Wang et al., arXiv 2012.15828, equations 4 to 7), where the number of relation heads
+    ``[qq, kk, vv]`` is MiniLMv2 (Wang et al., arXiv 2012.15828, section 3.1), where the number of relation heads
     is best larger than that of attention heads; ``[qk, vv]`` is MiniLM (arXiv 2002.10957, equations 4 to 6), whose
     distributions of attention they are if heads are the networks' own. Both compare one layer: the last of the student
     with the last of the teacher, or in version 2 with one in the upper half of a large one. What a linear layer gives
@@ -84,7 +84,7 @@ class AttentionRelations(DistillationLoss):
             )
         widths = [shapes[0][2] // 3] * 3 if len(shapes) == 1 else [shape[2] for shape in shapes]
         used = dict(zip(_PARTS, widths, strict=True))
-        for first, second in self.relations:
+        for first, second in map(tuple, self.relations):
             if used[first] != used[second]:
                 raise UsageError(
                     f"relations={[*self.relations]} is not possible: {first} of the {of} has {used[first]} channels "
@@ -109,7 +109,7 @@ class AttentionRelations(DistillationLoss):
             places = torch.ones(student[0].shape[:2], dtype=torch.bool, device=student[0].device)
         of_teacher, of_student = _parts(teacher), _parts(student if torch.is_grad_enabled() else _detached(student))
         divergence = student[0].new_zeros(len(student[0]))
-        for first, second in self.relations:
+        for first, second in map(tuple, self.relations):
             theirs = _Side(*(self._heads(of_teacher[name]) for name in (first, second)))
             ours = _Side(*(self._heads(of_student[name]) for name in (first, second)))
             divergence = divergence + _InPieces.apply(theirs, *ours, places, self.causal)

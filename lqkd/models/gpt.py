@@ -112,7 +112,8 @@ class GPT(nn.Module):
         """
         assert not (gradient_checkpointing_kwargs or {}).get("use_reentrant")
         for block in self.blocks:
-            block.recomputes = True  # type: ignore[union-attr]
+            assert isinstance(block, GPTBlock)
+            block.recomputes = True
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.ones_like(tokens[:1]).cumsum(1) - 1  # (1, T): 0, 1, ...

@@ -20,6 +20,9 @@ def recompute_activations(network: nn.Module) -> None:
     transformers can do it, and any other with a method ``gradient_checkpointing_enable`` that takes
     ``gradient_checkpointing_kwargs``, arguments of :func:`torch.utils.checkpoint.checkpoint`.
 
+    Args:
+        network: changed in place.
+
     Raises:
         UsageError: when the network cannot.
 

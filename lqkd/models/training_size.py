@@ -15,6 +15,15 @@ teacher and student, their rows, log-probabilities and gradients."""
 class LlamaSize:
     """The sizes of a decoder of Llama's kind: RMS norm, rotary positions, a gated perceptron, no biases.
 
+    Args:
+        vocabulary: tokens.
+        width: channels of hidden states.
+        depth: blocks.
+        feed_forward: channels within the perceptron.
+        heads: of the attention.
+        key_value_heads: of keys and values; null for as many as ``heads``.
+        tied: whether the head is the embedding.
+
     Examples:
         >>> seven = LlamaSize(vocabulary=32000, width=4096, depth=32, feed_forward=11008, heads=32, tied=False)
         >>> f"{seven.parameters:,}"
@@ -27,9 +36,7 @@ class LlamaSize:
     feed_forward: int
     heads: int
     key_value_heads: int | None = None
-    """Null for as many as ``heads``."""
     tied: bool = True
-    """Whether the head is the embedding."""
 
     @property
     def keys(self) -> int:
@@ -54,21 +61,33 @@ class LlamaSize:
 
 
 class TrainingSize(NamedTuple):
-    """Bytes that a process of a training holds, and operations of a step."""
+    """Bytes that a process of a training holds, and operations of a step; see :func:`training_size`.
+
+    Args:
+        latents: the student's weights, in float32.
+        gradients: of them.
+        optimizer: its state.
+        teacher: its weights.
+        rounded: the student's weights on their grids, which the backward pass needs: of all layers, or of one block.
+        activations: what the backward pass needs of them.
+        logits: of both networks, and all of their size.
+        total: at the largest moment, at which not all of these are there where activations are computed again.
+        operations: floating-point operations of a step, two for a product and its sum.
+
+    Examples:
+        >>> TrainingSize(4, 4, 8, 2, 4, 6, 12, 40, 1e12).total
+        40
+    """
 
     latents: int
-    """The student's weights, in float32."""
     gradients: int
     optimizer: int
     teacher: int
     rounded: int
-    """The student's weights on their grids, which the backward pass needs: of all layers, or of one block."""
     activations: int
     logits: int
     total: int
-    """At the largest moment, at which not all of these are there where activations are computed again."""
     operations: float
-    """Floating-point operations of a step, two for a product and its sum."""
 
 
 def training_size(

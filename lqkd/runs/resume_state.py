@@ -125,7 +125,8 @@ def fast_forward(trainer: Trainer, batches: int) -> None:
     loader: Any = trainer.train_dataloader
     starts = hasattr(loader, "start_at")
     if starts and sized_len(loader) is None:  # of which Lightning has taken the first batch of epoch 0 by now
-        _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        _set_sampler_epoch(loader, epochs.processed)
         loader.start_at(batches)
         iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # it is there once the data are set up
         return
