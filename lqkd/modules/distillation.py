@@ -104,11 +104,11 @@ class Distillation(nn.ModuleDict):
             student: the network that is trained.
             held_out: by term whose player looks ahead to held-out rows, their images and what the task takes of them.
         """
-        divergences = {}
+        divergences, places = {}, task.places(batch)
         for name, term in self.terms():
             teachers = [outputs.teachers[teacher] for teacher in term.teachers]
             features = outputs.features[term.teachers[0]], outputs.student.features
-            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task))
+            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task), places)
             look_ahead(term, divergences[name], outputs, loss, batch, task, student, (held_out or {}).get(name))
         return divergences
 

@@ -86,6 +86,10 @@ class Task(nn.Module, ABC):
     def rows(self, outputs: Any, batch: Any) -> Rows:
         """The rows of a network's outputs; the same rows for teacher and student."""
 
+    def places(self, batch: Any) -> Tensor | None:
+        """Which tokens of a batch's sequences features are compared at, (B, T) bool; None for all."""
+        return None
+
     def counted(self, rows: Rows, batch: Any) -> Tensor | int:
         """How many rows :meth:`loss` is a mean over, 0-dim."""
         return len(rows.logits) if rows.labels is None else (rows.labels >= 0).sum()

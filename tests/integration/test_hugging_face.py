@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.export import from_gguf
+from lqkd.losses import AttentionRelations, CosineDistance
 from lqkd.models import causal_lm
+from lqkd.modules import Tap, Term
+from lqkd.quantization import initialize_quantizers
 from lqkd.runs import load_student
-from tests.hugging_face import language_model
+from lqkd.tasks import CausalLM
+from tests.hugging_face import language_model, llama
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "smollm2.yaml")
 
@@ -89,3 +94,33 @@ def test_perplexity_is_that_of_transformers(text: Path) -> None:
             losses += [network(row[None], labels=row[None]).loss.double() for row in seen.tokens]
     expected = float(torch.stack(losses).mean().exp())
     assert float(metrics.compute()["perplexity"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_inside_of_a_llama_is_distilled_with_heads_that_share_keys(tmp_path: Path) -> None:
+    for name, width in (("large", 96), ("small", 64)):
+        llama(tmp_path / name, hidden_size=width, initializer_range=0.1)
+    attention = [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkv"]
+    terms = {
+        "hidden": Term(CosineDistance(), taps=[Tap("model.layers.0", "model.layers.0")]),
+        "attention": Term(AttentionRelations(8), taps=[Tap(name, name) for name in attention]),
+    }
+    module = DistillModule(
+        FrozenTeacher(causal_lm(str(tmp_path / "large"))),
+        causal_lm(str(tmp_path / "small")),
+        task=CausalLM(),
+        quantization=Recipe("w4a32"),
+        distillation=terms,
+        gradient_checkpointing=True,
+    )
+    mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    batch = {"input_ids": torch.arange(24).view(2, 12), "attention_mask": mask}
+    module._connect(batch)
+    initialize_quantizers(module.student.train(), batch["input_ids"])
+    losses = module.losses(batch)
+    losses.loss.backward()
+    assert all(0 < float(losses.by_name[name].detach()) < 10 for name in terms)
+    layers = [module.student.get_submodule(name) for name in attention]
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in layers)
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], 60)
+    for name, value in module.losses(batch).by_name.items():
+        torch.testing.assert_close(value, losses.by_name[name])

@@ -20,10 +20,12 @@ from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
-from lqkd.losses import CAKLD, ForwardKL, HintonKL
+from lqkd.losses import CAKLD, AttentionRelations, CosineDistance, ForwardKL, HintonKL, Hints
 from lqkd.models import GPT
+from lqkd.modules import Tap, Term
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
+from lqkd.runs.checkpoint_io import AtomicCheckpointIO
 from lqkd.tasks import CausalLM
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import parameters_of
@@ -42,9 +44,13 @@ def student(**settings: Any) -> DistillModule:
     return DistillModule(
         FrozenTeacher(gpt(24, seed=2)),
         gpt(),
-        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4), "quantization": Recipe("w4a8")}
+        **{
+            "student_optimizer": lambda p: torch.optim.AdamW(p, lr=0.005),
+            "distillation_loss": HintonKL(),
+            "regularizer": SampleWeight(hidden=4),
+            "quantization": Recipe("w4a8"),
+        }
         | settings,
     )
 
@@ -84,6 +90,57 @@ def test_a_cache_of_the_first_words_of_a_token_trains_as_the_teacher_itself(
         trainer().fit(student(teacher_cache=TeacherCache(str(tmp_path), top_k=256)), datamodule=text())
 
 
+def inside(block: str = "blocks.0") -> dict[str, Term]:
+    """Terms of a teacher and a student of other widths, of hidden states and of attention."""
+    return {
+        "hidden": Term(Hints(), taps=[Tap(block, block)]),
+        "direction": Term(CosineDistance(), taps=[Tap(block, block)]),
+        "attention": Term(AttentionRelations(4), taps=[Tap(f"{block}.attention.qkv", f"{block}.attention.qkv")]),
+    }
+
+
+def test_hidden_states_and_attention_are_learned_the_same_from_a_cache(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    ends = []
+    for cache in (None, *[TeacherCache(str(tmp_path), dtype="float32")] * 2):
+        module = student(distillation=inside(), distillation_loss=None, regularizer=None, teacher_cache=cache)
+        trainer(max_steps=3).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+        assert all(float(module._logged[f"train/{name}"]) > 0 for name in inside())
+    assert all(torch.equal(ends[0], end) for end in ends)
+
+
+def test_activations_that_are_computed_again_train_to_the_same_bits(trainer: Callable[..., Trainer]) -> None:
+    ends = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        terms = inside() | {"tokens": Term(ForwardKL(), regularizer=SampleWeight(hidden=4))}
+        settings = {"distillation": terms, "distillation_loss": None, "regularizer": None}
+        module = student(gradient_checkpointing=again, quantization=Recipe("w2a8", weight_quantizer="seq"), **settings)
+        trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+    assert torch.equal(*ends)
+    with pytest.raises(UsageError, match="gradient_checkpointing=True is not possible with compile"):
+        student(gradient_checkpointing=True, compile=True)
+
+
+def test_what_padding_is_does_not_count_inside_of_networks_either() -> None:
+    torch.manual_seed(1)
+    teacher, own = FrozenTeacher(Named(24)), Named(16)
+    module = DistillModule(
+        teacher, own, task=CausalLM(), distillation=inside("gpt.blocks.0"), quantization=Recipe("w8a32")
+    )
+    mask = (torch.arange(16) < torch.tensor([[16], [9], [4]])).long()
+    batch = {"input_ids": torch.randint(256, (3, 16)), "attention_mask": mask}
+    module._connect(batch)
+    losses = [module.losses(batch).by_name]
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], 7)
+    losses.append(module.losses(batch).by_name)
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, msg=name)
+
+
 def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     whole, resumed = student(), student()
     trainer().fit(whole, datamodule=text())
@@ -92,6 +149,30 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
         trainer(**saving).fit(student(), datamodule=text())
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.slow
+def test_an_optimizer_whose_state_has_eight_bits_is_resumed_with_the_same_bits(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """By torchao, from the class_path alone: its step is compiled, which takes a while."""
+    eight = pytest.importorskip("torchao.optim").AdamW8bit
+
+    def made() -> DistillModule:
+        return student(student_optimizer=lambda p: eight(p, lr=0.005), regularizer=None)
+
+    whole, resumed = made(), made()
+    trainer(max_steps=4, limit_test_batches=1).fit(whole, datamodule=text())
+    state = next(state for state in whole.optimizers().state.values() if state["exp_avg"].numel() >= 4096)
+    assert state["exp_avg"].codes.dtype == torch.uint8
+    saving: dict[str, Any] = {"enable_checkpointing": True, "max_steps": 4, "plugins": [AtomicCheckpointIO()]}
+    callbacks = [BestAndLast(tmp_path, every_n_steps=1), StopAt(0, 2)]
+    with pytest.raises(InterruptedError):
+        trainer(**saving, callbacks=callbacks).fit(made(), datamodule=text())
+    trainer(**saving, callbacks=callbacks[:1]).fit(
+        resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 

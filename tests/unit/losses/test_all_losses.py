@@ -20,10 +20,12 @@ from lqkd.losses import (
     PKD,
     RKD,
     VID,
+    AttentionRelations,
     AttentionTransfer,
     BinaryKL,
     ContrastiveRepresentation,
     CorrelationCongruence,
+    CosineDistance,
     CurriculumTemperature,
     DistillationLoss,
     ForwardKL,
@@ -62,6 +64,8 @@ MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "Standardized": Standardized,
     "Hints": Hints,
     "AttentionTransfer": AttentionTransfer,
+    "AttentionRelations": lambda: AttentionRelations(relation_heads=3),
+    "CosineDistance": CosineDistance,
     "SimilarityPreserving": SimilarityPreserving,
     "VID": VID,
     "MGD": MGD,
@@ -110,6 +114,8 @@ def inputs(
     if loss.compares == "logits":
         return tensor(batch, classes), tensor(batch, classes)
     t, s = channels
+    if isinstance(loss, AttentionRelations):
+        return (tensor(batch, 7, 3 * t),), (tensor(batch, 7, 3 * s),)
     if loss.compares == "features":
         return tensor(batch, t, 4, 4), tensor(batch, s, 4, 4)
     return (tensor(batch, t, 4, 4), tensor(batch, t, 2, 2)), (tensor(batch, s, 4, 4), tensor(batch, s, 2, 2))
@@ -194,7 +200,8 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         loss, _, _ = connected(name, channels=channels_for(name))
         if list(loss.parameters()):
             with_parameters.add(name)
-    assert with_parameters == {"Hints", "VID", "MGD", "CWD", "PKD", "ReviewKD", "ContrastiveRepresentation"}
+    expected = {"Hints", "CosineDistance", "VID", "MGD", "CWD", "PKD", "ReviewKD", "ContrastiveRepresentation"}
+    assert with_parameters == expected
 
 
 @pytest.mark.parametrize("name", ZERO_AT_AGREEMENT)
