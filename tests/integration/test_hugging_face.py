@@ -35,7 +35,9 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) -> None:
+def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(text, "--model.balance.init_args.task", "1") == 0
     run = text / "smollm2_q4_0" / "version_0"
     summary = json.loads((run / "summary.json").read_text())
@@ -48,8 +50,19 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) ->
     assert main(["export", str(run), "--format", "nbits"]) == 0
     report = json.loads((run / "student.nbits.onnx.report.json").read_text())
     assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
+    assert main(["export", str(run), "--format", "compressed-tensors"]) == 0
+    report = json.loads((run / "student.compressed-tensors.report.json").read_text())
+    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
     card = (run / "student.gguf.md").read_text()
     assert "nats a token against" in card  # llama.cpp was asked
+    written = []
+    for source in (run, run / "student.gguf", run / "student.nbits.onnx"):
+        capsys.readouterr()
+        assert main(["predict", str(source), "--prompt", "the quick", "--tokens", "12"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0].startswith("the quick")
+    assert len(written[0]) > 12
+    assert written[0] == written[1] == written[2]
 
 
 @pytest.mark.parametrize(
