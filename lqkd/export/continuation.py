@@ -116,18 +116,22 @@ def _writer(network: Any, described: dict[str, Any], source: str) -> Writer:
         )
     setting = described["tokenizer"]
     text = Bytes() if setting is None else Tokenizer(setting)
-    if setting is not None and vocabulary is not None and text.size > vocabulary:
-        raise UsageError(f"tokenizer={setting!r} of {source!r} has {text.size} tokens, and the network {vocabulary}")
-    return Writer(network, text, text.size, source)
+    known = [size for size in (text.size, vocabulary, described.get("known")) if size is not None]
+    return Writer(network, text, min(known), source)
 
 
 def _gguf(file: Path) -> tuple[Any, dict[str, Any]]:
-    """A Llama's tokenizer is in the file, that of bytes is told in it."""
+    """A Llama's tokenizer is in the file, behind whose tokens may be some that only make up its number; that of bytes
+    is told in it."""
     from lqkd.export.gguf_file import from_gguf, said_of
 
     network, said = from_gguf(file), said_of(file)
     if said.get("tokenizer") is not None:
-        said["tokenizer"] = str(file)
+        import gguf
+
+        kinds = gguf.GGUFReader(file).fields[gguf.Keys.Tokenizer.TOKEN_TYPE].contents()
+        known = 1 + max(number for number, kind in enumerate(kinds) if kind != gguf.TokenType.UNUSED)
+        said |= {"tokenizer": str(file), "known": known}
     return network, said
 
 
