@@ -19,6 +19,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -119,9 +120,9 @@ def main() -> None:
             "in floating point": lambda: causal_lm(given.pretrained),
             "rounded to Q4_0 and Q8_0": lambda: rounded(causal_lm(given.pretrained)),
             TRAINED: lambda: student,
-            **{f"keys and values of {bits} bits": lambda bits=bits: RoundedCache(student, bits) for bits in (8, 4)},
+            **{f"keys and values of {bits} bits": partial(RoundedCache, student, bits) for bits in (8, 4)},
             **{
-                f"of the file, {name}": lambda name=name, path=path: READERS[name](path)
+                f"of the file, {name}": partial(READERS[name], path)
                 for name, path in files.items()
                 if isinstance(path, Path)
             },

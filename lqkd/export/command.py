@@ -138,10 +138,10 @@ def _export_language_model(run: Path, target: Path, format: str, allow_code: boo
     {GGUF: require, COMPRESSED: require_compressed}.get(format, lambda: None)()
     reader, student, checkpoint = read_student(run, allow_code)
     _, inputs = _inputs(reader)
-    about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
+    about: dict[str, Any] = {"name": run.resolve().parent.name, "checkpoint": checkpoint}
+    about |= {"data": type(reader.datamodule).__name__, **tokenizer_said(reader.datamodule)}
     split, test = _test(reader)
     student, task = student.cpu().eval(), reader.model.task.cpu()
-    about |= tokenizer_said(reader.datamodule)
     if format == NBITS:
         write_nbits(student, target, inputs, test, split, task, about)
     else:

@@ -191,7 +191,7 @@ def _encoded(student: nn.Module) -> tuple[dict[str, Tensor], Groups]:
     groups: Groups = {}
     for name, layer, key, values in _parameters(student):
         quantizer = getattr(layer, "weight_quantizer", None)
-        if key == "weight" and _is_packed(student, name, layer):
+        if key == "weight" and quantizer is not None and _is_packed(student, layer):
             codes, scales = _codes_and_scales(quantizer, cast(Tensor, layer.weight), name)
             bits = _width(quantizer)
             tensors[f"{name}.weight_packed"] = _pack(codes, bits)
@@ -199,7 +199,7 @@ def _encoded(student: nn.Module) -> tuple[dict[str, Tensor], Groups]:
             tensors[f"{name}.weight_shape"] = torch.tensor(codes.shape)
             groups.setdefault((bits, quantizer.group_size), []).append(name)
             continue
-        if key == "weight" and quantizer is not None:
+        if key == "weight" and isinstance(quantizer, Quantizer):
             check_fitted(quantizer, name)
         check_finite(values, f"{name}.{key}", "number")
         tensors[f"{name}.{key}"] = values
@@ -225,7 +225,7 @@ def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {key: values for key, values in module.named_buffers(recurse=False) if key not in left}
 
 
-def _is_packed(student: nn.Module, name: str, layer: nn.Module) -> bool:
+def _is_packed(student: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer's weight is written as codes: of a linear layer that shares it with no other."""
     if not isinstance(layer, QuantLinear) or layer.weight_quantizer is None:
         return False
@@ -328,11 +328,11 @@ def check_compressed(folder: str | Path, model: nn.Module) -> None:
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())
         raise ParityError(f"the folder and the student differ in the tensors that they have: {', '.join(odd[:3])}")
-    for (bits, _), scheme in zip(groups, schemes, strict=True):
-        for name in groups[bits, scheme.weights.group_size]:
+    for ((bits, _), names), scheme in zip(groups.items(), schemes, strict=True):
+        for name in names:
             layer = cast(QuantizedLayer, model.get_submodule(name))
             own = {key: found[f"{name}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
-            codes, scales = _codes_and_scales(cast(Quantizer, layer.weight_quantizer), cast(Tensor, layer.weight), name)
+            codes, scales = _codes_and_scales(cast(Quantizer, layer.weight_quantizer), layer.weight, name)
             unpacked = unpack_from_int32(own["weight_packed"], bits, own["weight_shape"])
             decoded = BaseCompressor.get_value_from_registry(_PACKED).decompress(own, scheme)["weight"]
             for what, ours, theirs in (

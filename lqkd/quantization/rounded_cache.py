@@ -56,7 +56,9 @@ def _cache(grid: Dynamic) -> Any:
     from transformers import DynamicCache
 
     class Rounded(DynamicCache):
-        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            return super().update(grid(keys), grid(values), *args, **kwargs)  # type: ignore[no-any-return]
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            return super().update(grid(key_states), grid(value_states), layer_idx, *args, **kwargs)
 
     return Rounded()

@@ -127,3 +127,15 @@ def test_a_folder_has_its_tokenizer_and_replaces_its_like_alone(tmp_path: Path) 
     with pytest.raises(UsageError, match="exists and is no folder of --format compressed-tensors"):
         to_compressed_tensors(student, tmp_path / "llama")
     assert (tmp_path / "llama" / "model.safetensors").is_file()
+
+
+def test_a_network_that_was_read_from_a_folder_is_trained_again(tmp_path: Path) -> None:
+    student = a_llama(tmp_path / "llama", Recipe("q4_0"))
+    to_compressed_tensors(student, tmp_path / "held")
+    network = causal_lm(str(tmp_path / "held"))
+    with torch.no_grad():
+        assert torch.equal(network(texts()).logits, student(texts()).logits)
+    quantize_model(network, Recipe("q4_0"))
+    initialize_quantizers(network, texts())
+    network(texts()).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
