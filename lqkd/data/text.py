@@ -15,6 +15,8 @@ from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import TensorBatches
 from lqkd.errors import UsageError
 
+BYTES = 256
+"""Tokens of a text that is read as bytes."""
 SEPARATOR = b"\n\n"
 """What ends a text."""
 _PARTS = 50
@@ -63,7 +65,7 @@ class TextDataModule(LightningDataModule, ABC):
         UsageError: when a setting is out of range, here, or there is too little text, in ``setup``.
     """
 
-    num_classes = 256
+    num_classes = BYTES
     """Tokens."""
     unit = "bytes"
     """What messages call them."""
@@ -233,3 +235,14 @@ def _held_out(pieces: list[bytes], share: float, salt: str) -> tuple[list[bytes]
         left -= len(pieces[place])
     others = [piece for place, piece in enumerate(pieces) if place not in chosen]
     return [pieces[place] for place in sorted(chosen)], others
+
+
+def tokenizer_said(data: Any) -> dict[str, str | None]:
+    """What a file says of the way in which a text becomes tokens for its network, under ``tokenizer``.
+
+    It is the setting of that name, None for bytes; nothing is said of data that are no :class:`TextDataModule`, or make
+    tokens otherwise.
+    """
+    found = getattr(data, "tokenizer", None)
+    named = isinstance(found, str) or (found is None and getattr(data, "num_classes", None) == BYTES)
+    return {"tokenizer": found} if named and isinstance(data, TextDataModule) else {}

@@ -44,6 +44,11 @@ def card_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.md")
 
 
+def rejected(path: Path) -> Path:
+    """The name under which a file that failed the comparison is kept."""
+    return path.with_name(f"{path.stem}.rejected{path.suffix}")
+
+
 def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
     """What the table and the card say, line by line."""
     result = [

@@ -14,6 +14,7 @@ from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.nbits import NBITS
+from lqkd.export.pack_quantized import COMPRESSED
 
 TORCH = "torch"
 BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
@@ -23,9 +24,9 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "qonnx": qonnx.build,
 }
 """The formats that are ONNX files."""
-FORMATS = (*BUILDERS, TORCH, GGUF, NBITS)
+FORMATS = (*BUILDERS, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
+_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
 

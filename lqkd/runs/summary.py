@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.data.text import tokenizer_said
 from lqkd.modules import DistillModule
 from lqkd.modules.base import TaskModule
 from lqkd.modules.references import REFERENCES
@@ -200,6 +201,7 @@ class RunSummary(Callback):
             name: module.hparams.get(name),
             "quantization": _recipe(module),
             "task": module.hparams.get("task"),
+            **tokenizer_said(data),
         }
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)

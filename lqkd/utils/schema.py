@@ -141,6 +141,7 @@ NETWORK_FILE: Table = {
     "network": _SETTINGS,
     "quantization": _SETTINGS,
     "task": _SETTINGS,
+    "tokenizer": _TEXT,
 }
 """The metadata of ``student.safetensors`` and ``network.safetensors``."""
 EXPORTED_FILE: Table = {
@@ -150,6 +151,9 @@ EXPORTED_FILE: Table = {
     "class_names": _NAMES,
     "preprocessing": PREPROCESSING,
     "task": _SETTINGS,
+    "tokenizer": _TEXT,
+    "vocabulary": _COUNT,
+    "context": _COUNT,
 }
 """The metadata of what ``export`` writes, ``.onnx`` and ``.pt2``."""
 _BITS = _or_null(Kind("a text or a whole number", lambda value: isinstance(value, str) or _is_whole(value, 0, 64)))

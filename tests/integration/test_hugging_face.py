@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.smollm2
 from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.export import from_gguf
@@ -19,6 +21,11 @@ from lqkd.runs import load_student
 from lqkd.tasks import CausalLM
 from tests.hugging_face import language_model, llama
 
+FILES = {
+    "gguf": "student.gguf",
+    "nbits": "student.nbits.onnx",
+    "compressed-tensors": "student.compressed-tensors",
+}
 CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "smollm2.yaml")
 
 
@@ -40,21 +47,35 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) -> None:
+def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fit(text, "--model.balance.init_args.task", "1") == 0
     run = text / "smollm2_q4_0" / "version_0"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["weight_bits"], summary["activation_bits"]) == ("4 (8 in 2 layers)", "32")
-    assert main(["export", str(run), "--format", "gguf"]) == 0
+    for name, file in FILES.items():
+        assert main(["export", str(run), "--format", name]) == 0
+        report = json.loads((run / f"{file}.report.json").read_text())
+        assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
     tokens = torch.arange(32).view(2, 16)
     assert torch.equal(from_gguf(run / "student.gguf")(tokens).logits, load_student(run)(tokens).logits)
-    report = json.loads((run / "student.gguf.report.json").read_text())
-    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
-    assert main(["export", str(run), "--format", "nbits"]) == 0
-    report = json.loads((run / "student.nbits.onnx.report.json").read_text())
-    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
-    card = (run / "student.gguf.md").read_text()
-    assert "nats a token against" in card  # llama.cpp was asked
+    assert "nats a token against" in (run / "student.gguf.md").read_text()  # llama.cpp was asked
+    written = []
+    for source in (run, run / "student.gguf", run / "student.nbits.onnx"):
+        capsys.readouterr()
+        assert main(["predict", str(source), "--prompt", "the quick", "--tokens", "12"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0].startswith("the quick")
+    assert len(written[0]) > 12
+    assert written[0] == written[1] == written[2]
+    table = ["--pretrained", str(text / "model"), "--windows", "4", "--csv", str(text / "table.csv")]
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *table])
+    benchmarks.smollm2.main()  # which ends otherwise where a file has another perplexity
+    with open(text / "table.csv", newline="") as stream:
+        same = {row["network"]: row["first token as trained"] for row in csv.DictReader(stream)}
+    assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
+    assert len(same) == 9
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
 from lqkd.losses import CAKLD, AttentionRelations, CosineDistance, ForwardKL, HintonKL, Hints
 from lqkd.models import GPT
+from lqkd.models.generation import generate_tokens
 from lqkd.modules import Tap, Term
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
@@ -244,6 +245,17 @@ def test_the_command_line_trains_asks_and_reports(tmp_path: Path, capsys: pytest
     assert sum(losses) / len(losses) == pytest.approx(summary["test"], rel=1e-4)
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(run), "--prompt", "The statement", "is", "--tokens", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["prompt"] for entry in told] == ["The statement", "is"]
+    network = lqkd.load_student(run)
+    expected = generate_tokens(network, list(b"The statement"), 5)
+    assert told[0]["continuation"] == bytes(expected).decode(errors="replace")
+    assert main(["predict", str(run), "--prompt", "x" * 200]) == 2
+    assert "the prompt has 200 tokens, and the network takes 128" in capsys.readouterr().err
+    assert main(["predict", str(run), __file__]) == 2
+    assert "is a language model, which takes no images: give --prompt TEXT" in capsys.readouterr().err
 
 
 @dataclass
