@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Applied = Literal["own", "mean", "same_loss", "exchanged"]
+Applied = Literal["own", "mean", "exchanged"]
 """Names of :data:`APPLIED`."""
 
 
@@ -21,13 +21,6 @@ def mean(weights: Tensor, divergence: Tensor) -> Tensor:
     return weights.mean().expand_as(weights)
 
 
-def same_loss(weights: Tensor, divergence: Tensor) -> Tensor:
-    """All rows the one weight that leaves the loss of the batch what it is, ``sum(w D) / sum(D)``."""
-    total = divergence.sum()
-    shared = (weights * divergence).sum() / total.clamp_min(1e-12)
-    return shared.where(total > 0, weights.mean()).expand_as(weights)
-
-
 def exchanged(weights: Tensor, divergence: Tensor) -> Tensor:
     """Every row that of the row a third of the batch before it: the same weights, but not where they belong.
 
@@ -39,7 +32,6 @@ def exchanged(weights: Tensor, divergence: Tensor) -> Tensor:
 APPLIED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "own": own,
     "mean": mean,
-    "same_loss": same_loss,
     "exchanged": exchanged,
 }
 """By name, from detached weights (N, 1, ...) and the detached divergence map that they broadcast to, the weights that

@@ -150,13 +150,11 @@ def test_a_study_can_give_the_student_the_same_weights_but_not_where_they_belong
     weights, divergence = [1.0, 2.0, 6.0], [4.0, 1.0, 1.0]
     assert applied("own", weights, divergence) == weights
     assert applied("mean", weights, divergence) == [3.0] * 3
-    assert applied("same_loss", weights, divergence) == [2.0] * 3  # (1 * 4 + 2 + 6) / 6
-    assert applied("same_loss", weights, [0.0] * 3) == [3.0] * 3
     assert applied("exchanged", weights, divergence) == [6.0, 1.0, 2.0]
 
 
 def test_controls_that_are_unknown_or_would_be_looked_ahead_from_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"applied='shuffled' is unknown: use own, mean, same_loss, exchanged"):
+    with pytest.raises(UsageError, match=r"applied='shuffled' is unknown: use own, mean, exchanged"):
         SampleWeight(applied="shuffled")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="applied='mean' does not go with player LookAhead"):
         SampleWeight(applied="mean", guard="entropy", player="look_ahead")
