@@ -33,8 +33,8 @@ class SampleWeight(Regularizer):
     Args:
         hidden: width of the hidden layer, >= 1.
         guard, player, max_weight: see :class:`Regularizer`.
-        applied: ``own`` weight of each sample; as controls for a study, the ``mean`` of the weights of a process's batch
-            for all its samples, or weights ``exchanged`` among these.
+        applied: ``own`` weight of each sample; as controls for a study, the ``mean`` of the weights of a process's
+            batch for all its samples, or weights ``exchanged`` among these.
 
     Raises:
         UsageError: when an argument is out of range or not known, or a player that looks ahead would look ahead from

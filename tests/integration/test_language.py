@@ -147,15 +147,15 @@ def test_how_far_a_teacher_of_texts_can_be_believed_is_learned_from_windows_that
     assert seen == for_training
     assert len(apart - for_training) > 80  # the text says a few things twice
     saving: dict[str, Any] = {"enable_checkpointing": True}
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1), StopAt(1, 3)]
     with pytest.raises(InterruptedError):
-        saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1), StopAt(1, 3)]
         trainer(**saving).fit(believing(), datamodule=data())
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     again = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
     trainer(**saving).fit(resumed, datamodule=data(), **again)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
     assert resumed.trust == whole.trust
-    with pytest.raises(UsageError, match="keep .* trust_fraction"):
+    with pytest.raises(UsageError, match=r"keep .* trust_fraction"):
         trainer(**saving).fit(believing(), datamodule=data(0.25), **again)
     with pytest.raises(UsageError, match=r"distillation.tokens: combination: trust needs .*trust_fraction"):
         trainer().fit(believing(), datamodule=data(0.0))
