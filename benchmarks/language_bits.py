@@ -150,7 +150,9 @@ def of_three_values(runs: Path) -> str:
         {how: of[OF_THREE, how] for how in WEIGHED_BY if (OF_THREE, how) in of}
         for of in (_trained(runs, "test"), _trained(runs, "val_best"))
     )
-    fixed = min((how for how in FIXED if how in val), key=lambda how: statistics.fmean(val[how].values()))
+    seeds = max(len(val[how]) for how in FIXED if how in val)  # means of other seeds are not compared
+    whole = [how for how in FIXED if len(val.get(how, ())) == seeds]
+    fixed = min(whole, key=lambda how: statistics.fmean(val[how].values()))
     headings = ["weight of KL", "validation", "test", "seeds"]
     headings += [f"less {WEIGHED_BY[to]}" for to in (fixed, "weighed")]
     rows = []
