@@ -108,6 +108,7 @@ class PythonTopics(TextDataModule):
         eval_batch_size: Windows per process and step in validation and test; null means batch_size.
         seed: Seed of the order; null means the run's seed (seed_everything), else 0.
         limit_train: Train on only this many windows, for quick studies; null means all.
+        trust_fraction: Share of these that are in no training batch; see :class:`~lqkd.data.TextDataModule`.
     """
 
     def __init__(
@@ -118,9 +119,15 @@ class PythonTopics(TextDataModule):
         eval_batch_size: int | None = None,
         seed: int | None = None,
         limit_train: int | None = None,
+        trust_fraction: float = 0.0,
     ) -> None:
         super().__init__(
-            context=context, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, limit_train=limit_train
+            context=context,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            limit_train=limit_train,
+            trust_fraction=trust_fraction,
         )
 
     def texts(self) -> dict[str, list[bytes]]:

@@ -298,14 +298,12 @@ class DistillationTerm(nn.Module):
 
     def reduce(self, maps: list[DivergenceMap], weighted: bool = True) -> Tensor:
         """The distillation loss, 0-dim: the mean over the maps; the student sees the weights as constants."""
-        losses = [
-            cast(DistillationLoss, compare).reduce(
-                each.weights.detach() * each.divergence
-                if weighted and each.weights is not None and self.interpolation is None
-                else each.divergence
-            )
-            for compare, each in zip(self.losses, maps, strict=True)
-        ]
+        losses = []
+        for index, (compare, each) in enumerate(zip(self.losses, maps, strict=True)):
+            seen = each.divergence
+            if weighted and each.weights is not None and self.interpolation is None:
+                seen = cast(Regularizer, self.regularizers[index]).applied(each.weights, seen) * seen
+            losses.append(cast(DistillationLoss, compare).reduce(seen))
         loss = torch.stack(losses).mean()
         return loss if self.weight == 1 else self.weight * loss
 

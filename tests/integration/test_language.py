@@ -177,6 +177,71 @@ def test_an_optimizer_whose_state_has_eight_bits_is_resumed_with_the_same_bits(
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
 
 
+class Bigrams(nn.Module):
+    """Says of each byte, several times too surely, what follows it in the text that comes with Python."""
+
+    def __init__(self, sure: float) -> None:
+        super().__init__()
+        data = PythonTopics(context=16, seed=0)
+        data.setup()
+        pairs = data._windows["train"].long().flatten().unfold(0, 2, 1)
+        counts = torch.ones(256, 256).index_put_(tuple(pairs.mT), torch.tensor(1.0), accumulate=True)
+        self.table = nn.Embedding(256, 256, _weight=sure * (counts / counts.sum(1, keepdim=True)).log())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.table(tokens)
+        return found
+
+
+def believing() -> DistillModule:
+    torch.manual_seed(1)
+    terms = {"tokens": Term(HintonKL(temperature=1.0), "sure", "calibrated", regularizer=SampleWeight(hidden=4))}
+    return DistillModule(
+        student=gpt(),
+        teachers={"sure": FrozenTeacher(Bigrams(sure=3.0))},
+        distillation=terms,
+        quantization=Recipe("w4a8"),
+        task=CausalLM(bytes_per_token=1),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
+    )
+
+
+def test_how_far_a_teacher_of_texts_can_be_believed_is_learned_from_windows_that_are_in_no_gradient(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def data(fraction: float = 0.5) -> PythonTopics:
+        settings: dict[str, Any] = {"batch_size": 16, "eval_batch_size": 64, "limit_train": 192, "seed": 0}
+        return PythonTopics(context=16, trust_fraction=fraction, **settings)
+
+    whole, resumed, held = believing(), believing(), data()
+    trained: list[Tensor] = []
+    whole.student.register_forward_hook(lambda _, given, made: trained.append(given[0]) if made.requires_grad else None)
+    trainer().fit(whole, datamodule=held)
+    report = whole.trust["tokens"]
+    assert report["form"] == "temperature"
+    assert report["rows"] == 15 * 96
+    assert report["worth"] > 0.5
+    assert 0 < report["believed"]["teacher sure"] < 0.8
+    windows, chosen = held._windows["train"], (held.trust_indices, held.train_indices)
+    apart, for_training = ({bytes(row.tolist()) for row in windows[places]} for places in chosen)
+    seen = {bytes(row.tolist()) for batch in trained for row in batch}
+    assert seen == for_training
+    assert len(apart - for_training) > 80  # the text says a few things twice
+    saving: dict[str, Any] = {"enable_checkpointing": True}
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1), StopAt(1, 3)]
+    with pytest.raises(InterruptedError):
+        trainer(**saving).fit(believing(), datamodule=data())
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
+    again = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+    trainer(**saving).fit(resumed, datamodule=data(), **again)
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    assert resumed.trust == whole.trust
+    with pytest.raises(UsageError, match=r"keep .* trust_fraction"):
+        trainer(**saving).fit(believing(), datamodule=data(0.25), **again)
+    with pytest.raises(UsageError, match=r"distillation.tokens: combination: trust needs .*trust_fraction"):
+        trainer().fit(believing(), datamodule=data(0.0))
+
+
 def test_what_gptq_reaches_is_measured_and_leaves_no_trace(
     trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
