@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
 from lqkd.export.grids import ActivationGrid, LookupGrid
@@ -18,6 +17,7 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.quantization import Quantizer
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS
+from lqkd.quantization.norms import is_batch_norm
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind = "grid"
     elif _is_layer(module):
         kind = "layer"
-    elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+    elif is_batch_norm(module) and module.running_mean is not None:
         kind = "norm"
     elif type(module) in IDENTITIES:
         kind = "identity"

@@ -9,6 +9,7 @@ from lqkd.models.gpt import GPT
 from lqkd.models.hugging_face import causal_lm
 from lqkd.models.position_grid import boxes_at, positions
 from lqkd.models.small_fcos import SmallFCOS
+from lqkd.models.torchvision_detector import TorchvisionDetector
 from lqkd.models.weight_files import builtin_weights
 from lqkd.models.weights import load_weights
 
@@ -16,6 +17,7 @@ __all__ = [
     "GPT",
     "CifarResNet",
     "SmallFCOS",
+    "TorchvisionDetector",
     "boxes_at",
     "build_model",
     "builtin_weights",
