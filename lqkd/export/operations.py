@@ -89,7 +89,8 @@ _AVERAGE_POOL = {
 
 
 _OF_EACH_SAMPLE = (
-    "it normalises by statistics of each sample, which no integer layer takes over: build the network with batch norm"
+    "it normalises by statistics of each sample, which no integer layer takes over: build the network with batch norm "
+    "(TorchvisionDetector: norm: batch_per_level)"
 )
 _REMEDIES = {"GroupNorm": _OF_EACH_SAMPLE, "group_norm": _OF_EACH_SAMPLE}
 """What to do about an operator that has no counterpart, where more can be said."""

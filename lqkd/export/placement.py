@@ -15,6 +15,7 @@ from lqkd.errors import UsageError, first_line
 from lqkd.export.calls import separated
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, Operation, operation, place
 from lqkd.models.calls import Inputs
+from lqkd.models.torchvision_detector import whole_detector
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding
 from lqkd.quantization.computed import computed
@@ -74,7 +75,8 @@ def _check_traced(student: nn.Module, example: Inputs) -> None:
     try:
         graph = trace(student)
     except Exception as error:  # networks that decide by their data fail in many ways
-        raise UsageError(f"the network cannot be exported: its graph cannot be traced ({obstacle(error)})") from error
+        why = whole_detector(student) or f"its graph cannot be traced ({obstacle(error)})"
+        raise UsageError(f"the network cannot be exported: {why}") from error
     _keep_given(graph, example)
     expected = _tensors(example.map(torch.clone).call(student))
     try:

@@ -48,7 +48,7 @@ class TorchvisionDetector(nn.Module):
             batch norm for each level (Chen et al., "AQD", arXiv 2007.06919), which an integer file can have, unlike
             group norm.
         width: channels of the pyramid and of FCOS' and RetinaNet's heads; 256 in torchvision, fewer for small devices.
-            Group norm needs a multiple of 32.
+            Group norm has 32 groups: a multiple of 32 from 64 on.
         frozen_norm: whether the batch norms of the ResNet are ``FrozenBatchNorm2d``, whose statistics and parameters
             stay as they are in the weights that are loaded.
 
@@ -82,8 +82,8 @@ class TorchvisionDetector(nn.Module):
         self.name, self.num_classes = name, num_classes
         self.strides = _PYRAMID if pyramid else tuple(2 * stride for stride in (8, 16, 32, 64, 128, 256))
         if pyramid:
-            if pyramid[1] == "fcos" and norm is None and width % 32:
-                raise UsageError(f"width={width} is not possible with group norm: a multiple of 32, or norm")
+            if pyramid[1] == "fcos" and norm is None and (width % 32 or width < 64):
+                raise UsageError(f"width={width} is not possible with group norm: 64, 96, ..., or norm=batch_per_level")
             self.backbone = _resnet_pyramid(pyramid[2], frozen_norm, width)
             self.head = (_fcos_head if pyramid[1] == "fcos" else _retinanet_head)(num_classes, norm is not None, width)
         elif name == _SSDLITE:
@@ -167,6 +167,17 @@ class TorchvisionDetector(nn.Module):
                 if given is not None and len(given) * len(kept) == len(self.get_parameter(name)) * len(CATEGORIES):
                     adapted[name] = given.unflatten(0, (-1, len(CATEGORIES)))[:, kept].flatten(0, 1)  # of each anchor
         return adapted
+
+
+def whole_detector(network: nn.Module) -> str | None:
+    """What to do with a whole detector of torchvision, whose forward no graph holds; None where it is none."""
+    if not any(type(module).__name__ == "GeneralizedRCNNTransform" for module in network.modules()):
+        return None
+    return (
+        f"{type(network).__name__} of torchvision resizes images (GeneralizedRCNNTransform) and decides by their data "
+        "which objects it returns: take lqkd.models.TorchvisionDetector, which loads its state dict and returns what "
+        "its heads say"
+    )
 
 
 def _through(tower: nn.Sequential, level: Tensor, number: int) -> Tensor:

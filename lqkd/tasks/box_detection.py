@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 
 from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked
+from lqkd.models.torchvision_detector import whole_detector
 from lqkd.quantization import LSQ, Recipe, Rule
 from lqkd.quantization.convert import layer_kind, quantizable_layers
 from lqkd.quantization.graph import survey
@@ -106,6 +107,9 @@ class BoxDetection(Task, ABC):
 
     def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
         """The last layers' bits for all that the network names as such, and a step for each level where ``lsq`` is."""
+        whole = whole_detector(network)
+        if whole is not None:
+            raise UsageError(whole)
         bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
         if bits is not None and named:
             rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]

@@ -23,7 +23,7 @@ NONE = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
 def small(name: str, **settings: Any) -> TorchvisionDetector:
     torch.manual_seed(0)
-    return TorchvisionDetector(name, 3, **settings | ({} if "ssd" in name else {"width": 32}))
+    return TorchvisionDetector(name, 3, **settings | ({} if "ssd" in name else {"width": 64}))
 
 
 def whole(network: TorchvisionDetector, task: TorchvisionDetection) -> nn.Module:
@@ -38,9 +38,9 @@ def whole(network: TorchvisionDetector, task: TorchvisionDetection) -> nn.Module
     else:
         settings = {"min_size": 64, "max_size": 96, **as_is, **limits}
         if network.family == "fcos":
-            made = detection.FCOS(network.backbone, 3, head=FCOSHead(32, 1, 3), **settings)
+            made = detection.FCOS(network.backbone, 3, head=FCOSHead(64, 1, 3), **settings)
         else:
-            made = detection.RetinaNet(network.backbone, 3, head=RetinaNetHead(32, 9, 3), **settings)
+            made = detection.RetinaNet(network.backbone, 3, head=RetinaNetHead(64, 9, 3), **settings)
     made.load_state_dict(network.state_dict())
     return made
 
@@ -54,7 +54,7 @@ def test_loss_and_objects_are_those_of_torchvision(name: str) -> None:
     batch = (IMAGES, [{"boxes": BOXES, "labels": labels}, NONE])
     given = [{"boxes": BOXES, "labels": labels + background}, NONE]
     for training in (True, False):
-        network.train(training), theirs.train(training)  # noqa: B018
+        network.train(training), theirs.train(training)
         answers = task.outputs(network(IMAGES), Asked("student", 2))
         if training:
             expected = sum(theirs(list(IMAGES), given).values())
@@ -74,7 +74,7 @@ def test_loss_and_objects_are_those_of_torchvision(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_for_coco_become_those_of_its_eighty_categories(name: str, tmp_path: Any) -> None:
-    settings: dict[str, Any] = {} if "ssd" in name else {"width": 32}
+    settings: dict[str, Any] = {} if "ssd" in name else {"width": 64}
     theirs = TorchvisionDetector(name, 90 if "ssd" in name else 91, **settings)
     torch.save(theirs.state_dict(), tmp_path / "coco.pth")
     ours = TorchvisionDetector(name, 80, **settings)
