@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 
 _PYRAMID = (8, 16, 32, 64, 128)
+_COARSEST = ("extra_blocks.p6", "extra_blocks.p7")
+"""What torchvision's pyramid calls the modules of its two last levels."""
 _SSDLITE = "ssdlite320_mobilenet_v3_large"
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -144,6 +146,35 @@ class TorchvisionDetector(nn.Module):
         return _through(head.classification_head.conv, level, number), _through(
             head.regression_head.conv, level, number
         )
+
+    def class_logits_from(self, tap: str) -> Callable[[Tensor], Tensor]:
+        """What follows behind a module on the way to the logits of a level: from (B, C, H, W) to (B, A * C, H, W).
+
+        Args:
+            tap: ``backbone.fpn.layer_blocks.LEVEL``, ``backbone.fpn.extra_blocks.p6`` or ``p7``, or, with
+                ``batch_per_level``, a norm of the tower for classes, ``head.classification_head.conv.PLACE.LEVEL``.
+
+        Raises:
+            UsageError: when it is none of these, or of SSDlite, whose classes are no probabilities by themselves.
+        """
+        if self.family == "ssdlite":
+            raise UsageError(f"{self.name} has a softmax over classes and background: take fcos or retinanet")
+        head = cast(Any, self.head).classification_head
+        levels = [f"backbone.fpn.{name}" for name in (*(f"layer_blocks.{n}" for n in range(3)), *_COARSEST)]
+        if tap in levels:
+            number = levels.index(tap)
+            return lambda features: head.cls_logits(_through(head.conv, features, number))
+        path, _, level = tap.rpartition(".")
+        layers = [(f"head.classification_head.conv.{name}", layer) for name, layer in head.conv.named_modules()]
+        tower = [(name, layer) for name, layer in layers if isinstance(layer, (nn.Conv2d, nn.ReLU, LevelNorms))]
+        at = next((n for n, (name, of) in enumerate(tower) if name == path and isinstance(of, LevelNorms)), None)
+        if at is None or not level.isdecimal():
+            raise UsageError(
+                f"tap {tap!r} of {self.name} is not on the way to the classes of one level: {', '.join(levels)} are, "
+                "and with norm: batch_per_level the norms of a level in head.classification_head.conv"
+            )
+        rest = nn.Sequential(*(layer for _, layer in tower[at + 1 :]))
+        return lambda features: head.cls_logits(_through(rest, features.clone(), int(level)))
 
     def adapted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``state``, or of torchvision's weights for COCO the rows of its 80 categories, where the network has 80.
