@@ -58,6 +58,9 @@ class TorchvisionDetection(BoxDetection):
         UsageError: when an argument is not possible, or faster-coco-eval is not installed.
     """
 
+    _rules: Any
+    _anchors: tuple[Any, list[Tensor]]
+
     def __init__(
         self,
         detector: Literal["fcos", "retinanet", "ssdlite"],
@@ -77,7 +80,7 @@ class TorchvisionDetection(BoxDetection):
         self.detector = detector
         self.softmax_rows = ssdlite
         self.__dict__["_rules"] = self._torchvisions()  # no submodule: nothing of it is trained or saved
-        self._anchors: tuple[Any, list[Tensor]] = (None, [])  # of the images of the last batch
+        self._anchors = (None, [])  # of the images of the last batch
 
     def _torchvisions(self) -> Any:
         """torchvision's detector without a network: its anchors, matching, losses and decoding."""
