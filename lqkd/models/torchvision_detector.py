@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
+from lqkd.models.weight_files import read_weights
 
 _PYRAMID = (8, 16, 32, 64, 128)
 _COARSEST = ("extra_blocks.p6", "extra_blocks.p7")
@@ -53,6 +54,8 @@ class TorchvisionDetector(nn.Module):
             Group norm has 32 groups: a multiple of 32 from 64 on.
         frozen_norm: whether the batch norms of the ResNet are ``FrozenBatchNorm2d``, whose statistics and parameters
             stay as they are in the weights that are loaded.
+        backbone_weights: a file with torchvision's weights of the ResNet for ImageNet, whose last layer is left out; null
+            for random ones. It is for a training from there: weights of a whole detector are loaded over them.
 
     Raises:
         UsageError: when a setting is not possible.
@@ -72,6 +75,7 @@ class TorchvisionDetector(nn.Module):
         norm: Literal["batch_per_level"] | None = None,
         frozen_norm: bool = False,
         width: int = 256,
+        backbone_weights: str | None = None,
     ) -> None:
         super().__init__()
         if type(num_classes) is not int or num_classes < 1:
@@ -87,6 +91,8 @@ class TorchvisionDetector(nn.Module):
             if pyramid[1] == "fcos" and norm is None and (width % 32 or width < 64):
                 raise UsageError(f"width={width} is not possible with group norm: 64, 96, ..., or norm=batch_per_level")
             self.backbone = _resnet_pyramid(pyramid[2], frozen_norm, width)
+            if backbone_weights is not None:
+                _load_body(cast(Any, self.backbone).body, backbone_weights, pyramid[2])
             self.head = (_fcos_head if pyramid[1] == "fcos" else _retinanet_head)(num_classes, norm is not None, width)
         elif name == _SSDLITE:
             if norm is not None or frozen_norm or width != 256:
@@ -95,6 +101,8 @@ class TorchvisionDetector(nn.Module):
                     f"{setting} is not possible with {_SSDLITE}, which has no pyramid: its levels have layers and "
                     "batch norms of their own"
                 )
+            if backbone_weights is not None:
+                raise UsageError(f"backbone_weights is not possible with {_SSDLITE}: it is of a ResNet")
             self.backbone, self.head = _ssdlite(num_classes)
         else:
             raise UsageError(
@@ -232,6 +240,16 @@ def _resnet_pyramid(name: str, frozen: bool, width: int) -> nn.Module:
     extra = LastLevelP6P7(width, width)
     made: nn.Module = BackboneWithFPN(body, levels, [finest, 2 * finest, 4 * finest], width, extra_blocks=extra)
     return made
+
+
+def _load_body(body: nn.Module, source: str, name: str) -> None:
+    held = {key: value for key, value in read_weights(source)[0].items() if not key.startswith("fc.")}
+    own = {key: value.shape for key, value in body.state_dict().items()}
+    wrong = [key for key in own if key not in held and not key.endswith("num_batches_tracked")]
+    wrong += [key for key, value in held.items() if value.shape != own.get(key) and not key.endswith("tracked")]
+    if wrong:
+        raise UsageError(f"backbone_weights={source!r} are not those of torchvision's {name}: {wrong[0]!r} differs")
+    body.load_state_dict({key: value for key, value in held.items() if key in own}, strict=False)
 
 
 def _fcos_head(num_classes: int, per_level: bool, width: int) -> nn.Module:

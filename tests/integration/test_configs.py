@@ -84,6 +84,7 @@ def coco_weights(random_weights: Path) -> None:
     weights = random_weights / "weights"
     of_teacher = TorchvisionDetector("fcos_resnet50_fpn", 91, frozen_norm=True)
     torch.save(of_teacher.state_dict(), weights / "coco_fcos_resnet50.pth")
+    torch.save(build_model("torchvision/resnet18").state_dict(), weights / "imagenet_resnet18.pth")
     torch.save(TorchvisionDetector("ssdlite320_mobilenet_v3_large", 90).state_dict(), weights / "coco_ssdlite320.pth")
     of_student = TorchvisionDetector("fcos_resnet18_fpn", 80, norm="batch_per_level")
     save_file(of_student.state_dict(), weights / "coco_fcos_resnet18.safetensors")

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.resnet import resnet18
 
 from lqkd.errors import UsageError
 from lqkd.models import TorchvisionDetector, load_weights
@@ -88,6 +89,23 @@ def test_weights_for_coco_become_those_of_its_eighty_categories(name: str, tmp_p
     person, bicycle, toothbrush = 1, 2, 90  # COCO's numbers of the first, second and last category
     assert torch.equal(some_of[:, [0, 1, -1]], all_of[:, [person, bicycle, toothbrush]])
     assert torch.equal(*(of["boxes_64"] for of in maps))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_backbone_begins_with_weights_for_imagenet(frozen: bool, tmp_path: Any) -> None:
+    resnet = resnet18(num_classes=2)
+    for norm in (module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    given = {"width": 64, "frozen_norm": frozen, "backbone_weights": str(tmp_path / "resnet18.pth")}
+    body: Any = TorchvisionDetector("retinanet_resnet18_fpn", 3, **given).backbone.eval()
+    resnet.eval()
+    expected = resnet.layer2(resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(IMAGES))))))
+    torch.testing.assert_close(body.body(IMAGES)["0"], expected)
+    with pytest.raises(
+        UsageError, match=r"are not those of torchvision's resnet34: 'layer1\.2\.conv1\.weight' differs"
+    ):
+        TorchvisionDetector("retinanet_resnet34_fpn", 3, **given)
 
 
 @pytest.mark.parametrize(
