@@ -54,8 +54,8 @@ class TorchvisionDetector(nn.Module):
             Group norm has 32 groups: a multiple of 32 from 64 on.
         frozen_norm: whether the batch norms of the ResNet are ``FrozenBatchNorm2d``, whose statistics and parameters
             stay as they are in the weights that are loaded.
-        backbone_weights: a file with torchvision's weights of the ResNet for ImageNet, whose last layer is left out; null
-            for random ones. It is for a training from there: weights of a whole detector are loaded over them.
+        backbone_weights: a file with torchvision's weights of the ResNet for ImageNet, whose last layer is left out;
+            null for random ones. It is for a training from there: weights of a whole detector are loaded over them.
 
     Raises:
         UsageError: when a setting is not possible.
