@@ -111,8 +111,8 @@ class Runner:
             found = self._session.run(self._names, arrays)
         except Exception as error:  # the runtime's own, of a kernel whose numbers are out of its range
             raise UsageError(
-                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)}): where the step of a "
-                "grid is far from that before it, as in a network that was not trained, its kernels cannot compute"
+                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)}): where the step of "
+                "a grid is far from that before it, as in a network that was not trained, its kernels cannot compute"
             ) from error
         return dict(zip(self._names, found, strict=True))
 
