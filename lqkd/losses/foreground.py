@@ -39,8 +39,8 @@ class ForegroundWeighted(DistillationLoss):
         >>> from lqkd.models import SmallFCOS
         >>> loss, teacher = ForegroundWeighted(Hints()), SmallFCOS(3, width=4).eval()
         >>> loss.bind_teacher(teacher, "pyramid.outputs.0")
-        >>> loss(torch.zeros(2, 8, 4, 4), torch.ones(2, 8, 4, 4)).mean()
-        tensor(1.0000)
+        >>> round(float(loss(torch.zeros(2, 8, 4, 4), torch.ones(2, 8, 4, 4)).mean()), 4)
+        1.0
     """
 
     compares = "features"
