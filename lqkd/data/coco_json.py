@@ -54,6 +54,7 @@ def read_coco(path: Path, images: Path) -> Coco:
     _refuse_twice([number for number, _ in images_said], "the image of number", path)
     _refuse_twice([name for _, name in images_said], "the image", path)
     _refuse_twice([number for number, _ in categories_said], "the category of number", path)
+    _refuse_twice([name for _, name in categories_said], "the category", path)
     listed, categories = dict(images_said), dict(categories_said)
     numbers = sorted(categories)
     names = tuple(categories[number] for number in numbers)

@@ -105,7 +105,16 @@ class Runner:
         arrays = feeds(self._model, given)
         if self._qonnx:
             return _execute_qonnx(self._model, arrays, self._names)
-        return dict(zip(self._names, self._session.run(self._names, arrays), strict=True))
+        import onnxruntime
+
+        try:
+            found = self._session.run(self._names, arrays)
+        except Exception as error:  # the runtime's own, of a kernel whose numbers are out of its range
+            raise UsageError(
+                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)}): where the step of "
+                "a grid is far from that before it, as in a network that was not trained, its kernels cannot compute"
+            ) from error
+        return dict(zip(self._names, found, strict=True))
 
 
 def _execute_qonnx(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:

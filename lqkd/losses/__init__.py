@@ -8,9 +8,11 @@ from lqkd.losses.channels import CWD
 from lqkd.losses.contrastive import ContrastiveRepresentation
 from lqkd.losses.correlation import CorrelationCongruence
 from lqkd.losses.cosine import CosineDistance
+from lqkd.losses.cross_head import CrossKD
 from lqkd.losses.curriculum import CurriculumTemperature
 from lqkd.losses.dist import DIST
 from lqkd.losses.dkd import DKD
+from lqkd.losses.foreground import ForegroundWeighted
 from lqkd.losses.hints import Hints
 from lqkd.losses.logits import BinaryKL, HintonKL, LogitResidual, SoftCrossEntropy
 from lqkd.losses.mgd import MGD
@@ -39,8 +41,10 @@ __all__ = [
     "ContrastiveRepresentation",
     "CorrelationCongruence",
     "CosineDistance",
+    "CrossKD",
     "CurriculumTemperature",
     "DistillationLoss",
+    "ForegroundWeighted",
     "ForwardKL",
     "HintonKL",
     "Hints",

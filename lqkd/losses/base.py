@@ -72,6 +72,17 @@ class DistillationLoss(nn.Module, ABC):
             UsageError: when the student has not got what the loss needs.
         """
 
+    def bind_teacher(self, teacher: nn.Module, tap: str) -> None:
+        """Likewise at the frozen teacher, of which the loss keeps no parameter either.
+
+        Args:
+            teacher: the teacher's network.
+            tap: name of its submodule whose output is compared.
+
+        Raises:
+            UsageError: when the loss needs what the teacher has not got.
+        """
+
     @abstractmethod
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         """Divergence map >= 0, of the :attr:`kind` of this loss, in float32, or float64 where the student's is.

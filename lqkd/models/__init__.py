@@ -10,6 +10,7 @@ from lqkd.models.hugging_face import causal_lm
 from lqkd.models.position_grid import boxes_at, positions
 from lqkd.models.recomputing import recompute_activations
 from lqkd.models.small_fcos import SmallFCOS
+from lqkd.models.torchvision_detector import TorchvisionDetector
 from lqkd.models.training_size import LlamaSize, TrainingSize, training_size
 from lqkd.models.weight_files import builtin_weights
 from lqkd.models.weights import load_weights
@@ -19,6 +20,7 @@ __all__ = [
     "CifarResNet",
     "LlamaSize",
     "SmallFCOS",
+    "TorchvisionDetector",
     "TrainingSize",
     "boxes_at",
     "build_model",

@@ -196,7 +196,7 @@ class DistillModule(TaskModule):
         self.passes = Passes(
             self.task, self.named_teachers, self.student, taps_of_teachers, taps_of_student, self.compilation
         )
-        self.distillation.bind(self.student)
+        self.distillation.bind(self.student, self.named_teachers)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
         self.optimization = SharedBackward(self, gradient_clip_val, accumulate_grad_batches)

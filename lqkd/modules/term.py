@@ -103,14 +103,16 @@ class DistillationTerm(nn.Module):
         """The regularizer, where held-out rows teach it what lies between teachers and student."""
         return self.regularizer if isinstance(self.regularizer, HeldOutInterpolation) else None
 
-    def bind(self, student: nn.Module) -> None:
-        """Let the losses look at the student, before :meth:`connect`.
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Let the losses on features look at the student and at the teacher, before :meth:`connect`.
 
         Raises:
             UsageError: when a loss does not find there what it needs.
         """
-        for loss, tap in zip(self.losses, self.taps, strict=False):
-            cast(DistillationLoss, loss).bind(student, tap.student)
+        for module, tap in zip(self.losses, self.taps, strict=False):
+            loss = cast(DistillationLoss, module)
+            loss.bind(student, tap.student)
+            loss.bind_teacher(teacher, tap.teacher)
 
     def connect(self, teacher: Shapes, student: Shapes) -> None:
         """Make what depends on shapes, once.

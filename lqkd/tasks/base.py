@@ -48,6 +48,9 @@ class Task(nn.Module, ABC):
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
+    softmax_rows: bool = False
+    """Whether the softmax of a row is a prediction although no label says of which class, so that losses on the softmax
+    compare rows; of tasks that predict classes it is in any case."""
     class_axis: ClassVar[int] = 1
     """The axis of :meth:`outputs` (B, ...) that has a logit for each class; of a text it is the last."""
     confidences: ClassVar[bool] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -106,6 +107,15 @@ def test_a_file_is_made_with_images_alone_to_test_it(student: nn.Module) -> None
     model = to_onnx(student, IMAGES, calibration=[IMAGES], test=[IMAGES], task=Detection(3))
     parity = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "lqkd.parity"))
     assert (parity["passed"], parity["samples"], parity["exported"]) == (True, 4, None)
+
+
+def test_a_file_has_the_weight_of_a_layer_that_is_called_for_each_level_once(student: nn.Module) -> None:
+    model = to_onnx(student, IMAGES, calibration=[IMAGES])
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("weight_codes")}
+    called = [node.input[0] for node in model.graph.node if node.input and node.input[0] in weights]
+    of_head = Counter(name for name in called if "tower" in name)
+    assert set(of_head.values()) == {3}
+    assert len(of_head) == 2  # a convolution of each tower
 
 
 def test_a_file_with_the_steps_of_another_level_is_refused(student: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,7 @@ def test_a_set_that_cannot_be_trained_on_is_refused(
         (lambda said: said["images"].append({"id": 1, "file_name": "d.png"}), "d.png does not exist"),
         (lambda said: said["images"].append({"id": 1, "file_name": "a.png"}), "lists the image 'a.png' 2 times"),
         (lambda said: said["images"].append({"id": 7, "file_name": "d.png"}), "lists the image of number 7 2 times"),
+        (lambda said: said["categories"].append({"id": 5, "name": "green"}), "lists the category 'green' 2 times"),
         (lambda said: said["categories"].append({"id": 9, "name": "blue"}), "lists the category of number 9 2 times"),
         (
             lambda said: said["images"][0].update(width=70, height=60),

@@ -26,8 +26,10 @@ from lqkd.losses import (
     ContrastiveRepresentation,
     CorrelationCongruence,
     CosineDistance,
+    CrossKD,
     CurriculumTemperature,
     DistillationLoss,
+    ForegroundWeighted,
     ForwardKL,
     HintonKL,
     Hints,
@@ -71,6 +73,8 @@ MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "MGD": MGD,
     "CWD": CWD,
     "PKD": PKD,
+    "CrossKD": CrossKD,
+    "ForegroundWeighted": lambda: ForegroundWeighted(Hints()),
     "QuantizedFeatures": QuantizedFeatures,
     "ReviewKD": ReviewKD,
     "RKD": RKD,
@@ -101,6 +105,17 @@ class Student(nn.Module):
         super().__init__()
         self.tap = nn.Identity()
         self.tap.output_quantizer = Rounding()
+
+
+class Detector(nn.Module):
+    """A teacher whose head doubles its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def class_logits_from(self, tap: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda features: self.twice * features
 
 
 def inputs(
@@ -135,6 +150,7 @@ def connected(name: str, **shape: Any) -> tuple[DistillationLoss, Any, Any]:
     teacher, student = inputs(loss, **shape)
     if loss.compares != "logits":
         loss.bind(Student(), "tap")
+        loss.bind_teacher(Detector(), "tap")
         loss.connect([t.shape for t in tensors(teacher)], [s.shape for s in tensors(student)])
     return loss, teacher, student
 
@@ -200,8 +216,18 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         loss, _, _ = connected(name, channels=channels_for(name))
         if list(loss.parameters()):
             with_parameters.add(name)
-    expected = {"Hints", "CosineDistance", "VID", "MGD", "CWD", "PKD", "ReviewKD", "ContrastiveRepresentation"}
-    assert with_parameters == expected
+    assert with_parameters == {
+        "Hints",
+        "CosineDistance",
+        "VID",
+        "MGD",
+        "CWD",
+        "PKD",
+        "CrossKD",
+        "ForegroundWeighted",
+        "ReviewKD",
+        "ContrastiveRepresentation",
+    }
 
 
 @pytest.mark.parametrize("name", ZERO_AT_AGREEMENT)
