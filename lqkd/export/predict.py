@@ -18,7 +18,7 @@ from lqkd.models.finite import not_finite
 from lqkd.models.outputs import Asked
 from lqkd.runs.provenance import check_code, outdated
 from lqkd.runs.student import describe_student, load_student
-from lqkd.tasks import Classification, Task
+from lqkd.tasks import Classification, Detection, Task
 from lqkd.tasks.predictions import by_sample, write_array
 from lqkd.utils.escaping import terminal
 from lqkd.utils.progress import track
@@ -106,12 +106,13 @@ def predict(
         images: image files of any size.
         top_k: classes for each image, >= 1.
         output: folder for the predictions of a task that gives no confidences of classes: for each image a file of its
-            name, a mask of classes as .png, everything else as .npy.
+            name, a mask of classes as .png, everything else as .npy, and beside objects the image with boxes as .png.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
         For each image ``image``, its path, and ``predictions``, a list of ``class``, ``index`` and ``confidence``, the
-        most probable first, or ``output``, the file that was written; or ``error``, what is wrong with the image.
+        most probable first, or ``output``, the file that was written, and of objects ``picture``; or ``error``, what is
+        wrong with the image.
 
     Raises:
         UsageError: after a user's mistake about the run, the file or the folder.
@@ -126,7 +127,22 @@ def predict(
         elif folder is None:
             yield {"image": path, "predictions": predictor.classes(found, top_k)}
         else:
-            yield {"image": path, "output": str(write_array(found, folder, Path(path).stem))}
+            written = {"output": str(write_array(found, folder, Path(path).stem))}
+            if isinstance(predictor.task, Detection):
+                written["picture"] = str(_with_boxes(predictor, path, found, folder))
+            yield {"image": path, **written}
+
+
+def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) -> Path:
+    """Write the image with boxes around its objects (K, 6), which are in pixels of what the network sees."""
+    from lqkd.tasks.object_pictures import drawn_over
+    from lqkd.utils.figures import write_image
+
+    prepared, target = predictor.preprocessing, folder / f"{Path(path).stem}.png"
+    photograph = prepared.pixels(path)
+    seen = photograph if prepared.whole else prepared.resized(photograph)
+    write_image(target, drawn_over(seen, objects, prepared.size, predictor.class_names or predictor.task.names))
+    return target
 
 
 def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | None) -> Path | None:
