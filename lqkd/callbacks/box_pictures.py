@@ -26,7 +26,7 @@ _COUNT = 3
 class BoxPictures(Callback):
     """Draws, when a detector is tested, the first photographs with what is there, and what every network finds there.
 
-    Teacher and student of a distillation are beside each other, objects of a score of 0.3 or more, in ``boxes.png`` of
+    Teacher and student of a distillation are beside each other, objects of a score of 0.5 or more, in ``boxes.png`` of
     the run's folder; W&B and TensorBoard get it as ``pictures/boxes``. A training ends with a test of its best
     checkpoint, whose student it is. Other tasks are left alone.
     """
@@ -77,7 +77,8 @@ def _answers(trainer: Trainer, module: TaskModule, batch: Any) -> list[tuple[str
     asked: list[tuple[str, nn.Module, Inputs]] = []
     if isinstance(module, DistillModule):
         given = module.passes.teacher_inputs(batch, inputs)
-        asked = [(name, teacher, given) for name, teacher in module.judged.items()]
+        alone = len(module.judged) == 1
+        asked = [("teacher" if alone else name, teacher, given) for name, teacher in module.judged.items()]
     asked.append(("student" if asked else "network", module.product(), inputs))
     answers = []
     for name, network, taken in asked:

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # which take a while to load
     from matplotlib.figure import Figure
 
-SURE = 0.3
+SURE = 0.5
 """The score from which on an object is drawn."""
 
 
@@ -49,7 +49,7 @@ def are_there(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Te
 def drawn_over(
     photograph: np.ndarray[Any, Any], objects: Tensor, seen: tuple[int, int], names: Sequence[str]
 ) -> np.ndarray[Any, Any]:
-    """A photograph with boxes around the objects of a score of 0.3 or more.
+    """A photograph with boxes around the objects of a score of 0.5 or more.
 
     Args:
         photograph: (H, W, 3) or (H, W) uint8.
@@ -95,9 +95,10 @@ def found_beside_truth(
             right = are_there(sure[:, :4], sure[:, 5].long(), boxes, labels)
             hits, misses = hits + int(right.sum()), misses + int((~right).sum())
             drawn.append(Boxes(sure[:, :4].numpy(), sure[:, 5].long().numpy(), sure[:, 4].numpy(), right.numpy()))
-        columns[f"{network}: {hits} of them, {misses} wrong (dashed)"] = drawn
+        columns[f"{network}: {hits} of them, {misses} else"] = drawn
         told.append(f"the {network} finds {hits}")
-    return side_by_side(photographs, columns, names, f"Of {total} objects {' and '.join(told)}")
+    finding = f"Of {total} objects {', '.join(told)}; dashed is what is not there"
+    return side_by_side(photographs, columns, names, finding)
 
 
 def pixels_of(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[np.ndarray[Any, Any]]:

@@ -70,6 +70,7 @@ def with_boxes(
     font, thick = _font(max(8, round(letters * unit))), max(2, round(unit / 250))
     sides = found.corners.astype(float) * ([size[0] / width, size[1] / height] * 2)
     named: set[int] = set()
+    taken: list[tuple[float, ...]] = []
     for white in (True, False):  # below all boxes, so that they are seen on anything
         for number, box in enumerate(sides.tolist()):
             color = "white" if white else _color(found.labels[number])
@@ -80,7 +81,7 @@ def with_boxes(
         if len(sides) <= _EACH or label not in named:
             named.add(label)
             score = "" if found.scores is None else f" {found.scores[number]:.2f}"
-            _name(draw, box, f"{names[label]}{score}", _color(label), font, size)
+            taken.append(_name(draw, box, f"{names[label]}{score}", _color(label), font, size, taken))
     return np.asarray(picture)
 
 
@@ -144,13 +145,31 @@ def _dashes(
 
 
 def _name(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, color: str, font: FreeTypeFont, size: tuple[int, int]
-) -> None:
-    """The name above the upper left corner of its box, moved to where the picture has room for it."""
+    draw: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    text: str,
+    color: str,
+    font: FreeTypeFont,
+    size: tuple[int, int],
+    taken: Sequence[tuple[float, ...]],
+) -> tuple[float, ...]:
+    """Write a name at its box, above, within or below, where the picture has room beside those that are written.
+
+    Returns:
+        Where it is, xyxy.
+    """
     _, _, wide, tall = draw.textbbox((0, 0), text, font=font)
     pad = max(1, tall // 8)
-    x = min(max(0.0, box[0]), max(0.0, size[0] - wide - 2 * pad))
-    y = box[1] - tall - 2 * pad
-    y = y if y >= 0 else max(0.0, box[1])
-    draw.rectangle((x, y, x + wide + 2 * pad, y + tall + 2 * pad), fill=color)
-    draw.text((x + pad, y + pad), text, fill="white", font=font)
+    wide, tall = wide + 2 * pad, tall + 2 * pad
+    x = min(max(0.0, box[0]), max(0.0, size[0] - wide))
+    places = [(x, y, x + wide, y + tall) for y in (box[1] - tall, box[1], box[3] - tall, box[3])]
+    within = [place for place in places if place[1] >= 0 and place[3] <= size[1]]
+    free = (place for place in within if not any(_overlap(place, other) for other in taken))
+    chosen = next(free, (within or places)[0])
+    draw.rectangle(chosen, fill=color)
+    draw.text((chosen[0] + pad, chosen[1] + pad), text, fill="white", font=font)
+    return chosen
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
