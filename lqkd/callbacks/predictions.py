@@ -59,6 +59,7 @@ class Predictions(Callback):
         indices = getattr(batch, "indices", None)
         positions = range(first, first + samples) if indices is None else indices.tolist()
         if isinstance(self.task, Detection):
+            self.names = self.names or tuple(self.task.names)  # type: ignore[arg-type]
             for row, picture in zip(rows, self._pictures(trainer, outputs, batch, positions), strict=True):
                 row["picture"] = picture
         self.positions += positions
@@ -74,7 +75,7 @@ class Predictions(Callback):
         photographs = pixels_of(images, getattr(data, "mean", ()), getattr(data, "std", ()))
         self.folder.mkdir(parents=True, exist_ok=True)
         for position, photograph, of_image in zip(positions, photographs, objects.cpu(), strict=True):
-            picture = drawn_over(photograph, of_image, photograph.shape[:2], self.names or self.task.names)
+            picture = drawn_over(photograph, of_image, photograph.shape[:2], self.names)
             write_image(self.folder / f"{position:06d}.png", picture)
             yield f"{self.folder.name}/{position:06d}.png"
 

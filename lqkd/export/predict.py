@@ -141,7 +141,8 @@ def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) 
     prepared, target = predictor.preprocessing, folder / f"{Path(path).stem}.png"
     photograph = prepared.pixels(path)
     seen = photograph if prepared.whole else prepared.resized(photograph)
-    write_image(target, drawn_over(seen, objects, prepared.size, predictor.class_names or predictor.task.names))
+    names = predictor.class_names or tuple(predictor.task.names)  # type: ignore[arg-type]
+    write_image(target, drawn_over(seen, objects, prepared.size, names))
     return target
 
 

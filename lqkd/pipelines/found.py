@@ -146,6 +146,18 @@ class Pairs(Found):
         yield self._numbers()
 
 
+def reach_of(longest: int) -> float:
+    """``reach`` of :class:`~lqkd.tasks.Detection` for images whose longer side has so many pixels.
+
+    The three levels then share boxes of up to a quarter, up to a half, and of more than half of an image.
+
+    Examples:
+        >>> reach_of(96), reach_of(256), reach_of(1333)
+        (1.5, 4.0, 8.0)
+    """
+    return min(8.0, max(1.0, round(longest / 32) / 2))
+
+
 @dataclass(frozen=True)
 class Boxed(Found):
     """A folder of images with boxes around what they show.
@@ -169,13 +181,13 @@ class Boxed(Found):
     epochs_in_float = (20, 60)
 
     def task_at(self, size: Any) -> dict[str, Any]:
-        """Boxes of half of the image at most are looked for on the coarser levels, smaller ones on the finest."""
-        longest = size if isinstance(size, int) else max(size)
-        reach = min(8.0, max(1.0, round(longest / 32) / 2))
+        """Each level of the pyramid looks for boxes of other sizes, see :func:`reach_of`."""
+        reach = reach_of(size if isinstance(size, int) else max(size))
         return {"class_path": "lqkd.tasks.Detection", "init_args": {"classes": [*self.classes], "reach": reach}}
 
     def distils(self, network: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """Levels of a pyramid that is known, by PKD, and otherwise the classes of every position."""
+        loss: dict[str, Any]
         if network["class_path"] != SMALL_FCOS:
             name, loss, weight = "classes", {"loss": "lqkd.losses.BinaryKL"}, 50.0
         else:

@@ -102,7 +102,7 @@ def _boxed(root: Path, form: str) -> Boxed:
     if form.startswith("YOLO"):
         raise UsageError(f"{str(root)!r} is a data set of boxes ({form}), which is not read: {_NEEDED}")
     _, _, empty = kind(root=str(root)).annotated()
-    data = kind(root=str(root), leave_out_empty=bool(empty))
+    data: DetectionFolder = kind(root=str(root), leave_out_empty=bool(empty))
     super(DetectionFolder, data).setup("fit")
     counts = len(data.train_indices), len(data.val_indices), len(data._loaded().test_labels)
     files = [root / name for name in data.test_files()]
@@ -166,8 +166,13 @@ def _of_boxes(root: Path) -> Iterator[str]:
     """The format of boxes around things in images, told by where its files lie."""
     if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
         yield "VOC's Annotations and JPEGImages"
-    for path in sorted(root.glob("*/_annotations.coco.json")):
-        yield f"COCO's {path.relative_to(root)}"
+    for form in (
+        "*/_annotations.coco.json",
+        "annotations.json",
+        "annotations/instances_*.json",
+    ):  # damaged ones as well
+        for path in sorted(root.glob(form)):
+            yield f"COCO's {path.relative_to(root)}"
     for folder in (root, root / "annotations"):
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             with open(path, encoding="utf-8", errors="replace") as stream:
