@@ -87,7 +87,7 @@ def found_beside_truth(
 
     there = [Boxes(boxes.numpy(), labels.numpy()) for boxes, labels in objects[: len(photographs)]]
     total = sum(len(one.labels) for one in there)
-    columns, told = {f"what is there: {total} objects": there}, []
+    columns, told = {f"labels: {total} objects": there}, []
     for network, rows in found.items():
         drawn, hits, misses = [], 0, 0
         for of_image, (boxes, labels) in zip(rows, objects[: len(photographs)], strict=False):
@@ -95,9 +95,9 @@ def found_beside_truth(
             right = are_there(sure[:, :4], sure[:, 5].long(), boxes, labels)
             hits, misses = hits + int(right.sum()), misses + int((~right).sum())
             drawn.append(Boxes(sure[:, :4].numpy(), sure[:, 5].long().numpy(), sure[:, 4].numpy(), right.numpy()))
-        columns[f"{network}: {hits} of them, {misses} else"] = drawn
+        columns[f"{network}: {hits} of them, {misses} others"] = drawn
         told.append(f"the {network} finds {hits}")
-    finding = f"Of {total} objects {', '.join(told)}; dashed is what is not there"
+    finding = f"Of {total} labelled objects {', '.join(told)}; dashed are those without a label"
     return side_by_side(photographs, columns, names, finding)
 
 

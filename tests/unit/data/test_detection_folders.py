@@ -144,7 +144,7 @@ def test_lists_of_voc_say_what_is_trained_selected_and_tested_on(tmp_path: Path)
         ),
         ([("red", [30, 6, 4, 40])], {}, r"00.xml: the box \[30, 6, 4, 40\] of 'red' has swapped corners"),
         ([("red", [4, 6, 4, 40])], {}, r"00.xml: the box \[4, 6, 4, 40\] of 'red' has no area: correct them, or give"),
-        ([("red", ["x", 6, 4, 40])], {}, "annotation .*00.xml cannot be read: could not convert string to float"),
+        ([("red", ["x", 6, 4, 40])], {}, "annotation .*00.xml has an object 'red' whose xmin, 'x', is no number"),
         (
             [("blue", [4, 6, 30, 40])],
             {"classes": ["red", "green"]},
