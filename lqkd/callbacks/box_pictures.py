@@ -12,6 +12,7 @@ from torch import nn
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.modules.base import TaskModule
 from lqkd.modules.distill import DistillModule
+from lqkd.modules.metrics import last_batch
 from lqkd.quantization.modes import evaluating
 from lqkd.tasks import Asked, Detection, Inputs
 from lqkd.tasks.object_pictures import found_beside_truth, pixels_of
@@ -65,9 +66,9 @@ class BoxPictures(Callback):
             if isinstance(logger, WandbLogger):
                 import wandb
 
-                logger.log_metrics({_KEY: wandb.Image(image)}, step=trainer.global_step)  # type: ignore[dict-item]
+                logger.log_metrics({_KEY: wandb.Image(image)}, step=last_batch(trainer))  # type: ignore[dict-item]
             else:
-                logger.experiment.add_image(_KEY, image, global_step=trainer.global_step, dataformats="HWC")
+                logger.experiment.add_image(_KEY, image, global_step=last_batch(trainer), dataformats="HWC")
 
 
 @torch.no_grad()

@@ -148,7 +148,8 @@ def _detection(batch: Sequence[Any], network: nn.Module) -> Detection:
             "labels have boxes, and the student returns no maps 'classes_S' (B, C, H / S, W / S) of the same classes "
             f"for each stride S, as lqkd.models.SmallFCOS does: {_OWN}"
         )
-    return Detection(next(iter(found.values())), strides=sorted(found), reach=reach_of(max(images.shape[-2:])))
+    longest = max(side for image in batch[0] for side in image.shape[-2:])
+    return Detection(next(iter(found.values())), strides=sorted(found), reach=reach_of(longest))
 
 
 def _name(value: Any) -> str:

@@ -316,11 +316,11 @@ def test_images_with_boxes_are_a_detection_of_the_classes_in_their_files(boxes: 
     assert [*made.configs] == ["float", "student"]
     model, data = (made.configs["student"][part] for part in ("model", "data"))
     settings = model["init_args"]
-    assert settings["task"]["init_args"] == {"classes": ["blue", "red"], "reach": 1.5}
+    assert settings["task"]["init_args"] == {"classes": ["blue", "red"], "reach": 1.0}
     assert settings["student"] == {"class_path": "lqkd.models.SmallFCOS", "init_args": {"num_classes": 2}}
     assert settings["distillation"]["pyramid"]["loss"] == "lqkd.losses.PKD"
     assert settings["quantization"] == {"bits": "w4a4", "residual_bits": 8}
-    assert (data["class_path"], data["init_args"]["image_size"]) == ("lqkd.data.VocDetection", [64, 96])
+    assert (data["class_path"], data["init_args"]["image_size"]) == ("lqkd.data.VocDetection", [64, 64])
     told = [sentence for _, sentence in made.told]
     assert told[:2] == ["16 images with boxes of 2 classes: blue, red", "11 to train, 2 to validate, 3 to test"]
     assert "1.0 of the boxes, 6.0 of PKD from the teacher" in told
