@@ -77,7 +77,7 @@ def read_coco(path: Path, images: Path) -> Coco:
     unlisted = sorted(name for name in there if name.lower().endswith(SUFFIXES) and name not in known)
     if unlisted:
         more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        rank_zero_warn(f"left out {unlisted[0]}{more} in {images}: {path} does not list them")
+        rank_zero_warn(f"left out {unlisted[0]}{more} in {images}: {path} lists no such image")
     if crowds:
         rank_zero_warn(
             f"{crowds} of {len(annotations)} boxes of {path} are crowds, no single objects: they are left out"
