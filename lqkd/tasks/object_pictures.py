@@ -97,7 +97,7 @@ def found_beside_truth(
             drawn.append(Boxes(sure[:, :4].numpy(), sure[:, 5].long().numpy(), sure[:, 4].numpy(), right.numpy()))
         columns[f"{network}: {hits} of them, {misses} others"] = drawn
         told.append(f"the {network} finds {hits}")
-    finding = f"Of {total} labelled objects {', '.join(told)}; dashed are those without a label"
+    finding = f"Of {total} labelled objects {', '.join(told)}; dashed boxes have no label"
     return side_by_side(photographs, columns, names, finding)
 
 
