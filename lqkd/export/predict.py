@@ -18,7 +18,7 @@ from lqkd.models.finite import not_finite
 from lqkd.models.outputs import Asked
 from lqkd.runs.provenance import check_code, outdated
 from lqkd.runs.student import describe_student, load_student
-from lqkd.tasks import Classification, Detection, Task
+from lqkd.tasks import Classification, Task
 from lqkd.tasks.predictions import by_sample, write_array
 from lqkd.utils.escaping import terminal
 from lqkd.utils.progress import track
@@ -128,20 +128,26 @@ def predict(
             yield {"image": path, "predictions": predictor.classes(found, top_k)}
         else:
             written = {"output": str(write_array(found, folder, Path(path).stem))}
-            if isinstance(predictor.task, Detection):
-                written["picture"] = str(_with_boxes(predictor, path, found, folder))
-            yield {"image": path, **written}
+            picture = _with_boxes(predictor, path, found, folder)
+            yield {"image": path, **written, **({} if picture is None else {"picture": str(picture)})}
 
 
-def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) -> Path:
-    """Write the image with boxes around its objects (K, 6), which are in pixels of what the network sees."""
+def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) -> Path | None:
+    """Write the image with boxes around its objects (K, 6), which are in pixels of what the network sees.
+
+    None for a task without objects.
+    """
+    from lqkd.tasks import Detection  # which loads torchmetrics
+
+    if not isinstance(predictor.task, Detection):
+        return None
     from lqkd.tasks.object_pictures import drawn_over
     from lqkd.utils.figures import write_image
 
     prepared, target = predictor.preprocessing, folder / f"{Path(path).stem}.png"
     photograph = prepared.pixels(path)
     seen = photograph if prepared.whole else prepared.resized(photograph)
-    names = predictor.class_names or tuple(predictor.task.names)  # type: ignore[arg-type]
+    names = predictor.class_names or predictor.task.names
     write_image(target, drawn_over(seen, objects, prepared.size, names))
     return target
 

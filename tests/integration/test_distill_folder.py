@@ -322,7 +322,7 @@ def test_images_with_boxes_are_a_detection_of_the_classes_in_their_files(boxes: 
     assert settings["quantization"] == {"bits": "w4a4", "residual_bits": 8}
     assert (data["class_path"], data["init_args"]["image_size"]) == ("lqkd.data.VocDetection", [64, 64])
     told = [sentence for _, sentence in made.told]
-    assert told[:2] == ["16 images with boxes of 2 classes: blue, red", "11 to train, 2 to validate, 3 to test"]
+    assert told[:2] == ["16 images with boxes of 2 classes: blue, red", "10 to train, 3 to validate, 3 to test"]
     assert "1.0 of the boxes, 6.0 of PKD from the teacher" in told
 
 
