@@ -25,10 +25,10 @@ class Distill:
     becomes a configuration that fit takes. The same command goes on after any interruption."""
 
     folder: str
-    """images by class (CLASS/IMAGE), images/ and masks/, or texts (.txt, .md, .jsonl); or train/, val/ and test/ with
-    these"""
+    """images by class (CLASS/IMAGE), images/ and masks/, boxes as VOC's or COCO's, or texts (.txt, .md, .jsonl); or
+    train/, val/ and test/ with these"""
     student: str | None = argument(None, metavar="NETWORK", shown="by the folder")
-    """of torchvision or timm, hf-hub:OWNER/NAME, gpt, or a YAML file"""
+    """of torchvision or timm, hf-hub:OWNER/NAME, small_fcos, gpt, or a YAML file"""
     bits: str | None = argument(None, shown="w4a4, of texts q4_0")
     """of weights and activations: w8a8, w4a4, w2a2, q4_0, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")

@@ -51,7 +51,8 @@ def _predict(export: Any, given: arguments.Predict) -> int:
             print(f"lqkd: error: {terminal(entry['error'])}", file=sys.stderr)
         elif not given.json:
             told = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry.get("predictions", ()))
-            print(terminal(f"{entry['image']}: {entry.get('output', told)}"))
+            written = ", ".join(entry[key] for key in ("output", "picture") if key in entry)
+            print(terminal(f"{entry['image']}: {written or told}"))
     if given.json:
         print(json.dumps(found, indent=2, allow_nan=False))
     return 2 if any("error" in entry for entry in found) else 0

@@ -268,6 +268,7 @@ def told_of_data(data: Any, inputs: Inputs) -> dict[str, Any]:
             "mean": list(getattr(data, "mean", ())),
             "std": list(getattr(data, "std", ())),
             "resize_size": getattr(data, "resize_size", None),
+            **({"whole": True} if getattr(data, "whole_images", False) else {}),
             "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
         }
         if images

@@ -106,12 +106,13 @@ def predict(
         images: image files of any size.
         top_k: classes for each image, >= 1; None for one.
         output: folder for the predictions of a task that gives no confidences of classes: for each image a file of its
-            name, a mask of classes as .png, everything else as .npy.
+            name, a mask of classes as .png, everything else as .npy, and beside objects the image with boxes as .png.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
         For each image ``image``, its path, and ``predictions``, a list of ``class``, ``index`` and ``confidence``, the
-        most probable first, or ``output``, the file that was written; or ``error``, what is wrong with the image.
+        most probable first, or ``output``, the file that was written, and of objects ``picture``; or ``error``, what is
+        wrong with the image.
 
     Raises:
         UsageError: after a user's mistake about the run, the file or the folder.
@@ -127,7 +128,29 @@ def predict(
         elif folder is None:
             yield {"image": path, "predictions": predictor.classes(found, top_k)}
         else:
-            yield {"image": path, "output": str(write_array(found, folder, Path(path).stem))}
+            written = {"output": str(write_array(found, folder, Path(path).stem))}
+            picture = _with_boxes(predictor, path, found, folder)
+            yield {"image": path, **written, **({} if picture is None else {"picture": str(picture)})}
+
+
+def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) -> Path | None:
+    """Write the image with boxes around its objects (K, 6), which are in pixels of what the network sees.
+
+    None for a task without objects.
+    """
+    from lqkd.tasks import Detection  # which loads torchmetrics
+
+    if not isinstance(predictor.task, Detection):
+        return None
+    from lqkd.tasks.object_pictures import drawn_over
+    from lqkd.utils.figures import write_image
+
+    prepared, target = predictor.preprocessing, folder / f"{Path(path).stem}.png"
+    photograph = prepared.pixels(path)
+    seen = photograph if prepared.whole else prepared.resized(photograph)
+    names = predictor.class_names or predictor.task.names
+    write_image(target, drawn_over(seen, objects, prepared.size, names))
+    return target
 
 
 def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | None) -> Path | None:

@@ -198,6 +198,7 @@ class RunSummary(Callback):
             "std": list(getattr(data, "std", ())),
             "image_shape": list(getattr(data, "image_shape", ())),
             "resize_size": getattr(data, "resize_size", None),
+            **({"whole": True} if getattr(data, "whole_images", False) else {}),
             name: module.hparams.get(name),
             "quantization": _recipe(module),
             "task": module.hparams.get("task"),

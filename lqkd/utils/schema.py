@@ -128,6 +128,7 @@ PREPROCESSING: Table = {
     "mean": _MEANS,
     "std": _DEVIATIONS,
     "resize_size": _or_null(_PIXELS),
+    "whole": _or_null(Kind("true or false", lambda value: isinstance(value, bool))),
 }
 """How images are prepared for a network that classifies them."""
 NETWORK_FILE: Table = {
@@ -137,6 +138,7 @@ NETWORK_FILE: Table = {
     "std": _DEVIATIONS,
     "image_shape": _SHAPE,
     "resize_size": _or_null(_PIXELS),
+    "whole": _or_null(Kind("true or false", lambda value: isinstance(value, bool))),
     "student": _SETTINGS,
     "network": _SETTINGS,
     "quantization": _SETTINGS,
