@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
@@ -16,17 +17,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lqkd.errors import ParityError, UsageError, first_line
-from lqkd.export import metadata, report, torch_program
+from lqkd.export import metadata, openvino, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
+from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
+from lqkd.export.openvino import OPENVINO
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
-from lqkd.export.runtimes import is_qonnx, kernels
+from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.modules.references import as_stop, batches_of
@@ -41,6 +43,7 @@ CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
+    OPENVINO: "OpenVINO's own benchmark_app times such a file",
     GGUF: "llama.cpp's own llama-bench times such a file",
     NBITS: "its time depends on the length of a text",
 }
@@ -102,8 +105,8 @@ def export(
         else:
             exported = BUILDERS[format](deployed)
             stage("comparing it with PyTorch")
-            parity = check(exported, deployed, inputs, test, student, task)
-            found = None if is_qonnx(exported.model) else kernels(exported.model)
+            parity = check(exported, deployed, inputs, test, student, task, RUNNERS.get(format, Runner))
+            found = _kernels(exported.model, format)
     parity.split = split
     described = metadata.describe(format, deployed, parity, about)
     if format != TORCH:
@@ -126,6 +129,12 @@ def export(
     report.tell(report.describe(student, one, summary, described, timed), target)
     _warn_of_outdated(Path(run))
     return target
+
+
+def _kernels(model: onnx.ModelProto, format: str) -> Kernels | None:
+    if is_qonnx(model):
+        return None
+    return openvino.kernels(model) if format == OPENVINO else kernels(model)
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
