@@ -55,7 +55,7 @@ class Export:
     run: str
     """run folder"""
     format: str = argument("portable")
-    """portable, packed4, packed2, qonnx (FPGAs), torch; of texts gguf, nbits, compressed-tensors"""
+    """portable, openvino, packed4, packed2, qonnx (FPGAs), torch; of texts gguf, nbits, compressed-tensors"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")

@@ -18,21 +18,22 @@ from torch import nn
 
 from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
-from lqkd.export import metadata, report, torch_program
+from lqkd.export import metadata, openvino, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
+from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.frames import takes_frames
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
+from lqkd.export.openvino import OPENVINO
 from lqkd.export.pack_quantized import COMPRESSED, check_replaceable
 from lqkd.export.pack_quantized import require as require_compressed
 from lqkd.export.pack_quantized_command import write_compressed_tensors
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
-from lqkd.export.runtimes import is_qonnx, kernels
+from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.modules.references import as_stop, batches_of
@@ -47,11 +48,14 @@ CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
+    OPENVINO: "OpenVINO's own benchmark_app times such a file",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",
     NBITS: "its time depends on the length of a text",
 }
 """Formats that are not timed, and why."""
+_FRAMED = ("portable", "packed4", "packed2")
+"""Formats that may take a camera's frames."""
 COMPARED = 32
 """Samples for the comparison layer by layer."""
 
@@ -88,8 +92,8 @@ def export(
     check_format(format)
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
-    if frames and format not in set(BUILDERS) - {"qonnx"}:
-        raise UsageError(f"--frames is not possible with --format {format}: use one of portable, packed4, packed2")
+    if frames and format not in _FRAMED:
+        raise UsageError(f"--frames is not possible with --format {format}: use one of {", ".join(_FRAMED)}")
     wanted = _output(Path(run), format, output, overwrite)
     if format in (GGUF, NBITS, COMPRESSED):
         return _export_language_model(Path(run), wanted, format, allow_code)
@@ -114,8 +118,8 @@ def export(
         else:
             exported = BUILDERS[format](deployed)
             stage("comparing it with PyTorch")
-            parity = check(exported, deployed, inputs, test, student, task)
-            found = None if is_qonnx(exported.model) else kernels(exported.model)
+            parity = check(exported, deployed, inputs, test, student, task, RUNNERS.get(format, Runner))
+            found = _kernels(exported.model, format)
     parity.split = split
     described = metadata.describe(format, deployed, parity, about)
     target = wanted if parity.problem is None else rejected(wanted)
@@ -143,6 +147,12 @@ def _write_onnx(model: onnx.ModelProto, target: Path, described: dict[str, Any],
     file = takes_frames(model, described["preprocessing"]) if frames else model
     with atomic_path(target) as temporary:
         temporary.write_bytes(file.SerializeToString())
+
+
+def _kernels(model: onnx.ModelProto, format: str) -> Kernels | None:
+    if is_qonnx(model):
+        return None
+    return openvino.kernels(model) if format == OPENVINO else kernels(model)
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
