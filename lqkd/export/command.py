@@ -93,7 +93,7 @@ def export(
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
     if frames and format not in _FRAMED:
-        raise UsageError(f"--frames is not possible with --format {format}: use one of {", ".join(_FRAMED)}")
+        raise UsageError(f"--frames is not possible with --format {format}: use one of {', '.join(_FRAMED)}")
     wanted = _output(Path(run), format, output, overwrite)
     if format in (GGUF, NBITS, COMPRESSED):
         return _export_language_model(Path(run), wanted, format, allow_code)
