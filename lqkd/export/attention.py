@@ -21,6 +21,8 @@ def take_attention_apart(network: nn.Module) -> None:
         UsageError: when an attention has inputs or tokens that a file cannot have.
     """
     for name, module in list(network.named_modules()):
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            continue  # a trace does not look into it
         for child_name, child in list(module.named_children()):
             if isinstance(child, QuantMultiheadAttention):
                 setattr(module, child_name, _Apart(child, f"{name}.{child_name}".lstrip(".")))
@@ -51,17 +53,33 @@ class _Apart(nn.Module):
         self.batch_first = attention.batch_first
         self.eval()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, None]:
-        masks = (*args[:1], *args[2:3], keywords.get("key_padding_mask"), keywords.get("attn_mask"))
-        if any(mask is not None for mask in masks):
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if key_padding_mask is not None or attn_mask is not None:
             raise UsageError(f"attention {self.place!r} cannot be exported: it is given a mask")
         if query is not key or key is not value:
             raise UsageError(f"attention {self.place!r} cannot be exported: keys or values are not what queries are of")
         x = query if self.batch_first else query.transpose(0, 1)  # (B, L, E)
-        q, k, v = self.in_proj(x).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(self._by_head(q), self._by_head(k), self._by_head(v))
+        parts = self.in_proj(x).chunk(3, dim=-1)
+        q, k, v = self._by_head(parts[0]), self._by_head(parts[1]), self._by_head(parts[2])
+        weights = None
+        if need_weights:
+            weights = ((q * self.width**-0.5) @ k.transpose(-2, -1)).softmax(-1)
+            attended = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return (output if self.batch_first else output.transpose(0, 1)), None
+        return (output if self.batch_first else output.transpose(0, 1)), weights
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.width)).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -44,6 +45,11 @@ def separated(student: nn.Module, traced: Callable[[nn.Module], fx.Graph]) -> nn
     network.delete_all_unused_submodules()
     network.recompile()
     return network.eval()
+
+
+def of_all_calls(name: str) -> str:
+    """The name of a layer, or of something of it, without the number of the call that :func:`separated` gave it."""
+    return re.sub(r"_call\d+(?=\.|$)", "", name)
 
 
 def _of_call(module: nn.Module, call: int) -> nn.Module:

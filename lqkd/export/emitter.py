@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
+from lqkd.export.calls import of_all_calls
 from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
@@ -126,11 +127,11 @@ class Emitter(IslandWriters):
         return name
 
     def constant(self, value: Any, wanted: str, dtype: Any = None) -> str:
-        """Keep a tensor or array in the file and return its name; a large one that is there already is kept once."""
+        """Keep a tensor or array in the file and return its name; a large one that all calls of a layer share, once."""
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         array = array if dtype is None else array.astype(dtype)
-        if array.nbytes >= _LARGE:  # such as the weight of a head that is called for each level
-            key = (str(array.dtype), array.shape, sha256(np.ascontiguousarray(array).tobytes()).digest())
+        if array.nbytes >= _LARGE and (whole := of_all_calls(wanted)) != wanted:  # a head that each level calls
+            key = (whole, str(array.dtype), array.shape, sha256(np.ascontiguousarray(array).tobytes()).digest())
             if key in self.large:
                 return self.large[key]
             self.large[key] = name = self.name(wanted)

@@ -79,18 +79,22 @@ class IslandWriters(ABC):
         if settings["causal"]:  # no query sees a later key
             later = np.triu(np.full(settings["causal"], -np.inf, np.float32), 1)
             mask.append(self.constant(later, f"{label}.later"))
+        if settings["boolean"]:  # where it is true, keys are seen
+            zero, least = (self.constant(np.float32(v), f"{label}.{n}") for v, n in ((0, "seen"), (-np.inf, "unseen")))
+            mask[0] = self.add("Where", [mask[0], zero, least], f"{label}.mask")
         for name in mask:
             scores = self.add("Add", [scores, name], f"{label}.masked")
         weights = self.add("Softmax", [scores], f"{label}.weights", axis=-1)
         return self.add("MatMul", [weights, value], label)
 
     def _island_expand(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
-        shape = list(settings["shape"])
-        if not settings["batch"]:
-            return self.add("Expand", [*operands, self.constant(shape, f"{label}.shape", np.int64)], label)
-        sizes = self.add("Shape", [next(iter(self.inputs.values()))], f"{label}.batch", start=0, end=1)
-        rest = self.constant(shape[1:], f"{label}.rest", np.int64)
-        return self.add("Expand", [*operands, self.add("Concat", [sizes, rest], f"{label}.shape", axis=0)], label)
+        sizes = self.constant(settings["sizes"], f"{label}.sizes", np.int64)
+        if settings["times"]:
+            count = self.add("Shape", [next(iter(self.inputs.values()))], f"{label}.batch", start=0, end=1)
+            if settings["times"] > 1:
+                count = self.add("Mul", [count, self.constant([settings["times"]], f"{label}.times", np.int64)], f"{label}.rows")
+            sizes = self.add("Concat", [count, sizes], f"{label}.shape", axis=0)
+        return self.add("Expand", [*operands, sizes], label)
 
     def _island_reduce(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         axes = self.constant(settings["axes"], f"{label}.axes", np.int64)

@@ -123,15 +123,22 @@ def _attention(node: fx.Node) -> Operation | None:
     settings = {
         "scale": shape_of(query)[-1] ** -0.5 if scale is None else scale,
         "rank": len(shape_of(query)),
+        "boolean": mask is not None and mask.meta["tensor_meta"].dtype == torch.bool,
         "causal": (shape_of(query)[-2], shape_of(key)[-2]) if causal else None,
     }
     return _island("Attention", tuple(x for x in (query, key, value, mask) if x is not None), **settings)
 
 
-def _expand(node: fx.Node) -> Operation:
-    """A tensor repeated along axes; the first may be that of the batch, whose size only the runtime knows."""
-    sizes = list(node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])
-    return _island("Expand", first(node), batch=isinstance(sizes[0], fx.Node), shape=shape_of(node))
+def _expand(node: fx.Node) -> Operation | None:
+    """A tensor repeated along axes; the first may hang on the number of samples, which only the runtime knows."""
+    given = list(node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])
+    sizes = [1 if size == -1 else size for size in given]  # of one, an axis stays as it is
+    first_is_computed = isinstance(sizes[0], fx.Node)
+    if any(not isinstance(size, int) for size in sizes[first_is_computed:]):
+        return None
+    samples = shape_of(next(other for other in node.graph.nodes if other.op == "placeholder"))[0]
+    times, rest = divmod(shape_of(node)[0], samples) if first_is_computed else (0, 0)
+    return None if rest else _island("Expand", first(node), times=times, sizes=sizes[first_is_computed:])
 
 
 def _roll(node: fx.Node) -> Operation | None:

@@ -175,6 +175,8 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
         return _pair(node, _PAIRS[target])
     if target in (torch.cat, torch.concat):
         tensors = argument(node, 0, "tensors", ())
+        if isinstance(tensors, fx.Node):  # all results of a chunk, say, as they are
+            return None
         return Operation("cat", tuple(tensors), {"axis": argument(node, 1, "dim", 0)})
     if target in RELUS:
         return Operation("relu", first(node))

@@ -99,8 +99,16 @@ def check_replaceable(folder: Path) -> None:
         own = _OWN in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         own = False
+    foreign = [path.name for path in folder.iterdir() if own and not _is_ours(path)] if folder.is_dir() else []
+    if foreign:
+        raise UsageError(f"{str(folder)!r} has {foreign[0]!r}, which --format {COMPRESSED} has not written: move it away")
     if not own:
         raise UsageError(f"{str(folder)!r} exists and is no folder of --format {COMPRESSED}: choose another")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is one that transformers saves of a network and a tokenizer."""
+    return path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and path.name != "notes.txt"
 
 
 def compressed_student(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from lqkd.errors import UsageError, first_line
 from lqkd.export.attention import take_attention_apart
 from lqkd.export.calls import separated
 from lqkd.export.constants import fold_constants
+from lqkd.export.in_place import refuse_in_place
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
@@ -93,6 +94,8 @@ def _check_traced(student: nn.Module, example: Inputs) -> None:
     _check_inputs(student, example)
     try:
         graph = traced(student, example)
+    except UsageError:
+        raise
     except Exception as error:  # networks that decide by their data fail in many ways
         why = whole_detector(student) or f"its graph cannot be traced ({obstacle(error)})"
         raise UsageError(f"the network cannot be exported: {why}") from error
@@ -145,6 +148,7 @@ def parameters(network: fx.GraphModule) -> tuple[str, ...]:
 def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
     """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
     graph = traced(student, example)
+    refuse_in_place(graph, student)
     network = fx.GraphModule(student, graph)
     for node in list(graph.nodes):
         if node.op != "call_module":

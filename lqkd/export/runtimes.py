@@ -79,6 +79,12 @@ def feeds(model: onnx.ModelProto, given: Inputs | np.ndarray) -> dict[str, np.nd
     return {name: tensor.detach().cpu().float().numpy() for name, tensor in given.by_name(names).items()}
 
 
+_FAR = (
+    ": where the step of a grid is far from that before it, as in a network that was not trained, its kernels cannot "
+    "compute"
+)
+
+
 class Runner:
     """Runs a model on its inputs and returns its outputs, and further tensors, by name.
 
@@ -125,8 +131,8 @@ class Runner:
             found = self._session.run(self._names, arrays)
         except Exception as error:  # the runtime's own, of a kernel whose numbers are out of its range
             raise UsageError(
-                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)}): where the step of "
-                "a grid is far from that before it, as in a network that was not trained, its kernels cannot compute"
+                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)})"
+                + (_FAR if "range" in str(error) else "")
             ) from error
         return dict(zip(self._names, found, strict=True))
 

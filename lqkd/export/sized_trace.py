@@ -53,9 +53,11 @@ class _Sized(fx.Proxy):
 
     Attributes:
         known: both values; ``None`` where they could not be computed.
+        by_batch: whether it is a number that depends on the number of samples.
     """
 
     known: Any = None
+    by_batch = False
 
     @property
     def shape(self) -> Any:
@@ -134,6 +136,8 @@ class _SizedTracer(Tracer):
             made.known = None
         finally:
             self.running = False
+        counts = target == "size" or any(isinstance(x, _Sized) and x.by_batch for x in (*args, *kwargs.values()))
+        made.by_batch = counts and not made._is_tensor()
         if self._first is None and kind == "placeholder" and made._is_tensor():
             self._first = made
         return made
@@ -162,7 +166,7 @@ class _SizedTracer(Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         known = getattr(obj, "known", None) if isinstance(obj, _Sized) else None
-        if known is not None and not isinstance(known[0], Tensor) and bool(known[0]) == bool(known[1]):
+        if known is not None and not (isinstance(known[0], Tensor) or cast(_Sized, obj).by_batch):
             return bool(known[0])
         return super().to_bool(obj)
 

@@ -62,7 +62,7 @@ def rotate(network: nn.Module, block: int | None = None, seed: int = 0) -> int:
         16
     """
     config: Any = getattr(network, "config", None)
-    if getattr(config, "model_type", None) != "llama":
+    if type(network).__name__ != "LlamaForCausalLM" or getattr(config, "model_type", None) != "llama":
         raise UsageError(f"a {type(network).__name__} cannot be rotated: a LlamaForCausalLM of transformers is needed")
     if any(type(layer) not in (nn.Linear, nn.Embedding) for _, layer in _layers(network)):
         raise UsageError("a network with quantised layers cannot be rotated: rotate it before quantize_model")

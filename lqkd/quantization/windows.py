@@ -135,11 +135,11 @@ class WindowAttention(_Layers, ShiftedWindowAttention):  # type: ignore[misc]
 
 
 class WindowAttentionV2(_Layers, ShiftedWindowAttentionV2):  # type: ignore[misc]
-    """Swin V2's, which compares directions; keys have no bias."""
+    """Swin V2's, which compares directions; keys have no bias, whatever a step has made of its zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A map of the same shape, (B, H, W, C)."""
-        if self.training and self.qkv.bias is not None:  # a step may have moved what torchvision leaves out
+        if self.qkv.bias is not None:  # torchvision leaves it out of every pass; a step may have moved it
             with torch.no_grad():
                 self.qkv.bias.chunk(3)[1].zero_()
         return super().forward(x)
