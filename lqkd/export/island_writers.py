@@ -92,7 +92,9 @@ class IslandWriters(ABC):
         if settings["times"]:
             count = self.add("Shape", [next(iter(self.inputs.values()))], f"{label}.batch", start=0, end=1)
             if settings["times"] > 1:
-                count = self.add("Mul", [count, self.constant([settings["times"]], f"{label}.times", np.int64)], f"{label}.rows")
+                count = self.add(
+                    "Mul", [count, self.constant([settings["times"]], f"{label}.times", np.int64)], f"{label}.rows"
+                )
             sizes = self.add("Concat", [count, sizes], f"{label}.shape", axis=0)
         return self.add("Expand", [*operands, sizes], label)
 
