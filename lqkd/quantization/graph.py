@@ -119,7 +119,8 @@ def keep_constants(tracer: Tracer, model: nn.Module) -> None:
 def obstacle(error: Exception) -> str:
     """Why :func:`trace` raised ``error``, with the line of the network's own code that a trace cannot follow."""
     told = first_line(error).partition(". ")[0]
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    here = Path(__file__).parent
+    ours = (str(Path(torch.__file__).parent), str(here), str(here.with_name("export")))
     lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(ours)]
     if not lines:
         return told
