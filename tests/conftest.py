@@ -169,7 +169,10 @@ def digits(batches: int = 7, batch_size: int = 16) -> Digits:
 
 @pytest.fixture
 def make_trainer(tmp_path: Any) -> Callable[..., Trainer]:
-    """A real Trainer on the CPU, silent, that writes below ``tmp_path``."""
+    """A real Trainer on the CPU, silent, that writes below ``tmp_path``.
+
+    It measures nothing on the test split: a test that asks for that says ``limit_test_batches=1.0``.
+    """
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
@@ -182,6 +185,7 @@ def make_trainer(tmp_path: Any) -> Callable[..., Trainer]:
             "enable_model_summary": False,
             "enable_checkpointing": False,
             "num_sanity_val_steps": 0,
+            "limit_test_batches": 0,  # of which references before the first step take longer than most trainings
             "default_root_dir": tmp_path,
             "log_every_n_steps": 1,
         }
