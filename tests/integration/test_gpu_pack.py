@@ -157,6 +157,11 @@ def test_every_comparison_is_planned_with_two_seeds() -> None:
     assert len(plan.runs()) == len(named)
 
 
+def test_a_rehearsal_plans_one_seed() -> None:
+    planned = plan.runs(Settings(scale=0.01).seeds)
+    assert planned == [run for run in plan.runs() if run.seed == 0]
+
+
 def test_the_fastest_way_that_ends_in_time_is_taken(tmp_path: Path) -> None:
     table = Table(tmp_path / "ways.csv", "way", "runs")
     for name, count, rate in (
