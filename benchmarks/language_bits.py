@@ -2,7 +2,9 @@
 
 The network in float, its weights rounded to the grids on which the students start, and calibrated on them by GPTQ
 (whose damping the validation split chooses), on the text's test split; beside them the runs of the study, as it wrote
-them. In bits a byte, less is better.
+them. In bits a byte, less is better. Of weights of three values a second table says what of the learned weights helps:
+every way of weighing KL, paired by seed with the weights as they are learned and with the best fixed one, which the
+validation split chooses.
 
 ::
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from lqkd.data import PythonTopics
 from lqkd.models import GPT, load_weights
 from lqkd.quantization import Recipe, Rule, gptq, initialize_quantizers, quantize_model
+from lqkd.studies.statistics import paired_difference
 from lqkd.studies.tables import markdown
 from lqkd.tasks import CausalLM
 from lqkd.utils.tables import write_csv
@@ -41,6 +44,20 @@ RUNS = Path(f"results/study_language_bits_runs_cpu_torch{torch.__version__.parti
 PTQ = Path(f"results/language_bits_ptq_cpu_torch{torch.__version__.partition('+')[0]}.csv")
 WIDTHS = ("4", "3", "2", "1.58")
 TRAINED = {"labels": "labels alone", "kl": "and KL, 1 : 1", "weighed": "and KL weighed by token"}
+WEIGHED_BY = {
+    "labels": "labels alone",
+    "kl": "fixed: 1",
+    "kl3": "fixed: 3",
+    "kl8": "fixed: 8",
+    "kl20": "fixed: 20",
+    "trust": "fixed: 1, the teacher as far as held-out windows say",
+    "ramp": "a straight line from 1 to 12.5",
+    "weighed": "learned, for each token",
+    "exchanged": "the same, each given to another token",
+    "mean": "the same, their mean for all tokens",
+}
+"""Of the second table, how KL is weighed."""
+OF_THREE, FIXED = "1.58", ("kl", "kl3", "kl8", "kl20")
 FLOAT, ROUNDED, CALIBRATED = "float", "rounded", "GPTQ"
 BATCHES = 8
 """Training batches that GPTQ is calibrated on: of 64 texts of 128 bytes."""
@@ -104,16 +121,12 @@ def measure() -> Iterator[dict[str, Any]]:
 def table(ptq: Path, runs: Path) -> str:
     """Bits a byte on the test split by width, and how much of the gap that GPTQ leaves is closed."""
     untrained = {(row["width"], row["how"]): float(row["bits_per_byte"]) for row in _read(ptq)}
-    trained: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in _read(runs):
-        if row["status"] == "finished" and row["test"]:
-            width, _, how = row["variant"].removeprefix("w").partition("_")
-            trained[width, how].append(float(row["test"]) / math.log(2))
+    trained = {variant: [*by_seed.values()] for variant, by_seed in _trained(runs, "test").items()}
     best = untrained["", FLOAT]
     headings = ["weights", "float", "rounded", "GPTQ", *TRAINED.values(), "of the gap of GPTQ closed with KL", "seeds"]
     rows = []
     for width in WIDTHS:
-        by_method = {how: trained[width, how] for how in TRAINED}
+        by_method = {how: trained.get((width, how), []) for how in TRAINED}
         if not any(by_method.values()):
             continue
         left = untrained[width, CALIBRATED]
@@ -129,6 +142,43 @@ def table(ptq: Path, runs: Path) -> str:
             ]
         )
     return markdown(headings, rows)
+
+
+def of_three_values(runs: Path) -> str:
+    """Bits a byte of every way of weighing KL, where weights have three values."""
+    test, val = (
+        {how: of[OF_THREE, how] for how in WEIGHED_BY if (OF_THREE, how) in of}
+        for of in (_trained(runs, "test"), _trained(runs, "val_best"))
+    )
+    seeds = max(len(val[how]) for how in FIXED if how in val)  # means of other seeds are not compared
+    whole = [how for how in FIXED if len(val.get(how, ())) == seeds]
+    fixed = min(whole, key=lambda how: statistics.fmean(val[how].values()))
+    headings = ["weight of KL", "validation", "test", "seeds"]
+    headings += [f"less {WEIGHED_BY[to]}" for to in (fixed, "weighed")]
+    rows = []
+    for how, by_seed in test.items():
+        row = [WEIGHED_BY[how], *(_spread([*of[how].values()], ".3f") for of in (val, test)), str(len(by_seed))]
+        rows.append(row + ["" if how == to else _less(by_seed, test[to]) for to in (fixed, "weighed")])
+    return markdown(headings, rows)
+
+
+def _less(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """The mean difference and its 95 % interval."""
+    seeds = [seed for seed in ours if seed in theirs]
+    found = paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    if found.mean is None:
+        return "n/a"
+    return f"{found.mean:+.4f}" + ("" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]")
+
+
+def _trained(runs: Path, measure: str) -> dict[tuple[str, str], dict[int, float]]:
+    """Bits a byte of the runs that have finished, by width and method and then by seed."""
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in _read(runs):
+        if row["status"] == "finished" and row["test"]:
+            width, _, how = row["variant"].removeprefix("w").partition("_")
+            found[width, how][int(row["seed"])] = float(row[measure]) / math.log(2)
+    return found
 
 
 def _spread(values: list[float], how: str) -> str:
@@ -155,7 +205,7 @@ def main() -> None:
     ):
         if not path.is_file():
             parser.error(f"{path} is not there: {made_by}")
-    print(table(PTQ, given.runs))
+    print(table(PTQ, given.runs), of_three_values(given.runs), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lqkd.errors import UsageError
-from lqkd.tasks import Inputs, Task
+from lqkd.tasks import Detection, Inputs, Task
 from lqkd.tasks.predictions import by_sample, write_array
+from lqkd.tasks.scenes import scenes_of
 from lqkd.utils.tables import write_csv
 
 
 class Predictions(Callback):
     """Keeps what the task tells of each sample that ``trainer.predict`` asks about; see :meth:`lqkd.tasks.Task.table`.
 
-    Positions are those of the batches' attribute ``indices``; they count up where a batch has none.
+    Positions are those of the batches' attribute ``indices``; they count up where a batch has none. Images with objects
+    are drawn, with boxes.
 
     Args:
         task: what the network was trained for.
@@ -55,8 +57,27 @@ class Predictions(Callback):
                 "table(predictions, batch, names) must make one for each"
             )
         indices = getattr(batch, "indices", None)
-        self.positions += range(first, first + samples) if indices is None else indices.tolist()
+        positions = range(first, first + samples) if indices is None else indices.tolist()
+        if isinstance(self.task, Detection):
+            self.names = self.names or tuple(self.task.names)  # type: ignore[arg-type]
+            for row, picture in zip(rows, self._pictures(trainer, outputs, batch, positions), strict=True):
+                row["picture"] = picture
+        self.positions += positions
         self.rows += rows
+
+    def _pictures(self, trainer: Trainer, objects: Any, batch: Any, positions: Sequence[int]) -> Iterator[str]:
+        """Write each image of a batch with boxes around its objects, and say where, beside the table."""
+        from lqkd.tasks.object_pictures import drawn_over, pixels_of
+        from lqkd.utils.figures import write_image
+
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images = scenes_of(batch, 1).images
+        photographs = pixels_of(images, getattr(data, "mean", ()), getattr(data, "std", ()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for position, photograph, of_image in zip(positions, photographs, objects.cpu(), strict=True):
+            picture = drawn_over(photograph, of_image, photograph.shape[:2], self.names)
+            write_image(self.folder / f"{position:06d}.png", picture)
+            yield f"{self.folder.name}/{position:06d}.png"
 
     def write(self, target: Path, files: Sequence[str]) -> None:
         """Write the table, escaped for CSV, with the name of each sample's file where ``files`` has them."""

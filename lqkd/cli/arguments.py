@@ -25,10 +25,10 @@ class Distill:
     becomes a configuration that fit takes. The same command goes on after any interruption."""
 
     folder: str
-    """images by class (CLASS/IMAGE), images/ and masks/, or texts (.txt, .md, .jsonl); or train/, val/ and test/ with
-    these"""
+    """images by class (CLASS/IMAGE), images/ and masks/, boxes as VOC's or COCO's, or texts (.txt, .md, .jsonl); or
+    train/, val/ and test/ with these"""
     student: str | None = argument(None, metavar="NETWORK", shown="by the folder")
-    """of torchvision or timm, hf-hub:OWNER/NAME, gpt, or a YAML file"""
+    """of torchvision or timm, hf-hub:OWNER/NAME, small_fcos, gpt, or a YAML file"""
     bits: str | None = argument(None, shown="w4a4, of texts q4_0")
     """of weights and activations: w8a8, w4a4, w2a2, q4_0, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
@@ -55,7 +55,7 @@ class Export:
     run: str
     """run folder"""
     format: str = argument("portable")
-    """portable, packed4, packed2, qonnx (FPGAs), torch; of texts gguf or nbits"""
+    """portable, openvino, packed4, packed2, qonnx (FPGAs), torch; of texts gguf, nbits, compressed-tensors"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")
@@ -73,15 +73,24 @@ class Export:
 @dataclass(frozen=True)
 class Predict:
     """Print the classes of image files, or write what another task predicts for them into a folder. Images are prepared
-    as validation prepares them; those of another size are resized. predict --config CONFIG is another verb, which
-    writes a table of what a run predicts for its own test split: see predict --config CONFIG --help."""
+    as validation prepares them; those of another size are resized. A language model continues a --prompt. predict
+    --config CONFIG is another verb, which writes a table of what a run predicts for its own test split: see predict
+    --config CONFIG --help."""
 
     run: str
-    """run folder, or file that export wrote (.onnx or .pt2)"""
-    images: tuple[str, ...]
+    """run folder, or file that export wrote (.onnx or .pt2; of texts .gguf or .nbits.onnx)"""
+    images: tuple[str, ...] = ()
     """image files of any size"""
-    top_k: int = argument(1, metavar="K")
-    """classes for each image"""
+    prompt: tuple[str, ...] = argument((), metavar="TEXT")
+    """texts to continue, of a language model"""
+    tokens: int | None = argument(None, metavar="N", shown="64")
+    """to write after a prompt, at most"""
+    temperature: float | None = argument(None, metavar="T", shown="0")
+    """of what is written: 0 takes the most probable token, above it tokens are drawn"""
+    seed: int | None = argument(None, metavar="N", shown="0")
+    """of what is drawn"""
+    top_k: int | None = argument(None, metavar="K", shown="1, of a prompt all")
+    """classes for each image; or draw from so many of the most probable tokens"""
     output: str | None = argument(None, metavar="FOLDER", shown="needed by other tasks only")
     """folder for masks (.png) or arrays (.npy), of other tasks"""
     json: bool = argument(False)
@@ -219,6 +228,8 @@ def of(verb: str, args: Sequence[str]) -> Any:
     }[verb]
     given: Any = read(verb, kind, args)
     _check_exists(given.run, wanted)
+    if verb == "predict":
+        _check_asked(given)
     missing = [name for name in ("onnx", "onnxruntime") if verb == "export" and find_spec(name) is None]
     if missing:
         raise UsageError(f"export needs {missing[0]}: pip install 'lqkd[export]'")
@@ -227,9 +238,21 @@ def of(verb: str, args: Sequence[str]) -> Any:
     return given
 
 
+def _check_asked(given: Predict) -> None:
+    """Refuse images beside a prompt, neither of both, and options of the other one."""
+    if bool(given.images) == bool(given.prompt):
+        what = "both are" if given.images else "neither is"
+        raise UsageError(f"predict takes image files, or --prompt TEXT of a language model: {what} given")
+    others = ("output",) if given.prompt else ("tokens", "temperature", "seed")
+    wrong = next((name for name in others if getattr(given, name) is not None), None)
+    if wrong is not None:
+        kind = "with --prompt" if given.prompt else "with images: it is for --prompt"
+        raise UsageError(f"--{wrong} {getattr(given, wrong)} is not possible {kind}")
+
+
 def names_images(args: Sequence[str]) -> bool:
     """Whether the arguments of ``predict`` name a run or file, or ask how; those of LightningCLI are all options."""
-    options = ("--top-k", "--json", "--allow-code", "--help", "-h")
+    options = ("--prompt", "--tokens", "--temperature", "--seed", "--top-k", "--json", "--allow-code", "--help", "-h")
     return bool(args) and (not args[0].startswith("-") or args[0].partition("=")[0] in options)
 
 

@@ -33,7 +33,7 @@ class VerbParser(argparse.ArgumentParser):
 
     Its description is the dataclass's docstring, the help of an argument the docstring of its attribute. Fields that
     are keyword-only are options, ``--top-k`` for ``top_k``; others are given by their position. ``bool`` is a switch,
-    ``tuple[X, ...]`` takes several values.
+    ``tuple[X, ...]`` takes several values, or none by its position where it has a default.
 
     Args:
         verb: its name.
@@ -59,7 +59,7 @@ class VerbParser(argparse.ArgumentParser):
         if kind is bool:
             settings = {"action": "store_true"}
         elif get_origin(kind) is tuple:
-            settings |= {"type": get_args(kind)[0], "nargs": "+"}
+            settings |= {"type": get_args(kind)[0], "nargs": "+" if each.kw_only or each.default is MISSING else "*"}
         if not each.kw_only:
             settings["metavar"] = each.name.upper()
             self.add_argument(each.name, help=text.replace("%", "%%"), **settings)
@@ -85,7 +85,7 @@ def read(verb: str, kind: type[T], args: Sequence[str]) -> T:
     Raises:
         SystemExit: with status 2 after a mistake, told in one line, and after ``--help``.
     """
-    return _made(kind, VerbParser(verb, kind).parse_args(args))
+    return _made(kind, VerbParser(verb, kind).parse_intermixed_args(args))
 
 
 def read_known(verb: str, kind: type[T], args: Sequence[str]) -> tuple[T, list[str]]:

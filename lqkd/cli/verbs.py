@@ -41,18 +41,38 @@ def _make_shards(data: Any, given: arguments.MakeShards) -> int:
 
 def _predict(export: Any, given: arguments.Predict) -> int:
     """Status 2 when an image could not be read, which is told in one line; the others are predicted."""
+    if given.prompt:
+        return _continue(given)
     found = []
-    asked = {key: value for key, value in vars(given).items() if key not in ("run", "images", "json")}
+    asked = {key: getattr(given, key) for key in ("top_k", "output", "allow_code")}
     for entry in export.predict(given.run, given.images, **asked):
         found.append(entry)
         if "error" in entry:
             print(f"lqkd: error: {terminal(entry['error'])}", file=sys.stderr)
         elif not given.json:
             told = ", ".join(f"{x['class']} {x['confidence']:.1%}" for x in entry.get("predictions", ()))
-            print(terminal(f"{entry['image']}: {entry.get('output', told)}"))
+            written = ", ".join(entry[key] for key in ("output", "picture") if key in entry)
+            print(terminal(f"{entry['image']}: {written or told}"))
     if given.json:
         print(json.dumps(found, indent=2, allow_nan=False))
     return 2 if any("error" in entry for entry in found) else 0
+
+
+def _continue(given: arguments.Predict) -> int:
+    """A text is printed as it is read, in lines, without what a terminal would obey."""
+    from lqkd.export.continuation import continue_texts
+
+    keys = ("tokens", "temperature", "top_k", "seed", "allow_code")
+    asked = {key: value for key in keys if (value := getattr(given, key)) is not None}
+    found = []
+    for entry in continue_texts(given.run, given.prompt, **asked):
+        found.append(entry)
+        if not given.json:
+            text = f"{entry['prompt']}{entry['continuation']}"
+            print("\n".join(terminal(line) for line in text.split("\n")))
+    if given.json:
+        print(json.dumps(found, indent=2))
+    return 0
 
 
 def _report(studies: Any, given: arguments.Report) -> int:

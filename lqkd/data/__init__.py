@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.text import Tokens as Tokens
     from lqkd.data.text_files import PythonTopics as PythonTopics
     from lqkd.data.text_files import TextFiles as TextFiles
+    from lqkd.data.text_stream import TextStream as TextStream
     from lqkd.data.voc_detection import VocDetection as VocDetection
     from lqkd.data.worker_loader import WorkerBatches as WorkerBatches
 
@@ -58,6 +59,7 @@ _WHERE = {
     "TensorBatches": "lqkd.data.loader",
     "TextDataModule": "lqkd.data.text",
     "TextFiles": "lqkd.data.text_files",
+    "TextStream": "lqkd.data.text_stream",
     "TokenBatches": "lqkd.data.text",
     "Tokens": "lqkd.data.text",
     "VocDetection": "lqkd.data.voc_detection",

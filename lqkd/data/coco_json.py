@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lqkd.data.boxes import Boxed, check_inside, check_sides, empty_box
+from lqkd.data.class_folders import SUFFIXES, shown_files
 from lqkd.errors import UsageError, first_line
 
 
@@ -54,14 +56,15 @@ def read_coco(path: Path, images: Path) -> Coco:
     _refuse_twice([number for number, _ in images_said], "the image of number", path)
     _refuse_twice([name for _, name in images_said], "the image", path)
     _refuse_twice([number for number, _ in categories_said], "the category of number", path)
+    _refuse_twice([name for _, name in categories_said], "the category", path)
     listed, categories = dict(images_said), dict(categories_said)
     numbers = sorted(categories)
     names = tuple(categories[number] for number in numbers)
     labels = {number: label for label, number in enumerate(numbers)}
     objects: dict[int, list[tuple[list[float], int]]] = {image: [] for image in listed}
     crowds, empty = 0, []
-    for annotation in annotations:
-        image, label, box = _object(annotation, labels, listed, path)
+    for number, annotation in enumerate(annotations):
+        image, label, box = _object(annotation, number, labels, listed, path)
         if annotation.get("iscrowd"):
             crowds += 1
         elif check_sides(box, names[label], f"{path} ({listed[image]})"):
@@ -70,6 +73,12 @@ def read_coco(path: Path, images: Path) -> Coco:
             objects[image].append((box, label))
         else:
             empty.append(empty_box(box, names[label], f"{path} ({listed[image]})"))
+    known = {Path(name).as_posix() for name in listed.values()}
+    there = (Path(file).relative_to(images).as_posix() for file in shown_files(str(images)))
+    unlisted = sorted(name for name in there if name.lower().endswith(SUFFIXES) and name not in known)
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        rank_zero_warn(f"left out {unlisted[0]}{more} in {images}: {path} lists no such image")
     if crowds:
         rank_zero_warn(
             f"{crowds} of {len(annotations)} boxes of {path} are crowds, no single objects: they are left out"
@@ -93,14 +102,17 @@ def _refuse_twice(listed: Sequence[int | str], what: str, path: Path) -> None:
 
 
 def _object(
-    annotation: Any, labels: dict[int, int], listed: dict[int, str], path: Path
+    annotation: Any, number: int, labels: dict[int, int], listed: dict[int, str], path: Path
 ) -> tuple[int, int, list[float]]:
     """Image, label and box xyxy of an annotation."""
     try:
         image, category = int(annotation["image_id"]), int(annotation["category_id"])
         x, y, width, height = (float(side) for side in annotation["bbox"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} has an annotation without image_id, category_id or bbox of 4 numbers.") from error
+        raise UsageError(
+            f"{path} has an annotation without image_id, category_id or bbox of 4 numbers: entry {number} of the list, "
+            f"{reprlib.repr(annotation)}."
+        ) from error
     if image not in listed:
         raise UsageError(f"{path} has an annotation of image {image}, which it does not list.")
     if category not in labels:

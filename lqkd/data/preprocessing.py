@@ -21,13 +21,15 @@ class Preprocessing:
     An image of the network's own size is taken as it is, so that its numbers are those of validation, bit for bit. Of
     any other, data sets of small images have none in validation; the largest centred window of the network's aspect
     ratio is then resized. Data sets of large images say ``resize_size``: the shorter side becomes so long, and the
-    centre is cut out. Resizing is bilinear with antialiasing, by Pillow, within one of 255 levels of torchvision's.
+    centre is cut out. Those with masks or boxes say ``whole``: all of the image is resized. Resizing is bilinear with
+    antialiasing, by Pillow, within one of 255 levels of torchvision's.
 
     Attributes:
         channels: 3 for RGB or 1 for grey.
         size: height and width in pixels.
         mean, std: per channel, on the [0, 1] scale.
         resize_size: pixels, or ``None``.
+        whole: whether images are resized without cutting anything off, whatever their aspect ratio.
     """
 
     channels: int
@@ -35,10 +37,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize_size: int | None = None
+    whole: bool = False
 
     @classmethod
     def of(cls, described: Mapping[str, Any], source: str) -> Preprocessing:
-        """From what a file says about itself: ``channels``, ``size``, ``mean``, ``std`` and perhaps ``resize_size``.
+        """From what a file says about itself: ``channels``, ``size``, ``mean``, ``std``, and perhaps others.
 
         Raises:
             UsageError: when something is missing, is not possible, or cannot be done with an image file.
@@ -52,13 +55,24 @@ class Preprocessing:
                 "argument about of lqkd.export.to_onnx takes as preprocessing"
             )
         height, width = size  # type: ignore[misc]
-        return cls(channels, (height, width), tuple(mean), tuple(std), described.get("resize_size"))  # type: ignore[arg-type]
+        resize_size, whole = described.get("resize_size"), bool(described.get("whole"))
+        return cls(channels, (height, width), tuple(mean), tuple(std), resize_size, whole)  # type: ignore[arg-type]
 
     def read(self, path: str | Path) -> np.ndarray:
         """One image as the network sees it: (C, H, W) float32.
 
         Raises:
             UsageError: when the file is missing, a folder or no image.
+        """
+        values = self.resized(self.pixels(path)).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return (values - mean) / std
+
+    def pixels(self, path: str | Path) -> np.ndarray:
+        """One image as its file has it: (H, W, C) uint8.
+
+        Raises:
+            UsageError: likewise.
         """
         if not Path(path).is_file():
             folder = Path(path).is_dir()
@@ -67,10 +81,7 @@ class Preprocessing:
                 f"{f', e.g. {Path(path)}/*' if folder else ''}"
             )
         mode: Literal["RGB", "L"] = "RGB" if self.channels == 3 else "L"
-        pixels = self.resized(decode(str(path), str(path), mode))
-        values = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-        return (values - mean) / std
+        return decode(str(path), str(path), mode)
 
     def resized(self, pixels: np.ndarray) -> np.ndarray:
         """(H, W, C) uint8 of the network's size from (H, W, C) uint8 of any size."""
@@ -80,7 +91,9 @@ class Preprocessing:
         if self.resize_size is None and pixels.shape[:2] == self.size:
             return pixels
         image = Image.fromarray(pixels if self.channels == 3 else pixels[:, :, 0])
-        if self.resize_size is None:
+        if self.whole:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        elif self.resize_size is None:
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         else:
             sides = [int(self.resize_size * side / min(image.size)) for side in image.size]

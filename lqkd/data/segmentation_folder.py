@@ -77,6 +77,8 @@ class SegmentationFolder(FolderDataModule):
 
     default_mean = (0.485, 0.456, 0.406)  # of ImageNet, which most published weights expect
     default_std = (0.229, 0.224, 0.225)
+    whole_images = True
+    """Evaluation cuts nothing off."""
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 from lqkd.data.fingerprint import content_hash
 from lqkd.data.loader import TensorBatches
 from lqkd.errors import UsageError
+from lqkd.utils.counter_rng import STREAM_HELD_OUT, random_bits
 
+BYTES = 256
+"""Tokens of a text that is read as bytes."""
 SEPARATOR = b"\n\n"
 """What ends a text."""
 _PARTS = 50
@@ -58,12 +62,15 @@ class TextDataModule(LightningDataModule, ABC):
         test_fraction: Share of the text held out for testing, in (0, 1).
         seed: Seed of the split and the order; null means the run's seed (seed_everything), else 0.
         limit_train: Train on only this many windows, for quick studies; null means all.
+        trust_fraction: Share of these training windows, chosen by the seed, that are in no training batch: what follows
+            in them says how far teachers can be believed (``combination: trust`` of a distillation); in [0, 1), 0 means
+            none.
 
     Raises:
         UsageError: when a setting is out of range, here, or there is too little text, in ``setup``.
     """
 
-    num_classes = 256
+    num_classes = BYTES
     """Tokens."""
     unit = "bytes"
     """What messages call them."""
@@ -72,6 +79,10 @@ class TextDataModule(LightningDataModule, ABC):
     """The seed in use, after ``setup``."""
     train_indices: Tensor
     """Sorted int64 places of the training windows; known after ``setup``."""
+    val_indices: Tensor
+    """Those of the validation windows, in the text for validation."""
+    trust_indices: Tensor
+    """Sorted int64 places of the windows of :meth:`trust_batches`, in the training text; known after ``setup``."""
 
     def __init__(
         self,
@@ -83,12 +94,13 @@ class TextDataModule(LightningDataModule, ABC):
         test_fraction: float = 0.1,
         seed: int | None = None,
         limit_train: int | None = None,
+        trust_fraction: float = 0.0,
     ) -> None:
         super().__init__()
         self.context, self.batch_size = context, batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
-        self.seed, self.limit_train = seed, limit_train
+        self.seed, self.limit_train, self.trust_fraction = seed, limit_train, trust_fraction
         self._windows: dict[str, Tensor] = {}
         self._fingerprint: str | None = None
         for name, least in (("context", 2), ("batch_size", 1), ("eval_batch_size", 1), ("limit_train", 1)):
@@ -98,6 +110,8 @@ class TextDataModule(LightningDataModule, ABC):
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not accepted: it must lie between 0 and 1.")
+        if not 0 <= trust_fraction < 1:
+            raise UsageError(f"trust_fraction={trust_fraction} is not accepted: it must be in [0, 1).")
 
     @abstractmethod
     def texts(self) -> dict[str, list[bytes]]:
@@ -123,7 +137,19 @@ class TextDataModule(LightningDataModule, ABC):
         count = len(self._windows["train"])
         if self.limit_train is not None and self.limit_train > count:
             raise UsageError(f"limit_train={self.limit_train} is not accepted: there are {count} windows to train on.")
-        self.train_indices = torch.arange(count if self.limit_train is None else self.limit_train)
+        self.val_indices = torch.arange(len(self._windows["val"]))
+        self._hold_out(torch.arange(count if self.limit_train is None else self.limit_train))
+
+    def _hold_out(self, windows: Tensor) -> None:
+        """Share training windows out: those that are trained on, and those of ``trust_fraction``."""
+        held_out = round(self.trust_fraction * len(windows))
+        if self.trust_fraction and not 0 < held_out < len(windows):
+            raise UsageError(
+                f"trust_fraction={self.trust_fraction} holds out {held_out} of {len(windows)} training windows: at"
+                " least one must be held out and one left."
+            )
+        order = windows[random_bits(self.run_seed, 0, windows, STREAM_HELD_OUT).argsort(stable=True)]
+        self.trust_indices, self.train_indices = order[:held_out].sort().values, order[held_out:].sort().values
 
     @property
     def image_shape(self) -> tuple[int]:
@@ -140,6 +166,17 @@ class TextDataModule(LightningDataModule, ABC):
             seed=self.run_seed,
             drop_last=len(self.train_indices) >= self.batch_size * self._place()[1],
         )
+
+    def trust_batches(self, device: torch.device) -> Iterator[Tokens]:
+        """All windows of ``trust_fraction``, on every process, in the same order each time."""
+        assert self._windows, "call setup() first"
+        if not len(self.trust_indices):
+            return
+        windows, held_out = self._windows["train"], self.trust_indices
+        loader = TokenBatches(windows, _places(windows), held_out, batch_size=self.eval_batch_size, shuffle=False)
+        for batch in loader:
+            on_device = batch._replace(tokens=batch.tokens.to(device), indices=batch.indices.to(device))
+            yield self.preprocess(on_device, train=True, epoch=0)
 
     def val_dataloader(self) -> TokenBatches:
         """This process's share of the validation windows."""
@@ -178,7 +215,7 @@ class TextDataModule(LightningDataModule, ABC):
     def _batches(self, split: str, indices: Tensor, **settings: Any) -> TokenBatches:
         assert self._windows, "call setup() first"
         windows, (rank, world_size) = self._windows[split], self._place()
-        return TokenBatches(windows, indices, indices, rank=rank, world_size=world_size, **settings)
+        return TokenBatches(windows, _places(windows), indices, rank=rank, world_size=world_size, **settings)
 
     def _place(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""
@@ -195,6 +232,11 @@ class TextDataModule(LightningDataModule, ABC):
                 "for one window"
             )
         return whole[: count * self.context].view(count, self.context)
+
+
+def _places(windows: Tensor) -> Tensor:
+    """In the place of labels (N,), which windows have none of."""
+    return torch.arange(len(windows))
 
 
 def _pieces(texts: list[bytes]) -> list[bytes]:
@@ -233,3 +275,14 @@ def _held_out(pieces: list[bytes], share: float, salt: str) -> tuple[list[bytes]
         left -= len(pieces[place])
     others = [piece for place, piece in enumerate(pieces) if place not in chosen]
     return [pieces[place] for place in sorted(chosen)], others
+
+
+def tokenizer_said(data: Any) -> dict[str, str | None]:
+    """What a file says of the way in which a text becomes tokens for its network, under ``tokenizer``.
+
+    It is the setting of that name, None for bytes; nothing is said of data that are no :class:`TextDataModule`, or make
+    tokens otherwise.
+    """
+    found = getattr(data, "tokenizer", None)
+    named = isinstance(found, str) or (found is None and getattr(data, "num_classes", None) == BYTES)
+    return {"tokenizer": found} if named and isinstance(data, TextDataModule) else {}

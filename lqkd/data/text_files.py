@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -75,12 +77,22 @@ class TextFiles(TextDataModule):
         self._read_bytes, self._read_tokens = self._read_bytes + sum(map(len, texts)), self._read_tokens + len(found)
         return found
 
+    def tokens_of(self, texts: list[bytes]) -> Tensor:
+        """The tokens (N,) of texts, one after the other, int32, which are not kept."""
+        if self._tokenizer is None:
+            return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).int()
+        return torch.from_numpy(np.concatenate([*self._tokenizer.numbers(texts)]))
+
+    def held_out_texts(self) -> dict[str, list[bytes]]:
+        """The texts of files for validation and testing, where there are any."""
+        return {name: _read(name, Path(path)) for name, path in self._held_out().items()}
+
     def texts(self) -> dict[str, list[bytes]]:
-        held_out = {name: Path(path) for name, path in (("val", self.val), ("test", self.test)) if path is not None}
-        return {
-            "train": _read("root", Path(self.root), [*held_out.values()]),
-            **{name: _read(name, path) for name, path in held_out.items()},
-        }
+        apart = [Path(path) for path in self._held_out().values()]
+        return {"train": _read("root", Path(self.root), apart), **self.held_out_texts()}
+
+    def _held_out(self) -> dict[str, str]:
+        return {name: path for name, path in (("val", self.val), ("test", self.test)) if path is not None}
 
 
 class PythonTopics(TextDataModule):
@@ -96,6 +108,7 @@ class PythonTopics(TextDataModule):
         eval_batch_size: Windows per process and step in validation and test; null means batch_size.
         seed: Seed of the order; null means the run's seed (seed_everything), else 0.
         limit_train: Train on only this many windows, for quick studies; null means all.
+        trust_fraction: Share of these that are in no training batch; see :class:`~lqkd.data.TextDataModule`.
     """
 
     def __init__(
@@ -106,9 +119,15 @@ class PythonTopics(TextDataModule):
         eval_batch_size: int | None = None,
         seed: int | None = None,
         limit_train: int | None = None,
+        trust_fraction: float = 0.0,
     ) -> None:
         super().__init__(
-            context=context, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, limit_train=limit_train
+            context=context,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            limit_train=limit_train,
+            trust_fraction=trust_fraction,
         )
 
     def texts(self) -> dict[str, list[bytes]]:
@@ -122,8 +141,17 @@ class PythonTopics(TextDataModule):
         return found
 
 
-def _read(name: str, path: Path, apart: Sequence[Path] = ()) -> list[bytes]:
-    """The texts of a file or of a folder, but for those that are ``apart``."""
+def files_of(name: str, path: Path, apart: Sequence[Path] = ()) -> list[Path]:
+    """The files of a folder that are read, or a file, but for those that are ``apart``.
+
+    Args:
+        name: of the setting.
+        path: its value.
+        apart: files, and folders of files, that are read for something else.
+
+    Raises:
+        UsageError: when there is nothing at ``path``.
+    """
     if path.is_dir():
         seen = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
         files = [file for file in seen if file.suffix.lower() in _ENDINGS]
@@ -142,7 +170,12 @@ def _read(name: str, path: Path, apart: Sequence[Path] = ()) -> list[bytes]:
     own = [file for file in files if not elsewhere & {file.resolve(), *file.resolve().parents}]
     if len(own) < len(files):
         rank_zero_info(f"{name}={path}: files that val and test name are left out ({len(files) - len(own)})")
-    read = [text for file in own for text in _texts_of(file)]
+    return own
+
+
+def _read(name: str, path: Path, apart: Sequence[Path] = ()) -> list[bytes]:
+    """The texts of a file or of a folder, but for those that are ``apart``."""
+    read = [text for file in files_of(name, path, apart) for text in _texts_of(file)]
     texts = [*dict.fromkeys(read)]
     if len(texts) < len(read):
         rank_zero_warn(f"{name}={path}: texts that are there already are left out ({len(read) - len(texts)})")
@@ -171,15 +204,19 @@ def _texts_of(file: Path) -> list[bytes]:
         ) from None
     if file.suffix.lower() != ".jsonl":
         return [raw]
-    found = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            found.append(text.encode())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UsageError(
-                f'{terminal(str(file))} line {number} is no object with a text: {{"text": "..."}} is needed'
-            ) from None
-    return found
+    return [text_of_line(file, number, line) for number, line in enumerate(raw.splitlines(), 1) if line.strip()]
+
+
+def text_of_line(file: Path, number: int, line: bytes) -> bytes:
+    """The text of a line of a ``.jsonl`` file.
+
+    Raises:
+        UsageError: when it is no object with one.
+    """
+    try:
+        text: str = json.loads(line)["text"]
+        return text.encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(
+            f'{terminal(str(file))} line {number} is no object with a text: {{"text": "..."}} is needed'
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,24 @@ class Tokenizer:
         self.size = 1 + max(self._tokenizer.get_vocab().values())
         """The number after the largest token."""
 
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, where there is one."""
+        found = self._tokenizer.eos_token_id
+        return found if isinstance(found, int) else None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; of those that are no text, nothing."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write its files into ``folder``, as transformers reads them."""
+        self._tokenizer.save_pretrained(folder)
+
     def fingerprint(self) -> str:
         """Hash of all that decides what tokens a text has."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -59,6 +77,26 @@ class Tokenizer:
             some = [text.decode() for text in texts[start : start + _AT_ONCE]]
             for found in self._tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
                 yield np.asarray(found, dtype=np.int32)
+
+
+class Bytes:
+    """The bytes of a text in UTF-8, as :class:`Tokenizer` has tokens.
+
+    Examples:
+        >>> Bytes().encode("é!"), Bytes().decode([195, 169, 33, 195])
+        ([195, 169, 33], 'é!�')
+    """
+
+    size = 256
+    end = None
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of bytes, with U+FFFD for what is no UTF-8, such as a part of a character at the end."""
+        return bytes(tokens).decode("utf-8", "replace")
 
 
 def tokenized(texts: list[bytes], tokenizer: Tokenizer) -> Tensor:

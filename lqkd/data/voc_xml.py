@@ -107,8 +107,17 @@ def _read(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | 
             if not name or missing:
                 what = f"{name!r} without {missing[0]} in its bndbox" if name else "without a name"
                 raise UsageError(f"annotation {path} has an object {what}.")
-            objects.append((name, [float(str(value)) for value in told.values()]))
+            objects.append((name, [_number(str(value), side, name, path) for side, value in told.items()]))
         width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         return objects, (width, height) if min(width, height) > 0 else None
+    except UsageError:
+        raise
     except (ElementTree.ParseError, ValueError, OSError) as error:
         raise UsageError(f"annotation {path} cannot be read: {first_line(error)}.") from error
+
+
+def _number(text: str, side: str, name: str, path: Path) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"annotation {path} has an object {name!r} whose {side}, {text!r}, is no number.") from None

@@ -1,4 +1,4 @@
-"""Taking the student away: integer ONNX, QONNX, torch.export, GGUF and MatMulNBits, with proof, and asking a file.
+"""Taking the student away: ONNX, QONNX, torch.export, GGUF, compressed-tensors, with proof, and asking a file.
 
 All but asking a run needs ``pip install 'lqkd[export]'``. Nothing here needs Lightning but :mod:`lqkd.export.command`
 and :mod:`lqkd.export.export_check`.
@@ -12,6 +12,7 @@ from typing import Any
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import Deployed, deploy
 from lqkd.export.gguf_file import from_gguf, to_gguf
+from lqkd.export.pack_quantized import from_compressed_tensors, to_compressed_tensors
 
 MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is None), None)
 """A package that exporting needs and that is not installed; None when all are."""
@@ -29,7 +30,9 @@ __all__ = [
     "ParityError",
     "check",
     "deploy",
+    "from_compressed_tensors",
     "from_gguf",
+    "to_compressed_tensors",
     "to_gguf",
     "to_nbits",
     "to_onnx",

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import metadata
 from lqkd.export.deploy import deploy, deployable_copy
-from lqkd.export.formats import BUILDERS, check_expressible
+from lqkd.export.formats import BUILDERS, RUNNERS, check_expressible
 from lqkd.export.parity import check
+from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
 from lqkd.tasks import Task
@@ -39,7 +40,7 @@ def to_onnx(
         example: real inputs, B of at least 2, as the network sees them, for the comparison: a tensor (B, C, H, W),
             say, a tuple of several, or a dict of keyword arguments.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
-        format: ``portable``, ``packed4``, ``packed2`` or ``qonnx``.
+        format: ``portable``, ``packed4``, ``packed2``, ``qonnx`` or ``openvino``.
         calibration: training inputs likewise, for grids that training left out, such as of residual additions.
         test: batches of the task as a DataLoader gives them, such as images, or (images, labels): on them PyTorch and
             the file must give the same answer, such as the first class, to all but one in a thousand samples (or one
@@ -72,7 +73,7 @@ def to_onnx(
     check_expressible(deployed, format)
     exported = BUILDERS[format](deployed)
     student = None if test is None else deployable_copy(model)
-    parity = check(exported, deployed, example, test or (), student, task)
+    parity = check(exported, deployed, example, test or (), student, task, RUNNERS.get(format, Runner))
     if test is not None and not parity.samples:
         raise UsageError("test has no samples: give a list or DataLoader of batches, not an iterator that was used up")
     metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))

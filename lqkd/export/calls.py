@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.norms import is_batch_norm
 from lqkd.quantization.quantizers import LevelwiseStep
 
 
@@ -37,7 +37,7 @@ def separated(student: nn.Module, traced: Callable[[nn.Module], fx.Graph]) -> nn
             continue
         name = str(node.target)
         module = network.get_submodule(name)
-        if isinstance(module, QuantizedLayer | _BatchNorm):
+        if isinstance(module, QuantizedLayer) or is_batch_norm(module):
             node.target = f"{name}_call{done[name]}"
             network.add_submodule(node.target, _of_call(module, done[name]))
             done[name] += 1

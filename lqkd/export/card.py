@@ -8,6 +8,8 @@ from typing import Any
 
 from lqkd.export.deploy import INPUT, OUTPUT, Deployed
 from lqkd.export.metadata import layer_bits, summary_of_bits
+from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
+from lqkd.export.openvino import OPENVINO
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
@@ -29,7 +31,7 @@ class Summary:
         file_bytes: its size.
         packed_bytes: of the weights if every one took its bits.
         float_bytes: of the float network.
-        kernels: what the runtime makes of it, ``None`` where that is not ONNX Runtime.
+        kernels: what ONNX Runtime or OpenVINO makes of it, ``None`` where it is run by something else.
     """
 
     path: Path
@@ -42,6 +44,11 @@ class Summary:
 def card_path(path: Path) -> Path:
     """Where the model card of the file ``path`` lies."""
     return path.with_name(f"{path.name}.md")
+
+
+def rejected(path: Path) -> Path:
+    """The name under which a file that failed the comparison is kept."""
+    return path.with_name(f"{path.stem}.rejected{path.suffix}")
 
 
 def rows(summary: Summary, described: dict[str, Any], parity: Parity) -> list[tuple[str, str]]:
@@ -163,8 +170,9 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
         lines += [f"Nodes in floating point: {markdown(_named(summary.kernels, None))}.", ""]
     lines += ["## Input and output", "", *_interface(described)]
-    if described["format"] == "packed2":
-        lines += ["## Loading", "", f"{LOADER_NOTE}.", ""]
+    notes = {"packed2": LOADER_NOTE, OPENVINO: OPENVINO_NOTE}
+    if described["format"] in notes:
+        lines += ["## Loading", "", f"{notes[described['format']]}.", ""]
     lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]
     lines += [f"data: {markdown(described.get('data'))}", ""]
     if described.get("checkpoint"):

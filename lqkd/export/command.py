@@ -16,19 +16,24 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
-from lqkd.export import metadata, report, torch_program
-from lqkd.export.card import Summary, card_path, print_card, write_card
+from lqkd.export import metadata, openvino, report, torch_program
+from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import BUILDERS, TORCH, check_expressible, check_format, file_name
+from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.frames import takes_frames
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
+from lqkd.export.openvino import OPENVINO
+from lqkd.export.pack_quantized import COMPRESSED, check_replaceable
+from lqkd.export.pack_quantized import require as require_compressed
+from lqkd.export.pack_quantized_command import write_compressed_tensors
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
-from lqkd.export.runtimes import is_qonnx, kernels
+from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.modules.references import as_stop, batches_of
@@ -43,10 +48,14 @@ CALIBRATION_BATCHES = 8
 """Training batches for grids that training left out."""
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
+    OPENVINO: "OpenVINO's own benchmark_app times such a file",
     GGUF: "llama.cpp's own llama-bench times such a file",
+    COMPRESSED: "its time depends on the length of a text",
     NBITS: "its time depends on the length of a text",
 }
 """Formats that are not timed, and why."""
+_FRAMED = ("portable", "packed4", "packed2")
+"""Formats that may take a camera's frames."""
 COMPARED = 32
 """Samples for the comparison layer by layer."""
 
@@ -66,7 +75,8 @@ def export(
     Args:
         run: folder of a finished training.
         format: one of :data:`lqkd.export.FORMATS`.
-        output: file to write; None for ``student.onnx`` or its like in the run folder.
+        output: file, or folder of ``compressed-tensors``, to write; None for ``student.onnx`` or its like in the run
+            folder.
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
         frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
@@ -82,10 +92,10 @@ def export(
     check_format(format)
     if latency and format in _UNTIMED:
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
-    if frames and format not in set(BUILDERS) - {"qonnx"}:
-        raise UsageError(f"--frames is not possible with --format {format}: use one of portable, packed4, packed2")
+    if frames and format not in _FRAMED:
+        raise UsageError(f"--frames is not possible with --format {format}: use one of {', '.join(_FRAMED)}")
     wanted = _output(Path(run), format, output, overwrite)
-    if format in (GGUF, NBITS):
+    if format in (GGUF, NBITS, COMPRESSED):
         return _export_language_model(Path(run), wanted, format, allow_code)
     with Stages(5) as stage:
         stage("reading the run")
@@ -108,8 +118,8 @@ def export(
         else:
             exported = BUILDERS[format](deployed)
             stage("comparing it with PyTorch")
-            parity = check(exported, deployed, inputs, test, student, task)
-            found = None if is_qonnx(exported.model) else kernels(exported.model)
+            parity = check(exported, deployed, inputs, test, student, task, RUNNERS.get(format, Runner))
+            found = _kernels(exported.model, format)
     parity.split = split
     described = metadata.describe(format, deployed, parity, about)
     target = wanted if parity.problem is None else rejected(wanted)
@@ -139,19 +149,25 @@ def _write_onnx(model: onnx.ModelProto, target: Path, described: dict[str, Any],
         temporary.write_bytes(file.SerializeToString())
 
 
+def _kernels(model: onnx.ModelProto, format: str) -> Kernels | None:
+    if is_qonnx(model):
+        return None
+    return openvino.kernels(model) if format == OPENVINO else kernels(model)
+
+
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
-    if format == GGUF:
-        require()
+    {GGUF: require, COMPRESSED: require_compressed}.get(format, lambda: None)()
     reader, student, checkpoint = read_student(run, allow_code)
     _, inputs = _inputs(reader)
-    about = {"name": run.resolve().parent.name, "checkpoint": checkpoint, "data": type(reader.datamodule).__name__}
+    about: dict[str, Any] = {"name": run.resolve().parent.name, "checkpoint": checkpoint}
+    about |= {"data": type(reader.datamodule).__name__, **tokenizer_said(reader.datamodule)}
     split, test = _test(reader)
     student, task = student.cpu().eval(), reader.model.task.cpu()
     if format == NBITS:
         write_nbits(student, target, inputs, test, split, task, about)
     else:
-        tokenizer = tokenizer_of(reader.datamodule, student)
-        write_gguf(student, target, inputs, test, split, task, about, tokenizer)
+        write = write_gguf if format == GGUF else write_compressed_tensors
+        write(student, target, inputs, test, split, task, about, tokenizer_of(reader.datamodule, student))
     _warn_of_outdated(run)
     return target
 
@@ -161,19 +177,16 @@ def _warn_of_outdated(run: Path) -> None:
         print(f"lqkd: warning: {sentence}", file=sys.stderr)
 
 
-def rejected(output: Path) -> Path:
-    """The name under which a file that failed the comparison is kept."""
-    return output.with_name(f"{output.stem}.rejected{output.suffix}")
-
-
 def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -> Path:
     if not run.is_dir():
         raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
     suffix = Path(file_name(format)).suffix
     output = run / file_name(format) if given is None else Path(given)
-    if output.is_dir():
+    if format == COMPRESSED:
+        check_replaceable(output)
+    elif output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
-    if output.suffix != suffix:
+    elif output.suffix != suffix:
         raise UsageError(f"--output {str(output)!r} has another ending than the format: use {suffix}")
     for path in (output, card_path(output), report.report_path(output)):
         if path.exists() and not overwrite:
@@ -265,6 +278,7 @@ def told_of_data(data: Any, inputs: Inputs) -> dict[str, Any]:
             "mean": list(getattr(data, "mean", ())),
             "std": list(getattr(data, "std", ())),
             "resize_size": getattr(data, "resize_size", None),
+            **({"whole": True} if getattr(data, "whole_images", False) else {}),
             "scale": "pixels from 0 to 255 are divided by 255 before mean and std",
         }
         if images

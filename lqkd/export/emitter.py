@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from lqkd.export.operations import KEEPS_GRID, operation, unsupported
 from lqkd.models.outputs import heads
 
 BATCH = "batch"
+_LARGE = 512
+"""So many bytes a constant must have to be looked for among the others."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Emitter(IslandWriters):
         self.outputs = deployed.outputs
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
+        self.large: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self.floats: dict[fx.Node, str] = {}
         self.codes: dict[fx.Node, tuple[str, ActivationGrid]] = {}
         self.deferred: dict[fx.Node, tuple[fx.Node, float | None, float | None]] = {}
@@ -122,10 +126,16 @@ class Emitter(IslandWriters):
         return name
 
     def constant(self, value: Any, wanted: str, dtype: Any = None) -> str:
-        """Keep a tensor or array in the file and return its name."""
+        """Keep a tensor or array in the file and return its name; a large one that is there already is kept once."""
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         array = array if dtype is None else array.astype(dtype)
-        name = self.name(wanted)
+        if array.nbytes >= _LARGE:  # such as the weight of a head that is called for each level
+            key = (str(array.dtype), array.shape, sha256(np.ascontiguousarray(array).tobytes()).digest())
+            if key in self.large:
+                return self.large[key]
+            self.large[key] = name = self.name(wanted)
+        else:
+            name = self.name(wanted)
         self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         return name
 

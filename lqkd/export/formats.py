@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.export import packed, portable, qonnx
+from lqkd.export import openvino, packed, portable, qonnx
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.nbits import NBITS
+from lqkd.export.pack_quantized import COMPRESSED
+from lqkd.export.runtimes import Runner
 
 TORCH = "torch"
 BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
@@ -21,11 +23,14 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "packed4": packed.build4,
     "packed2": packed.build2,
     "qonnx": qonnx.build,
+    openvino.OPENVINO: openvino.build,
 }
 """The formats that are ONNX files."""
-FORMATS = (*BUILDERS, TORCH, GGUF, NBITS)
+RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
+"""What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
+FORMATS = (*BUILDERS, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf"}
+_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
 
@@ -36,13 +41,15 @@ def file_name(format: str) -> str:
 
 
 def check_format(name: str) -> None:
-    """Refuse an unknown format.
+    """Refuse an unknown format, and one whose package is not installed.
 
     Raises:
         UsageError: likewise.
     """
     if name not in FORMATS:
         raise UsageError(f"--format {name} is unknown: use one of {', '.join(FORMATS)}")
+    if name == openvino.OPENVINO:
+        openvino.require()
 
 
 def check_expressible(deployed: Deployed, name: str) -> None:

@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lqkd.errors import ParityError, UsageError, first_line
+from lqkd.errors import UsageError, first_line
 from lqkd.export import llama_cpp, report
-from lqkd.export.card import Summary
+from lqkd.export.card import Summary, rejected
 from lqkd.export.deploy import OUTPUT
 from lqkd.export.gguf_file import GGUF, from_gguf, gguf_student, to_gguf
 from lqkd.export.gguf_names import vocabulary
 from lqkd.export.gguf_tokenizer import BYTES
-from lqkd.export.language_card import measured_rows, size_row, write_language_card
+from lqkd.export.language_card import keep_proven, measured_rows, size_row, write_language_card
 from lqkd.export.parity import Parity, agree, differences, judge_outputs
 from lqkd.models.calls import Inputs
 from lqkd.models.gpt import GPTBlock
@@ -50,7 +50,7 @@ def write_gguf(
 
     Args:
         student: as it was trained.
-        path: of the file; it is not kept where the comparison fails.
+        path: of the file; one that fails the comparison is kept under another name.
         inputs: texts (B, T) of tokens.
         test: batches of the task.
         split: what they are of.
@@ -63,12 +63,11 @@ def write_gguf(
         ParityError: when the file does not hold what was trained.
     """
     served = as_served(student)
-    kinds = to_gguf(student, path, about=about, tokenizer=tokenizer)
-    parity = prove(path, served, student, inputs, test, task)
+    unproven = rejected(path)
+    kinds = to_gguf(student, unproven, about=about, tokenizer=tokenizer)
+    parity = prove(unproven, served, student, inputs, test, task)
     parity.split = split
-    if parity.problem is not None:
-        path.unlink()
-        raise ParityError(f"the file fails the comparison and is not kept: {parity.problem}")
+    keep_proven(unproven, path, parity)
     weights = size(student)
     summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
     rows = _rows(summary, kinds, parity, student)

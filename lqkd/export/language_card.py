@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lqkd.errors import ParityError
 from lqkd.export.card import Summary, card_path
 from lqkd.export.parity import Parity
 from lqkd.tasks.values import shown
 from lqkd.utils.escaping import markdown
-from lqkd.utils.files import write_text
+from lqkd.utils.files import replace_folder, write_text
 
 Rows = list[tuple[str, str]]
+
+
+def keep_proven(unproven: Path, path: Path, parity: Parity) -> None:
+    """Give a file, or a folder, its name once it is proven; what had that name is there until then.
+
+    Args:
+        unproven: where it was written.
+        path: its name.
+        parity: the proof.
+
+    Raises:
+        ParityError: when it has failed; the file stays where it was written.
+    """
+    if parity.problem is not None:
+        raise ParityError(f"the file fails the comparison and is kept as {unproven}: {parity.problem}")
+    if unproven.is_dir():
+        replace_folder(unproven, path)
+    else:
+        os.replace(unproven, path)
 
 
 def size_row(summary: Summary) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.nodes import shape_of
+from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
+from lqkd.export.openvino import OPENVINO
 from lqkd.export.packed import LOADER_NOTE
 from lqkd.export.parity import Parity
 from lqkd.export.runtimes import has_two_bits, is_qonnx
@@ -92,9 +94,11 @@ def _shapes(deployed: Deployed, names: tuple[str, ...], kind: str) -> dict[str, 
 
 def write(model: onnx.ModelProto, described: dict[str, Any]) -> None:
     """Put ``described`` into ``metadata_props`` of the model, each value as JSON under ``lqkd.NAME``."""
-    described = dict(described) | {"runtime": runtime(model)}
+    described = dict(described) | {"runtime": runtime(model, described["format"])}
     if has_two_bits(model):
         described["loader_note"] = LOADER_NOTE
+    if described["format"] == OPENVINO:
+        described["loader_note"] = OPENVINO_NOTE
     onnx.helper.set_model_props(model, {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()})
 
 
@@ -104,7 +108,7 @@ def read(model: onnx.ModelProto) -> dict[str, Any]:
     return {key.removeprefix(PREFIX): json.loads(value) for key, value in props.items() if key.startswith(PREFIX)}
 
 
-def runtime(model: onnx.ModelProto) -> str:
+def runtime(model: onnx.ModelProto, format_name: str) -> str:
     """Name and version of what the file was run with."""
-    package = "qonnx" if is_qonnx(model) else "onnxruntime"
+    package = OPENVINO if format_name == OPENVINO else "qonnx" if is_qonnx(model) else "onnxruntime"
     return f"{package} {metadata.version(package)}"

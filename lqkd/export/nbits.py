@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import OUTPUT, deployable_copy
+from lqkd.export.metadata import PREFIX, read
 from lqkd.export.nbits_graph import IN_FLOAT, OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
 from lqkd.export.nbits_networks import check_known, is_known, known_sizes, logits
 from lqkd.export.parity import Parity, differences, judge_outputs
@@ -73,10 +74,10 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(RUNTIME_DOMAIN, 1)]
     written = helper.make_model(made, opset_imports=opsets, ir_version=10, producer_name="lqkd")
-    helper.set_model_props(
-        written,
-        {key: json.dumps(value) for key, value in {"version": metadata.version("lqkd"), **(about or {})}.items()},
-    )
+    vocabulary, context = known_sizes(student)
+    own = {"version": metadata.version("lqkd"), "format": NBITS, "vocabulary": vocabulary, "context": context}
+    said = {**own, **(about or {})}
+    helper.set_model_props(written, {f"{PREFIX}{key}": json.dumps(value) for key, value in said.items()})
     if written.ByteSize() > _LARGEST:
         raise UsageError(f"--format nbits is not possible: the file would have {written.ByteSize():,} bytes, of 2 GiB")
     with atomic_path(path) as temporary:
@@ -182,11 +183,19 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantize
 
 
 class Runtime(nn.Module):
-    """A file in ONNX Runtime: tokens (B, T) to logits (B, T, V)."""
+    """A file in ONNX Runtime: tokens (B, T) to logits (B, T, V).
+
+    Attributes:
+        vocabulary: the number of tokens.
+        context: the longest text.
+    """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        self._session = session(onnx.load(path), optimised=True, threads=torch.get_num_threads())
+        model = onnx.load(path)
+        said = read(model)
+        self.vocabulary, self.context = said.get("vocabulary"), said.get("context")
+        self._session = session(model, optimised=True, threads=torch.get_num_threads())
 
     def forward(self, tokens: Tensor) -> Tensor:
         (found,) = self._session.run([OUTPUT], {TOKENS: tokens.numpy()})

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lqkd.errors import ParityError
 from lqkd.export import report
-from lqkd.export.card import Summary
+from lqkd.export.card import Summary, rejected
 from lqkd.export.deploy import OUTPUT
-from lqkd.export.language_card import measured_rows, size_row, write_language_card
+from lqkd.export.language_card import keep_proven, measured_rows, size_row, write_language_card
 from lqkd.export.nbits import NBITS, Runtime, nbits_student, to_nbits
 from lqkd.export.parity import Parity, agree, differences, judge_outputs
 from lqkd.models.calls import Inputs
@@ -31,7 +30,7 @@ def write_nbits(
 
     Args:
         student: as it was trained.
-        path: of the file; it is not kept where the comparison fails.
+        path: of the file; one that fails the comparison is kept under another name.
         inputs: texts (B, T) of tokens.
         test: batches of the task.
         split: what they are of.
@@ -42,12 +41,11 @@ def write_nbits(
         UsageError: when no file can be made of the student.
         ParityError: when the file does not compute what was trained.
     """
-    counts = to_nbits(student, path, about=about)
-    parity = prove(path, student, inputs, test, task)
+    unproven = rejected(path)
+    counts = to_nbits(student, unproven, about=about)
+    parity = prove(unproven, student, inputs, test, task)
     parity.split = split
-    if parity.problem is not None:
-        path.unlink()
-        raise ParityError(f"the file fails the comparison and is not kept: {parity.problem}")
+    keep_proven(unproven, path, parity)
     weights = size(student)
     summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
     rows = _rows(summary, counts, parity)

@@ -19,6 +19,7 @@ from lqkd.export.nodes import Operation, argument, first, is_tensor, place, shap
 from lqkd.quantization import Quantizer
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS, is_identity
+from lqkd.quantization.norms import is_frozen_norm
 
 KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "nearest", "identity")
 """Kinds whose result is on the grid of their input: they move, compare or drop values, or put zeros beside them."""
@@ -76,7 +77,8 @@ _AVERAGE_POOL = {
 
 
 _OF_EACH_SAMPLE = (
-    "it normalises by statistics of each sample, which no integer layer takes over: build the network with batch norm"
+    "it normalises by statistics of each sample, which no integer layer takes over: build the network with batch norm "
+    "(TorchvisionDetector: norm: batch_per_level)"
 )
 _REMEDIES = {"GroupNorm": _OF_EACH_SAMPLE, "group_norm": _OF_EACH_SAMPLE}
 """What to do about an operator that has no counterpart, where more can be said."""
@@ -159,7 +161,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module is batch norm by running statistics, and nothing besides."""
     plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and plain and module.running_mean is not None
+    return is_frozen_norm(module) or (isinstance(module, _BatchNorm) and plain and module.running_mean is not None)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
 from lqkd.export.differences import EndToEnd, Forced, LayerDifference
 from lqkd.export.emitter import Exported
@@ -38,8 +39,6 @@ _REPRODUCED = ("x86_64", "AMD64")
 """Processors whose kernels the reference has: others round additions in fixed point."""
 OUTPUT_TOLERANCE = 1e-4
 """Of the largest number of an output, the logits say, given the same input of the last layer."""
-DISAGREEMENT = 1e-3
-"""Share of samples whose answer, such as the first class, may differ, but always one sample."""
 TEST, VALIDATION, GIVEN = "test", "validation", "given"
 """Where samples for the agreement are from: a split of the run's data, or whoever called."""
 
@@ -134,6 +133,7 @@ def check(
     test: Iterable[Any] = (),
     student: torch.nn.Module | None = None,
     task: Task | None = None,
+    runner: type[Runner] = Runner,
 ) -> Parity:
     """Compare an exported model with the network that it was made of.
 
@@ -145,19 +145,20 @@ def check(
         test: batches of the task, on the CPU, for the agreement of whole networks.
         student: as it was trained, to say what the deployment costs.
         task: which says how far whole networks agree; None for the classification of images.
+        runner: what the file is run in, and how far that may be off.
     """
     parity = Parity(scales_identical=scales_identical(exported.model, deployed))
     if not parity.scales_identical:
         parity.problem = "a scale in the file differs from the student's"
     inputs = as_float32(example, "an example")
-    parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, optimised=False)
+    parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, runner, optimised=False)
     _judge(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
     if not is_qonnx(exported.model):
-        parity.optimised, found = _compare(exported, deployed, inputs, optimised=True)
+        parity.optimised, found = _compare(exported, deployed, inputs, runner, optimised=True)
         parity.outputs = {name: max(apart, found[name]) for name, apart in parity.outputs.items()}
         _judge(parity, parity.optimised, "as optimised by the runtime", OPTIMISED_FRACTION)
     judge_outputs(parity, ", after layers that agree")
-    whole = Runner(exported.model, optimised=True)
+    whole = runner(exported.model, optimised=True)
     _check_batches(parity, whole, inputs)
     if exported.integer:
         _compare_end_to_end(parity, exported, deployed, inputs, whole)
@@ -170,12 +171,15 @@ def check(
         found = whole(given)
         return returned_by({name: torch.from_numpy(found[name]) for name in whole.outputs}, OUTPUT)
 
-    agree(parity, in_file, in_pytorch, test, student, task)
+    agree(parity, in_file, in_pytorch, test, student, task, runner)
+    altered = altered_integers(exported.model, deployed) if exported.integer else None
+    if altered is not None and parity.problem is None:
+        parity.problem = f"{altered} in the file differs from the student's"
     return parity
 
 
 def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
-    run = Runner(exported.model, optimised=True, tensors=list(exported.grids.values()))
+    run = type(whole)(exported.model, optimised=True, tensors=list(exported.grids.values()))
     found, theirs = run(inputs), whole(inputs)
     reference = EndToEnd(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
@@ -186,7 +190,8 @@ def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, 
     ]
     finite = all(np.isfinite(apart).all() for apart in steps)
     parity.output_steps = max(float(apart.max()) for apart in steps) if finite else float("inf")
-    parity.end_to_end, parity.exact = reference.rows, reference.exact and platform.machine() in _REPRODUCED
+    reproduced = whole.reproduced and platform.machine() in _REPRODUCED
+    parity.end_to_end, parity.exact = reference.rows, reference.exact and reproduced
     if not parity.exact or not parity.end_to_end:
         return
     last, first = parity.end_to_end[-1], next((row for row in parity.end_to_end if row.fraction > 0), None)
@@ -199,9 +204,9 @@ def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, 
 
 @torch.no_grad()
 def _compare(
-    exported: Exported, deployed: Deployed, inputs: Inputs, *, optimised: bool
+    exported: Exported, deployed: Deployed, inputs: Inputs, runner: type[Runner], *, optimised: bool
 ) -> tuple[list[LayerDifference], dict[str, float]]:
-    run = Runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
+    run = runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
     found = run(inputs)
     forced = Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
     ours = heads(forced.run(*deployed.in_order(inputs)), OUTPUT)
@@ -268,6 +273,7 @@ def agree(
     test: Iterable[Any],
     student: torch.nn.Module | None,
     task: Task | None = None,
+    runner: type[Runner] = Runner,
 ) -> None:
     """Count on how many samples what the file and the network return agree, as the task says, and measure both.
 
@@ -277,6 +283,7 @@ def agree(
         test: batches of the task.
         student: as it was trained.
         task: None for the classification of images.
+        runner: what the file is run in, which says how far the two may be apart.
     """
     task = Classification() if task is None else task
     parity.answer, parity.metric, parity.mode = task.answer, task.metric, task.mode
@@ -299,11 +306,21 @@ def agree(
     if parity.samples:
         for name, measured in metrics.items():
             setattr(parity, name, _value(measured, task))
-    if parity.differing > max(1, DISAGREEMENT * parity.samples) and parity.problem is None:
+    if parity.problem is not None:
+        return
+    if parity.differing > max(1, runner.disagreement * parity.samples):
         rows = parity.optimised or parity.unoptimised
         first = next((row for row in rows if row.fraction > 0), None)
         where = "" if first is None else f"; the first difference arises at {first.name}"
         parity.problem = f"the {task.answer} differs on {parity.differing:g} of {parity.samples} samples{where}"
+    elif _is_apart(parity, runner.metric_tolerance):
+        parity.problem = f"{parity.metric} of the file is {parity.exported:.4f} and in PyTorch {parity.deployed:.4f}"
+
+
+def _is_apart(parity: Parity, tolerance: float | None) -> bool:
+    if tolerance is None or parity.exported is None or parity.deployed is None:
+        return False
+    return abs(parity.exported - parity.deployed) > max(tolerance, 1 / parity.samples) * (1 + 1e-9)
 
 
 def _differing(task: Task, ours: Any, theirs: Any) -> float:

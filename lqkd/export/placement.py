@@ -22,6 +22,7 @@ from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
 from lqkd.export.same_padding import take_padding_apart
 from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
+from lqkd.models.torchvision_detector import whole_detector
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding, take_activations_apart
 from lqkd.quantization.computed import computed
@@ -93,7 +94,8 @@ def _check_traced(student: nn.Module, example: Inputs) -> None:
     try:
         graph = traced(student, example)
     except Exception as error:  # networks that decide by their data fail in many ways
-        raise UsageError(f"the network cannot be exported: its graph cannot be traced ({obstacle(error)})") from error
+        why = whole_detector(student) or f"its graph cannot be traced ({obstacle(error)})"
+        raise UsageError(f"the network cannot be exported: {why}") from error
     expected = _tensors(example.map(torch.clone).call(student))
     try:
         given = example.map(torch.clone).by_name(parameters(fx.GraphModule(student, graph)))

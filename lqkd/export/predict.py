@@ -95,7 +95,7 @@ def predict(
     run: str | Path,
     images: Sequence[str],
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
     output: str | Path | None = None,
     allow_code: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -104,18 +104,20 @@ def predict(
     Args:
         run: run folder, or a file that export wrote (.onnx or .pt2).
         images: image files of any size.
-        top_k: classes for each image, >= 1.
+        top_k: classes for each image, >= 1; None for one.
         output: folder for the predictions of a task that gives no confidences of classes: for each image a file of its
-            name, a mask of classes as .png, everything else as .npy.
+            name, a mask of classes as .png, everything else as .npy, and beside objects the image with boxes as .png.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
         For each image ``image``, its path, and ``predictions``, a list of ``class``, ``index`` and ``confidence``, the
-        most probable first, or ``output``, the file that was written; or ``error``, what is wrong with the image.
+        most probable first, or ``output``, the file that was written, and of objects ``picture``; or ``error``, what is
+        wrong with the image.
 
     Raises:
         UsageError: after a user's mistake about the run, the file or the folder.
     """
+    top_k = 1 if top_k is None else top_k
     if top_k < 1:
         raise UsageError(f"--top-k {top_k} is not possible: it must be at least 1")
     predictor = load_predictor(run, allow_code)
@@ -126,7 +128,29 @@ def predict(
         elif folder is None:
             yield {"image": path, "predictions": predictor.classes(found, top_k)}
         else:
-            yield {"image": path, "output": str(write_array(found, folder, Path(path).stem))}
+            written = {"output": str(write_array(found, folder, Path(path).stem))}
+            picture = _with_boxes(predictor, path, found, folder)
+            yield {"image": path, **written, **({} if picture is None else {"picture": str(picture)})}
+
+
+def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) -> Path | None:
+    """Write the image with boxes around its objects (K, 6), which are in pixels of what the network sees.
+
+    None for a task without objects.
+    """
+    from lqkd.tasks import Detection  # which loads torchmetrics
+
+    if not isinstance(predictor.task, Detection):
+        return None
+    from lqkd.tasks.object_pictures import drawn_over
+    from lqkd.utils.figures import write_image
+
+    prepared, target = predictor.preprocessing, folder / f"{Path(path).stem}.png"
+    photograph = prepared.pixels(path)
+    seen = photograph if prepared.whole else prepared.resized(photograph)
+    names = predictor.class_names or predictor.task.names
+    write_image(target, drawn_over(seen, objects, prepared.size, names))
+    return target
 
 
 def _folder(predictor: Predictor, images: Sequence[str], given: str | Path | None) -> Path | None:
@@ -199,14 +223,17 @@ def load_predictor(path: str | Path, allow_code: bool = False) -> Predictor:
 def _predictor(
     network: Any, preprocessing: dict[str, Any], described: dict[str, Any], file: Path, allow_code: bool
 ) -> Predictor:
+    task = task_of(described, file, allow_code)
+    if "tokenizer" in described:
+        raise UsageError(f"{str(file)!r} is a language model, which takes no images: give --prompt TEXT")
     names = tuple(str(name) for name in described.get("class_names") or ())
     if len(taken := list(described.get("inputs") or ())) > 1:
         raise UsageError(f"predict asks about image files, and {str(file)!r} takes {', '.join(taken)}")
     prepared = Preprocessing.of(preprocessing, str(file))
-    return Predictor(torch.inference_mode()(network), _task(described, file, allow_code), prepared, names, str(file))
+    return Predictor(torch.inference_mode()(network), task, prepared, names, str(file))
 
 
-def _task(described: dict[str, Any], source: Path, allow_code: bool) -> Task:
+def task_of(described: dict[str, Any], source: Path, allow_code: bool) -> Task:
     """What the network of a file was trained for, by what the file says about itself; an old file says nothing.
 
     Raises:

@@ -50,12 +50,18 @@ class Unrounded:
     """What an integer kernel has before it rounds.
 
     Attributes:
+        shape: of the value, for those who only ask for it.
         round: from the grid behind the kernel to codes, which its limits still have to clamp.
         clamps: limits of the real numbers, the last of them first.
     """
 
+    shape: torch.Size
     round: Callable[[ActivationGrid], Tensor]
     clamps: tuple[tuple[float | None, float | None], ...] = ()
+
+    def size(self, axis: int | None = None) -> torch.Size | int:
+        """As of a tensor."""
+        return self.shape if axis is None else self.shape[axis]
 
 
 class Reference(fx.Interpreter):
@@ -146,7 +152,7 @@ class Reference(fx.Interpreter):
             return None
         sums, factor = layer.sums(x.values, x.largest), layer.by_channel(scale, x.values.ndim)
         if has_grid:
-            return Unrounded(lambda grid: rounded(sums, factor / grid.scale, grid))
+            return Unrounded(sums.shape, lambda grid: rounded(sums, factor / grid.scale, grid))
         self.step = scale
         return sums * scale
 
@@ -160,13 +166,13 @@ class Reference(fx.Interpreter):
             a, b = orders.pop()
             return added(a, b, grid)
 
-        return Unrounded(in_turn)
+        return Unrounded(_joint_shape(operands), in_turn)
 
     def _mul(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | None:
         if not self._is_pair(node, operands):
             return None
         a, b = operands
-        return Unrounded(lambda grid: multiplied(a, b, grid))
+        return Unrounded(_joint_shape(operands), lambda grid: multiplied(a, b, grid))
 
     def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
         return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
@@ -177,13 +183,13 @@ class Reference(fx.Interpreter):
         axes = tuple(range(2, x.values.ndim))
         count = x.values[0, 0].numel()
         sums = x.values.sum(axes, keepdim=found.settings["keepdim"], dtype=torch.float64).float()
-        return Unrounded(lambda grid: rounded(sums, mean_factor(x.grid, grid, count), grid))
+        return Unrounded(sums.shape, lambda grid: rounded(sums, mean_factor(x.grid, grid, count), grid))
 
     def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if not isinstance(x, Codes) or not self._is_rounded(node):
             return None
         means = self._called(node, _real)
-        return Unrounded(lambda grid: averaged(means, grid))
+        return Unrounded(means.shape, lambda grid: averaged(means, grid))
 
     def _relu(self, node: fx.Node, found: Operation, x: Any) -> Codes | Unrounded | None:
         if isinstance(x, Codes):
@@ -193,7 +199,7 @@ class Reference(fx.Interpreter):
     def _clamp(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if isinstance(x, Codes) and self._is_rounded(node):
             codes = x
-            x = Unrounded(lambda grid: added(codes, None, grid))
+            x = Unrounded(codes.values.shape, lambda grid: added(codes, None, grid))
         limits = (found.settings["low"], found.settings["high"])
         return replace(x, clamps=(limits, *x.clamps)) if isinstance(x, Unrounded) else None
 
@@ -222,6 +228,10 @@ class Reference(fx.Interpreter):
         x = _real(x)
         gate = (x * torch.tensor(1 / 6) + 0.5).clamp(0, 1)
         return cast(Tensor, gate if name == "HardSigmoid" else x * gate)
+
+
+def _joint_shape(operands: tuple[Codes, ...]) -> torch.Size:
+    return torch.broadcast_shapes(*(operand.values.shape for operand in operands))
 
 
 def _real(value: Any) -> Any:

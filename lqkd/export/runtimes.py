@@ -86,7 +86,17 @@ class Runner:
         model: portable, packed or QONNX.
         optimised: whether the runtime may optimise; the ``qonnx`` package never does.
         tensors: names of further tensors.
+
+    Attributes:
+        reproduced: whether :class:`lqkd.export.reference.Reference` has the formulas of its kernels.
+        disagreement: share of samples whose answer, such as the first class, may differ, but always one sample.
+        metric_tolerance: how far what the task measures may be from the deployed network's, but always what one sample
+            makes; None where that is not judged.
     """
+
+    reproduced = True
+    disagreement = 1e-3
+    metric_tolerance: float | None = None
 
     def __init__(self, model: onnx.ModelProto, *, optimised: bool, tensors: Sequence[str] = ()) -> None:
         self.outputs = [entry.name for entry in model.graph.output]
@@ -95,17 +105,30 @@ class Runner:
         self._qonnx = is_qonnx(model)
         if self._qonnx:
             return
+        self._session = session(self.watched(model), optimised=optimised)
+
+    def watched(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of ``model`` that returns the further tensors, too."""
         watched = onnx.ModelProto()
         watched.CopyFrom(model)
         for name in self._names[len(self.outputs) :]:
             watched.graph.output.append(helper.make_empty_tensor_value_info(name))
-        self._session = session(watched, optimised=optimised)
+        return watched
 
     def __call__(self, given: Inputs | np.ndarray) -> dict[str, np.ndarray]:
         arrays = feeds(self._model, given)
         if self._qonnx:
             return _execute_qonnx(self._model, arrays, self._names)
-        return dict(zip(self._names, self._session.run(self._names, arrays), strict=True))
+        import onnxruntime
+
+        try:
+            found = self._session.run(self._names, arrays)
+        except Exception as error:  # the runtime's own, of a kernel whose numbers are out of its range
+            raise UsageError(
+                f"onnxruntime {onnxruntime.__version__} does not run the file ({first_line(error)}): where the step of "
+                "a grid is far from that before it, as in a network that was not trained, its kernels cannot compute"
+            ) from error
+        return dict(zip(self._names, found, strict=True))
 
 
 def _execute_qonnx(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:

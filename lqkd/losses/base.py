@@ -40,6 +40,11 @@ class DistillationLoss(nn.Module, ABC):
     """Whether it is the softmax of rows that it compares, which must then be a prediction of one class of several."""
     needs_labels: bool = False
     """Whether it cannot do without labels."""
+    place_by_place: bool = False
+    """Whether its map has an element for each place of token sequences, of nothing but what is there, so that those
+    which do not count, as padding, are left out before it sees them: vectors (N, C) remain."""
+    sees_places: bool = False
+    """Whether its ``forward`` takes ``places`` (B, T), bool: which tokens of sequences count; None for all."""
     temperature: float = 1.0
     """What it divides logits by before it compares them; of one that learns it, before training."""
 
@@ -65,6 +70,17 @@ class DistillationLoss(nn.Module, ABC):
 
         Raises:
             UsageError: when the student has not got what the loss needs.
+        """
+
+    def bind_teacher(self, teacher: nn.Module, tap: str) -> None:
+        """Likewise at the frozen teacher, of which the loss keeps no parameter either.
+
+        Args:
+            teacher: the teacher's network.
+            tap: name of its submodule whose output is compared.
+
+        Raises:
+            UsageError: when the loss needs what the teacher has not got.
         """
 
     @abstractmethod

@@ -35,6 +35,7 @@ class Hints(DistillationLoss):
 
     compares = "features"
     kind: MapKind = "features"
+    place_by_place = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,6 +49,7 @@ class QuantizedFeatures(DistillationLoss):
 
     compares = "features"
     kind: MapKind = "features"
+    place_by_place = True
 
     def __init__(self, quantizer: str | None = None) -> None:
         super().__init__()

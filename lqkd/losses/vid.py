@@ -46,6 +46,7 @@ class VID(DistillationLoss):
 
     compares = "features"
     kind: MapKind = "features"
+    place_by_place = True
 
     def __init__(self, initial_variance: float = 5.0, minimum_variance: float = 1e-5) -> None:
         super().__init__()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lqkd.errors import UsageError
 
@@ -29,12 +33,19 @@ class GPTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, gelu: str) -> None:
         super().__init__()
+        self.recomputes = False  # activations in the backward pass
         self.gelu = "tanh" if gelu == "tanh" else "none"  # as PyTorch says it
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = CausalSelfAttention(width, heads)
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            found: Tensor = checkpoint(self._computed, x, use_reentrant=False)
+            return found
+        return self._computed(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
         return x + self.contract(F.gelu(self.expand(self.norm2(x)), approximate=self.gelu))
 
@@ -92,6 +103,17 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if added else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compute what is inside of a block again in the backward pass, as transformers' networks do by this name.
+
+        Args:
+            gradient_checkpointing_kwargs: nothing but ``use_reentrant: False``, which is what is done.
+        """
+        assert not (gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        for block in self.blocks:
+            assert isinstance(block, GPTBlock)
+            block.recomputes = True
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.ones_like(tokens[:1]).cumsum(1) - 1  # (1, T): 0, 1, ...

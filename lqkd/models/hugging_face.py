@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -26,9 +28,10 @@ def causal_lm(pretrained: str) -> nn.Module:
     """A causal language model of Hugging Face's transformers, in float32.
 
     It is the class that transformers has for the architecture (``LlamaForCausalLM``, say) with its names of parameters.
-    Weights of a GGUF file are decoded to float32. A ``Conv1D``, which is how GPT-2 writes linear layers, becomes the
-    :class:`torch.nn.Linear` that computes the same, so that it is quantised as such. An embedding that is the head too
-    stays one tensor. It keeps no keys and values, and refuses texts longer than it knows positions for.
+    Weights of a GGUF file, or of a folder of compressed-tensors, are decoded to float32. A ``Conv1D``, which is how
+    GPT-2 writes linear layers, becomes the :class:`torch.nn.Linear` that computes the same, so that it is quantised as
+    such. An embedding that is the head too stays one tensor. It keeps no keys and values, and refuses texts longer than
+    it knows positions for.
 
     Input (B, T) int64 tokens, output a ``ModelOutput`` whose ``logits`` are (B, T, V).
 
@@ -54,7 +57,11 @@ def causal_lm(pretrained: str) -> nn.Module:
         place = located(pretrained, "pretrained")
         held, architecture = _held(place)
         network, told = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, **(_biases(held) if architecture == "llama" else {}), dtype=torch.float32, output_loading_info=True
+            **place,
+            **(_biases(held) if architecture == "llama" else {}),
+            **_decoding(transformers, place),
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     if told["missing_keys"]:
         lacking = sorted(told["missing_keys"])
@@ -114,7 +121,8 @@ def reading(source: str, setting: str, what: str) -> Iterator[None]:
     # Which does not reach the bar of the tensors of a GGUF file.
     quiet = redirect_stderr(StringIO()) if source.endswith(".gguf") else nullcontext()
     try:
-        with quiet:
+        with quiet, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # by which codes are decoded
             yield
     except UsageError:
         raise
@@ -158,6 +166,15 @@ def _held(place: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     reader = gguf.GGUFReader(Path(place["pretrained_model_name_or_path"]) / place["gguf_file"])
     told = reader.fields.get(gguf.Keys.General.ARCHITECTURE)
     return {tensor.name: tensor for tensor in reader.tensors}, None if told is None else told.contents()
+
+
+def _decoding(transformers: Any, place: dict[str, Any]) -> dict[str, Any]:
+    """How the weights of a folder of compressed-tensors are read: as numbers, where they would stay codes."""
+    config = Path(place["pretrained_model_name_or_path"]) / "config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() and "gguf_file" not in place else {}
+    if (said.get("quantization_config") or {}).get("quant_method") != "compressed-tensors":
+        return {}
+    return {"quantization_config": transformers.utils.quantization_config.CompressedTensorsConfig(dequantize=True)}
 
 
 def _biases(held: dict[str, Any]) -> dict[str, bool]:

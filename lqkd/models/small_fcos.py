@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -49,8 +50,8 @@ class Tower(nn.Module):
         for convolution in self.convolutions:
             nn.init.normal_(convolution.weight, std=0.01)  # type: ignore[arg-type]
 
-    def forward(self, level: Tensor, number: int) -> Tensor:
-        for convolution, norms in zip(self.convolutions, self.norms, strict=True):
+    def forward(self, level: Tensor, number: int, start: int = 0) -> Tensor:
+        for convolution, norms in list(zip(self.convolutions, self.norms, strict=True))[start:]:
             level = F.relu(norms[number](convolution(level)))  # type: ignore[index]
         return level
 
@@ -128,6 +129,27 @@ class SmallFCOS(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
         self.pyramid = Pyramid(widths[2:], 2 * width)
         self.head = FCOSHead(2 * width, num_classes, depth, len(self.strides))
+
+    def class_logits_from(self, tap: str) -> Callable[[Tensor], Tensor]:
+        """What follows behind a module on the way to the logits of a level: from (B, C, H, W) to (B, classes, H, W).
+
+        Args:
+            tap: ``pyramid.outputs.LEVEL``, or ``head.class_tower.norms.DEPTH.LEVEL``.
+
+        Raises:
+            UsageError: when it is none of these.
+        """
+        found = re.fullmatch(r"pyramid\.outputs\.(\d+)|head\.class_tower\.norms\.(\d+)\.(\d+)", tap)
+        if found is None:
+            raise UsageError(
+                f"tap {tap!r} of SmallFCOS is not on the way to the classes of one level: pyramid.outputs.LEVEL or "
+                "head.class_tower.norms.DEPTH.LEVEL is"
+            )
+        if found[1] is not None:
+            return lambda features: self.head.classes(self.head.class_tower(features, int(found[1])))
+        return lambda features: self.head.classes(
+            self.head.class_tower(F.relu(features), int(found[3]), start=int(found[2]) + 1)
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         finest = self.layer2(self.layer1(F.relu(self.norm(self.stem(images)))))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.models.finite import not_finite
+from lqkd.models.torchvision_detector import TorchvisionDetector
 from lqkd.models.weight_files import read_weights
 
 
@@ -42,6 +43,8 @@ def load_weights(network: nn.Module, source: str, replace_head: bool | None = Fa
     own = network.state_dict()
     state, unwrapped = _named_as(own, held, source)
     told += unwrapped
+    if isinstance(network, TorchvisionDetector):
+        state = dict(network.adapted(state))
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [key for key in state if key in own and state[key].shape != own[key].shape]

@@ -35,6 +35,7 @@ from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
 from lqkd.modules.own import join_own, leave_own
 from lqkd.modules.passes import Passes
+from lqkd.modules.recomputing import recompute
 from lqkd.modules.references import REFERENCES, in_a_line, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
@@ -124,6 +125,8 @@ class DistillModule(TaskModule):
         gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
             reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
             each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
+        gradient_checkpointing: whether blocks of the student compute their activations again in the backward pass, in
+            place of keeping them, for the same numbers (:func:`lqkd.models.recompute_activations`).
 
     Raises:
         UsageError: when a setting is not possible.
@@ -158,6 +161,7 @@ class DistillModule(TaskModule):
         distillation: dict[str, Term] | None = None,
         compile: Compile = False,
         gptq_batches: int = 0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
@@ -183,14 +187,16 @@ class DistillModule(TaskModule):
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization
         self.student, self.coverage = quantize_model(student, self.quantization)
+        recompute(gradient_checkpointing, self.student, self.compilation, terms)
         self._channels_last = channels_last  # None until it is measured
         self._lay_out()
         self.scheduled_layers: set[str] = set()  # names of layers of the student whose bits a schedule changes
         taps_of_teachers = self.distillation.taps_of_teachers(self.named_teachers)
         taps_of_student = self.distillation.taps_of_student(self.student)
-        networks = self.named_teachers, self.student
-        self.passes = Passes(self.task, *networks, taps_of_teachers, taps_of_student, self.compilation)
-        self.distillation.bind(self.student)
+        self.passes = Passes(
+            self.task, self.named_teachers, self.student, taps_of_teachers, taps_of_student, self.compilation
+        )
+        self.distillation.bind(self.student, self.named_teachers)
         self.watch_gradients = False  # whether training_step also returns gradients at the logits
         self.balance = balance or FixedBalance()
         self.optimization = SharedBackward(self, gradient_clip_val, accumulate_grad_batches)
@@ -449,6 +455,12 @@ class DistillModule(TaskModule):
             try_training(self.student, "student", few.part(slice(1)) if alone else few, self.task)
         if self.task.unlabelled(batch):
             warn(self, "the first batch has no labels: samples without a label take part in distillation alone")
+        places = self.task.places(batch)
+        if places is not None and not bool(places.all()):
+            for name, term in self.distillation.terms():
+                if term.compares_padding():
+                    loss = type(term.losses[0]).__name__
+                    warn(self, f"{name}: {loss} compares features of padding too: Hints and others leave it out")
         return inputs
 
     def _fit_quantizers(self, inputs: Inputs) -> None:

@@ -75,15 +75,15 @@ class Distillation(nn.ModuleDict):
         """How teachers are combined, of all terms with several."""
         return nn.ModuleList(term.combination for _, term in self.terms() if term.combination is not None)
 
-    def bind(self, student: nn.Module) -> None:
-        """Let the losses look at the student, before :meth:`connect`.
+    def bind(self, student: nn.Module, teachers: Mapping[str, FrozenTeacher]) -> None:
+        """Let the losses look at the student and at the teacher of their term, before :meth:`connect`.
 
         Raises:
             UsageError: when a loss does not find there what it needs.
         """
         for name, term in self.terms():
             with self.told(name):
-                term.bind(student)
+                term.bind(student, teachers[term.teachers[0]].network)
 
     def forward(
         self,
@@ -104,11 +104,11 @@ class Distillation(nn.ModuleDict):
             student: the network that is trained.
             held_out: by term whose player looks ahead to held-out rows, their images and what the task takes of them.
         """
-        divergences = {}
+        divergences, places = {}, task.places(batch)
         for name, term in self.terms():
             teachers = [outputs.teachers[teacher] for teacher in term.teachers]
             features = outputs.features[term.teachers[0]], outputs.student.features
-            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task))
+            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task), places)
             look_ahead(term, divergences[name], outputs, loss, batch, task, student, (held_out or {}).get(name))
         return divergences
 

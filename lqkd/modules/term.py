@@ -103,14 +103,16 @@ class DistillationTerm(nn.Module):
         """The regularizer, where held-out rows teach it what lies between teachers and student."""
         return self.regularizer if isinstance(self.regularizer, HeldOutInterpolation) else None
 
-    def bind(self, student: nn.Module) -> None:
-        """Let the losses look at the student, before :meth:`connect`.
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Let the losses on features look at the student and at the teacher, before :meth:`connect`.
 
         Raises:
             UsageError: when a loss does not find there what it needs.
         """
-        for loss, tap in zip(self.losses, self.taps, strict=False):
-            cast(DistillationLoss, loss).bind(student, tap.student)
+        for module, tap in zip(self.losses, self.taps, strict=False):
+            loss = cast(DistillationLoss, module)
+            loss.bind(student, tap.student)
+            loss.bind_teacher(teacher, tap.teacher)
 
     def connect(self, teacher: Shapes, student: Shapes) -> None:
         """Make what depends on shapes, once.
@@ -153,6 +155,11 @@ class DistillationTerm(nn.Module):
             self.combination.connect(self.shapes[0][0][1])
             self.combination.to(next(before.buffers()).device)
 
+    def compares_padding(self) -> bool:
+        """Whether its losses compare features of tokens that do not count, too."""
+        loss = cast(DistillationLoss, self.losses[0])
+        return loss.compares != "logits" and not loss.place_by_place and not loss.sees_places
+
     def sees_rows(self, task: Task) -> bool:
         """Whether the elements of its maps belong to the rows of the task."""
         return task.one_row_a_sample or self.compares == "logits"
@@ -175,6 +182,7 @@ class DistillationTerm(nn.Module):
         rows: Rows,
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         sees_labels: bool = True,
+        places: Tensor | None = None,
     ) -> Divergences:
         """The divergence maps of one batch.
 
@@ -183,6 +191,7 @@ class DistillationTerm(nn.Module):
             rows: the student's logits (N, C), and labels.
             features: what the taps saw, of the term's teacher and of the student, by name of the module.
             sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
+            places: (B, T) bool, at which tokens of sequences features are compared; None for all.
         """
         divergences, each = Divergences([], [*teachers], None), None
         if self.combination is not None:
@@ -192,6 +201,8 @@ class DistillationTerm(nn.Module):
         if not sees_labels:
             rows = rows._replace(labels=None)
         pairs = self._pairs(divergences.teachers, rows.logits, features)
+        if places is not None and cast(DistillationLoss, self.losses[0]).place_by_place:
+            pairs = [(_at(places, teacher), _at(places, student)) for teacher, student in pairs]
         for index, (module, (teacher, student)) in enumerate(zip(self.losses, pairs, strict=True)):
             compare, weights = cast(DistillationLoss, module), None
             if self.interpolation is not None:  # which moves the target, where others weigh the divergence
@@ -199,7 +210,8 @@ class DistillationTerm(nn.Module):
                 divergence = compare(target, student, rows.labels)
                 divergences.maps.append(DivergenceMap(divergence, _of_map(trust, divergence)))
                 continue
-            divergence = compare(teacher, student, rows.labels)
+            by_place = {"places": places} if compare.sees_places else {}
+            divergence = compare(teacher, student, rows.labels, **by_place)
             if self.regularizers:
                 regularizer = cast(Regularizer, self.regularizers[index])
                 if regularizer.sees_losses:
@@ -288,14 +300,12 @@ class DistillationTerm(nn.Module):
 
     def reduce(self, maps: list[DivergenceMap], weighted: bool = True) -> Tensor:
         """The distillation loss, 0-dim: the mean over the maps; the student sees the weights as constants."""
-        losses = [
-            cast(DistillationLoss, compare).reduce(
-                each.weights.detach() * each.divergence
-                if weighted and each.weights is not None and self.interpolation is None
-                else each.divergence
-            )
-            for compare, each in zip(self.losses, maps, strict=True)
-        ]
+        losses = []
+        for index, (compare, each) in enumerate(zip(self.losses, maps, strict=True)):
+            seen = each.divergence
+            if weighted and each.weights is not None and self.interpolation is None:
+                seen = cast(Regularizer, self.regularizers[index]).applied(each.weights, seen) * seen
+            losses.append(cast(DistillationLoss, compare).reduce(seen))
         loss = torch.stack(losses).mean()
         return loss if self.weight == 1 else self.weight * loss
 
@@ -337,6 +347,14 @@ def _check_regularizer(regularizer: Regularizer, term: Term) -> None:
             f"player {type(regularizer.player).__name__} cannot look ahead from features: it needs a "
             "distillation_loss that compares logits"
         )
+
+
+def _at(places: Tensor, features: Tensor) -> Tensor:
+    """Features (N, C) of the tokens that count; those of anything else than the tokens (B, T) as they are."""
+    if features.shape[:-1] != places.shape:
+        return features
+    found = features[places]
+    return found if len(found) else 0 * features[:1, 0]  # in the graph, for processes that wait for each other
 
 
 def _of_map(weights: Tensor, divergence: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ _LEAST = {
 """Settings of the Trainer that Lightning takes unseen, and the least number that means something; null is always
 accepted."""
 
+_SHARDED = ("fsdp", "model_parallel", "modelparallel", "deepspeed")
+"""What names of Lightning's strategies begin with, and those of their classes, that cut weights over processes."""
+
 
 def check_trainer_numbers(settings: Any) -> None:
     """Refuse numbers that Lightning ignores, or fails at in the middle of a training.
@@ -46,6 +49,7 @@ def check_trainer_settings(settings: Any) -> None:
     Raises:
         UsageError: naming the setting and what to use instead.
     """
+    _check_strategy(getattr(settings, "strategy", None))
     precision = settings.precision
     if str(precision).startswith(("16", "transformer-engine-float16")):
         raise UsageError(
@@ -69,4 +73,20 @@ def check_trainer_settings(settings: Any) -> None:
         raise UsageError(
             f"trainer.accumulate_grad_batches={settings.accumulate_grad_batches!r} has no effect with two optimizers: "
             "use model.accumulate_grad_batches"
+        )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Refuse strategies that cut weights over processes: a grid is fitted to a whole tensor, and exported from it.
+
+    Raises:
+        UsageError: then.
+    """
+    given = getattr(strategy, "class_path", strategy)  # of a configuration, a name, or one that is made
+    given = given.rpartition(".")[2] if isinstance(given, str) else type(given).__name__
+    if given.lower().startswith(_SHARDED):
+        raise UsageError(
+            f"trainer.strategy={given} is not possible: it cuts weights over processes, and quantizers are fitted to "
+            "whole ones; use ddp, with model.gradient_checkpointing and an optimizer such as torchao.optim.AdamW8bit "
+            "where memory is short"
         )

@@ -38,8 +38,16 @@ BELIEVED, STUDENT = "what is believed of them", "student"
 """What pictures call those that speak of held-out rows, beside the teachers."""
 ROWS_OF_SAMPLE = 64
 """So many rows of a sample that has several, such as the pixels of an image, are looked at, at most."""
+_FEWEST_OF_SAMPLE = 8
+_OF_SAMPLE = 2**21
+"""And of many classes, as tokens are, so many logits of it."""
 _MOST_ROWS = 20_000
-"""So many held-out rows are fitted to, at most."""
+_MOST_LOGITS = 2**25
+"""So many held-out rows are fitted to, and so many logits of a teacher, at most."""
+_MOST_ASKED = 2**27
+"""After so many logits no further held-out samples with several rows are asked about."""
+_MOST_LISTED = 1024
+"""Of more classes than that, where nothing else needs them, only those are listed of which something is known."""
 
 
 class Trusting(Learning, Protocol):
@@ -323,7 +331,10 @@ def _fitted(
         known = Known.of(said[clean], together[:, clean], labels[clean], positions).to(torch.device("cpu"))
     speakers = dict(zip(names, together, strict=True)) | {BELIEVED: said}
     reliability = {who: vars(Reliability.of(logits, labels)) for who, logits in speakers.items()}
-    return _Found(state, report.named(names, classes) | {"warnings": warnings}, reliability, known)
+    told = report.named(names, classes) | {"warnings": warnings}
+    if known is None and len(classes) > _MOST_LISTED:
+        told["by_class"] = {label: value for label, value in told["by_class"].items() if value is not None}
+    return _Found(state, told, reliability, known)
 
 
 def _label(module: Trusting, teacher: str) -> str:
@@ -370,9 +381,21 @@ def _asked(module: Trusting, batches: Iterable[Any], names: Collection[str]) -> 
 def _held_out(module: Trusting, names: Collection[str]) -> _Rows:
     """What some teachers say of all held-out rows, or as many of them as are fitted to."""
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    asked = _joined([*_asked(module, data.trust_batches(module.device), names)])
-    order = random_bits(0, 0, torch.arange(len(asked.labels)), STREAM_TRUST).argsort(stable=True)[:_MOST_ROWS]
+    asked = _joined([*_few(_asked(module, data.trust_batches(module.device), names))])
+    classes = next(iter(asked.logits.values())).shape[1]
+    most = min(_MOST_ROWS, _MOST_LOGITS // classes)
+    order = random_bits(0, 0, torch.arange(len(asked.labels)), STREAM_TRUST).argsort(stable=True)[:most]
     return _chosen(asked, order.sort().values.to(asked.labels.device))
+
+
+def _few(batches: Iterable[_Rows]) -> Iterator[_Rows]:
+    """All rows, or, of samples with several, those of the first batches: their logits have to be held together."""
+    asked = 0
+    for rows in batches:
+        yield rows
+        asked += next(iter(rows.logits.values())).numel()
+        if rows.samples is not None and asked >= _MOST_ASKED:
+            return
 
 
 def _rows(module: Trusting, outputs: Mapping[str, Any], batch: Any) -> _Rows:
@@ -390,8 +413,10 @@ def _some_of_sample(
     """Some of the rows of one sample of a batch, chosen by its number among all."""
     place = torch.tensor([index])
     found = _rows(module, part_of(outputs, place, size), part_of(batch, place, size))
+    classes = next(iter(found.logits.values())).shape[1]
+    most = min(ROWS_OF_SAMPLE, max(_FEWEST_OF_SAMPLE, _OF_SAMPLE // classes))
     order = random_bits(1, number, torch.arange(len(found.labels)), STREAM_TRUST).argsort(stable=True)
-    some = _chosen(found, order[:ROWS_OF_SAMPLE].sort().values.to(found.labels.device))
+    some = _chosen(found, order[:most].sort().values.to(found.labels.device))
     return some._replace(samples=torch.full_like(some.labels, number))
 
 

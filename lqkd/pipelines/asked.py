@@ -42,7 +42,9 @@ class Asked:
         root = Path(self.folder).expanduser()
         if not root.is_dir():
             what = "is no folder" if root.exists() else "does not exist"
-            raise UsageError(f"{self.folder!r} {what}: give a folder of images by class, with masks, or of texts")
+            raise UsageError(
+                f"{self.folder!r} {what}: give a folder of images by class, with masks or boxes, or of texts"
+            )
         for name in ("epochs", "image_size", "batch_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -34,7 +34,7 @@ from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, claim, forget_claimed,
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.quiet import quiet
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import Classification, MultiLabel, Task
+from lqkd.tasks import Classification, Detection, MultiLabel, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.utils.files import write_text
 
@@ -60,8 +60,9 @@ def distill(
     Neither network is changed. Every choice that was made is printed.
 
     By default it learns from the labels and by Hinton's KL divergence from the teacher's logits, 0.5 : 0.5 (binary KL
-    for :class:`~lqkd.tasks.MultiLabel`, squared residuals for a task without classes), by SGD, with fresh batch norm
-    statistics for whatever is validated and saved: ``docs/from_python.md`` says on what evidence, and when not.
+    for :class:`~lqkd.tasks.MultiLabel`, and 1 : 50 for :class:`~lqkd.tasks.Detection`; squared residuals for another
+    task without classes), by SGD, with fresh batch norm statistics for whatever is validated and saved:
+    ``docs/from_python.md`` says on what evidence, and when not.
 
     Args:
         student: the network in floating point, trained.
@@ -172,10 +173,11 @@ def _module(
     else:
         given["teachers"] = {name: _frozen(one) for name, one in given["teachers"].items()}
     if given.get("distillation") is None and given.get("distillation_loss") is None:
-        loss = HintonKL() if task.predicts_classes else BinaryKL() if isinstance(task, MultiLabel) else LogitResidual()
-        given["distillation_loss"] = loss
+        binary = isinstance(task, (MultiLabel, Detection))
+        given["distillation_loss"] = HintonKL() if task.predicts_classes else BinaryKL() if binary else LogitResidual()
         if given.get("balance") is None:
-            given["balance"] = FixedBalance(task=0.5, distill=0.5)
+            weights = (1.0, 50.0) if isinstance(task, Detection) else (0.5, 0.5)  # most positions show nothing
+            given["balance"] = FixedBalance(task=weights[0], distill=weights[1])
     recipe = bits if isinstance(bits, Recipe) else Recipe(bits=bits)
     return DistillModule(student=copy_of(student), quantization=recipe, task=copy.deepcopy(task), **given)
 

@@ -78,9 +78,10 @@ class Distilled:
         split where there is no other. Of several processes the first one writes; the others do not wait for it.
 
         Args:
-            path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats, or
-                ``student.gguf``.
-            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``gguf`` or ``nbits``: see ``docs/export.md``.
+            path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats,
+                ``student.gguf``, or the folder ``student.compressed-tensors``.
+            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``gguf``, ``nbits`` or ``compressed-tensors``:
+                see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -89,7 +90,7 @@ class Distilled:
 
         Raises:
             UsageError: when the file is there already, there is no format like that, or the network cannot be exported.
-            ParityError: when the file computes something else; nothing is written then.
+            ParityError: when the file computes something else; nothing has its name then.
         """
         from lqkd.export import require
 
@@ -101,12 +102,14 @@ class Distilled:
         from lqkd.export.gguf_file import GGUF
         from lqkd.export.nbits import NBITS
         from lqkd.export.nbits_command import write_nbits
+        from lqkd.export.pack_quantized import COMPRESSED
+        from lqkd.export.pack_quantized_command import write_compressed_tensors
 
-        known = (*BUILDERS, GGUF, NBITS)
+        known = (*BUILDERS, GGUF, NBITS, COMPRESSED)
         if format not in known:
             raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(known)}")
         target = self.folder / file_name(format) if path is None else Path(path)
-        if target.is_dir():
+        if target.is_dir() and format != COMPRESSED:
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
         if target.exists() and not overwrite:
             raise UsageError(f"{str(target)!r} exists: give overwrite=True, or another path")
@@ -116,14 +119,15 @@ class Distilled:
         split = next((split for split in ("test", "val") if has(self._data, split)), None)
         judged = () if split is None else islice(self._batches(split), 1)
         example = Inputs.joined([*map(self._inputs, judged), *calibration]).part(slice(COMPARED))
-        if format in (GGUF, NBITS):
+        if format in (GGUF, NBITS, COMPRESSED):
             test = () if split is None else self._batches(split)
             about = {"data": type(self._data).__name__} | dict(about or {})
             given = (self.network, target, example, test, split or "train", self.task, about)
-            if format == GGUF:
-                write_gguf(*given, tokenizer_of(self._data, self.network))
-            else:
+            if format == NBITS:
                 write_nbits(*given)
+            else:
+                write = write_gguf if format == GGUF else write_compressed_tensors
+                write(*given, tokenizer_of(self._data, self.network))
             return target
         to_onnx(
             self.network,

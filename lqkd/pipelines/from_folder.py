@@ -51,6 +51,7 @@ def distill_folder(
     ===============================  ============================  =========================================
     ``CLASS/IMAGE``                  ``Classification``            ``resnet18``, ``w4a4``
     ``images/`` and ``masks/``       ``Segmentation``              ``lraspp_mobilenet_v3_large``, ``w4a4``
+    boxes as VOC's or COCO's         ``Detection``                 ``small_fcos``, ``w4a4``
     ``.txt``, ``.md``, ``.jsonl``    ``CausalLM``                  ``gpt``, ``q4_0``
     ===============================  ============================  =========================================
 
@@ -62,11 +63,12 @@ def distill_folder(
     Called again in the same way it goes on with what was stopped or killed; what is done is kept.
 
     Args:
-        folder: as :class:`~lqkd.data.ImageFolder`, :class:`~lqkd.data.SegmentationFolder` or
-            :class:`~lqkd.data.TextFiles` take it; also with ``train/``, ``val/`` and ``test/``.
+        folder: as :class:`~lqkd.data.ImageFolder`, :class:`~lqkd.data.SegmentationFolder`,
+            :class:`~lqkd.data.VocDetection`, :class:`~lqkd.data.CocoDetection` or :class:`~lqkd.data.TextFiles` take
+            it; also with ``train/``, ``val/`` and ``test/``.
         student: the network: ``resnet18`` and other names of torchvision, then of timm; ``torchvision/NAME``,
-            ``timm/NAME``, ``hf-hub:OWNER/NAME``; ``gpt``; a YAML file with ``class_path`` and ``init_args``. None for
-            that of the table.
+            ``timm/NAME``, ``hf-hub:OWNER/NAME``; ``small_fcos``; ``gpt``; a YAML file with ``class_path`` and
+            ``init_args``. None for that of the table.
         bits: such as ``w8a8``, ``w4a4``, ``w2a2``; None likewise.
         teacher: a network, likewise, or the run of one that ``fit`` has trained; None for the student's own float
             network.

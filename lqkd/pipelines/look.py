@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from lqkd.data import ImageFolder, SegmentationFolder, TextFiles
+from lqkd.data import CocoDetection, ImageFolder, SegmentationFolder, TextFiles, VocDetection
 from lqkd.data.class_folders import SUFFIXES, has_folders, shown_files
+from lqkd.data.detection import DetectionFolder
 from lqkd.data.mask_files import read_mask
 from lqkd.data.parts import folders_of_parts
 from lqkd.errors import UsageError
-from lqkd.pipelines.found import CONTEXT, Found, Pairs, Photographs, Texts
+from lqkd.pipelines.found import CONTEXT, Boxed, Found, Pairs, Photographs, Texts
 
 _LOOKED_AT = 100
 """Images whose sizes are read."""
@@ -30,12 +31,12 @@ _TEXT = (*_READ, ".csv", ".tsv", ".json", ".parquet", ".arrow")
 _IGNORED = 255
 """What a mask has where a pixel belongs to no class."""
 _NEEDED = (
-    "give a folder with one folder of images per class (CLASS/IMAGE), with images/ and masks/, or with texts "
-    f"({', '.join(_READ)}), or train/, val/ and test/ with these"
+    "give a folder with one folder of images per class (CLASS/IMAGE), with images/ and masks/, with boxes in VOC's or "
+    f"COCO's form, or with texts ({', '.join(_READ)}), or train/, val/ and test/ with these"
 )
 
 
-def look_at(root: Path) -> Photographs | Pairs | Texts:
+def look_at(root: Path) -> Photographs | Pairs | Boxed | Texts:
     """What ``root`` holds, as the data modules read it; of images no more than some sizes, and all numbers of masks.
 
     Raises:
@@ -43,11 +44,7 @@ def look_at(root: Path) -> Photographs | Pairs | Texts:
     """
     boxes = next(_of_boxes(root), None)
     if boxes is not None:
-        raise UsageError(
-            f"{str(root)!r} is a data set of boxes ({boxes}), which distill does not take, but fit takes VOC's and "
-            "COCO's with lqkd.data.VocDetection and CocoDetection (configs/detection, docs/detection.md); for distill "
-            f"{_NEEDED}"
-        )
+        return _boxed(root, boxes)
     whole = root / "train" if has_folders(root / "train") else root
     if (whole / "images").is_dir() and (whole / "masks").is_dir():
         return _pairs(root)
@@ -63,12 +60,14 @@ def look_at(root: Path) -> Photographs | Pairs | Texts:
 
 def kind_of(root: Path) -> type[Found]:
     """Of what kind the content of ``root`` is, as :func:`look_at` says, by the names of files alone."""
+    if next(_of_boxes(root), None) is not None:
+        return Boxed
     whole = root / "train" if has_folders(root / "train") else root
     if (whole / "images").is_dir() and (whole / "masks").is_dir():
         return Pairs
     names = [name.lower() for name in islice(shown_files(str(root)), _FILES)]
     texts = any(name.endswith(_READ) for name in names) and not any(name.endswith(SUFFIXES) for name in names)
-    return Texts if texts and next(_of_boxes(root), None) is None else Photographs
+    return Texts if texts else Photographs
 
 
 def _photographs(root: Path) -> Photographs:
@@ -98,6 +97,21 @@ def _pairs(root: Path) -> Pairs:
     return Pairs(root, *counts, classes=classes, size=(height, width))
 
 
+def _boxed(root: Path, form: str) -> Boxed:
+    kind = VocDetection if form.startswith("VOC") else CocoDetection
+    if form.startswith("YOLO"):
+        raise UsageError(f"{str(root)!r} is a data set of boxes ({form}), which is not read: {_NEEDED}")
+    _, _, empty = kind(root=str(root)).annotated()
+    data: DetectionFolder = kind(root=str(root), leave_out_empty=bool(empty))
+    super(DetectionFolder, data).setup("fit")
+    counts = len(data.train_indices), len(data.val_indices), len(data._loaded().test_labels)
+    files = [root / name for name in data.test_files()]
+    sizes = [size for path in _some(files, _LOOKED_AT) if (size := _size(path))]
+    height, width = (int(median(size[axis] for size in sizes)) if sizes else 224 for axis in (1, 0))
+    names = data.class_names
+    return Boxed(root, *counts, classes=names, size=(height, width), module=kind.__name__, empty=len(empty))
+
+
 def _texts(root: Path) -> Texts:
     parts = {"root": str(root.resolve())}
     if has_folders(root) and (root / "train").is_dir():
@@ -116,11 +130,17 @@ def _some(items: Sequence[Any], most: int) -> Sequence[Any]:
 
 def _shorter_side(path: Path) -> int | None:
     """In pixels; None of a damaged file, which the training refuses by its name."""
+    size = _size(path)
+    return None if size is None else min(size)
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels, likewise."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return min(image.size)
+            return image.size
     except Exception:  # Pillow raises many types
         return None
 
@@ -146,6 +166,13 @@ def _of_boxes(root: Path) -> Iterator[str]:
     """The format of boxes around things in images, told by where its files lie."""
     if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
         yield "VOC's Annotations and JPEGImages"
+    for form in (
+        "*/_annotations.coco.json",
+        "annotations.json",
+        "annotations/instances_*.json",
+    ):  # damaged ones as well
+        for path in sorted(root.glob(form)):
+            yield f"COCO's {path.relative_to(root)}"
     for folder in (root, root / "annotations"):
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             with open(path, encoding="utf-8", errors="replace") as stream:

@@ -15,6 +15,7 @@ from torch import nn
 from lqkd.errors import UsageError, first_line
 from lqkd.models import load_weights
 from lqkd.pipelines.asked import PRETRAINED
+from lqkd.pipelines.found import SMALL_FCOS
 from lqkd.pipelines.published import HUB, architecture, published
 from lqkd.runs.folder import CONFIG
 from lqkd.utils.files import write_safetensors
@@ -24,6 +25,7 @@ from lqkd.utils.yaml_text import load_yaml
 _FILES = (".yaml", ".yml")
 TRAINED = "network.safetensors"
 GPT = "gpt"
+DETECTOR = "small_fcos"
 TOPICS = "builtin:topics_gpt"
 
 
@@ -108,6 +110,25 @@ def language_model(name: str, weights: str | None, setting: str) -> tuple[Networ
         accepted = f"{GPT} (lqkd.models.GPT, of bytes), or a YAML file with class_path and init_args"
         raise UsageError(f"{setting}={name!r} is no network for texts that is known: give {accepted}")
     return Network(name, _read(Path(name), None, setting)), weights
+
+
+def detector(name: str, classes: int, setting: str) -> Network:
+    """The network that a user names for boxes.
+
+    Args:
+        name: ``small_fcos`` for :class:`~lqkd.models.SmallFCOS`, or a YAML file with ``class_path`` and ``init_args``.
+        classes: their number.
+        setting: for messages.
+
+    Raises:
+        UsageError: when there is no such network.
+    """
+    if name == DETECTOR:
+        return Network(name, {"class_path": SMALL_FCOS, "init_args": {"num_classes": classes}})
+    if not name.lower().endswith(_FILES):
+        accepted = f"{DETECTOR} (lqkd.models.SmallFCOS), or a YAML file with class_path and init_args"
+        raise UsageError(f"{setting}={name!r} is no network for boxes that is known: give {accepted}")
+    return Network(name, _read(Path(name), classes, setting))
 
 
 def _of_library(name: str, classes: int, options: Mapping[str, Any]) -> Network:

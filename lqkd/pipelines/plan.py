@@ -14,8 +14,8 @@ import torch
 from lqkd.errors import UsageError, first_line
 from lqkd.models.calls import Inputs
 from lqkd.pipelines.asked import Asked
-from lqkd.pipelines.found import Found, Pairs, Photographs, Texts
-from lqkd.pipelines.networks import TOPICS, TRAINED, Network, language_model, named, starting_from, trained
+from lqkd.pipelines.found import Boxed, Found, Pairs, Photographs, Texts
+from lqkd.pipelines.networks import TOPICS, TRAINED, Network, detector, language_model, named, starting_from, trained
 from lqkd.quantization import Recipe, Rule, quantize_model
 from lqkd.quantization.batchnorm import foldable
 from lqkd.quantization.biases import bias_owners
@@ -25,10 +25,12 @@ FLOAT, TEACHER, STUDENT = "float", "teacher", "student"
 """The trainings, and their folders: the student in floating point, the teacher, the student at few bits."""
 _LARGEST = {"cuda": 224, "cpu": 128}
 """Pixels that a network sees unless more are asked for."""
+_LARGEST_WITH_BOXES = {"cuda": 480, "cpu": 192}
+"""Likewise of the shorter side, where things are to be found that are smaller than the image."""
 _STEPS = 300
 """Steps that a training aims at: as many epochs as that takes, within limits."""
-_IN_FLOAT, _AT_FEW_BITS = (10, 20), (5, 12)
-"""Fewest and most epochs; random weights get the most. At few bits an epoch takes several times as long."""
+_AT_FEW_BITS = (5, 12)
+"""Fewest and most epochs; at few bits one takes several times as long."""
 _OF_LANGUAGE: list[dict[str, Any]] = [
     {"match": "Embedding", "weight_bits": 8},
     {"match": "head", "weight_bits": 8, "activation_bits": 32},
@@ -82,8 +84,9 @@ class _Training:
         data: dict[str, Any] = {**described["init_args"], "batch_size": self.batch_size}
         if image_size is not None:
             data["image_size"] = image_size if isinstance(image_size, int) else [*image_size]
-        if self.found.task is not None:
-            settings = {**settings, "task": self.found.task}
+        task = self.found.task_at(image_size)
+        if task is not None:
+            settings = {**settings, "task": task}
         if self.mean is not None and self.std is not None:
             data |= {"mean": list(self.mean), "std": list(self.std)}
         return {
@@ -102,7 +105,7 @@ class _Training:
         anew, onwards, _ = self.found.optimizers
         optimizer = copy.deepcopy(anew if network.weights is None else onwards)  # YAML would have an alias
         settings |= {"optimizer": optimizer, "schedule": _cosine()}
-        fewest, most = _IN_FLOAT
+        fewest, most = self.found.epochs_in_float
         epochs = self.epochs(most if network.weights is None else fewest, most)
         size = network.image_size or self.image_size
         return self.config(name, "ClassifierModule", settings, size, max_epochs=epochs)
@@ -112,7 +115,7 @@ class _Training:
         return str(self.out / name / TRAINED)
 
 
-def plan(asked: Asked, found: Photographs | Pairs | Texts, folder: Path, out: Path) -> Plan:
+def plan(asked: Asked, found: Photographs | Pairs | Boxed | Texts, folder: Path, out: Path) -> Plan:
     """Choose what was not asked for.
 
     Args:
@@ -132,7 +135,7 @@ def plan(asked: Asked, found: Photographs | Pairs | Texts, folder: Path, out: Pa
         teacher = _network(asked.teacher, asked.teacher_weights, found, TEACHER, folder, out)
     size, about_size = _image_size(asked, found, student)
     quantization, callbacks, about_bits = _quantization(student, bits, size)
-    batch = asked.batch_size or min(32, 2 ** max(1, int(math.log2(max(2, found.train / 2)))))
+    batch = asked.batch_size or min(found.most_in_batch, 2 ** max(1, int(math.log2(max(2, found.train / 2)))))
     training = _Training(found, out, size, batch, student.mean, student.std, asked.epochs)
     configs: dict[str, dict[str, Any]] = {}
     if not student.knows:
@@ -140,27 +143,24 @@ def plan(asked: Asked, found: Photographs | Pairs | Texts, folder: Path, out: Pa
     if teacher is not None and not teacher.knows:
         configs[TEACHER] = training.in_float(TEACHER, teacher)
     own = student.weights if student.knows else training.result(FLOAT)
-    temperature, of_task, of_teacher = found.distillation
-    hotter = {} if temperature is None else {"init_args": {"temperature": temperature}}
+    of_teacher, learns = found.distils(student.config)
     settings = {
         "teacher": _teacher(training, teacher or student, own if teacher is None else None),
         "student": student.config,
         "student_weights": own,
         "quantization": quantization,
-        "distillation_loss": {"class_path": "lqkd.losses.HintonKL", **hotter},
-        "balance": {"class_path": "lqkd.balances.FixedBalance", "init_args": {"task": of_task, "distill": of_teacher}},
+        **of_teacher,
         "student_optimizer": copy.deepcopy(found.optimizers[2]),
     }
     trainer = {"max_epochs": training.epochs(*_AT_FEW_BITS), "callbacks": callbacks}
     configs[STUDENT] = training.config(STUDENT, "DistillModule", settings, size, **trainer)
     told = [*_about_data(training, about_size), *_about_networks(configs, found, student, teacher)]
-    learns = "the labels" if not isinstance(found, Texts) else "the text"
-    told += [("bits", about_bits), ("learns from", f"{of_task} of {learns}, {of_teacher} of HintonKL from the teacher")]
+    told += [("bits", about_bits), ("learns from", learns)]
     return Plan(configs, [*told, *_about_training(configs, STUDENT, "student_optimizer", "distilled")])
 
 
 def _network(
-    name: str, weights: str | None, found: Photographs | Pairs | Texts, setting: str, folder: Path, out: Path
+    name: str, weights: str | None, found: Photographs | Pairs | Boxed | Texts, setting: str, folder: Path, out: Path
 ) -> Network:
     place = Path(name).expanduser()
     if setting == TEACHER and (place.is_dir() or place.suffix in (".safetensors", ".pt", ".pth", ".ckpt")):
@@ -169,6 +169,8 @@ def _network(
         return trained(place, setting)
     if isinstance(found, Texts):
         network, weights = language_model(name, weights, setting)
+    elif isinstance(found, Boxed):
+        network = detector(name, len(found.classes), setting)
     else:
         network = named(name, len(found.classes), setting, pixels=isinstance(found, Pairs))
     file = f"{setting}_pretrained.safetensors"
@@ -251,13 +253,14 @@ def _sides(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _image_size(asked: Asked, found: Photographs | Pairs | Texts, student: Network) -> tuple[Size | None, str]:
+def _image_size(asked: Asked, found: Photographs | Pairs | Boxed | Texts, student: Network) -> tuple[Size | None, str]:
     if isinstance(found, Texts):
         if asked.image_size is not None:
             raise UsageError(f"image_size={asked.image_size} is not possible: {asked.folder!r} holds texts")
         return None, ""
-    if isinstance(found, Pairs):
-        return _of_pairs(asked.image_size, found)
+    if isinstance(found, Pairs | Boxed):
+        largest, multiple = (_LARGEST, 16) if isinstance(found, Pairs) else (_LARGEST_WITH_BOXES, 32)
+        return _in_proportion(asked.image_size, found.size, largest, multiple)
     if asked.image_size is not None:
         if student.image_size not in (None, asked.image_size):
             raise UsageError(
@@ -275,14 +278,15 @@ def _image_size(asked: Asked, found: Photographs | Pairs | Texts, student: Netwo
     return size, f"{size} pixels square, of photographs whose shorter side has {found.side}"
 
 
-def _of_pairs(asked: int | None, found: Pairs) -> tuple[Size, str]:
-    """The size of images with masks, in the proportions of most of them."""
+def _in_proportion(
+    asked: int | None, size: tuple[int, int], largest: Mapping[str, int], multiple: int
+) -> tuple[Size, str]:
+    """The size of images with masks or boxes, in the proportions of most of them, in multiples of a number."""
     if asked is not None:
         return (asked, asked), f"{asked} pixels square, as asked"
-    shorter, most = min(found.size), _LARGEST["cuda" if torch.cuda.is_available() else "cpu"]
-    factor = min(1.0, most / shorter)
-    height, width = (max(16, round(side * factor / 16) * 16) for side in found.size)
-    return (height, width), f"{height} by {width} pixels, of photographs of {found.size[0]} by {found.size[1]}"
+    factor = min(1.0, largest["cuda" if torch.cuda.is_available() else "cpu"] / min(size))
+    height, width = (max(multiple, round(side * factor / multiple) * multiple) for side in size)
+    return (height, width), f"{height} by {width} pixels, of photographs of {size[0]} by {size[1]}"
 
 
 def _about_data(training: _Training, about_size: str) -> Iterator[tuple[str, str]]:

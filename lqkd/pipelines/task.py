@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.models.calls import dtype_name
 from lqkd.models.outputs import Asked, main_tensor
+from lqkd.pipelines.found import reach_of
 from lqkd.quantization.modes import evaluating
-from lqkd.tasks import CausalLM, Classification, KeyedClassification, MultiLabel, Segmentation, Task
+from lqkd.tasks import CausalLM, Classification, Detection, KeyedClassification, MultiLabel, Segmentation, Task
+from lqkd.tasks.scenes import scenes_of
 
 LABELS = ("labels", "label", "targets", "target")
 """What labels are called in batches that are dicts."""
@@ -29,6 +31,7 @@ def guess_task(batch: Any, network: nn.Module) -> Task:
     inputs and integers (B,) or (B, 1); inputs alone           :class:`~lqkd.tasks.Classification`
     inputs and integers (B, H, W)                              :class:`~lqkd.tasks.Segmentation`
     inputs and 0, 1 or -1 (B, C), C >= 2                       :class:`~lqkd.tasks.MultiLabel`
+    images and a list of dicts with ``boxes`` and ``labels``   :class:`~lqkd.tasks.Detection`
     a dict with integers (B,) under one of :data:`LABELS`      :class:`~lqkd.tasks.KeyedClassification`
     a dict with ``input_ids`` (B, T), and no labels or them    :class:`~lqkd.tasks.CausalLM`
     =========================================================  =====================================
@@ -37,7 +40,8 @@ def guess_task(batch: Any, network: nn.Module) -> Task:
 
     Args:
         batch: what a loader yields, on the CPU.
-        network: is asked how many classes of pixels it knows, and what its arguments are called.
+        network: is asked how many classes of pixels, or of objects on which levels, it knows, and what its arguments
+            are called.
 
     Raises:
         UsageError: when it is none of these, or could be several.
@@ -46,11 +50,14 @@ def guess_task(batch: Any, network: nn.Module) -> Task:
         return _keyed(batch, network)
     if isinstance(batch, Tensor):
         return Classification()
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and _are_boxes(batch[1]):
+        return _detection(batch, network)
     if not isinstance(batch, (tuple, list)) or not batch or not isinstance(batch[0], Tensor):
         raise UsageError(f"the task cannot be told from a batch that is a {_name(batch)}: {_OWN}")
-    if len(batch) == 1:
-        return Classification()
-    images, labels = batch[0], batch[1]
+    return Classification() if len(batch) == 1 else _labelled(batch[0], batch[1], network)
+
+
+def _labelled(images: Tensor, labels: Any, network: nn.Module) -> Task:
     if not isinstance(labels, Tensor):
         raise UsageError(f"the task cannot be told from labels that are a {_name(labels)}: {_OWN}")
     whole = not (labels.is_floating_point() or labels.is_complex())
@@ -117,6 +124,32 @@ def _classes_of_pixels(network: nn.Module, images: Tensor) -> int:
             "logits of shape (B, C, H, W) are needed"
         )
     return logits.shape[1]
+
+
+def _are_boxes(labels: Any) -> bool:
+    listed = isinstance(labels, (tuple, list)) and len(labels) > 0
+    return listed and all(isinstance(one, Mapping) and {"boxes", "labels"} <= one.keys() for one in labels)
+
+
+@torch.no_grad()
+def _detection(batch: Sequence[Any], network: nn.Module) -> Detection:
+    """Of the classes and strides that the network's maps have."""
+    images = scenes_of(batch, 128).images[:1]  # of any stride
+    parameter = next(network.parameters(), images)
+    with evaluating(network):
+        maps = network(images.to(parameter.device, parameter.dtype))
+    found = {}
+    for name, value in maps.items() if isinstance(maps, Mapping) else ():
+        kind, _, stride = str(name).rpartition("_")
+        if kind == "classes" and stride.isdecimal() and isinstance(value, Tensor) and value.ndim == 4:
+            found[int(stride)] = value.shape[1]
+    if not found or len({*found.values()}) > 1:
+        raise UsageError(
+            "labels have boxes, and the student returns no maps 'classes_S' (B, C, H / S, W / S) of the same classes "
+            f"for each stride S, as lqkd.models.SmallFCOS does: {_OWN}"
+        )
+    longest = max(side for image in batch[0] for side in image.shape[-2:])
+    return Detection(next(iter(found.values())), strides=sorted(found), reach=reach_of(longest))
 
 
 def _name(value: Any) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lqkd.callbacks import BatchNormReestimation, ProgressBar, RegularizerMonitor
+from lqkd.callbacks.box_pictures import BoxPictures
 from lqkd.errors import UsageError, first_line
 from lqkd.modules.devices import check_devices
 from lqkd.modules.trainer_checks import check_trainer_settings
@@ -22,7 +23,7 @@ from lqkd.runs import BestAndLast, RunLogger, RunSummary
 from lqkd.runs.description import Description
 from lqkd.runs.folder import CHECKPOINTS
 from lqkd.runs.logger import LogEveryEpoch
-from lqkd.tasks import Task
+from lqkd.tasks import Detection, Task
 from lqkd.utils.suggest import nearest
 
 _TAKEN = {
@@ -76,6 +77,8 @@ def trainer_for(
     callbacks = given.get("callbacks") or []
     callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
     ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), Description(guessed)]
+    if isinstance(task, Detection):
+        ours.append(BoxPictures())
     if given.get("enable_progress_bar") is not False and not any(isinstance(one, Bar) for one in callbacks):
         ours.append(ProgressBar())
     if given.get("log_every_n_steps") is None:

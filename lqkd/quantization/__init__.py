@@ -24,6 +24,7 @@ from lqkd.quantization.layers import (
 )
 from lqkd.quantization.quantizers import LSQ, QUANTIZERS, Quantizer
 from lqkd.quantization.recipe import Recipe, Rule
+from lqkd.quantization.rotation import rotate
 from lqkd.quantization.survey import Operation
 
 __all__ = [
@@ -67,5 +68,6 @@ __all__ = [
     "quantize_model",
     "quantizers",
     "reestimate_batchnorm",
+    "rotate",
     "size",
 ]

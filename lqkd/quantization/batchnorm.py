@@ -16,6 +16,7 @@ from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import obstacle, trace
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.norms import is_batch_norm, is_frozen_norm
 from lqkd.quantization.residual import move_output_quantizer
 
 
@@ -101,6 +102,8 @@ def fold_batchnorm(model: nn.Module, untouched: Collection[str] = (), graph: fx.
     boundary. Its effective bits do not change. In place of a batch norm stays what else it did: nothing, or the
     activation of timm's ``BatchNormAct2d``.
 
+    Frozen batch norms, such as torchvision's ``FrozenBatchNorm2d``, are folded likewise.
+
     A batch norm is kept where there is no convolution of its own before it (pre-activation networks, DenseNet), where
     the convolution's result is used twice, where either is called twice, and where it has no running statistics.
 
@@ -146,12 +149,12 @@ def foldable(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph 
     calls = [node for node in graph.nodes if node.op == "call_module"]
     folded, kept = {}, {}
     for name, norm in modules.items():
-        if not isinstance(norm, _BatchNorm):
+        if not is_batch_norm(norm):
             continue
         nodes = [node for node in calls if node.target == name]
         source = _source(nodes, calls)
         layer = modules.get(source) if source is not None else None
-        reason = _obstacle(norm, layer, nodes) or _guarded(source, name, untouched)
+        reason = _obstacle(cast(_BatchNorm, norm), layer, nodes) or _guarded(source, name, untouched)
         if reason is None:
             assert source is not None
             folded[name] = source
@@ -202,7 +205,7 @@ def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -
     changed = computed(layer)
     if not isinstance(layer, QuantizedLayer) and (changed or type(layer) not in QUANTIZED_LAYERS):
         return f"follows a {type(layer).__name__}, {changed or 'whose forward may differ'}"
-    plain = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    plain = is_frozen_norm(norm) or type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     if not plain and not _is_activated(norm):
         return f"a {type(norm).__name__}, whose forward may differ"
     return None

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError
 from lqkd.quantization.accumulator import layer_integers
@@ -17,6 +16,7 @@ from lqkd.quantization.codes import activation_codes, is_exactly_uniform, weight
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.moves import clamps, moves
+from lqkd.quantization.norms import is_batch_norm
 from lqkd.quantization.quantizers import N2UQ, APoT, Dynamic, LevelwiseStep, Quantizer, ReAct
 
 _TIE = 4e-6
@@ -84,7 +84,7 @@ def integer_biases(model: nn.Module, folded: Mapping[str, str]) -> dict[str, Ten
     readers = _readers(model)
     for name, owner in bias_owners(model, folded).items():
         layer, module = cast(QuantizedLayer, model.get_submodule(name)), model.get_submodule(owner)
-        factor, bias = folded_parameters(layer, module if isinstance(module, _BatchNorm) else None)
+        factor, bias = folded_parameters(layer, cast(Any, module) if is_batch_norm(module) else None)
         assert layer.weight_quantizer is not None
         assert layer.input_quantizer is not None
         assert bias is not None
@@ -149,7 +149,7 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
             return [module]
         if isinstance(module, QuantizedLayer):
             return [] if module.input_quantizer is None else [module.input_quantizer]
-        passes = isinstance(module, _BatchNorm) or clamps(node, model) or moves(node, model)
+        passes = is_batch_norm(module) or clamps(node, model) or moves(node, model)
         return behind(node) if passes else []
 
     found = {str(node.target): behind(node) for node in graph.nodes if node.op == "call_module"}

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import first_line
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
+from lqkd.quantization.norms import is_batch_norm
 from lqkd.quantization.ports import Calls, Port, is_inside, where
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.residual import hook_up
@@ -61,8 +61,8 @@ class Tracer(fx.Tracer):
         self.given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = QuantizedLayer | _BatchNorm | Quantizer
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        leaf = isinstance(m, QuantizedLayer | Quantizer) or is_batch_norm(m)
+        return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -32,7 +32,8 @@ from lqkd.quantization import native
 
 COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether :func:`torch.export.export` is at work, from PyTorch 2.7 on."""
 MOST_GRAPHS = 128
 """Compiled forms of one function that a process may have."""
 
@@ -144,7 +145,7 @@ def _takes(form: native.LearnedStep | None, channel_axis: int | None, x: Tensor,
 
 def _captured(x: Tensor) -> bool:
     """Whether ``x`` is in a graph for ``torch.compile``, and not in one that goes where nobody knows our operations."""
-    capturing = torch.compiler.is_dynamo_compiling() and not _is_exporting()
+    capturing = torch.compiler.is_dynamo_compiling() and not is_exporting()
     return capturing and x.numel() > 0 and _compiler.wanted()
 
 

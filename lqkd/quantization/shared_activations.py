@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import clamps, moves
+from lqkd.quantization.norms import is_batch_norm
 from lqkd.quantization.ports import Calls, Port
 from lqkd.quantization.quantizers import Quantizer
 
@@ -107,7 +107,7 @@ class _Search:
 
     def _is_written(self, node: fx.Node) -> bool:
         """Whether something computes the value that has a chance to do so in integers."""
-        while clamps(node, self.model) or moves(node, self.model) or isinstance(self._module(node), _BatchNorm):
+        while clamps(node, self.model) or moves(node, self.model) or is_batch_norm(self._module(node)):
             node = node.all_input_nodes[0]
         module = self._module(node)
         if isinstance(module, QuantizedLayer):

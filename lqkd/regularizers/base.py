@@ -103,6 +103,14 @@ class Regularizer(nn.Module, ABC):
             weights = self.response(teacher.detach().float(), student.detach().float(), labels).square()
             return self.guard.constrain(weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0))
 
+    def applied(self, weights: Tensor, divergence: Tensor) -> Tensor:
+        """The weights that the student sees, detached.
+
+        Args:
+            weights, divergence: as of :meth:`objective`.
+        """
+        return weights.detach()
+
     def objective(self, weights: Tensor, divergence: Tensor, alignment: Tensor | None = None) -> Tensor:
         """What phi minimises: the priced weights plus the guard's term, 0-dim; only phi gets gradients.
 

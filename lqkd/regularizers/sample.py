@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lqkd.errors import UsageError
 from lqkd.losses.probabilities import times_log
+from lqkd.regularizers.applied import APPLIED, Applied
 from lqkd.regularizers.base import Regularizer
 from lqkd.regularizers.guards import Guard
 from lqkd.regularizers.mlp import MLP
@@ -25,12 +27,18 @@ class SampleWeight(Regularizer):
     and does not depend on the number of classes. The logits are (B, C), the weights (B,); every weight is 1 at the
     start.
 
+    What the weight of *each sample* does, and what any weights of that size would do, is told apart by what the student
+    gets of it (``applied``); phi learns the same in all cases, and statistics are of what it learns.
+
     Args:
         hidden: width of the hidden layer, >= 1.
         guard, player, max_weight: see :class:`Regularizer`.
+        applied: ``own`` weight of each sample; as controls for a study, the ``mean`` of the weights of a process's
+            batch for all its samples, or weights ``exchanged`` among these.
 
     Raises:
-        UsageError: when an argument is out of range.
+        UsageError: when an argument is out of range or not known, or a player that looks ahead would look ahead from
+            other weights than the student gets.
 
     Examples:
         >>> regularizer = SampleWeight()
@@ -47,9 +55,21 @@ class SampleWeight(Regularizer):
         guard: Guard | str = "barrier",
         player: Player | str = "cooperative",
         max_weight: float = 100.0,
+        applied: Applied = "own",
     ) -> None:
         super().__init__(guard, player, max_weight)
+        if applied not in APPLIED:
+            raise UsageError(f"applied={applied!r} is unknown: use {', '.join(APPLIED)}")
+        if applied != "own" and self.player.needs_alignment:
+            raise UsageError(
+                f"applied={applied!r} does not go with player {type(self.player).__name__}, which looks ahead from the "
+                "weights of samples: use applied own, or another player"
+            )
+        self._applied = APPLIED[applied]
         self.network = MLP(5, hidden)
+
+    def applied(self, weights: Tensor, divergence: Tensor) -> Tensor:
+        return self._applied(weights.detach(), divergence.detach())
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
         step = rows_at_once(teacher)

@@ -125,7 +125,7 @@ class BestAndLast(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._finished = False
-        if self._resumed is not None and self._resumed["batches"]:
+        if self._resumed is not None:
             resume_state.fast_forward(trainer, self._resumed["batches"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

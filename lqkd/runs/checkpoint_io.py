@@ -51,3 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """What :meth:`save_checkpoint` has written, on the CPU; optimizers move their state to its parameters.
+
+        Lightning's default is a function, which PyTorch refuses for the tensors of optimizers with a state of 8 bits.
+        """
+        return super().load_checkpoint(path, map_location, weights_only)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lqkd.callbacks import ProgressBar, RegularizerMonitor
+from lqkd.callbacks.box_pictures import BoxPictures
 from lqkd.callbacks.predictions import Predictions
 from lqkd.data import DetectionFolder, ImageFolder, SegmentationFolder
 from lqkd.data.reading import collation_problem
@@ -57,7 +58,7 @@ from lqkd.runs.resume import Resumption, check_place, differences, find, limits,
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import Classification, Task
+from lqkd.tasks import Classification, Detection, Task
 from lqkd.utils.files import write_text
 from lqkd.utils.yaml_text import load_yaml
 
@@ -359,6 +360,8 @@ class LqkdCLI(LightningCLI):
         if isinstance(self.model, DistillModule):
             callbacks.insert(0, RegularizerMonitor())
             callbacks += self.of_distillation
+        if isinstance(_task_of(self.model), Detection):
+            callbacks.append(BoxPictures())
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         if self.run_folder is not None:

@@ -57,7 +57,7 @@ def _exported(folder: Path, summary: Mapping[str, Any]) -> Iterator[Network]:
             said = read_json(path, EXPORT_REPORT)
             value = (said.get("measured") or {}).get("value")
             file = folder / str(said.get("file"))
-            if file not in old and file.is_file():
+            if file not in old and file.exists():
                 told = "not measured" if value is None else _shown(summary, value)
                 yield Network(file.name, told, _size(said.get("file_bytes")))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -120,9 +121,18 @@ def check_goes_on(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def fast_forward(trainer: Trainer, batches: int) -> None:
-    """Let the training loader go on after ``batches`` of its epoch; before its first batch is taken."""
+    """Let the training loader go on after ``batches`` of its epoch, 0 or more; before its first step."""
     loader: Any = trainer.train_dataloader
-    if hasattr(loader, "start_at"):
+    starts = hasattr(loader, "start_at")
+    if starts and sized_len(loader) is None:  # of which Lightning has taken the first batch of epoch 0 by now
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        _set_sampler_epoch(loader, epochs.processed)
+        loader.start_at(batches)
+        iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # it is there once the data are set up
+        return
+    if not batches:
+        return
+    if starts:
         loader.start_at(batches)
         return
     rank_zero_warn(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lqkd.callbacks.folder import run_folder_of
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.data.text import tokenizer_said
 from lqkd.modules import DistillModule
 from lqkd.modules.base import TaskModule
 from lqkd.modules.references import REFERENCES
@@ -197,9 +198,11 @@ class RunSummary(Callback):
             "std": list(getattr(data, "std", ())),
             "image_shape": list(getattr(data, "image_shape", ())),
             "resize_size": getattr(data, "resize_size", None),
+            **({"whole": True} if getattr(data, "whole_images", False) else {}),
             name: module.hparams.get(name),
             "quantization": _recipe(module),
             "task": module.hparams.get("task"),
+            **tokenizer_said(data),
         }
         texts = {key: json.dumps(value) for key, value in finite(described).items()}
         write_safetensors(folder / f"{name}.safetensors", state, texts)

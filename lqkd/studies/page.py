@@ -25,6 +25,7 @@ from lqkd.studies.results import Run, metric_of
 from lqkd.studies.tables import HEADINGS, NONE, cells, endings, heading, note, number
 from lqkd.tasks.values import is_share, name_of
 from lqkd.utils import figures
+from lqkd.utils.box_figures import PICTURE
 from lqkd.utils.files import is_own_file
 from lqkd.utils.progress import track
 
@@ -66,6 +67,7 @@ def as_html(material: Material) -> str:
         results=[_picture(one) for one in track(drawn.results(material), "drawing", None)],
         training=[_picture(one) for one in track(drawn.training(material), "drawing", None)],
         runs=Table(f"Every run, {heading(material.runs)}", RUN_HEADINGS, [run_row(run) for run in material.runs]),
+        found=_box_pictures(material.runs),
         regularizers=_regularizer_pictures(material.runs),
         layers=_layer_tables(material.runs),
         exports=Table("Exported files", exports.HEADINGS, exports.export_rows(material.runs)),
@@ -170,6 +172,17 @@ def _regularizer_pictures(runs: Sequence[Run]) -> dict[str, list[Picture]]:
                 width > _WIDE * height,
             )
             found.setdefault(run.variant, []).append(picture)
+    return found
+
+
+def _box_pictures(runs: Sequence[Run]) -> list[Picture]:
+    """What the networks of each variant's first detector find on photographs."""
+    first = {run.variant: run for run in reversed(runs) if is_own_file(run.folder / PICTURE, run.folder)}
+    found = []
+    for run in reversed(first.values()):
+        content, width, height = _png(run.folder / PICTURE)
+        told = f"{run.variant}, seed {run.seed}: test photographs with what is there, and what each network finds there"
+        found.append(Picture(_uri(content, "image/png"), told, told, width > height))
     return found
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.tasks.labels import Samples as Samples
     from lqkd.tasks.multi_label import MultiLabel as MultiLabel
     from lqkd.tasks.segmentation import Segmentation as Segmentation
+    from lqkd.tasks.torchvision_detection import TorchvisionDetection as TorchvisionDetection
 
 _WHERE = {
     "Asked": "lqkd.models.outputs",
@@ -35,6 +36,7 @@ _WHERE = {
     "Samples": "lqkd.tasks.labels",
     "Segmentation": "lqkd.tasks.segmentation",
     "Task": "lqkd.tasks.base",
+    "TorchvisionDetection": "lqkd.tasks.torchvision_detection",
     "main_tensor": "lqkd.models.outputs",
 }
 

@@ -48,6 +48,9 @@ class Task(nn.Module, ABC):
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
+    softmax_rows: bool = False
+    """Whether the softmax of a row is a prediction although no label says of which class, so that losses on the softmax
+    compare rows; of tasks that predict classes it is in any case."""
     class_axis: ClassVar[int] = 1
     """The axis of :meth:`outputs` (B, ...) that has a logit for each class; of a text it is the last."""
     confidences: ClassVar[bool] = False
@@ -85,6 +88,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def rows(self, outputs: Any, batch: Any) -> Rows:
         """The rows of a network's outputs; the same rows for teacher and student."""
+
+    def places(self, batch: Any) -> Tensor | None:
+        """Which tokens of a batch's sequences features are compared at, (B, T) bool; None for all."""
+        return None
 
     def counted(self, rows: Rows, batch: Any) -> Tensor | int:
         """How many rows :meth:`loss` is a mean over, 0-dim."""

@@ -135,6 +135,12 @@ class CausalLM(Task):
             return Rows(logits[:1].masked_fill(torch.ones_like(logits[:1], dtype=torch.bool), 0.0), flat[:1])
         return Rows(logits[kept], flat[kept])
 
+    def places(self, batch: Any) -> Tensor | None:
+        """The tokens with an attention mask other than 0; None, for all, without one."""
+        self._text(batch)  # which reads the mask
+        mask = self._mask(batch)
+        return None if mask is None else mask != 0
+
     def part(self, batch: Any, samples: slice) -> Any:
         text = self._text(batch)
         if isinstance(batch, Mapping):

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.losses.detection import Assigned, assign, fcos_losses
 from lqkd.models.decoding import detections
 from lqkd.models.outputs import Asked
 from lqkd.models.position_grid import Positions, boxes_at, positions
-from lqkd.quantization import LSQ, Recipe, Rule
-from lqkd.quantization.convert import layer_kind, quantizable_layers
-from lqkd.quantization.graph import survey
-from lqkd.quantization.recipe import exactly, find_quantizer, resolve
-from lqkd.tasks.average_precision import box_metrics, logged_as, mean_average_precision
-from lqkd.tasks.base import Rows, Task, example_input
-from lqkd.tasks.scenes import Scenes, are_images, scenes_of
-
-_SURE, _SAME_PLACE = 0.3, 0.7
-"""The score of an object, and the overlap of two, from which on a file's must have a partner in the network's."""
+from lqkd.tasks.base import Rows
+from lqkd.tasks.box_detection import ANY_SIZE, BoxDetection
 
 
-class Detection(Task):
+class Detection(BoxDetection):
     """Boxes and classes of the objects in images, by a detector without anchors such as :class:`lqkd.models.SmallFCOS`.
 
     Batches are ``(images, targets, ...)``, or images alone: a tensor (B, C, H, W) or a list of images (C, H, W), and
@@ -59,10 +49,6 @@ class Detection(Task):
         UsageError: when an argument is not possible, or faster-coco-eval is not installed.
     """
 
-    monitor = "val/map"
-    one_row_a_sample = False
-    answer = "set of objects"
-
     def __init__(
         self,
         classes: int | list[str],
@@ -72,29 +58,14 @@ class Detection(Task):
         overlap: float = 0.6,
         most_objects: int = 100,
     ) -> None:
-        super().__init__()
-        self.names = _names(classes)
         whole = isinstance(strides, (list, tuple)) and all(type(stride) is int for stride in strides)
         if not whole or not strides or list(strides) != sorted(set(strides)) or strides[0] < 1:
             raise UsageError(f"strides={strides!r} is not possible: whole numbers that rise, such as [8, 16, 32]")
-        for name, value, valid, needed in (
-            ("reach", reach, lambda: 0 < reach < math.inf, "a number above 0"),
-            ("min_score", min_score, lambda: 0 <= min_score < 1, "a number from 0 to 1, 1 excluded"),
-            ("overlap", overlap, lambda: 0 < overlap < 1, "a number between 0 and 1, both excluded"),
-            ("most_objects", most_objects, lambda: type(most_objects) is int and most_objects >= 1, "a whole number"),
-        ):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not valid():
-                raise UsageError(f"{name}={value!r} of task Detection is not possible: {needed} is needed")
-        mean_average_precision()  # or the training would end at its first validation
-        self.classes, self.strides, self.reach = len(self.names), tuple(strides), reach
-        self.min_score, self.overlap, self.most_objects = min_score, overlap, most_objects
+        super().__init__(classes, strides, strides[-1], min_score, overlap, most_objects)
+        self._check(("reach", reach, lambda: 0 < reach < math.inf, "a number above 0"))
+        self.reach = reach
 
     # ---- the path of a batch
-
-    def inputs(self, batch: Any) -> Tensor:
-        """The images (B, C, H, W), padded to multiples of the coarsest stride."""
-        return self._scenes(batch).images
 
     def outputs(self, returned: Any, asked: Asked) -> Tensor:
         """An answer for every position (B, P, C + 5), float32: logits, box xyxy in pixels, centerness.
@@ -104,39 +75,19 @@ class Detection(Task):
         """
         levels = []
         for stride in self.strides:
-            maps = [self._map(returned, f"{name}_{stride}", asked) for name in ("classes", "boxes", "centerness")]
-            wanted = (self.classes, 4, 1)
-            if any(
-                of.shape != (asked.samples, count, *maps[0].shape[2:]) for of, count in zip(maps, wanted, strict=True)
-            ):
-                shapes = ", ".join("x".join(map(str, of.shape)) for of in maps)
-                raise UsageError(
-                    f"the {asked.network} returns maps of shapes {shapes} on stride {stride} for {asked.samples} "
-                    f"images: (B, {self.classes}, H, W) logits of the task's classes, (B, 4, H, W) and (B, 1, H, W) "
-                    "are needed"
-                )
+            maps = self.maps(returned, stride, {"classes": self.classes, "boxes": 4, "centerness": 1}, asked)
             classes, distances, centerness = (of.float().flatten(2).transpose(1, 2) for of in maps)
             height, width = maps[0].shape[2:]
             at = positions(height * stride, width * stride, [stride], maps[0].device)
             levels.append(torch.cat([classes, boxes_at(distances, at), centerness], dim=2))
         return torch.cat(levels, dim=1)
 
-    def _map(self, returned: Any, name: str, asked: Asked) -> Tensor:
-        value = returned.get(name) if isinstance(returned, Mapping) else None
-        if isinstance(value, Tensor) and value.ndim == 4:
-            return value
-        found = ", ".join(map(repr, returned)) if isinstance(returned, Mapping) else f"a {type(returned).__name__}"
-        raise UsageError(
-            f"the {asked.network} returns {found}: a dict with maps (B, C, H, W) called 'classes_S', 'boxes_S' and "
-            f"'centerness_S' for each stride S of {list(self.strides)} is needed, and {name!r} is not there"
-        )
-
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """FCOS' loss, 0-dim: the mean over the images; 0 for images alone."""
-        scenes = self._scenes(batch)
+        scenes = self.scenes(batch)
         if scenes.objects is None:
             return 0.0 * outputs.sum()
-        at = self._positions(outputs, scenes)
+        at = self._positions(outputs, scenes.images)
         each = [assign(*objects, at, reach=self.reach) for objects in scenes.objects]
         return fcos_losses(*self._parts(outputs), Assigned(*map(torch.stack, zip(*each, strict=True)))).mean()
 
@@ -144,138 +95,15 @@ class Detection(Task):
         """Every position of every image: logits (B * P, C), no labels."""
         return Rows(outputs[..., : self.classes].flatten(0, 1), None)
 
-    def counted(self, rows: Rows, batch: Any) -> Tensor | int:
-        return len(self._scenes(batch).images)
-
-    def part(self, batch: Any, samples: slice) -> Any:
-        if are_images(batch):
-            return batch[samples]
-        return tuple(None if of is None else of[samples] for of in batch[:2])
-
-    # ---- what a recipe leaves open
-
-    def recipe(self, recipe: Recipe, network: nn.Module) -> Recipe:
-        """The last layers' bits for all that the network names as such, and a step for each level where ``lsq`` is."""
-        bits, named = recipe.last_layer_bits, getattr(network, "last_layers", ())
-        if bits is not None and named:
-            rules = [Rule(name, weight_bits=bits, activation_bits=bits) for name in named]
-            recipe = replace(recipe, rules=[*rules, *recipe.rules])
-        layers = {name: layer_kind(layer) for name, layer in quantizable_layers(network).items()}
-        calls = survey(network).calls
-        settings = {name: of for name, of in resolve(recipe, layers).items() if calls.get(name, 1) > 1}
-        levelled = [
-            Rule(exactly(name), per_level=True)
-            for name, of in settings.items()
-            if of.per_level is None and find_quantizer(of.activation_quantizer)[0] is LSQ
-        ]
-        return replace(recipe, rules=[*recipe.rules, *levelled]) if levelled else recipe
-
-    # ---- evaluation
-
-    def metrics(self) -> MetricCollection:
-        return box_metrics(self.names)
-
-    def update(self, metrics: MetricCollection, outputs: Tensor, batch: Any) -> None:
-        scenes = self._scenes(batch)
-        if scenes.objects is not None:
-            metrics.update(self._found(outputs, scenes), scenes.objects)
-
-    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The objects (B, most_objects, 6): box xyxy, score, and class; of score 0 where there are no more."""
-        found = self._found(outputs, self._scenes(batch))
-        objects = outputs.new_zeros(len(found), self.most_objects, 6)
-        for place, one in enumerate(found):
-            rows = torch.cat([one["boxes"], one["scores"].unsqueeze(1), one["labels"].unsqueeze(1)], dim=1)
-            objects[place, : len(rows)] = rows
-        return objects
-
-    def table(self, predictions: Tensor, batch: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The objects of each image, the surest first: class, score, and box xyxy in pixels."""
-        names = names or self.names
-        rows = []
-        for of_image in predictions.tolist():
-            there = [row for row in of_image if row[4] > 0]
-            told = [
-                f"{names[int(row[5])]} {row[4]:.3f} [{' '.join(f'{side:.1f}' for side in row[:4])}]" for row in there
-            ]
-            rows.append({"objects": len(there), "found": "; ".join(told)})
-        return rows
-
-    def agreement(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        """The share of the objects (B,) of a score of 0.3 or more in one of both that the other has in the same place.
-
-        That is an object of the same class and at least half of the score, with an overlap of 0.7; 1 without objects.
-        """
-        both = [self._decoded(of, (2**20, 2**20)) for of in (ours, theirs)]
-        return torch.stack([_in_common(a, b) for a, b in zip(*both, strict=True)])
-
-    # ---- what a value of the metric means
-
-    def chance(self, data: Any) -> float:
-        """0: boxes by chance find nothing."""
-        return 0.0
-
-    # ---- before the first batch
-
-    def example(self, data: Any, device: torch.device) -> Tensor | None:
-        return example_input(data, device)
-
-    def check(self, outputs: Mapping[str, Tensor], data: Any) -> None:
-        """Refuse data with other classes than the task."""
-        names = getattr(data, "class_names", None)
-        if names is None:
-            return
-        if len(names) != self.classes:
-            raise UsageError(f"numbers of classes differ (task {self.classes}, data {len(names)}): they must agree")
-        numbers = tuple(map(str, range(self.classes)))
-        if self.names not in (numbers, tuple(names)):
-            raise UsageError(
-                f"classes={list(self.names)} of the task are not those of the data, {', '.join(map(repr, names))}: "
-                "give the same names in the same order"
-            )
-
-    def check_batch(self, outputs: Tensor, batch: Any) -> None:
-        """Refuse labels that are no class, boxes without an area or outside, and answers for other positions."""
-        scenes = self._scenes(batch)
-        if scenes.objects is None:
-            return
-        if len(outputs) == len(scenes.images):  # not a part of the batch
-            self._positions(outputs, scenes)
-        for boxes, labels in scenes.objects:
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-                wrong = int(labels.max()) if int(labels.max()) >= self.classes else int(labels.min())
-                raise UsageError(
-                    f"label {wrong} of a box is out of range: the task has {self.classes} classes, whose labels are 0 "
-                    f"to {self.classes - 1}; there is none for the background"
-                )
-            area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
-            if not bool(area.all()):
-                raise UsageError(f"the box {boxes[~area][0].tolist()} has no area: boxes are x1, y1, x2, y2")
-            height, width = scenes.images.shape[-2:]
-            outside = (boxes[:, 2:] <= 0).any(dim=1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
-            if bool(outside.any()):
-                raise UsageError(
-                    f"the box {boxes[outside][0].tolist()} lies outside of its image of {width}x{height} pixels: boxes "
-                    "are x1, y1, x2, y2 in pixels"
-                )
-
-    def unlabelled(self, batch: Any) -> bool:
-        return self._scenes(batch).objects is None
-
     # ---- parts
 
-    def _scenes(self, batch: Any) -> Scenes:
-        return scenes_of(batch, self.strides[-1])
+    def check_positions(self, outputs: Tensor, images: Tensor) -> None:
+        self._positions(outputs, images)
 
-    def _positions(self, outputs: Tensor, scenes: Scenes) -> Positions:
-        height, width = scenes.images.shape[-2:]
+    def _positions(self, outputs: Tensor, images: Tensor) -> Positions:
+        height, width = images.shape[-2:]
         at = positions(height, width, self.strides, outputs.device)
-        if len(at.points) != outputs.shape[1]:
-            raise UsageError(
-                f"the network answers for {outputs.shape[1]} positions of images of "
-                f"{'x'.join(map(str, scenes.images.shape[-2:]))}, which have {len(at.points)} on strides "
-                f"{list(self.strides)}: its maps must have a position for each stride"
-            )
+        self.check_count(outputs, images, len(at.points))
         return at
 
     def _parts(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,43 +111,5 @@ class Detection(Task):
         classes, boxes, centerness = outputs.split([self.classes, 4, 1], dim=-1)
         return classes, boxes, centerness.squeeze(-1)
 
-    def _found(self, outputs: Tensor, scenes: Scenes) -> list[dict[str, Tensor]]:
-        height, width = scenes.images.shape[-2:]
-        return self._decoded(outputs, (height, width))
-
-    def _decoded(self, outputs: Tensor, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        return detections(*self._parts(outputs), size, self.min_score, self.overlap, self.most_objects)
-
-
-def _names(classes: int | list[str]) -> tuple[str, ...]:
-    """Of the classes; UsageError where they cannot be."""
-    numbered = type(classes) is int
-    if not numbered and not (isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)):
-        raise UsageError(f"classes={classes!r} is not possible: a whole number or a list of names is needed")
-    names = tuple(map(str, range(classes)) if isinstance(classes, int) else classes)
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f"classes={classes!r} is not possible: at least 1, or names of which no two are the same")
-    logged: dict[str, str] = {}
-    for name in names:
-        other = logged.setdefault(logged_as(name), name)
-        if other != name:
-            raise UsageError(
-                f"classes {other!r} and {name!r} would both be logged as {logged_as(name)!r}: give one another name"
-            )
-    return names
-
-
-def _in_common(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor:
-    """The share of the sure objects of both that have a partner among the others'."""
-    from torchvision.ops import box_iou
-
-    same = (box_iou(ours["boxes"], theirs["boxes"]) >= _SAME_PLACE) & (
-        ours["labels"].unsqueeze(1) == theirs["labels"].unsqueeze(0)
-    )
-    paired = 0.0
-    total = 0
-    for one, other, pairs in ((ours, theirs, same), (theirs, ours, same.t())):
-        sure = one["scores"] >= _SURE
-        total += int(sure.sum())
-        paired += float((pairs & (other["scores"] >= _SURE / 2)).any(dim=1)[sure].sum())
-    return torch.tensor(paired / total if total else 1.0)
+    def decoded(self, outputs: Tensor, size: tuple[int, int] | None) -> list[dict[str, Tensor]]:
+        return detections(*self._parts(outputs), size or ANY_SIZE, self.min_score, self.overlap, self.most_objects)

@@ -6,13 +6,13 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lqkd.errors import UsageError, first_line
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import Asked, everything
 from lqkd.quantization.batchnorm import fold_batchnorm
 from lqkd.quantization.computed import copy_of
+from lqkd.quantization.norms import is_batch_norm
 
 TOLERANCE = 1e-3
 """Largest difference of a float32 copy's outputs from the network's, relative to the largest output."""
@@ -52,7 +52,7 @@ def inference_copy(
 def _rearranged(network: nn.Module, inputs: Inputs, untouched: Collection[str]) -> tuple[nn.Module, str | None]:
     made = copy_of(network).eval()
     try:
-        if any(isinstance(module, _BatchNorm) for module in made.modules()):
+        if any(is_batch_norm(module) for module in made.modules()):
             fold_batchnorm(made, untouched)
     except UsageError:
         made = copy_of(network).eval()  # a graph that cannot be traced; channels_last needs none

@@ -114,7 +114,7 @@ def shades(number: int) -> list[Any]:
 
 
 def canvas(
-    finding: str, drawn: Sequence[str] = ("",), height: float = HEIGHT, fitted: bool = False
+    finding: str, drawn: Sequence[str] = ("",), height: float = HEIGHT, fitted: bool = False, rows: int = 1
 ) -> tuple[Figure, list[Any]]:
     """A figure with a title and panels beside each other.
 
@@ -123,12 +123,13 @@ def canvas(
         drawn: of each panel what its upward axis is, with the unit.
         height: in inches.
         fitted: whether room is made for texts of any length at the left, which takes as long again as drawing.
+        rows: of panels, of a figure that is fitted.
     """
     palette, panels = colors(), len(drawn)
     width = WIDTH if panels == 1 else 1.55 * WIDTH
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.06) if fitted else None
     figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor=palette.paper)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(rows, panels // rows, squeeze=False).ravel()
     if not fitted:
         figure.subplots_adjust(left=_LEFT / width, right=1, bottom=_BELOW / height)
         _make_room(figure, panels, _RIGHT)

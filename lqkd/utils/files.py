@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,44 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside ``target`` that replaces it when the block ends without an exception.
+
+    An exception removes the new one and leaves ``target`` as it was.
+
+    Args:
+        target: the final folder; that above it is made when missing.
+
+    Raises:
+        OSError: when the folder above is not writable or the disk is full.
+    """
+    target = Path(target)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``, which it replaces.
+
+    The old one is renamed first and removed last: a process that is killed between leaves it whole, under a name with a
+    dot.
+
+    Raises:
+        OSError: when the folder above is not writable.
+    """
+    old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_own_file(path: Path, folder: Path) -> bool:

@@ -16,4 +16,9 @@ def rows_at_once(rows: Tensor) -> int:
         >>> rows_at_once(torch.empty(1024, 49152)), rows_at_once(torch.empty(128, 10))
         (85, 419430)
     """
-    return max(1, _ELEMENTS // max(1, rows[:1].numel()))
+    return at_once(rows[:1].numel())
+
+
+def at_once(elements: int) -> int:
+    """How many things with so many elements each make a piece, at least 1."""
+    return max(1, _ELEMENTS // max(1, elements))

@@ -128,6 +128,7 @@ PREPROCESSING: Table = {
     "mean": _MEANS,
     "std": _DEVIATIONS,
     "resize_size": _or_null(_PIXELS),
+    "whole": _or_null(Kind("true or false", lambda value: isinstance(value, bool))),
 }
 """How images are prepared for a network that classifies them."""
 NETWORK_FILE: Table = {
@@ -137,10 +138,12 @@ NETWORK_FILE: Table = {
     "std": _DEVIATIONS,
     "image_shape": _SHAPE,
     "resize_size": _or_null(_PIXELS),
+    "whole": _or_null(Kind("true or false", lambda value: isinstance(value, bool))),
     "student": _SETTINGS,
     "network": _SETTINGS,
     "quantization": _SETTINGS,
     "task": _SETTINGS,
+    "tokenizer": _TEXT,
 }
 """The metadata of ``student.safetensors`` and ``network.safetensors``."""
 EXPORTED_FILE: Table = {
@@ -150,6 +153,9 @@ EXPORTED_FILE: Table = {
     "class_names": _NAMES,
     "preprocessing": PREPROCESSING,
     "task": _SETTINGS,
+    "tokenizer": _TEXT,
+    "vocabulary": _COUNT,
+    "context": _COUNT,
 }
 """The metadata of what ``export`` writes, ``.onnx`` and ``.pt2``."""
 _BITS = _or_null(Kind("a text or a whole number", lambda value: isinstance(value, str) or _is_whole(value, 0, 64)))

@@ -14,10 +14,13 @@ from tests.forked import Forks
 ROOT = Path(__file__).parents[2]
 
 
-def workers(lqkd: Forks, tmp_path: Path, processes: int, batch_size: int) -> list[dict[str, Any]]:
+def workers(
+    lqkd: Forks, tmp_path: Path, processes: int, batch_size: int, of: str = "detection"
+) -> list[dict[str, Any]]:
+    """Run ``main`` of a worker in so many processes and return what each saved."""
     arguments = {"output": str(tmp_path / str(processes)), "processes": processes, "batch_size": batch_size}
     work = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    work += f"from tests.ddp.detection_worker import main\nmain(**{arguments!r})\n"
+    work += f"from tests.ddp.{of}_worker import main\nmain(**{arguments!r})\n"
     environments = [rank | {"PL_GLOBAL_SEED": "0"} for rank in ranks(processes)]
     statuses = lqkd.run_ranks(before=f"{work}sys.exit(0)", environments=environments)
     assert statuses == [0] * processes, lqkd.log.read_text()

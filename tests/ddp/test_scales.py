@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lqkd.quantization import Recipe, quantize_model, quantizers
+from lqkd.quantization.quantizers import LevelwiseStep
 from tests.forked import Forks
 
 RECIPES = {
@@ -99,3 +100,30 @@ def test_a_change_of_bits_and_a_new_fit_leave_the_ranks_alike_and_change_the_ste
         assert ranks[0][name][5]["first.weight_quantizer.format"][0] == 2
         torch.testing.assert_close(scales[5], scales[4] * 7, rtol=0.2, atol=0.0)  # the range stays: 7 steps become 1
         assert not torch.allclose(scales[7], scales[6], rtol=0.05)
+
+
+def _levels(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/levels", rank=rank, world_size=2)
+    generator = torch.Generator().manual_seed(rank)
+    finer, coarser = torch.rand(2, 6, generator=generator), 5 * torch.rand(2, 4, generator=torch.Generator())
+    found = {}
+    for initial in ("mse", "mean"):
+        for shared in (False, True):
+            quantizer = LevelwiseStep(4, calls=2, shared=shared, initial=initial)
+            quantizer(finer), quantizer(coarser if rank else coarser[:0])
+            found[f"{initial}_{shared}"] = quantizer.scale.detach()
+            found[f"features_{initial}_{shared}"] = quantizer.features
+    torch.save(found, f"{folder}/levels_{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_a_level_that_is_empty_on_one_rank_has_the_step_of_what_the_other_sees(lqkd: Forks, tmp_path: Path) -> None:
+    lqkd.run_function(_levels, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"levels_{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["features_mse_False"].tolist() == [6, 4]
+    coarser = 5 * torch.rand(2, 4, generator=torch.Generator())
+    for initial in ("mse", "mean"):
+        alone = LevelwiseStep(4, calls=2, initial=initial)
+        alone(coarser), alone(coarser)
+        torch.testing.assert_close(first[f"{initial}_False"][1], alone.scale.detach()[1])

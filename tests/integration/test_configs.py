@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from _pytest.mark import ParameterSet
 from PIL import Image
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from benchmarks.fcn import CifarFCN
 from lqkd.cli import main
 from lqkd.data.shards import make_shards
-from lqkd.models import CifarResNet, SmallFCOS, build_model
+from lqkd.models import CifarResNet, SmallFCOS, TorchvisionDetector, build_model
 from tests.hugging_face import language_model
 from tests.photographs import write_photographs
 
@@ -46,6 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     Image.new("RGB", (32, 32), (label % 256, 20 * index, 100)).save(folder / f"{index}.png")
     write_photographs(root / "SegmentationFolder", ("train", "val", "test"))
     write_cells(root / "VocDetection")
+    write_categories(root / "CocoDetection")
     return root
 
 
@@ -58,6 +61,33 @@ def write_cells(root: Path) -> None:
         Image.new("RGB", (64, 48), (20 * number, 60, 90)).save(root / "JPEGImages" / f"{number}.jpg")
         text = f"<annotation><object><name>RBC</name><bndbox>{sides}</bndbox></object></annotation>"
         (root / "Annotations" / f"{number}.xml").write_text(text)
+
+
+def write_categories(root: Path) -> None:
+    """Pictures with a box each, of the 80 categories of COCO, in its folders."""
+    (root / "annotations").mkdir(parents=True)
+    for part in ("train2017", "val2017"):
+        (root / part).mkdir()
+        for number in range(12):
+            Image.new("RGB", (64, 48), (20 * number, 60, 90)).save(root / part / f"{number}.jpg")
+        said = {
+            "images": [{"id": n, "file_name": f"{n}.jpg", "width": 64, "height": 48} for n in range(12)],
+            "categories": [{"id": n, "name": f"category {n}"} for n in range(1, 81)],
+            "annotations": [{"image_id": n, "category_id": 1 + n, "bbox": [2, 3, 28, 25]} for n in range(12)],
+        }
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(said))
+
+
+@pytest.fixture(scope="module")
+def coco_weights(random_weights: Path) -> None:
+    """Of detectors, with torchvision's 91 classes where the file is torchvision's."""
+    weights = random_weights / "weights"
+    of_teacher = TorchvisionDetector("fcos_resnet50_fpn", 91, frozen_norm=True)
+    torch.save(of_teacher.state_dict(), weights / "coco_fcos_resnet50.pth")
+    torch.save(build_model("torchvision/resnet18").state_dict(), weights / "imagenet_resnet18.pth")
+    torch.save(TorchvisionDetector("ssdlite320_mobilenet_v3_large", 90).state_dict(), weights / "coco_ssdlite320.pth")
+    of_student = TorchvisionDetector("fcos_resnet18_fpn", 80, norm="batch_per_level")
+    save_file(of_student.state_dict(), weights / "coco_fcos_resnet18.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +163,11 @@ def test_a_shipped_config_runs_one_step(
             arguments += [f"--model.init_args.{place}.init_args.pretrained", given]
         (tmp_path / "text.txt").write_text("the quick brown fox jumps\n" * 2000)
         arguments += ["--data.init_args.tokenizer", given, "--data.init_args.root", str(tmp_path / "text.txt")]
+    if name == "CocoDetection":
+        request.getfixturevalue("coco_weights")
+        size = "[64, 96]" if "fcos" in config.name else "[64, 64]"
+        arguments += ["--data.init_args.image_size", size, "--data.init_args.num_workers", "0"]
+        arguments += ["--data.init_args.batch_size", "2"]
     if "ImageNet" in name:
         request.getfixturevalue("imagenet_weights")
         arguments += ["--data.init_args.image_size", "32", "--data.init_args.num_workers", "0"]

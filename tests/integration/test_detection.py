@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lqkd import load_student
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
+from lqkd.export.predict import load_predictor
 from lqkd.models import SmallFCOS
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
 from lqkd.quantization.quantizers import LevelwiseStep
@@ -79,6 +84,27 @@ def test_a_run_tells_the_objects_of_its_test_images(run: Path, lqkd: Forks) -> N
         rows = list(csv.DictReader(stream))
     assert rows
     assert all(int(row["objects"]) == len([one for one in row["found"].split("; ") if one]) for row in rows)
+    assert [Image.open(run / row["picture"]).size for row in rows[:2]] == [(640, 640)] * 2
+
+
+def test_a_run_leaves_a_picture_of_what_is_there_and_of_what_the_networks_find(run: Path, lqkd: Forks) -> None:
+    assert np.asarray(Image.open(run / "boxes.png")).std() > 10
+    assert lqkd.run("report", str(run)) == 0, lqkd.log.read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "What the networks find" in page
+    assert base64.b64encode((run / "boxes.png").read_bytes()).decode() in page
+
+
+def test_a_photograph_of_another_shape_is_seen_whole_and_gets_its_boxes(run: Path, lqkd: Forks, tmp_path: Path) -> None:
+    photograph = np.zeros((480, 960, 3), np.uint8)
+    photograph[:, 800:] = 255  # what is cut off where the middle alone is seen
+    Image.fromarray(photograph).save(tmp_path / "wide.png")
+    assert lqkd.run("predict", str(run), str(tmp_path / "wide.png"), "--output", str(tmp_path / "out")) == 0
+    assert f"{tmp_path}/out/wide.npy, {tmp_path}/out/wide.png" in lqkd.log.read_text()
+    assert Image.open(tmp_path / "out" / "wide.png").size == (960, 480)
+    seen = load_predictor(run).preprocessing.read(tmp_path / "wide.png")
+    assert seen.shape == (3, 64, 64)
+    assert seen[0, 32, 60] > seen[0, 32, 40]
 
 
 def test_a_head_with_group_norm_is_refused_at_export_with_what_helps() -> None:
@@ -106,6 +132,15 @@ def test_a_file_is_made_with_images_alone_to_test_it(student: nn.Module) -> None
     model = to_onnx(student, IMAGES, calibration=[IMAGES], test=[IMAGES], task=Detection(3))
     parity = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "lqkd.parity"))
     assert (parity["passed"], parity["samples"], parity["exported"]) == (True, 4, None)
+
+
+def test_a_file_has_the_weight_of_a_layer_that_is_called_for_each_level_once(student: nn.Module) -> None:
+    model = to_onnx(student, IMAGES, calibration=[IMAGES])
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("weight_codes")}
+    called = [node.input[0] for node in model.graph.node if node.input and node.input[0] in weights]
+    of_head = Counter(name for name in called if "tower" in name)
+    assert set(of_head.values()) == {3}
+    assert len(of_head) == 2  # a convolution of each tower
 
 
 def test_a_file_with_the_steps_of_another_level_is_refused(student: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

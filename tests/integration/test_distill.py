@@ -23,11 +23,11 @@ from lqkd.balances import GradientBalance, UncertaintyBalance
 from lqkd.cli import main
 from lqkd.data import Digits
 from lqkd.losses import HintonKL, Hints
-from lqkd.models import CifarResNet, load_weights
+from lqkd.models import CifarResNet, SmallFCOS, load_weights
 from lqkd.modules import Tap, Term
 from lqkd.pipelines import guess_task
 from lqkd.regularizers import LearnableTable
-from lqkd.tasks import Classification, KeyedClassification, MultiLabel, Segmentation
+from lqkd.tasks import Classification, Detection, KeyedClassification, MultiLabel, Segmentation
 
 
 def network(width: int, seed: int = 0) -> nn.Sequential:
@@ -330,6 +330,15 @@ def test_masks_make_a_segmentation_of_as_many_classes_as_the_student_has() -> No
     task = guess_task([torch.randn(2, 1, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)], student)
     assert isinstance(task, Segmentation)
     assert task.classes == 5
+
+
+def test_boxes_make_a_detection_of_the_classes_and_levels_that_the_student_has() -> None:
+    boxes = [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([1])}] * 2
+    task = guess_task(([torch.randn(3, 60, 90)] * 2, boxes), SmallFCOS(num_classes=5, width=4))
+    assert isinstance(task, Detection)
+    assert (task.classes, task.strides, task.reach) == (5, (8, 16, 32), 1.5)
+    with pytest.raises(UsageError, match="labels have boxes, and the student returns no maps 'classes_S'"):
+        guess_task((torch.randn(2, 3, 64, 64), boxes), nn.Flatten())
 
 
 def test_marks_make_a_task_of_several_labels(networks: tuple[nn.Module, nn.Module]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -21,12 +22,18 @@ from safetensors.torch import save_file
 
 from lqkd import UsageError
 from lqkd.cli import main
+from lqkd.models import SmallFCOS
 from lqkd.pipelines.asked import Asked
 from lqkd.pipelines.found import Texts
 from lqkd.pipelines.look import look_at
 from lqkd.pipelines.plan import Plan, plan
 from tests.forked import Forks
 from tests.photographs import write_photographs
+
+
+class OtherDetector(SmallFCOS):
+    """A detector that is the user's own."""
+
 
 CLASSES = {"brick": (200, 90, 60), "leaf": (60, 150, 60), "sky": (90, 140, 220)}
 NETWORK = {"class_path": "lqkd.models.CifarResNet", "init_args": {"depth": 8, "width": 4}}
@@ -256,6 +263,26 @@ def pairs(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def boxes(place: Path) -> Path:
+    """16 images of 80x60 pixels with a square each, of two colours, and a network for them."""
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "Annotations"):
+        (place / "boxes" / folder).mkdir(parents=True)
+    for number in range(16):
+        name, (x, y) = ("red", "blue")[number % 2], (int(rng.integers(4, 40)), int(rng.integers(4, 30)))
+        pixels = np.full((60, 80, 3), 200, np.uint8)
+        pixels[y : y + 24, x : x + 24] = (200, 40, 40) if name == "red" else (40, 40, 200)
+        Image.fromarray(pixels).save(place / "boxes" / "JPEGImages" / f"{number:02d}.png")
+        box = f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + 24}</xmax><ymax>{y + 24}</ymax>"
+        (place / "boxes" / "Annotations" / f"{number:02d}.xml").write_text(
+            f"<annotation><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+    small = {"class_path": "lqkd.models.SmallFCOS", "init_args": {"width": 4, "depth": 1}}
+    (place / "detector.yaml").write_text(yaml.safe_dump(small))
+    return place / "boxes"
+
+
+@pytest.fixture(scope="module")
 def texts(place: Path) -> Path:
     """Two texts of 40 kB together, and a network for them."""
     (place / "texts").mkdir()
@@ -282,6 +309,39 @@ def test_images_with_masks_are_a_segmentation_of_the_numbers_in_the_masks(pairs:
     assert (data["classes"], data["image_size"]) == (["0", "1", "2"], [112, 112])
     told = [sentence for _, sentence in made.told]
     assert told[:2] == ["24 images with masks of 3 classes: 0, 1, 2", "15 to train, 4 to validate, 5 to test"]
+
+
+def test_images_with_boxes_are_a_detection_of_the_classes_in_their_files(boxes: Path) -> None:
+    made = planned(boxes)
+    assert [*made.configs] == ["float", "student"]
+    model, data = (made.configs["student"][part] for part in ("model", "data"))
+    settings = model["init_args"]
+    assert settings["task"]["init_args"] == {"classes": ["blue", "red"], "reach": 1.0}
+    assert settings["student"] == {"class_path": "lqkd.models.SmallFCOS", "init_args": {"num_classes": 2}}
+    assert settings["distillation"]["pyramid"]["loss"] == "lqkd.losses.PKD"
+    assert settings["quantization"] == {"bits": "w4a4", "residual_bits": 8}
+    assert (data["class_path"], data["init_args"]["image_size"]) == ("lqkd.data.VocDetection", [64, 64])
+    told = [sentence for _, sentence in made.told]
+    assert told[:2] == ["16 images with boxes of 2 classes: blue, red", "10 to train, 3 to validate, 3 to test"]
+    assert "1.0 of the boxes, 6.0 of PKD from the teacher" in told
+
+
+def test_a_detector_of_which_nothing_is_known_learns_from_its_answers(boxes: Path, tmp_path: Path) -> None:
+    other = {"class_path": "tests.integration.test_distill_folder.OtherDetector"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    settings = planned(boxes, student=str(tmp_path / "other.yaml")).configs["student"]["model"]["init_args"]
+    assert settings["distillation"] == {"classes": {"loss": "lqkd.losses.BinaryKL"}}
+
+
+def test_boxes_without_an_area_are_left_out_and_that_is_told(boxes: Path, tmp_path: Path) -> None:
+    shutil.copytree(boxes, tmp_path / "boxes")
+    file = tmp_path / "boxes" / "Annotations" / "03.xml"
+    empty = "<object><name>red</name><bndbox><xmin>4</xmin><ymin>4</ymin><xmax>4</xmax><ymax>9</ymax></bndbox></object>"
+    file.write_text(file.read_text().replace("</annotation>", f"{empty}</annotation>"))
+    with pytest.warns(UserWarning, match="left out 1 boxes without an area"):
+        made = planned(tmp_path / "boxes")
+    assert made.configs["student"]["data"]["init_args"]["leave_out_empty"]
+    assert "boxes without an area are left out: 1" in [sentence for _, sentence in made.told]
 
 
 def test_texts_are_a_language_model_that_goes_on_from_what_it_has_read(texts: Path) -> None:
@@ -312,6 +372,7 @@ def test_texts_in_parts_are_trained_and_tested_as_they_are_named(texts: Path, tm
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        ("boxes", {"student": "resnet18"}, "'resnet18' is no network for boxes that is known: give small_fcos"),
         ("pairs", {"student": "resnet18"}, "'resnet18' is no network for masks that is known: give one of"),
         ("texts", {"student": "resnet18"}, "student='resnet18' is no network for texts that is known: give gpt"),
         ("texts", {"student": "gpt.yaml", "image_size": 8}, "image_size=8 is not possible"),
@@ -319,7 +380,7 @@ def test_texts_in_parts_are_trained_and_tested_as_they_are_named(texts: Path, tm
     ],
 )
 def test_what_does_not_fit_the_folder_is_refused(
-    kind: str, settings: dict[str, Any], message: str, pairs: Path, texts: Path
+    kind: str, settings: dict[str, Any], message: str, pairs: Path, boxes: Path, texts: Path
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         planned(Path(kind), **settings)
@@ -330,17 +391,18 @@ def test_what_does_not_fit_the_folder_is_refused(
     ("folder", "options", "metric"),
     [
         ("pairs", ["--student", "pixels.yaml", "--image-size", "32"], "val/miou"),
+        ("boxes", ["--student", "detector.yaml", "--image-size", "32"], "val/map"),
         ("texts", ["--student", "gpt.yaml"], "val/loss"),
     ],
 )
 def test_a_folder_of_another_kind_becomes_a_run_with_all_that_there_is(
-    folder: str, options: list[str], metric: str, pairs: Path, texts: Path
+    folder: str, options: list[str], metric: str, pairs: Path, boxes: Path, texts: Path
 ) -> None:
     assert main(["distill", folder, *options, "--epochs", "1", "--out", f"made_of_{folder}"]) == 0
     run = Path(f"made_of_{folder}") / "student"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["finished"], summary["metric"]) == (True, metric)
-    assert (run / ("student.onnx" if folder == "pairs" else "student.gguf")).is_file()
+    assert (run / ("student.gguf" if folder == "texts" else "student.onnx")).is_file()
     assert (run / "report.html").is_file()
     assert main(["fit", "--config", f"made_of_{folder}/student.yaml", "--trainer.fast_dev_run", "true"]) == 0
 
@@ -375,9 +437,9 @@ def other(folder: Path, kind: str) -> None:
         ("nothing", "holds no files and no image"),
         ("images", "holds 2 images and no folder of a class"),
         ("text", "holds text (reviews.csv) in files that are not read: give a folder with"),
-        ("coco", "is a data set of boxes (COCO's annotations/instances.json), which distill does not take, but fit"),
-        ("voc", "is a data set of boxes (VOC's Annotations and JPEGImages)"),
-        ("yolo", "is a data set of boxes (YOLO's labels)"),
+        ("coco", "has neither annotations.json, nor annotations/instances_NAME.json"),
+        ("voc", "Annotations/1.xml cannot be read"),
+        ("yolo", "is a data set of boxes (YOLO's labels), which is not read: give a folder with"),
         ("masks", "has masks with the numbers 0 only: a pixel has the number of its class"),
         ("one class", "has one class folder, 'cat'"),
     ],

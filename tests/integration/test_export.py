@@ -204,10 +204,10 @@ def test_a_run_in_floating_point_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["packed4", "packed2", "qonnx", "torch"])
+@pytest.mark.parametrize("format_name", ["packed4", "packed2", "qonnx", "openvino", "torch"])
 def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Path, format_name: str) -> None:
-    if format_name == "qonnx":
-        pytest.importorskip("qonnx")
+    if format_name in ("qonnx", "openvino"):
+        pytest.importorskip(format_name)
     output = tmp_path / ("x.pt2" if format_name == "torch" else "x.onnx")
     assert main(["export", str(run), "--format", format_name, "--output", str(output)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.smollm2
+from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.export import from_gguf
+from lqkd.losses import AttentionRelations, CosineDistance
 from lqkd.models import causal_lm
+from lqkd.modules import Tap, Term
+from lqkd.quantization import initialize_quantizers
 from lqkd.runs import load_student
-from tests.hugging_face import language_model
+from lqkd.tasks import CausalLM
+from tests.hugging_face import language_model, llama
 
+FILES = {
+    "gguf": "student.gguf",
+    "nbits": "student.nbits.onnx",
+    "compressed-tensors": "student.compressed-tensors",
+}
 CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "smollm2.yaml")
 
 
@@ -35,21 +47,35 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_folder_and_a_text_become_a_file_that_holds_the_student(text: Path) -> None:
+def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fit(text, "--model.balance.init_args.task", "1") == 0
     run = text / "smollm2_q4_0" / "version_0"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["weight_bits"], summary["activation_bits"]) == ("4 (8 in 2 layers)", "32")
-    assert main(["export", str(run), "--format", "gguf"]) == 0
+    for name, file in FILES.items():
+        assert main(["export", str(run), "--format", name]) == 0
+        report = json.loads((run / f"{file}.report.json").read_text())
+        assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
     tokens = torch.arange(32).view(2, 16)
     assert torch.equal(from_gguf(run / "student.gguf")(tokens).logits, load_student(run)(tokens).logits)
-    report = json.loads((run / "student.gguf.report.json").read_text())
-    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)  # on as many batches
-    assert main(["export", str(run), "--format", "nbits"]) == 0
-    report = json.loads((run / "student.nbits.onnx.report.json").read_text())
-    assert report["measured"]["value"] == pytest.approx(summary["test"], rel=1e-5)
-    card = (run / "student.gguf.md").read_text()
-    assert "nats a token against" in card  # llama.cpp was asked
+    assert "nats a token against" in (run / "student.gguf.md").read_text()  # llama.cpp was asked
+    written = []
+    for source in (run, run / "student.gguf", run / "student.nbits.onnx"):
+        capsys.readouterr()
+        assert main(["predict", str(source), "--prompt", "the quick", "--tokens", "12"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0].startswith("the quick")
+    assert len(written[0]) > 12
+    assert written[0] == written[1] == written[2]
+    table = ["--pretrained", str(text / "model"), "--windows", "4", "--csv", str(text / "table.csv")]
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *table])
+    benchmarks.smollm2.main()  # which ends otherwise where a file has another perplexity
+    with open(text / "table.csv", newline="") as stream:
+        same = {row["network"]: row["first token as trained"] for row in csv.DictReader(stream)}
+    assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
+    assert len(same) == 9
 
 
 @pytest.mark.parametrize(
@@ -89,3 +115,33 @@ def test_perplexity_is_that_of_transformers(text: Path) -> None:
             losses += [network(row[None], labels=row[None]).loss.double() for row in seen.tokens]
     expected = float(torch.stack(losses).mean().exp())
     assert float(metrics.compute()["perplexity"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_inside_of_a_llama_is_distilled_with_heads_that_share_keys(tmp_path: Path) -> None:
+    for name, width in (("large", 96), ("small", 64)):
+        llama(tmp_path / name, hidden_size=width, initializer_range=0.1)
+    attention = [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkv"]
+    terms = {
+        "hidden": Term(CosineDistance(), taps=[Tap("model.layers.0", "model.layers.0")]),
+        "attention": Term(AttentionRelations(8), taps=[Tap(name, name) for name in attention]),
+    }
+    module = DistillModule(
+        FrozenTeacher(causal_lm(str(tmp_path / "large"))),
+        causal_lm(str(tmp_path / "small")),
+        task=CausalLM(),
+        quantization=Recipe("w4a32"),
+        distillation=terms,
+        gradient_checkpointing=True,
+    )
+    mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    batch = {"input_ids": torch.arange(24).view(2, 12), "attention_mask": mask}
+    module._connect(batch)
+    initialize_quantizers(module.student.train(), batch["input_ids"])
+    losses = module.losses(batch)
+    losses.loss.backward()
+    assert all(0 < float(losses.by_name[name].detach()) < 10 for name in terms)
+    layers = [module.student.get_submodule(name) for name in attention]
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in layers)
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], 60)
+    for name, value in module.losses(batch).by_name.items():
+        torch.testing.assert_close(value, losses.by_name[name])

@@ -20,10 +20,13 @@ from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
-from lqkd.losses import CAKLD, ForwardKL, HintonKL
+from lqkd.losses import CAKLD, AttentionRelations, CosineDistance, ForwardKL, HintonKL, Hints
 from lqkd.models import GPT
+from lqkd.models.generation import generate_tokens
+from lqkd.modules import Tap, Term
 from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
+from lqkd.runs.checkpoint_io import AtomicCheckpointIO
 from lqkd.tasks import CausalLM
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import parameters_of
@@ -42,9 +45,13 @@ def student(**settings: Any) -> DistillModule:
     return DistillModule(
         FrozenTeacher(gpt(24, seed=2)),
         gpt(),
-        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
         task=CausalLM(bytes_per_token=1),
-        **{"distillation_loss": HintonKL(), "regularizer": SampleWeight(hidden=4), "quantization": Recipe("w4a8")}
+        **{
+            "student_optimizer": lambda p: torch.optim.AdamW(p, lr=0.005),
+            "distillation_loss": HintonKL(),
+            "regularizer": SampleWeight(hidden=4),
+            "quantization": Recipe("w4a8"),
+        }
         | settings,
     )
 
@@ -84,6 +91,57 @@ def test_a_cache_of_the_first_words_of_a_token_trains_as_the_teacher_itself(
         trainer().fit(student(teacher_cache=TeacherCache(str(tmp_path), top_k=256)), datamodule=text())
 
 
+def inside(block: str = "blocks.0") -> dict[str, Term]:
+    """Terms of a teacher and a student of other widths, of hidden states and of attention."""
+    return {
+        "hidden": Term(Hints(), taps=[Tap(block, block)]),
+        "direction": Term(CosineDistance(), taps=[Tap(block, block)]),
+        "attention": Term(AttentionRelations(4), taps=[Tap(f"{block}.attention.qkv", f"{block}.attention.qkv")]),
+    }
+
+
+def test_hidden_states_and_attention_are_learned_the_same_from_a_cache(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    ends = []
+    for cache in (None, *[TeacherCache(str(tmp_path), dtype="float32")] * 2):
+        module = student(distillation=inside(), distillation_loss=None, regularizer=None, teacher_cache=cache)
+        trainer(max_steps=3).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+        assert all(float(module._logged[f"train/{name}"]) > 0 for name in inside())
+    assert all(torch.equal(ends[0], end) for end in ends)
+
+
+def test_activations_that_are_computed_again_train_to_the_same_bits(trainer: Callable[..., Trainer]) -> None:
+    ends = []
+    for again in (False, True):
+        torch.manual_seed(3)
+        terms = inside() | {"tokens": Term(ForwardKL(), regularizer=SampleWeight(hidden=4))}
+        settings = {"distillation": terms, "distillation_loss": None, "regularizer": None}
+        module = student(gradient_checkpointing=again, quantization=Recipe("w2a8", weight_quantizer="seq"), **settings)
+        trainer(max_steps=2, limit_test_batches=1).fit(module, datamodule=text())
+        ends.append(parameters_of(module))
+    assert torch.equal(*ends)
+    with pytest.raises(UsageError, match="gradient_checkpointing=True is not possible with compile"):
+        student(gradient_checkpointing=True, compile=True)
+
+
+def test_what_padding_is_does_not_count_inside_of_networks_either() -> None:
+    torch.manual_seed(1)
+    teacher, own = FrozenTeacher(Named(24)), Named(16)
+    module = DistillModule(
+        teacher, own, task=CausalLM(), distillation=inside("gpt.blocks.0"), quantization=Recipe("w8a32")
+    )
+    mask = (torch.arange(16) < torch.tensor([[16], [9], [4]])).long()
+    batch = {"input_ids": torch.randint(256, (3, 16)), "attention_mask": mask}
+    module._connect(batch)
+    losses = [module.losses(batch).by_name]
+    batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], 7)
+    losses.append(module.losses(batch).by_name)
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, msg=name)
+
+
 def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     whole, resumed = student(), student()
     trainer().fit(whole, datamodule=text())
@@ -93,6 +151,95 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.slow
+def test_an_optimizer_whose_state_has_eight_bits_is_resumed_with_the_same_bits(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """By torchao, from the class_path alone: its step is compiled, which takes a while."""
+    eight = pytest.importorskip("torchao.optim").AdamW8bit
+
+    def made() -> DistillModule:
+        return student(student_optimizer=lambda p: eight(p, lr=0.005), regularizer=None)
+
+    whole, resumed = made(), made()
+    trainer(max_steps=4, limit_test_batches=1).fit(whole, datamodule=text())
+    state = next(state for state in whole.optimizers().state.values() if state["exp_avg"].numel() >= 4096)
+    assert state["exp_avg"].codes.dtype == torch.uint8
+    saving: dict[str, Any] = {"enable_checkpointing": True, "max_steps": 4, "plugins": [AtomicCheckpointIO()]}
+    callbacks = [BestAndLast(tmp_path, every_n_steps=1), StopAt(0, 2)]
+    with pytest.raises(InterruptedError):
+        trainer(**saving, callbacks=callbacks).fit(made(), datamodule=text())
+    trainer(**saving, callbacks=callbacks[:1]).fit(
+        resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+class Bigrams(nn.Module):
+    """Says of each byte, several times too surely, what follows it in the text that comes with Python."""
+
+    def __init__(self, sure: float) -> None:
+        super().__init__()
+        data = PythonTopics(context=16, seed=0)
+        data.setup()
+        pairs = data._windows["train"].long().flatten().unfold(0, 2, 1)
+        counts = torch.ones(256, 256).index_put_(tuple(pairs.mT), torch.tensor(1.0), accumulate=True)
+        self.table = nn.Embedding(256, 256, _weight=sure * (counts / counts.sum(1, keepdim=True)).log())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.table(tokens)
+        return found
+
+
+def believing() -> DistillModule:
+    torch.manual_seed(1)
+    terms = {"tokens": Term(HintonKL(temperature=1.0), "sure", "calibrated", regularizer=SampleWeight(hidden=4))}
+    return DistillModule(
+        student=gpt(),
+        teachers={"sure": FrozenTeacher(Bigrams(sure=3.0))},
+        distillation=terms,
+        quantization=Recipe("w4a8"),
+        task=CausalLM(bytes_per_token=1),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=0.005),
+    )
+
+
+def test_how_far_a_teacher_of_texts_can_be_believed_is_learned_from_windows_that_are_in_no_gradient(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def data(fraction: float = 0.5) -> PythonTopics:
+        settings: dict[str, Any] = {"batch_size": 16, "eval_batch_size": 64, "limit_train": 192, "seed": 0}
+        return PythonTopics(context=16, trust_fraction=fraction, **settings)
+
+    whole, resumed, held = believing(), believing(), data()
+    trained: list[Tensor] = []
+    whole.student.register_forward_hook(lambda _, given, made: trained.append(given[0]) if made.requires_grad else None)
+    trainer().fit(whole, datamodule=held)
+    report = whole.trust["tokens"]
+    assert report["form"] == "temperature"
+    assert report["rows"] == 15 * 96
+    assert report["worth"] > 0.5
+    assert 0 < report["believed"]["teacher sure"] < 0.8
+    windows, chosen = held._windows["train"], (held.trust_indices, held.train_indices)
+    apart, for_training = ({bytes(row.tolist()) for row in windows[places]} for places in chosen)
+    seen = {bytes(row.tolist()) for batch in trained for row in batch}
+    assert seen == for_training
+    assert len(apart - for_training) > 80  # the text says a few things twice
+    saving: dict[str, Any] = {"enable_checkpointing": True}
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1), StopAt(1, 3)]
+    with pytest.raises(InterruptedError):
+        trainer(**saving).fit(believing(), datamodule=data())
+    saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
+    again = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+    trainer(**saving).fit(resumed, datamodule=data(), **again)
+    assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    assert resumed.trust == whole.trust
+    with pytest.raises(UsageError, match=r"keep .* trust_fraction"):
+        trainer(**saving).fit(believing(), datamodule=data(0.25), **again)
+    with pytest.raises(UsageError, match=r"distillation.tokens: combination: trust needs .*trust_fraction"):
+        trainer().fit(believing(), datamodule=data(0.0))
 
 
 def test_what_gptq_reaches_is_measured_and_leaves_no_trace(
@@ -164,6 +311,17 @@ def test_the_command_line_trains_asks_and_reports(tmp_path: Path, capsys: pytest
     assert sum(losses) / len(losses) == pytest.approx(summary["test"], rel=1e-4)
     capsys.readouterr()
     assert main(["report", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(run), "--prompt", "The statement", "is", "--tokens", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["prompt"] for entry in told] == ["The statement", "is"]
+    network = lqkd.load_student(run)
+    expected = generate_tokens(network, list(b"The statement"), 5)
+    assert told[0]["continuation"] == bytes(expected).decode(errors="replace")
+    assert main(["predict", str(run), "--prompt", "x" * 200]) == 2
+    assert "the prompt has 200 tokens, and the network takes 128" in capsys.readouterr().err
+    assert main(["predict", str(run), __file__]) == 2
+    assert "is a language model, which takes no images: give --prompt TEXT" in capsys.readouterr().err
 
 
 @dataclass

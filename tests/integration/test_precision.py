@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lqkd.errors import UsageError
 from lqkd.modules.trainer_checks import check_trainer_settings
@@ -132,3 +133,12 @@ def test_a_network_computes_in_half_precision_what_it_computed_before() -> None:
     assert weight.dtype == torch.bfloat16
     assert weight.count_nonzero() > weight.numel() / 2
     assert model(x.bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["fsdp", ModelParallelStrategy(), SimpleNamespace(class_path="lightning.pytorch.strategies.FSDPStrategy")],
+)
+def test_a_strategy_that_cuts_weights_over_processes_is_refused(strategy: Any) -> None:
+    with pytest.raises(UsageError, match=r"is not possible: it cuts weights .* use ddp, with model\.gradient_check"):
+        check_trainer_settings(SimpleNamespace(strategy=strategy))

@@ -51,7 +51,8 @@ def needed(kind: type) -> dict[str, Any]:
     given: dict[str, Callable[[], Any]] = {
         "network": network,
         "classes": lambda: 3 if issubclass(kind, lqkd.tasks.Task) else ["a", "b"],
-        "loss": lqkd.losses.HintonKL,
+        "loss": lqkd.losses.Hints if kind is lqkd.losses.ForegroundWeighted else lqkd.losses.HintonKL,
+        "detector": lambda: "fcos",
         "student": network,
         "root": lambda: "nowhere",
         "folder": lambda: Path("nowhere"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqkd.callbacks.regularizer.photographs import COUNT, Photographs
 from lqkd.utils import figures
-from lqkd.utils.figures import canvas
+from lqkd.utils.figures import HEIGHT, canvas
 
 _PANELS = 3
 """Taps, at most, that are drawn: the first, the last and what is between."""
@@ -32,7 +32,8 @@ def over_photographs(photographs: Photographs) -> Figure:
     if high < _SAME * low:
         told, high = f"On these photographs every place counts as much: {low:.2g}", _SAME * low
     names = [f"weight of {taps[tap].shape[1]} x {taps[tap].shape[2]} places" for tap in chosen]
-    figure, panels = canvas(told, ["as the student sees them", *names], fitted=True)
+    rows = 2 if len(names) == _PANELS else 1  # four beside each other would be small
+    figure, panels = canvas(told, ["as the student sees them", *names], rows * HEIGHT, fitted=True, rows=rows)
     seen = _mosaic(_stretched(images))
     grey = seen.mean(-1)
     panels[0].imshow(seen if seen.shape[-1] == 3 else grey, cmap="gray", interpolation="nearest")

@@ -30,6 +30,8 @@ BY_CLASS = ("bias", "diagonal", "linear", "wrong")
 FULL_CLASSES = 128
 """Above so many classes the linear form looks at the ``RANK`` directions in which teachers differ most."""
 RANK = 32
+MOST_CLASSES = 2**14
+"""Above so many, as the tokens of a tokenizer are, nothing is fitted by class."""
 
 _MOST_ITERATIONS = 500
 _WRONG = 6.0
@@ -194,8 +196,13 @@ def mean_prediction(teachers: Tensor) -> Tensor:
 
 
 def directions(teachers: Tensor) -> Tensor:
-    """(C, R) orthonormal directions that the linear form looks at: all, or the first principal ones of (K, N, C)."""
+    """(C, R) orthonormal directions that the linear form looks at: all, or the first principal ones of (K, N, C).
+
+    None, R = 0, where there are too many classes for it.
+    """
     classes = teachers.shape[2]
+    if classes > MOST_CLASSES:
+        return torch.zeros(classes, 0, dtype=torch.float64, device=teachers.device)
     if classes <= FULL_CLASSES:
         return torch.eye(classes, dtype=torch.float64, device=teachers.device)
     centred = centred_logits(teachers.double()).flatten(0, 1)
@@ -204,6 +211,8 @@ def directions(teachers: Tensor) -> Tensor:
 
 def rank(classes: int) -> int:
     """R of :func:`directions`."""
+    if classes > MOST_CLASSES:
+        return 0
     return classes if classes <= FULL_CLASSES else RANK
 
 

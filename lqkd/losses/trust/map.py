@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.trust import forms
-from lqkd.losses.trust.forms import BY_CLASS, FORMS, GIVEN, Parts, Problem
+from lqkd.losses.trust.forms import BY_CLASS, FORMS, GIVEN, MOST_CLASSES, Parts, Problem
 from lqkd.losses.trust.report import TrustReport, report
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
@@ -126,8 +126,9 @@ class TrustMap(nn.Module):
         return forms.with_one(forms.telling(teachers)) @ self.gate.to(teachers).mT
 
     def matrices(self) -> Tensor | None:
-        """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions."""
-        if bool(self.given) or self._is_gated():
+        """(K, C, C) what a teacher's logit of class j adds to the map's of class i; None for a mean of predictions, and
+        of more than 16,384 classes."""
+        if bool(self.given) or self._is_gated() or len(self.bias) > MOST_CLASSES:
             return None
         factors = torch.diag_embed(self.scale.view(-1, 1) + self.diagonal)
         return self.stretch * (factors + self.linear @ self.basis.mT)
@@ -149,7 +150,8 @@ class TrustMap(nn.Module):
         Args:
             teachers: (K, N, C) logits of any floating dtype.
             labels: (N,) int64; rows with a negative one are left out. Where a class has no row, or fewer than two,
-                nothing is fitted by class, since nothing is known of it: only a factor a teacher.
+                nothing is fitted by class, since nothing is known of it: only a factor a teacher. So it is of more than
+                16,384 classes.
             folds: of the cross-validation, >= 2; stratified by class.
             seed: of the folds.
             memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
@@ -244,7 +246,8 @@ class TrustMap(nn.Module):
         found = {}
         for form, parts in FORMS.items():
             by_class = any(part in BY_CLASS for part in parts)
-            if (by_class and int(counts.min()) < 2) or (memorised and form in _BY_SURENESS):
+            unknown = int(counts.min()) < 2 or len(counts) > MOST_CLASSES
+            if (by_class and unknown) or (memorised and form in _BY_SURENESS):
                 continue
             if ("gate" in parts and len(self.scale) == 1) or ("wrong" in parts and (memorised or not own)):
                 continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernel import compute_dtype
+from lqkd.quantization.kernel import compute_dtype, is_exporting
 
 
 def integer_range(bits: int, signed: bool | None) -> tuple[int, int]:
@@ -129,9 +129,14 @@ class Quantizer(nn.Module, ABC):
                 for parameter in self.parameters():
                     x = x + 0.0 * parameter.sum().to(x.dtype)
                 return x
+        quantize = self._plainly if is_exporting() else self._quantize
         if self.group_size is None:
-            return self._quantize(x)
-        return self._quantize(self._grouped(x)).view(x.shape)
+            return quantize(x)
+        return quantize(self._grouped(x)).view(x.shape)
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        """The same values by operations that :func:`torch.export.export` can write down: it knows no own gradients."""
+        return self.dequantize(self.codes(x)).to(x.dtype)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

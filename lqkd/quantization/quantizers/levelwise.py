@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.kernels import learned_step_quantize
-from lqkd.quantization.quantizers.base import finite, max_over_ranks
+from lqkd.quantization.quantizers.base import finite, max_over_ranks, mean_over_ranks
 from lqkd.quantization.quantizers.lsq import LSQ
 from lqkd.quantization.quantizers.uniform import mse_step
 
@@ -138,12 +138,15 @@ class LevelwiseStep(LSQ):
     @torch.no_grad()
     def _fit_call(self, call: int, x: Tensor) -> None:
         """Fit the step of a call of the first pass; its last one ends the fitting where there was anything to fit."""
-        if x.numel() > 0:
-            self._of_calls[call] = x.numel() // len(x)
-            values = finite(x.detach())
-            self._decide_sign(bool(max_over_ranks(-values.min()) > 0))
+        features = torch.tensor(x.numel() // max(len(x), 1), device=x.device)
+        self._of_calls[call] = int(max_over_ranks(features))
+        if self.shared and call == 0:
+            self._seen = []
+        if self._of_calls[call] > 0:  # on one process at least, and all of them fit together
+            values = finite(x.detach()).flatten()
+            self._decide_sign(bool(max_over_ranks(-values.min() if len(values) else values.new_zeros(())) > 0))
             if self.shared:
-                self._seen = [*(self._seen if call else []), values.flatten()]
+                self._seen.append(values)
                 values = torch.cat(self._seen)
             self._fit_step(call, values)
         if call == self.calls - 1 and self._fitted:
@@ -163,9 +166,12 @@ class LevelwiseStep(LSQ):
             self.scale.mul_(before / self.code_range()[1])
 
     def _fit_step(self, call: int, values: Tensor) -> None:
-        rows = values.reshape(1, -1)
-        step = mse_step(rows, *self.code_range()) if self.wants_mse else self._initial_step(rows)
-        usable = bool(step.isfinite()) and bool(step > 0) and bool(max_over_ranks(values.abs().max()) > 0)
+        share = mean_over_ranks(values.new_tensor(float(len(values) > 0)))  # of the processes that have values
+        rows = values.reshape(1, -1) if len(values) else values.new_zeros(1, 1)  # which count in no largest value
+        # Of the search for the least squared error all errors shrink alike, and of a mean it has to be undone.
+        by_search = self.wants_mse or self.initial == "mse"
+        step = mse_step(rows, *self.code_range()) if by_search else self._initial_step(rows) / share
+        usable = bool(step.isfinite()) and bool(step > 0) and bool(max_over_ranks(rows.abs().max()) > 0)
         if usable:
             self._fitted.add(call)
             if self.shared:

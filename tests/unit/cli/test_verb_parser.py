@@ -9,6 +9,7 @@ import pytest
 
 from lqkd.cli import arguments
 from lqkd.cli.verb_parser import VerbParser, argument, read, read_known
+from lqkd.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,24 @@ def test_every_argument_of_a_verb_has_a_docstring_and_no_default_goes_untold(kin
     options = [each for each in fields(kind) if each.kw_only]
     assert text.count("(default: ") + text.count("(must be given)") == len(options)
     assert "(default: None)" not in text
+
+
+def test_images_may_follow_options_and_a_prompt_stands_in_their_place(tmp_path: Path) -> None:
+    given = arguments.of("predict", [str(tmp_path), "--json", "cat.jpg", "dog.jpg"])
+    assert (given.images, given.prompt, given.json) == (("cat.jpg", "dog.jpg"), (), True)
+    given = arguments.of("predict", [str(tmp_path), "--prompt", "The cat", "A dog", "--tokens", "5"])
+    assert (given.images, given.prompt, given.tokens) == ((), ("The cat", "A dog"), 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "predict takes image files, or --prompt TEXT of a language model: neither is given"),
+        (["cat.jpg", "--prompt", "a"], "both are given"),
+        (["cat.jpg", "--tokens", "5"], "--tokens 5 is not possible with images"),
+        (["--prompt", "a", "--output", "masks"], "--output masks is not possible with --prompt"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(given: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        arguments.of("predict", [str(tmp_path), *given])

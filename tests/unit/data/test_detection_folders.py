@@ -144,7 +144,7 @@ def test_lists_of_voc_say_what_is_trained_selected_and_tested_on(tmp_path: Path)
         ),
         ([("red", [30, 6, 4, 40])], {}, r"00.xml: the box \[30, 6, 4, 40\] of 'red' has swapped corners"),
         ([("red", [4, 6, 4, 40])], {}, r"00.xml: the box \[4, 6, 4, 40\] of 'red' has no area: correct them, or give"),
-        ([("red", ["x", 6, 4, 40])], {}, "annotation .*00.xml cannot be read: could not convert string to float"),
+        ([("red", ["x", 6, 4, 40])], {}, "annotation .*00.xml has an object 'red' whose xmin, 'x', is no number"),
         (
             [("blue", [4, 6, 30, 40])],
             {"classes": ["red", "green"]},
@@ -251,12 +251,17 @@ def test_a_set_that_cannot_be_trained_on_is_refused(
         (lambda said: said["images"].append({"id": 1, "file_name": "d.png"}), "d.png does not exist"),
         (lambda said: said["images"].append({"id": 1, "file_name": "a.png"}), "lists the image 'a.png' 2 times"),
         (lambda said: said["images"].append({"id": 7, "file_name": "d.png"}), "lists the image of number 7 2 times"),
+        (lambda said: said["categories"].append({"id": 5, "name": "green"}), "lists the category 'green' 2 times"),
         (lambda said: said["categories"].append({"id": 9, "name": "blue"}), "lists the category of number 9 2 times"),
         (
             lambda said: said["images"][0].update(width=70, height=60),
             r"json: the box \[40, 10, 76, 34\] of 'green' reaches out of a.png, which has 70x60 pixels",
         ),
         (lambda said: said["images"].append({"id": 1, "file_name": "/etc/hosts"}), "/etc/hosts, which does not lie in"),
+        (
+            lambda said: said["annotations"][1].update(bbox=[1, 2, 3]),
+            r"without image_id, category_id or bbox of 4 numbers: entry 1 of the list, \{.*\[1, 2, 3\]",
+        ),
         (lambda said: said.update(annotations=None), "is no file of COCO's annotations"),
     ],
 )
@@ -265,6 +270,13 @@ def test_a_file_of_coco_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         loaded(CocoDetection(root=str(coco(tmp_path, change)), image_size=(32, 32)))
+
+
+def test_an_image_that_cocos_file_does_not_list_is_left_out_and_told(tmp_path: Path) -> None:
+    root = coco(tmp_path)
+    picture(root / "images" / "more" / "d.png", [])
+    with pytest.warns(UserWarning, match=r"left out more/d.png in .*images: .*annotations.json lists no such image"):
+        CocoDetection(root=str(root)).annotated()
 
 
 def test_scenes_are_the_same_in_every_run_and_what_is_tested_is_never_trained_on() -> None:

@@ -103,3 +103,10 @@ def test_a_description_that_lacks_something_is_refused(missing: dict[str, object
     assert Preprocessing.of(described, "x.onnx").size == (8, 8)
     with pytest.raises(UsageError, match=r"x\.onnx.*does not say how images are prepared"):
         Preprocessing.of(described | missing, "x.onnx")
+
+
+def test_whole_images_are_resized_as_validation_of_boxes_and_masks_resizes_them() -> None:
+    picture = pixels(90, 200)
+    resized = Preprocessing(3, (56, 64), RGB.mean, RGB.std, whole=True).resized(picture)
+    expected = functional.resize(torch.from_numpy(picture).permute(2, 0, 1), [56, 64]).permute(1, 2, 0).numpy()
+    assert np.abs(resized.astype(int) - expected).max() <= 1

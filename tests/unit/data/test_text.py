@@ -65,6 +65,26 @@ def test_the_test_windows_are_the_same_for_every_seed_and_validation_is_not(tmp_
     assert key != other_key
 
 
+def test_windows_of_trust_are_whole_ones_of_the_training_text_that_no_training_batch_has(tmp_path: Path) -> None:
+    def made(seed: int = 3, **settings: Any) -> TextFiles:
+        data = TextFiles(root=str(folder(tmp_path)), context=32, batch_size=4, seed=seed, **settings)
+        data.setup()
+        return data
+
+    data, plain = made(trust_fraction=0.2, eval_batch_size=7), made()
+    trusted = [bytes(row.tolist()) for batch in data.trust_batches(torch.device("cpu")) for row in batch.tokens]
+    assert len(trusted) == len(data.trust_indices) == round(0.2 * len(plain.train_indices))
+    assert set(trusted) <= set(windows(plain, "train"))  # which is all but the last, short batch
+    assert not set(trusted) & set(windows(data, "train"))
+    assert not set(trusted) & {*windows(data, "val"), *windows(data, "test")}
+    assert torch.equal(torch.cat([data.train_indices, data.trust_indices]).sort().values, plain.train_indices)
+    assert windows(data, "val") == windows(plain, "val")
+    assert data.fingerprint() == plain.fingerprint()  # of all windows, which the places point into
+    assert torch.equal(data.trust_indices, made(trust_fraction=0.2).trust_indices)
+    assert not torch.equal(data.trust_indices, made(trust_fraction=0.2, seed=4).trust_indices)
+    assert not list(plain.trust_batches(torch.device("cpu")))
+
+
 def test_files_for_validation_and_testing_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(prose(2000))
     (tmp_path / "val.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("grün " * 9, "blau " * 9)))
@@ -151,6 +171,8 @@ def test_the_text_that_comes_with_python_is_english() -> None:
         ({"a.txt": b"line of text\n" * 900}, {"limit_train": 10_000}, "limit_train=10000 is not accepted"),
         ({"a.txt": b"x"}, {"context": 1}, "context=1 is not accepted"),
         ({"a.txt": b"x"}, {"test_fraction": 1.0}, "test_fraction=1.0 is not accepted"),
+        ({"a.txt": b"x"}, {"trust_fraction": 1.0}, "trust_fraction=1.0 is not accepted"),
+        ({"a.txt": b"line of text\n" * 900}, {"trust_fraction": 1e-3}, "trust_fraction=0.001 holds out 0 of "),
     ],
 )
 @pytest.mark.filterwarnings("ignore:left out")

@@ -269,3 +269,16 @@ def test_the_deployed_network_keeps_the_scales_of_training() -> None:
     assert isinstance(network, Small)
     grid = deployed.network.get_submodule("grids.linear.input_quantizer")
     assert torch.equal(grid.scale, network.linear.input_quantizer.step().detach())
+
+
+def test_a_step_that_the_runtime_cannot_reach_from_the_one_before_is_told_in_a_sentence() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1))
+    student, _ = quantize_model(network, Recipe("w8a8"))
+    x = torch.rand(4, 3, 8, 8)
+    initialize_quantizers(student, x)
+    with torch.no_grad():
+        network[3].input_quantizer.scale.fill_(1e12)
+    with pytest.raises(
+        UsageError, match=r"does not run the file \(.*computation range.*a network that was not trained"
+    ):
+        to_onnx(student, x, calibration=[x])

@@ -1,4 +1,4 @@
-"""What is told of files of language models, and that one of another network is not kept."""
+"""What is told of files of language models, and that one of another network does not get its name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_is_measured_as_trained_and_of_the_file_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [(nbits_command, "nbits"), (gguf_command, "gguf")])
-def test_a_file_of_another_network_is_not_kept(
+def test_a_file_of_another_network_is_kept_beside_the_one_that_is_there(
     module: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to_file = getattr(module, f"to_{name}")
@@ -54,6 +54,8 @@ def test_a_file_of_another_network_is_not_kept(
 
     monkeypatch.setattr(module, f"to_{name}", of_another)
     write = getattr(module, f"write_{name}")
-    with pytest.raises(ParityError, match="the file fails the comparison and is not kept"):
-        write(student(0), tmp_path / "s", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / f"s.{name}").write_text("of the user")
+    with pytest.raises(ParityError, match=rf"the file fails the comparison and is kept as .*s\.rejected\.{name}"):
+        write(student(0), tmp_path / f"s.{name}", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
+    assert (tmp_path / f"s.{name}").read_text() == "of the user"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"s.{name}", f"s.rejected.{name}"]

@@ -20,12 +20,16 @@ from lqkd.losses import (
     PKD,
     RKD,
     VID,
+    AttentionRelations,
     AttentionTransfer,
     BinaryKL,
     ContrastiveRepresentation,
     CorrelationCongruence,
+    CosineDistance,
+    CrossKD,
     CurriculumTemperature,
     DistillationLoss,
+    ForegroundWeighted,
     ForwardKL,
     HintonKL,
     Hints,
@@ -62,11 +66,15 @@ MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "Standardized": Standardized,
     "Hints": Hints,
     "AttentionTransfer": AttentionTransfer,
+    "AttentionRelations": lambda: AttentionRelations(relation_heads=3),
+    "CosineDistance": CosineDistance,
     "SimilarityPreserving": SimilarityPreserving,
     "VID": VID,
     "MGD": MGD,
     "CWD": CWD,
     "PKD": PKD,
+    "CrossKD": CrossKD,
+    "ForegroundWeighted": lambda: ForegroundWeighted(Hints()),
     "QuantizedFeatures": QuantizedFeatures,
     "ReviewKD": ReviewKD,
     "RKD": RKD,
@@ -99,6 +107,17 @@ class Student(nn.Module):
         self.tap.output_quantizer = Rounding()
 
 
+class Detector(nn.Module):
+    """A teacher whose head doubles its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def class_logits_from(self, tap: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda features: self.twice * features
+
+
 def inputs(
     loss: DistillationLoss, batch: int = 5, classes: int = 4, seed: int = 0, channels: tuple[int, int] = (6, 6)
 ) -> tuple[Any, Any]:
@@ -110,6 +129,8 @@ def inputs(
     if loss.compares == "logits":
         return tensor(batch, classes), tensor(batch, classes)
     t, s = channels
+    if isinstance(loss, AttentionRelations):
+        return (tensor(batch, 7, 3 * t),), (tensor(batch, 7, 3 * s),)
     if loss.compares == "features":
         return tensor(batch, t, 4, 4), tensor(batch, s, 4, 4)
     return (tensor(batch, t, 4, 4), tensor(batch, t, 2, 2)), (tensor(batch, s, 4, 4), tensor(batch, s, 2, 2))
@@ -129,6 +150,7 @@ def connected(name: str, **shape: Any) -> tuple[DistillationLoss, Any, Any]:
     teacher, student = inputs(loss, **shape)
     if loss.compares != "logits":
         loss.bind(Student(), "tap")
+        loss.bind_teacher(Detector(), "tap")
         loss.connect([t.shape for t in tensors(teacher)], [s.shape for s in tensors(student)])
     return loss, teacher, student
 
@@ -194,7 +216,18 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         loss, _, _ = connected(name, channels=channels_for(name))
         if list(loss.parameters()):
             with_parameters.add(name)
-    assert with_parameters == {"Hints", "VID", "MGD", "CWD", "PKD", "ReviewKD", "ContrastiveRepresentation"}
+    assert with_parameters == {
+        "Hints",
+        "CosineDistance",
+        "VID",
+        "MGD",
+        "CWD",
+        "PKD",
+        "CrossKD",
+        "ForegroundWeighted",
+        "ReviewKD",
+        "ContrastiveRepresentation",
+    }
 
 
 @pytest.mark.parametrize("name", ZERO_AT_AGREEMENT)

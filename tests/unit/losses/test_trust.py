@@ -16,6 +16,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.ensembles import MeanPrediction
 from lqkd.losses.trust import Answers, TrustMap, forms, memorised
+from lqkd.losses.trust import map as trust_map
 from lqkd.losses.trust.forms import FORMS, FULL_CLASSES, RANK, Problem, directions, simplest_of_the_best, telling
 
 ORDER = torch.tensor([1, 2, 0, 3, 4, 5, 6, 7, 8, 9])
@@ -332,6 +333,21 @@ def test_of_many_classes_the_linear_form_looks_at_the_directions_in_which_teache
     torch.testing.assert_close(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64))
     centred = logits - logits.mean(1, keepdim=True)
     torch.testing.assert_close(centred @ basis @ basis.mT, centred)
+
+
+def test_of_as_many_classes_as_tokens_only_a_temperature_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "MOST_CLASSES", 9)
+    monkeypatch.setattr(trust_map, "MOST_CLASSES", 9)
+    logits, labels = rows(800)
+    trusted = TrustMap(1, 10, "fitted")
+    report = trusted.fit(2 * logits[:, ORDER][None], labels)
+    assert report.form in ("as given", "temperature")  # and not the order, which is a matter of classes
+    report = trusted.fit(2 * logits[None], labels)
+    assert report.form == "temperature"
+    assert float(trusted.scale) == pytest.approx(0.5, rel=0.1)
+    assert trusted.linear.numel() == trusted.basis.numel() == 0
+    assert trusted.matrices() is None
+    torch.testing.assert_close(trusted(2 * logits[None]), logits.log_softmax(-1).float(), atol=0.5, rtol=0.1)
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from lqkd.errors import UsageError
 from lqkd.models import CifarResNet
@@ -212,3 +213,21 @@ def test_a_failing_batch_leaves_the_statistics_as_they_were() -> None:
     with pytest.raises(OSError, match="disk"):
         reestimate_batchnorm(model, broken())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_frozen_batch_norm_is_folded_and_leaves_what_the_network_says(quantised: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    frozen = FrozenBatchNorm2d(6)
+    for name, buffer in frozen.named_buffers():
+        drawn = torch.rand(buffer.shape, generator=draw)
+        buffer.copy_(0.1 + drawn if name == "running_var" else 2 * drawn - 1)  # some factors are negative
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), frozen, nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
+    images = torch.rand(2, 3, 8, 8, generator=draw, dtype=torch.float64)
+    if quantised:
+        quantize_model(network, Recipe("w8a8"))
+        network(images)
+    network.eval()
+    expected = network(images)
+    assert fold_batchnorm(network).folded == {"1": "0"}
+    torch.testing.assert_close(network(images), expected, rtol=1e-12, atol=1e-12)

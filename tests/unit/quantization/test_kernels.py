@@ -178,6 +178,18 @@ FAMILIES = [("w4a4", None, None), ("w1a1", None, None), ("ternary", None, None),
 FAMILIES += [("w3a3", name, name) for name in ("apot", "dorefa", "lsq_ewgs", "lsq_plus", "minmax", "n2uq")]
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="PyTorch 2.6")
+@pytest.mark.parametrize(("bits", "weights", "inputs"), FAMILIES)
+def test_a_program_of_torch_export_gives_the_same_bits(bits: str, weights: str | None, inputs: str | None) -> None:
+    recipe = Recipe(
+        bits, weight_quantizer=weights, activation_quantizer=inputs, first_layer_bits=None, last_layer_bits=None
+    )
+    model, _ = quantize_model(nn.Sequential(nn.Linear(6, 4)), recipe)
+    x = torch.rand(5, 6)
+    initialize_quantizers(model, x)
+    assert torch.equal(torch.export.export(model.eval(), (x,)).module()(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("bits", "weights", "inputs"), FAMILIES)
 def test_a_network_that_torch_jit_has_traced_gives_the_same_bits(

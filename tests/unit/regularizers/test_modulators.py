@@ -136,3 +136,25 @@ def test_token_sequences_are_refused_by_convolutions() -> None:
     regularizer.connect("features", 8)
     with pytest.raises(UsageError, match="weighs feature maps"):
         regularizer(torch.randn(2, 9, 8), torch.randn(2, 9, 8))
+
+
+def applied(how: str, weights: list[float], divergence: list[float]) -> list[float]:
+    found = SampleWeight(applied=how).applied(  # type: ignore[arg-type]
+        torch.tensor(weights).view(-1, 1).requires_grad_(), torch.tensor(divergence).view(-1, 1)
+    )
+    assert not found.requires_grad
+    return found.flatten().tolist()
+
+
+def test_a_study_can_give_the_student_the_same_weights_but_not_where_they_belong() -> None:
+    weights, divergence = [1.0, 2.0, 6.0], [4.0, 1.0, 1.0]
+    assert applied("own", weights, divergence) == weights
+    assert applied("mean", weights, divergence) == [3.0] * 3
+    assert applied("exchanged", weights, divergence) == [6.0, 1.0, 2.0]
+
+
+def test_controls_that_are_unknown_or_would_be_looked_ahead_from_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"applied='shuffled' is unknown: use own, mean, exchanged"):
+        SampleWeight(applied="shuffled")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="applied='mean' does not go with player LookAhead"):
+        SampleWeight(applied="mean", guard="entropy", player="look_ahead")
