@@ -112,6 +112,9 @@ class _SizedTracer(Tracer):
         self._first: _Sized | None = None
         self._batch: Any = None
 
+    def _leaves_of(self, root: nn.Module) -> dict[int, nn.Module]:
+        return {}  # all modules run
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Sized(node, self)
 
