@@ -39,20 +39,42 @@ class TextStream(TextFiles):
         root: A file, or a folder.
         val: A file or folder for validation.
         test: Likewise for testing.
+        tokenizer: As of :class:`lqkd.data.TextFiles`; null for bytes.
+        context: Bytes, or tokens, that the network sees at once, 2 or more.
+        batch_size: Windows per process and training step.
+        eval_batch_size: Windows per process and step in validation and test; null means batch_size.
+        seed: Seed of the order; null means the run's seed (seed_everything), else 0.
         mixed: Windows that are held to be mixed, 1 or more; 1 for the order of the files.
-        kwargs: The settings of :class:`lqkd.data.TextFiles`, but for what is about holding out parts.
 
     Raises:
         UsageError: when there is no such file, nothing in it, or it is no text in UTF-8, or no such tokenizer.
     """
 
-    def __init__(self, *, root: str, val: str, test: str, mixed: int = 1024, **kwargs: Any) -> None:
-        for name in ("validation_fraction", "test_fraction", "limit_train"):
-            if name in kwargs:
-                raise UsageError(f"{name} is not possible for a TextStream: give val and test, and trainer.max_steps")
+    def __init__(
+        self,
+        *,
+        root: str,
+        val: str,
+        test: str,
+        tokenizer: str | None = None,
+        context: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        seed: int | None = None,
+        mixed: int = 1024,
+    ) -> None:
         if isinstance(mixed, bool) or not isinstance(mixed, int) or mixed < 1:
             raise UsageError(f"mixed={mixed!r} is not accepted: it must be a whole number from 1 on.")
-        super().__init__(root=root, val=val, test=test, **kwargs)
+        super().__init__(
+            root=root,
+            val=val,
+            test=test,
+            tokenizer=tokenizer,
+            context=context,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
         self.mixed = mixed
         self.files: list[Path] = []
 
