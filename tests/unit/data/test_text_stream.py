@@ -71,6 +71,7 @@ def test_an_epoch_mixes_windows_and_goes_on_at_any_batch(folder: Path) -> None:
     first, second = (windows(stream(folder, mixed=20), epoch) for epoch in range(2))
     plain = windows(stream(folder, mixed=1))
     assert not torch.equal(first.indices, second.indices)
+    assert not torch.equal(first.indices, windows(stream(folder, mixed=20, seed=1)).indices)
     assert len(set(first.indices.tolist())) == len(first.indices)
     rows = dict(zip(plain.indices.tolist(), plain.tokens, strict=True))
     mixed = zip(first.indices.tolist(), first.tokens, strict=True)
@@ -118,12 +119,25 @@ def test_a_resumed_training_ends_with_the_same_bits_and_other_files_are_refused(
     last = {"ckpt_path": folder / "last.ckpt", "weights_only": True}
     trainer(**saving, callbacks=callbacks[:1]).fit(resumed, datamodule=stream(folder), **last)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    with pytest.raises(UsageError, match="seed=1 is not possible: the checkpoint was trained with 0"):
+        trainer(**saving, callbacks=callbacks[:1]).fit(module(), datamodule=stream(folder, seed=1), **last)
     with open(folder / "text" / "a.txt", "a") as file:
         file.write("more")
     with pytest.raises(UsageError, match="has other files, or files of other sizes, than the checkpoint"):
         trainer(**saving, callbacks=callbacks[:1]).fit(module(), datamodule=stream(folder), **last)
     with pytest.raises(UsageError, match=r"teacher_cache needs .* it lacks train_indices"):
         trainer().fit(module(teacher_cache=TeacherCache(str(folder))), datamodule=stream(folder))
+
+
+@pytest.mark.parametrize("name", ["mixed", "context", "tokenizer"])
+def test_windows_in_another_order_than_those_of_the_checkpoint_are_refused(folder: Path, name: str) -> None:
+    value = {"mixed": 5, "context": 8, "tokenizer": str(save_tokenizer(folder / "tokenizer"))}[name]
+    before, same, other = stream(folder), stream(folder), stream(folder, **{name: value})
+    for data in (before, same, other):
+        data.setup()
+    same.load_state_dict(before.state_dict())
+    with pytest.raises(UsageError, match=f"{name}={value} is not possible: the checkpoint was trained with"):
+        other.load_state_dict(before.state_dict())
 
 
 def test_a_configuration_trains_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
