@@ -14,9 +14,8 @@ from lqkd.modules.base import TaskModule
 from lqkd.modules.distill import DistillModule
 from lqkd.modules.metrics import last_batch
 from lqkd.quantization.modes import evaluating
-from lqkd.tasks import Asked, Detection, Inputs
+from lqkd.tasks import Asked, BoxDetection, Inputs
 from lqkd.tasks.object_pictures import found_beside_truth, pixels_of
-from lqkd.tasks.scenes import scenes_of
 
 _KEY = "pictures/boxes"
 """What loggers call it."""
@@ -42,13 +41,13 @@ class BoxPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         first = batch_idx == 0 and dataloader_idx == 0 and trainer.is_global_zero
-        if first and isinstance(pl_module, TaskModule) and isinstance(pl_module.task, Detection):
+        if first and isinstance(pl_module, TaskModule) and isinstance(pl_module.task, BoxDetection):
             self._draw(trainer, pl_module, pl_module.task, batch)
 
-    def _draw(self, trainer: Trainer, module: TaskModule, task: Detection, batch: Any) -> None:
+    def _draw(self, trainer: Trainer, module: TaskModule, task: BoxDetection, batch: Any) -> None:
         folder = run_folder_of(trainer)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
-        scenes = scenes_of(batch, task.strides[-1])
+        scenes = task.scenes(batch)
         if (folder is None and not loggers) or scenes.objects is None:
             return
         from lqkd.utils import figures

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lqkd.errors import UsageError
-from lqkd.tasks import Detection, Inputs, Task
+from lqkd.tasks import BoxDetection, Inputs, Task
 from lqkd.tasks.predictions import by_sample, write_array
 from lqkd.tasks.scenes import scenes_of
 from lqkd.utils.tables import write_csv
@@ -58,8 +58,8 @@ class Predictions(Callback):
             )
         indices = getattr(batch, "indices", None)
         positions = range(first, first + samples) if indices is None else indices.tolist()
-        if isinstance(self.task, Detection):
-            self.names = self.names or tuple(self.task.names)  # type: ignore[arg-type]
+        if isinstance(self.task, BoxDetection):
+            self.names = self.names or self.task.names
             for row, picture in zip(rows, self._pictures(trainer, outputs, batch, positions), strict=True):
                 row["picture"] = picture
         self.positions += positions

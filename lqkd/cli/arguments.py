@@ -248,6 +248,11 @@ def _check_asked(given: Predict) -> None:
     if wrong is not None:
         kind = "with --prompt" if given.prompt else "with images: it is for --prompt"
         raise UsageError(f"--{wrong} {getattr(given, wrong)} is not possible {kind}")
+    if given.seed is not None and not given.temperature:
+        raise UsageError(
+            f"--seed {given.seed} does nothing without a temperature, where the most probable token is taken: give a "
+            "--temperature above 0 to draw"
+        )
 
 
 def names_images(args: Sequence[str]) -> bool:

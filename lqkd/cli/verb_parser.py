@@ -60,6 +60,7 @@ class VerbParser(argparse.ArgumentParser):
             settings = {"action": "store_true"}
         elif get_origin(kind) is tuple:
             settings |= {"type": get_args(kind)[0], "nargs": "+" if each.kw_only or each.default is MISSING else "*"}
+            settings |= {"action": "extend"} if each.kw_only else {}  # an option that is given twice gives both
         if not each.kw_only:
             settings["metavar"] = each.name.upper()
             self.add_argument(each.name, help=text.replace("%", "%%"), **settings)
@@ -69,7 +70,8 @@ class VerbParser(argparse.ArgumentParser):
         else:
             own = "false" if each.default is False else "none" if each.default == () else str(each.default)
             shown = each.metadata["shown"] or own
-            settings["default"], default = each.default, f"default: {shown}"
+            own_default = [*each.default] if isinstance(each.default, tuple) else each.default  # which can be extended
+            settings["default"], default = own_default, f"default: {shown}"
         name, told = f"--{each.name.replace('_', '-')}", f"{text} ({default})".replace("%", "%%")
         self.add_argument(name, dest=each.name, help=told, **settings)
 

@@ -31,7 +31,9 @@ class TextStream(TextFiles):
 
     An epoch has no length that is known before its end: give ``trainer.max_steps``, and count validations in steps
     (``val_check_interval`` and ``check_val_every_n_epoch: null``). A training that is resumed reads and tokenizes the
-    epoch anew up to where it was, and goes on with the same bits; a change in the names or sizes of files is refused.
+    epoch anew up to where it was, and goes on with the same bits; a change in the names or sizes of files, or in what
+    windows and their order depend on, is refused. One that has ended at ``max_steps`` and is given more of them begins
+    a new epoch, at the first file.
     Every process reads all of the text, and takes its share of the windows. There is no ``teacher_cache`` of it, and a
     text that is there twice is not looked for. A damaged line ends the training where it is reached.
 
@@ -39,20 +41,42 @@ class TextStream(TextFiles):
         root: A file, or a folder.
         val: A file or folder for validation.
         test: Likewise for testing.
+        tokenizer: As of :class:`lqkd.data.TextFiles`; null for bytes.
+        context: Bytes, or tokens, that the network sees at once, 2 or more.
+        batch_size: Windows per process and training step.
+        eval_batch_size: Windows per process and step in validation and test; null means batch_size.
+        seed: Seed of the order; null means the run's seed (seed_everything), else 0.
         mixed: Windows that are held to be mixed, 1 or more; 1 for the order of the files.
-        kwargs: The settings of :class:`lqkd.data.TextFiles`, but for what is about holding out parts.
 
     Raises:
         UsageError: when there is no such file, nothing in it, or it is no text in UTF-8, or no such tokenizer.
     """
 
-    def __init__(self, *, root: str, val: str, test: str, mixed: int = 1024, **kwargs: Any) -> None:
-        for name in ("validation_fraction", "test_fraction", "limit_train"):
-            if name in kwargs:
-                raise UsageError(f"{name} is not possible for a TextStream: give val and test, and trainer.max_steps")
+    def __init__(
+        self,
+        *,
+        root: str,
+        val: str,
+        test: str,
+        tokenizer: str | None = None,
+        context: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        seed: int | None = None,
+        mixed: int = 1024,
+    ) -> None:
         if isinstance(mixed, bool) or not isinstance(mixed, int) or mixed < 1:
             raise UsageError(f"mixed={mixed!r} is not accepted: it must be a whole number from 1 on.")
-        super().__init__(root=root, val=val, test=test, **kwargs)
+        super().__init__(
+            root=root,
+            val=val,
+            test=test,
+            tokenizer=tokenizer,
+            context=context,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
         self.mixed = mixed
         self.files: list[Path] = []
 
@@ -77,16 +101,33 @@ class TextStream(TextFiles):
         return StreamedWindows(self, rank=rank, processes=processes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and sizes of the files, for a checkpoint."""
-        return {"files": [[file.name, file.stat().st_size] for file in self.files]}
+        """What the order of windows depends on, for a checkpoint: names and sizes of the files, and settings."""
+        return {
+            "files": [[file.name, file.stat().st_size] for file in self.files],
+            "seed": getattr(self, "run_seed", self.seed),
+            "mixed": self.mixed,
+            "context": self.context,
+            "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a training to go on with other files."""
-        if self.files and state_dict["files"] != self.state_dict()["files"]:
+        """Refuse a training to go on with other files, or the same ones in another order."""
+        if not self.files:
+            return
+        own = self.state_dict()
+        if state_dict["files"] != own["files"]:
             raise UsageError(
                 f"root={self.root} has other files, or files of other sizes, than the checkpoint was trained on: a "
                 "stream goes on where it was in the same ones"
             )
+        for name in ("seed", "mixed", "context", "tokenizer"):
+            if state_dict.get(name, own[name]) != own[name]:
+                now = self.tokenizer if name == "tokenizer" else own[name]
+                before = "another one" if name == "tokenizer" else state_dict[name]
+                raise UsageError(
+                    f"{name}={now} is not possible: the checkpoint was trained with {before}, and a stream goes on "
+                    "where it was with the same one"
+                )
 
 
 class StreamedWindows:

@@ -138,9 +138,9 @@ def _with_boxes(predictor: Predictor, path: str, objects: Tensor, folder: Path) 
 
     None for a task without objects.
     """
-    from lqkd.tasks import Detection  # which loads torchmetrics
+    from lqkd.tasks import BoxDetection  # which loads torchmetrics
 
-    if not isinstance(predictor.task, Detection):
+    if not isinstance(predictor.task, BoxDetection):
         return None
     from lqkd.tasks.object_pictures import drawn_over
     from lqkd.utils.figures import write_image

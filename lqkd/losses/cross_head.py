@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from lqkd.losses.base import DistillationLoss, MapKind
 from lqkd.losses.hints import Hints
 from lqkd.losses.matching import check_comparable, only_pair
 from lqkd.losses.precision import in_full_precision
-from lqkd.losses.settings import not_negative
+from lqkd.losses.settings import check
 from lqkd.losses.teacher_head import TeacherHead
 
 
@@ -33,7 +34,8 @@ class CrossKD(DistillationLoss):
     matched as ``Hints`` does. The map (B, classes, H, W) is small, since most positions are background.
 
     Args:
-        beta: how much less what is nearly right counts, >= 0.
+        beta: how much less what is nearly right counts, 0 or >= 1: between them the gradient has no bound where both
+            agree.
 
     Raises:
         UsageError: when beta is out of range, features are no feature maps, or the teacher is no such detector.
@@ -52,7 +54,8 @@ class CrossKD(DistillationLoss):
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
-        self.beta = not_negative("beta", beta)
+        check("it must be 0, or a number from 1 on", lambda x: x == 0 or 1 <= x < math.inf, "", beta=beta)
+        self.beta = float(beta)
         self.hints = Hints()
         self.__dict__["_head"] = None
 

@@ -16,6 +16,7 @@ from lqkd.models.outputs import Asked, main_tensor
 
 _KEPT = ("cache", "past_key_values")
 """What transformers calls keys and values that are kept, from 5.24 on and before."""
+_LEAST_SEED = -(2**63)
 
 
 class Sizes(NamedTuple):
@@ -89,7 +90,7 @@ def generate_tokens(
         [3, 4]
     """
     vocabulary, context = sizes_of(network)
-    _check_settings(most, temperature, top_k)
+    _check_settings(most, temperature, top_k, seed)
     _check_prompt(prompt, vocabulary, context)
     generator = torch.Generator().manual_seed(seed)
     reader, tokens = _Reader(network, context), list(prompt)
@@ -132,15 +133,18 @@ def _chosen(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if temperature == 0:
         return int(logits.argmax())
     best, places = logits.topk(len(logits) if top_k is None else min(top_k, len(logits)))
-    drawn = torch.multinomial((best / temperature).softmax(dim=0), 1, generator=generator)
+    scaled = (best.double() - best[0].double()) / temperature  # 0 and less, whatever the temperature
+    drawn = torch.multinomial(scaled.softmax(dim=0), 1, generator=generator)
     return int(places[drawn])
 
 
-def _check_settings(most: int, temperature: float, top_k: int | None) -> None:
+def _check_settings(most: int, temperature: float, top_k: int | None, seed: int) -> None:
     if most < 1:
         raise UsageError(f"{most} tokens are not possible: it must be at least 1")
     if not 0 <= temperature < math.inf:
         raise UsageError(f"temperature={temperature!r} is not possible: it must be 0 or more")
+    if not _LEAST_SEED <= seed < 2**64:
+        raise UsageError(f"seed={seed!r} is not possible: it must be from -2**63 to 2**64 - 1, as PyTorch takes it")
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k={top_k!r} is not possible: it must be at least 1")
     if top_k is not None and temperature == 0:

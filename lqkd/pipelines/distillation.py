@@ -34,7 +34,7 @@ from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, claim, forget_claimed,
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.quiet import quiet
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import Classification, Detection, MultiLabel, Task
+from lqkd.tasks import BoxDetection, Classification, MultiLabel, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.utils.files import write_text
 
@@ -173,10 +173,10 @@ def _module(
     else:
         given["teachers"] = {name: _frozen(one) for name, one in given["teachers"].items()}
     if given.get("distillation") is None and given.get("distillation_loss") is None:
-        binary = isinstance(task, (MultiLabel, Detection))
-        given["distillation_loss"] = HintonKL() if task.predicts_classes else BinaryKL() if binary else LogitResidual()
+        binary, one_class = isinstance(task, (MultiLabel, BoxDetection)), task.predicts_classes or task.softmax_rows
+        given["distillation_loss"] = HintonKL() if one_class else BinaryKL() if binary else LogitResidual()
         if given.get("balance") is None:
-            weights = (1.0, 50.0) if isinstance(task, Detection) else (0.5, 0.5)  # most positions show nothing
+            weights = (1.0, 50.0) if isinstance(task, BoxDetection) else (0.5, 0.5)  # most positions show nothing
             given["balance"] = FixedBalance(task=weights[0], distill=weights[1])
     recipe = bits if isinstance(bits, Recipe) else Recipe(bits=bits)
     return DistillModule(student=copy_of(student), quantization=recipe, task=copy.deepcopy(task), **given)

@@ -23,7 +23,7 @@ from lqkd.runs import BestAndLast, RunLogger, RunSummary
 from lqkd.runs.description import Description
 from lqkd.runs.folder import CHECKPOINTS
 from lqkd.runs.logger import LogEveryEpoch
-from lqkd.tasks import Detection, Task
+from lqkd.tasks import BoxDetection, Task
 from lqkd.utils.suggest import nearest
 
 _TAKEN = {
@@ -77,7 +77,7 @@ def trainer_for(
     callbacks = given.get("callbacks") or []
     callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
     ours: list[Callback] = [RegularizerMonitor(), BatchNormReestimation(), RunSummary(), Description(guessed)]
-    if isinstance(task, Detection):
+    if isinstance(task, BoxDetection):
         ours.append(BoxPictures())
     if given.get("enable_progress_bar") is not False and not any(isinstance(one, Bar) for one in callbacks):
         ours.append(ProgressBar())

@@ -58,7 +58,7 @@ from lqkd.runs.resume import Resumption, check_place, differences, find, limits,
 from lqkd.runs.resume_state import LIMITS
 from lqkd.runs.stopping import StopOnSignal, how_to_resume, lost_a_process
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import Classification, Detection, Task
+from lqkd.tasks import BoxDetection, Classification, Task
 from lqkd.utils.files import write_text
 from lqkd.utils.yaml_text import load_yaml
 
@@ -360,7 +360,7 @@ class LqkdCLI(LightningCLI):
         if isinstance(self.model, DistillModule):
             callbacks.insert(0, RegularizerMonitor())
             callbacks += self.of_distillation
-        if isinstance(_task_of(self.model), Detection):
+        if isinstance(_task_of(self.model), BoxDetection):
             callbacks.append(BoxPictures())
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())

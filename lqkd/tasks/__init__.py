@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.models.outputs import main_tensor as main_tensor
     from lqkd.tasks.base import Rows as Rows
     from lqkd.tasks.base import Task as Task
+    from lqkd.tasks.box_detection import BoxDetection as BoxDetection
     from lqkd.tasks.causal_lm import CausalLM as CausalLM
     from lqkd.tasks.classification import Classification as Classification
     from lqkd.tasks.detection import Detection as Detection
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
 
 _WHERE = {
     "Asked": "lqkd.models.outputs",
+    "BoxDetection": "lqkd.tasks.box_detection",
     "CausalLM": "lqkd.tasks.causal_lm",
     "Classification": "lqkd.tasks.classification",
     "Detection": "lqkd.tasks.detection",

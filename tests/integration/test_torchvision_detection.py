@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+import lqkd
 from lqkd.data import DigitScenes
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
@@ -82,6 +85,23 @@ def test_a_whole_detector_of_torchvision_is_refused_with_what_to_take_in_its_pla
     network = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
     with pytest.raises(UsageError, match=r"FCOS of torchvision .* take lqkd.models.TorchvisionDetector"):
         TorchvisionDetection("fcos", 3).recipe(Recipe("w4a4"), network)
+
+
+def test_a_distillation_by_default_compares_what_the_detector_predicts_and_leaves_a_picture(tmp_path: Path) -> None:
+    network = TorchvisionDetector("ssdlite320_mobilenet_v3_large", 3)
+    batches = [(IMAGES, TARGETS)]
+    made = lqkd.distill(
+        network,
+        train=batches,
+        test=batches,
+        task=TorchvisionDetection("ssdlite", 3),
+        folder=tmp_path / "run",
+        epochs=1,
+        trainer={"enable_progress_bar": False, "accelerator": "cpu"},
+    )
+    said = yaml.safe_load((made.folder / "config.yaml").read_text())
+    assert said["python"]["distillation"] == {"distill": "HintonKL"}
+    assert (made.folder / "boxes.png").exists()
 
 
 class Watched(DigitScenes):

@@ -39,6 +39,13 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert given == Brew(Path("kettle"), ("green", "black"), water=1.5, cups=(1, 2), stir=True)
 
 
+def test_an_option_of_several_values_that_is_given_twice_has_all_of_them() -> None:
+    given = read("brew", Brew, ["kettle", "green", "--water", "1", "--cups", "1", "2", "--cups", "3"])
+    assert given.cups == (1, 2, 3)
+    asked = arguments.Predict("run", prompt=("a", "b"))
+    assert read("predict", arguments.Predict, ["run", "--prompt", "a", "--prompt", "b"]) == asked
+
+
 def test_help_is_made_of_docstrings_and_shows_every_default() -> None:
     text = " ".join(VerbParser("brew", Brew).format_help().split())
     assert "] POT LEAVES [LEAVES ...] Make tea of leaves. positional" in text
@@ -106,6 +113,8 @@ def test_images_may_follow_options_and_a_prompt_stands_in_their_place(tmp_path: 
         ([], "predict takes image files, or --prompt TEXT of a language model: neither is given"),
         (["cat.jpg", "--prompt", "a"], "both are given"),
         (["cat.jpg", "--tokens", "5"], "--tokens 5 is not possible with images"),
+        (["--prompt", "a", "--seed", "3"], "--seed 3 does nothing without a temperature"),
+        (["--prompt", "a", "--seed", "3", "--temperature", "0"], "--seed 3 does nothing without a temperature"),
         (["--prompt", "a", "--output", "masks"], "--output masks is not possible with --prompt"),
     ],
 )

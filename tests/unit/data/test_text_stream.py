@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 from lqkd import DistillModule, FrozenTeacher, Recipe
+from lqkd.cli import main
 from lqkd.data import TextStream
 from lqkd.data.text import Tokens
 from lqkd.errors import UsageError
@@ -69,6 +71,7 @@ def test_an_epoch_mixes_windows_and_goes_on_at_any_batch(folder: Path) -> None:
     first, second = (windows(stream(folder, mixed=20), epoch) for epoch in range(2))
     plain = windows(stream(folder, mixed=1))
     assert not torch.equal(first.indices, second.indices)
+    assert not torch.equal(first.indices, windows(stream(folder, mixed=20, seed=1)).indices)
     assert len(set(first.indices.tolist())) == len(first.indices)
     rows = dict(zip(plain.indices.tolist(), plain.tokens, strict=True))
     mixed = zip(first.indices.tolist(), first.tokens, strict=True)
@@ -116,6 +119,8 @@ def test_a_resumed_training_ends_with_the_same_bits_and_other_files_are_refused(
     last = {"ckpt_path": folder / "last.ckpt", "weights_only": True}
     trainer(**saving, callbacks=callbacks[:1]).fit(resumed, datamodule=stream(folder), **last)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+    with pytest.raises(UsageError, match="seed=1 is not possible: the checkpoint was trained with 0"):
+        trainer(**saving, callbacks=callbacks[:1]).fit(module(), datamodule=stream(folder, seed=1), **last)
     with open(folder / "text" / "a.txt", "a") as file:
         file.write("more")
     with pytest.raises(UsageError, match="has other files, or files of other sizes, than the checkpoint"):
@@ -124,9 +129,43 @@ def test_a_resumed_training_ends_with_the_same_bits_and_other_files_are_refused(
         trainer().fit(module(teacher_cache=TeacherCache(str(folder))), datamodule=stream(folder))
 
 
+@pytest.mark.parametrize("name", ["mixed", "context", "tokenizer"])
+def test_windows_in_another_order_than_those_of_the_checkpoint_are_refused(folder: Path, name: str) -> None:
+    value = {"mixed": 5, "context": 8, "tokenizer": str(save_tokenizer(folder / "tokenizer"))}[name]
+    before, same, other = stream(folder), stream(folder), stream(folder, **{name: value})
+    for data in (before, same, other):
+        data.setup()
+    same.load_state_dict(before.state_dict())
+    with pytest.raises(UsageError, match=f"{name}={value} is not possible: the checkpoint was trained with"):
+        other.load_state_dict(before.state_dict())
+
+
+def test_a_configuration_trains_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    network = {"class_path": "lqkd.models.GPT", "init_args": {"context": 16, "width": 8, "depth": 1, "heads": 2}}
+    torch.save(GPT(**network["init_args"]).state_dict(), "teacher.pt")
+    model = {
+        "teacher": {"class_path": "FrozenTeacher", "init_args": {"network": network, "weights": "teacher.pt"}},
+        "student": network,
+        "quantization": {"bits": "w4a32"},
+        "task": {"class_path": "lqkd.tasks.CausalLM", "init_args": {"bytes_per_token": 1}},
+    }
+    data = {"root": "text", "val": "val.txt", "test": "test.txt", "context": 16, "batch_size": 4, "mixed": 8}
+    steps = {"max_epochs": -1, "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    config = {
+        "run": {"name": "stream"},
+        "trainer": {"accelerator": "cpu", "limit_val_batches": 1, "limit_test_batches": 1, **steps},
+        "model": {"class_path": "lqkd.modules.DistillModule", "init_args": model},
+        "data": {"class_path": "lqkd.data.TextStream", "init_args": data},
+    }
+    Path("stream.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "stream.yaml"]) == 0
+    assert Path("runs/stream/version_0/student.safetensors").exists()
+
+
 def test_what_a_stream_cannot_be_is_one_sentence(folder: Path) -> None:
-    with pytest.raises(UsageError, match="limit_train is not possible for a TextStream: give val and test"):
-        stream(folder, limit_train=3)
+    with pytest.raises(TypeError, match="trust_fraction"):
+        stream(folder, trust_fraction=0.2)
     with pytest.raises(UsageError, match="mixed=0 is not accepted"):
         stream(folder, mixed=0)
     (folder / "text" / "c.txt").write_bytes(b"fine\n\xff\n")

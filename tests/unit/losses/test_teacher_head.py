@@ -69,6 +69,18 @@ def test_a_teacher_that_is_no_detector_is_refused() -> None:
         CrossKD().bind_teacher(TorchvisionDetector("ssdlite320_mobilenet_v3_large", 3), "backbone.extra.0")
 
 
+def test_crosskd_has_a_gradient_where_both_agree_and_refuses_powers_that_have_none() -> None:
+    for beta in (0.0, 1.0, 1.5):
+        loss, features = CrossKD(beta), torch.ones(2, 8, 8, 8, dtype=torch.float64, requires_grad=True)
+        loss.bind_teacher(detector(), "pyramid.outputs.0")
+        loss(features.detach(), features).sum().backward()
+        assert features.grad is not None
+        assert features.grad.isfinite().all()
+    for refused in (0.5, -1.0, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match=f"beta={refused} is not possible: it must be 0, or a number from 1 on"):
+            CrossKD(refused)
+
+
 def pair() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return tuple(torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]

@@ -75,6 +75,10 @@ def test_tokens_are_drawn_by_their_probabilities_at_a_temperature_among_the_firs
     assert drawn != generate_tokens(Constant(logits), [0], 4000, temperature=0.7, top_k=3, seed=4)
 
 
+def test_the_smallest_temperatures_draw_the_most_probable_token() -> None:
+    assert generate_tokens(Constant(torch.arange(8.0)), [0], 2, temperature=1e-320) == [7, 7]
+
+
 def test_tokens_that_no_text_has_are_left_out() -> None:
     assert generate_tokens(Constant(torch.arange(8.0)), [0], 2, known=6) == [5, 5]
 
@@ -89,6 +93,7 @@ def test_tokens_that_no_text_has_are_left_out() -> None:
         ([1], {"temperature": float("nan")}, "temperature=nan is not possible"),
         ([1], {"top_k": 3}, "top_k=3 does nothing at temperature=0"),
         ([1], {"temperature": 1.0, "top_k": 0}, "top_k=0 is not possible"),
+        ([1], {"temperature": 1.0, "seed": 2**64}, f"seed={2**64} is not possible"),
         ([1], {"most": 0}, "0 tokens are not possible"),
     ],
 )
