@@ -98,6 +98,13 @@ class IslandWriters(ABC):
             sizes = self.add("Concat", [count, sizes], f"{label}.shape", axis=0)
         return self.add("Expand", [*operands, sizes], label)
 
+    def _island_expandas(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        x, other = operands
+        return self.add("Expand", [x, self.add("Shape", [other], f"{label}.shape")], label)
+
+    def _island_einsum(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        return self.add("Einsum", operands, label, equation=settings["equation"].replace(" ", ""))
+
     def _island_reduce(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         axes = self.constant(settings["axes"], f"{label}.axes", np.int64)
         return self.add(settings["operator"], [*operands, axes], label, keepdims=int(settings["keepdim"]))

@@ -65,7 +65,8 @@ class Windows(nn.Module):
             mask = {"is_causal": True} if self.causal else {"attn_mask": self.bias, "scale": 0.3}
             y = F.scaled_dot_product_attention(q, k, v, **mask)
         else:
-            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.exp()
+            scores = torch.einsum("B H I D, B H J D -> B H I J", F.normalize(q, dim=-1), F.normalize(k, dim=-1))
+            scores = scores * self.scale.exp().expand_as(scores)
             y = (scores + self.bias).softmax(-1) @ v
         y = self.out(y.transpose(1, 2).reshape(-1, 16, 8))
         y = torch.stack([y, 1.0 - y / 2], dim=1).sub(y.unsqueeze(1)).sum(1) - y.amax(-1, keepdim=True)
