@@ -59,6 +59,15 @@ def names(library: str) -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
+def there(library: str) -> list[str]:
+    """All networks of a library."""
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    return names(library)
+
+
 def pixels_of(library: str, name: str) -> int:
     """The side of the images that a network is tried with."""
     return next((side for start, side in OTHER_PIXELS.items() if name.startswith(start)), PIXELS[library])
@@ -157,8 +166,14 @@ def main() -> None:
         return
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "onnxruntime")}
     done = {(row["library"], row["network"]) for row in rows}
-    for library in arguments.library or PIXELS:
-        for name in arguments.only or names(library):
+    tried = {
+        library: [name for name in arguments.only or names(library) if name in there(library)]
+        for library in arguments.library or PIXELS
+    }
+    if missing := set(arguments.only or ()) - {name for some in tried.values() for name in some}:
+        parser.error(f"--only {min(missing)}: there is no such network in {' or '.join(tried)}")
+    for library, some in tried.items():
+        for name in some:
             if (library, name) not in done:
                 rows.append(outcome(library, name) | versions)
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items() if key not in versions), flush=True)

@@ -63,6 +63,8 @@ class VerbParser(argparse.ArgumentParser):
             settings |= {"action": "extend"} if each.kw_only else {}  # an option that is given twice gives both
         if not each.kw_only:
             settings["metavar"] = each.name.upper()
+            if settings.get("nargs") == "*":  # or argparse calls it required
+                settings["default"] = each.default
             self.add_argument(each.name, help=text.replace("%", "%%"), **settings)
             return
         if each.default is MISSING:
@@ -76,6 +78,11 @@ class VerbParser(argparse.ArgumentParser):
         self.add_argument(name, dest=each.name, help=told, **settings)
 
     def error(self, message: str) -> NoReturn:
+        several = [
+            action.option_strings[0] for action in self._actions if action.option_strings and action.nargs == "+"
+        ]
+        if several and "are required: " in message and "are required: -" not in message:  # one by its position
+            message += f" (before {' or '.join(several)}, which takes all that follows)"
         told = f"{message}{suggestion(message, self)}"
         print(f"lqkd: error: {told} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.predict import task_of
-from lqkd.models.generation import generate_tokens, sizes_of
+from lqkd.models.generation import check_prompt, generate_tokens, sizes_of
 from lqkd.runs.student import describe_student, load_student
 from lqkd.tasks import CausalLM
 from lqkd.utils.schema import EXPORTED_FILE, check
@@ -31,15 +31,25 @@ class Writer:
     known: int
     source: str
 
+    def checked(self, prompt: str) -> list[int]:
+        """The tokens of ``prompt``.
+
+        Raises:
+            UsageError: when there are none, more than the network takes, or some that it does not know.
+        """
+        if not prompt:
+            raise UsageError("--prompt '' is empty: give a text to continue")
+        tokens: list[int] = self.text.encode(prompt)
+        check_prompt(self.network, tokens)
+        return tokens
+
     def continued(self, prompt: str, most: int, **settings: Any) -> str:
         """What comes after ``prompt``; settings as of :func:`~lqkd.models.generation.generate_tokens`.
 
         Raises:
             UsageError: as there.
         """
-        if not prompt:
-            raise UsageError("--prompt '' is empty: give a text to continue")
-        tokens = self.text.encode(prompt)
+        tokens = self.checked(prompt)
         found = generate_tokens(self.network, tokens, most, known=self.known, end=self.text.end, **settings)
         before = self.text.decode(tokens)
         return str(self.text.decode([*tokens, *found])[len(before) :])
@@ -73,6 +83,8 @@ def continue_texts(
         UsageError: after a user's mistake about the run, the file, a text or a setting.
     """
     writer = load_writer(run, allow_code)
+    for prompt in prompts:
+        writer.checked(prompt)
     for prompt in prompts:
         found = writer.continued(prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
         yield {"prompt": prompt, "continuation": found}

@@ -62,6 +62,8 @@ class AttentionRelations(DistillationLoss):
         names = [first + second for first in _PARTS for second in _PARTS]
         if not relations or isinstance(relations, str) or not set(relations) <= set(names):
             raise UsageError(f"relations={relations!r} is not possible: a list with some of {', '.join(names)}")
+        if twice := next((name for name in relations if list(relations).count(name) > 1), None):
+            raise UsageError(f"relations={relations!r} is not possible: {twice} is there twice")
         self.relation_heads, self.relations, self.causal = relation_heads, tuple(relations), causal
 
     def connect(self, teacher: Sequence[torch.Size], student: Sequence[torch.Size]) -> None:

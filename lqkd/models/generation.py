@@ -89,11 +89,10 @@ def generate_tokens(
         >>> generate_tokens(Counts(), [2], 7, end=5)
         [3, 4]
     """
-    vocabulary, context = sizes_of(network)
     _check_settings(most, temperature, top_k, seed)
-    _check_prompt(prompt, vocabulary, context)
+    check_prompt(network, prompt)
     generator = torch.Generator().manual_seed(seed)
-    reader, tokens = _Reader(network, context), list(prompt)
+    reader, tokens = _Reader(network, sizes_of(network).context), list(prompt)
     while len(tokens) < len(prompt) + most:
         logits = reader.after(tokens)[:known]
         token = _chosen(logits, temperature, top_k, generator)
@@ -154,7 +153,13 @@ def _check_settings(most: int, temperature: float, top_k: int | None, seed: int)
         )
 
 
-def _check_prompt(prompt: Sequence[int], vocabulary: int | None, context: int | None) -> None:
+def check_prompt(network: Any, prompt: Sequence[int]) -> None:
+    """Refuse a prompt that a network cannot continue.
+
+    Raises:
+        UsageError: when it is empty, longer than the context or has tokens that the network does not know.
+    """
+    vocabulary, context = sizes_of(network)
     if not len(prompt):
         raise UsageError("the prompt is empty: give at least one token to continue")
     if context is not None and len(prompt) > context:

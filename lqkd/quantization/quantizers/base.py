@@ -144,13 +144,16 @@ class Quantizer(nn.Module, ABC):
 
         Under ``torch.distributed`` every rank must call this together; all end with the same parameters. A tensor
         without a finite non-zero value leaves the quantizer uninitialised, to try again with the next one. Values
-        that are not finite are left out.
+        that are not finite are left out, and so is a rank whose tensor is empty.
 
         Raises:
             UsageError: when the quantizer has no grid for data of this sign.
         """
-        if x.numel() == 0:
-            return
+        with _counted(x) as somewhere:
+            if somewhere:
+                self._initialize(x if x.numel() else x.new_zeros([size or 1 for size in x.shape]))
+
+    def _initialize(self, x: Tensor) -> None:
         x = self._grouped(finite(x.detach()))
         decided = self.signed
         signed = bool(max_over_ranks(-x.min()) > 0) if decided is None else decided
@@ -289,12 +292,36 @@ def max_over_ranks(value: Tensor) -> Tensor:
     return _reduce(value, "max")
 
 
+_with_values: ContextVar[tuple[bool, int] | None] = ContextVar("_with_values", default=None)
+"""While a quantizer is fitted: whether this process has values, and how many processes have some."""
+
+
+@contextmanager
+def _counted(x: Tensor) -> Iterator[bool]:
+    """Inside the block :func:`mean_over_ranks` leaves out processes whose ``x`` is empty; whether any has values."""
+    own, count = x.numel() > 0, int(x.numel() > 0)
+    if _together():
+        found = torch.tensor(count, device=x.device)
+        torch.distributed.all_reduce(found)
+        count = int(found)
+    token = _with_values.set((own, count))
+    try:
+        yield count > 0
+    finally:
+        _with_values.reset(token)
+
+
+def _together() -> bool:
+    """Whether there are other processes to ask."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and not _alone.get() and torch.distributed.get_world_size() > 1
+
+
 def _reduce(value: Tensor, how: str) -> Tensor:
-    distributed = torch.distributed
-    if _alone.get() or not (
-        distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    ):
+    if not _together():
         return value
-    value = value.clone()
+    distributed = torch.distributed
+    own, count = _with_values.get() or (True, distributed.get_world_size())
+    value = value.clone() if own or how == "max" else torch.zeros_like(value)
     distributed.all_reduce(value, distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM)
-    return value if how == "max" else value / distributed.get_world_size()
+    return value if how == "max" else value / count

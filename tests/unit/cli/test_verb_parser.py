@@ -64,6 +64,10 @@ def test_help_is_made_of_docstrings_and_shows_every_default() -> None:
     ("given", "told"),
     [
         (["kettle", "green"], "the following arguments are required: --water"),
+        (
+            ["--water", "1", "--cups", "2"],
+            "the following arguments are required: POT, LEAVES (before --cups, which takes all that follows)",
+        ),
         (["kettle", "green", "--water", "1", "--sugr", "2"], "unrecognized arguments: --sugr 2: did you mean sugar?"),
         (["kettle", "green", "--water", "much"], "argument --water: invalid float value: 'much'"),
     ],

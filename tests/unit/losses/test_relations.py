@@ -95,6 +95,7 @@ def test_memory_does_not_grow_with_the_square_of_a_text(monkeypatch: pytest.Monk
     [
         ({"relation_heads": 0}, [], "relation_heads=0 is not possible"),
         ({"relation_heads": 2, "relations": ["qx"]}, [], r"relations=\['qx'\] is not possible: a list with some of qq"),
+        ({"relation_heads": 2, "relations": ["qq", "qq"]}, [], "is not possible: qq is there twice"),
         ({"relation_heads": 5}, [(1, 3, 8)] * 3, "relation_heads=5 .* q of the teacher has 8 channels, of which"),
         ({"relation_heads": 2, "relations": ["qk"]}, [(1, 3, 8), (1, 3, 4), (1, 3, 4)], "share their keys"),
         ({"relation_heads": 2}, [(1, 3, 8)], "the teacher's tap gives 8 channels, which are not queries"),

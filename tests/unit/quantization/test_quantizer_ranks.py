@@ -18,10 +18,12 @@ def _fit_on_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     states = {}
-    for seen in ("different", "zero on one rank"):
+    for seen in ("different", "zero on one rank", "empty on one rank"):
         x = torch.randn(4, 90, generator=torch.Generator().manual_seed(rank)).abs() * (1 + 9 * rank)
         if seen == "zero on one rank" and rank == 0:
             x = torch.zeros(4, 90)
+        if seen == "empty on one rank" and rank == 0:
+            x = x[:0]
         for name, family in QUANTIZERS.items():
             for bits in (1, 2, 4):
                 try:
@@ -46,3 +48,16 @@ def test_ranks_end_with_the_same_parameters(lqkd: Forks, tmp_path: Path) -> None
     for name, state in first.items():
         assert state["initialized"], name
         assert all(torch.equal(value, second[name][key]) for key, value in state.items()), name
+
+
+@pytest.mark.slow
+def test_a_rank_without_values_changes_nothing_for_the_others(lqkd: Forks, tmp_path: Path) -> None:
+    lqkd.run_function(_fit_on_rank, str(tmp_path))
+    states = torch.load(tmp_path / "1.pt")
+    x = torch.randn(4, 90, generator=torch.Generator().manual_seed(1)).abs() * 10
+    for name, family in QUANTIZERS.items():
+        for bits in (2, 4):
+            if (state := states.get(f"{name} {bits} empty on one rank")) is not None:
+                alone = family(bits, batched=True)
+                alone(x)
+                assert all(torch.equal(value, state[key]) for key, value in alone.state_dict().items()), name
