@@ -189,7 +189,8 @@ def main() -> int:
             training.save(place.state(run))
         return 0
     forget_failures(out)
-    way = best_way(out, None, clock.left())
+    # The trainings of a rehearsal take less time than the start of a process.
+    way = best_way(out, None, clock.left(), processes=settings.whole)
     print(f"{len(pending(out, settings))} runs can begin, {way.runs} at once in {way.name}", flush=True)
     if way.name == "processes":
         processes(place, way, clock)

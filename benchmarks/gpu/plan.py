@@ -75,7 +75,7 @@ def runs(seeds: Sequence[int] = SEEDS) -> list[Run]:
         ("cifar10", "w3a3"),
         ("cifar100", "w2a2"),
     ]
-    rest = [Run(data, bits, method, seed) for seed in (0, 1) for data, bits in comparisons for method in METHODS]
+    rest = [Run(data, bits, method, seed) for seed in seeds for data, bits in comparisons for method in METHODS]
     floats = [Run("cifar10", "float", "task", seed) for seed in seeds]
     return list(dict.fromkeys([*first, *rest, *floats]))
 

@@ -63,7 +63,7 @@ class Emitter(IslandWriters):
         self.outputs = deployed.outputs
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
-        self.large: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.large: dict[tuple[Any, ...], str] = {}
         self.floats: dict[fx.Node, str] = {}
         self.codes: dict[fx.Node, tuple[str, ActivationGrid]] = {}
         self.deferred: dict[fx.Node, tuple[fx.Node, float | None, float | None]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch import fx, nn
@@ -10,7 +9,7 @@ from torch import fx, nn
 from lqkd.errors import UsageError
 from lqkd.export.nodes import place
 
-_STATEMENTS: tuple[Any, ...] = (operator.setitem, operator.iadd, operator.imul, operator.isub, "__iadd__", "__imul__")
+_STATEMENTS = ("setitem", "iadd", "imul", "isub", "itruediv")
 _SIZES: tuple[Any, ...] = ("size", "dim", "numel", getattr)
 
 
@@ -33,8 +32,8 @@ def refuse_in_place(graph: fx.Graph, network: nn.Module) -> None:
         again = [user for user in source.users if order[user] > order[node] and user.target not in _SIZES]
         if again or not node.users:
             raise UsageError(
-                f"operator {getattr(node.target, '__name__', node.target)} in {place(node)} cannot be exported: it changes "
-                "a tensor in place that is read again: make a new one, such as with torch.where or a plain assignment"
+                f"operator {getattr(node.target, '__name__', node.target)} in {place(node)} cannot be exported: it "
+                "changes a tensor in place that is read again; make a new one, such as with torch.where"
             )
 
 
@@ -45,4 +44,4 @@ def _changes(node: fx.Node, network: nn.Module) -> bool:
         return False
     name = str(getattr(node.target, "__name__", node.target))
     marked = name.endswith("_") and not name.endswith("__")
-    return marked or node.target in _STATEMENTS or bool(node.kwargs.get("inplace"))
+    return marked or name.strip("_") in _STATEMENTS or bool(node.kwargs.get("inplace"))

@@ -92,9 +92,18 @@ class IslandWriters(ABC):
         if settings["times"]:
             count = self.add("Shape", [next(iter(self.inputs.values()))], f"{label}.batch", start=0, end=1)
             if settings["times"] > 1:
-                count = self.add("Mul", [count, self.constant([settings["times"]], f"{label}.times", np.int64)], f"{label}.rows")
+                count = self.add(
+                    "Mul", [count, self.constant([settings["times"]], f"{label}.times", np.int64)], f"{label}.rows"
+                )
             sizes = self.add("Concat", [count, sizes], f"{label}.shape", axis=0)
         return self.add("Expand", [*operands, sizes], label)
+
+    def _island_expandas(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        x, other = operands
+        return self.add("Expand", [x, self.add("Shape", [other], f"{label}.shape")], label)
+
+    def _island_einsum(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        return self.add("Einsum", operands, label, equation=settings["equation"].replace(" ", ""))
 
     def _island_reduce(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         axes = self.constant(settings["axes"], f"{label}.axes", np.int64)

@@ -141,6 +141,17 @@ def _expand(node: fx.Node) -> Operation | None:
     return None if rest else _island("Expand", first(node), times=times, sizes=sizes[first_is_computed:])
 
 
+def _expand_as(node: fx.Node) -> Operation:
+    return _island("ExpandAs", tuple(argument(node, i, name, None) for i, name in enumerate(("input", "other"))))
+
+
+def _einsum(node: fx.Node) -> Operation | None:
+    equation, *operands = node.args
+    if not isinstance(equation, str) or not all(isinstance(x, fx.Node) for x in operands):
+        return None
+    return _island("Einsum", tuple(x for x in operands if isinstance(x, fx.Node)), equation=equation)
+
+
 def _roll(node: fx.Node) -> Operation | None:
     shifts, axes = argument(node, 1, "shifts", None), argument(node, 2, "dims", None)
     pairs = [(shifts, axes)] if isinstance(shifts, int) else list(zip(shifts, axes or (), strict=False))
@@ -176,6 +187,8 @@ _FINDERS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
     "expand": _expand,
+    "expand_as": _expand_as,
+    torch.einsum: _einsum,
     torch.sum: _reduced("ReduceSum"),
     "sum": _reduced("ReduceSum"),
     torch.amax: _reduced("ReduceMax"),

@@ -35,6 +35,12 @@ GROUPS = (32, 64, 128)
 _WIDTHS = (4, 8)
 """Bits of codes that vLLM's kernels read."""
 _OWN = "lqkd"
+_SAVED = (
+    *(CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    "chat_template.jinja",
+)
+"""Names of files that transformers writes of a network and a tokenizer."""
 """What the configuration says of the folder's origin."""
 
 
@@ -101,14 +107,16 @@ def check_replaceable(folder: Path) -> None:
         own = False
     foreign = [path.name for path in folder.iterdir() if own and not _is_ours(path)] if folder.is_dir() else []
     if foreign:
-        raise UsageError(f"{str(folder)!r} has {foreign[0]!r}, which --format {COMPRESSED} has not written: move it away")
+        raise UsageError(
+            f"{str(folder)!r} has {foreign[0]!r}, which --format {COMPRESSED} has not written: move it away"
+        )
     if not own:
         raise UsageError(f"{str(folder)!r} exists and is no folder of --format {COMPRESSED}: choose another")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is one that transformers saves of a network and a tokenizer."""
-    return path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and path.name != "notes.txt"
+    """Whether a file has the name of one that transformers saves of a network and a tokenizer."""
+    return path.name in _SAVED or (path.suffix == ".safetensors" and path.name.startswith("model-"))
 
 
 def compressed_student(model: nn.Module) -> nn.Module:

@@ -36,7 +36,7 @@ def sized_trace(model: nn.Module, given: Collection[str], example: Inputs) -> fx
     count = len(example)
     rows = [torch.tensor([i % count for i in range(samples)]) for samples in (FEW, MANY)]
     tracer = _SizedTracer(given, [_rows(example, chosen) for chosen in rows])
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the compiler takes no call within a trace
         graph = tracer.trace(model)
     for node in tracer.looked_into:  # it is no call of the function that the trace did not stop at
         node.meta.pop("is_wrapped", None)
@@ -111,6 +111,9 @@ class _SizedTracer(Tracer):
         self.looked_into: list[fx.Node] = []
         self._first: _Sized | None = None
         self._batch: Any = None
+
+    def _leaves_of(self, root: nn.Module) -> dict[int, nn.Module]:
+        return {}  # all modules run
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Sized(node, self)

@@ -36,14 +36,14 @@ def computed(layer: nn.Module) -> str | None:
     return f"its {name} is computed from other parameters" + (f" until {calls[0]}" if calls else "")
 
 
-def copy_of(model: Module, shared: Mapping[int, Tensor] | None = None) -> Module:
+def copy_of(model: Module, shared: Mapping[int, Tensor | nn.Module] | None = None) -> Module:
     """A deep copy of ``model``, also where modules keep tensors with a history, such as computed weights.
 
     :func:`copy.deepcopy` refuses those; in the copy they have none, and are computed anew by its first call.
 
     Args:
         model: any network.
-        shared: by their ids, the tensors that the copy shall share with it.
+        shared: what the copy shall hold in place of tensors and modules, by the ids of these: themselves to share them.
     """
     held = (value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor))
     detached = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}

@@ -95,9 +95,27 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root`` in eval mode; a copy is traced that shares all tensors, as a forward may assign."""
         tensors = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
-        copied = copy_of(root, tensors).eval()
+        copied = copy_of(root, {**tensors, **self._leaves_of(root)}).eval()
         hook_up(copied.modules())
         return super().trace(copied, concrete_args)
+
+    def _leaves_of(self, root: nn.Module) -> dict[int, nn.Module]:
+        """By the ids of the modules of which nothing runs in a trace, copies that are shallow, which take less time."""
+        copies: dict[int, nn.Module] = {}
+
+        def shallow(module: nn.Module) -> nn.Module:
+            if id(module) not in copies:
+                made = copies[id(module)] = module.__new__(type(module))
+                made.__dict__.update(
+                    {name: v.copy() if isinstance(v, dict | set) else v for name, v in module.__dict__.items()}
+                )
+                made._modules = {n: None if m is None else shallow(m) for n, m in module._modules.items()}
+            return copies[id(module)]
+
+        for name, module in root.named_modules():
+            if name and all(self.is_leaf_module(inner, name) for inner in module.modules()):
+                shallow(module)
+        return copies
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -119,7 +137,8 @@ def keep_constants(tracer: Tracer, model: nn.Module) -> None:
 def obstacle(error: Exception) -> str:
     """Why :func:`trace` raised ``error``, with the line of the network's own code that a trace cannot follow."""
     told = first_line(error).partition(". ")[0]
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    here = Path(__file__).parent
+    ours = (str(Path(torch.__file__).parent), str(here), str(here.with_name("export")))
     lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(ours)]
     if not lines:
         return told

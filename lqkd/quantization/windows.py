@@ -139,7 +139,7 @@ class WindowAttentionV2(_Layers, ShiftedWindowAttentionV2):  # type: ignore[misc
 
     def forward(self, x: Tensor) -> Tensor:
         """A map of the same shape, (B, H, W, C)."""
-        if self.qkv.bias is not None:  # torchvision leaves it out of every pass; a step may have moved it
+        if self.qkv.bias is not None and isinstance(x, Tensor):  # torchvision leaves it out; a step may have moved it
             with torch.no_grad():
                 self.qkv.bias.chunk(3)[1].zero_()
         return super().forward(x)

@@ -135,7 +135,7 @@ def test_images_that_are_no_tensors_are_refused_before_the_first_step(
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_images_that_are_no_tensors_are_told_in_an_evaluation_too(make_trainer: MakeTrainer, split: str) -> None:
-    trainer = make_trainer()
+    trainer = make_trainer(limit_test_batches=1.0)
     evaluate = trainer.validate if split == "validation" else trainer.test
     with pytest.raises(UsageError, match=f"the {split} DataLoader cannot make a batch: its samples hold images"):
         evaluate(ClassifierModule(network()), loader(image=lambda i: Image.new("L", (8, 8))), verbose=False)
@@ -335,7 +335,7 @@ def test_everything_that_asks_for_labels_takes_samples_without(make_trainer: Mak
 def test_accuracies_count_the_samples_with_a_label_alone(make_trainer: MakeTrainer) -> None:
     found = []
     for label in (lambda i: 3 if i % 2 else -1, lambda i: 3):
-        module, trainer = distiller(), make_trainer(max_steps=0)
+        module, trainer = distiller(), make_trainer(max_steps=0, limit_test_batches=1.0)
         data = Data(label)
         trainer.fit(module, datamodule=data)
         logged = trainer.validate(module, datamodule=data, verbose=False)[0]
@@ -358,7 +358,7 @@ def test_a_validation_split_without_labels_is_refused(make_trainer: MakeTrainer)
 
 def test_an_evaluation_without_labels_says_that_it_measures_nothing(make_trainer: MakeTrainer) -> None:
     with pytest.warns(UserWarning, match="no sample of the test split has a label"):
-        make_trainer().test(distiller(), loader(lambda i: -1), verbose=False)
+        make_trainer(limit_test_batches=1.0).test(distiller(), loader(lambda i: -1), verbose=False)
 
 
 # ---- one task loss everywhere
@@ -456,7 +456,7 @@ def test_a_data_module_without_a_validation_split_trains(make_trainer: MakeTrain
 
 def test_a_test_split_without_labels_has_no_accuracy_in_the_summary(make_trainer: MakeTrainer) -> None:
     summary, module = RunSummary(), distiller()
-    trainer = make_trainer(callbacks=[summary])
+    trainer = make_trainer(callbacks=[summary], limit_test_batches=1.0)
     trainer.fit(module, loader())
     with pytest.warns(UserWarning, match="no sample of the test split has a label"):
         trainer.test(module, loader(lambda i: -1), verbose=False)

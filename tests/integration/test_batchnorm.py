@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def test_what_is_saved_within_an_epoch_has_them_too_once_a_step(make_trainer: Ma
     counted = Counted(2)
     savers = [BestAndLast(tmp_path, every_n_steps=1), ModelCheckpoint(tmp_path, "all", every_n_train_steps=1)]
     savers.append(Light(tmp_path, "weights", every_n_train_steps=1, save_weights_only=True))
-    trainer = make_trainer(callbacks=[counted, IntegerBiases(), *savers, StopAt(0, 3)], enable_checkpointing=True)
+    callbacks = [counted, IntegerBiases(), *savers, StopAt(0, 3)]
+    trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, limit_test_batches=1.0)
     with pytest.raises(InterruptedError):
         trainer.fit(distiller(), datamodule=digits(4))
     assert counted.copies == 1 + 3  # one for what is measured before the first step
@@ -229,7 +231,7 @@ def test_the_student_that_is_not_trained_is_measured_as_the_trained_one_is(make_
             quantization=Recipe("w2a2"),
             student_optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         )
-        trainer = make_trainer(callbacks=list(callbacks))
+        trainer = make_trainer(callbacks=list(callbacks), limit_test_batches=1.0)
         trainer.fit(module, datamodule=digits(4))
         (tested,) = trainer.test(module, datamodule=digits(4), verbose=False)
         return module.references["student_start"], tested["test/acc"]
@@ -244,9 +246,10 @@ def test_the_student_that_is_not_trained_is_measured_as_the_trained_one_is(make_
 def test_measuring_it_changes_no_bit_of_the_training(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = fit(make_trainer, BatchNormReestimation(3), IntegerBiases())
+    make = partial(make_trainer, limit_test_batches=1.0)
+    measured = fit(make, BatchNormReestimation(3), IntegerBiases())
     monkeypatch.setattr(TaskModule, "finished", lambda self: nullcontext())
-    plain = fit(make_trainer, BatchNormReestimation(3), IntegerBiases())
+    plain = fit(make, BatchNormReestimation(3), IntegerBiases())
     assert measured.references["student_start"] != plain.references["student_start"]
     for name, value in plain.state_dict().items():
         assert torch.equal(measured.state_dict()[name], value), name

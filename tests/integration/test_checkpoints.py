@@ -49,7 +49,7 @@ def test_a_module_loaded_from_a_checkpoint_gives_the_same_metrics(make_trainer: 
 
 def test_best_and_last_name_checkpoints_of_the_same_training(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max", save_last=True)
-    trainer = make_trainer(max_epochs=3, callbacks=[keeper], enable_checkpointing=True)
+    trainer = make_trainer(max_epochs=3, callbacks=[keeper], enable_checkpointing=True, limit_test_batches=1.0)
     module = distiller()
     trainer.fit(module, datamodule=digits(4))
     best = trainer.validate(ckpt_path="best", datamodule=digits(4), weights_only=True, verbose=False)[0]["val/acc"]

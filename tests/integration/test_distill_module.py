@@ -272,7 +272,7 @@ def test_references_are_measured_before_the_first_step_without_augmentation(make
     data = digits(2)
     student = CifarResNet(8, width=8, in_channels=1)
     module = distiller(student=student, student_weights="builtin:digits_student")
-    trainer = make_trainer(max_steps=1)
+    trainer = make_trainer(max_steps=1, limit_test_batches=1.0)
     data.setup()
     float_state = {key: value.clone() for key, value in student.state_dict().items() if "quantizer" not in key}
     trainer.fit(module, datamodule=data)
@@ -289,19 +289,19 @@ def test_references_are_measured_before_the_first_step_without_augmentation(make
 
 def test_a_student_that_starts_at_chance_has_no_accuracy_in_float_even_once_resumed(make_trainer: MakeTrainer) -> None:
     module = distiller()
-    make_trainer(max_steps=1).fit(module, datamodule=digits(2))
+    make_trainer(max_steps=1, limit_test_batches=1.0).fit(module, datamodule=digits(2))
     assert module.references["student_float"] is None
     known = module.references["student_start"]
     assert known is not None
     module.hparams["student_weights"] = "given.safetensors"  # what is measured now would be kept
-    make_trainer(max_steps=1).fit(module, datamodule=digits(2))
+    make_trainer(max_steps=1, limit_test_batches=1.0).fit(module, datamodule=digits(2))
     assert module.references["student_float"] is None
     assert module.references["student_start"] == known
 
 
 def test_quantizers_are_fitted_before_the_first_step_and_untouched_by_evaluation(make_trainer: MakeTrainer) -> None:
     module = distiller()
-    trainer = make_trainer(num_sanity_val_steps=2)
+    trainer = make_trainer(num_sanity_val_steps=2, limit_test_batches=1.0)
     trainer.fit(module, datamodule=digits(2))
     assert all(bool(q.initialized) for q in quantizers(module.student).values())
     before = {key: value.clone() for key, value in module.state_dict().items()}

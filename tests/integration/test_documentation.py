@@ -144,6 +144,8 @@ def shortened(arguments: list[str]) -> list[str]:
         few = ["--trainer.max_epochs", "4"]  # from which a teacher is better than chance
     elif any(name in given for name in ("quickstart", "regularizer.yaml", "language")):
         few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
+    if "configs/detection/quickstart" in given:
+        few += ["--data.init_args.scenes", "100"]
     return [*arguments, *few]
 
 

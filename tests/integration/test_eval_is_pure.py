@@ -50,7 +50,9 @@ class Watch(Callback):
 def test_no_evaluation_changes_the_state_of_the_network(make_trainer: MakeTrainer, recipe: str) -> None:
     module = distiller(quantization=RECIPES[recipe])
     watch = Watch()
-    trainer = make_trainer(num_sanity_val_steps=2, inference_mode=True, max_epochs=2, callbacks=[watch])
+    trainer = make_trainer(
+        num_sanity_val_steps=2, inference_mode=True, max_epochs=2, callbacks=[watch], limit_test_batches=1.0
+    )
     trainer.fit(module, datamodule=digits(2))
     assert watch.compared == ["sanity check", "validation", "validation"]
     before = copy.deepcopy(module.state_dict())
@@ -73,7 +75,9 @@ def test_evaluating_a_network_before_it_is_trained_leaves_no_trace_in_the_traini
             make_trainer(inference_mode=True).predict(module, datamodule=digits(2))
             assert all(bool(q.initialized) == fitted for q in quantizers(module.student).values())
         steps = 2 if evaluate_first else 0
-        make_trainer(num_sanity_val_steps=steps, inference_mode=True).fit(module, datamodule=digits(3))
+        make_trainer(num_sanity_val_steps=steps, inference_mode=True, limit_test_batches=float(evaluate_first)).fit(
+            module, datamodule=digits(3)
+        )
         return module
 
     evaluated, plain = trained(True), trained(False)
@@ -84,7 +88,7 @@ def test_the_statistics_of_a_teacher_with_batch_norm_and_dropout_survive_an_epoc
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10))
     module = distiller(teacher=FrozenTeacher(network, minimum_accuracy=0.0))
     before = copy.deepcopy(network.state_dict())
-    trainer = make_trainer(num_sanity_val_steps=1)
+    trainer = make_trainer(num_sanity_val_steps=1, limit_test_batches=1.0)
     trainer.fit(module, datamodule=digits(4))
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not any(part.training for part in network.modules())

@@ -157,6 +157,11 @@ def test_every_comparison_is_planned_with_two_seeds() -> None:
     assert len(plan.runs()) == len(named)
 
 
+def test_a_rehearsal_plans_one_seed() -> None:
+    planned = plan.runs(Settings(scale=0.01).seeds)
+    assert planned == [run for run in plan.runs() if run.seed == 0]
+
+
 def test_the_fastest_way_that_ends_in_time_is_taken(tmp_path: Path) -> None:
     table = Table(tmp_path / "ways.csv", "way", "runs")
     for name, count, rate in (
@@ -174,6 +179,20 @@ def test_the_fastest_way_that_ends_in_time_is_taken(tmp_path: Path) -> None:
     assert ways.best_way(tmp_path, 1000, 15.0, processes=False).runs == 1
     assert ways.best_way(tmp_path, 1000, 5.0, processes=False).runs == 8  # a later visit goes on
     assert ways.best_way(tmp_path / "unmeasured", 1000, 5.0).runs == 4
+
+
+@pytest.mark.slow
+def test_runs_train_in_processes_of_their_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    place.settings.keep(place.out)
+    keeper = accuracy.Keeper(place, Clock(60.0))
+    for run in plan.runs():
+        if run not in (KL, TASK):
+            keeper.fail(run, "left out")
+    accuracy.processes(place, ways.Way("processes", 2, 1.0), Clock(600.0))
+    with open(place.out / "accuracy.csv", newline="") as stream:
+        measured = {row["run"]: row["steps"] for row in csv.DictReader(stream) if row["test_accuracy"]}
+    assert measured == {KL.name: "8", TASK.name: "8"}
 
 
 def test_an_archive_in_pieces_is_joined(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

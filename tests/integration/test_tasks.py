@@ -220,7 +220,7 @@ def segmenting(teacher: nn.Module, **settings: Any) -> DistillModule:
 def test_a_segmenter_distils_pixel_by_pixel(make_trainer: MakeTrainer, trained: Segmenter, tmp_path: Path) -> None:
     best, summary = BestAndLast(tmp_path, monitor="val/miou"), RunSummary()
     module = segmenting(trained, regularizer=ElementwiseMLP(hidden=4))
-    trainer = make_trainer(max_epochs=10, callbacks=[best, summary], enable_checkpointing=True)
+    trainer = make_trainer(max_epochs=10, callbacks=[best, summary], enable_checkpointing=True, limit_test_batches=1.0)
     trainer.fit(module, datamodule=Squares())
     assert float(trainer.callback_metrics["val/miou"]) > 0.45
     assert (summary.values["metric"], summary.values["mode"]) == ("val/miou", "max")

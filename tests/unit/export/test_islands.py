@@ -65,7 +65,8 @@ class Windows(nn.Module):
             mask = {"is_causal": True} if self.causal else {"attn_mask": self.bias, "scale": 0.3}
             y = F.scaled_dot_product_attention(q, k, v, **mask)
         else:
-            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.exp()
+            scores = torch.einsum("B H I D, B H J D -> B H I J", F.normalize(q, dim=-1), F.normalize(k, dim=-1))
+            scores = scores * self.scale.exp().expand_as(scores)
             y = (scores + self.bias).softmax(-1) @ v
         y = self.out(y.transpose(1, 2).reshape(-1, 16, 8))
         y = torch.stack([y, 1.0 - y / 2], dim=1).sub(y.unsqueeze(1)).sum(1) - y.amax(-1, keepdim=True)
@@ -181,3 +182,76 @@ def test_attention_at_another_temperature_fails(monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(ParityError):
         to_onnx(quantised(Windows(fused=True), bits="w8a8"), images(4), calibration=[images(32)])
+
+
+class InPlace(nn.Module):
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.stem, self.head, self.change = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        self.change(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.__setitem__((slice(None), 0), 0.0),
+        lambda x: x[:, 0].add_(5.0),
+        lambda x: x.mul_(2.0),
+        lambda x: F.relu(x, inplace=True),
+        nn.ReLU(inplace=True),
+    ],
+)
+def test_a_tensor_that_is_changed_in_place_and_read_again_is_refused(change: Callable[[Tensor], object]) -> None:
+    student = quantised(InPlace(change), bits="w8a8")
+    with pytest.raises(UsageError, match=r"cannot be exported: .*it changes a tensor in place"):
+        deploy(student, images(4), [images(32)])
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.flatten(1, 2)
+        attended, weights = self.attention(x, x, x)
+        return {"attended": attended, "weights": weights}
+
+
+def test_weights_of_attention_that_a_network_returns_are_in_the_file() -> None:
+    student = quantised(Weights(), bits="w8a8")
+    model = to_onnx(student, images(4), calibration=[images(32)])
+    found = Runner(model, optimised=True)(images(4).numpy())
+    np.testing.assert_allclose(found["weights"], student(images(4))["weights"].detach().numpy(), atol=0.02)
+
+
+class Seen(nn.Module):
+    """Attention that is told by truth values what it sees, and tokens that are repeated for each of several windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.token, self.head = nn.Linear(8, 8), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1, 2).reshape(-1, 8, 8))  # three windows a sample
+        token = self.token.expand(x.shape[0], -1, -1).expand(-1, 2, 8)
+        x = torch.cat([token, x], 1)
+        seen = torch.ones(10, 10, dtype=torch.bool).tril(3)
+        y = F.scaled_dot_product_attention(x, x, x, attn_mask=seen)
+        return self.head(y.mean(1)).reshape(-1, 15)
+
+
+def test_masks_of_truth_values_and_tokens_for_each_window_are_written() -> None:
+    student = quantised(Seen(), bits="w8a8")
+    to_onnx(student, images(4), calibration=[images(32)])
+
+
+def test_an_encoder_layer_is_refused_by_its_name() -> None:
+    network = nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    student = quantised(network, bits="w8a8")
+    with pytest.raises(UsageError, match="operator TransformerEncoderLayer in 1 cannot be exported"):
+        deploy(student, images(4), [images(32)])

@@ -46,7 +46,12 @@ class DecidesByTheBatch(nn.Module):
         return x if x.shape[0] > 2 else -x
 
 
-@pytest.mark.parametrize("network", [DecidesByValues(), DecidesByTheBatch()])
+class DecidesByOneOrMore(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[0] > 1 else 3 * x
+
+
+@pytest.mark.parametrize("network", [DecidesByValues(), DecidesByTheBatch(), DecidesByOneOrMore()])
 def test_values_and_the_number_of_samples_decide_nothing(network: nn.Module) -> None:
     with pytest.raises(fx.proxy.TraceError, match="control flow"):
         sized_trace(network, ["x"], Inputs.of(torch.ones(4, 3)))

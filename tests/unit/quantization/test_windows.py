@@ -46,7 +46,7 @@ def test_keys_of_the_second_version_keep_no_bias() -> None:
     attention = network.features[1][0].attn
     with torch.no_grad():
         attention.qkv.bias.fill_(1.0)
-    network(torch.randn(1, 3, 16, 16))
+    network.eval()(torch.randn(1, 3, 16, 16))
     assert attention.qkv.bias.chunk(3)[1].abs().max() == 0
     assert attention.qkv.bias.chunk(3)[0].min() == 1
 

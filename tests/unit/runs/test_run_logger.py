@@ -87,7 +87,7 @@ def test_a_training_from_the_start_replaces_the_whole_table(tmp_path: Path) -> N
 
 def test_an_evaluation_in_a_later_process_drops_nothing(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     _logged(tmp_path, range(5))
-    make_trainer(logger=RunLogger(tmp_path)).test(Dummy(), verbose=False)
+    make_trainer(logger=RunLogger(tmp_path), limit_test_batches=1.0).test(Dummy(), verbose=False)
     assert _steps(tmp_path) == [0, 1, 2, 3, 4, 0]
     assert _rows(tmp_path)[-1]["test/acc"] == "0.5"
 
