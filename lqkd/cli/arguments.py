@@ -28,7 +28,7 @@ class Distill:
     """images by class (CLASS/IMAGE), images/ and masks/, boxes as VOC's or COCO's, or texts (.txt, .md, .jsonl); or
     train/, val/ and test/ with these"""
     student: str | None = argument(None, metavar="NETWORK", shown="by the folder")
-    """of torchvision or timm, hf-hub:OWNER/NAME, small_fcos, gpt, or a YAML file"""
+    """of torchvision, timm, hf-hub:OWNER/NAME, small_fcos, gpt, a YAML file"""
     bits: str | None = argument(None, shown="w4a4, of texts q4_0")
     """of weights and activations: w8a8, w4a4, w2a2, q4_0, ..."""
     teacher: str | None = argument(None, metavar="NETWORK", shown="the student in float")
@@ -54,8 +54,8 @@ class Export:
 
     run: str
     """run folder"""
-    format: str = argument("portable")
-    """portable, openvino, packed4, packed2, qonnx (FPGAs), torch; of texts gguf, nbits, compressed-tensors"""
+    format: str = argument("portable", metavar="F")
+    """portable, openvino, packed4, packed2, qonnx, torch, gguf, nbits, compressed-tensors"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")
@@ -90,8 +90,8 @@ class Predict:
     seed: int | None = argument(None, metavar="N", shown="0")
     """of what is drawn"""
     top_k: int | None = argument(None, metavar="K", shown="1, of a prompt all")
-    """classes for each image; or draw from so many of the most probable tokens"""
-    output: str | None = argument(None, metavar="FOLDER", shown="needed by other tasks only")
+    """classes for each image; or so many tokens to draw from"""
+    output: str | None = argument(None, metavar="FOLDER", shown="needed by these alone")
     """folder for masks (.png) or arrays (.npy), of other tasks"""
     json: bool = argument(False)
     """print a JSON list, one entry for each image"""

@@ -7,7 +7,6 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from lqkd.export.calls import of_all_calls
 from lqkd.export.deploy import Deployed
 from lqkd.export.integer import IntegerLayer
 
@@ -22,16 +21,17 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
         deployed: the network that it was made of.
     """
     held = {tensor.name: tensor for tensor in model.graph.initializer}
-    shared = {of_all_calls(name): tensor for name, tensor in held.items()}
+    read = {node.name: node.input for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for place, layer in deployed.network.named_modules():
         if not isinstance(layer, IntegerLayer):
             continue
         codes = (layer.codes.to(torch.int16) * layer.multiplier).to(torch.int8)
         scale = layer.scale / layer.multiplier
-        for name, value in (("weight_codes", codes), ("weight_scale", scale), ("bias_codes", layer.bias_codes)):
-            tensor = held.get(f"{place}.{name}", shared.get(of_all_calls(f"{place}.{name}")))
-            if value is not None and (tensor is None or not _same(tensor, value)):
-                return f"{place}.{name}"
+        for node, wanted in (("weight", (codes, scale)), ("bias", (layer.bias_codes, layer.bias_scale))):
+            names = read.get(f"{place}.{node}", ())
+            for kind, name, value in zip(("codes", "scale"), names or ("", ""), wanted, strict=False):
+                if value is not None and (name not in held or not _same(held[name], value)):
+                    return f"{place}.{node}_{kind}"
     return None
 
 

@@ -501,25 +501,25 @@ def test_an_epoch_shorter_than_the_interval_of_logging_logs_its_losses(plain: Pa
 # ---- resuming, of which tests/integration/test_resume.py has more
 
 
-class Normed(nn.Module):
+class Unlike(nn.Module):
     """A network that trains at few bits and has no counterpart in integers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(64, 16), nn.LayerNorm(16), nn.Linear(16, 10)
+        self.first, self.bent, self.last = nn.Linear(64, 16), nn.PReLU(16), nn.Linear(16, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.norm(self.first(x.flatten(1))).relu())
+        return self.last(self.bent(self.first(x.flatten(1))))
 
 
 @pytest.mark.parametrize("exportable", [True, False])
 def test_what_export_will_refuse_is_told_before_the_training(tmp_path: Path, exportable: bool) -> None:
-    student = ["--model.init_args.student", f"{__name__}.Normed", "--model.init_args.student_weights", "null"]
+    student = ["--model.init_args.student", f"{__name__}.Unlike", "--model.init_args.student_weights", "null"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(tmp_path, "--trainer.limit_train_batches", "1", *([] if exportable else student))
     told = [str(warning.message) for warning in caught if "export will refuse" in str(warning.message)]
-    cause = "operator LayerNorm in norm cannot be exported: replace it in the network"
+    cause = "operator PReLU in bent cannot be exported: replace it in the network"
     assert told == ([] if exportable else [f"export will refuse this student: {cause}"])
 
 

@@ -228,7 +228,7 @@ def test_without_published_weights_the_student_starts_anew_and_it_is_told(hub: N
         ({"student": "resnet19"}, "student='resnet19' is unknown: did you mean resnet18?"),
         ({"student": "xyz"}, "is unknown: give a network of torchvision or timm"),
         ({"student": "timm/test_efficientnet", "student_weights": "pretrained"}, "cannot be downloaded"),
-        ({"student": "test_vit"}, "student='timm/test_vit' at w4a4 could not be exported"),
+        ({"student": "test_vit4"}, "student='timm/test_vit4' at w4a4 could not be exported"),
         ({"student": "hf-hub:me/other"}, "the description of hf-hub:me/other cannot be downloaded"),
         ({"student": "none.yaml"}, "student='none.yaml' does not exist"),
         ({"student_weights": "none.pt"}, "weights='none.pt' do not exist"),
