@@ -37,6 +37,9 @@ def concrete(package: Any, base: type[nn.Module]) -> dict[str, type[Any]]:
 
 
 LOSSES = concrete(all_losses, DistillationLoss)
+# Of what no classifier has, see test_language.py and test_detection_terms.py.
+for elsewhere in ("AttentionRelations", "CrossKD", "ForegroundWeighted"):
+    del LOSSES[elsewhere]
 REGULARIZERS = concrete(all_regularizers, Regularizer)
 # Of held-out rows, which no run here has: see test_held_out.py, test_held_out_features.py and test_published.py.
 LEARNER, EXPLAINED, META = (

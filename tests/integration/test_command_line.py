@@ -254,8 +254,9 @@ def test_ctrl_c_outside_of_a_training_is_one_line(lqkd: Forks, tmp_path: Path) -
         os.kill(pid, signal.SIGINT)
 
     before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores it
-    output = str(tmp_path / "ranking")
-    status = lqkd.run("sensitivity", SHIPPED, "--output", output, before=before, meanwhile=interrupt)
+    bits = ",".join(f"w{weights}a{inputs}" for weights in range(2, 9) for inputs in range(2, 9))  # for some seconds
+    asked = ("sensitivity", SHIPPED, "--bits", bits, "--output", str(tmp_path / "ranking"))
+    status = lqkd.run(*asked, before=before, meanwhile=interrupt)
     assert status == 130
     assert "lqkd: interrupted; no file is half-written" in lqkd.log.read_text()
     assert "Traceback" not in lqkd.log.read_text()

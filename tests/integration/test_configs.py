@@ -102,7 +102,8 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, depth, width in (("teacher", 14, 16), ("student", 8, 8)):
         weights = CifarFCN(depth, width, classes=4).state_dict()
         save_file(weights, root / "weights" / f"bccd_{name}.safetensors")
-    save_file(SmallFCOS(num_classes=3).state_dict(), root / "weights" / "bccd_detector.safetensors")
+    detector = SmallFCOS(num_classes=3, width=16, depth=1).state_dict()
+    save_file(detector, root / "weights" / "bccd_detector.safetensors")
     return root
 
 
