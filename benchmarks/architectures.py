@@ -30,8 +30,8 @@ from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, ree
 from lqkd.studies.tables import markdown
 from lqkd.utils.tables import write_csv
 
-LARGEST = 70e6
-"""Parameters above which a network takes more memory and time than it tells."""
+LARGEST = 70.0
+"""Millions of parameters above which a network takes more memory and time than it tells."""
 PIXELS = {"torchvision": 64, "timm": 64}
 OTHER_PIXELS = {  # where a network is made for a size, or has no positions left at 64
     "alexnet": 224, "vgg": 224, "vit_": 224, "deit": 224, "maxvit": 224, "inception_v3": 128, "levit": 224, "cait":
@@ -73,14 +73,14 @@ def pixels_of(library: str, name: str) -> int:
     return next((side for start, side in OTHER_PIXELS.items() if name.startswith(start)), PIXELS[library])
 
 
-def outcome(library: str, name: str) -> dict[str, Any]:
+def outcome(library: str, name: str, largest: float = LARGEST) -> dict[str, Any]:
     """One row: what became of one network."""
     pixels, started = pixels_of(library, name), time.perf_counter()
     row: dict[str, Any] = {"library": library, "network": name, "pixels": pixels}
     size = sum(p.numel() for p in without_memory(library, name).parameters())
     row["parameters_m"] = round(size / 1e6, 1)
-    if size > LARGEST:
-        return row | {"outcome": "not tried", "reason": f"more than {LARGEST / 1e6:.0f} million parameters"}
+    if size > largest * 1e6:
+        return row | {"outcome": "not tried", "reason": f"more than {largest:g} million parameters"}
     try:
         row |= exported(build(library, name), pixels)
     except (UsageError, ParityError) as error:
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="file for the result, gone on with where it exists")
     parser.add_argument("--library", choices=sorted(PIXELS), action="append", help="default: both")
     parser.add_argument("--only", nargs="+", help="names to try, instead of all")
+    parser.add_argument("--largest", type=float, default=LARGEST, metavar="M", help="millions of parameters")
     parser.add_argument("--table", action="store_true", help="print the table and try nothing")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -175,7 +176,7 @@ def main() -> None:
     for library, some in tried.items():
         for name in some:
             if (library, name) not in done:
-                rows.append(outcome(library, name) | versions)
+                rows.append(outcome(library, name, arguments.largest) | versions)
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items() if key not in versions), flush=True)
                 write_csv(arguments.csv, rows)
                 gc.collect()

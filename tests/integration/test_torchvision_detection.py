@@ -20,7 +20,8 @@ from lqkd.export import to_onnx
 from lqkd.losses import PKD, BinaryKL, HintonKL
 from lqkd.models import TorchvisionDetector
 from lqkd.modules import DistillModule, Tap, Term
-from lqkd.quantization import Recipe, initialize_quantizers, quantize_model, reestimate_batchnorm
+from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, reestimate_batchnorm
+from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LevelwiseStep
 from lqkd.tasks import Asked, TorchvisionDetection
 from lqkd.teachers import FrozenTeacher
@@ -147,6 +148,31 @@ def seen(data: DigitScenes) -> Tensor:
     batch: Any = next(iter(data.val_dataloader()))
     prepared = data.preprocess(batch, train=False, epoch=0)
     return prepared.images
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_frozen_backbone_stays_as_it_is_quantised_or_not(bits: int) -> None:
+    student = built("retinanet", 10)
+    student.backbone.body.requires_grad_(False)
+    module = DistillModule(
+        student=student,
+        teachers={"own": FrozenTeacher(built("retinanet", 10), minimum_accuracy=0.0, precision="fp32")},
+        distillation={"classes": Term(BinaryKL(), "own")},
+        task=TorchvisionDetection("retinanet", 10),
+        quantization=Recipe("w4a4", rules=[Rule("backbone.body.*", weight_bits=bits, activation_bits=bits)]),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    )
+    names = [name for name in built("retinanet", 10).state_dict() if name.startswith("backbone.body.")]
+    before = {name: value.clone() for name, value in module.student.state_dict().items()}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "enable_model_summary": False}
+    Trainer(accelerator="cpu", devices=1, **settings, **quiet).fit(module, datamodule=Watched())
+    after = module.student.state_dict()
+    quantised = isinstance(module.student.backbone.body.layer1[0].conv1, QuantizedLayer)
+    assert quantised == (bits == 4)
+    assert all(torch.equal(after[name], before[name]) for name in names)
+    head = "head.classification_head.cls_logits.weight"
+    assert not torch.equal(after[head], before[head])
 
 
 def test_a_frozen_batch_norm_stays_as_it_is_while_the_student_trains() -> None:
