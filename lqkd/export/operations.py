@@ -18,7 +18,7 @@ from lqkd.export.islands import island_of_function, island_of_module
 from lqkd.export.nodes import Operation, argument, first, is_tensor, place, shape_of
 from lqkd.quantization import Quantizer
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, TRANSPOSITIONS, is_identity
+from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, SWAPS, TRANSPOSITIONS, is_identity
 from lqkd.quantization.norms import is_frozen_norm
 
 KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "nearest", "identity")
@@ -303,7 +303,7 @@ def _mean(node: fx.Node) -> Operation | None:
 def _order(node: fx.Node) -> list[int]:
     rank = len(shape_of(first(node)[0]))
     given: list[Any] = list(node.args[1:]) or [v for k, v in node.kwargs.items() if k != "input"]
-    if str(getattr(node.target, "__name__", node.target)) == "transpose":
+    if node.target in SWAPS:
         order = list(range(rank))
         a, b = given[0] % rank, given[1] % rank
         order[a], order[b] = b, a

@@ -16,7 +16,9 @@ IDENTITIES: tuple[Any, ...] = (
 """Without effect in eval mode."""
 RESHAPES: tuple[Any, ...] = (nn.Flatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, nn.Unflatten)
 RESHAPE_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten")
-TRANSPOSITIONS: tuple[Any, ...] = ("permute", "transpose", torch.permute, torch.transpose)
+SWAPS: tuple[Any, ...] = ("transpose", "swapaxes", torch.transpose, torch.swapaxes)
+"""Transpositions of two axes."""
+TRANSPOSITIONS: tuple[Any, ...] = ("permute", torch.permute, *SWAPS)
 _MAX_POOLS: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _PARTS: tuple[Any, ...] = (operator.getitem, torch.chunk, "chunk", torch.split, "split", F.pad)
 CLAMPS: tuple[Any, ...] = (*RELUS, nn.Hardtanh, nn.ReLU6, F.relu6, F.hardtanh, torch.clamp, "clamp", "clamp_")

@@ -68,7 +68,7 @@ class Windows(nn.Module):
             scores = torch.einsum("B H I D, B H J D -> B H I J", F.normalize(q, dim=-1), F.normalize(k, dim=-1))
             scores = scores * self.scale.exp().expand_as(scores)
             y = (scores + self.bias).softmax(-1) @ v
-        y = self.out(y.transpose(1, 2).reshape(-1, 16, 8))
+        y = self.out(y.swapaxes(1, 2).reshape(-1, 16, 8))
         y = torch.stack([y, 1.0 - y / 2], dim=1).sub(y.unsqueeze(1)).sum(1) - y.amax(-1, keepdim=True)
         return self.head(stochastic_depth(y, 0.5, "row", self.training).mean(1))
 
