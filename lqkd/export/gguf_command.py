@@ -7,27 +7,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export import llama_cpp, report
+from lqkd.export import llama_cpp
 from lqkd.export.card import Summary, rejected
-from lqkd.export.deploy import OUTPUT
 from lqkd.export.gguf_file import GGUF, from_gguf, gguf_student, to_gguf
 from lqkd.export.gguf_names import vocabulary
 from lqkd.export.gguf_tokenizer import BYTES
-from lqkd.export.language_card import keep_proven, measured_rows, size_row, write_language_card
-from lqkd.export.parity import Parity, agree, differences, judge_outputs
+from lqkd.export.language_card import measured_rows, size_row, tell
+from lqkd.export.language_proof import compared, keep_proven
+from lqkd.export.parity import Parity
 from lqkd.models.calls import Inputs
 from lqkd.models.gpt import GPTBlock
-from lqkd.models.outputs import heads
 from lqkd.quantization import size
 from lqkd.tasks import Task
 from lqkd.tasks.values import change_shown
-from lqkd.utils.escaping import markdown, terminal
-from lqkd.utils.tables import print_table
+from lqkd.utils.escaping import markdown
 
 TEXTS = 8
 """Samples on which llama.cpp is asked."""
@@ -78,13 +75,9 @@ def write_gguf(
         rows.append(("llama.cpp", "not asked: the file has no tokenizer, since its tokens are no bytes"))
     else:
         rows.append(("llama.cpp", _asked(path, served, tokens[:TEXTS])))
-    print_table(f"export to {path.name}", None, rows, left=2)
-    print(terminal(f"written to {path}"))
     types = [f"| {markdown(name)} | {kind} |" for name, kind in kinds.items()]
     more = ["## Tensors", "", "| tensor | type |", "|---|---|", *types]
-    write_language_card(path, "llama.cpp", rows, about, more)
-    described = {"format": GGUF, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
-    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
+    tell(summary, rows, student, inputs, parity, about, format=GGUF, runtime="llama.cpp", more=more)
 
 
 def as_served(student: nn.Module) -> nn.Module:
@@ -123,7 +116,6 @@ def tokenizer_of(data: Any, network: nn.Module) -> str | None:
     return None
 
 
-@torch.no_grad()
 def prove(
     path: Path,
     served: nn.Module,
@@ -142,12 +134,7 @@ def prove(
         test: batches of the task, on which all three are measured.
         task: None for the classification of images.
     """
-    held = from_gguf(path)
-    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (served, held))
-    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
-    judge_outputs(parity, tolerance=0.0)
-    agree(parity, lambda given: given.call(held), lambda given: given.call(served), test, student, task)
-    return parity
+    return compared(from_gguf(path), served, student, inputs, test, task)
 
 
 def _asked(path: Path, served: nn.Module, tokens: Tensor) -> str:

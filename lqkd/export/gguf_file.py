@@ -19,8 +19,9 @@ from lqkd.export import gguf_llama
 from lqkd.export.deploy import deployable_copy
 from lqkd.export.gguf_names import Sizes, architecture, check_known, describe, layers, sizes, vocabulary
 from lqkd.export.gguf_tokenizer import add_tokenizer
+from lqkd.export.language_weights import check_unfolded, check_weights_alone, quantized_weights
 from lqkd.models import GPT
-from lqkd.quantization import Quantizer, quantizers
+from lqkd.quantization import quantizers
 from lqkd.quantization.codes import check_finite, check_fitted
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, TQ2_0, BlockFormat
@@ -116,27 +117,18 @@ def check_gguf_grids(student: nn.Module) -> None:
         UsageError: for the first one.
     """
     check_known(student)
-    held: set[Quantizer] = set()
-    for name, layer in student.named_modules():
-        quantizer = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
-        if quantizer is None:
-            continue
-        held.add(quantizer)
+    for name, layer, quantizer in quantized_weights(student):
         if not isinstance(quantizer, BlockFormat):
             raise UsageError(
                 f"the weight of {name} is on the grid of {type(quantizer).__name__}, which a GGUF file has no "
                 "type for: train with quantization.bits=q4_0, q8_0 or tq2_0"
             )
-        if cast(QuantizedLayer, layer).output_scale is not None:
-            raise UsageError(
-                f"the weight of {name} has a factor of a folded batch norm, which a GGUF file does not have"
-            )
-    for name, quantizer in quantizers(student).items():
-        if quantizer not in held:
-            raise UsageError(
-                f"{name} puts activations on a grid, which a GGUF file does not have (llama.cpp measures its own): "
-                "train with 32 activation bits, as quantization.bits=q4_0 does"
-            )
+        check_unfolded(name, layer, "a GGUF file")
+    check_weights_alone(
+        student,
+        "a GGUF file does not have (llama.cpp measures its own): train with 32 activation bits, as "
+        "quantization.bits=q4_0 does",
+    )
 
 
 def of_gguf(student: nn.Module) -> bool:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lqkd.errors import ParityError
+from torch import nn
+
+from lqkd.export import report
 from lqkd.export.card import Summary, card_path
 from lqkd.export.parity import Parity
+from lqkd.models.calls import Inputs
 from lqkd.tasks.values import shown
-from lqkd.utils.escaping import markdown
-from lqkd.utils.files import replace_folder, write_text
+from lqkd.utils.escaping import markdown, terminal
+from lqkd.utils.files import write_text
+from lqkd.utils.tables import print_table
 
 Rows = list[tuple[str, str]]
-
-
-def keep_proven(unproven: Path, path: Path, parity: Parity) -> None:
-    """Give a file, or a folder, its name once it is proven; what had that name is there until then.
-
-    Args:
-        unproven: where it was written.
-        path: its name.
-        parity: the proof.
-
-    Raises:
-        ParityError: when it has failed; the file stays where it was written.
-    """
-    if parity.problem is not None:
-        raise ParityError(f"the file fails the comparison and is kept as {unproven}: {parity.problem}")
-    if unproven.is_dir():
-        replace_folder(unproven, path)
-    else:
-        os.replace(unproven, path)
 
 
 def size_row(summary: Summary) -> tuple[str, str]:
@@ -47,6 +31,38 @@ def measured_rows(parity: Parity) -> Rows:
     measured = (("as trained", parity.trained), ("of the file", parity.exported))
     rows = [(f"{metric} {name}", shown(metric, value, 2)) for name, value in measured if value is not None]
     return [("judged on", f"{parity.samples} samples of the {parity.split} split"), *rows]
+
+
+def tell(
+    summary: Summary,
+    rows: Rows,
+    student: nn.Module,
+    inputs: Inputs,
+    parity: Parity,
+    about: Mapping[str, Any],
+    *,
+    format: str,
+    runtime: str,
+    more: Sequence[str] = (),
+) -> None:
+    """Print what a proven file is, and write its card and its report beside it.
+
+    Args:
+        summary: of the file.
+        rows: of the table.
+        student: as it was trained.
+        inputs: texts.
+        parity: the proof.
+        about: where it comes from: ``data`` and ``checkpoint``.
+        format: of the file.
+        runtime: what runs it.
+        more: lines at the end of the card.
+    """
+    print_table(f"export to {summary.path.name}", None, rows, left=2)
+    print(terminal(f"written to {summary.path}"))
+    write_language_card(summary.path, runtime, rows, about, more)
+    described = {"format": format, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
+    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), summary.path)
 
 
 def write_language_card(path: Path, runtime: str, rows: Rows, about: Mapping[str, Any], more: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import OUTPUT, deployable_copy
+from lqkd.export.language_weights import check_weights_alone, quantized_weights
 from lqkd.export.metadata import PREFIX, read
 from lqkd.export.nbits_graph import IN_FLOAT, OPSET, RUNTIME_DOMAIN, Graph, check_grid, unpack
 from lqkd.export.nbits_networks import check_known, is_known, known_sizes, logits
@@ -84,7 +85,7 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
         temporary.write_bytes(written.SerializeToString())
         check_nbits(temporary, student)
         _check_logits(temporary, student)
-    return dict(Counter(quantizer.bits for _, _, quantizer in _quantized(student)))
+    return dict(Counter(quantizer.bits for _, _, quantizer in quantized_weights(student)))
 
 
 @torch.no_grad()
@@ -115,19 +116,14 @@ def check_nbits_grids(student: nn.Module) -> None:
         UsageError: for the first one.
     """
     check_known(student)
-    held = set()
-    for name, layer, quantizer in _quantized(student):
+    found = list(quantized_weights(student))
+    for name, layer, _ in found:
         check_grid(layer, name)
-        held.add(quantizer)
-    if not held:
+    if not found:
         raise UsageError(
             "--format nbits is not possible for a network in floating point: train a student below 32 bits"
         )
-    for name, quantizer in quantizers(student).items():
-        if quantizer not in held:
-            raise UsageError(
-                f"{name} puts activations on a grid, which a file of --format nbits does not have: {IN_FLOAT}"
-            )
+    check_weights_alone(student, f"a file of --format nbits does not have: {IN_FLOAT}")
 
 
 def of_nbits(student: nn.Module) -> bool:
@@ -173,13 +169,6 @@ def _decoded(tensors: Mapping[str, np.ndarray], name: str, layer: nn.Module) -> 
         return (numbers * scales[..., None]).reshape(len(codes), -1)
     transposed = values is not None and values.ndim == 2 and isinstance(layer, nn.Linear)
     return np.ascontiguousarray(values.T) if values is not None and transposed else values
-
-
-def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
-    """Name, layer and quantizer of what has a quantised weight."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
-            yield name, module, module.weight_quantizer
 
 
 class Runtime(nn.Module):

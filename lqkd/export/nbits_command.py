@@ -6,21 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lqkd.export import report
 from lqkd.export.card import Summary, rejected
-from lqkd.export.deploy import OUTPUT
-from lqkd.export.language_card import keep_proven, measured_rows, size_row, write_language_card
+from lqkd.export.language_card import measured_rows, size_row, tell
+from lqkd.export.language_proof import compared, keep_proven
 from lqkd.export.nbits import NBITS, Runtime, nbits_student, to_nbits
-from lqkd.export.parity import Parity, agree, differences, judge_outputs
+from lqkd.export.parity import OUTPUT_TOLERANCE, Parity
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads
 from lqkd.quantization import size
 from lqkd.tasks import Task
-from lqkd.utils.escaping import terminal
-from lqkd.utils.tables import print_table
 
 
 def write_nbits(
@@ -49,14 +44,9 @@ def write_nbits(
     weights = size(student)
     summary = Summary(path, path.stat().st_size, weights.packed_bytes, weights.float_bytes, None)
     rows = _rows(summary, counts, parity)
-    print_table(f"export to {path.name}", None, rows, left=2)
-    print(terminal(f"written to {path}"))
-    write_language_card(path, "ONNX Runtime", rows, about, ())
-    described = {"format": NBITS, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
-    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
+    tell(summary, rows, student, inputs, parity, about, format=NBITS, runtime="ONNX Runtime")
 
 
-@torch.no_grad()
 def prove(path: Path, student: nn.Module, inputs: Inputs, test: Iterable[Any] = (), task: Task | None = None) -> Parity:
     """Compare a file, run by ONNX Runtime, with the student.
 
@@ -67,12 +57,7 @@ def prove(path: Path, student: nn.Module, inputs: Inputs, test: Iterable[Any] = 
         test: batches of the task, on which both are measured.
         task: None for the classification of images.
     """
-    runtime, plain = Runtime(path), nbits_student(student)
-    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (plain, runtime))
-    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
-    judge_outputs(parity)
-    agree(parity, lambda given: given.call(runtime), lambda given: given.call(plain), test, student, task)
-    return parity
+    return compared(Runtime(path), nbits_student(student), student, inputs, test, task, tolerance=OUTPUT_TOLERANCE)
 
 
 def _rows(summary: Summary, counts: dict[int, int], parity: Parity) -> list[tuple[str, str]]:

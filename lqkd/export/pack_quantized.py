@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export.deploy import deployable_copy
+from lqkd.export.language_weights import check_unfolded, check_weights_alone, quantized_weights
 from lqkd.models.hugging_face import reading
-from lqkd.quantization import Quantizer, quantizers
+from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import check_finite, check_fitted
 from lqkd.quantization.layers import QuantizedLayer, QuantLinear
 from lqkd.quantization.quantizers.lsq import LSQ
@@ -137,22 +138,15 @@ def check_compressed_grids(student: nn.Module) -> None:
         UsageError: for the first one.
     """
     _check_class(student)
-    held: set[Quantizer] = set()
-    for name, layer in student.named_modules():
-        quantizer = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
-        if quantizer is None:
-            continue
-        held.add(quantizer)
-        if cast(QuantizedLayer, layer).output_scale is not None:
-            raise UsageError(f"the weight of {name} has a factor of a folded batch norm, which {COMPRESSED} has not")
+    for name, layer, quantizer in quantized_weights(student):
+        check_unfolded(name, layer, f"a folder of --format {COMPRESSED}")
         if isinstance(layer, QuantLinear):
             _check_grid(quantizer, name)
-    for name, quantizer in quantizers(student).items():
-        if quantizer not in held:
-            raise UsageError(
-                f"{name} puts activations on a grid, which a folder of --format {COMPRESSED} does not have here: give "
-                "it activation_bits: 32 in a rule, or the recipe 32 activation bits and last_layer_bits: null"
-            )
+    check_weights_alone(
+        student,
+        f"a folder of --format {COMPRESSED} does not have here: give it activation_bits: 32 in a rule, or the recipe "
+        "32 activation bits and last_layer_bits: null",
+    )
     if not any(isinstance(layer, QuantLinear) and layer.weight_quantizer for layer in student.modules()):
         raise UsageError(f"--format {COMPRESSED} is not possible where no linear layer has a weight below 32 bits")
 

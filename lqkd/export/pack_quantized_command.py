@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lqkd.export import report
 from lqkd.export.card import Summary, rejected
-from lqkd.export.deploy import OUTPUT
-from lqkd.export.language_card import Rows, keep_proven, measured_rows, size_row, write_language_card
+from lqkd.export.language_card import Rows, measured_rows, size_row, tell
+from lqkd.export.language_proof import compared, keep_proven
 from lqkd.export.pack_quantized import (
     COMPRESSED,
     check_replaceable,
@@ -20,13 +18,10 @@ from lqkd.export.pack_quantized import (
     from_compressed_tensors,
     to_compressed_tensors,
 )
-from lqkd.export.parity import Parity, agree, differences, judge_outputs
+from lqkd.export.parity import Parity
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads
 from lqkd.quantization import size
 from lqkd.tasks import Task
-from lqkd.utils.escaping import terminal
-from lqkd.utils.tables import print_table
 
 
 def write_compressed_tensors(
@@ -65,14 +60,9 @@ def write_compressed_tensors(
     written = sum(file.stat().st_size for file in path.iterdir())
     summary = Summary(path, written, weights.packed_bytes, weights.float_bytes, None)
     rows = _rows(summary, counts, parity)
-    print_table(f"export to {path.name}", None, rows, left=2)
-    print(terminal(f"written to {path}"))
-    write_language_card(path, "transformers and vLLM", rows, about, ())
-    described = {"format": COMPRESSED, "checkpoint": about.get("checkpoint"), "parity": parity.numbers()}
-    report.tell(report.describe(student, inputs.part(slice(1)), summary, described), path)
+    tell(summary, rows, student, inputs, parity, about, format=COMPRESSED, runtime="transformers and vLLM")
 
 
-@torch.no_grad()
 def prove(path: Path, student: nn.Module, inputs: Inputs, test: Iterable[Any] = (), task: Task | None = None) -> Parity:
     """Compare the network that transformers reads from a folder with the student, to the last bit of its logits.
 
@@ -83,12 +73,7 @@ def prove(path: Path, student: nn.Module, inputs: Inputs, test: Iterable[Any] = 
         test: batches of the task, on which both are measured.
         task: None for the classification of images.
     """
-    held, plain = from_compressed_tensors(path), compressed_student(student)
-    ours, theirs = (heads(inputs.call(network), OUTPUT) for network in (plain, held))
-    parity = Parity(scales_identical=True, outputs=differences(ours, theirs))
-    judge_outputs(parity, tolerance=0.0)
-    agree(parity, lambda given: given.call(held), lambda given: given.call(plain), test, student, task)
-    return parity
+    return compared(from_compressed_tensors(path), compressed_student(student), student, inputs, test, task)
 
 
 def _rows(summary: Summary, counts: dict[int, int], parity: Parity) -> Rows:
