@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ CONTEXT = 128
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(ABC):
     """What a folder holds, and what is chosen for its kind.
 
     Attributes:
@@ -66,18 +67,18 @@ class Found:
         }
         return settings, f"{of_task} of the {self.learns}, {of_teacher} of HintonKL from the teacher"
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """The data's configuration, but for sizes."""
-        raise NotImplementedError
 
     @classmethod
     def file_format(cls, bits: str) -> str | None:
         """The format of the file that a student of so many bits becomes; None where there is none."""
         return "portable"
 
+    @abstractmethod
     def told(self) -> Iterator[str]:
         """What it is, in lines."""
-        raise NotImplementedError
 
     def _numbers(self) -> str:
         return f"{self.train} to train, {self.val} to validate, {self.test} to test"
