@@ -24,7 +24,7 @@ from lqkd.export.same_padding import take_padding_apart
 from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
 from lqkd.models.torchvision_detector import whole_detector
-from lqkd.quantization import Quantizer, fold_batchnorm
+from lqkd.quantization import Quantizer, fold_batchnorm, quantizers
 from lqkd.quantization.batchnorm import Folding, take_activations_apart
 from lqkd.quantization.computed import computed
 from lqkd.quantization.graph import obstacle
@@ -55,6 +55,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
                 "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
             )
     check_takes(student, example, "an example")
+    expected = _unquantised(student, example)
     take_attention_apart(student)
     _check_traced(student, example)
     apart = separated(student, partial(traced, example=example))
@@ -63,7 +64,14 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(_explicit(student, example), example)
+    network = _explicit(student, example)
+    found = _unquantised(network, example)
+    if len(found) != len(expected) or not all(map(_agree, found, expected)):
+        raise UsageError(
+            "the network cannot be exported: written as the operations of a file it computes something else, also in "
+            "floating point; its forward must make new tensors, and not change those that it reads again"
+        )
+    builder = GridPlacement(network, example)
     builder.place()
     return builder, folding
 
@@ -124,6 +132,19 @@ def _check_separated(apart: nn.Module, student: nn.Module, example: Inputs) -> N
             "the network cannot be exported: with a layer of its own for each call of a pass it computes something "
             "else; its forward must call layers in the same order in every pass"
         )
+
+
+@torch.no_grad()
+def _unquantised(network: nn.Module, example: Inputs) -> list[Tensor]:
+    """What a network returns while its quantizers round nothing, so that no rounding hides what it computes."""
+    found = set(quantizers(network).values())
+    try:
+        for quantizer in found:
+            quantizer.forward = torch.clone  # type: ignore[assignment]
+        return _tensors(example.map(torch.clone).call(network))
+    finally:
+        for quantizer in found:
+            del quantizer.forward
 
 
 def _tensors(returned: Any) -> list[Tensor]:

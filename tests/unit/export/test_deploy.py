@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export import check, deploy, to_onnx
+from lqkd.export import check, deploy, same_padding, to_onnx
+from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import check_deployable
 from lqkd.export.formats import BUILDERS
 from lqkd.export.integer import IntegerLayer
@@ -342,3 +343,28 @@ def test_padding_as_tensorflow_does_it_is_in_the_file(side: int) -> None:
     x = images(8)[..., :side, :side]
     model = to_onnx(student, x, calibration=[x])
     assert kernels(model).integer == {"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}
+
+
+def test_a_graph_that_computes_something_else_than_the_student_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no comparison of a file with its own graph would find."""
+    monkeypatch.setattr(same_padding, "same", lambda *axis: (1, 0))
+    student, x = quantised(Same(), bits="w8a8"), images(8)
+    with pytest.raises(UsageError, match="written as the operations of a file it computes something else"):
+        deploy(student, x, [x])
+
+
+def test_layers_of_the_same_numbers_have_their_own_in_the_file() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    network[4].load_state_dict(network[2].state_dict())
+    student = quantised(network, bits="w8a8")
+    exported = BUILDERS["portable"](deploy(student, images(4), [images(32)]))
+    names = {tensor.name for tensor in exported.model.graph.initializer}
+    assert {"2.weight_codes", "4.weight_codes"} <= names
+
+
+def test_a_layer_whose_numbers_cannot_be_found_fails() -> None:
+    deployed = deploy(quantised(Same(), bits="w8a8"), images(4), [images(32)])
+    exported = BUILDERS["portable"](deployed)
+    assert altered_integers(exported.model, deployed) is None
+    next(node for node in exported.model.graph.node if node.name == "head.weight").name = "another"
+    assert altered_integers(exported.model, deployed) == "head.weight_codes"

@@ -211,6 +211,17 @@ def test_a_tensor_that_is_changed_in_place_and_read_again_is_refused(change: Cal
         deploy(student, images(4), [images(32)])
 
 
+def test_a_tensor_that_is_read_beside_what_changed_it_is_refused() -> None:
+    class Beside(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + F.relu(x, inplace=True)).mean((2, 3)))
+
+    student = quantised(Beside(lambda x: x), bits="w8a8")
+    with pytest.raises(UsageError, match=r"cannot be exported: .*it changes a tensor in place"):
+        deploy(student, images(4), [images(32)])
+
+
 class Weights(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lqkd.errors import ParityError
 from lqkd.export import gguf_command, nbits_command
 from lqkd.export.language_card import measured_rows
+from lqkd.export.language_proof import compared
 from lqkd.export.parity import Parity
 from lqkd.models import GPT
 from lqkd.models.calls import Inputs
@@ -59,3 +61,14 @@ def test_a_file_of_another_network_is_kept_beside_the_one_that_is_there(
         write(student(0), tmp_path / f"s.{name}", Inputs.of(texts()), [texts()], "test", CausalLM(), {})
     assert (tmp_path / f"s.{name}").read_text() == "of the user"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"s.{name}", f"s.rejected.{name}"]
+
+
+def test_logits_that_differ_in_the_last_bit_fail_where_all_bits_must_be_the_same() -> None:
+    tokens = Inputs.of(torch.randint(8, (2, 5)))
+    table = torch.nn.Embedding(8, 8)
+    other = copy.deepcopy(table)
+    assert compared(other, table, table, tokens, task=CausalLM()).problem is None
+    with torch.no_grad():
+        other.weight.mul_(1 + 1e-6)
+    assert "differ by" in str(compared(other, table, table, tokens, task=CausalLM()).problem)
+    assert compared(other, table, table, tokens, task=CausalLM(), tolerance=1e-4).problem is None
