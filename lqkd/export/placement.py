@@ -64,14 +64,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    network = _explicit(student, example)
-    found = _unquantised(network, example)
-    if len(found) != len(expected) or not all(map(_agree, found, expected)):
-        raise UsageError(
-            "the network cannot be exported: written as the operations of a file it computes something else, also in "
-            "floating point; its forward must make new tensors, and not change those that it reads again"
-        )
-    builder = GridPlacement(network, example)
+    builder = GridPlacement(_explicit(student, example, expected), example)
     builder.place()
     return builder, folding
 
@@ -166,8 +159,17 @@ def parameters(network: fx.GraphModule) -> tuple[str, ...]:
     return tuple(str(node.target) for node in network.graph.nodes if node.op == "placeholder")
 
 
-def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
-    """The graph of ``student`` in which every quantizer is a node and nothing without effect is left."""
+def _explicit(student: nn.Module, example: Inputs, expected: list[Tensor]) -> fx.GraphModule:
+    """The graph of ``student`` in which every quantizer is a node and nothing without effect is left.
+
+    Args:
+        student: taken apart and folded as a file has it.
+        example: what it is called with.
+        expected: what it returned before, as :func:`_unquantised` says.
+
+    Raises:
+        UsageError: when the graph returns something else.
+    """
     graph = traced(student, example)
     refuse_in_place(graph, student)
     network = fx.GraphModule(student, graph)
@@ -184,10 +186,17 @@ def _explicit(student: nn.Module, example: Inputs) -> fx.GraphModule:
         module._forward_pre_hooks.clear()
         if isinstance(module, QuantizedLayer):
             module.input_quantizer = None
-    fold_constants(network)
     recompile(network)
     propagate_shapes(network, example)
     take_padding_apart(network)
+    recompile(network)
+    returned = _unquantised(network, example)  # before constants are computed on grids
+    if len(returned) != len(expected) or not all(map(_agree, returned, expected)):
+        raise UsageError(
+            "the network cannot be exported: written as the operations of a file it computes something else, also in "
+            "floating point; its forward must make new tensors, and not change those that it reads again"
+        )
+    fold_constants(network)
     recompile(network)
     propagate_shapes(network, example)
     for node in list(graph.nodes):
