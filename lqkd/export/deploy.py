@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
+from lqkd.export.explicit import check_takes, parameters, propagate_shapes, recompile
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
 from lqkd.export.operations import MOVES, operation
-from lqkd.export.placement import check_takes, parameters, place_grids, propagate_shapes, recompile
+from lqkd.export.placement import place_grids
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lqkd.export.deploy import Deployed, as_float32
-from lqkd.export.placement import parameters
+from lqkd.export.explicit import parameters
 
 
 def build(deployed: Deployed, example: Any) -> Any:
