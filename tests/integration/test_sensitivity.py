@@ -232,6 +232,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left_once_it_takes_a_while(
     parent, child = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("lqkd.utils.progress.Progress._patience", patience)
+    monkeypatch.setattr("lqkd.utils.progress._BETWEEN", -1.0)  # every step, however fast the machine is
     with monkeypatch.context() as context, os.fdopen(child, "w") as terminal:
         context.setattr(sys, "stderr", terminal)
         rank(run, tmp_path, "--bits", "4")
