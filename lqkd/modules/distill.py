@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -183,6 +183,8 @@ class DistillModule(TaskModule):
         for name, term in terms.items():
             with self.distillation.told(name):
                 check_term(self.task, term)
+        for regularizer in self.distillation.regularizers:
+            cast(Regularizer, regularizer).independent = self.task.independent_logits
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization

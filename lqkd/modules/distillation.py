@@ -108,7 +108,8 @@ class Distillation(nn.ModuleDict):
         for name, term in self.terms():
             teachers = [outputs.teachers[teacher] for teacher in term.teachers]
             features = outputs.features[term.teachers[0]], outputs.student.features
-            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task), places)
+            samples = task.samples(outputs.rows, batch) if term.asks_for_samples else None
+            divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task), places, samples)
             look_ahead(term, divergences[name], outputs, loss, batch, task, student, (held_out or {}).get(name))
         return divergences
 

@@ -69,7 +69,13 @@ def check_term(task: Task, term: Term) -> None:
             f"samples: task {name} has other rows"
         )
     if regularizer.sees_logits and loss.compares != "logits":
-        raise UsageError(
-            f"regularizer {type(regularizer).__name__} looks at the logits of samples beside their features: task "
-            f"{name} has other rows"
-        )
+        if not task.several_rows_a_sample:
+            raise UsageError(
+                f"regularizer {type(regularizer).__name__} looks at the logits of samples beside their features: task "
+                f"{name} has other rows"
+            )
+        if not regularizer.sees_several_rows:
+            raise UsageError(
+                f"regularizer {type(regularizer).__name__} looks at one row of logits a sample beside its features, "
+                f"and task {name} has many: take SampleWeight"
+            )

@@ -16,6 +16,7 @@ from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
 from lqkd.regularizers import ExplainedVariance, HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
+from lqkd.regularizers.base import Samples
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -164,6 +165,11 @@ class DistillationTerm(nn.Module):
         """Whether the elements of its maps belong to the rows of the task."""
         return task.one_row_a_sample or self.compares == "logits"
 
+    @property
+    def asks_for_samples(self) -> bool:
+        """Whether a regularizer weighs features of samples by their logits."""
+        return self.regularizer is not None and self.regularizer.sees_logits and self.compares != "logits"
+
     def seen(self, teacher: Seen, student: Seen, rows: tuple[Rows, Rows]) -> tuple[list[Tensor], list[Tensor]]:
         """What is compared of a teacher and of the student: one tensor a tap, or the rows' logits."""
         if self.compares == "logits":
@@ -183,6 +189,7 @@ class DistillationTerm(nn.Module):
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         sees_labels: bool = True,
         places: Tensor | None = None,
+        samples: Samples | None = None,
     ) -> Divergences:
         """The divergence maps of one batch.
 
@@ -192,6 +199,7 @@ class DistillationTerm(nn.Module):
             features: what the taps saw, of the term's teacher and of the student, by name of the module.
             sees_labels: whether elements of the maps belong to the rows, so that losses may look at labels.
             places: (B, T) bool, at which tokens of sequences features are compared; None for all.
+            samples: of which sample each row is, where a regularizer of features asks; see :meth:`asks_for_samples`.
         """
         divergences, each = Divergences([], [*teachers], None), None
         if self.combination is not None:
@@ -220,7 +228,7 @@ class DistillationTerm(nn.Module):
                     pair = divergences.teachers[min(index, len(divergences.teachers) - 1)], rows.logits
                 else:
                     pair = compare.pair(teacher, student)
-                weights = regularizer(*pair, rows.labels)
+                weights = regularizer(*pair, rows.labels, **({} if samples is None else {"samples": samples}))
                 if weights.ndim == 1:
                     weights = weights.view(-1, *[1] * (divergence.ndim - 1))
             divergences.maps.append(DivergenceMap(divergence, weights))

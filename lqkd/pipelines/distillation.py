@@ -173,8 +173,8 @@ def _module(
     else:
         given["teachers"] = {name: _frozen(one) for name, one in given["teachers"].items()}
     if given.get("distillation") is None and given.get("distillation_loss") is None:
-        binary, one_class = isinstance(task, (MultiLabel, BoxDetection)), task.predicts_classes or task.softmax_rows
-        given["distillation_loss"] = HintonKL() if one_class else BinaryKL() if binary else LogitResidual()
+        one_class, each_class = task.predicts_classes or task.softmax_rows, task.independent_logits
+        given["distillation_loss"] = HintonKL() if one_class else BinaryKL() if each_class else LogitResidual()
         if given.get("balance") is None:
             weights = (1.0, 50.0) if isinstance(task, BoxDetection) else (0.5, 0.5)  # most positions show nothing
             given["balance"] = FixedBalance(task=weights[0], distill=weights[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from lqkd.losses.base import MapKind
 from lqkd.losses.settings import check
 from lqkd.regularizers.guards import GUARDS, Guard
 from lqkd.regularizers.players import PLAYERS, Player
+
+
+class Samples(NamedTuple):
+    """Of which sample of a batch each row is, where a sample has several: pixels, or positions of a detector."""
+
+    of_rows: Tensor
+    """(N,) int64, the number of each row's sample."""
+    count: int
+    """How many samples B there are; one may have no row."""
 
 
 class Regularizer(nn.Module, ABC):
@@ -51,6 +60,11 @@ class Regularizer(nn.Module, ABC):
     sees_losses: ClassVar[bool] = False
     """Whether it looks at the distillation loss (B,) of each sample, which it is then given in place of both networks'
     outputs."""
+    sees_several_rows: ClassVar[bool] = False
+    """Whether it can look at the logits of *all* rows of a sample, of which there are many, for a weight of features."""
+    independent: bool = False
+    """Whether each logit is a class that is there or not, so that a sigmoid of it is what is predicted, and no softmax;
+    the task says so."""
     bounded: ClassVar[bool] = False
     """Whether its weights are bounded from above without a guard."""
     learning_rate_factor: ClassVar[float] = 1.0
@@ -91,16 +105,28 @@ class Regularizer(nn.Module, ABC):
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
         """R_phi >= 0, broadcastable to the divergence map; float32 in, float32 out; 1 before training."""
 
-    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+        """R_phi (B,) likewise, one for each sample, from logits (N, C) of all rows, of one that
+        :attr:`sees_several_rows`."""
+        raise UsageError(f"regularizer {type(self).__name__} does not look at several rows of a sample")
+
+    def forward(
+        self, teacher: Tensor, student: Tensor, labels: Tensor | None = None, samples: Samples | None = None
+    ) -> Tensor:
         """Weights w >= 0 in float32, broadcastable to the divergence map (from the left for weights of samples).
 
         Args:
             teacher, student: what the map compares, logits where it :attr:`sees_logits`, or losses where it
                 :attr:`sees_losses`; any floating dtype; no gradient flows into them.
             labels: (B,) int64, negative where a sample has none; None when there are none at all.
+            samples: of which sample each row of the logits is, for one weight a sample; None for a row each.
         """
         with torch.autocast(teacher.device.type, enabled=False):
-            weights = self.response(teacher.detach().float(), student.detach().float(), labels).square()
+            teacher, student = teacher.detach().float(), student.detach().float()
+            if samples is None:
+                weights = self.response(teacher, student, labels).square()
+            else:
+                weights = self.response_of_samples(teacher, student, samples).square()
             return self.guard.constrain(weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0))
 
     def applied(self, weights: Tensor, divergence: Tensor) -> Tensor:

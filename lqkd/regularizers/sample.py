@@ -11,11 +11,16 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.probabilities import times_log
 from lqkd.regularizers.applied import APPLIED, Applied
-from lqkd.regularizers.base import Regularizer
+from lqkd.regularizers.base import Regularizer, Samples
 from lqkd.regularizers.guards import Guard
 from lqkd.regularizers.mlp import MLP
 from lqkd.regularizers.players import Player
 from lqkd.utils.pieces import rows_at_once
+
+_CONFIDENCE = 2
+"""Which of the numbers is the teacher's confidence."""
+_LEAST = 1e-12
+"""Of the sum of what rows count, below which nothing is divided by it."""
 
 
 class SampleWeight(Regularizer):
@@ -26,6 +31,12 @@ class SampleWeight(Regularizer):
     their log-probabilities, in which a class with a logit of -inf counts 0. It weighs any map, of logits or features,
     and does not depend on the number of classes. The logits are (B, C), the weights (B,); every weight is 1 at the
     start.
+
+    Where each logit is a class that is there or not, the probabilities are sigmoids, the entropy is the mean over
+    classes of that of each, over log 2, and the difference that of both log-probabilities. A map of features of samples
+    with many rows (N, C), pixels or positions of a detector, is weighed by one weight a sample, and each pair of taps
+    has its own: of the means of these numbers over the sample's rows, where classes are there or not each as heavy as
+    the teacher is sure of one, so that positions without an object hardly count (Du et al., arXiv 2111.00674).
 
     What the weight of *each sample* does, and what any weights of that size would do, is told apart by what the student
     gets of it (``applied``); phi learns the same in all cases, and statistics are of what it learns.
@@ -48,6 +59,7 @@ class SampleWeight(Regularizer):
 
     maps = frozenset({"classes", "features", "samples"})
     sees_logits = True
+    sees_several_rows = True
 
     def __init__(
         self,
@@ -72,9 +84,21 @@ class SampleWeight(Regularizer):
         return self._applied(weights.detach(), divergence.detach())
 
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
+        return self.network(self._numbers(teacher, student))
+
+    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+        numbers = self._numbers(teacher, student)
+        heavy = numbers[:, _CONFIDENCE] if self.independent else torch.ones_like(numbers[:, _CONFIDENCE])
+        sums = numbers.new_zeros(samples.count, numbers.shape[1])
+        sums = sums.index_add(0, samples.of_rows, numbers * heavy.unsqueeze(1))
+        total = heavy.new_zeros(samples.count).index_add(0, samples.of_rows, heavy)
+        return self.network(sums / total.clamp_min(_LEAST).unsqueeze(1))
+
+    def _numbers(self, teacher: Tensor, student: Tensor) -> Tensor:  # (N, C), (N, C) -> (N, 5)
+        look = _independent if self.independent else _features
         step = rows_at_once(teacher)
         pieces = (slice(start, start + step) for start in range(0, max(1, len(teacher)), step))
-        return self.network(torch.cat([_features(teacher[here], student[here]) for here in pieces]))
+        return torch.cat([look(teacher[here], student[here]) for here in pieces])
 
 
 def _features(teacher: Tensor, student: Tensor) -> Tensor:
@@ -92,3 +116,24 @@ def _features(teacher: Tensor, student: Tensor) -> Tensor:
         (log_t - log_s).masked_fill_(ruled_out, 0.0).square().mean(1).sqrt(),
     )
     return torch.stack(features, dim=-1)
+
+
+def _independent(teacher: Tensor, student: Tensor) -> Tensor:
+    """(n, 5) likewise of logits (n, C) that are a class each."""
+    t, s = teacher.sigmoid(), student.sigmoid()
+    log_t, log_s = (torch.stack((F.logsigmoid(of), F.logsigmoid(-of))) for of in (teacher, student))
+    ruled_out = torch.minimum(log_t, log_s) == -torch.inf
+    confidence, chosen = t.max(dim=1)
+    features = (
+        -_expected(t, log_t).mean(1) / math.log(2),
+        -_expected(s, log_s).mean(1) / math.log(2),
+        confidence,
+        s.gather(1, chosen.unsqueeze(1)).squeeze(1),
+        (log_t - log_s).masked_fill_(ruled_out, 0.0).square().mean((0, 2)).sqrt(),
+    )
+    return torch.stack(features, dim=-1)
+
+
+def _expected(p: Tensor, logs: Tensor) -> Tensor:
+    """(n, C) the expectation of the logarithms (2, n, C) of probabilities (n, C) and of their complements."""
+    return times_log(p, logs[0]) + times_log(1 - p, logs[1])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked, heads, main_tensor
+from lqkd.regularizers.base import Samples
 from lqkd.tasks.values import MODE, MONITOR, shown
 
 TOLERANCE = 0.01
@@ -46,11 +47,15 @@ class Task(nn.Module, ABC):
     """Whether the least or the largest of it is the best."""
     one_row_a_sample: ClassVar[bool] = True
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
+    several_rows_a_sample: ClassVar[bool] = False
+    """Whether it can say of which sample each of many rows is: see :meth:`samples`."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
     softmax_rows: bool = False
     """Whether the softmax of a row is a prediction although no label says of which class, so that losses on the softmax
     compare rows; of tasks that predict classes it is in any case."""
+    independent_logits: bool = False
+    """Whether each logit of a row is a class that is there or not, of which a sigmoid is the probability."""
     class_axis: ClassVar[int] = 1
     """The axis of :meth:`outputs` (B, ...) that has a logit for each class; of a text it is the last."""
     confidences: ClassVar[bool] = False
@@ -88,6 +93,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def rows(self, outputs: Any, batch: Any) -> Rows:
         """The rows of a network's outputs; the same rows for teacher and student."""
+
+    def samples(self, rows: Rows, batch: Any) -> Samples | None:
+        """Of which sample each row is, where there are :attr:`several_rows_a_sample`; None where row i is sample i."""
+        return None
 
     def places(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch's sequences features are compared at, (B, T) bool; None for all."""

@@ -50,6 +50,7 @@ class MultiLabel(Task):
 
     monitor = "val/map"
     confidences = True
+    independent_logits = True
     answer = "set of classes"
     positive_weights: Tensor | None
 

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED, mean_of_labelled
 from lqkd.models.outputs import Asked, main_tensor
+from lqkd.regularizers.base import Samples
 from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.metrics import Accuracy, CrossEntropy
 
@@ -49,6 +50,7 @@ class Segmentation(Task):
 
     monitor = "val/miou"
     one_row_a_sample = False
+    several_rows_a_sample = True
     predicts_classes = True
     answer = "class of a pixel"
 
@@ -104,10 +106,18 @@ class Segmentation(Task):
         if labels is None:
             return Rows(logits, logits.new_full((len(logits),), UNLABELLED, dtype=torch.int64))
         flat = labels.flatten()
-        kept = (flat >= 0).nonzero().squeeze(1)
+        kept = _kept(flat)
         if len(kept) == 0:
             return Rows(0.0 * logits[:1], flat[:1])
         return Rows(logits[kept], flat[kept])
+
+    def samples(self, rows: Rows, batch: Any) -> Samples:
+        images, labels = self._masks(batch)
+        count, pixels = len(images), len(rows.logits) // len(images)
+        if labels is None:
+            return Samples(torch.arange(len(rows.logits), device=images.device) // pixels, count)
+        kept = _kept(labels.flatten())
+        return Samples(kept // labels[0].numel() if len(kept) else kept.new_zeros(1), count)
 
     # ---- evaluation
 
@@ -187,6 +197,11 @@ class Segmentation(Task):
         """Logits (B, C, H, W) in the size of the masks, and the masks; in that of the images where there are none."""
         images, labels = self._masks(batch)
         return _resized(outputs, images.shape[-2:] if labels is None else labels.shape[-2:]), labels
+
+
+def _kept(labels: Tensor) -> Tensor:
+    """Which of the labels (N,) are of pixels that count."""
+    return (labels >= 0).nonzero().squeeze(1)
 
 
 def _resized(logits: Tensor, size: torch.Size) -> Tensor:

@@ -78,7 +78,7 @@ class TorchvisionDetection(BoxDetection):
             classes, strides, 16 if ssdlite else 32, min_score, own if overlap is None else overlap, most_objects
         )
         self.detector = detector
-        self.softmax_rows = ssdlite
+        self.softmax_rows, self.independent_logits = ssdlite, not ssdlite
         self.__dict__["_rules"] = self._torchvisions()  # no submodule: nothing of it is trained or saved
         self._anchors = (None, [])  # of the images of the last batch
 

@@ -34,6 +34,12 @@ def distilling(**terms: Term) -> DistillModule:
     )
 
 
+class OfOneRow(SampleWeight):
+    """As a user's own may be."""
+
+    sees_several_rows = False
+
+
 class Began(Callback):
     """Keeps the parameters of the terms as they were before the first step."""
 
@@ -49,6 +55,7 @@ def test_every_loss_on_levels_trains_with_a_learned_weight_for_each_position() -
         channels=Term(CWD(), "other", taps=LEVELS[:2], regularizer=ConvModulator(per="channel")),
         generated=Term(MGD(), "other", taps=LEVELS[:1], regularizer=ConvModulator()),
         crossed=Term(CrossKD(), "other", taps=LEVELS, regularizer=ConvModulator()),
+        imaged=Term(PKD(), "other", taps=LEVELS, regularizer=SampleWeight()),
     )
     data = DigitScenes(scenes=24, image_size=(64, 64), batch_size=4)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -68,14 +75,14 @@ def test_every_loss_on_levels_trains_with_a_learned_weight_for_each_position() -
         for name, value in module.distillation.named_parameters()
         if "regularizers" in name and not torch.equal(value, began.phi[name])
     }
-    assert moved == {"classes", "correlation", "channels", "generated", "crossed"}
+    assert moved == {"classes", "correlation", "channels", "generated", "crossed", "imaged"}
     assert not [name for name in module.distillation.state_dict() if "class_tower" in name]  # of the teacher
 
 
 @pytest.mark.parametrize(
     ("term", "told"),
     [
-        (Term(PKD(), "other", taps=LEVELS, regularizer=SampleWeight()), "looks at the logits of samples beside their"),
+        (Term(PKD(), "other", taps=LEVELS, regularizer=OfOneRow()), "OfOneRow looks at one row .* take SampleWeight"),
         (Term(BinaryKL(), "other", regularizer=ConvModulator()), "ConvModulator cannot weigh .* BinaryKL"),
         (
             Term(HintonKL(), "other"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.base import MapKind
 from lqkd.regularizers import ConvModulator, ElementwiseMLP, LearnableTable, Regularizer, SampleWeight
+from lqkd.regularizers.base import Samples
 
 CASES: list[tuple[str, Callable[[], Regularizer], MapKind, tuple[int, ...], tuple[int, ...]]] = [
     ("elementwise", ElementwiseMLP, "classes", (6, 10), (6, 10)),
@@ -158,3 +159,50 @@ def test_controls_that_are_unknown_or_would_be_looked_ahead_from_are_refused() -
         SampleWeight(applied="shuffled")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="applied='mean' does not go with player LookAhead"):
         SampleWeight(applied="mean", guard="entropy", player="look_ahead")
+
+
+def test_one_weight_a_sample_is_of_the_means_over_its_rows() -> None:
+    """Against numbers computed in float64, with the same small network."""
+    torch.manual_seed(0)
+    regularizer = SampleWeight(guard="none")
+    torch.nn.init.normal_(regularizer.network.layers[-1].weight)
+    teacher, student = torch.randn(2, 7, 4, dtype=torch.float64)
+    of_rows = torch.tensor([0, 2, 2, 0, 2, 0, 0])
+    for independent in (False, True):
+        regularizer.independent = independent
+        weights = regularizer(teacher, student, None, Samples(of_rows, 3))
+        expected = regularizer.network(_means_over_rows(teacher, student, of_rows, 3, independent).float()).square()
+        torch.testing.assert_close(weights, expected / (1 + (expected - 1) / 100).clamp_min(1))
+    torch.testing.assert_close(regularizer(teacher, student)[0], regularizer(teacher[:1], student[:1])[0])
+
+
+def _means_over_rows(teacher: Tensor, student: Tensor, of_rows: Tensor, count: int, independent: bool) -> Tensor:
+    """(count, 5) what a sample is weighed by, a row at a time; zeros where it has none."""
+    found = torch.zeros(count, 5, dtype=torch.float64)
+    for sample in range(count):
+        numbers, heavy = [], []
+        for t, s in zip(teacher[of_rows == sample], student[of_rows == sample], strict=True):
+            if independent:
+                both = [torch.stack((of.sigmoid(), 1 - of.sigmoid()), dim=-1) for of in (t, s)]
+                p, q, most = both[0][:, 0], both[1][:, 0], torch.log(torch.tensor(2.0))
+            else:
+                both = [of.softmax(0).unsqueeze(0) for of in (t, s)]
+                p, q, most = both[0][0], both[1][0], torch.log(torch.tensor(4.0))
+            entropies = [-(of * of.log()).sum(-1).mean() / most for of in both]
+            difference = (both[0].log() - both[1].log()).square().mean().sqrt()
+            numbers.append(torch.stack([*entropies, p.max(), q[p.argmax()], difference]))
+            heavy.append(p.max() if independent else torch.ones((), dtype=torch.float64))
+        if numbers:
+            weights = torch.stack(heavy).unsqueeze(1)
+            found[sample] = (torch.stack(numbers) * weights).sum(0) / weights.sum()
+    return found
+
+
+def test_logits_of_classes_that_are_there_or_not_do_not_weigh_on_each_other() -> None:
+    """A softmax over one class alone says nothing of it."""
+    regularizer = SampleWeight(guard="none")
+    torch.nn.init.normal_(regularizer.network.layers[-1].weight)
+    logits = torch.tensor([[-4.0], [4.0]])
+    assert regularizer(logits, logits).std() == 0
+    regularizer.independent = True
+    assert regularizer(logits, logits).std() > 1e-3

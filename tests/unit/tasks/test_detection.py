@@ -163,6 +163,14 @@ def test_a_list_of_images_is_a_batch_without_targets() -> None:
     assert task.inputs(part).shape == (2, 3, 64, 96)
 
 
+def test_every_row_knows_its_image() -> None:
+    task, images = Detection(3), [torch.ones(3, 40, 64), torch.ones(3, 33, 70)]
+    rows = task.rows(torch.arange(2.0).view(2, 1, 1).expand(2, 84, 8), images)
+    of_rows, count = task.samples(rows, images)
+    assert count == 2
+    assert torch.equal(of_rows.float(), rows.logits[:, 0])
+
+
 def test_the_layers_that_answer_keep_8_bits_unless_the_recipe_says_otherwise() -> None:
     def bits(**settings: Any) -> dict[str, tuple[int, bool]]:
         network = SmallFCOS(3, width=4, depth=1)

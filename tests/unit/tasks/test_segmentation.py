@@ -29,6 +29,16 @@ def test_rows_are_the_pixels_that_are_not_ignored() -> None:
     assert torch.equal(rows.logits, LOGITS.permute(0, 2, 3, 1)[KNOWN])
 
 
+@pytest.mark.parametrize("batch", [(IMAGES, MASKS), (IMAGES, ALL_IGNORED), IMAGES], ids=["masks", "ignored", "images"])
+def test_every_row_knows_its_image(batch: Any) -> None:
+    """Marked by logits that are the number of the image."""
+    task, marked = Segmentation(4), torch.arange(2.0).view(2, 1, 1, 1).expand_as(LOGITS)
+    rows = task.rows(marked, batch)
+    samples = task.samples(rows, batch)
+    assert samples.count == 2
+    assert torch.equal(samples.of_rows.float(), rows.logits[:, 0])
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_mean_over_the_pixels_that_are_not_ignored(smoothing: float) -> None:
     task = Segmentation(4, label_smoothing=smoothing)
