@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -41,7 +41,7 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.step_length import GradientLength, gradient_norms, measured_together
-from lqkd.modules.tasks import check_teacher, check_term, task_of
+from lqkd.modules.tasks import check_teacher, task_of
 from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
 from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_label
@@ -180,11 +180,7 @@ class DistillModule(TaskModule):
         for one in (*self.named_teachers.values(), teacher):
             check_teacher(self.task, one)
         self.distillation = Distillation(terms, named=distillation is not None)
-        for name, term in terms.items():
-            with self.distillation.told(name):
-                check_term(self.task, term)
-        for regularizer in self.distillation.regularizers:
-            cast(Regularizer, regularizer).independent = self.task.independent_logits
+        self.distillation.serve(self.task, terms)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization

@@ -13,9 +13,10 @@ from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.losses.taps import Taps
 from lqkd.modules.passes import Outputs
+from lqkd.modules.tasks import check_term
 from lqkd.modules.term import DistillationTerm, Divergences, Shapes
 from lqkd.modules.terms import Tap, Term, teacher_label
-from lqkd.regularizers import LookAhead
+from lqkd.regularizers import LookAhead, Regularizer
 from lqkd.tasks import Task
 from lqkd.teachers import FrozenTeacher
 
@@ -75,6 +76,18 @@ class Distillation(nn.ModuleDict):
         """How teachers are combined, of all terms with several."""
         return nn.ModuleList(term.combination for _, term in self.terms() if term.combination is not None)
 
+    def serve(self, task: Task, terms: Mapping[str, Term]) -> None:
+        """Tell the regularizers what logits of the task are.
+
+        Raises:
+            UsageError: when a term needs more of the task than it has.
+        """
+        for name, term in terms.items():
+            with self.told(name):
+                check_term(task, term)
+        for regularizer in self.regularizers:
+            cast(Regularizer, regularizer).independent = task.independent_logits
+
     def bind(self, student: nn.Module, teachers: Mapping[str, FrozenTeacher]) -> None:
         """Let the losses look at the student and at the teacher of their term, before :meth:`connect`.
 
@@ -108,7 +121,7 @@ class Distillation(nn.ModuleDict):
         for name, term in self.terms():
             teachers = [outputs.teachers[teacher] for teacher in term.teachers]
             features = outputs.features[term.teachers[0]], outputs.student.features
-            samples = task.samples(outputs.rows, batch) if term.asks_for_samples else None
+            samples = task.samples_of_rows(outputs.rows, batch) if term.asks_for_samples else None
             divergences[name] = term(teachers, outputs.rows, features, term.sees_rows(task), places, samples)
             look_ahead(term, divergences[name], outputs, loss, batch, task, student, (held_out or {}).get(name))
         return divergences

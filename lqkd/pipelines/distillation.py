@@ -34,7 +34,7 @@ from lqkd.runs.folder import CONFIG, PYTHON, RunSettings, claim, forget_claimed,
 from lqkd.runs.outcome import print_outcome
 from lqkd.runs.quiet import quiet
 from lqkd.runs.summary import best_checkpoint
-from lqkd.tasks import BoxDetection, Classification, MultiLabel, Task
+from lqkd.tasks import BoxDetection, Classification, Task
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.utils.files import write_text
 

@@ -61,7 +61,7 @@ class Regularizer(nn.Module, ABC):
     """Whether it looks at the distillation loss (B,) of each sample, which it is then given in place of both networks'
     outputs."""
     sees_several_rows: ClassVar[bool] = False
-    """Whether it can look at the logits of *all* rows of a sample, of which there are many, for a weight of features."""
+    """Whether it can look at the logits of all rows of a sample, of which there are many, for a weight of features."""
     independent: bool = False
     """Whether each logit is a class that is there or not, so that a sigmoid of it is what is predicted, and no softmax;
     the task says so."""

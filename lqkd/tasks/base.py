@@ -48,7 +48,7 @@ class Task(nn.Module, ABC):
     one_row_a_sample: ClassVar[bool] = True
     """Whether row i is sample i, as a loss on features needs that looks at labels or logits as well."""
     several_rows_a_sample: ClassVar[bool] = False
-    """Whether it can say of which sample each of many rows is: see :meth:`samples`."""
+    """Whether it can say of which sample each of many rows is: see :meth:`samples_of_rows`."""
     predicts_classes: ClassVar[bool] = False
     """Whether the softmax of a row is a prediction: only then several teachers can be combined."""
     softmax_rows: bool = False
@@ -94,7 +94,7 @@ class Task(nn.Module, ABC):
     def rows(self, outputs: Any, batch: Any) -> Rows:
         """The rows of a network's outputs; the same rows for teacher and student."""
 
-    def samples(self, rows: Rows, batch: Any) -> Samples | None:
+    def samples_of_rows(self, rows: Rows, batch: Any) -> Samples | None:
         """Of which sample each row is, where there are :attr:`several_rows_a_sample`; None where row i is sample i."""
         return None
 

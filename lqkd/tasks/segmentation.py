@@ -111,7 +111,7 @@ class Segmentation(Task):
             return Rows(0.0 * logits[:1], flat[:1])
         return Rows(logits[kept], flat[kept])
 
-    def samples(self, rows: Rows, batch: Any) -> Samples:
+    def samples_of_rows(self, rows: Rows, batch: Any) -> Samples:
         images, labels = self._masks(batch)
         count, pixels = len(images), len(rows.logits) // len(images)
         if labels is None:

@@ -166,7 +166,7 @@ def test_a_list_of_images_is_a_batch_without_targets() -> None:
 def test_every_row_knows_its_image() -> None:
     task, images = Detection(3), [torch.ones(3, 40, 64), torch.ones(3, 33, 70)]
     rows = task.rows(torch.arange(2.0).view(2, 1, 1).expand(2, 84, 8), images)
-    of_rows, count = task.samples(rows, images)
+    of_rows, count = task.samples_of_rows(rows, images)
     assert count == 2
     assert torch.equal(of_rows.float(), rows.logits[:, 0])
 
