@@ -228,7 +228,7 @@ class DistillationTerm(nn.Module):
                     pair = divergences.teachers[min(index, len(divergences.teachers) - 1)], rows.logits
                 else:
                     pair = compare.pair(teacher, student)
-                weights = regularizer(*pair, rows.labels, **({} if samples is None else {"samples": samples}))
+                weights = regularizer(*pair, rows.labels) if samples is None else regularizer.of_samples(*pair, samples)
                 if weights.ndim == 1:
                     weights = weights.view(-1, *[1] * (divergence.ndim - 1))
             divergences.maps.append(DivergenceMap(divergence, weights))

@@ -106,28 +106,33 @@ class Regularizer(nn.Module, ABC):
         """R_phi >= 0, broadcastable to the divergence map; float32 in, float32 out; 1 before training."""
 
     def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
-        """R_phi (B,) likewise, one for each sample, from logits (N, C) of all rows, of one that
-        :attr:`sees_several_rows`."""
+        """R_phi (B,) likewise, a number a sample, of a regularizer that :attr:`sees_several_rows`.
+
+        Args:
+            teacher, student: logits (N, C) of all rows of the samples.
+            samples: which of them each row is.
+        """
         raise UsageError(f"regularizer {type(self).__name__} does not look at several rows of a sample")
 
-    def forward(
-        self, teacher: Tensor, student: Tensor, labels: Tensor | None = None, samples: Samples | None = None
-    ) -> Tensor:
+    def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
         """Weights w >= 0 in float32, broadcastable to the divergence map (from the left for weights of samples).
 
         Args:
             teacher, student: what the map compares, logits where it :attr:`sees_logits`, or losses where it
                 :attr:`sees_losses`; any floating dtype; no gradient flows into them.
             labels: (B,) int64, negative where a sample has none; None when there are none at all.
-            samples: of which sample each row of the logits is, for one weight a sample; None for a row each.
         """
         with torch.autocast(teacher.device.type, enabled=False):
-            teacher, student = teacher.detach().float(), student.detach().float()
-            if samples is None:
-                weights = self.response(teacher, student, labels).square()
-            else:
-                weights = self.response_of_samples(teacher, student, samples).square()
-            return self.guard.constrain(weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0))
+            return self._weights(self.response(teacher.detach().float(), student.detach().float(), labels))
+
+    def of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+        """Weights (B,) likewise, one a sample; see :meth:`response_of_samples`."""
+        with torch.autocast(teacher.device.type, enabled=False):
+            return self._weights(self.response_of_samples(teacher.detach().float(), student.detach().float(), samples))
+
+    def _weights(self, response: Tensor) -> Tensor:
+        weights = response.square()
+        return self.guard.constrain(weights / (1 + (weights - 1) / self.max_weight).clamp_min(1.0))
 
     def applied(self, weights: Tensor, divergence: Tensor) -> Tensor:
         """The weights that the student sees, detached.
