@@ -20,7 +20,7 @@ class Samples(NamedTuple):
 
     of_rows: Tensor
     """(N,) int64, the number of each row's sample."""
-    count: int
+    number: int
     """How many samples B there are; one may have no row."""
 
 

@@ -89,9 +89,9 @@ class SampleWeight(Regularizer):
     def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
         numbers = self._numbers(teacher, student)
         heavy = numbers[:, _CONFIDENCE] if self.independent else torch.ones_like(numbers[:, _CONFIDENCE])
-        sums = numbers.new_zeros(samples.count, numbers.shape[1])
+        sums = numbers.new_zeros(samples.number, numbers.shape[1])
         sums = sums.index_add(0, samples.of_rows, numbers * heavy.unsqueeze(1))
-        total = heavy.new_zeros(samples.count).index_add(0, samples.of_rows, heavy)
+        total = heavy.new_zeros(samples.number).index_add(0, samples.of_rows, heavy)
         return self.network(sums / total.clamp_min(_LEAST).unsqueeze(1))
 
     def _numbers(self, teacher: Tensor, student: Tensor) -> Tensor:  # (N, C), (N, C) -> (N, 5)

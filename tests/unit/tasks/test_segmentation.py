@@ -35,7 +35,7 @@ def test_every_row_knows_its_image(batch: Any) -> None:
     task, marked = Segmentation(4), torch.arange(2.0).view(2, 1, 1, 1).expand_as(LOGITS)
     rows = task.rows(marked, batch)
     samples = task.samples_of_rows(rows, batch)
-    assert samples.count == 2
+    assert samples.number == 2
     assert torch.equal(samples.of_rows.float(), rows.logits[:, 0])
 
 
