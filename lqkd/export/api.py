@@ -17,6 +17,7 @@ from lqkd.export.parity import check
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
+from lqkd.quantization.targets import TARGETS
 from lqkd.tasks import Task
 from lqkd.utils.files import atomic_path
 
@@ -40,7 +41,7 @@ def to_onnx(
         example: real inputs, B of at least 2, as the network sees them, for the comparison: a tensor (B, C, H, W),
             say, a tuple of several, or a dict of keyword arguments.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
-        format: ``portable``, ``packed4``, ``packed2``, ``qonnx`` or ``openvino``.
+        format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino`` or ``tensorrt``.
         calibration: training inputs likewise, for grids that training left out, such as of residual additions.
         test: batches of the task as a DataLoader gives them, such as images, or (images, labels): on them PyTorch and
             the file must give the same answer, such as the first class, to all but one in a thousand samples (or one
@@ -69,7 +70,7 @@ def to_onnx(
         )
     if not quantizers(model):
         raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
-    deployed = deploy(model, example, calibration)
+    deployed = deploy(model, example, calibration, target=TARGETS.get(format))
     check_expressible(deployed, format)
     exported = BUILDERS[format](deployed)
     student = None if test is None else deployable_copy(model)

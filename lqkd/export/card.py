@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.export.deploy import INPUT, OUTPUT, Deployed
-from lqkd.export.metadata import layer_bits, summary_of_bits
-from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
-from lqkd.export.openvino import OPENVINO
-from lqkd.export.packed import LOADER_NOTE
+from lqkd.export.metadata import LOADER_NOTES, layer_bits, summary_of_bits
 from lqkd.export.parity import VALIDATION, Parity
 from lqkd.export.runtimes import Kernels
 from lqkd.tasks.values import change_shown, shown
@@ -170,9 +167,8 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
         lines += [f"Nodes in floating point: {markdown(_named(summary.kernels, None))}.", ""]
     lines += ["## Input and output", "", *_interface(described)]
-    notes = {"packed2": LOADER_NOTE, OPENVINO: OPENVINO_NOTE}
-    if described["format"] in notes:
-        lines += ["## Loading", "", f"{notes[described['format']]}.", ""]
+    if described["format"] in LOADER_NOTES:
+        lines += ["## Loading", "", f"{LOADER_NOTES[described['format']]}.", ""]
     lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]
     lines += [f"data: {markdown(described.get('data'))}", ""]
     if described.get("checkpoint"):

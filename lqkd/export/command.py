@@ -34,11 +34,13 @@ from lqkd.export.pack_quantized_command import write_compressed_tensors
 from lqkd.export.parity import TEST, VALIDATION, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
+from lqkd.export.tensorrt import TENSORRT
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
 from lqkd.modules.references import as_stop, batches_of
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
+from lqkd.quantization.targets import TARGETS
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
 from lqkd.utils.files import atomic_path
@@ -49,6 +51,7 @@ CALIBRATION_BATCHES = 8
 _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
     OPENVINO: "OpenVINO's own benchmark_app times such a file",
+    TENSORRT: "TensorRT's own trtexec times such a file",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",
     NBITS: "its time depends on the length of a text",
@@ -104,7 +107,7 @@ def export(
         calibration, inputs = _inputs(reader)
         stage("making weights integer and calibrating")
         with Progress("fitting grids") as bar:
-            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update)
+            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update, TARGETS.get(format))
         check_expressible(deployed, format)
         about = _about(reader, inputs) | {"checkpoint": checkpoint}
         split, test = _test(reader)

@@ -17,7 +17,7 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
     Few images may never tell: the codes behind a layer are rounded.
 
     Args:
-        model: with 8-bit weight codes, as portable files have them.
+        model: with 8-bit weight codes, as portable files have them; biases may be real numbers.
         deployed: the network that it was made of.
     """
     held = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -27,7 +27,12 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
             continue
         codes = (layer.codes.to(torch.int16) * layer.multiplier).to(torch.int8)
         scale = layer.scale / layer.multiplier
-        for node, wanted in (("weight", (codes, scale)), ("bias", (layer.bias_codes, layer.bias_scale))):
+        bias, integers = layer.float_bias(), {"weight": (codes, scale), "bias": (layer.bias_codes, layer.bias_scale)}
+        if bias is not None and f"{place}.bias" in held:
+            del integers["bias"]
+            if not _same(held[f"{place}.bias"], bias):
+                return f"{place}.bias"
+        for node, wanted in integers.items():
             names = read.get(f"{place}.{node}", ())
             for kind, name, value in zip(("codes", "scale"), names or ("", ""), wanted, strict=False):
                 if value is not None and (name not in held or not _same(held[name], value)):

@@ -27,6 +27,7 @@ from lqkd.quantization.codes import check_ungrouped
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers.base import alone
+from lqkd.quantization.targets import Target
 from lqkd.quantization.wrappers import unwrapped
 
 INPUT = "images"
@@ -67,6 +68,7 @@ def deploy(
     example: Any,
     calibration: Iterable[Any] = (),
     progress: Callable[[int, int], None] | None = None,
+    target: Target | None = None,
 ) -> Deployed:
     """Build the deployed form of a quantised network; the network itself is left alone.
 
@@ -82,6 +84,7 @@ def deploy(
             a dict of keyword arguments.
         calibration: training inputs likewise, as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
+        target: what the arithmetic of the file's runtime asks of these.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
@@ -101,7 +104,7 @@ def deploy(
                 "or call initialize_quantizers"
             )
     _check_ungrouped(student)
-    builder, folding = place_grids(student, inputs)
+    builder, folding = place_grids(student, inputs, None if target is None else True)
     network = builder.network
     names = _names(network, inputs)
     if builder.fresh:
@@ -219,7 +222,7 @@ def _calibrate(
     for target, where in fresh.items():
         quantizer: Any = network.get_submodule(target)
         if not quantizer.is_ready:  # only zeros arrive: any grid holds them
-            quantizer.signed = False
+            quantizer.signed = bool(quantizer.signed)
             quantizer._ready = True
             if not all(tensor.isfinite().all() for tensor in inputs.tensors()):
                 raise UsageError(f"calibration data for {where} are not finite")

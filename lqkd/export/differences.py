@@ -44,7 +44,8 @@ class Forced(fx.Interpreter):
         grid: Any = self.fetch_attr(str(n.target))
         values = torch.from_numpy(np.array(self.theirs[n.name]))
         if not values.is_floating_point():
-            values = (values.float() - grid.zero_point) * grid.scale
+            zero = 0 if values.dtype == torch.int8 else grid.zero_point  # signed codes have it in the middle
+            values = (values.float() - zero) * grid.scale
         self.rows.append(_difference(n, (ours - values) / grid.scale))
         return values
 

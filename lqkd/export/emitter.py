@@ -37,11 +37,13 @@ class Exported:
         grids: name of each grid's node in the deployed network to the tensor that holds its codes, or its real numbers
             where the format has no codes.
         integer: whether it is made for integer kernels, whose arithmetic :class:`lqkd.export.reference.Reference` has.
+        plain: whether weights are held as 8-bit codes one by one.
     """
 
     model: onnx.ModelProto
     grids: dict[str, str]
     integer: bool
+    plain: bool = False
 
 
 class Emitter(IslandWriters):
@@ -55,6 +57,7 @@ class Emitter(IslandWriters):
     ir_version = 10
     domains: tuple[str, ...] = ()
     integer = False
+    plain = False
 
     def __init__(self, deployed: Deployed) -> None:
         self.network = deployed.network
@@ -91,7 +94,7 @@ class Emitter(IslandWriters):
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
         if not self.domains:
             onnx.checker.check_model(model, full_check=True)
-        return Exported(model, self._grids(), self.integer)
+        return Exported(model, self._grids(), self.integer, self.plain)
 
     def _grids(self) -> dict[str, str]:
         return {node.name: self.codes[node][0] for node in self.codes if self._is_grid(node)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.export import openvino, packed, portable, qonnx
+from lqkd.export import openvino, packed, portable, qonnx, tensorrt
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
@@ -24,6 +24,7 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "packed2": packed.build2,
     "qonnx": qonnx.build,
     openvino.OPENVINO: openvino.build,
+    tensorrt.TENSORRT: tensorrt.build,
 }
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}

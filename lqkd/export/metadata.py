@@ -17,12 +17,16 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.nodes import shape_of
 from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
 from lqkd.export.openvino import OPENVINO
-from lqkd.export.packed import LOADER_NOTE
+from lqkd.export.packed import LOADER_NOTE as PACKED2_NOTE
 from lqkd.export.parity import Parity
-from lqkd.export.runtimes import has_two_bits, is_qonnx
+from lqkd.export.runtimes import is_qonnx
+from lqkd.export.tensorrt import LOADER_NOTE as TENSORRT_NOTE
+from lqkd.export.tensorrt import TENSORRT
 from lqkd.models.outputs import heads
 
 PREFIX = "lqkd."
+LOADER_NOTES = {"packed2": PACKED2_NOTE, OPENVINO: OPENVINO_NOTE, TENSORRT: TENSORRT_NOTE}
+"""By format, what a user of a file must know."""
 
 
 def layer_bits(deployed: Deployed) -> dict[str, str]:
@@ -95,10 +99,8 @@ def _shapes(deployed: Deployed, names: tuple[str, ...], kind: str) -> dict[str, 
 def write(model: onnx.ModelProto, described: dict[str, Any]) -> None:
     """Put ``described`` into ``metadata_props`` of the model, each value as JSON under ``lqkd.NAME``."""
     described = dict(described) | {"runtime": runtime(model, described["format"])}
-    if has_two_bits(model):
-        described["loader_note"] = LOADER_NOTE
-    if described["format"] == OPENVINO:
-        described["loader_note"] = OPENVINO_NOTE
+    if described["format"] in LOADER_NOTES:
+        described["loader_note"] = LOADER_NOTES[described["format"]]
     onnx.helper.set_model_props(model, {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()})
 
 

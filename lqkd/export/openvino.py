@@ -58,7 +58,7 @@ def build(deployed: Deployed) -> Exported:
     """
     require()
     exported = portable.build(deployed)
-    return Exported(with_explicit_rounding(exported.model), exported.grids, exported.integer)
+    return Exported(with_explicit_rounding(exported.model), exported.grids, exported.integer, exported.plain)
 
 
 def with_explicit_rounding(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -22,7 +22,7 @@ LOADER_NOTE = (
 class Packed4(QuantizeDequantize):
     """Weights of at most 4 bits as INT4, others as INT8."""
 
-    integer = False  # no runtime has such convolutions in integers
+    integer = plain = False  # no runtime has such convolutions in integers
     types: tuple[tuple[int, type], ...] = ((4, ml_dtypes.int4),)
 
     def weight(self, layer: IntegerLayer, label: str) -> str:

@@ -172,7 +172,7 @@ def check(
         return returned_by({name: torch.from_numpy(found[name]) for name in whole.outputs}, OUTPUT)
 
     agree(parity, in_file, in_pytorch, test, student, task, runner)
-    altered = altered_integers(exported.model, deployed) if exported.integer else None
+    altered = altered_integers(exported.model, deployed) if exported.plain else None
     if altered is not None and parity.problem is None:
         parity.problem = f"{altered} in the file differs from the student's"
     return parity

@@ -35,12 +35,13 @@ TWICE = ("add", "mul")
 """Kinds that are cheap enough to be computed once for each of two grids."""
 
 
-def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Folding]:
+def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
     Args:
         student: a quantised network in eval mode, which is changed.
         example: what it is called with, on the same device.
+        signed: whether grids that are missing have negative values; None decides from data.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -63,7 +64,7 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(explicit(student, example, expected), example)
+    builder = GridPlacement(explicit(student, example, expected), example, signed)
     builder.place()
     return builder, folding
 
@@ -71,8 +72,9 @@ def place_grids(student: nn.Module, example: Inputs) -> tuple[GridPlacement, Fol
 class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
-    def __init__(self, network: fx.GraphModule, example: Inputs) -> None:
+    def __init__(self, network: fx.GraphModule, example: Inputs, signed: bool | None = None) -> None:
         self.network = network
+        self.signed = signed
         self.graph = network.graph
         self.example = example
         self.fresh: dict[str, str] = {}
@@ -185,7 +187,7 @@ class GridPlacement:
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"
         target = f"grids.calibrated.{end.name}"
-        self.network.add_submodule(target, Mse(RESIDUAL_BITS, batched=True).eval())
+        self.network.add_submodule(target, Mse(RESIDUAL_BITS, signed=self.signed, batched=True).eval())
         self.fresh[target] = where
         with self.graph.inserting_after(end):
             new = self.graph.call_module(target, (end,))

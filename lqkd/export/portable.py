@@ -16,7 +16,7 @@ from lqkd.quantization.codes import CODES
 class QuantizeDequantize(Emitter):
     """Activations as QuantizeLinear, integer Clip and DequantizeLinear; weights as constants with DequantizeLinear."""
 
-    integer = True
+    integer = plain = True
 
     def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
         return self.add("DequantizeLinear", [codes, *self._parameters(grid, label)], f"{label}.float")

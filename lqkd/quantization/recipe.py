@@ -6,12 +6,13 @@ import glob
 import importlib
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from lqkd.errors import UsageError
 from lqkd.quantization.quantizers import Q4_0, Q8_0, QUANTIZERS, TQ2_0, Quantizer
+from lqkd.quantization.targets import find_target
 
 FLOAT_BITS = 32
 """The number of bits that means "leave it in floating point"."""
@@ -83,6 +84,8 @@ class Recipe:
         residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
             results that several layers or additions read; null leaves those in floating point and lists the additions.
         residual_quantizer: quantizer of these; signed or not is decided from their data.
+        target: a runtime whose arithmetic asks something of all grids, which are then trained under it: ``tensorrt``,
+            whose activations are signed 8-bit codes with zero in the middle. Null for none: other files take all grids.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
 
     Examples:
@@ -104,6 +107,7 @@ class Recipe:
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
     residual_quantizer: str | dict[str, Any] = "lsq"
+    target: str | None = None
     rules: list[Rule] = field(default_factory=list)
 
 
@@ -271,7 +275,32 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
                 check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
         for name in matched:
             settings[name].update(changes)
-    return {name: _complete(name, entry, recipe.bits) for name, entry in settings.items()}
+    complete = {name: _complete(name, entry, recipe.bits) for name, entry in settings.items()}
+    if find_target(recipe.target) is None:
+        return complete
+    return {
+        name: replace(
+            of,
+            activation_quantizer=for_target(
+                recipe.target, of.activation_quantizer, of.activation_bits, f"input of layer {name!r}"
+            ),
+        )
+        for name, of in complete.items()
+    }
+
+
+def for_target(target: str | None, spec: str | dict[str, Any], bits: int, place: str) -> str | dict[str, Any]:
+    """The quantizer ``spec`` of the activations of a ``place`` with what the ``target`` of a recipe asks for.
+
+    Raises:
+        UsageError: when it is not possible with the target.
+    """
+    found = find_target(target)
+    if found is None:
+        return spec
+    kind, arguments = find_quantizer(spec)
+    name = spec if isinstance(spec, str) else spec["name"]
+    return {"name": name, **found.constrained(kind, arguments, bits, place)}
 
 
 def _check_free(recipe: Recipe) -> None:
