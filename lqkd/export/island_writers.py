@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from lqkd.export.grids import ActivationGrid
 from lqkd.export.nodes import Operation
 
 
@@ -17,6 +18,7 @@ class IslandWriters(ABC):
 
     inputs: dict[fx.Node, str]
     floats: dict[fx.Node, str]
+    codes: dict[fx.Node, tuple[str, ActivationGrid]]
 
     @abstractmethod
     def add(self, kind: str, inputs: list[str], wanted: str, domain: str = "", **attributes: Any) -> str:
@@ -37,6 +39,8 @@ class IslandWriters(ABC):
     def _write_island(self, node: fx.Node, found: Operation) -> None:
         operands = [self.floating(x) for x in found.inputs]
         name, label = found.settings["name"], self.label(node)
+        if name == "Softmax" and found.inputs[0] in self.codes:
+            name = "SoftmaxOfCodes"
         writer = getattr(self, f"_island_{name.lower()}", None)
         if writer is not None:
             self.floats[node] = writer(operands, label, found.settings)
@@ -59,6 +63,13 @@ class IslandWriters(ABC):
 
     def _island_softmax(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         return self.add("Softmax", operands, label, axis=settings["axis"])
+
+    def _island_softmaxofcodes(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
+        """In parts, lest ONNX Runtime makes a kernel of it whose table of exponentials is another function."""
+        axes = self.constant([settings["axis"]], f"{label}.axes", np.int64)
+        largest = self.add("ReduceMax", [*operands, axes], f"{label}.largest", keepdims=1)
+        powers = self.add("Exp", [self.add("Sub", [*operands, largest], f"{label}.shifted")], f"{label}.powers")
+        return self.add("Div", [powers, self.add("ReduceSum", [powers, axes], f"{label}.sum", keepdims=1)], label)
 
     def _island_rsqrt(self, operands: list[str], label: str, settings: dict[str, Any]) -> str:
         return self.add("Reciprocal", [self.add("Sqrt", operands, f"{label}.sqrt")], label)
