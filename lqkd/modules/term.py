@@ -16,7 +16,7 @@ from lqkd.losses.ensembles import COMBINATIONS, Combination
 from lqkd.losses.taps import Seen
 from lqkd.modules.terms import Term
 from lqkd.regularizers import ExplainedVariance, HeldOut, HeldOutInterpolation, LookAhead, Regularizer, alignment
-from lqkd.regularizers.base import Samples
+from lqkd.regularizers.base import RowGroups
 from lqkd.regularizers.one_step import one_step_alignment
 from lqkd.tasks import Rows, Task
 
@@ -189,7 +189,7 @@ class DistillationTerm(nn.Module):
         features: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         sees_labels: bool = True,
         places: Tensor | None = None,
-        samples: Samples | None = None,
+        samples: RowGroups | None = None,
     ) -> Divergences:
         """The divergence maps of one batch.
 

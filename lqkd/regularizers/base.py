@@ -15,7 +15,7 @@ from lqkd.regularizers.guards import GUARDS, Guard
 from lqkd.regularizers.players import PLAYERS, Player
 
 
-class Samples(NamedTuple):
+class RowGroups(NamedTuple):
     """Of which sample of a batch each row is, where a sample has several: pixels, or positions of a detector."""
 
     of_rows: Tensor
@@ -105,7 +105,7 @@ class Regularizer(nn.Module, ABC):
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:
         """R_phi >= 0, broadcastable to the divergence map; float32 in, float32 out; 1 before training."""
 
-    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: RowGroups) -> Tensor:
         """R_phi (B,) likewise, a number a sample, of a regularizer that :attr:`sees_several_rows`.
 
         Args:
@@ -125,7 +125,7 @@ class Regularizer(nn.Module, ABC):
         with torch.autocast(teacher.device.type, enabled=False):
             return self._weights(self.response(teacher.detach().float(), student.detach().float(), labels))
 
-    def of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+    def of_samples(self, teacher: Tensor, student: Tensor, samples: RowGroups) -> Tensor:
         """Weights (B,) likewise, one a sample; see :meth:`response_of_samples`."""
         with torch.autocast(teacher.device.type, enabled=False):
             return self._weights(self.response_of_samples(teacher.detach().float(), student.detach().float(), samples))

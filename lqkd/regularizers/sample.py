@@ -11,7 +11,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.probabilities import times_log
 from lqkd.regularizers.applied import APPLIED, Applied
-from lqkd.regularizers.base import Regularizer, Samples
+from lqkd.regularizers.base import Regularizer, RowGroups
 from lqkd.regularizers.guards import Guard
 from lqkd.regularizers.mlp import MLP
 from lqkd.regularizers.players import Player
@@ -86,7 +86,7 @@ class SampleWeight(Regularizer):
     def response(self, teacher: Tensor, student: Tensor, labels: Tensor | None) -> Tensor:  # (B, C), (B, C) -> (B,)
         return self.network(self._numbers(teacher, student))
 
-    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: Samples) -> Tensor:
+    def response_of_samples(self, teacher: Tensor, student: Tensor, samples: RowGroups) -> Tensor:
         numbers = self._numbers(teacher, student)
         heavy = numbers[:, _CONFIDENCE] if self.independent else torch.ones_like(numbers[:, _CONFIDENCE])
         sums = numbers.new_zeros(samples.number, numbers.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked, heads, main_tensor
-from lqkd.regularizers.base import Samples
+from lqkd.regularizers.base import RowGroups
 from lqkd.tasks.values import MODE, MONITOR, shown
 
 TOLERANCE = 0.01
@@ -94,7 +94,7 @@ class Task(nn.Module, ABC):
     def rows(self, outputs: Any, batch: Any) -> Rows:
         """The rows of a network's outputs; the same rows for teacher and student."""
 
-    def samples_of_rows(self, rows: Rows, batch: Any) -> Samples | None:
+    def samples_of_rows(self, rows: Rows, batch: Any) -> RowGroups | None:
         """Of which sample each row is, where there are :attr:`several_rows_a_sample`; None where row i is sample i."""
         return None
 

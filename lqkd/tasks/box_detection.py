@@ -18,7 +18,7 @@ from lqkd.quantization import LSQ, Recipe, Rule
 from lqkd.quantization.convert import layer_kind, quantizable_layers
 from lqkd.quantization.graph import survey
 from lqkd.quantization.recipe import exactly, find_quantizer, resolve
-from lqkd.regularizers.base import Samples
+from lqkd.regularizers.base import RowGroups
 from lqkd.tasks.average_precision import box_metrics, logged_as, mean_average_precision
 from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.scenes import Scenes, are_images, scenes_of
@@ -101,10 +101,10 @@ class BoxDetection(Task, ABC):
     def counted(self, rows: Rows, batch: Any) -> Tensor | int:
         return len(self.scenes(batch).images)
 
-    def samples_of_rows(self, rows: Rows, batch: Any) -> Samples:
+    def samples_of_rows(self, rows: Rows, batch: Any) -> RowGroups:
         count = len(self.scenes(batch).images)
         images = torch.arange(count, device=rows.logits.device)
-        return Samples(images.repeat_interleave(len(rows.logits) // count), count)
+        return RowGroups(images.repeat_interleave(len(rows.logits) // count), count)
 
     def part(self, batch: Any, samples: slice) -> Any:
         if are_images(batch):

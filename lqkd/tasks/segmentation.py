@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from lqkd.errors import UsageError
 from lqkd.losses.task import UNLABELLED, mean_of_labelled
 from lqkd.models.outputs import Asked, main_tensor
-from lqkd.regularizers.base import Samples
+from lqkd.regularizers.base import RowGroups
 from lqkd.tasks.base import Rows, Task, example_input
 from lqkd.tasks.metrics import Accuracy, CrossEntropy
 
@@ -111,13 +111,13 @@ class Segmentation(Task):
             return Rows(0.0 * logits[:1], flat[:1])
         return Rows(logits[kept], flat[kept])
 
-    def samples_of_rows(self, rows: Rows, batch: Any) -> Samples:
+    def samples_of_rows(self, rows: Rows, batch: Any) -> RowGroups:
         images, labels = self._masks(batch)
         count, pixels = len(images), len(rows.logits) // len(images)
         if labels is None:
-            return Samples(torch.arange(len(rows.logits), device=images.device) // pixels, count)
+            return RowGroups(torch.arange(len(rows.logits), device=images.device) // pixels, count)
         kept = _kept(labels.flatten())
-        return Samples(kept // labels[0].numel() if len(kept) else kept.new_zeros(1), count)
+        return RowGroups(kept // labels[0].numel() if len(kept) else kept.new_zeros(1), count)
 
     # ---- evaluation
 

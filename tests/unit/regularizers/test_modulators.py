@@ -12,7 +12,7 @@ from torch import Tensor
 from lqkd.errors import UsageError
 from lqkd.losses.base import MapKind
 from lqkd.regularizers import ConvModulator, ElementwiseMLP, LearnableTable, Regularizer, SampleWeight
-from lqkd.regularizers.base import Samples
+from lqkd.regularizers.base import RowGroups
 
 CASES: list[tuple[str, Callable[[], Regularizer], MapKind, tuple[int, ...], tuple[int, ...]]] = [
     ("elementwise", ElementwiseMLP, "classes", (6, 10), (6, 10)),
@@ -170,7 +170,7 @@ def test_one_weight_a_sample_is_of_the_means_over_its_rows() -> None:
     of_rows = torch.tensor([0, 2, 2, 0, 2, 0, 0])
     for independent in (False, True):
         regularizer.independent = independent
-        weights = regularizer.of_samples(teacher, student, Samples(of_rows, 3))
+        weights = regularizer.of_samples(teacher, student, RowGroups(of_rows, 3))
         expected = regularizer.network(_means_over_rows(teacher, student, of_rows, 3, independent).float()).square()
         torch.testing.assert_close(weights, expected / (1 + (expected - 1) / 100).clamp_min(1))
     torch.testing.assert_close(regularizer(teacher, student)[0], regularizer(teacher[:1], student[:1])[0])
