@@ -32,6 +32,7 @@ __all__ = ["pytest_runtest_setup", "pytest_sessionfinish", "pytest_terminal_summ
 
 # Compiling takes longer than these networks' training, for the same bits; see the fixture compiled_kernels.
 os.environ.setdefault("LQKD_COMPILE", "0")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # or a program is built for each instruction set to see it run
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: there is a worker for every core
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="lqkd-config-")  # not the home folder's notes of own code
 os.environ["LQKD_CACHE"] = tempfile.mkdtemp(prefix="lqkd-cache-")  # nor its caches
