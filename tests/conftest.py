@@ -71,7 +71,6 @@ def pytest_collection_finish() -> None:
     for device in (torch.cuda, torch.xpu, torch.mtia):
         if not device.is_available():  # a seed waits for each, with its own stack trace: a third of a short test's time
             device.manual_seed_all = lambda seed: None  # type: ignore[assignment]
-    gc.collect()
     gc.freeze()
     gc.enable()
 
