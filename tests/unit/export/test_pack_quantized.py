@@ -18,7 +18,11 @@ from lqkd.models import GPT, causal_lm
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from tests.hugging_face import gpt2, llama, save_tokenizer
 
-pytest.importorskip("compressed_tensors")
+
+@pytest.fixture(autouse=True, scope="module")
+def _compressed_tensors() -> None:
+    """Not when tests are collected, which every worker does: it takes a second."""
+    pytest.importorskip("compressed_tensors")
 
 
 def texts() -> Tensor:
