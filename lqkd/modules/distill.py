@@ -123,8 +123,9 @@ class DistillModule(TaskModule):
             Evaluations, batches of another size than the first (the last of an epoch), losses and optimizers stay
             eager.
         gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
-            reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
-            each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
+            reference that a training should beat (:func:`lqkd.quantization.gptq`): each of its blocks runs over them
+            once for each linear layer in it, and the test split is measured once more; the student is then what it was.
+            0 for none.
         gradient_checkpointing: whether blocks of the student compute their activations again in the backward pass, in
             place of keeping them, for the same numbers (:func:`lqkd.models.recompute_activations`).
 
