@@ -526,7 +526,7 @@ class DistillModule(TaskModule):
         for features in self.held_out_features.values():
             features.before_batch()
         losses = self.losses(batch, cached=True)
-        report = self._report(losses, batch_idx)
+        report = self._report(losses, batch, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
         self.compilation.end_step(time.perf_counter() - started)
         self._logged = self._numbers(losses)
@@ -566,9 +566,10 @@ class DistillModule(TaskModule):
         """Those that are trained, for what measures gradients in them."""
         return measured_together(self.student, (p for p in self.student.parameters() if p.requires_grad))
 
-    def _report(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
+    def _report(self, losses: Losses, batch: Any, batch_idx: int) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
         reports, labels = {}, losses.outputs.rows.labels
+        positions = self.task.positions(batch) if self.watch_gradients else None
         student = losses.outputs.rows.logits.detach()
         for name, term in self.distillation.terms():
             divergences, sees_rows = losses.divergences[name], term.sees_rows(self.task)
@@ -578,6 +579,7 @@ class DistillModule(TaskModule):
                 "teacher": divergences.teachers[0] if sees_rows else None,
                 "student": student if sees_rows else None,
                 "labels": labels if sees_rows else None,
+                "positions": positions if sees_rows else None,
             }
             reports[name] = {key: value for key, value in reports[name].items() if value is not None}
         report: dict[str, Any] = {"terms": reports} if self.distillation.named else dict(*reports.values())

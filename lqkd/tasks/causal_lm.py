@@ -141,6 +141,15 @@ class CausalLM(Task):
         mask = self._mask(batch)
         return None if mask is None else mask != 0
 
+    def positions(self, batch: Any) -> Tensor:
+        """Of each token that is predicted, how many are before it in its text: (N,) from 1 on."""
+        labels = self._targets(batch)
+        flat = torch.arange(1, labels.shape[1] + 1, device=labels.device).expand_as(labels).flatten()
+        if not self._chooses(batch):
+            return flat
+        kept = flat[labels.flatten() >= 0]
+        return kept if len(kept) else flat[:1]
+
     def part(self, batch: Any, samples: slice) -> Any:
         text = self._text(batch)
         if isinstance(batch, Mapping):

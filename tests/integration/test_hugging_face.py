@@ -69,13 +69,13 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
     assert written[0].startswith("the quick")
     assert len(written[0]) > 12
     assert written[0] == written[1] == written[2]
-    table = ["--pretrained", str(text / "model"), "--windows", "4", "--csv", str(text / "table.csv")]
+    table = ["--pretrained", str(text / "model"), "--windows", "4", "--gptq", "2", "--csv", str(text / "table.csv")]
     monkeypatch.setattr("sys.argv", ["smollm2", str(run), *table])
     benchmarks.smollm2.main()  # which ends otherwise where a file has another perplexity
     with open(text / "table.csv", newline="") as stream:
         same = {row["network"]: row["first token as trained"] for row in csv.DictReader(stream)}
     assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
-    assert len(same) == 9
+    assert len(same) == 11
 
 
 @pytest.mark.parametrize(
