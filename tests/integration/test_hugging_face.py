@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import benchmarks.smollm2
 import lqkd
@@ -150,6 +149,7 @@ def test_what_is_inside_of_a_llama_is_distilled_with_heads_that_share_keys(tmp_p
 
 
 def test_a_class_for_each_text_is_distilled_as_batches_of_transformers_have_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     network = transformers.BertForSequenceClassification(
