@@ -152,7 +152,7 @@ def main() -> None:
         untrained = Untrained(cast(DistillModule, reader.model).quantization, given.pretrained, few)
         networks: dict[str, Callable[[], nn.Module]] = {
             "in floating point": lambda: causal_lm(given.pretrained),
-            "rounded to Q4_0 and Q8_0": lambda: rounded(causal_lm(given.pretrained)),
+            **({GENERIC: lambda: rounded(causal_lm(given.pretrained))} if "gguf" in given.formats else {}),
             "fitted to its grid": untrained.fitted,
             **({f"by GPTQ on {given.gptq} batches": untrained.calibrated} if given.gptq else {}),
             TRAINED: lambda: student,
@@ -188,7 +188,7 @@ def _shown(value: float) -> tuple[str, str]:
     return f"{value:.5f}", f"{math.exp(value):.4f}"
 
 
-TRAINED = "as trained"
+TRAINED, GENERIC = "as trained", "rounded to Q4_0 and Q8_0"
 _HEAD = ("network", "nats a token", "perplexity", "first token as trained")
 
 if __name__ == "__main__":
