@@ -246,7 +246,8 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
                 columns["optimum"] = (sums["optimum"][0] / count).tolist()
             found[name] = EpochStatistic(epoch, list(bins.get(name, range(len(count)))), columns)
     if "label" in sums and sums["label"].shape[1] >= MANY:
-        found["frequency"] = _by_frequency(*sums["label"], epoch)
+        weight, count = sums["label"]
+        found["frequency"] = _by_frequency(weight, count, epoch)
     if "place" in sums:
         weight, differs, count = sums["place"]
         columns = {"value": weight / count, "count": count, "divergence": differs / count}
