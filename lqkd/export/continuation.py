@@ -11,7 +11,7 @@ from lqkd.errors import UsageError, first_line
 from lqkd.export.predict import task_of
 from lqkd.models.generation import check_prompt, generate_tokens, sizes_of
 from lqkd.runs.student import describe_student, load_student
-from lqkd.tasks import CausalLM
+from lqkd.tasks import CausalLM, MaskedLM
 from lqkd.utils.schema import EXPORTED_FILE, check
 
 
@@ -112,8 +112,13 @@ def load_writer(path: str | Path, allow_code: bool = False) -> Writer:
         network, described = _onnx(file)
     else:
         network, described = load_student(file, allow_code), describe_student(file)
-        if not isinstance(task_of(described, file, allow_code), CausalLM):
+        task = task_of(described, file, allow_code)
+        if not isinstance(task, CausalLM):
             raise UsageError(f"--prompt is not possible with {str(path)!r}, which is no language model: give images")
+        if isinstance(task, MaskedLM):
+            raise UsageError(
+                f"--prompt is not possible with {str(path)!r}, which finds hidden tokens and continues none"
+            )
     return _writer(network, described, str(file))
 
 

@@ -123,8 +123,9 @@ class DistillModule(TaskModule):
             Evaluations, batches of another size than the first (the last of an epoch), losses and optimizers stay
             eager.
         gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
-            reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
-            each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
+            reference that a training should beat (:func:`lqkd.quantization.gptq`): each of its blocks runs over them
+            once for each linear layer in it, and the test split is measured once more; the student is then what it was.
+            0 for none.
         gradient_checkpointing: whether blocks of the student compute their activations again in the backward pass, in
             place of keeping them, for the same numbers (:func:`lqkd.models.recompute_activations`).
 
@@ -523,7 +524,7 @@ class DistillModule(TaskModule):
         for features in self.held_out_features.values():
             features.before_batch()
         losses = self.losses(batch, cached=True)
-        report = self._report(losses, batch_idx)
+        report = self._report(losses, batch, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
         self.compilation.end_step(time.perf_counter() - started)
         self._logged = self._numbers(losses)
@@ -563,9 +564,10 @@ class DistillModule(TaskModule):
         """Those that are trained, for what measures gradients in them."""
         return measured_together(self.student, (p for p in self.student.parameters() if p.requires_grad))
 
-    def _report(self, losses: Losses, batch_idx: int) -> dict[str, Any]:
+    def _report(self, losses: Losses, batch: Any, batch_idx: int) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
         reports, labels = {}, losses.outputs.rows.labels
+        positions = self.task.positions(batch) if self.watch_gradients else None
         student = losses.outputs.rows.logits.detach()
         for name, term in self.distillation.terms():
             divergences, sees_rows = losses.divergences[name], term.sees_rows(self.task)
@@ -575,6 +577,7 @@ class DistillModule(TaskModule):
                 "teacher": divergences.teachers[0] if sees_rows else None,
                 "student": student if sees_rows else None,
                 "labels": labels if sees_rows else None,
+                "positions": positions if sees_rows else None,
             }
             reports[name] = {key: value for key, value in reports[name].items() if value is not None}
         report: dict[str, Any] = {"terms": reports} if self.distillation.named else dict(*reports.values())

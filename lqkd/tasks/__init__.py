@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.tasks.detection import Detection as Detection
     from lqkd.tasks.keyed import KeyedClassification as KeyedClassification
     from lqkd.tasks.labels import Samples as Samples
+    from lqkd.tasks.masked_lm import MaskedLM as MaskedLM
     from lqkd.tasks.multi_label import MultiLabel as MultiLabel
     from lqkd.tasks.segmentation import Segmentation as Segmentation
     from lqkd.tasks.torchvision_detection import TorchvisionDetection as TorchvisionDetection
@@ -33,6 +34,7 @@ _WHERE = {
     "Detection": "lqkd.tasks.detection",
     "Inputs": "lqkd.models.calls",
     "KeyedClassification": "lqkd.tasks.keyed",
+    "MaskedLM": "lqkd.tasks.masked_lm",
     "MultiLabel": "lqkd.tasks.multi_label",
     "Rows": "lqkd.tasks.base",
     "Samples": "lqkd.tasks.labels",

@@ -102,6 +102,10 @@ class Task(nn.Module, ABC):
         """Which tokens of a batch's sequences features are compared at, (B, T) bool; None for all."""
         return None
 
+    def positions(self, batch: Any) -> Tensor | None:
+        """How many tokens are before each row of :meth:`rows`, (N,) int64, where rows are of sequences; or None."""
+        return None
+
     def counted(self, rows: Rows, batch: Any) -> Tensor | int:
         """How many rows :meth:`loss` is a mean over, 0-dim."""
         return len(rows.logits) if rows.labels is None else (rows.labels >= 0).sum()

@@ -141,6 +141,15 @@ class CausalLM(Task):
         mask = self._mask(batch)
         return None if mask is None else mask != 0
 
+    def positions(self, batch: Any) -> Tensor:
+        """Of each token that is predicted, how many are before it in its text: (N,) from 1 on."""
+        labels = self._targets(batch)
+        flat = torch.arange(1, labels.shape[1] + 1, device=labels.device).expand_as(labels).flatten()
+        if not self._chooses(batch):
+            return flat
+        kept = flat[labels.flatten() >= 0]
+        return kept if len(kept) else flat[:1]
+
     def part(self, batch: Any, samples: slice) -> Any:
         text = self._text(batch)
         if isinstance(batch, Mapping):
@@ -203,18 +212,8 @@ class CausalLM(Task):
 
     def check_batch(self, outputs: Tensor, batch: Any) -> None:
         """Refuse logits of another length, tokens beyond them, and labels that are no tokens at their own places."""
-        text, targets = self._text(batch), self._targets(batch)
-        if outputs.shape[1] != text.tokens.shape[1]:
-            raise UsageError(
-                f"the network returns logits of {outputs.shape[1]} places for {text.tokens.shape[1]} tokens: give "
-                "as many"
-            )
-        largest = int(targets.max())
-        if largest >= outputs.shape[-1]:
-            raise UsageError(
-                f"token {largest} is out of range: the network knows {outputs.shape[-1]}, numbered from 0 on; the "
-                "tokenizer must be that of the network"
-            )
+        text = self._text(batch)
+        self._check_range(outputs, batch, int(self._targets(batch).max()))
         if text.labels is not None and bool(((text.labels >= 0) & (text.labels != text.tokens)).any()):
             shifted = bool((text.labels[:, :-1] == text.tokens[:, 1:]).all())
             raise UsageError(
@@ -222,6 +221,23 @@ class CausalLM(Task):
                 if shifted
                 else "the labels of a batch are other tokens than the network sees: each must be the token at its own "
                 "place, negative where it does not count"
+            )
+
+    def _check_range(self, outputs: Tensor, batch: Any, largest: int) -> None:
+        """Refuse logits of another length than the texts, and fewer than a label needs.
+
+        Raises:
+            UsageError: then.
+        """
+        length = self._text(batch).tokens.shape[1]
+        if outputs.shape[1] != length:
+            raise UsageError(
+                f"the network returns logits of {outputs.shape[1]} places for {length} tokens: give as many"
+            )
+        if largest >= outputs.shape[-1]:
+            raise UsageError(
+                f"token {largest} is out of range: the network knows {outputs.shape[-1]}, numbered from 0 on; the "
+                "tokenizer must be that of the network"
             )
 
     def unlabelled(self, batch: Any) -> bool:

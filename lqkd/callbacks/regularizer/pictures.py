@@ -24,6 +24,8 @@ History = Sequence[EpochStatistic]
 
 _LINES = 4
 """Epochs, at most, that are drawn over one another."""
+_CLASSES = 4096
+"""Of more classes a line has no points that can be told apart."""
 _SAME = 0.05
 """Part of a value by which another may differ that is told as the same."""
 _FIXED = "fixed distillation"
@@ -61,11 +63,14 @@ def _figures(
         yield "weights", weights_over_epochs(weights)
     if "distribution" in statistics:
         yield "distribution", distribution(statistics["distribution"])
-    if "label" in statistics or "output" in statistics:
+    by_class = [statistics[name][-1] for name in ("label", "output") if name in statistics]
+    if by_class and len(by_class[0].bins) <= _CLASSES:
         yield "classes", classes(statistics)
     if "balance" in statistics:
         yield "balance", balance(statistics["balance"], statistics.get("share", ()))
     for name, of, draw in (
+        ("frequency", "frequency", frequency),
+        ("position", "position", position),
         ("confidence", "confidence", confidence),
         ("divergence", "divergence", divergence),
         ("places", "place", places),
@@ -165,11 +170,26 @@ def classes(statistics: Mapping[str, History]) -> Figure:
 
 def confidence(history: History) -> Figure:
     """Mean weight by the teacher's largest probability."""
-    edges = history[-1].bins
-    figure, (axes,) = canvas(
-        f"Where the teacher is surest a sample counts {_from_to(history[-1])}",
-        [f"mean weight (1: {_FIXED})"],
-    )
+    finding = f"Where the teacher is surest a sample counts {_from_to(history[-1])}"
+    return _by_bin(history, finding, "largest probability of the teacher, from")
+
+
+def frequency(history: History) -> Figure:
+    """Mean weight by how often the label of a sample came."""
+    finding = f"Where its label is most frequent a sample counts {_from_to(history[-1])}"
+    return _by_bin(history, finding, "times that the label came in what was measured of the epoch, from")
+
+
+def position(history: History) -> Figure:
+    """Mean weight by the place in a sequence."""
+    return _by_bin(history, f"Late in a text a token counts {_from_to(history[-1])}", "tokens before it, from")
+
+
+def _by_bin(history: History, finding: str, what: str) -> Figure:
+    """Mean weight by bin, up to the last that anything is in, evenly spaced."""
+    filled = max(max((i for i, n in enumerate(epoch.columns["count"]) if n), default=0) for epoch in history)
+    edges = history[-1].bins[: filled + 1]
+    figure, (axes,) = canvas(finding, [f"mean weight (1: {_FIXED})"])
     ends = []
     for number, (epoch, color) in enumerate(_chosen(history)):
         x, values = _filled(epoch, "value")
@@ -179,7 +199,7 @@ def confidence(history: History) -> Figure:
     _fixed(axes)
     axes.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges], rotation=45, fontsize=figures.SMALL)
     figure.subplots_adjust(bottom=0.22)
-    axes.set(xlabel="largest probability of the teacher, from", yscale="log")
+    axes.set(xlabel=what, yscale="log")
     _plain_ticks(axes)
     name_ends(axes, ends)
     return figure

@@ -38,6 +38,10 @@ def _edges(decades: tuple[int, int], per_decade: int) -> list[float]:
 WEIGHT_EDGES = _edges(WEIGHT_DECADES, WEIGHTS_PER_DECADE)
 DIVERGENCE_EDGES = _edges(DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE)
 
+POSITIONS = tuple(2**i for i in range(20))
+"""Lower edges of the bins of the position in a sequence, and of how often a label came."""
+MANY = 100
+"""From so many classes on weights are also told by how often a label came."""
 GRID = 8
 """Rows and columns of the grid into which the places of a feature map are gathered, whatever its size."""
 _ELEMENTS = 2**16
@@ -142,9 +146,14 @@ def _binned(index: Tensor, *values: Tensor, bins: int) -> Tensor:
     return stacked.new_zeros(len(values), bins + 1).index_add_(1, index, stacked)[:, :-1]
 
 
+def _bin_of(values: Tensor, edges: tuple[float, ...]) -> Tensor:
+    """Index into ``edges``, whose first none of ``values`` is below."""
+    return torch.bucketize(values, _boundaries(edges, values.device), right=True)
+
+
 @functools.cache
-def _boundaries(device: torch.device) -> Tensor:
-    return torch.tensor(CONFIDENCES[1:], device=device)
+def _boundaries(edges: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(edges[1:], device=device)
 
 
 def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any]) -> Sums:
@@ -159,12 +168,15 @@ def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any])
     mean = mean.expand(samples)
     one = torch.ones_like(mean)
     confidence = teacher.softmax(1).amax(1)
-    index = torch.bucketize(confidence, _boundaries(teacher.device), right=True)
+    index = _bin_of(confidence, CONFIDENCES)
     index = torch.where(confidence.isnan(), len(CONFIDENCES), index)
     sums = {"confidence": _binned(index, mean, one, bins=len(CONFIDENCES))}
     if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
         known = (labels >= 0) & (labels < classes)
         sums["label"] = _binned(torch.where(known, labels, classes).long(), mean, one, bins=classes)
+    positions = outputs.get("positions")
+    if positions is not None:
+        sums["position"] = _binned(_bin_of(positions, POSITIONS), mean, one, bins=len(POSITIONS))
     if divergence.shape == teacher.shape:
         by_class = _wide(weights.broadcast_to(divergence.shape)).sum(0)
         sums["output"] = torch.stack((by_class, torch.full_like(by_class, samples)))
@@ -208,9 +220,11 @@ def of_losses(outputs: Mapping[str, Any]) -> Sums:
 def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     """What ``sums`` over an epoch, on the CPU, say: by name of statistic, only those that something was counted for.
 
-    ``distribution`` gives the share of weights by size. ``label``, ``output``, ``confidence`` and ``divergence`` give
-    mean weights by true label, by class of the map, by the teacher's largest probability and by size of the
-    divergence; the last has a column ``optimum`` where the guard has a closed form. ``place`` gives them by cell of a
+    ``distribution`` gives the share of weights by size. ``label``, ``output``, ``confidence``, ``position`` and
+    ``divergence`` give mean weights by true label, by class of the map, by the teacher's largest probability, by the
+    place in a sequence and by size of the divergence; the last has a column ``optimum`` where the guard has a closed
+    form. ``frequency``, of many classes, gives them by how often the label of a row came among all that were counted,
+    and how many labels came so often as its column ``labels``. ``place`` gives them by cell of a
     grid laid over feature maps, row by row, with the mean divergence as its column ``divergence``. ``agreement`` gives
     the cosine between the gradients of distillation and task, ``balance`` the mean weight of each loss, and ``share``
     the part of each loss in the student's gradient: of the norms, so that shares add up to one. ``step_length`` gives
@@ -223,20 +237,33 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
         total = sum(counts) or 1.0
         columns = {"value": [count / total for count in counts], "count": counts}
         found["distribution"] = EpochStatistic(epoch, list(WEIGHT_EDGES), columns)
-    bins = {"confidence": CONFIDENCES, "divergence": DIVERGENCE_EDGES}
-    for name in ("label", "output", "confidence", "divergence"):
+    bins = {"confidence": CONFIDENCES, "position": POSITIONS, "divergence": DIVERGENCE_EDGES}
+    for name in ("label", "output", "confidence", "position", "divergence"):
         if name in sums:
             total_weight, count = sums[name]
             columns = {"value": (total_weight / count).tolist(), "count": count.tolist()}
             if name == "divergence" and "optimum" in sums:
                 columns["optimum"] = (sums["optimum"][0] / count).tolist()
             found[name] = EpochStatistic(epoch, list(bins.get(name, range(len(count)))), columns)
+    if "label" in sums and sums["label"].shape[1] >= MANY:
+        weight, count = sums["label"]
+        found["frequency"] = _by_frequency(weight, count, epoch)
     if "place" in sums:
         weight, differs, count = sums["place"]
         columns = {"value": weight / count, "count": count, "divergence": differs / count}
         found["place"] = EpochStatistic(epoch, [*range(GRID**2)], {key: c.tolist() for key, c in columns.items()})
     found |= _of_losses(sums, epoch)
     return {name: statistic for name, statistic in found.items() if any(statistic.columns["count"])}
+
+
+def _by_frequency(weight: Tensor, count: Tensor, epoch: int) -> EpochStatistic:
+    """Mean weight of rows by how often their label came, of sums (C,) by label."""
+    came = count > 0
+    total, rows, labels = _binned(
+        _bin_of(count[came], POSITIONS), weight[came], count[came], torch.ones_like(count[came]), bins=len(POSITIONS)
+    )
+    columns = {"value": total / rows, "count": rows, "labels": labels}
+    return EpochStatistic(epoch, list(POSITIONS), {key: column.tolist() for key, column in columns.items()})
 
 
 def _of_losses(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:

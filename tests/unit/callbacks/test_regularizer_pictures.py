@@ -255,6 +255,23 @@ def test_the_title_of_places_says_where_weights_are_large() -> None:
     assert np.ravel(divergences).tolist() == [1.0] * 64
 
 
+def test_weights_of_tokens_are_drawn_by_position_and_frequency_and_many_classes_are_no_line() -> None:
+    bins = [2**i for i in range(20)]
+    columns = {"value": [1.0, 0.5, 2.0] + [float("nan")] * 17, "count": [9.0, 9.0, 9.0] + [0.0] * 17}
+    of_label = EpochStatistic(0, [*range(5000)], {"value": [1.0] * 5000, "count": [1.0] * 5000})
+    statistics = {name: [EpochStatistic(0, bins, columns)] for name in ("frequency", "position")} | {
+        "label": [of_label]
+    }
+    drawn = dict(pictures([], statistics))
+    assert {name: finding_of(figure) for name, figure in drawn.items()} == {
+        "frequency": "Where its label is most frequent a sample counts more: 2, elsewhere 1",
+        "position": "Late in a text a token counts more: 2, elsewhere 1",
+    }
+    for figure in drawn.values():
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "2", "4"]
+        assert pixels(figure).size
+
+
 def test_weights_lie_over_the_places_of_the_photographs_that_they_are_of() -> None:
     images, weights = torch.rand(5, 3, 8, 12), torch.full((5, 6, 2, 3), 0.5)
     weights[2, :, 1, 0] = 4.0  # below left in the third photograph, which is the first of the second row

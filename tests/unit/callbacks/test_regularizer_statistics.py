@@ -155,6 +155,29 @@ def test_weights_by_confidence_go_by_the_teachers_largest_probability(
     _check(_rows(tmp_path, "confidence"), _expected(bins, _all(WEIGHTS).mean(2).flatten().tolist()))
 
 
+def test_weights_of_tokens_go_by_position_and_of_many_classes_by_how_often_a_label_came(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    labels = torch.tensor([0, 0, 0, 0, 0, 7, 7, 100])  # in each of four batches: 20, 8 and 4 times
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0])
+    positions = torch.tensor([1, 2, 3, 4, 7, 8, 1023, 1024])
+    for many in (101, 99):
+        teacher = torch.zeros(8, many)
+        more = {"teacher": teacher, "labels": labels, "positions": positions}
+        dummy = Dummy(lambda e, b: weights, lambda e, b: torch.ones(8), more=lambda e, b, more=more: more)  # type: ignore[misc]
+        _fit(make_trainer, tmp_path / str(many), dummy)
+    found = _rows(tmp_path / "101", "position")
+    assert {edge: row["value"] for edge, row in found.items()} == {
+        "1": 1.0, "2": 2.5, "4": 4.5, "8": 6.0, "512": 8.0, "1024": 16.0
+    }  # fmt: skip
+    assert _rows(tmp_path / "101", "frequency") == {
+        "4": {"value": 16.0, "count": 4.0, "labels": 1.0},
+        "8": {"value": 7.0, "count": 8.0, "labels": 1.0},
+        "16": {"value": 3.0, "count": 20.0, "labels": 1.0},
+    }
+    assert not (tmp_path / "99" / "regularizer" / "frequency.csv").exists()
+
+
 def test_weights_by_divergence_go_by_its_decade(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     _fit(make_trainer, tmp_path, Dummy(WEIGHTS, DIVERGENCE))
     divergences, weights = _all(DIVERGENCE).flatten(), _all(WEIGHTS).flatten()

@@ -84,6 +84,8 @@ def test_loss_rows_and_metrics_are_those_of_the_tokens_that_follow(logits: Tenso
     assert rows.logits.shape == (len(expected), V)
     assert rows.labels.tolist() == [label for text in labels for label in text[1:] if label >= 0]
     assert int(task.counted(rows, batch)) == len(expected)
+    places = [place for text in labels for place, label in enumerate(text) if place and label >= 0]
+    assert task.positions(batch).tolist() == places
     own = torch.nn.functional.cross_entropy(rows.logits.double(), rows.labels, reduction="none")
     assert own.tolist() == pytest.approx(expected, rel=1e-6)
     metrics = task.metrics()
