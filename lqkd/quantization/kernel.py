@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import _symbolic_trace
 
 from lqkd.quantization import native
 
@@ -34,6 +35,10 @@ COMPILE_FROM = 2048
 """Number of elements from which a compiled function is faster than its eager form."""
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether :func:`torch.export.export` is at work, from PyTorch 2.7 on."""
+_is_tracing: Callable[[], bool] = getattr(
+    _symbolic_trace, "is_fx_symbolic_tracing", getattr(_symbolic_trace, "is_fx_tracing", lambda: False)
+)
+"""Whether a symbolic trace runs layers on real values, within which nothing compiled may be called."""
 MOST_GRAPHS = 128
 """Compiled forms of one function that a process may have."""
 
@@ -264,7 +269,7 @@ def _run(function: Callable[..., Any], *arguments: Tensor) -> Any:
 
 def _compiles(x: Tensor, elements: int) -> bool:
     """Whether a function is compiled for ``x``, which is worth it from so many elements on."""
-    return x.numel() >= elements and not _compiler.failed and _runs_compiled(x)
+    return x.numel() >= elements and not _compiler.failed and _runs_compiled(x) and not _is_tracing()
 
 
 def _runs_compiled(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.export.sized_trace import sized_trace
 from lqkd.models.calls import Inputs
+from lqkd.quantization import Recipe, initialize_quantizers, kernel, quantize_model
 
 
 class Decides(nn.Module):
@@ -55,3 +56,15 @@ class DecidesByOneOrMore(nn.Module):
 def test_values_and_the_number_of_samples_decide_nothing(network: nn.Module) -> None:
     with pytest.raises(fx.proxy.TraceError, match="control flow"):
         sized_trace(network, ["x"], Inputs.of(torch.ones(4, 3)))
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_the_quantizers_that_it_runs_are_compiled_in_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiled function runs within a trace, and bfloat16 has no form in C++ to run in its place."""
+    monkeypatch.setattr(kernel, "_compiler", kernel._Compiler())
+    network, _ = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1)), Recipe())
+    images = torch.randn(2, 3, 32, 32)
+    initialize_quantizers(network, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sized_trace(network.eval(), ["input"], Inputs.of(images.bfloat16()))
+    assert not kernel._compiler.failed
