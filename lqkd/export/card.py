@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lqkd.export.deploy import INPUT, OUTPUT, Deployed
+from lqkd.export.litert import LITERT
+from lqkd.export.litert import LOADER_NOTE as LITERT_NOTE
 from lqkd.export.metadata import layer_bits, summary_of_bits
 from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
 from lqkd.export.openvino import OPENVINO
@@ -31,7 +33,7 @@ class Summary:
         file_bytes: its size.
         packed_bytes: of the weights if every one took its bits.
         float_bytes: of the float network.
-        kernels: what ONNX Runtime or OpenVINO makes of it, ``None`` where it is run by something else.
+        kernels: what ONNX Runtime, OpenVINO or LiteRT makes of it, ``None`` where it is run by something else.
     """
 
     path: Path
@@ -123,7 +125,7 @@ def _named(kernels: Kernels, limit: int | None) -> str:
 def _interface(described: dict[str, Any]) -> list[str]:
     """The lines about what the file takes and returns."""
     told = {
-        name: f"{code(name)}: ({', '.join(map(str, ['batch', *shape]))}) float32"
+        name: f"{code(name)}: ({', '.join(map(str, [described.get('batch', 'batch'), *shape]))}) float32"
         for kind in ("inputs", "outputs")
         for name, shape in described[kind].items()
     }
@@ -170,7 +172,7 @@ def write_card(summary: Summary, described: dict[str, Any], parity: Parity, depl
     if summary.kernels is not None and len(summary.kernels.floats) > NAMED:
         lines += [f"Nodes in floating point: {markdown(_named(summary.kernels, None))}.", ""]
     lines += ["## Input and output", "", *_interface(described)]
-    notes = {"packed2": LOADER_NOTE, OPENVINO: OPENVINO_NOTE}
+    notes = {"packed2": LOADER_NOTE, OPENVINO: OPENVINO_NOTE, LITERT: LITERT_NOTE}
     if described["format"] in notes:
         lines += ["## Loading", "", f"{notes[described['format']]}.", ""]
     lines += ["## Origin", "", f"teacher: {_teacher(described.get('teacher'))}", ""]
