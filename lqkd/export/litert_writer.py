@@ -35,6 +35,7 @@ _BYTE = 128
 """What lies between codes of 0 to 255 and those of int8."""
 _SAME, _VALID = 0, 1
 _RELU, _RELU6 = 1, 3
+_RELUS: dict[tuple[float | None, float | None], str] = {(0.0, None): "RELU", (0.0, 6.0): "RELU6"}
 _IMAGE = 4
 """Axes of an image with its batch."""
 
@@ -257,13 +258,21 @@ class Writer:
         if not isinstance(value, Pending) or value.real is None:
             self.refuse(node, "a result that no grid rounds")
         tensor = value.real()
-        for low, high in reversed(value.clamps):
-            for kind, bound in (("MAXIMUM", low), ("MINIMUM", high)):
-                if bound is not None:
-                    made = self.floats(f"{self.label(node)}.clamped", self.shape_in_file(tensor))
-                    limit = self.number(f"{self.label(node)}.limit", bound)
-                    tensor = self.file.operator(kind, [tensor, limit], made, "MaximumMinimumOptions")
+        for limits in reversed(value.clamps):
+            tensor = self._clamped(tensor, limits, self.label(node))
         return tensor
+
+    def _clamped(self, x: int, limits: tuple[float | None, float | None], label: str) -> int:
+        """Real numbers within limits."""
+        if limits in _RELUS:
+            made = self.floats(f"{label}.clamped", self.shape_in_file(x))
+            return self.file.operator(_RELUS[limits], [x], made)
+        for kind, bound in zip(("MAXIMUM", "MINIMUM"), limits, strict=True):
+            if bound is not None:
+                made = self.floats(f"{label}.clamped", self.shape_in_file(x))
+                limit = self.number(f"{label}.limit", bound)
+                x = self.file.operator(kind, [x, limit], made, "MaximumMinimumOptions")
+        return x
 
     def _returned(self, name: str, node: fx.Node) -> int:
         """The output ``name``: real numbers in a tensor of that name."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
-from lqkd.export.differences import EndToEnd, Forced, LayerDifference
+from lqkd.export.differences import Compared, Forced, LayerDifference
 from lqkd.export.emitter import Exported
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Reference
@@ -35,7 +35,7 @@ OPTIMISED_FRACTION = 1e-2
 """At most so many by one step with it: integer kernels round products of scales."""
 END_TO_END_FRACTION = 1e-2
 """At most so many codes of the last grid may differ end to end from what integer kernels compute by the formulas."""
-_REPRODUCED = ("x86_64", "AMD64")
+REPRODUCED = ("x86_64", "AMD64")
 """Processors whose kernels the reference has: others round additions in fixed point."""
 OUTPUT_TOLERANCE = 1e-4
 """Of the largest number of an output, the logits say, given the same input of the last layer."""
@@ -181,10 +181,10 @@ def check(
 def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
     run = type(whole)(exported.model, optimised=True, tensors=list(exported.grids.values()))
     found, theirs = run(inputs), whole(inputs)
-    reference = EndToEnd(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    reference = Compared(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
     parity.output_steps = output_steps(ours, theirs, deployed, reference)
-    reproduced = whole.reproduced and platform.machine() in _REPRODUCED
+    reproduced = whole.reproduced and platform.machine() in REPRODUCED
     parity.end_to_end, parity.exact = reference.rows, reference.exact and reproduced
     if not parity.exact or not parity.end_to_end:
         return
