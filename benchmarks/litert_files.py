@@ -2,11 +2,11 @@
 
     LQKD_DATA=FOLDER python -m benchmarks.litert_files --csv FILE --cifar10 DIR --fashion DIR --keep DIR
 
-The networks and data are those of :mod:`benchmarks.openvino_files`; students of W4A4 have been trained with simulated
-quantization, ResNet-20 for 60 steps, the MobileNets for 100, those of W8A8 are fitted alone. The file is judged on
-1,000 test images, as XNNPACK computes it and as the interpreter's own kernels do, and timed in alternation with a
-float32 TFLite file of the same layers, both with XNNPACK, one image, one thread: the median of the rounds. Trained
-networks are kept in a folder and read from it in the next run.
+The networks and data are those of :mod:`benchmarks.openvino_files`, the MobileNets with half of the images; students of
+W4A4 have been trained with simulated quantization, ResNet-20 for 60 steps, the MobileNets for 75, those of W8A8 are
+fitted alone. The file is judged on 1,000 test images, as XNNPACK computes it and as the interpreter's own kernels do,
+and timed in alternation with a float32 TFLite file of the same layers, both with XNNPACK, one image, one thread: the
+median of the rounds. Trained networks are kept in a folder and read from it in the next run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from lqkd.export.nodes import Operation
 from lqkd.export.reference import Reference
 from lqkd.models.calls import Inputs
 
-EPOCHS = {"CIFAR-10": 4, "Fashion-MNIST": 2}
-"""Of W4A4 with simulated quantization, of 15 and of 50 steps."""
+EPOCHS = {"CIFAR-10": 4, "Fashion-MNIST": 3}
+"""Of W4A4 with simulated quantization."""
+TRAINED_ON = 3200
+"""Images at most; CIFAR-10's are 1,920."""
 ROUNDS = 300
 
 
@@ -49,6 +51,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, data in NETWORKS.items():
         x, y, test, labels = cifar10(options.cifar10) if data == "CIFAR-10" else fashion(options.fashion)
+        x, y = x[:TRAINED_ON], y[:TRAINED_ON]
         torch.manual_seed(0)
         network = kept(options.keep / f"{name}_float.pt", lambda: float_network(name, x, y))  # noqa: B023
         for bits in ("w8a8", "w4a4"):
@@ -68,9 +71,7 @@ def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> dict
     parity = check_litert(written, deployed, test[:32], batches, student)
     own = _classes(LiteRTRunner(written, deployed, delegated=False), test)
     times = _times({"file": written.content, "float": plain}, test)
-    with torch.no_grad():
-        pytorch, trained = Reference(deployed.network)(test).argmax(1), student(test).argmax(1)
-    found = _classes(LiteRTRunner(written, deployed), test)
+    pytorch = Reference(deployed.network)(test).argmax(1)
     return {
         "images": parity.samples,
         "accuracy_trained": parity.trained,
@@ -78,11 +79,10 @@ def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> dict
         "accuracy_file": parity.exported,
         "same_class_file_and_deployed": parity.agreement,
         "same_class_deployed_and_trained": parity.agreement_with_trained,
-        "same_class_file_and_trained": float((found == trained).double().mean()),
         "accuracy_without_delegates": float((own == labels).double().mean()),
         "same_class_without_delegates_and_deployed": float((own == pytorch).double().mean()),
-        "codes_one_step_off": max(row.fraction for row in parity.optimised),
-        "codes_one_step_off_without_delegates": max(row.fraction for row in parity.unoptimised),
+        "codes_apart": max(row.fraction for row in parity.optimised),
+        "codes_apart_without_delegates": max(row.fraction for row in parity.unoptimised),
         "passed": parity.problem is None,
         "bytes": len(written.content),
         "bytes_float32": len(plain),

@@ -24,6 +24,9 @@ _LARGEST_OLD_CODE = 127
 class Builder:
     """Collects the tensors and operators of one graph.
 
+    Args:
+        taken: names that no tensor shall have by itself.
+
     Attributes:
         tensors: of the schema, in the order in which they were added; an operator names them by position.
         operators: likewise, in the order in which they run.
@@ -40,12 +43,12 @@ class Builder:
         array([[-126, -124]], dtype=int8)
     """
 
+    taken: set[str] = field(default_factory=set)
     tensors: list[Any] = field(default_factory=list)
     operators: list[Any] = field(default_factory=list)
     _buffers: list[Any] = field(default_factory=lambda: [schema().BufferT()])  # the first is empty by definition
     _held: dict[bytes, int] = field(default_factory=dict)
     _codes: dict[tuple[int, int], int] = field(default_factory=dict)
-    _taken: set[str] = field(default_factory=set)
 
     def tensor(
         self,
@@ -70,10 +73,10 @@ class Builder:
         """
         s = schema()
         own, number = name, 1
-        while own in self._taken:
+        while own in self.taken:
             number += 1
             own = f"{name}_{number}"
-        self._taken.add(own)
+        self.taken.add(own)
         tensor = s.TensorT(name=own.encode(), shape=list(shape), type=getattr(s.TensorType, dtype.upper()))
         tensor.buffer = 0 if data is None else self.buffer(np.ascontiguousarray(data, dtype))
         if scale is not None:

@@ -140,21 +140,15 @@ def real_bias_of(layer: IntegerLayer) -> np.ndarray:
 
 
 class Writer:
-    """Turns the nodes of a deployed network into TFLite operators, in order.
+    """Turns the nodes of a deployed network into TFLite operators for one sample, in order."""
 
-    Args:
-        deployed: the network.
-        batch: how many samples the file takes at once.
-    """
-
-    def __init__(self, deployed: Deployed, batch: int = 1) -> None:
-        self.deployed = deployed
+    def __init__(self, deployed: Deployed) -> None:
         self.network = deployed.network
-        self.file = Builder()
-        self.batch = batch
+        self.file = Builder(taken=set(deployed.outputs))
         self.values: dict[fx.Node, Any] = {}
         self.grids: dict[str, tuple[str, int]] = {}
         self.origins: dict[int, Origin] = {}
+        self.named: set[int] = set()
         nodes = list(self.network.graph.nodes)
         self.inputs = dict(zip((node for node in nodes if node.op == "placeholder"), deployed.inputs, strict=True))
         self.example = shape_of(next(iter(self.inputs)))[0]
@@ -176,8 +170,9 @@ class Writer:
                 if write is None:
                     self.refuse(node, self._called(node))
                 self.values[node] = write(node, found)
-        returned = [self._returned(name, node) for name, node in heads(result, OUTPUT).items()]
         taken = [self.values[node].real() for node in self.inputs]
+        self.named = set(taken)
+        returned = [self._returned(name, node) for name, node in heads(result, OUTPUT).items()]
         content = self.file.finish(taken, returned)
         names = {self.file.tensors[tensor].name.decode(): origin for tensor, origin in self.origins.items()}
         return Written(content, self.grids, names)
@@ -197,16 +192,19 @@ class Writer:
     # ---- shapes, names and tensors
 
     def shape(self, node: fx.Node) -> list[int]:
-        """The shape of a node's value in PyTorch, with the file's batch."""
-        return self.static(shape_of(node))
+        """The shape of a node's value in PyTorch, of one sample."""
+        return self.of_one(shape_of(node))
 
-    def static(self, shape: Sequence[int]) -> list[int]:
-        """``shape`` with the file's batch in place of the example's."""
-        return [shape[0] * self.batch // self.example, *shape[1:]]
+    def of_one(self, shape: Sequence[int]) -> list[int]:
+        """``shape`` with one sample in place of the example's."""
+        return [shape[0] // self.example, *shape[1:]]
 
     def label(self, node: fx.Node) -> str:
         """A name that says where ``node`` comes from."""
-        return str(node.target) if node.op == "call_module" else f"{place(node)}.{node.name}"
+        if node.op == "call_module":
+            return str(node.target)
+        where = str(next(reversed(node.meta.get("nn_module_stack") or {}), ""))
+        return f"{where}.{node.name}" if where else node.name
 
     def floats(self, name: str, shape: Sequence[int]) -> int:
         """A new float32 tensor; ``shape`` is the file's."""
@@ -277,8 +275,9 @@ class Writer:
     def _returned(self, name: str, node: fx.Node) -> int:
         """The output ``name``: real numbers in a tensor of that name."""
         tensor = self.real(node)
-        if tensor in (self.values[x].real() for x in self.inputs):
-            self.refuse(node, "an input that is returned")
+        if tensor in self.named:
+            self.refuse(node, "an input that is returned, or a result that is returned twice,")
+        self.named.add(tensor)
         self.file.tensors[tensor].name = name.encode()
         return tensor
 
@@ -315,7 +314,7 @@ class Writer:
     def _grid(self, node: fx.Node, found: Operation) -> Codes:
         grid, source = found.settings["module"], self.values[found.inputs[0]]
         if type(grid) is not ActivationGrid:
-            self.refuse(node, f"the activations of {grid.bits} bits")
+            self.refuse(node, f"activations of {grid.bits} bit")
         pending = self.requantized(source) if isinstance(source, Codes) else source
         low, high = grid.limits(pending.clamps)
         if not low <= grid.zero_point <= high:
@@ -685,7 +684,7 @@ class Writer:
         if not isinstance(value, Codes):
             self.refuse(node, "parts of what is on no grid")
         axis %= len(whole)
-        kept = [self.static(meta.shape) for meta in node.meta["tensor_meta"]]
+        kept = [self.of_one(meta.shape) for meta in node.meta["tensor_meta"]]
         sizes = [shape[axis] for shape in kept] if found.kind == "chunks" else [1] * len(kept)
         parts, start = [], 0
         for index, (size, shape) in enumerate(zip(sizes, kept, strict=True)):

@@ -46,7 +46,7 @@ class Mobile(nn.Module):
         x = self.pool(F.relu(self.stem(x)))
         x = F.hardswish(self.depthwise(F.silu(self.expand(x))))
         gate = F.hardsigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
-        x = self.project(x * gate)
+        x = self.project(F.relu(x * gate))
         left, right = x.chunk(2, 1)
         x = torch.cat((left, F.relu(self.branch(right))), 1)
         x = x.view(x.shape[0], 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
@@ -181,6 +181,31 @@ def _data(model: Any, tensor: Any) -> None:
     held[0] ^= 1
     model.buffers.append(schema().BufferT(data=held))
     tensor.buffer = len(model.buffers) - 1
+
+
+class Maps(nn.Module):
+    """Two inputs, a map and a vector as outputs, and a layer with the name of an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.reduce, self.vector = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1), nn.Linear(4, 2)
+
+    def forward(self, image: Tensor, row: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.scores(image))
+        return {"maps": self.reduce(x), "scores": self.vector(row).clamp(-0.25, 0.25)}
+
+
+def test_maps_are_channels_last_and_several_inputs_and_outputs_have_their_names() -> None:
+    torch.manual_seed(0)
+    given = {"image": images(16), "row": torch.randn(16, 4)}
+    network, _ = quantize_model(Maps(), Recipe(bits="w4a4"))
+    initialize_quantizers(network, keywords=given)
+    deployed = deploy(network.eval(), given)
+    written = litert.build(deployed)
+    parity = check_litert(written, deployed, given)
+    assert (parity.problem, set(parity.outputs)) == (None, {"maps", "scores"})
+    found = Interpreted(written.content)([given["image"][:1].permute(0, 2, 3, 1).numpy(), given["row"][:1].numpy()])
+    assert {name: array.shape for name, array in found.items()} == {"maps": (1, 6, 6, 6), "scores": (1, 2)}
 
 
 def test_from_python_a_file_is_written_that_says_what_it_is(tmp_path: Any) -> None:
