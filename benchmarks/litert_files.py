@@ -107,12 +107,10 @@ class FloatWriter(Writer):
             depthwise = self._is_depthwise(node, layer)
             weight = weight.permute((1, 2, 3, 0) if depthwise else CHANNELS_LAST).contiguous()
         bias = real_bias_of(layer)
-        constants = [
-            self.file.tensor(f"{label}.{name}", array.shape, "float32", data=array)
-            for name, array in (("weight", weight.numpy()), ("bias", bias))
-        ]
+        held = self.file.tensor(f"{label}.weight", weight.shape, "float32", data=weight.numpy())
+        added = self.file.tensor(f"{label}.bias", bias.shape, "float32", data=bias)
         made = self.floats(label, self._shape_of_result(node))
-        return self.quantized(node, self._product(node, layer, self.real(found.inputs[0]), *constants, made, False))
+        return self.quantized(node, self._product(node, layer, self.real(found.inputs[0]), held, added, made, False))
 
     def _add(self, node: fx.Node, found: Operation) -> Pending:
         made = self.floats(self.label(node), self._shape_of_result(node))

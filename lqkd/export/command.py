@@ -42,6 +42,7 @@ from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
+from lqkd.tasks import Task
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
@@ -142,9 +143,9 @@ class _OnnxFile:
         self.format = format
         self.exported = BUILDERS[format](deployed)
 
-    def check(self, *given: Any) -> Parity:
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
         """Compare it; arguments as of :func:`lqkd.export.parity.check` behind the first."""
-        return check(self.exported, *given, RUNNERS.get(self.format, Runner))
+        return check(self.exported, deployed, inputs, test, student, task, RUNNERS.get(self.format, Runner))
 
     def describe(self, told: dict[str, Any]) -> dict[str, Any]:
         """``told`` as this format has it."""
@@ -173,8 +174,8 @@ class _Program(_OnnxFile):
     def __init__(self, deployed: Deployed, inputs: Inputs) -> None:
         self.program = torch_program.build(deployed, inputs)
 
-    def check(self, *given: Any) -> Parity:
-        return check_program(self.program, *given)
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_program(self.program, deployed, inputs, test, student, task)
 
     def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
         save_program(self.program, path, described)
@@ -192,8 +193,8 @@ class _LiteRTFile(_OnnxFile):
     def __init__(self, deployed: Deployed) -> None:
         self.written = litert.build(deployed)
 
-    def check(self, *given: Any) -> Parity:
-        return check_litert(self.written, *given)
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_litert(self.written, deployed, inputs, test, student, task)
 
     def describe(self, told: dict[str, Any]) -> dict[str, Any]:
         return litert.in_file(told)
