@@ -54,12 +54,12 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name, data in NETWORKS.items():
-        x, y, test, labels = _cifar10(options.cifar10) if data == "CIFAR-10" else _fashion(options.fashion)
+        x, y, test, labels = cifar10(options.cifar10) if data == "CIFAR-10" else fashion(options.fashion)
         torch.manual_seed(0)
-        network = _kept(options.keep / f"{name}_float.pt", lambda: _float(name, x, y))  # noqa: B023
+        network = kept(options.keep / f"{name}_float.pt", lambda: float_network(name, x, y))  # noqa: B023
         for bits in ("w8a8", "w4a4"):
             epochs = 2 if bits == "w4a4" and data != "CIFAR-10" else 0
-            student = _kept(options.keep / f"{name}_{bits}.pt", lambda: _student(network, bits, x, y, epochs))  # noqa: B023
+            student = kept(options.keep / f"{name}_{bits}.pt", lambda: student_of(network, bits, x, y, epochs))  # noqa: B023
             for row in compare(student, x, test, labels):
                 rows.append({"network": name, "data": data, "bits": bits, **row})
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
@@ -115,16 +115,18 @@ def _times(models: dict[str, onnx.ModelProto], test: Tensor) -> dict[str, float]
     return {name: 1000 * min(found) for name, found in times.items()}
 
 
-def _kept(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
+def kept(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
+    """The network in ``file``, made and written there where it is not."""
     if not file.exists():
         network = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(network, file)
-    kept: nn.Module = torch.load(file, weights_only=False)
-    return kept.eval()
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found.eval()
 
 
-def _float(name: str, x: Tensor, y: Tensor) -> nn.Module:
+def float_network(name: str, x: Tensor, y: Tensor) -> nn.Module:
+    """The network ``name``, trained in floating point."""
     if name == "resnet20":
         network = CifarResNet(20)
         load_weights(network, str(Path(os.environ["LQKD_DATA"]) / "weights" / "cifar10_resnet20.safetensors"))
@@ -133,7 +135,8 @@ def _float(name: str, x: Tensor, y: Tensor) -> nn.Module:
     return _fit(build_model(f"{library}/{name}", num_classes=10), x, y, 4, 3e-3)
 
 
-def _student(network: nn.Module, bits: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+def student_of(network: nn.Module, bits: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+    """The network with few bits, trained for ``epochs``, as it is deployed."""
     student, _ = quantize_model(copy.deepcopy(network), Recipe(bits=bits, residual_bits=8))
     initialize_quantizers(student.train(), x[:BATCH])
     if epochs:
@@ -164,7 +167,7 @@ def _fit(network: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float) -> 
     return network
 
 
-def _cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, and 1,000 test images, evenly over the classes, and theirs."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     data = CIFAR10(root=root, batch_size=BATCH, limit_train=BATCH * BATCHES, mean=mean, std=std)
@@ -181,7 +184,7 @@ def _cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _fashion(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fashion(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Likewise, the first images of each file, (B, 3, 32, 32)."""
 
     def read(name: str, header: int, count: int) -> np.ndarray:

@@ -10,10 +10,12 @@ import onnx
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export import metadata
-from lqkd.export.deploy import deploy, deployable_copy
+from lqkd.export import litert, metadata
+from lqkd.export.deploy import Deployed, deploy, deployable_copy
 from lqkd.export.formats import BUILDERS, RUNNERS, check_expressible
-from lqkd.export.parity import check
+from lqkd.export.litert_file import described
+from lqkd.export.litert_proof import check_litert
+from lqkd.export.parity import Parity, check
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
@@ -62,6 +64,75 @@ def to_onnx(
     """
     if format not in BUILDERS:
         raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    deployed = _deployed(model, example, format, calibration, about)
+    exported = BUILDERS[format](deployed)
+    student = None if test is None else deployable_copy(model)
+    parity = check(exported, deployed, example, test or (), student, task, RUNNERS.get(format, Runner))
+    _check_judged(test, parity)
+    metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))
+    _judge(parity)
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(exported.model.SerializeToString())
+    return exported.model
+
+
+def to_litert(
+    model: nn.Module,
+    example: Any,
+    path: str | Path | None = None,
+    *,
+    calibration: Iterable[Any] = (),
+    test: Iterable[Any] | None = None,
+    about: dict[str, Any] | None = None,
+    task: Task | None = None,
+) -> bytes:
+    """Export a quantised network to a TFLite file, and prove in LiteRT's interpreter that it computes the same.
+
+    Args:
+        model, example, path, calibration, test, about, task: as of :func:`to_onnx`.
+
+    Returns:
+        The file, for one sample at a time: float32, images and maps channels last, inputs and outputs called as those
+        of :func:`to_onnx`.
+
+    Raises:
+        UsageError: when the network cannot be exported in this format, or ai-edge-litert is not installed.
+        ParityError: when the file computes something else; nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from ai_edge_litert.interpreter import Interpreter
+        >>> from lqkd import Recipe, quantize_model
+        >>> from lqkd.export import to_litert
+        >>> from lqkd.models import CifarResNet
+        >>> from lqkd.quantization import initialize_quantizers
+        >>> student, _ = quantize_model(CifarResNet(8, width=8), Recipe(bits="w4a4", residual_bits=8))
+        >>> images = torch.randn(16, 3, 32, 32)
+        >>> initialize_quantizers(student, images)
+        >>> file = to_litert(student.eval(), images, calibration=[images])
+        >>> run = Interpreter(model_content=file).get_signature_runner()
+        >>> run(images=images[:1].permute(0, 2, 3, 1).numpy())["logits"].shape
+        (1, 10)
+    """
+    litert.require()
+    deployed = _deployed(model, example, litert.LITERT, calibration, about)
+    written = litert.build(deployed)
+    student = None if test is None else deployable_copy(model)
+    parity = check_litert(written, deployed, example, test or (), student, task)
+    _check_judged(test, parity)
+    _judge(parity)
+    told = litert.in_file(metadata.describe(litert.LITERT, deployed, parity, about or {}))
+    content = described(written.content, told)
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return content
+
+
+def _deployed(
+    model: nn.Module, example: Any, format: str, calibration: Iterable[Any], about: dict[str, Any] | None
+) -> Deployed:
     metadata.check_about(about or {})
     if not isinstance(example, Inputs | Tensor | tuple | Mapping):
         raise UsageError(
@@ -72,15 +143,14 @@ def to_onnx(
         raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
     deployed = deploy(model, example, calibration, target=TARGETS.get(format))
     check_expressible(deployed, format)
-    exported = BUILDERS[format](deployed)
-    student = None if test is None else deployable_copy(model)
-    parity = check(exported, deployed, example, test or (), student, task, RUNNERS.get(format, Runner))
+    return deployed
+
+
+def _check_judged(test: Iterable[Any] | None, parity: Parity) -> None:
     if test is not None and not parity.samples:
         raise UsageError("test has no samples: give a list or DataLoader of batches, not an iterator that was used up")
-    metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))
+
+
+def _judge(parity: Parity) -> None:
     if parity.problem is not None:
         raise ParityError(parity.problem)
-    if path is not None:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(exported.model.SerializeToString())
-    return exported.model

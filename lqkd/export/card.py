@@ -28,7 +28,7 @@ class Summary:
         file_bytes: its size.
         packed_bytes: of the weights if every one took its bits.
         float_bytes: of the float network.
-        kernels: what ONNX Runtime or OpenVINO makes of it, ``None`` where it is run by something else.
+        kernels: what ONNX Runtime, OpenVINO or LiteRT makes of it, ``None`` where it is run by something else.
     """
 
     path: Path
@@ -120,7 +120,7 @@ def _named(kernels: Kernels, limit: int | None) -> str:
 def _interface(described: dict[str, Any]) -> list[str]:
     """The lines about what the file takes and returns."""
     told = {
-        name: f"{code(name)}: ({', '.join(map(str, ['batch', *shape]))}) float32"
+        name: f"{code(name)}: ({', '.join(map(str, [described.get('batch', 'batch'), *shape]))}) float32"
         for kind in ("inputs", "outputs")
         for name, shape in described[kind].items()
     }

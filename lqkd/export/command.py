@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import onnx
 import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
@@ -18,20 +17,22 @@ from torch import nn
 
 from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
-from lqkd.export import metadata, openvino, report, torch_program
+from lqkd.export import litert, litert_file, metadata, openvino, report, torch_program
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
-from lqkd.export.deploy import as_float32, deploy
+from lqkd.export.deploy import Deployed, as_float32, deploy
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_expressible, check_format, file_name
 from lqkd.export.frames import takes_frames
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
+from lqkd.export.litert import LITERT
+from lqkd.export.litert_proof import check_litert
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
 from lqkd.export.openvino import OPENVINO
 from lqkd.export.pack_quantized import COMPRESSED, check_replaceable
 from lqkd.export.pack_quantized import require as require_compressed
 from lqkd.export.pack_quantized_command import write_compressed_tensors
-from lqkd.export.parity import TEST, VALIDATION, check
+from lqkd.export.parity import TEST, VALIDATION, Parity, check
 from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
 from lqkd.export.tensorrt import TENSORRT
@@ -43,6 +44,7 @@ from lqkd.quantization.residual import other_places
 from lqkd.quantization.targets import TARGETS
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
+from lqkd.tasks import Task
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
@@ -52,6 +54,7 @@ _UNTIMED = {
     "qonnx": "its package executes node by node, for tests",
     OPENVINO: "OpenVINO's own benchmark_app times such a file",
     TENSORRT: "TensorRT's own trtexec times such a file",
+    LITERT: "LiteRT's own benchmark_model times such a file, on the device that it is for",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",
     NBITS: "its time depends on the length of a text",
@@ -113,49 +116,103 @@ def export(
         split, test = _test(reader)
         task = reader.model.task.cpu()
         stage("building the file's network")
-        if format == TORCH:
-            program = torch_program.build(deployed, inputs)
-            stage("comparing it with PyTorch")
-            parity = check_program(program, deployed, inputs, test, student, task)
-            found = None
-        else:
-            exported = BUILDERS[format](deployed)
-            stage("comparing it with PyTorch")
-            parity = check(exported, deployed, inputs, test, student, task, RUNNERS.get(format, Runner))
-            found = _kernels(exported.model, format)
+        made = _build(format, deployed, inputs)
+        stage("comparing it with PyTorch")
+        parity = made.check(deployed, inputs, test, student, task)
     parity.split = split
-    described = metadata.describe(format, deployed, parity, about)
+    described = made.describe(metadata.describe(format, deployed, parity, about))
     target = wanted if parity.problem is None else rejected(wanted)
-    if format == TORCH:
-        with atomic_path(target) as temporary:
-            save_program(program, temporary, described)
-    else:
-        _write_onnx(exported.model, target, described, frames)
+    with atomic_path(target) as temporary:
+        made.write(temporary, described, frames)
     weights = size(student)
-    summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, found)
+    summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, made.kernels())
     print_card(summary, described, parity)
     if parity.problem is not None:
         raise ParityError(f"the file fails the comparison and is kept as {target}: {parity.problem}")
     write_card(summary, described, parity, deployed)
-    model = program.module() if format == TORCH else exported.model
     one = inputs.part(slice(1))
-    timed = report.measure_latency(model, f"{target.name} ({format})", deployed, student, one) if latency else None
+    timed = (
+        report.measure_latency(made.runs(), f"{target.name} ({format})", deployed, student, one) if latency else None
+    )
     report.tell(report.describe(student, one, summary, described, timed), target)
     _warn_of_outdated(Path(run))
     return target
 
 
-def _write_onnx(model: onnx.ModelProto, target: Path, described: dict[str, Any], frames: bool) -> None:
-    metadata.write(model, described)
-    file = takes_frames(model, described["preprocessing"]) if frames else model
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(file.SerializeToString())
+class _OnnxFile:
+    """An ONNX file that is built, and how it is proven, described and written."""
+
+    def __init__(self, format: str, deployed: Deployed) -> None:
+        self.format = format
+        self.exported = BUILDERS[format](deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        """Compare it; arguments as of :func:`lqkd.export.parity.check` behind the first."""
+        return check(self.exported, deployed, inputs, test, student, task, RUNNERS.get(self.format, Runner))
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        """``told`` as this format has it."""
+        return told
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        """Write it with what it says about itself."""
+        metadata.write(self.exported.model, described)
+        model = self.exported.model
+        path.write_bytes((takes_frames(model, described["preprocessing"]) if frames else model).SerializeToString())
+
+    def kernels(self) -> Kernels | None:
+        """What its runtime makes of it."""
+        if is_qonnx(self.exported.model) or self.format == TENSORRT:  # which ONNX Runtime only stands in for
+            return None
+        return (openvino.kernels if self.format == OPENVINO else kernels)(self.exported.model)
+
+    def runs(self) -> Any:
+        """What is timed."""
+        return self.exported.model
 
 
-def _kernels(model: onnx.ModelProto, format: str) -> Kernels | None:
-    if is_qonnx(model):
+class _Program(_OnnxFile):
+    """Likewise a program of ``torch.export``."""
+
+    def __init__(self, deployed: Deployed, inputs: Inputs) -> None:
+        self.program = torch_program.build(deployed, inputs)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_program(self.program, deployed, inputs, test, student, task)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        save_program(self.program, path, described)
+
+    def kernels(self) -> None:
         return None
-    return openvino.kernels(model) if format == OPENVINO else kernels(model)
+
+    def runs(self) -> Any:
+        return self.program.module()
+
+
+class _LiteRTFile(_OnnxFile):
+    """Likewise a TFLite file."""
+
+    def __init__(self, deployed: Deployed) -> None:
+        self.written = litert.build(deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_litert(self.written, deployed, inputs, test, student, task)
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        return litert.in_file(told)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        path.write_bytes(litert_file.described(self.written.content, described))
+
+    def kernels(self) -> Kernels:
+        return litert.kernels(self.written.content)
+
+
+def _build(format: str, deployed: Deployed, inputs: Inputs) -> _OnnxFile:
+    if format == TORCH:
+        return _Program(deployed, inputs)
+    return _LiteRTFile(deployed) if format == LITERT else _OnnxFile(format, deployed)
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,20 +51,30 @@ class Forced(fx.Interpreter):
         return values
 
 
-class EndToEnd(Reference):
-    """The arithmetic of integer kernels, of which each grid is compared with the file's."""
+class Compared(Reference):
+    """The arithmetic of integer kernels, of which each grid is compared with the file's.
 
-    def __init__(self, network: fx.GraphModule, theirs: dict[str, np.ndarray]) -> None:
+    Args:
+        network: the deployed network.
+        theirs: the file's codes by node, as the grids have them.
+        forced: whether what comes after a grid gets the file's codes.
+    """
+
+    def __init__(
+        self, network: fx.GraphModule, theirs: Mapping[str, np.ndarray] | None = None, *, forced: bool = False
+    ) -> None:
         super().__init__(network)
-        self.theirs = theirs
+        self.theirs = theirs or {}
+        self.forced = forced
         self.rows: list[LayerDifference] = []
 
     def run_node(self, n: fx.Node) -> Any:
         ours = super().run_node(n)
-        if n.name in self.theirs and isinstance(ours, Codes):
-            codes = torch.from_numpy(np.array(self.theirs[n.name])).float()
-            self.rows.append(_difference(n, ours.values + ours.grid.zero_point - codes))
-        return ours
+        if n.name not in self.theirs or not isinstance(ours, Codes):
+            return ours
+        values = torch.from_numpy(np.array(self.theirs[n.name])).float() - ours.grid.zero_point
+        self.rows.append(_difference(n, ours.values - values))
+        return replace(ours, values=values) if self.forced else ours
 
 
 def _difference(node: fx.Node, steps: Tensor) -> LayerDifference:

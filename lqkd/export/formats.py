@@ -13,6 +13,8 @@ from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.litert import LITERT, SUFFIX
+from lqkd.export.litert import require as require_litert
 from lqkd.export.nbits import NBITS
 from lqkd.export.pack_quantized import COMPRESSED
 from lqkd.export.runtimes import Runner
@@ -29,9 +31,9 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
-FORMATS = (*BUILDERS, TORCH, GGUF, NBITS, COMPRESSED)
+FORMATS = (*BUILDERS, LITERT, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-_SUFFIXES = {TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
+_SUFFIXES = {LITERT: SUFFIX, TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
 
@@ -51,6 +53,8 @@ def check_format(name: str) -> None:
         raise UsageError(f"--format {name} is unknown: use one of {', '.join(FORMATS)}")
     if name == openvino.OPENVINO:
         openvino.require()
+    if name == LITERT:
+        require_litert()
 
 
 def check_expressible(deployed: Deployed, name: str) -> None:

@@ -14,6 +14,8 @@ from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.litert import LITERT
+from lqkd.export.litert import LOADER_NOTE as LITERT_NOTE
 from lqkd.export.nodes import shape_of
 from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
 from lqkd.export.openvino import OPENVINO
@@ -25,7 +27,7 @@ from lqkd.export.tensorrt import TENSORRT
 from lqkd.models.outputs import heads
 
 PREFIX = "lqkd."
-LOADER_NOTES = {"packed2": PACKED2_NOTE, OPENVINO: OPENVINO_NOTE, TENSORRT: TENSORRT_NOTE}
+LOADER_NOTES = {"packed2": PACKED2_NOTE, OPENVINO: OPENVINO_NOTE, LITERT: LITERT_NOTE, TENSORRT: TENSORRT_NOTE}
 """By format, what a user of a file must know."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
-from lqkd.export.differences import EndToEnd, Forced, LayerDifference
+from lqkd.export.differences import Compared, Forced, LayerDifference
 from lqkd.export.emitter import Exported
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Reference
@@ -35,7 +35,7 @@ OPTIMISED_FRACTION = 1e-2
 """At most so many by one step with it: integer kernels round products of scales."""
 END_TO_END_FRACTION = 1e-2
 """At most so many codes of the last grid may differ end to end from what integer kernels compute by the formulas."""
-_REPRODUCED = ("x86_64", "AMD64")
+REPRODUCED = ("x86_64", "AMD64")
 """Processors whose kernels the reference has: others round additions in fixed point."""
 OUTPUT_TOLERANCE = 1e-4
 """Of the largest number of an output, the logits say, given the same input of the last layer."""
@@ -152,11 +152,11 @@ def check(
         parity.problem = "a scale in the file differs from the student's"
     inputs = as_float32(example, "an example")
     parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, runner, optimised=False)
-    _judge(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
+    judge_layers(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
     if not is_qonnx(exported.model):
         parity.optimised, found = _compare(exported, deployed, inputs, runner, optimised=True)
         parity.outputs = {name: max(apart, found[name]) for name, apart in parity.outputs.items()}
-        _judge(parity, parity.optimised, "as optimised by the runtime", OPTIMISED_FRACTION)
+        judge_layers(parity, parity.optimised, "as optimised by the runtime", OPTIMISED_FRACTION)
     judge_outputs(parity, ", after layers that agree")
     whole = runner(exported.model, optimised=True)
     _check_batches(parity, whole, inputs)
@@ -181,16 +181,10 @@ def check(
 def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
     run = type(whole)(exported.model, optimised=True, tensors=list(exported.grids.values()))
     found, theirs = run(inputs), whole(inputs)
-    reference = EndToEnd(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    reference = Compared(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
-    result = next(node for node in deployed.network.graph.nodes if node.op == "output")
-    steps = [
-        np.abs(ours[name].numpy() - theirs[name]) / float(reference.steps[node.name].min())
-        for name, node in heads(result.args[0], OUTPUT).items()
-    ]
-    finite = all(np.isfinite(apart).all() for apart in steps)
-    parity.output_steps = max(float(apart.max()) for apart in steps) if finite else float("inf")
-    reproduced = whole.reproduced and platform.machine() in _REPRODUCED
+    parity.output_steps = output_steps(ours, theirs, deployed, reference)
+    reproduced = whole.reproduced and platform.machine() in REPRODUCED
     parity.end_to_end, parity.exact = reference.rows, reference.exact and reproduced
     if not parity.exact or not parity.end_to_end:
         return
@@ -200,6 +194,19 @@ def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, 
             f"integer kernels do not compute what they should: end to end {last.fraction:.2%} of the codes of "
             f"{last.name} differ, the first difference arises at {first.name}"
         )
+
+
+def output_steps(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, np.ndarray], deployed: Deployed, reference: Reference
+) -> float:
+    """The largest difference of an output, in steps of the accumulators before it, of which ``reference`` was run."""
+    result = next(node for node in deployed.network.graph.nodes if node.op == "output")
+    steps = [
+        np.abs(ours[name].numpy() - theirs[name]) / float(reference.steps[node.name].min())
+        for name, node in heads(result.args[0], OUTPUT).items()
+    ]
+    finite = all(np.isfinite(apart).all() for apart in steps)
+    return max(float(apart.max()) for apart in steps) if finite else float("inf")
 
 
 @torch.no_grad()
@@ -230,7 +237,8 @@ def judge_outputs(parity: Parity, where: str = "", tolerance: float = OUTPUT_TOL
             parity.problem = f"{name} differ by {apart:.2g} of the largest{where}"
 
 
-def _judge(parity: Parity, rows: Sequence[LayerDifference], how: str, fraction: float) -> None:
+def judge_layers(parity: Parity, rows: Sequence[LayerDifference], how: str, fraction: float) -> None:
+    """Say which grid is the first whose codes differ by more than a step, or more of them than ``fraction``."""
     for row in rows:
         if parity.problem is None and (row.steps > 1 or _too_many(row, fraction)):
             parity.problem = (

@@ -126,6 +126,25 @@ class Reference(fx.Interpreter):
     def _rounds(self, node: fx.Node) -> bool:
         return not isinstance(self.submodules[str(node.target)], LookupGrid | SignGrid)
 
+    # ---- roundings: codes that the limits of the grid still have to clamp
+
+    def quantised(self, x: Tensor, grid: ActivationGrid) -> Tensor:
+        """Codes of real numbers."""
+        return grid.codes(x)
+
+    def requantised(self, sums: Tensor, x: Codes, layer: IntegerLayer, grid: ActivationGrid) -> Tensor:
+        """Codes of what a layer summed of the codes ``x``."""
+        factor = layer.by_channel(x.grid.scale * (layer.scale / layer.multiplier), sums.ndim)
+        return rounded(sums, factor / grid.scale, grid)
+
+    def added(self, a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:
+        """Codes of ``a + b``; of ``a`` on another grid where there is no ``b``."""
+        return added(a, b, grid)
+
+    def multiplied(self, a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
+        """Codes of ``a * b``."""
+        return multiplied(a, b, grid)
+
     # ---- kernels: each returns None where a runtime computes in floating point
 
     def _grid(self, node: fx.Node, found: Operation, x: Any) -> Codes | None:
@@ -133,9 +152,9 @@ class Reference(fx.Interpreter):
         if isinstance(grid, LookupGrid):
             return None
         if isinstance(grid, SignGrid) or isinstance(x, Tensor):
-            codes, clamps = grid.codes(_real(x)), ()
+            codes, clamps = self.quantised(_real(x), grid), ()
         elif isinstance(x, Codes):
-            codes, clamps = added(x, None, grid), ()
+            codes, clamps = self.added(x, None, grid), ()
         else:
             codes, clamps = x.round(grid), x.clamps
         self.step = grid.scale
@@ -150,9 +169,9 @@ class Reference(fx.Interpreter):
         has_grid = self._is_rounded(node) and not (linear and x.values.ndim > 2)  # which is reshaped before its grid
         if not (linear or has_grid):
             return None
-        sums, factor = layer.sums(x.values, x.largest), layer.by_channel(scale, x.values.ndim)
+        sums = layer.sums(x.values, x.largest)
         if has_grid:
-            return Unrounded(sums.shape, lambda grid: rounded(sums, factor / grid.scale, grid))
+            return Unrounded(sums.shape, lambda grid: self.requantised(sums, x, layer, grid))
         self.step = scale
         return sums * scale
 
@@ -164,7 +183,7 @@ class Reference(fx.Interpreter):
 
         def in_turn(grid: ActivationGrid) -> Tensor:
             a, b = orders.pop()
-            return added(a, b, grid)
+            return self.added(a, b, grid)
 
         return Unrounded(_joint_shape(operands), in_turn)
 
@@ -172,7 +191,7 @@ class Reference(fx.Interpreter):
         if not self._is_pair(node, operands):
             return None
         a, b = operands
-        return Unrounded(_joint_shape(operands), lambda grid: multiplied(a, b, grid))
+        return Unrounded(_joint_shape(operands), lambda grid: self.multiplied(a, b, grid))
 
     def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
         return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
@@ -199,7 +218,7 @@ class Reference(fx.Interpreter):
     def _clamp(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         if isinstance(x, Codes) and self._is_rounded(node):
             codes = x
-            x = Unrounded(codes.values.shape, lambda grid: added(codes, None, grid))
+            x = Unrounded(codes.values.shape, lambda grid: self.added(codes, None, grid))
         limits = (found.settings["low"], found.settings["high"])
         return replace(x, clamps=(limits, *x.clamps)) if isinstance(x, Unrounded) else None
 

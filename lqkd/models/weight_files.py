@@ -23,7 +23,7 @@ _AVERAGED = "n_averaged"
 """What :class:`torch.optim.swa_utils.AveragedModel` counts, beside the network that it wraps."""
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "ema", "state_dict_ema", "model_ema")
 """Names under which programs keep the state dict in what they save, those that are taken first before the others."""
-_EXPORTED = (".onnx", ".pt2", ".gguf")
+_EXPORTED = (".onnx", ".tflite", ".pt2", ".gguf")
 _INDEX = ".index.json"
 """How the file ends that says which of several files holds a tensor."""
 

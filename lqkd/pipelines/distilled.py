@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -79,9 +80,9 @@ class Distilled:
 
         Args:
             path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats,
-                ``student.gguf``, or the folder ``student.compressed-tensors``.
-            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``gguf``, ``nbits`` or ``compressed-tensors``:
-                see ``docs/export.md``.
+                ``student.tflite``, ``student.gguf``, or the folder ``student.compressed-tensors``.
+            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``litert``, ``gguf``, ``nbits`` or
+                ``compressed-tensors``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -95,17 +96,18 @@ class Distilled:
         from lqkd.export import require
 
         require()
-        from lqkd.export import to_onnx
+        from lqkd.export import to_litert, to_onnx
         from lqkd.export.command import told_of_data
         from lqkd.export.formats import BUILDERS, file_name
         from lqkd.export.gguf_command import tokenizer_of, write_gguf
         from lqkd.export.gguf_file import GGUF
+        from lqkd.export.litert import LITERT
         from lqkd.export.nbits import NBITS
         from lqkd.export.nbits_command import write_nbits
         from lqkd.export.pack_quantized import COMPRESSED
         from lqkd.export.pack_quantized_command import write_compressed_tensors
 
-        known = (*BUILDERS, GGUF, NBITS, COMPRESSED)
+        known = (*BUILDERS, LITERT, GGUF, NBITS, COMPRESSED)
         if format not in known:
             raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(known)}")
         target = self.folder / file_name(format) if path is None else Path(path)
@@ -129,11 +131,11 @@ class Distilled:
                 write = write_gguf if format == GGUF else write_compressed_tensors
                 write(*given, tokenizer_of(self._data, self.network))
             return target
-        to_onnx(
+        to_file = to_litert if format == LITERT else partial(to_onnx, format=format)
+        to_file(
             self.network,
             example,
             target,
-            format=format,
             calibration=calibration,
             test=None if split is None else self._batches(split),
             about=told_of_data(self._data, example) | dict(about or {}),

@@ -23,6 +23,7 @@ _FILES = {"student.safetensors": "student", "network.safetensors": "network"}
 _OTHERS = {
     ".onnx": "ONNX Runtime runs it, as python -m lqkd predict {} IMAGE does",
     ".gguf": "llama.cpp runs it, and lqkd.export.from_gguf reads it",
+    ".tflite": "LiteRT's interpreter runs it",
     ".pt2": "torch.export.load loads it, and python -m lqkd predict {} IMAGE asks it",
     ".ckpt": "give the folder of its run, whose student.safetensors has the best weights",
 }

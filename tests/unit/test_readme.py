@@ -1,4 +1,4 @@
-"""README's figure and its numbers are those of the tables in results/."""
+"""README's figure, its numbers and the table of runtimes are those of the tables in results/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figure
+from benchmarks import figure, runtimes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,3 +48,7 @@ def test_the_picture_has_its_numbers_in_words(measured: tuple[float, figure.Accu
 
 def test_readme_is_read_in_two_minutes() -> None:
     assert len(README.splitlines()) <= 115
+
+
+def test_the_page_about_export_has_the_table_of_runtimes_as_it_was_measured() -> None:
+    assert runtimes.table() in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
