@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SERVER = """
-import gc, json, os, resource, sys, traceback
+import gc
+gc.disable()  # to look for garbage among what is imported takes a third of the time
+import json, os, resource, sys, traceback
 import sklearn.datasets, torch, torchvision, lightning.pytorch.cli
 import lqkd.cli, lqkd.runs.lightning_cli, lqkd.data, lqkd.losses, lqkd.regularizers, lqkd.models, lqkd.callbacks
 import lqkd.callbacks.regularizer.pictures as pictures
 pictures.pictures = lambda *history: iter(())  # they would take most of the time
 torch.set_num_threads(1)
-gc.collect(), gc.freeze()  # what is shared is not looked through, and so not copied, in every fork
+gc.freeze(), gc.enable()  # what is shared is not looked through, and so not copied, in every fork
 print("ready", flush=True)
 def child(order, environment, log):
     os.setsid()
