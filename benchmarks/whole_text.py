@@ -2,11 +2,10 @@
 
     python -m benchmarks.whole_text wikitext2_test.txt
 
-cuts the text into windows that each begin anew, as :class:`lqkd.data.TextFiles` does and, from the text itself with its
-own tokenizer, as transformers would have them, which must be the same. The network is the one that transformers loads;
-that :func:`lqkd.models.causal_lm` gives the same logits, to the last bit, is seen on the first window. Of every window
-transformers computes its loss, and :class:`lqkd.tasks.CausalLM` its metrics. Says what both are so far while it runs,
-and ends with status 1 where they differ in the first three digits. In float32.
+cuts the text, with the model's tokenizer, into windows that each begin anew. The network is the one that transformers
+loads; that :func:`lqkd.models.causal_lm` gives the same logits, to the last bit, is seen on the first window. Of every
+window transformers computes its loss, and :class:`lqkd.tasks.CausalLM` its metrics. Says what both are so far while it
+runs, and ends with status 1 where they differ in the first three digits. In float32.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.smollm2 import PRETRAINED
-from lqkd.data import TextFiles
+from lqkd.data.tokenized import Tokenizer
 from lqkd.models import causal_lm
 from lqkd.models.hugging_face import located
 from lqkd.tasks import CausalLM
@@ -30,23 +30,10 @@ EVERY = 60.0
 """Seconds between lines."""
 
 
-def windows_of(text: str, pretrained: str, context: int) -> Tensor:
-    """(N, context) tokens, by lqkd.
-
-    Raises:
-        SystemExit: when transformers' tokenizer has others.
-    """
-    import transformers
-
-    data = TextFiles(root=text, test=text, tokenizer=pretrained, context=context)
-    data.setup("test")
-    ours = torch.cat([batch.tokens.long() for batch in data.test_dataloader()])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**located(pretrained, "--pretrained"))
-    tokens = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    theirs = torch.tensor(tokens[: len(tokens) // context * context]).view(-1, context)
-    if not torch.equal(ours, theirs[: len(ours)]) or len(theirs) != len(ours):
-        sys.exit("the tokenizer of transformers cuts the text into other tokens")
-    return ours
+def windows_of(text: Path, pretrained: str, context: int) -> Tensor:
+    """(N, context) tokens of a text, the rest left out."""
+    tokens = torch.from_numpy(np.concatenate([*Tokenizer(pretrained).numbers([text.read_bytes()])])).long()
+    return tokens[: len(tokens) // context * context].view(-1, context)
 
 
 @torch.no_grad()
@@ -55,7 +42,7 @@ def main() -> None:
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
+    parser.add_argument("text", type=Path)
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--minutes", type=float, default=math.inf, help="windows are measured for so long")
     parser.add_argument("--pretrained", default=PRETRAINED)
