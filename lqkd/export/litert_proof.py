@@ -89,6 +89,7 @@ def check_litert(
     parity = Parity(scales_identical=altered is None, batches=(1,))
     if altered is not None:
         parity.problem = f"{altered} in the file differs from the student's"
+        return parity
     inputs = as_float32(example, "an example")
     whole = LiteRTRunner(written, deployed)
     parity.unoptimised = _on_same_input(parity, written, deployed, inputs, OwnKernels)
@@ -151,7 +152,8 @@ def _of_student(origin: Origin, on_grid: bool) -> tuple[np.ndarray | None, np.nd
     """Numbers, where they are constant, scales and zero point as they should be."""
     grid, layer = origin.grid, origin.layer
     if layer is None:
-        return None, grid.scale.numpy(), grid.zero_point - origin.offset
+        constant = None if origin.code is None else np.array([origin.code], np.int8)
+        return constant, grid.scale.numpy(), grid.zero_point - origin.offset
     if not on_grid:
         return real_bias_of(layer), layer.scale.numpy(), 0
     codes, scale = bias_of(layer, grid) if origin.order is None else weight_of(layer, origin.order)

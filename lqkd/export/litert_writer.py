@@ -97,12 +97,14 @@ class Origin:
         offset: as of :class:`Codes`.
         layer: whose weight or bias it is; None for activations.
         order: of the axes of a weight in the file; None for a bias.
+        code: of a constant beside activations.
     """
 
     grid: ActivationGrid
     offset: int = 0
     layer: IntegerLayer | None = None
     order: tuple[int, ...] | None = None
+    code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ class Writer:
         """A constant code on the grid of a tensor."""
         made = self.like(tensor, name, [1])
         self.file.tensors[made].buffer = self.file.buffer(np.array([code], np.int8))
+        self.origins[made] = replace(self.origins[made], code=code)
         return made
 
     def shape_in_file(self, tensor: int) -> list[int]:
@@ -627,6 +630,8 @@ class Writer:
 
     def _moved_by_transpose(self, node: fx.Node, found: Operation, x: int) -> int:
         order = found.settings["order"]
+        if order[0] != 0:
+            self.refuse(node, "samples on another axis than the first")
         own = CHANNELS_LAST if len(order) == _IMAGE else tuple(range(len(order)))
         return self._permuted(x, [own.index(order[axis]) for axis in own], self.label(node))
 

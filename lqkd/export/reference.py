@@ -126,6 +126,9 @@ class Reference(fx.Interpreter):
     def _rounds(self, node: fx.Node) -> bool:
         return not isinstance(self.submodules[str(node.target)], LookupGrid | SignGrid)
 
+    reshapes = True
+    """Whether the result of a linear layer on three axes is reshaped, in floating point, before its grid."""
+
     # ---- roundings: codes that the limits of the grid still have to clamp
 
     def quantised(self, x: Tensor, grid: ActivationGrid) -> Tensor:
@@ -166,7 +169,7 @@ class Reference(fx.Interpreter):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
         linear = isinstance(layer, IntegerLinear)
-        has_grid = self._is_rounded(node) and not (linear and x.values.ndim > 2)  # which is reshaped before its grid
+        has_grid = self._is_rounded(node) and not (linear and self.reshapes and x.values.ndim > 2)
         if not (linear or has_grid):
             return None
         sums = layer.sums(x.values, x.largest)

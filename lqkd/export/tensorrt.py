@@ -27,6 +27,7 @@ TENSORRT = "tensorrt"
 LOADER_NOTE = "build it with strong typing: trtexec --onnx=FILE --stronglyTyped"
 """What a user of such a file must know."""
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+_MOVES = ("Reshape", "Flatten", "Transpose", "Squeeze", "Slice", "MaxPool")
 
 
 def check(deployed: Deployed) -> None:
@@ -96,7 +97,8 @@ def broken_rule(model: onnx.ModelProto) -> str | None:
     * Zero points are zeros of int8, scales float32 constants above zero; a scale is of the tensor, or of each row of a
       constant.
     * What QuantizeLinear writes is read by DequantizeLinear alone, which reads nothing but that, or a constant.
-    * A convolution or matrix product has both operands from a DequantizeLinear, or neither, and a float32 bias.
+    * A convolution or matrix product has both operands from a DequantizeLinear, or neither, and a float32 bias. What
+      only moves numbers, or takes the largest, may be between: TensorRT lets Q and DQ change places with it.
 
     Args:
         model: any.
@@ -111,6 +113,11 @@ def _broken_rules(model: onnx.ModelProto) -> Iterator[str]:
     def kind_of(name: str) -> str:
         return "" if name not in producers else producers[name].op_type
 
+    def moved_from(name: str) -> str:
+        while kind_of(name) in _MOVES:
+            name = producers[name].input[0]
+        return name
+
     returned = {entry.name for entry in model.graph.output}
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -124,7 +131,7 @@ def _broken_rules(model: onnx.ModelProto) -> Iterator[str]:
         if node.op_type == "QuantizeLinear" and returned & {*node.output}:
             yield f"{node.name} is an output, in codes"
         if node.op_type in _PRODUCTS:
-            on_grids = [kind_of(name) == "DequantizeLinear" for name in node.input[:2]]
+            on_grids = [kind_of(moved_from(name)) == "DequantizeLinear" for name in node.input[:2]]
             if any(on_grids) and not all(on_grids):
                 yield f"{node.name} has one operand on a grid and one in floating point"
             if len(node.input) > 2 and node.input[2] and getattr(held.get(node.input[2]), "dtype", None) != np.float32:

@@ -123,9 +123,8 @@ class DistillModule(TaskModule):
             Evaluations, batches of another size than the first (the last of an epoch), losses and optimizers stay
             eager.
         gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
-            reference that a training should beat (:func:`lqkd.quantization.gptq`): each of its blocks runs over them
-            once for each linear layer in it, and the test split is measured once more; the student is then what it was.
-            0 for none.
+            reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
+            each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
         gradient_checkpointing: whether blocks of the student compute their activations again in the backward pass, in
             place of keeping them, for the same numbers (:func:`lqkd.models.recompute_activations`).
 
@@ -578,6 +577,7 @@ class DistillModule(TaskModule):
                 "student": student if sees_rows else None,
                 "labels": labels if sees_rows else None,
                 "positions": positions if sees_rows else None,
+                "independent": True if sees_rows and self.task.independent_logits else None,
             }
             reports[name] = {key: value for key, value in reports[name].items() if value is not None}
         report: dict[str, Any] = {"terms": reports} if self.distillation.named else dict(*reports.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,8 @@ from lqkd.errors import UsageError
 from lqkd.quantization.calibrate import without_compiler
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
-from lqkd.quantization.quantizers import SEQ, Quantizer, UniformQuantizer
+from lqkd.quantization.quantizers import SEQ, LevelwiseStep, Quantizer, UniformQuantizer
 from lqkd.quantization.quantizers.base import mean_over_ranks
-from lqkd.quantization.repeated import RepeatedPasses
 
 BLOCK = 128
 """Columns after which their errors reach those beyond, as in the paper: nothing but the time depends on it."""
@@ -156,9 +155,8 @@ def gptq(
     """Give every quantised linear layer the codes of :func:`gptq_weight`, in place and without training.
 
     Layers take turns in the order in which a pass calls them, and each sees the inputs that the layers before it give
-    it on their new codes (:class:`~lqkd.quantization.repeated.RepeatedPasses` computes what of a pass is new).
-    Embeddings, convolutions, attention's own projections, and weights that two modules share stay as rounding leaves
-    them.
+    it on their new codes: so the network runs over the batches once for each layer. Embeddings, convolutions,
+    attention's own projections, and weights that two modules share stay as rounding leaves them.
 
     Args:
         model: a network with fitted quantizers, whose latent weights become what their grids say; its grids of groups
@@ -193,21 +191,27 @@ def gptq(
         raise UsageError("GPTQ needs at least one batch to calibrate on")
     _check_damping(damping)
     layers = _linear_layers(model)
-    for layer in layers.values():
+    for name, layer in layers.items():
         _check(cast(Quantizer, layer.weight_quantizer))
+        if isinstance(layer.input_quantizer, LevelwiseStep):
+            raise UsageError(
+                f"GPTQ is not possible for layer {name!r}, whose input has a step for each call: it takes one for all, "
+                "per_level null"
+            )
     with evaluating(model), without_compiler(model):
-        passes = RepeatedPasses(model, batches, call or nn.Module.__call__, layers)
-        for done, name in enumerate(passes.order):
+        run = _Calibration(model, batches, call)
+        names = [name for name in run.order(layers) if name in layers]
+        for done, name in enumerate(names):
             if progress is not None:
-                progress(done, len(passes.order))
+                progress(done, len(names))
             layer = layers[name]
             quantizer = cast(Quantizer, layer.weight_quantizer)
             weight = layer.weight
             try:
-                weight.copy_(gptq_weight(weight, _hessian(layer, passes.inputs(name)), quantizer, damping))
+                weight.copy_(gptq_weight(weight, run.hessian(layer), quantizer, damping))
             except UsageError as error:
                 raise UsageError(f"layer {name!r}: {error}") from error
-    return passes.order
+    return names
 
 
 def _linear_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -232,13 +236,47 @@ def _linear_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return found
 
 
-def _hessian(layer: QuantizedLayer, inputs: Iterable[Tensor]) -> Tensor:
-    """The mean of ``x x^T`` over the rows of the layer's quantised inputs, (I, I) float64, over all ranks."""
-    width = layer.weight.shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=layer.weight.device)
-    rows = 0
-    for given in inputs:
-        x = layer.quantized_input(given).reshape(-1, width).double()  # which no autocast rounds
-        total.add_(x.T @ x)
-        rows += len(x)
-    return mean_over_ranks(total / max(rows, 1))
+class _Calibration:
+    """Passes of a network over batches, and what its layers see."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], call: Callable[[nn.Module, Any], Any] | None) -> None:
+        self.model, self.batches, self.call = model, batches, call
+
+    def _run(self, batch: Any) -> None:
+        self.model(batch) if self.call is None else self.call(self.model, batch)
+
+    def order(self, layers: dict[str, QuantizedLayer]) -> list[str]:
+        """Names of the layers that a pass calls, in the order of the last call of each."""
+        names, called = {id(layer): name for name, layer in layers.items()}, dict[str, None]()
+
+        def note(layer: nn.Module, _: Any) -> None:
+            called.pop(names[id(layer)], None)
+            called[names[id(layer)]] = None
+
+        handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+        try:
+            self._run(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return list(called)
+
+    def hessian(self, layer: QuantizedLayer) -> Tensor:
+        """The mean of ``x x^T`` over the rows of the layer's quantised inputs, (I, I) float64, over all ranks."""
+        width = layer.weight.shape[1]
+        total = torch.zeros(width, width, dtype=torch.float64, device=layer.weight.device)
+        rows = 0
+
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal rows
+            x = layer.quantized_input(inputs[0]).reshape(-1, width).double()  # which no autocast rounds
+            total.add_(x.T @ x)
+            rows += len(x)
+
+        handle = layer.register_forward_pre_hook(add)
+        try:
+            for batch in self.batches:
+                self._run(batch)
+        finally:
+            handle.remove()
+        return mean_over_ranks(total / max(rows, 1))

@@ -36,7 +36,8 @@ class SampleWeight(Regularizer):
     classes of that of each, over log 2, and the difference that of both log-probabilities. A map of features of samples
     with many rows (N, C), pixels or positions of a detector, is weighed by one weight a sample, and each pair of taps
     has its own: of the means of these numbers over the sample's rows, where classes are there or not each as heavy as
-    the teacher is sure of one, so that positions without an object hardly count (Du et al., arXiv 2111.00674).
+    the teacher is sure of one, so that positions without an object hardly count (Du et al., arXiv 2111.00674). A
+    sample without rows has weight 1.
 
     What the weight of *each sample* does, and what any weights of that size would do, is told apart by what the student
     gets of it (``applied``); phi learns the same in all cases, and statistics are of what it learns.
@@ -92,7 +93,8 @@ class SampleWeight(Regularizer):
         sums = numbers.new_zeros(samples.number, numbers.shape[1])
         sums = sums.index_add(0, samples.of_rows, numbers * heavy.unsqueeze(1))
         total = heavy.new_zeros(samples.number).index_add(0, samples.of_rows, heavy)
-        return self.network(sums / total.clamp_min(_LEAST).unsqueeze(1))
+        response = self.network(sums / total.clamp_min(_LEAST).unsqueeze(1))
+        return torch.where(total > 0, response, torch.ones_like(response))
 
     def _numbers(self, teacher: Tensor, student: Tensor) -> Tensor:  # (N, C), (N, C) -> (N, 5)
         look = _independent if self.independent else _features

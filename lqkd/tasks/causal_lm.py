@@ -143,12 +143,17 @@ class CausalLM(Task):
 
     def positions(self, batch: Any) -> Tensor:
         """Of each token that is predicted, how many are before it in its text: (N,) from 1 on."""
-        labels = self._targets(batch)
-        flat = torch.arange(1, labels.shape[1] + 1, device=labels.device).expand_as(labels).flatten()
+        flat = self._before(batch)[:, 1:].flatten()
         if not self._chooses(batch):
             return flat
-        kept = flat[labels.flatten() >= 0]
+        kept = flat[self._targets(batch).flatten() >= 0]
         return kept if len(kept) else flat[:1]
+
+    def _before(self, batch: Any) -> Tensor:
+        """(B, T) how many tokens, without padding, are before each place."""
+        tokens, mask = self._text(batch).tokens, self._mask(batch)
+        counted = torch.ones_like(tokens) if mask is None else (mask != 0).to(tokens.dtype)
+        return counted.cumsum(1) - counted
 
     def part(self, batch: Any, samples: slice) -> Any:
         text = self._text(batch)
@@ -236,7 +241,7 @@ class CausalLM(Task):
             )
         if largest >= outputs.shape[-1]:
             raise UsageError(
-                f"token {largest} is out of range: the network knows {outputs.shape[-1]}, numbered from 0 on; the "
+                f"label {largest} is out of range: the network knows {outputs.shape[-1]}, numbered from 0 on; a "
                 "tokenizer must be that of the network"
             )
 

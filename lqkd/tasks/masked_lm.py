@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lqkd.errors import UsageError
@@ -31,8 +30,7 @@ class MaskedLM(CausalLM):
 
     def positions(self, batch: Any) -> Tensor:
         """Of each row, how many tokens are before it in its text: (N,)."""
-        labels = self._targets(batch)
-        kept = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[labels >= 0]
+        kept = self._before(batch)[self._targets(batch) >= 0]
         return kept if len(kept) else kept.new_zeros(1)
 
     def check_batch(self, outputs: Tensor, batch: Any) -> None:

@@ -38,7 +38,7 @@ def _edges(decades: tuple[int, int], per_decade: int) -> list[float]:
 WEIGHT_EDGES = _edges(WEIGHT_DECADES, WEIGHTS_PER_DECADE)
 DIVERGENCE_EDGES = _edges(DIVERGENCE_DECADES, DIVERGENCES_PER_DECADE)
 
-POSITIONS = tuple(2**i for i in range(20))
+POSITIONS = (0, *(2**i for i in range(20)))
 """Lower edges of the bins of the position in a sequence, and of how often a label came."""
 MANY = 100
 """From so many classes on weights are also told by how often a label came."""
@@ -87,7 +87,7 @@ def measure(
     sums: Sums = {}
     for (weights, divergence), optimum in zip(parts, optima, strict=True):
         add(sums, _of_elements(weights, divergence, optimum))
-        add(sums, _of_samples(weights, divergence, report))
+        add(sums, _of_samples(weights, divergence, report, len(parts)))
         add(sums, _of_places(weights, divergence))
     return sums
 
@@ -156,7 +156,7 @@ def _boundaries(edges: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(edges[1:], device=device)
 
 
-def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any]) -> Sums:
+def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any], maps: int) -> Sums:
     teacher, labels = outputs.get("teacher"), outputs.get("labels")
     if teacher is None or divergence.ndim == 0:
         return {}
@@ -167,13 +167,14 @@ def _of_samples(weights: Tensor, divergence: Tensor, outputs: Mapping[str, Any])
     mean = weights.flatten(1).mean(1) if weights.ndim > 1 else weights
     mean = mean.expand(samples)
     one = torch.ones_like(mean)
-    confidence = teacher.softmax(1).amax(1)
+    confidence = (teacher.sigmoid() if outputs.get("independent") else teacher.softmax(1)).amax(1)
     index = _bin_of(confidence, CONFIDENCES)
     index = torch.where(confidence.isnan(), len(CONFIDENCES), index)
     sums = {"confidence": _binned(index, mean, one, bins=len(CONFIDENCES))}
     if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
         known = (labels >= 0) & (labels < classes)
-        sums["label"] = _binned(torch.where(known, labels, classes).long(), mean, one, bins=classes)
+        index = torch.where(known, labels, classes).long()
+        sums["label"] = _binned(index, mean, one, one / maps, bins=classes)  # the last: rows, however many maps
     positions = outputs.get("positions")
     if positions is not None:
         sums["position"] = _binned(_bin_of(positions, POSITIONS), mean, one, bins=len(POSITIONS))
@@ -240,14 +241,14 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     bins = {"confidence": CONFIDENCES, "position": POSITIONS, "divergence": DIVERGENCE_EDGES}
     for name in ("label", "output", "confidence", "position", "divergence"):
         if name in sums:
-            total_weight, count = sums[name]
+            total_weight, count, *_ = sums[name]
             columns = {"value": (total_weight / count).tolist(), "count": count.tolist()}
             if name == "divergence" and "optimum" in sums:
                 columns["optimum"] = (sums["optimum"][0] / count).tolist()
             found[name] = EpochStatistic(epoch, list(bins.get(name, range(len(count)))), columns)
     if "label" in sums and sums["label"].shape[1] >= MANY:
-        weight, count = sums["label"]
-        found["frequency"] = _by_frequency(weight, count, epoch)
+        weight, count, rows = sums["label"]
+        found["frequency"] = _by_frequency(weight, count, rows, epoch)
     if "place" in sums:
         weight, differs, count = sums["place"]
         columns = {"value": weight / count, "count": count, "divergence": differs / count}
@@ -256,12 +257,11 @@ def statistics(sums: Sums, epoch: int) -> dict[str, EpochStatistic]:
     return {name: statistic for name, statistic in found.items() if any(statistic.columns["count"])}
 
 
-def _by_frequency(weight: Tensor, count: Tensor, epoch: int) -> EpochStatistic:
+def _by_frequency(weight: Tensor, count: Tensor, rows_of: Tensor, epoch: int) -> EpochStatistic:
     """Mean weight of rows by how often their label came, of sums (C,) by label."""
     came = count > 0
-    total, rows, labels = _binned(
-        _bin_of(count[came], POSITIONS), weight[came], count[came], torch.ones_like(count[came]), bins=len(POSITIONS)
-    )
+    index = _bin_of(rows_of[came].round(), POSITIONS)
+    total, rows, labels = _binned(index, weight[came], count[came], torch.ones_like(count[came]), bins=len(POSITIONS))
     columns = {"value": total / rows, "count": rows, "labels": labels}
     return EpochStatistic(epoch, list(POSITIONS), {key: column.tolist() for key, column in columns.items()})
 

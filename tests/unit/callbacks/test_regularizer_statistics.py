@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lqkd.callbacks.regularizer.monitor import RegularizerMonitor
+from lqkd.callbacks.regularizer.statistics import measure, statistics
 from lqkd.errors import UsageError
 from lqkd.regularizers import Adversarial, Entropy, LearnableTable, LookAhead, Regularizer
 from lqkd.runs.logger import RunLogger
@@ -153,6 +154,22 @@ def test_weights_by_confidence_go_by_the_teachers_largest_probability(
     edges = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
     bins = [max(edge for edge in edges if edge <= c) for c in confidence]
     _check(_rows(tmp_path, "confidence"), _expected(bins, _all(WEIGHTS).mean(2).flatten().tolist()))
+
+
+def test_of_classes_that_are_there_or_not_the_largest_probability_is_a_sigmoid(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    more = {"teacher": torch.tensor([[-9.0], [-9.0], [9.0]]), "independent": True}
+    dummy = Dummy(lambda e, b: torch.ones(3, 1), lambda e, b: torch.ones(3, 1), more=lambda e, b: more)
+    _fit(make_trainer, tmp_path, dummy)
+    assert {edge: row["count"] for edge, row in _rows(tmp_path, "confidence").items()} == {"0.0": 8.0, "0.999": 4.0}
+
+
+def test_a_label_came_once_however_many_maps_weigh_it() -> None:
+    report = {"teacher": torch.zeros(3, 100), "labels": torch.tensor([4, 4, 9])}
+    parts = [(torch.ones(3, 1), torch.ones(3, 100))] * 3
+    frequency = statistics(measure(parts, report, [lambda divergence: None] * 3), 0)["frequency"]
+    assert [row["bin"] for row in frequency.rows()] == [1, 2]
 
 
 def test_weights_of_tokens_go_by_position_and_of_many_classes_by_how_often_a_label_came(

@@ -241,3 +241,35 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytes
     monkeypatch.setattr(litert, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs ai-edge-litert.*pip install 'lqkd\[litert\]'"):
         litert.require()
+
+
+def test_linear_layers_on_three_axes_round_as_others_do() -> None:
+    tokens = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 16)
+    )
+    student = quantised(nn.Sequential(*tokens, nn.ReLU(), nn.Linear(16, 4), nn.Flatten()), bits="w4a4")
+    to_litert(student, images(32), calibration=[images(32)])
+
+
+class Turned(nn.Module):
+    """Takes samples for something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x[:, 0].transpose(0, 1)))).transpose(0, 1)
+
+
+def test_samples_on_another_axis_are_refused() -> None:
+    with pytest.raises(UsageError, match="cannot have samples on another axis than the first"):
+        to_litert(quantised(Turned(), bits="w8a8"), images(8), calibration=[images(32)])
+
+
+def test_the_code_of_a_constant_beside_an_image_is_looked_at() -> None:
+    written = litert.build(deployed_mobile("w8a8"))
+    model = unpacked(written.content)
+    tensor = next(tensor for tensor in model.subgraphs[0].tensors if tensor.name.endswith(b".padded.value"))
+    model.buffers[tensor.buffer].data = np.array([5], np.int8).view(np.uint8)
+    assert altered_number(replace(written, content=packed(model))) == tensor.name.decode()

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, tensorrt, to_onnx
@@ -79,6 +80,19 @@ def test_a_student_that_was_not_trained_for_it_is_refused_with_the_setting() -> 
 def test_settings_that_it_does_not_have_are_refused_before_training(recipe: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         quantised(**{"bits": "w8a8", "target": "tensorrt", **recipe})
+
+
+class Tokens(nn.Sequential):
+    """Linear layers on three axes behind a convolution and a pooling, as in a network of tokens."""
+
+    def __init__(self) -> None:
+        convolutions = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        super().__init__(*convolutions, nn.Flatten(2), nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 4), nn.Flatten())
+
+
+def test_what_moves_numbers_may_stand_between_a_grid_and_a_layer() -> None:
+    network = quantised(Tokens(), bits="w8a8", target="tensorrt", residual_bits=8)
+    to_onnx(network, images(8), format="tensorrt", calibration=[images(32)], test=[images(64)])
 
 
 def test_a_layer_may_stay_in_floating_point() -> None:

@@ -84,7 +84,11 @@ def test_loss_rows_and_metrics_are_those_of_the_tokens_that_follow(logits: Tenso
     assert rows.logits.shape == (len(expected), V)
     assert rows.labels.tolist() == [label for text in labels for label in text[1:] if label >= 0]
     assert int(task.counted(rows, batch)) == len(expected)
-    places = [place for text in labels for place, label in enumerate(text) if place and label >= 0]
+    mask = batch["attention_mask"] if isinstance(batch, dict) and "attention_mask" in batch else torch.ones_like(tokens)
+    before = (mask.cumsum(1) - mask).tolist()
+    places = [
+        before[text][place] for text, of in enumerate(labels) for place, label in enumerate(of) if place and label >= 0
+    ]
     assert task.positions(batch).tolist() == places
     own = torch.nn.functional.cross_entropy(rows.logits.double(), rows.labels, reduction="none")
     assert own.tolist() == pytest.approx(expected, rel=1e-6)
@@ -183,7 +187,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(logits: Tensor, tokens: Tens
         task.check({"teacher": torch.zeros(1, 5, 9), "student": logits}, None)
     with pytest.raises(UsageError, match="the data have 256 tokens, and logits are of fewer"):
         task.check({"student": logits}, SimpleNamespace(num_classes=256))
-    with pytest.raises(UsageError, match="token 7 is out of range: the network knows 7"):
+    with pytest.raises(UsageError, match="label 7 is out of range: the network knows 7"):
         task.check_batch(logits, tokens.index_fill(0, torch.tensor([0]), V))
     with pytest.raises(UsageError, match="logits of 4 places for 5 tokens"):
         task.check_batch(logits[:, 1:], tokens)
@@ -196,3 +200,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(logits: Tensor, tokens: Tens
     for arguments in ({"vocabulary": 1}, {"bytes_per_token": 0.0}):
         with pytest.raises(UsageError, match="is not possible"):
             CausalLM(**arguments)
+
+
+def test_padding_is_not_before_a_token() -> None:
+    batch = {
+        "input_ids": torch.ones(2, 5, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    }
+    rows = CausalLM().rows(torch.zeros(2, 5, 7), batch)
+    positions = CausalLM().positions(batch)
+    assert positions.tolist() == [1, 2, 1, 2, 3]
+    assert len(rows.logits) == len(positions)

@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
     task = MaskedLM()
     with pytest.raises(UsageError, match="has no 'labels', which say what is hidden where"):
         task.check_batch(torch.zeros(3, 4, 7), {"input_ids": HIDDEN})
-    with pytest.raises(UsageError, match="token 6 is out of range: the network knows 6"):
+    with pytest.raises(UsageError, match="label 6 is out of range: the network knows 6"):
         task.check_batch(torch.zeros(3, 4, 6), (HIDDEN, LABELS))
     with pytest.raises(UsageError, match="logits of 3 places for 4 tokens"):
         task.check_batch(torch.zeros(3, 3, 7), (HIDDEN, LABELS))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lqkd.errors import UsageError
-from lqkd.losses import BinaryKL, DistillationLoss, HintonKL, Standardized
+from lqkd.losses import BinaryKL, DistillationLoss, HintonKL, LogitResidual, Standardized
 from lqkd.models.outputs import Asked
 from lqkd.modules import ClassifierModule, Constant, DistillModule
 from lqkd.quantization import Recipe
-from lqkd.regularizers import ElementwiseMLP
-from lqkd.tasks import MultiLabel
+from lqkd.regularizers import ElementwiseMLP, SampleWeight
+from lqkd.tasks import Classification, Detection, MultiLabel, Segmentation, Task
 from lqkd.teachers import FrozenTeacher
 
 LABELS = torch.tensor([[1, 0, 1], [0, -1, 1], [1, 1, 0], [0, 0, 9]])
@@ -139,3 +139,19 @@ def test_a_loss_on_the_softmax_is_refused_for_several_labels(loss: DistillationL
 def test_predictions_are_the_probability_of_each_class() -> None:
     found: Tensor = task().predictions(LOGITS, BATCH)
     assert torch.equal(found, LOGITS.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("task", "independent"),
+    [(MultiLabel(3), True), (Detection(3), True), (Segmentation(3), False), (Classification(), False)],
+)
+def test_a_regularizer_is_told_whether_each_logit_is_a_class_by_itself(task: Task, independent: bool) -> None:
+    module = DistillModule(
+        FrozenTeacher(network(8)),
+        network(8),
+        distillation_loss=LogitResidual(),
+        regularizer=SampleWeight(),
+        task=task,
+    )
+    assert module.regularizer is not None
+    assert module.regularizer.independent is independent
