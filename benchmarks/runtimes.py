@@ -69,7 +69,7 @@ RUNTIMES = (
     Runtime(
         "LiteRT",
         "`litert`",
-        "1 to 8, in 8",
+        "weights 1 to 8, activations 2 to 8, in 8",
         "1.4.0 (1.0.1 does not take the file) to 2.3.0",
         "layers in floating point beside the last, and batches; phones' delegates were not tried",
         (("litert_files_cpu_litert2.3.0.csv", {}),),
