@@ -133,3 +133,19 @@ def test_what_it_cannot_calibrate_is_refused(network: nn.Module, settings: dict[
     recipe = Recipe("w2a32", first_layer_bits=None, last_layer_bits=None, **settings)
     with pytest.raises(UsageError, match=message):
         gptq(quantize_model(network, recipe)[0], [torch.randn(2, 8)])
+
+
+def test_a_layer_whose_input_has_a_step_for_each_call_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x))
+
+    x = torch.randn(16, 8)
+    model, _ = quantize_model(Twice(), Recipe("w4a4", per_level=True))
+    initialize_quantizers(model, x)
+    with pytest.raises(UsageError, match="layer 'linear', whose input has a step for each call"):
+        gptq(model.eval(), [x])
