@@ -20,6 +20,7 @@ from tests.conftest import digits, distiller, network
 from tests.recorder import Recorder
 
 MakeTrainer = Callable[..., Trainer]
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 RECIPES = [
     Recipe(bits="w4a4"),
     Recipe(bits="w2a2", weight_quantizer="apot", activation_quantizer="n2uq"),
@@ -27,13 +28,6 @@ RECIPES = [
 ]
 
 
-@pytest.fixture
-def one_compiled(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of one recipe, for each dtype; the bits are the same (tests/unit/quantization/test_kernels.py)."""
-    monkeypatch.setenv("LQKD_COMPILE", "1" if recipe is RECIPES[0] else "0")
-
-
-@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
 def test_twenty_steps_in_bfloat16_mixed_precision_learn_and_keep_float32_parameters(
     make_trainer: MakeTrainer, recipe: Recipe
@@ -58,7 +52,6 @@ def test_a_precision_that_two_optimizers_cannot_train_in_is_refused(precision: s
         check_trainer_settings(SimpleNamespace(precision=precision))
 
 
-@pytest.mark.usefixtures("one_compiled")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
 def test_a_quantised_network_trains_twenty_steps_under_autocast_on_its_own(recipe: Recipe, dtype: torch.dtype) -> None:
@@ -109,7 +102,6 @@ class Plain(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-@pytest.mark.usefixtures("one_compiled")
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.bits)
 def test_a_precision_plugin_leaves_grids_in_float32(make_trainer: MakeTrainer, recipe: Recipe, precision: str) -> None:

@@ -178,7 +178,7 @@ def test_of_two_specialists_the_one_that_knows_the_sample_is_heard() -> None:
     new = replace(Problem.of(fresh, its_labels, directions(teachers)), unit=problem.unit)
     new.seen, new.reduced = (forms.centred_logits(fresh) / problem.unit for _ in range(2))
     others = [
-        float(F.cross_entropy(new.logits(problem.minimise(problem.start(form), strength, 1e-6)), its_labels))
+        float(F.cross_entropy(new.logits(problem.minimise(problem.start(form), strength)), its_labels))
         for form in ("temperature", "bias", "diagonal", "linear")
         for strength in (10.0, 1.0, 0.1)
     ]
