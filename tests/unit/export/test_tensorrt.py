@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, tensorrt, to_onnx
@@ -82,16 +83,27 @@ def test_settings_that_it_does_not_have_are_refused_before_training(recipe: dict
         quantised(**{"bits": "w8a8", "target": "tensorrt", **recipe})
 
 
-class Tokens(nn.Sequential):
-    """Linear layers on three axes behind a convolution and a pooling, as in a network of tokens."""
+class Moving(nn.Module):
+    """Everything that moves numbers, or takes the largest, in front of a layer."""
 
     def __init__(self) -> None:
-        convolutions = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-        super().__init__(*convolutions, nn.Flatten(2), nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 4), nn.Flatten())
+        super().__init__()
+        self.stem, self.pooled, self.padded = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        self.wide = nn.Conv2d(8, 4, 1)
+        self.token, self.turned = nn.Linear(36, 16), nn.Linear(4, 4)
+        self.first, self.all = nn.Linear(4, 5), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.pooled(F.max_pool2d(F.relu(self.stem(x)), 2)))
+        x = F.relu(self.padded(F.pad(x, (0, 1, 0, 1))))
+        x = F.relu(self.wide(F.interpolate(x, scale_factor=3.0, mode="nearest")))
+        x = F.relu(self.token(x.flatten(2)))
+        x = F.relu(self.turned(x.transpose(1, 2)))
+        return self.first(x[:, 0]) + self.all(x.flatten(1))
 
 
 def test_what_moves_numbers_may_stand_between_a_grid_and_a_layer() -> None:
-    network = quantised(Tokens(), bits="w8a8", target="tensorrt", residual_bits=8)
+    network = quantised(Moving(), bits="w8a8", target="tensorrt", residual_bits=8)
     to_onnx(network, images(8), format="tensorrt", calibration=[images(32)], test=[images(64)])
 
 
