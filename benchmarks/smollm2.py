@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("--pretrained", default=PRETRAINED, help="the network in floating point")
     parser.add_argument("--csv", type=Path, help="file for the table")
     given = parser.parse_args()
+    if given.gptq < 0:
+        parser.error(f"--gptq {given.gptq} is not possible: give a number of batches, or 0 for none")
     with tempfile.TemporaryDirectory() as folder:
         files = exported(given.run, Path(folder), given.formats)
         reader, student, _ = read_student(given.run)
@@ -154,7 +156,7 @@ def main() -> None:
             "in floating point": lambda: causal_lm(given.pretrained),
             **({GENERIC: lambda: rounded(causal_lm(given.pretrained))} if "gguf" in given.formats else {}),
             "fitted to its grid": untrained.fitted,
-            **({f"by GPTQ on {given.gptq} batches": untrained.calibrated} if given.gptq else {}),
+            **({f"by GPTQ on {len(few)} batches": untrained.calibrated} if given.gptq else {}),
             TRAINED: lambda: student,
             **{f"keys and values of {bits} bits": partial(RoundedCache, student, bits) for bits in (8, 4)},
             **{

@@ -267,13 +267,14 @@ class _Calibration:
         total = torch.zeros(width, width, dtype=torch.float64, device=layer.weight.device)
         rows = 0
 
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             nonlocal rows
-            x = layer.quantized_input(inputs[0]).reshape(-1, width).double()  # which no autocast rounds
+            (given,) = (*inputs, *named.values())
+            x = layer.quantized_input(given).reshape(-1, width).double()  # which no autocast rounds
             total.add_(x.T @ x)
             rows += len(x)
 
-        handle = layer.register_forward_pre_hook(add)
+        handle = layer.register_forward_pre_hook(add, with_kwargs=True)
         try:
             for batch in self.batches:
                 self._run(batch)

@@ -47,7 +47,7 @@ class Target:
                 f"quantizer {kind.__name__} of the {place} is not possible with target={self.name!r}: zero is the "
                 f"middle of {self.runtime}'s codes, as lsq, lsq_ewgs, minmax and mse have it"
             )
-        if arguments.get("signed", True) is not True:
+        if not arguments.get("signed", True):
             raise UsageError(
                 f"signed={arguments['signed']!r} of the {place} is not possible with target={self.name!r}: "
                 f"{self.runtime}'s codes are signed"

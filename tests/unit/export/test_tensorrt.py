@@ -124,7 +124,7 @@ def test_a_recipe_without_a_target_decides_signs_from_data() -> None:
     [
         ("conv2.weight_codes", 1),
         ("conv1.weight_scale", 1e-6),
-        ("conv1.bias", 1e-3),
+        ("conv1.bias", 1e-6),
         ("grids.linear.input_quantizer.scale", 1e-6),
     ],
 )

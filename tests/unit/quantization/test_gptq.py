@@ -149,3 +149,18 @@ def test_a_layer_whose_input_has_a_step_for_each_call_is_refused() -> None:
     initialize_quantizers(model, x)
     with pytest.raises(UsageError, match="layer 'linear', whose input has a step for each call"):
         gptq(model.eval(), [x])
+
+
+def test_a_layer_that_is_called_by_keyword_is_calibrated_as_any() -> None:
+    class ByKeyword(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return self[1](input=self[0](input=input))
+
+    x, codes = torch.randn(32, 8), []
+    for kind in (nn.Sequential, ByKeyword):
+        torch.manual_seed(0)
+        model, _ = quantize_model(kind(nn.Linear(8, 8), nn.Linear(8, 3)), Recipe("w2a8"))
+        initialize_quantizers(model, x)
+        gptq(model.eval(), [x])
+        codes.append([parameter.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
