@@ -11,19 +11,16 @@ median of the rounds. Trained networks are kept in a folder and read from it in 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.openvino_files import BATCH, NETWORKS, cifar10, fashion, float_network, kept, student_of
-from benchmarks.regularizer_study import write_rows
+from benchmarks.openvino_files import BATCH, measure
 from lqkd.export import deploy, litert
 from lqkd.export.integer import IntegerConv
 from lqkd.export.latency import machine
@@ -42,27 +39,10 @@ ROUNDS = 300
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True, help="file for the results")
-    parser.add_argument("--cifar10", required=True, help="folder with CIFAR-10")
-    parser.add_argument("--fashion", type=Path, required=True, help="folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--keep", type=Path, required=True, help="folder for trained networks")
-    options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name, data in NETWORKS.items():
-        x, y, test, labels = cifar10(options.cifar10) if data == "CIFAR-10" else fashion(options.fashion)
-        x, y = x[:TRAINED_ON], y[:TRAINED_ON]
-        torch.manual_seed(0)
-        network = kept(options.keep / f"{name}_float.pt", lambda: float_network(name, x, y))  # noqa: B023
-        for bits in ("w8a8", "w4a4"):
-            epochs = EPOCHS[data] if bits == "w4a4" else 0
-            student = kept(options.keep / f"{name}_{bits}_{epochs}.pt", lambda: student_of(network, bits, x, y, epochs))  # noqa: B023
-            rows.append({"network": name, "data": data, "bits": bits, **compare(student, x, test, labels)})
-            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-            write_rows(options.csv, rows)
+    measure(__doc__, compare, EPOCHS, TRAINED_ON)
 
 
-def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> dict[str, Any]:
+def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """The row of a student."""
     deployed = deploy(student, test[:32], [x[i * BATCH : (i + 1) * BATCH] for i in range(8)])
     written = litert.build(deployed)
@@ -72,26 +52,28 @@ def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> dict
     own = _classes(LiteRTRunner(written, deployed, delegated=False), test)
     times = _times({"file": written.content, "float": plain}, test)
     pytorch = Reference(deployed.network)(test).argmax(1)
-    return {
-        "images": parity.samples,
-        "accuracy_trained": parity.trained,
-        "accuracy_deployed": parity.deployed,
-        "accuracy_file": parity.exported,
-        "same_class_file_and_deployed": parity.agreement,
-        "same_class_deployed_and_trained": parity.agreement_with_trained,
-        "accuracy_without_delegates": float((own == labels).double().mean()),
-        "same_class_without_delegates_and_deployed": float((own == pytorch).double().mean()),
-        "codes_apart": max(row.fraction for row in parity.optimised),
-        "codes_apart_without_delegates": max(row.fraction for row in parity.unoptimised),
-        "passed": parity.problem is None,
-        "bytes": len(written.content),
-        "bytes_float32": len(plain),
-        "milliseconds": round(times["file"], 3),
-        "milliseconds_float32": round(times["float"], 3),
-        "machine": machine(),
-        "ai_edge_litert": metadata.version("ai-edge-litert"),
-        "torch": torch.__version__.partition("+")[0],
-    }
+    return [
+        {
+            "images": parity.samples,
+            "accuracy_trained": parity.trained,
+            "accuracy_deployed": parity.deployed,
+            "accuracy_file": parity.exported,
+            "same_class_file_and_deployed": parity.agreement,
+            "same_class_deployed_and_trained": parity.agreement_with_trained,
+            "accuracy_without_delegates": float((own == labels).double().mean()),
+            "same_class_without_delegates_and_deployed": float((own == pytorch).double().mean()),
+            "codes_apart": max(row.fraction for row in parity.optimised),
+            "codes_apart_without_delegates": max(row.fraction for row in parity.unoptimised),
+            "passed": parity.problem is None,
+            "bytes": len(written.content),
+            "bytes_float32": len(plain),
+            "milliseconds": round(times["file"], 3),
+            "milliseconds_float32": round(times["float"], 3),
+            "machine": machine(),
+            "ai_edge_litert": metadata.version("ai-edge-litert"),
+            "torch": torch.__version__.partition("+")[0],
+        }
+    ]
 
 
 class FloatWriter(Writer):

@@ -17,7 +17,7 @@ import copy
 import gzip
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,24 @@ BATCH, BATCHES, IMAGES, TRAINED_ON, ROUNDS = 128, 15, 1000, 6400, 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measure(__doc__, compare, {"CIFAR-10": 0, "Fashion-MNIST": 2}, TRAINED_ON)
+
+
+def measure(
+    description: str | None,
+    rows_of: Callable[[nn.Module, Tensor, Tensor, Tensor], list[dict[str, Any]]],
+    epochs: Mapping[str, int],
+    trained_on: int,
+) -> None:
+    """Ask the command line for folders, and write what is found of every student at W8A8 and W4A4.
+
+    Args:
+        description: of the command.
+        rows_of: what is found of a student, training images, test images and their labels.
+        epochs: of W4A4 with simulated quantization, by data.
+        trained_on: images at most.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True, help="file for the results")
     parser.add_argument("--cifar10", required=True, help="folder with CIFAR-10")
     parser.add_argument("--fashion", type=Path, required=True, help="folder with Fashion-MNIST's four .gz files")
@@ -54,13 +71,15 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name, data in NETWORKS.items():
-        x, y, test, labels = cifar10(options.cifar10) if data == "CIFAR-10" else fashion(options.fashion)
+        x, y, test, labels = _cifar10(options.cifar10) if data == "CIFAR-10" else _fashion(options.fashion)
+        x, y = x[:trained_on], y[:trained_on]
         torch.manual_seed(0)
-        network = kept(options.keep / f"{name}_float.pt", lambda: float_network(name, x, y))  # noqa: B023
+        network = _kept(options.keep / f"{name}_float.pt", lambda: _float(name, x, y))  # noqa: B023
         for bits in ("w8a8", "w4a4"):
-            epochs = 2 if bits == "w4a4" and data != "CIFAR-10" else 0
-            student = kept(options.keep / f"{name}_{bits}.pt", lambda: student_of(network, bits, x, y, epochs))  # noqa: B023
-            for row in compare(student, x, test, labels):
+            passes = epochs[data] if bits == "w4a4" else 0
+            file = options.keep / f"{name}_{bits}_{passes}.pt"
+            student = _kept(file, lambda: _student(network, bits, x, y, passes))  # noqa: B023
+            for row in rows_of(student, x, test, labels):
                 rows.append({"network": name, "data": data, "bits": bits, **row})
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
                 write_rows(options.csv, rows)
@@ -115,7 +134,7 @@ def _times(models: dict[str, onnx.ModelProto], test: Tensor) -> dict[str, float]
     return {name: 1000 * min(found) for name, found in times.items()}
 
 
-def kept(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
+def _kept(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     """The network in ``file``, made and written there where it is not."""
     if not file.exists():
         network = make()
@@ -125,7 +144,7 @@ def kept(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     return found.eval()
 
 
-def float_network(name: str, x: Tensor, y: Tensor) -> nn.Module:
+def _float(name: str, x: Tensor, y: Tensor) -> nn.Module:
     """The network ``name``, trained in floating point."""
     if name == "resnet20":
         network = CifarResNet(20)
@@ -135,7 +154,7 @@ def float_network(name: str, x: Tensor, y: Tensor) -> nn.Module:
     return _fit(build_model(f"{library}/{name}", num_classes=10), x, y, 4, 3e-3)
 
 
-def student_of(network: nn.Module, bits: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+def _student(network: nn.Module, bits: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     """The network with few bits, trained for ``epochs``, as it is deployed."""
     student, _ = quantize_model(copy.deepcopy(network), Recipe(bits=bits, residual_bits=8))
     initialize_quantizers(student.train(), x[:BATCH])
@@ -167,7 +186,7 @@ def _fit(network: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float) -> 
     return network
 
 
-def cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, and 1,000 test images, evenly over the classes, and theirs."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     data = CIFAR10(root=root, batch_size=BATCH, limit_train=BATCH * BATCHES, mean=mean, std=std)
@@ -184,7 +203,7 @@ def cifar10(root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def fashion(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fashion(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Likewise, the first images of each file, (B, 3, 32, 32)."""
 
     def read(name: str, header: int, count: int) -> np.ndarray:

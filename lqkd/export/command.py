@@ -17,24 +17,21 @@ from torch import nn
 
 from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
-from lqkd.export import litert, litert_file, metadata, openvino, report, torch_program
+from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
-from lqkd.export.deploy import Deployed, as_float32, deploy
-from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_expressible, check_format, file_name
-from lqkd.export.frames import takes_frames
+from lqkd.export.deploy import as_float32, deploy
+from lqkd.export.formats import check_expressible, check_format, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.litert import LITERT
-from lqkd.export.litert_proof import check_litert
+from lqkd.export.made import build
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
 from lqkd.export.openvino import OPENVINO
 from lqkd.export.pack_quantized import COMPRESSED, check_replaceable
 from lqkd.export.pack_quantized import require as require_compressed
 from lqkd.export.pack_quantized_command import write_compressed_tensors
-from lqkd.export.parity import TEST, VALIDATION, Parity, check
-from lqkd.export.program import check_program, save_program
-from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
+from lqkd.export.parity import TEST, VALIDATION
 from lqkd.export.tensorrt import TENSORRT
 from lqkd.models.calls import Inputs
 from lqkd.modules import DistillModule
@@ -44,7 +41,6 @@ from lqkd.quantization.residual import other_places
 from lqkd.quantization.targets import TARGETS
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
-from lqkd.tasks import Task
 from lqkd.utils.files import atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
@@ -116,7 +112,7 @@ def export(
         split, test = _test(reader)
         task = reader.model.task.cpu()
         stage("building the file's network")
-        made = _build(format, deployed, inputs)
+        made = build(format, deployed, inputs)
         stage("comparing it with PyTorch")
         parity = made.check(deployed, inputs, test, student, task)
     parity.split = split
@@ -137,82 +133,6 @@ def export(
     report.tell(report.describe(student, one, summary, described, timed), target)
     _warn_of_outdated(Path(run))
     return target
-
-
-class _OnnxFile:
-    """An ONNX file that is built, and how it is proven, described and written."""
-
-    def __init__(self, format: str, deployed: Deployed) -> None:
-        self.format = format
-        self.exported = BUILDERS[format](deployed)
-
-    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
-        """Compare it; arguments as of :func:`lqkd.export.parity.check` behind the first."""
-        return check(self.exported, deployed, inputs, test, student, task, RUNNERS.get(self.format, Runner))
-
-    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
-        """``told`` as this format has it."""
-        return told
-
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
-        """Write it with what it says about itself."""
-        metadata.write(self.exported.model, described)
-        model = self.exported.model
-        path.write_bytes((takes_frames(model, described["preprocessing"]) if frames else model).SerializeToString())
-
-    def kernels(self) -> Kernels | None:
-        """What its runtime makes of it."""
-        if is_qonnx(self.exported.model) or self.format == TENSORRT:  # which ONNX Runtime only stands in for
-            return None
-        return (openvino.kernels if self.format == OPENVINO else kernels)(self.exported.model)
-
-    def runs(self) -> Any:
-        """What is timed."""
-        return self.exported.model
-
-
-class _Program(_OnnxFile):
-    """Likewise a program of ``torch.export``."""
-
-    def __init__(self, deployed: Deployed, inputs: Inputs) -> None:
-        self.program = torch_program.build(deployed, inputs)
-
-    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
-        return check_program(self.program, deployed, inputs, test, student, task)
-
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
-        save_program(self.program, path, described)
-
-    def kernels(self) -> None:
-        return None
-
-    def runs(self) -> Any:
-        return self.program.module()
-
-
-class _LiteRTFile(_OnnxFile):
-    """Likewise a TFLite file."""
-
-    def __init__(self, deployed: Deployed) -> None:
-        self.written = litert.build(deployed)
-
-    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
-        return check_litert(self.written, deployed, inputs, test, student, task)
-
-    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
-        return litert.in_file(told)
-
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
-        path.write_bytes(litert_file.described(self.written.content, described))
-
-    def kernels(self) -> Kernels:
-        return litert.kernels(self.written.content)
-
-
-def _build(format: str, deployed: Deployed, inputs: Inputs) -> _OnnxFile:
-    if format == TORCH:
-        return _Program(deployed, inputs)
-    return _LiteRTFile(deployed) if format == LITERT else _OnnxFile(format, deployed)
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:

@@ -1,0 +1,120 @@
+"""A file that is built and not written yet, whichever its format is: how it is proven, described, written and timed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lqkd.export import litert, litert_file, metadata, openvino, torch_program
+from lqkd.export.deploy import Deployed
+from lqkd.export.formats import BUILDERS, RUNNERS, TORCH
+from lqkd.export.frames import takes_frames
+from lqkd.export.litert import LITERT
+from lqkd.export.litert_proof import check_litert
+from lqkd.export.openvino import OPENVINO
+from lqkd.export.parity import Parity, check
+from lqkd.export.program import check_program, save_program
+from lqkd.export.runtimes import Kernels, Runner, is_qonnx, kernels
+from lqkd.export.tensorrt import TENSORRT
+from lqkd.models.calls import Inputs
+from lqkd.tasks import Task
+
+
+class Made(ABC):
+    """A file of a deployed network."""
+
+    @abstractmethod
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        """Compare it; arguments as of :func:`lqkd.export.parity.check` behind the first."""
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        """``told``, what :func:`lqkd.export.metadata.describe` gives, as this format has it."""
+        return told
+
+    @abstractmethod
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        """Write it with what it says about itself; with ``frames`` it takes a camera's, where its format can."""
+
+    def kernels(self) -> Kernels | None:
+        """What its runtime makes of it; None where that is not told."""
+        return None
+
+    @abstractmethod
+    def runs(self) -> Any:
+        """What :func:`lqkd.export.report.measure_latency` times, of a format that it does time."""
+
+
+class _Onnx(Made):
+    def __init__(self, format: str, deployed: Deployed) -> None:
+        self.format = format
+        self.exported = BUILDERS[format](deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check(self.exported, deployed, inputs, test, student, task, RUNNERS.get(self.format, Runner))
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        metadata.write(self.exported.model, described)
+        model = self.exported.model
+        path.write_bytes((takes_frames(model, described["preprocessing"]) if frames else model).SerializeToString())
+
+    def kernels(self) -> Kernels | None:
+        if is_qonnx(self.exported.model) or self.format == TENSORRT:  # which ONNX Runtime only stands in for
+            return None
+        return (openvino.kernels if self.format == OPENVINO else kernels)(self.exported.model)
+
+    def runs(self) -> Any:
+        return self.exported.model
+
+
+class _Program(Made):
+    def __init__(self, deployed: Deployed, inputs: Inputs) -> None:
+        self.program = torch_program.build(deployed, inputs)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_program(self.program, deployed, inputs, test, student, task)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        save_program(self.program, path, described)
+
+    def runs(self) -> Any:
+        return self.program.module()
+
+
+class _LiteRT(Made):
+    def __init__(self, deployed: Deployed) -> None:
+        self.written = litert.build(deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_litert(self.written, deployed, inputs, test, student, task)
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        return litert.in_file(told)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        path.write_bytes(litert_file.described(self.written.content, described))
+
+    def kernels(self) -> Kernels:
+        return litert.kernels(self.written.content)
+
+    def runs(self) -> Any:
+        raise AssertionError("refused before")
+
+
+def build(format: str, deployed: Deployed, inputs: Inputs) -> Made:
+    """The file of a network in one of :data:`lqkd.export.FORMATS` but those of language models.
+
+    Args:
+        format: its name.
+        deployed: the network.
+        inputs: of it, for a program of ``torch.export``.
+
+    Raises:
+        UsageError: when the format cannot have the network.
+    """
+    if format == TORCH:
+        return _Program(deployed, inputs)
+    return _LiteRT(deployed) if format == LITERT else _Onnx(format, deployed)
