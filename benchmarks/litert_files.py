@@ -26,7 +26,8 @@ from lqkd.export.integer import IntegerConv
 from lqkd.export.latency import machine
 from lqkd.export.litert_proof import LiteRTRunner, check_litert
 from lqkd.export.litert_runner import Interpreted
-from lqkd.export.litert_writer import CHANNELS_LAST, Pending, Writer, real_bias_of
+from lqkd.export.litert_values import CHANNELS_LAST, Pending, real_bias_of
+from lqkd.export.litert_writer import Writer
 from lqkd.export.nodes import Operation
 from lqkd.export.reference import Reference
 from lqkd.models.calls import Inputs

@@ -9,7 +9,8 @@ from typing import Any
 from lqkd.errors import UsageError
 from lqkd.export.deploy import Deployed
 from lqkd.export.litert_file import schema, unpacked
-from lqkd.export.litert_writer import CHANNELS_LAST, Writer, Written
+from lqkd.export.litert_values import CHANNELS_LAST, Written
+from lqkd.export.litert_writer import Writer
 from lqkd.export.runtimes import Kernels
 
 LITERT = "litert"

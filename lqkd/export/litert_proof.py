@@ -20,7 +20,7 @@ from lqkd.export.differences import LayerDifference
 from lqkd.export.litert_file import unpacked
 from lqkd.export.litert_reference import OwnKernels, XNNPack
 from lqkd.export.litert_runner import Interpreted
-from lqkd.export.litert_writer import CHANNELS_LAST, Origin, Written, bias_of, real_bias_of, weight_of
+from lqkd.export.litert_values import CHANNELS_LAST, Origin, Written, bias_of, real_bias_of, weight_of
 from lqkd.export.parity import REPRODUCED, Parity, agree, differences, judge_layers, judge_outputs, output_steps
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner

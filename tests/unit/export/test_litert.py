@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.export import deploy, litert, to_litert
 from lqkd.export.deploy import Deployed
-from lqkd.export.litert_writer import Written
+from lqkd.export.litert_values import Written
 from lqkd.export.reference import Reference
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import images, quantised
