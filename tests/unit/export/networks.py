@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
@@ -53,3 +55,11 @@ def quantised(network: nn.Module | None = None, **recipe: Any) -> nn.Module:
     network, _ = quantize_model(network, Recipe(**recipe))
     initialize_quantizers(network, images(32))
     return network.eval()
+
+
+def alter(model: onnx.ModelProto, name: str, moved: float) -> None:
+    """Add ``moved`` to the first number of a constant, in place."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[0] += moved
+    tensor.CopyFrom(numpy_helper.from_array(array, name))

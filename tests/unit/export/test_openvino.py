@@ -6,14 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, openvino, portable
 from lqkd.export.deploy import Deployed
 from lqkd.export.openvino import OpenVINORunner
 from lqkd.export.reference import Reference
-from tests.unit.export.networks import Small, images, quantised
+from tests.unit.export.networks import Small, alter, images, quantised
 
 pytest.importorskip("openvino")
 
@@ -61,10 +60,7 @@ def test_an_untouched_file_passes_and_says_on_how_many_images_it_agrees(deployed
 )
 def test_a_file_with_one_other_number_fails(deployed: Deployed, name: str, moved: float) -> None:
     exported = openvino.build(deployed)
-    tensor = next(tensor for tensor in exported.model.graph.initializer if tensor.name == name)
-    array = numpy_helper.to_array(tensor).copy()
-    array.flat[0] += moved
-    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    alter(exported.model, name, moved)
     assert check(exported, deployed, images(32), runner=OpenVINORunner).problem is not None
 
 

@@ -18,7 +18,7 @@ from lqkd.export.deploy import Deployed
 from lqkd.export.runtimes import session
 from lqkd.quantization import Recipe, Rule, quantizers
 from lqkd.quantization.targets import TARGETS
-from tests.unit.export.networks import Small, images, quantised
+from tests.unit.export.networks import Small, alter, images, quantised
 
 TARGET = TARGETS["tensorrt"]
 
@@ -130,10 +130,7 @@ def test_a_recipe_without_a_target_decides_signs_from_data() -> None:
 )
 def test_a_file_with_one_other_number_fails(deployed: Deployed, name: str, moved: float) -> None:
     exported = tensorrt.build(deployed)
-    tensor = next(tensor for tensor in exported.model.graph.initializer if tensor.name == name)
-    array = numpy_helper.to_array(tensor).copy()
-    array.flat[0] += moved
-    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    alter(exported.model, name, moved)
     assert check(exported, deployed, images(32)).problem is not None
 
 
