@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ imports, for type checkers
     from lqkd.data.decoding import DecodingDataModule as DecodingDataModule
     from lqkd.data.detection import DetectionDataModule as DetectionDataModule
     from lqkd.data.detection import DetectionFolder as DetectionFolder
+    from lqkd.data.digit_crops import DigitCrops as DigitCrops
     from lqkd.data.digit_scenes import DigitScenes as DigitScenes
     from lqkd.data.digits import Digits as Digits
     from lqkd.data.fashion_mnist import FashionMNIST as FashionMNIST
@@ -47,6 +48,7 @@ _WHERE = {
     "DecodingDataModule": "lqkd.data.decoding",
     "DetectionDataModule": "lqkd.data.detection",
     "DetectionFolder": "lqkd.data.detection",
+    "DigitCrops": "lqkd.data.digit_crops",
     "DigitScenes": "lqkd.data.digit_scenes",
     "Digits": "lqkd.data.digits",
     "FashionMNIST": "lqkd.data.fashion_mnist",

@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lqkd.data.base import ImageSet
 from lqkd.data.detection import DetectionDataModule
+from lqkd.data.digit_drawing import Material, load_material, shape_of, window
 from lqkd.data.encoded import EncodedImages
-from lqkd.data.split import stratified_split
 from lqkd.errors import UsageError
-from lqkd.utils.counter_rng import STREAM_SCENE, STREAM_TEST, uniform
+from lqkd.utils.counter_rng import STREAM_SCENE, uniform
 
 _SEED = 0  # never the run's: every run has the same scenes
-_TEST_DIGITS = 359  # a fifth of 1,797, those that Digits tests with
 _TEST_SCENES = 200
 _MOST = 5
 _DRAWS = 8
 """Numbers for an object: digit, height, width, place (2), shade, and two that are left."""
 _SMALLEST, _LARGEST = 0.25, 0.6
 """Heights of digits, in units of the scene's."""
-_INK = 0.3
-"""How opaque a pixel is from which on it belongs to a digit."""
 
 
 class DigitScenes(DetectionDataModule):
@@ -73,41 +69,31 @@ class DigitScenes(DetectionDataModule):
 
     def load(self) -> ImageSet:
         """Draw all scenes."""
-        from sklearn.datasets import load_digits, load_sample_images
-
-        digits = load_digits()
-        labels = torch.from_numpy(digits.target).to(torch.int64)
-        test, train = stratified_split(torch.arange(len(labels)), labels, _TEST_DIGITS, seed=_SEED, stream=STREAM_TEST)
-        ink = torch.from_numpy(digits.images).float() / 16  # (1797, 8, 8), from 0 to 1
-        photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+        material = load_material()
         sets = [
-            DrawnScenes(ink[part], labels[part], photographs, self.image_size, count, which)
-            for which, (part, count) in enumerate(((train, self.scenes), (test, _TEST_SCENES)))
+            DrawnScenes(material, digits, self.image_size, count, which)
+            for which, (digits, count) in enumerate(((material.train, self.scenes), (material.test, _TEST_SCENES)))
         ]
         of_one_class = [torch.zeros(of.shape[0], dtype=torch.int64) for of in sets]
-        names = tuple(str(name) for name in digits.target_names)
-        return ImageSet(sets[0], of_one_class[0], sets[1], of_one_class[1], names)
+        return ImageSet(sets[0], of_one_class[0], sets[1], of_one_class[1], material.names)
 
 
 class DrawnScenes(EncodedImages):
     """Scenes in memory.
 
     Args:
-        ink: (N, 8, 8) float32 from 0 to 1, the digits.
-        labels: (N,) int64, their classes.
-        photographs: (3, H, W) uint8 each.
+        material: what they are drawn of.
+        digits: (N,) int64, positions of the digits that they show.
         size: height and width of a scene.
         count: how many there are.
         part: 0 for training, 1 for testing: other scenes.
     """
 
-    def __init__(
-        self, ink: Tensor, labels: Tensor, photographs: list[Tensor], size: tuple[int, int], count: int, part: int
-    ) -> None:
+    def __init__(self, material: Material, digits: Tensor, size: tuple[int, int], count: int, part: int) -> None:
         super().__init__(count, size)
         numbers = torch.arange(count)
         draws = [uniform(_SEED, part, numbers, STREAM_SCENE, draw) for draw in range(4 + _MOST * _DRAWS)]
-        drawn = [_scene(of, ink, labels, photographs, size) for of in torch.stack(draws, dim=1).tolist()]
+        drawn = [_scene(of, material, digits, size) for of in torch.stack(draws, dim=1).tolist()]
         self._pixels = torch.stack([pixels for pixels, _, _ in drawn])
         self._objects = [(boxes, of) for _, boxes, of in drawn]
 
@@ -128,40 +114,28 @@ class DrawnScenes(EncodedImages):
 
 
 def _scene(
-    draws: list[float], ink: Tensor, labels: Tensor, photographs: list[Tensor], size: tuple[int, int]
+    draws: list[float], material: Material, digits: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels (3, H, W) uint8, boxes (N, 4) and labels (N,) of one scene; N is at least 1."""
     height, width = size
-    photograph = photographs[int(draws[0] * len(photographs))]
-    top, left = (
-        int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True)
-    )
-    pixels = photograph[:, top : top + height, left : left + width].float()
+    pixels = window(material.photographs, draws[:3], size)
     boxes: list[list[float]] = []
     shown: list[int] = []
     for place in range(1 + int(draws[3] * _MOST)):
         which, tall, wide, down, right, shade, *_ = draws[4 + place * _DRAWS : 4 + (place + 1) * _DRAWS]
-        digit = int(which * len(labels))
-        shape = _ink(ink[digit], height * (_SMALLEST + tall**2 * (_LARGEST - _SMALLEST)), 0.8 + 0.4 * wide, size)
+        digit = digits[int(which * len(digits))]
+        tallness = _SMALLEST + tall**2 * (_LARGEST - _SMALLEST)
+        shape = shape_of(material.ink[digit], height * tallness, 0.8 + 0.4 * wide, size)
         y, x = int(down * (height - shape.shape[0] + 1)), int(right * (width - shape.shape[1] + 1))
         box = [float(side) for side in (x, y, x + shape.shape[1], y + shape.shape[0])]
         if any(_overlap(box, other) for other in boxes):
             continue
-        window = pixels[:, y : y + shape.shape[0], x : x + shape.shape[1]]
-        tone = 255.0 - 60 * shade if float(window.mean()) < 128 else 60 * shade
-        window += shape * (tone - window)
+        under = pixels[:, y : y + shape.shape[0], x : x + shape.shape[1]]
+        tone = 255.0 - 60 * shade if float(under.mean()) < 128 else 60 * shade
+        under += shape * (tone - under)
         boxes.append(box)
-        shown.append(int(labels[digit]))
+        shown.append(int(material.labels[digit]))
     return pixels.round().to(torch.uint8), torch.tensor(boxes), torch.tensor(shown)
-
-
-def _ink(digit: Tensor, height: float, aspect: float, size: tuple[int, int]) -> Tensor:
-    """How opaque a digit is that fills its box, (H, W) from 0 to 1."""
-    rows, columns = ((digit > _INK).any(dim=axis).nonzero().squeeze(1) for axis in (1, 0))
-    tight = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    ratio = aspect * tight.shape[1] / tight.shape[0]
-    shape = [max(4, round(height)), min(size[1], max(4, round(height * ratio)))]
-    return F.interpolate(tight[None, None], shape, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
 
 
 def _overlap(box: list[float], other: list[float]) -> bool:

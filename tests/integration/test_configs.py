@@ -152,7 +152,7 @@ def test_a_shipped_config_runs_one_step(
     monkeypatch.setenv("LQKD_CACHE", str(tmp_path))
     arguments = ["fit", "--config", str(config), "--trainer.fast_dev_run", "true", "--run.root", str(tmp_path)]
     name = yaml.safe_load(config.read_text())["data"]["class_path"].rpartition(".")[2]
-    if name not in ("Digits", "DigitScenes", "PythonTopics"):
+    if name not in ("DigitCrops", "Digits", "DigitScenes", "PythonTopics"):
         folder = tiny / name.removeprefix("Streamed").removeprefix("Rotated")
         if name == "StreamedImageNet":
             make_shards(folder, tmp_path / "shards", 10**6)
