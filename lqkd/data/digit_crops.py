@@ -45,9 +45,7 @@ class DigitCrops(ImageDataModule):
     def __init__(
         self, *, batch_size: int = 64, crop_padding: int = 2, horizontal_flip: bool = False, **settings: Any
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, crop_padding=crop_padding, horizontal_flip=horizontal_flip, **settings
-        )
+        super().__init__(batch_size=batch_size, crop_padding=crop_padding, horizontal_flip=horizontal_flip, **settings)
 
     def load(self) -> ImageSet:
         """Draw all images."""

@@ -40,7 +40,7 @@ def builtin_weights() -> list[str]:
 
     Examples:
         >>> builtin_weights()
-        ['digits_student', 'digits_teacher', 'scenes_detector', 'topics_gpt']
+        ['crops_student', 'crops_teacher', 'digits_student', 'digits_teacher', 'scenes_detector', 'topics_gpt']
     """
     folder = resources.files("lqkd") / "weights"
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
