@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn on parts of its photographs, one in each: small colour images without a download."""
+"""Small colour images without a download: scikit-learn's handwritten digits on parts of its photographs."""
 
 from __future__ import annotations
 

@@ -52,7 +52,13 @@ def load_material() -> Material:
 
 
 def window(photographs: list[Tensor], draws: list[float], size: tuple[int, int]) -> Tensor:
-    """Return a part of a photograph, (3, H, W) float32 from 0 to 255: which, from the top, from the left, each drawn in [0, 1)."""
+    """Return a part of a photograph, (3, H, W) float32 from 0 to 255.
+
+    Args:
+        photographs: (3, H, W) uint8 each.
+        draws: three numbers in [0, 1): which photograph, how far from its top, how far from its left.
+        size: height and width of the part, in pixels.
+    """
     photograph = photographs[int(draws[0] * len(photographs))]
     top, left = (
         int(draw * (whole - part + 1)) for draw, whole, part in zip(draws[1:3], photograph.shape[1:], size, strict=True)
