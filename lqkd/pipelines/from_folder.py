@@ -135,10 +135,11 @@ def _train(config: Path, folder: Path, exported: bool) -> None:
     from lqkd.export.export_check import ExportCheck  # whose packages are optional
 
     callbacks: list[Callback] = [ExportCheck()] if exported else []
+    last = folder.name == STUDENT  # after whose export all is told
     if not (folder / CONFIG).is_file():
-        run(["fit", "--config", str(config)], [config], False, callbacks)
+        run(["fit", "--config", str(config)], [config], False, callbacks, outcome=not last)
     elif find(folder).finished() is None:
-        resume(folder, of_distillation=callbacks)
+        resume(folder, of_distillation=callbacks, outcome=not last)
 
 
 def _take_away(folder: Path, wanted: str | None) -> None:

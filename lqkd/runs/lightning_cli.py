@@ -99,6 +99,7 @@ class LqkdCLI(LightningCLI):
         resumption: the run that ``fit`` goes on with instead of claiming a folder; a run that torchrun or SLURM has
             started once more finds it itself.
         of_distillation: callbacks for a DistillModule besides those that every run has.
+        outcome: whether ``fit`` ends with a table of what it came to.
         seed: the default of ``seed_everything``; False seeds nothing.
         parser_kwargs: arguments of the parser; what each verb's help says by default.
     """
@@ -111,11 +112,13 @@ class LqkdCLI(LightningCLI):
         args: list[str],
         resumption: Resumption | None = None,
         of_distillation: Sequence[Callback] = (),
+        outcome: bool = True,
         seed: int | bool = 0,
         parser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.resumption = resumption
         self.of_distillation = list(of_distillation)
+        self.outcome = outcome
         self.by_request = resumption is not None
         self.verb = args[0]
         torch.set_float32_matmul_precision("high")
@@ -389,7 +392,7 @@ class LqkdCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.finish(self.trainer)
-        if (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
+        if self.outcome and (self.run_folder / SUMMARY).is_file():  # a module that is not lqkd's leaves none
             print_outcome(self.run_folder)
 
     def predict(self, model: TaskModule, datamodule: LightningDataModule, **kwargs: Any) -> None:

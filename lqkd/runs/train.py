@@ -19,6 +19,7 @@ def run(
     configs: Sequence[Path] = (),
     allow_code: bool = False,
     of_distillation: Sequence[Callback] = (),
+    outcome: bool = True,
 ) -> None:
     """Do what a verb of Lightning's says.
 
@@ -27,17 +28,22 @@ def run(
         configs: the configuration files among them, whose code is looked at.
         allow_code: whether classes of a folder that somebody else made may be run.
         of_distillation: callbacks for a DistillModule besides those that every run has.
+        outcome: whether a training ends with a table of what it came to; false where the caller has more to add to it.
 
     Raises:
         UsageError: after a user's mistake.
     """
     for config in configs:
         check_config_code(config, allow_code)
-    LqkdCLI(list(arguments), of_distillation=of_distillation)
+    LqkdCLI(list(arguments), of_distillation=of_distillation, outcome=outcome)
 
 
 def resume(
-    folder: Path, settings: Sequence[str] = (), allow_code: bool = False, of_distillation: Sequence[Callback] = ()
+    folder: Path,
+    settings: Sequence[str] = (),
+    allow_code: bool = False,
+    of_distillation: Sequence[Callback] = (),
+    outcome: bool = True,
 ) -> None:
     """Go on with a run that was stopped or killed, in its own folder, or say that it is finished.
 
@@ -46,6 +52,7 @@ def resume(
         settings: as ``fit`` takes them, e.g. ``--trainer.max_epochs=60``.
         allow_code: whether classes of a folder that somebody else made may be run.
         of_distillation: callbacks for a DistillModule besides those that every run has.
+        outcome: whether a training ends with a table of what it came to; false where the caller has more to add to it.
 
     Raises:
         UsageError: after a user's mistake.
@@ -54,6 +61,6 @@ def resume(
     check_run_code(folder, allow_code)
     finished = None if settings else resumption.finished()
     if finished is None:
-        LqkdCLI(["fit", "--config", str(folder / CONFIG), *settings], resumption, of_distillation)
+        LqkdCLI(["fit", "--config", str(folder / CONFIG), *settings], resumption, of_distillation, outcome)
     else:
         print(terminal(finished))

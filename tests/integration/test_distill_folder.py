@@ -108,6 +108,12 @@ def test_every_choice_is_told(made: Path) -> None:
         assert sentence in told
 
 
+def test_what_a_training_came_to_is_told_once_with_its_file(made: Path) -> None:
+    told = (made.parent / "printed.txt").read_text()
+    assert told.count("quantised only (PTQ)") == 1
+    assert "next, a file to take away" not in told
+
+
 def test_what_was_chosen_is_a_configuration_that_fit_takes(made: Path) -> None:
     fit = ["fit", "--config", str(made / "student.yaml"), "--run.version", "again"]
     assert main([*fit, "--trainer.fast_dev_run", "true"]) == 0
