@@ -43,7 +43,7 @@ def to_onnx(
         example: real inputs, B of at least 2, as the network sees them, for the comparison: a tensor (B, C, H, W),
             say, a tuple of several, or a dict of keyword arguments.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
-        format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino`` or ``tensorrt``.
+        format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt`` or ``power_of_two``.
         calibration: training inputs likewise, for grids that training left out, such as of residual additions.
         test: batches of the task as a DataLoader gives them, such as images, or (images, labels): on them PyTorch and
             the file must give the same answer, such as the first class, to all but one in a thousand samples (or one

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.export import openvino, packed, portable, qonnx, tensorrt
+from lqkd.export import openvino, packed, portable, power_of_two, qonnx, tensorrt
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
@@ -27,6 +27,7 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "qonnx": qonnx.build,
     openvino.OPENVINO: openvino.build,
     tensorrt.TENSORRT: tensorrt.build,
+    power_of_two.POWER_OF_TWO: power_of_two.build,
 }
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
