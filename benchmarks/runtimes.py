@@ -82,6 +82,13 @@ RUNTIMES = (
         "activations of fewer bits; whatever a run in TensorRT would show",
     ),
     Runtime(
+        "fixed-point hardware",
+        "`power_of_two`",
+        "weights 2 to 8, activations 1 to 8, in 8",
+        "none: every scale is checked, run in ONNX Runtime",
+        "scales that are no powers of two; whatever a vendor's compiler would show",
+    ),
+    Runtime(
         "qonnx, FINN, hls4ml",
         "`qonnx`",
         "1 to 8, as they are",

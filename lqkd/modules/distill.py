@@ -298,11 +298,6 @@ class DistillModule(TaskModule):
             self._connect(example)
             self._settle_balance(self.inputs(example))
         if stage == "fit":
-            if self._without_statistics:
-                raise UsageError(
-                    "quantization folds the student's batch norms into its layers before training, and they have never "
-                    "seen data: give student_weights of a trained student"
-                )
             check_held_out(self)
             self._tell_passed_over(self.example_inputs())
 
@@ -403,6 +398,11 @@ class DistillModule(TaskModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self._without_statistics and not self._resumed:
+            raise UsageError(
+                "quantization folds the student's batch norms into its layers before training, and they have never "
+                "seen data: give student_weights of a trained student"
+            )
         self.passes.release()  # after a training that has failed
         self._followers = [
             module
