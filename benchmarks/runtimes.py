@@ -75,6 +75,13 @@ RUNTIMES = (
         (("litert_files_cpu_litert2.3.0.csv", {}),),
     ),
     Runtime(
+        "ncnn",
+        "`ncnn`",
+        "weights 1 to 8, activations 1 to 8, in 8",
+        "1.0.20261020, on x86",
+        "batches; convolutions with groups are in floating point; its ARM and Vulkan kernels were not tried",
+    ),
+    Runtime(
         "TensorRT",
         "`tensorrt`",
         "weights 1 to 8, activations 8, in 8",

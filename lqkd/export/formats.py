@@ -16,6 +16,8 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert import LITERT, SUFFIX
 from lqkd.export.litert import require as require_litert
 from lqkd.export.nbits import NBITS
+from lqkd.export.ncnn import require as require_ncnn
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.pack_quantized import COMPRESSED
 from lqkd.export.runtimes import Runner
 
@@ -32,9 +34,9 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
-FORMATS = (*BUILDERS, LITERT, TORCH, GGUF, NBITS, COMPRESSED)
+FORMATS = (*BUILDERS, LITERT, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-_SUFFIXES = {LITERT: SUFFIX, TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
+_SUFFIXES = {LITERT: SUFFIX, NCNN: f".{NCNN}", TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
 
@@ -56,6 +58,8 @@ def check_format(name: str) -> None:
         openvino.require()
     if name == LITERT:
         require_litert()
+    if name == NCNN:
+        require_ncnn()
 
 
 def check_expressible(deployed: Deployed, name: str) -> None:

@@ -16,6 +16,8 @@ from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert import LITERT
 from lqkd.export.litert import LOADER_NOTE as LITERT_NOTE
+from lqkd.export.ncnn import LOADER_NOTE as NCNN_NOTE
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.nodes import shape_of
 from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
 from lqkd.export.openvino import OPENVINO
@@ -35,9 +37,13 @@ LOADER_NOTES = {
     LITERT: LITERT_NOTE,
     TENSORRT: TENSORRT_NOTE,
     POWER_OF_TWO: POWER_OF_TWO_NOTE,
+    NCNN: NCNN_NOTE,
 }
 """By format, what a user of a file must know."""
-_SCHEMES = {POWER_OF_TWO: "weights and activations per tensor, symmetric, static, scales powers of two; biases int32"}
+_SCHEMES = {
+    POWER_OF_TWO: "weights and activations per tensor, symmetric, static, scales powers of two; biases int32",
+    NCNN: "weights per channel, symmetric; activations per tensor, static; biases float32",
+}
 """By format, where it is not that of the others."""
 
 

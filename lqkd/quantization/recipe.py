@@ -88,8 +88,9 @@ class Recipe:
             target asks for.
         target: a runtime whose arithmetic asks something of all grids, which are then trained under it: ``tensorrt``,
             whose activations are signed 8-bit codes with zero in the middle; ``power_of_two``, fixed-point hardware:
-            every scale is a power of two and of a whole tensor, zero points are zero, and batch norms are folded.
-            Null for none: other files take all grids.
+            every scale is a power of two and of a whole tensor, zero points are zero, and batch norms are folded;
+            ``ncnn``, whose codes are from -127 to 127, so that 8 bits are signed. Null for none: other files take all
+            grids.
         fold_batch_norm: whether batch norms are folded into the layers before them, with the statistics that they
             have, before these are quantised; true is for students that are trained already. Batch norm gives each
             channel a factor of its own, so that without it ``per_channel: false`` is true of the deployed network too.

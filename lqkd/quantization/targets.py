@@ -65,6 +65,19 @@ class Target(ABC):
         """What a recipe calls it."""
         return next(name for name, target in TARGETS.items() if target is self)
 
+    def _signed(self, kind: type[Quantizer], arguments: dict[str, Any], place: str) -> dict[str, Any]:
+        """The arguments of codes that are signed around zero."""
+        if not issubclass(kind, UniformQuantizer) or issubclass(kind, LSQPlus | PACT):
+            raise self._impossible(
+                f"quantizer {kind.__name__} of the {place} is",
+                f"zero is the middle of {self.runtime}'s codes, as lsq, lsq_ewgs, minmax and mse have it",
+            )
+        if not arguments.get("signed", True):
+            raise self._impossible(
+                f"signed={arguments['signed']!r} of the {place} is", f"{self.runtime}'s codes are signed"
+            )
+        return arguments | {"signed": True}
+
     def _impossible(self, what: str, why: str) -> UsageError:
         return UsageError(f"{what} not possible with target={self.name!r}: {why}")
 
@@ -82,16 +95,7 @@ class _TensorRT(Target):
                 f"{bits} bits of the {place} are",
                 f"{self.runtime} has codes of {RESIDUAL_BITS} bits, and {FLOAT} leaves it in floating point",
             )
-        if not issubclass(kind, UniformQuantizer) or issubclass(kind, LSQPlus | PACT):
-            raise self._impossible(
-                f"quantizer {kind.__name__} of the {place} is",
-                f"zero is the middle of {self.runtime}'s codes, as lsq, lsq_ewgs, minmax and mse have it",
-            )
-        if not arguments.get("signed", True):
-            raise self._impossible(
-                f"signed={arguments['signed']!r} of the {place} is", f"{self.runtime}'s codes are signed"
-            )
-        return arguments | {"signed": True}
+        return self._signed(kind, arguments, place)
 
     def check_weights(self, kind: type[Quantizer], bits: tuple[int, int], settings: dict[str, Any], place: str) -> None:
         """Its weights are those of all files."""
@@ -144,7 +148,28 @@ class _PowerOfTwo(Target):
         return LSQPowerOfTwo(RESIDUAL_BITS, batched=True)
 
 
-TARGETS: dict[str, Target] = {"tensorrt": _TensorRT(), "power_of_two": _PowerOfTwo()}
+class _Ncnn(Target):
+    """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code."""
+
+    runtime = "ncnn"
+
+    def constrained(self, kind: type[Quantizer], arguments: dict[str, Any], bits: int, place: str) -> dict[str, Any]:
+        if bits != RESIDUAL_BITS:
+            return arguments
+        if not arguments.get("narrow_range", True):
+            raise self._impossible(
+                f"narrow_range={arguments['narrow_range']!r} of the {place} is", "its lowest code is -127"
+            )
+        return self._signed(kind, arguments, place) | {"narrow_range": True}
+
+    def check_weights(self, kind: type[Quantizer], bits: tuple[int, int], settings: dict[str, Any], place: str) -> None:
+        """Its weights are those of all files."""
+
+    def missing_grid(self) -> Quantizer:
+        return Mse(RESIDUAL_BITS, signed=True, narrow_range=True, batched=True)
+
+
+TARGETS: dict[str, Target] = {"tensorrt": _TensorRT(), "power_of_two": _PowerOfTwo(), "ncnn": _Ncnn()}
 """By the name that a recipe's ``target`` and the format of the file have."""
 
 

@@ -31,7 +31,7 @@ class LSQ(UniformQuantizer):
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         initial: how the step is fitted to the first batch: ``mse`` or ``mean``.
         bound_gradient: whether the step's gradient is multiplied by at most ``1 / Q_P**2``.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: when ``initial`` is neither, ``bits`` is out of range, or 1 for signed data, whose positive side
@@ -57,9 +57,16 @@ class LSQ(UniformQuantizer):
         group_size: int | None = None,
         initial: str = "mse",
         bound_gradient: bool = True,
+        narrow_range: bool = False,
     ) -> None:
         super().__init__(
-            bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched, group_size=group_size
+            bits,
+            signed=signed,
+            channels=channels,
+            channel_axis=channel_axis,
+            batched=batched,
+            group_size=group_size,
+            narrow_range=narrow_range,
         )
         if initial not in ("mse", "mean"):
             raise UsageError(f"initial={initial!r} of quantizer {type(self).__name__} is not possible: use mse or mean")
@@ -105,7 +112,7 @@ class LSQEWGS(LSQ):
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         initial, bound_gradient: see :class:`LSQ`.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: as :class:`LSQ`.
@@ -141,7 +148,7 @@ class LSQPowerOfTwo(LSQ):
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         initial, bound_gradient: see :class:`LSQ`.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: as :class:`LSQ`.
