@@ -80,8 +80,8 @@ def export(
     Args:
         run: folder of a finished training.
         format: one of :data:`lqkd.export.FORMATS`.
-        output: file, or folder of ``compressed-tensors`` and ``ncnn``, to write; None for ``student.onnx`` or its like in
-            the run folder.
+        output: file, or folder of ``compressed-tensors`` and ``ncnn``, to write; None for ``student.onnx`` or its like
+            in the run folder.
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
         frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
