@@ -1,8 +1,8 @@
 """An ONNX file for fixed-point hardware: every scale a power of two of a whole tensor, every zero point zero.
 
 Whole numbers go from one grid to the next by a shift of bits: the scale of the accumulator over that of the next grid
-is a power of two. The shift rounds half to even, as ONNX's QuantizeLinear does. All of the file's numbers are exact in
-float32, so that whatever runs it, in whichever order it adds, gives the same codes.
+is a power of two. The shift rounds half to even, as ONNX's QuantizeLinear does. Sums below 2**24 steps are exact in
+float32, so that whatever runs the file, in whichever order it adds, gives the same codes.
 """
 
 from __future__ import annotations
