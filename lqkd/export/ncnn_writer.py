@@ -249,6 +249,25 @@ class Writer:
             self._refuse(node, "a max pooling with dilation")
         self._moved(node, found, "Pooling", {"0": "0"} | _pooling(found.settings))
 
+    def _slice(self, node: fx.Node, found: Operation) -> None:
+        steps = ["1", "1"]
+        for axis, start, end, step in found.settings["slices"]:
+            if axis < 2 or start != 0 or end < shape_of(found.inputs[0])[axis]:
+                self._refuse(node, "a part of a tensor other than every k-th row or column")
+            steps[axis - 2] = str(step)
+        if found.settings["dropped"]:
+            self._refuse(node, "a single row or column of a tensor")
+        # The largest of one number, with strides.
+        self._moved(node, found, "Pooling", {"0": "0", "1": "1", "2": steps[1], "12": steps[0], "5": "1"})
+
+    def _pad(self, node: fx.Node, found: Operation) -> None:
+        pads = found.settings["pads"]
+        if len(pads) != 2 * _IMAGE or pads[0] or pads[_IMAGE]:
+            self._refuse(node, "zeros beside a tensor without images")
+        keys = (("7", "0", "2"), ("8", "1", "3"))  # channels, rows, columns: before and behind
+        given = {key: pads[half * _IMAGE + axis + 1] for half in (0, 1) for axis, key in enumerate(keys[half])}
+        self._moved(node, found, "Padding", {key: str(count) for key, count in given.items()})
+
     def _avgpool(self, node: fx.Node, found: Operation) -> None:
         if found.settings.get("divisor_override") or found.settings.get("ceil_mode"):
             self._refuse(node, "an average pooling with divisor_override or ceil_mode")

@@ -71,13 +71,14 @@ class Every(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, (3, 5), stride=(2, 1), padding=(1, 2))
         self.left, self.right = nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 1)
-        self.gate, self.last = nn.Conv2d(16, 16, 1), nn.Linear(16 * 2 * 4, 5)
+        self.gate, self.last = nn.Conv2d(16, 16, 1), nn.Linear(19 * 2 * 5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self.stem(x))
         x = torch.cat([F.relu(self.left(x)), self.right(F.avg_pool2d(x, 3, 1, 1))], 1)
         x = x * F.relu6(self.gate(F.adaptive_avg_pool2d(x, 1)) + 3)
-        return self.last(torch.flatten(F.max_pool2d(F.relu(x), 2, 2, ceil_mode=True), 1))
+        x = F.max_pool2d(F.relu(x), 2, 2, ceil_mode=True)
+        return self.last(torch.flatten(F.pad(x, (1, 0, 0, 1, 2, 1))[:, :, ::2], 1))
 
 
 def test_what_lies_between_layers_is_computed() -> None:
@@ -142,18 +143,18 @@ def test_settings_that_it_does_not_have_are_refused_before_training(recipe: dict
         quantised(**{"bits": "w8a8", "target": "ncnn", **recipe})
 
 
-class Sliced(nn.Module):
+class Turned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.conv(x)[:, :, 0, 0])
+        return self.last(self.conv(x).transpose(2, 3))
 
 
 def test_an_operator_without_a_counterpart_is_one_sentence() -> None:
-    with pytest.raises(UsageError, match=r"--format ncnn cannot express getitem in .*: replace it in the network"):
-        to_ncnn(quantised(Sliced(), bits="w4a4", target="ncnn"), images(8), calibration=[images(32)])
+    with pytest.raises(UsageError, match=r"--format ncnn cannot express transpose in .*: replace it in the network"):
+        to_ncnn(quantised(Turned(), bits="w4a4", target="ncnn"), images(8), calibration=[images(32)])
 
 
 def altered(files: Written, name: str, part: str, moved: float) -> Written:
