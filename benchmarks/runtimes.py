@@ -75,11 +75,25 @@ RUNTIMES = (
         (("litert_files_cpu_litert2.3.0.csv", {}),),
     ),
     Runtime(
+        "ncnn",
+        "`ncnn`",
+        "weights 1 to 8, activations 1 to 8, in 8",
+        "1.0.20261020, on x86",
+        "batches; convolutions with groups are in floating point; its ARM and Vulkan kernels were not tried",
+    ),
+    Runtime(
         "TensorRT",
         "`tensorrt`",
         "weights 1 to 8, activations 8, in 8",
         "none: checked by NVIDIA's rules, run in ONNX Runtime",
         "activations of fewer bits; whatever a run in TensorRT would show",
+    ),
+    Runtime(
+        "fixed-point hardware",
+        "`power_of_two`",
+        "weights 2 to 8, activations 1 to 8, in 8",
+        "none: every scale is checked, run in ONNX Runtime",
+        "scales that are no powers of two; whatever a vendor's compiler would show",
     ),
     Runtime(
         "qonnx, FINN, hls4ml",

@@ -48,6 +48,8 @@ class BatchNormReestimation(Finisher):
 
     def finish(self, trainer: Trainer, module: TaskModule) -> None:
         network = module.product()
+        if not any(isinstance(norm, _BatchNorm) for norm in network.modules()):  # they may have been folded
+            return
         with apart(trainer.train_dataloader) as loader, in_stage(trainer, RunningStage.TRAINING):
             total = int(min(self.batches, trainer.num_training_batches))  # which may be infinite
             batches = below_the_bar(trainer, islice(loader, self.batches), "re-estimating batch norm", total)

@@ -18,7 +18,7 @@ MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is N
 """A package that exporting needs and that is not installed; None when all are."""
 
 if MISSING is None:
-    from lqkd.export.api import to_litert, to_onnx
+    from lqkd.export.api import to_litert, to_ncnn, to_onnx
     from lqkd.export.formats import FORMATS
     from lqkd.export.nbits import to_nbits
     from lqkd.export.parity import Parity, check
@@ -36,6 +36,7 @@ __all__ = [
     "to_gguf",
     "to_litert",
     "to_nbits",
+    "to_ncnn",
     "to_onnx",
 ]
 

@@ -10,18 +10,20 @@ import onnx
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export import litert, metadata
+from lqkd.export import litert, metadata, ncnn
 from lqkd.export.deploy import Deployed, deploy, deployable_copy
 from lqkd.export.formats import BUILDERS, RUNNERS, check_expressible
 from lqkd.export.litert_file import described
 from lqkd.export.litert_proof import check_litert
+from lqkd.export.ncnn_proof import check_ncnn
+from lqkd.export.ncnn_writer import NCNN, Written
 from lqkd.export.parity import Parity, check
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
 from lqkd.quantization.targets import TARGETS
 from lqkd.tasks import Task
-from lqkd.utils.files import atomic_path
+from lqkd.utils.files import atomic_folder, atomic_path
 
 
 def to_onnx(
@@ -43,7 +45,7 @@ def to_onnx(
         example: real inputs, B of at least 2, as the network sees them, for the comparison: a tensor (B, C, H, W),
             say, a tuple of several, or a dict of keyword arguments.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
-        format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino`` or ``tensorrt``.
+        format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt`` or ``power_of_two``.
         calibration: training inputs likewise, for grids that training left out, such as of residual additions.
         test: batches of the task as a DataLoader gives them, such as images, or (images, labels): on them PyTorch and
             the file must give the same answer, such as the first class, to all but one in a thousand samples (or one
@@ -128,6 +130,60 @@ def to_litert(
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return content
+
+
+def to_ncnn(
+    model: nn.Module,
+    example: Any,
+    path: str | Path | None = None,
+    *,
+    calibration: Iterable[Any] = (),
+    test: Iterable[Any] | None = None,
+    about: dict[str, Any] | None = None,
+    task: Task | None = None,
+) -> Written:
+    """Export a quantised network to ncnn's files, and prove in ncnn that they compute the same.
+
+    Args:
+        model, example, calibration, test, about, task: as of :func:`to_onnx`.
+        path: a folder for ``student.param``, ``student.bin`` and ``student.json``, complete or not at all; ``None``
+            writes nothing. One that this format has written is replaced.
+
+    Returns:
+        The files, for one sample at a time: float32, inputs and outputs called as those of :func:`to_onnx`.
+
+    Raises:
+        UsageError: when the network cannot be exported in this format, the folder has something else in it, or ncnn is
+            not installed.
+        ParityError: when the files compute something else; nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from lqkd import Recipe, quantize_model
+        >>> from lqkd.export import to_ncnn
+        >>> from lqkd.models import CifarResNet
+        >>> from lqkd.quantization import initialize_quantizers
+        >>> student, _ = quantize_model(CifarResNet(8, width=8), Recipe("w4a4", residual_bits=8, target="ncnn"))
+        >>> images = torch.randn(16, 3, 32, 32)
+        >>> initialize_quantizers(student, images)
+        >>> files = to_ncnn(student.eval(), images, calibration=[images])
+        >>> files.param.splitlines()[2]
+        'Input images 0 1 images 0=32 1=32 2=3'
+    """
+    ncnn.require()
+    if path is not None:
+        ncnn.check_replaceable(Path(path))
+    deployed = _deployed(model, example, NCNN, calibration, about)
+    written = ncnn.build(deployed)
+    student = None if test is None else deployable_copy(model)
+    parity = check_ncnn(written, deployed, example, test or (), student, task)
+    _check_judged(test, parity)
+    _judge(parity)
+    if path is not None:
+        with atomic_folder(path) as temporary:
+            told = metadata.describe(NCNN, deployed, parity, about or {})
+            ncnn.save(written, temporary, ncnn.in_file(told))
+    return written
 
 
 def _deployed(

@@ -27,6 +27,8 @@ from lqkd.export.litert import LITERT
 from lqkd.export.made import build
 from lqkd.export.nbits import NBITS
 from lqkd.export.nbits_command import write_nbits
+from lqkd.export.ncnn import check_replaceable as check_ncnn_folder
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.openvino import OPENVINO
 from lqkd.export.pack_quantized import COMPRESSED, check_replaceable
 from lqkd.export.pack_quantized import require as require_compressed
@@ -41,7 +43,7 @@ from lqkd.quantization.residual import other_places
 from lqkd.quantization.targets import TARGETS
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
-from lqkd.utils.files import atomic_path
+from lqkd.utils.files import atomic_folder, atomic_path
 from lqkd.utils.progress import Progress, Stages, track
 
 CALIBRATION_BATCHES = 8
@@ -51,6 +53,7 @@ _UNTIMED = {
     OPENVINO: "OpenVINO's own benchmark_app times such a file",
     TENSORRT: "TensorRT's own trtexec times such a file",
     LITERT: "LiteRT's own benchmark_model times such a file, on the device that it is for",
+    NCNN: "ncnn's own benchncnn times such files, on the device that they are for",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",
     NBITS: "its time depends on the length of a text",
@@ -77,8 +80,8 @@ def export(
     Args:
         run: folder of a finished training.
         format: one of :data:`lqkd.export.FORMATS`.
-        output: file, or folder of ``compressed-tensors``, to write; None for ``student.onnx`` or its like in the run
-            folder.
+        output: file, or folder of ``compressed-tensors`` and ``ncnn``, to write; None for ``student.onnx`` or its like
+            in the run folder.
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
         frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
@@ -118,10 +121,10 @@ def export(
     parity.split = split
     described = made.describe(metadata.describe(format, deployed, parity, about))
     target = wanted if parity.problem is None else rejected(wanted)
-    with atomic_path(target) as temporary:
+    with (atomic_folder if made.is_folder else atomic_path)(target) as temporary:
         made.write(temporary, described, frames)
     weights = size(student)
-    summary = Summary(target, target.stat().st_size, weights.packed_bytes, weights.float_bytes, made.kernels())
+    summary = Summary(target, _bytes(target), weights.packed_bytes, weights.float_bytes, made.kernels())
     print_card(summary, described, parity)
     if parity.problem is not None:
         raise ParityError(f"the file fails the comparison and is kept as {target}: {parity.problem}")
@@ -162,8 +165,8 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
         raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
     suffix = Path(file_name(format)).suffix
     output = run / file_name(format) if given is None else Path(given)
-    if format == COMPRESSED:
-        check_replaceable(output)
+    if format in (COMPRESSED, NCNN):
+        (check_replaceable if format == COMPRESSED else check_ncnn_folder)(output)
     elif output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     elif output.suffix != suffix:
@@ -182,6 +185,10 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
     except OSError as error:
         raise UsageError(f"--output {str(output)!r} cannot be written ({error.strerror}): choose another") from error
     return output
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
 
 
 def read_student(run: str | Path, allow_code: bool = False) -> tuple[RunReader, nn.Module, str]:

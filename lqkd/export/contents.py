@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -41,4 +42,7 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
 
 
 def _same(tensor: onnx.TensorProto, value: Tensor) -> bool:
-    return numpy_helper.to_array(tensor).tobytes() == value.contiguous().numpy().tobytes()
+    held, wanted = numpy_helper.to_array(tensor), value.contiguous().numpy()
+    if held.ndim == 0:  # one number for all channels
+        held = np.full(wanted.shape, held)
+    return held.tobytes() == wanted.tobytes()

@@ -19,7 +19,7 @@ from lqkd.export.explicit import check_takes, parameters, propagate_shapes, reco
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
 from lqkd.export.operations import MOVES, operation
-from lqkd.export.placement import place_grids
+from lqkd.export.placement import missing_grid, place_grids
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
 from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
@@ -104,7 +104,7 @@ def deploy(
                 "or call initialize_quantizers"
             )
     _check_ungrouped(student)
-    builder, folding = place_grids(student, inputs, None if target is None else True)
+    builder, folding = place_grids(student, inputs, missing_grid if target is None else target.missing_grid)
     network = builder.network
     names = _names(network, inputs)
     if builder.fresh:

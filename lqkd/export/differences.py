@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Codes, Reference
 
 
@@ -45,8 +46,7 @@ class Forced(fx.Interpreter):
         grid: Any = self.fetch_attr(str(n.target))
         values = torch.from_numpy(np.array(self.theirs[n.name]))
         if not values.is_floating_point():
-            zero = 0 if values.dtype == torch.int8 else grid.zero_point  # signed codes have it in the middle
-            values = (values.float() - zero) * grid.scale
+            values = _centred(values, grid) * grid.scale
         self.rows.append(_difference(n, (ours - values) / grid.scale))
         return values
 
@@ -56,7 +56,7 @@ class Compared(Reference):
 
     Args:
         network: the deployed network.
-        theirs: the file's codes by node, as the grids have them.
+        theirs: the file's codes by node, as the grids have them, or signed with zero in the middle.
         forced: whether what comes after a grid gets the file's codes.
     """
 
@@ -72,9 +72,14 @@ class Compared(Reference):
         ours = super().run_node(n)
         if n.name not in self.theirs or not isinstance(ours, Codes):
             return ours
-        values = torch.from_numpy(np.array(self.theirs[n.name])).float() - ours.grid.zero_point
+        values = _centred(torch.from_numpy(np.array(self.theirs[n.name])), ours.grid)
         self.rows.append(_difference(n, ours.values - values))
         return replace(ours, values=values) if self.forced else ours
+
+
+def _centred(codes: Tensor, grid: ActivationGrid) -> Tensor:
+    """Codes minus that of zero, which is the middle of signed ones."""
+    return codes.float() - (0 if codes.dtype == torch.int8 else grid.zero_point)
 
 
 def _difference(node: fx.Node, steps: Tensor) -> LayerDifference:

@@ -219,11 +219,15 @@ class Emitter(IslandWriters):
         writer = getattr(self, f"_write_{found.kind}")
         writer(node, found)
 
+    def code_of_zero(self, grid: ActivationGrid) -> Any:
+        """The code of zero, in the type in which the file has the codes of ``grid``."""
+        return np.uint8(grid.zero_point)
+
     def _moved(self, node: fx.Node, found: Operation, codes: str, grid: ActivationGrid) -> str:
+        zero = self.code_of_zero(grid)
         if found.kind == "relu":
-            zero = self.constant(grid.zero_point, f"{self.label(node)}.min", np.uint8)
-            return self.add("Clip", [codes, zero], self.label(node))
-        return self._structural(node, found, codes, np.uint8, grid.zero_point)
+            return self.add("Clip", [codes, self.constant(zero, f"{self.label(node)}.min")], self.label(node))
+        return self._structural(node, found, codes, zero.dtype, zero)
 
     def _structural(  # noqa: PLR0911
         self, node: fx.Node, found: Operation, x: str, dtype: Any, zero: int

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lqkd.errors import UsageError
-from lqkd.export import openvino, packed, portable, qonnx, tensorrt
+from lqkd.export import openvino, packed, portable, power_of_two, qonnx, tensorrt
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
@@ -16,6 +16,8 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert import LITERT, SUFFIX
 from lqkd.export.litert import require as require_litert
 from lqkd.export.nbits import NBITS
+from lqkd.export.ncnn import require as require_ncnn
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.pack_quantized import COMPRESSED
 from lqkd.export.runtimes import Runner
 
@@ -27,13 +29,14 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
     "qonnx": qonnx.build,
     openvino.OPENVINO: openvino.build,
     tensorrt.TENSORRT: tensorrt.build,
+    power_of_two.POWER_OF_TWO: power_of_two.build,
 }
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
-FORMATS = (*BUILDERS, LITERT, TORCH, GGUF, NBITS, COMPRESSED)
+FORMATS = (*BUILDERS, LITERT, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-_SUFFIXES = {LITERT: SUFFIX, TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
+_SUFFIXES = {LITERT: SUFFIX, NCNN: f".{NCNN}", TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
 
@@ -55,6 +58,8 @@ def check_format(name: str) -> None:
         openvino.require()
     if name == LITERT:
         require_litert()
+    if name == NCNN:
+        require_ncnn()
 
 
 def check_expressible(deployed: Deployed, name: str) -> None:

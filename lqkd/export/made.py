@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from lqkd.export import litert, litert_file, metadata, openvino, torch_program
+from lqkd.export import litert, litert_file, metadata, ncnn, openvino, torch_program
 from lqkd.export.deploy import Deployed
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH
 from lqkd.export.frames import takes_frames
 from lqkd.export.litert import LITERT
 from lqkd.export.litert_proof import check_litert
+from lqkd.export.ncnn_proof import check_ncnn
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.openvino import OPENVINO
 from lqkd.export.parity import Parity, check
 from lqkd.export.program import check_program, save_program
@@ -25,7 +27,13 @@ from lqkd.tasks import Task
 
 
 class Made(ABC):
-    """A file of a deployed network."""
+    """A file of a deployed network.
+
+    Attributes:
+        is_folder: whether it is several files, in a folder.
+    """
+
+    is_folder = False
 
     @abstractmethod
     def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
@@ -37,7 +45,10 @@ class Made(ABC):
 
     @abstractmethod
     def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
-        """Write it with what it says about itself; with ``frames`` it takes a camera's, where its format can."""
+        """Write it with what it says about itself; with ``frames`` it takes a camera's, where its format can.
+
+        A folder is there and empty.
+        """
 
     def kernels(self) -> Kernels | None:
         """What its runtime makes of it; None where that is not told."""
@@ -104,6 +115,31 @@ class _LiteRT(Made):
         raise AssertionError("refused before")
 
 
+class _Ncnn(Made):
+    is_folder = True
+
+    def __init__(self, deployed: Deployed) -> None:
+        self.written = ncnn.build(deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_ncnn(self.written, deployed, inputs, test, student, task)
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        return ncnn.in_file(told)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        ncnn.save(self.written, path, described)
+
+    def kernels(self) -> Kernels:
+        return ncnn.kernels(self.written)
+
+    def runs(self) -> Any:
+        raise AssertionError("refused before")
+
+
+_OTHERS: dict[str, type[_LiteRT] | type[_Ncnn]] = {LITERT: _LiteRT, NCNN: _Ncnn}
+
+
 def build(format: str, deployed: Deployed, inputs: Inputs) -> Made:
     """The file of a network in one of :data:`lqkd.export.FORMATS` but those of language models.
 
@@ -117,4 +153,4 @@ def build(format: str, deployed: Deployed, inputs: Inputs) -> Made:
     """
     if format == TORCH:
         return _Program(deployed, inputs)
-    return _LiteRT(deployed) if format == LITERT else _Onnx(format, deployed)
+    return _OTHERS[format](deployed) if format in _OTHERS else _Onnx(format, deployed)

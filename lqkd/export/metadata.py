@@ -16,19 +16,35 @@ from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert import LITERT
 from lqkd.export.litert import LOADER_NOTE as LITERT_NOTE
+from lqkd.export.ncnn import LOADER_NOTE as NCNN_NOTE
+from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.nodes import shape_of
 from lqkd.export.openvino import LOADER_NOTE as OPENVINO_NOTE
 from lqkd.export.openvino import OPENVINO
 from lqkd.export.packed import LOADER_NOTE as PACKED2_NOTE
 from lqkd.export.parity import Parity
+from lqkd.export.power_of_two import LOADER_NOTE as POWER_OF_TWO_NOTE
+from lqkd.export.power_of_two import POWER_OF_TWO
 from lqkd.export.runtimes import is_qonnx
 from lqkd.export.tensorrt import LOADER_NOTE as TENSORRT_NOTE
 from lqkd.export.tensorrt import TENSORRT
 from lqkd.models.outputs import heads
 
 PREFIX = "lqkd."
-LOADER_NOTES = {"packed2": PACKED2_NOTE, OPENVINO: OPENVINO_NOTE, LITERT: LITERT_NOTE, TENSORRT: TENSORRT_NOTE}
+LOADER_NOTES = {
+    "packed2": PACKED2_NOTE,
+    OPENVINO: OPENVINO_NOTE,
+    LITERT: LITERT_NOTE,
+    TENSORRT: TENSORRT_NOTE,
+    POWER_OF_TWO: POWER_OF_TWO_NOTE,
+    NCNN: NCNN_NOTE,
+}
 """By format, what a user of a file must know."""
+_SCHEMES = {
+    POWER_OF_TWO: "weights and activations per tensor, symmetric, static, scales powers of two; biases int32",
+    NCNN: "weights per channel, symmetric; activations per tensor, static; biases float32",
+}
+"""By format, where it is not that of the others."""
 
 
 def layer_bits(deployed: Deployed) -> dict[str, str]:
@@ -62,7 +78,9 @@ def describe(format_name: str, deployed: Deployed, parity: Parity, about: dict[s
         "version": metadata.version("lqkd"),
         "format": format_name,
         "bits": layer_bits(deployed),
-        "scheme": "weights per channel, symmetric; activations per tensor, static; biases int32",
+        "scheme": _SCHEMES.get(
+            format_name, "weights per channel, symmetric; activations per tensor, static; biases int32"
+        ),
         **about,
         "inputs": _shapes(deployed, deployed.inputs, "placeholder"),
         "outputs": _shapes(deployed, deployed.outputs, "output"),

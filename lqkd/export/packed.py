@@ -31,7 +31,7 @@ class Packed4(QuantizeDequantize):
             fitted = fit(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             if fitted is not None:
                 packed, signs = fitted
-                weight = self.dequantized_weight(packed.numpy().astype(np.int8).astype(dtype), layer.scale, label)
+                weight = self.real(packed.numpy().astype(np.int8).astype(dtype), layer.scale, f"{label}.weight")
                 return weight if signs is None else self.signed(weight, signs, label)
         return super().weight(layer, label)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import fx, nn
@@ -29,19 +30,26 @@ from lqkd.quantization.batchnorm import Folding, take_activations_apart
 from lqkd.quantization.computed import computed
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import LSQPlus, Mse, UniformQuantizer
+from lqkd.quantization.targets import RESIDUAL_BITS
 
-RESIDUAL_BITS = 8
 TWICE = ("add", "mul")
 """Kinds that are cheap enough to be computed once for each of two grids."""
 
 
-def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None) -> tuple[GridPlacement, Folding]:
+def missing_grid() -> Quantizer:
+    """The quantizer of a result that training left in floating point; its sign is decided from data."""
+    return Mse(RESIDUAL_BITS, batched=True)
+
+
+def place_grids(
+    student: nn.Module, example: Inputs, missing: Callable[[], Quantizer] = missing_grid
+) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
     Args:
         student: a quantised network in eval mode, which is changed.
         example: what it is called with, on the same device.
-        signed: whether grids that are missing have negative values; None decides from data.
+        missing: makes the quantizer of a grid that is missing.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -64,7 +72,7 @@ def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None)
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(explicit(student, example, expected), example, signed)
+    builder = GridPlacement(explicit(student, example, expected), example, missing)
     builder.place()
     return builder, folding
 
@@ -72,9 +80,11 @@ def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None)
 class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
-    def __init__(self, network: fx.GraphModule, example: Inputs, signed: bool | None = None) -> None:
+    def __init__(
+        self, network: fx.GraphModule, example: Inputs, missing: Callable[[], Quantizer] = missing_grid
+    ) -> None:
         self.network = network
-        self.signed = signed
+        self.missing = missing
         self.graph = network.graph
         self.example = example
         self.fresh: dict[str, str] = {}
@@ -187,7 +197,7 @@ class GridPlacement:
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"
         target = f"grids.calibrated.{end.name}"
-        self.network.add_submodule(target, Mse(RESIDUAL_BITS, signed=self.signed, batched=True).eval())
+        self.network.add_submodule(target, self.missing().eval())
         self.fresh[target] = where
         with self.graph.inserting_after(end):
             new = self.graph.call_module(target, (end,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, fx
@@ -34,20 +36,24 @@ class QuantizeDequantize(Emitter):
         flat = source in self.pooled
         x = self.pooled[source] if flat else self.floating(source)
         if source in self.codes:
-            x = self._requantized(x, label)
+            x = self._requantized(x, label, self.code_of_zero(self.codes[source][1]).dtype)
         codes = self.add("QuantizeLinear", [x, *self._parameters(grid, label)], f"{label}.codes")
         if (low, high) != (0, CODES - 1):
-            limits = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((low, "min"), (high, "max"))]
+            zero = self.code_of_zero(grid)
+            limits = [
+                self.constant(value - grid.zero_point + int(zero), f"{label}.{name}", zero.dtype)
+                for value, name in ((low, "min"), (high, "max"))
+            ]
             codes = self.add("Clip", [codes, *limits], f"{label}.clipped")
         if flat:
             codes = self.add("Flatten", [codes], f"{label}.flat", axis=1)
         self.codes[node] = (codes, grid)
 
-    def _requantized(self, x: str, label: str) -> str:
+    def _requantized(self, x: str, label: str, dtype: Any) -> str:
         """Add an integer zero: the runtime then goes from grid to grid in one integer kernel, an addition."""
-        zero = self.constant(0, f"{label}.nothing_codes", np.uint8)
+        zero = self.constant(0, f"{label}.nothing_codes", dtype)
         one = self.constant(1.0, f"{label}.nothing_scale", np.float32)
-        point = self.constant(0, f"{label}.nothing_zero", np.uint8)
+        point = self.constant(0, f"{label}.nothing_zero", dtype)
         nothing = self.add("DequantizeLinear", [zero, one, point], f"{label}.nothing")
         return self.add("Add", [x, nothing], f"{label}.requantized")
 
@@ -62,31 +68,27 @@ class QuantizeDequantize(Emitter):
         names = [f"{label}.scale", f"{label}.zero_point"]
         if names[0] not in self.initializers:
             self.constant(grid.scale, names[0], np.float32)
-            self.constant(grid.zero_point, names[1], np.uint8)
+            self.constant(self.code_of_zero(grid), names[1])
         return names
 
     def weight(self, layer: IntegerLayer, label: str) -> str:
         codes = layer.codes.to(torch.int16) * layer.multiplier
-        return self.dequantized_weight(codes.to(torch.int8).numpy(), layer.scale / layer.multiplier, label)
+        return self.real(codes.to(torch.int8).numpy(), layer.scale / layer.multiplier, f"{label}.weight")
 
-    def dequantized_weight(self, codes: np.ndarray, scale: Tensor, label: str) -> str:
-        """DequantizeLinear, along the first axis, of constant codes."""
+    def real(self, codes: np.ndarray, scale: Tensor, name: str) -> str:
+        """DequantizeLinear of constant ``codes``, along the first axis where ``scale`` is of channels."""
         operands = [
-            self.constant(codes, f"{label}.weight_codes"),
-            self.constant(scale, f"{label}.weight_scale", np.float32),
-            self.constant(np.zeros(scale.shape, codes.dtype), f"{label}.weight_zero_point"),
+            self.constant(codes, f"{name}_codes"),
+            self.constant(scale, f"{name}_scale", np.float32),
+            self.constant(np.zeros(scale.shape, codes.dtype), f"{name}_zero_point"),
         ]
-        return self.add("DequantizeLinear", operands, f"{label}.weight", axis=0)
+        attributes: dict[str, Any] = {"axis": 0} if scale.ndim else {}
+        return self.add("DequantizeLinear", operands, name, **attributes)
 
     def bias(self, layer: IntegerLayer, label: str) -> str:
         if layer.bias_codes is None or layer.bias_scale is None:
             return "" if layer.bias is None else self.constant(layer.bias, f"{label}.bias")
-        operands = [
-            self.constant(layer.bias_codes, f"{label}.bias_codes"),
-            self.constant(layer.bias_scale, f"{label}.bias_scale"),
-            self.constant(np.zeros(layer.bias_codes.shape, np.int32), f"{label}.bias_zero_point"),
-        ]
-        return self.add("DequantizeLinear", operands, f"{label}.bias", axis=0)
+        return self.real(layer.bias_codes.numpy(), layer.bias_scale, f"{label}.bias")
 
 
 def build(deployed: Deployed) -> Exported:

@@ -8,6 +8,7 @@ it in ONNX Runtime, which computes the same formulas.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,12 +67,8 @@ class Explicit(QuantizeDequantize):
         codes = self.add("QuantizeLinear", [x, *self._parameters(grid, label)], f"{label}.codes")
         self.on_grids[node.name], self.floats[node] = codes, self.dequantize(codes, grid, label)
 
-    def _parameters(self, grid: ActivationGrid, label: str) -> list[str]:
-        names = [f"{label}.scale", f"{label}.zero_point"]
-        if names[0] not in self.initializers:
-            self.constant(grid.scale, names[0], np.float32)
-            self.constant(0, names[1], np.int8)
-        return names
+    def code_of_zero(self, grid: ActivationGrid) -> Any:
+        return np.int8(0)
 
     def bias(self, layer: IntegerLayer, label: str) -> str:
         bias = layer.float_bias()

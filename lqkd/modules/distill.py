@@ -48,7 +48,9 @@ from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_l
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.modules.trust import check_held_out, fit_trust, leave_memorised, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
+from lqkd.quantization.batchnorm import has_fresh_statistics
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.recipe import folds_batch_norm
 from lqkd.regularizers import LearnableTable, Regularizer
 from lqkd.tasks import Inputs, Task
 from lqkd.tasks.trial import leaves_one, try_training
@@ -184,6 +186,7 @@ class DistillModule(TaskModule):
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization
+        self._without_statistics = folds_batch_norm(self.quantization) and has_fresh_statistics(student)
         self.student, self.coverage = quantize_model(student, self.quantization)
         recompute(gradient_checkpointing, self.student, self.compilation, terms)
         self._channels_last = channels_last  # None until it is measured
@@ -395,6 +398,11 @@ class DistillModule(TaskModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self._without_statistics and not self._resumed:
+            raise UsageError(
+                "quantization folds the student's batch norms into its layers before training, and they have never "
+                "seen data: give student_weights of a trained student"
+            )
         self.passes.release()  # after a training that has failed
         self._followers = [
             module

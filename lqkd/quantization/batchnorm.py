@@ -163,6 +163,49 @@ def foldable(model: nn.Module, untouched: Collection[str] = (), graph: fx.Graph 
     return Folding(folded, kept)
 
 
+def fold_all(model: nn.Module) -> None:
+    """Fold every batch norm of a float network into the convolution before it, in place, to train it without.
+
+    Raises:
+        UsageError: when the graph of the network cannot be traced, or one would stay.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> fold_all(network)
+        >>> [type(module).__name__ for module in network]
+        ['Conv2d', 'Identity']
+    """
+    if not any(is_batch_norm(module) for module in model.modules()):
+        return  # which may be a network that cannot be traced
+    for name, reason in foldable(model).kept.items():
+        raise UsageError(
+            f"batch norm {name!r} cannot be folded before training, as quantization.fold_batch_norm or target ask for: "
+            f"{reason}"
+        )
+    fold_batchnorm(model)
+
+
+def has_fresh_statistics(model: nn.Module) -> bool:
+    """Whether a batch norm of ``model`` has the mean 0 and variance 1 of one that has never seen data.
+
+    Examples:
+        >>> has_fresh_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        True
+    """
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
+    known = [(norm.running_mean, norm.running_var) for norm in norms]
+    return any(
+        mean is not None
+        and variance is not None
+        and not mean.any()
+        and bool((variance == 1).all())
+        and variance is not None
+        and not mean.any()
+        and torch.equal(variance, torch.ones_like(variance))
+        for mean, variance in known
+    )
+
+
 def folded_parameters(layer: Any, norm: _BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
     """The factor of the output of ``layer`` and the bias after it, (channels,) each, with ``norm`` folded into it."""
     if norm is None:

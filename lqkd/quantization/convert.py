@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.batchnorm import fold_all
 from lqkd.quantization.computed import computed
 from lqkd.quantization.cost import size
 from lqkd.quantization.granularity import check_tokens, granularity, grids
@@ -24,6 +25,7 @@ from lqkd.quantization.recipe import (
     Recipe,
     build_quantizer,
     find_quantizer,
+    folds_batch_norm,
     parse_bits,
     resolve,
 )
@@ -159,7 +161,9 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
     registers its layers. Of what is computed outside of layers, the operands of additions and concatenations are
     quantised where the recipe gives ``residual_bits``, and so are results that are read on several grids (see
-    :func:`~lqkd.quantization.residual.quantize_joins`); the report lists the rest.
+    :func:`~lqkd.quantization.residual.quantize_joins`); the report lists the rest. Where the recipe folds batch norms,
+    by itself or for its target, those are gone before, and their layers have a new weight and a bias: a float
+    checkpoint is loaded before.
 
     Args:
         model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
@@ -171,10 +175,10 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         The model itself (a new layer when ``model`` is a single layer) and the report.
 
     Raises:
-        UsageError: when the recipe is not possible, a rule matches nothing, layers that share a weight have different
-            settings for it, nothing is there to quantise, rules leave everything in floating point, or a part of the
-            network is a wrapper such as that of :func:`torch.compile`, ``DataParallel`` or ``AveragedModel``, which
-            would put its own name into every name.
+        UsageError: when the recipe is not possible, a batch norm that it folds would stay, a rule matches nothing,
+            layers that share a weight have different settings for it, nothing is there to quantise, rules leave
+            everything in floating point, or a part of the network is a wrapper such as that of :func:`torch.compile`,
+            ``DataParallel`` or ``AveragedModel``, which would put its own name into every name.
 
     Examples:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -196,6 +200,8 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         from lqkd.quantization.windows import call_window_layers
 
         call_window_layers(model)
+    if folds_batch_norm(recipe):
+        fold_all(model)
     found = survey(model)
     layers = _quantizable(model, found)
     settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})

@@ -6,13 +6,13 @@ import glob
 import importlib
 import inspect
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from lqkd.errors import UsageError
 from lqkd.quantization.quantizers import Q4_0, Q8_0, QUANTIZERS, TQ2_0, Quantizer
-from lqkd.quantization.targets import find_target
+from lqkd.quantization.targets import Target, find_target
 
 FLOAT_BITS = 32
 """The number of bits that means "leave it in floating point"."""
@@ -73,7 +73,8 @@ class Recipe:
             ``irnet`` for 1 bit, ``twn`` for the 2 bits of ``ternary``, those of a GGUF file's grid, ``lsq`` for all
             others.
         activation_quantizer: quantizer of the layers' inputs, likewise; null is ``react`` for 1 bit, else ``lsq``.
-        per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
+        per_channel: one weight grid per output channel (true) or one for the whole tensor (false); null is true, or
+            what the target asks for.
         group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128, of linear layers,
             embeddings and attention; null for none. Convolutions have none: there give it in a rule for the others.
         per_level: of a layer that is called several times in a pass, as a detector's head is for every level of a
@@ -83,9 +84,17 @@ class Recipe:
         last_layer_bits: weight and activation bits of the last layer, likewise.
         residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
             results that several layers or additions read; null leaves those in floating point and lists the additions.
-        residual_quantizer: quantizer of these; signed or not is decided from their data.
+        residual_quantizer: quantizer of these; signed or not is decided from their data. Null is ``lsq``, or what the
+            target asks for.
         target: a runtime whose arithmetic asks something of all grids, which are then trained under it: ``tensorrt``,
-            whose activations are signed 8-bit codes with zero in the middle. Null for none: other files take all grids.
+            whose activations are signed 8-bit codes with zero in the middle; ``power_of_two``, fixed-point hardware:
+            every scale is a power of two and of a whole tensor, zero points are zero, and batch norms are folded;
+            ``ncnn``, whose codes are from -127 to 127, so that 8 bits are signed. Null for none: other files take all
+            grids.
+        fold_batch_norm: whether batch norms are folded into the layers before them, with the statistics that they
+            have, before these are quantised; true is for students that are trained already. Batch norm gives each
+            channel a factor of its own, so that without it ``per_channel: false`` is true of the deployed network too.
+            Null is false, or what the target asks for.
         rules: exceptions, in order; each field is taken from the last rule that matches and sets it.
 
     Examples:
@@ -100,14 +109,15 @@ class Recipe:
     bits: str = "w4a4"
     weight_quantizer: str | dict[str, Any] | None = None
     activation_quantizer: str | dict[str, Any] | None = None
-    per_channel: bool = True
+    per_channel: bool | None = None
     group_size: int | None = None
     per_level: bool | None = None
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
-    residual_quantizer: str | dict[str, Any] = "lsq"
+    residual_quantizer: str | dict[str, Any] | None = None
     target: str | None = None
+    fold_batch_norm: bool | None = None
     rules: list[Rule] = field(default_factory=list)
 
 
@@ -275,46 +285,59 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
                 check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
         for name in matched:
             settings[name].update(changes)
-    complete = {name: _complete(name, entry, recipe.bits) for name, entry in settings.items()}
-    if find_target(recipe.target) is None:
-        return complete
-    return {
-        name: replace(
-            of,
-            activation_quantizer=for_target(
-                recipe.target, of.activation_quantizer, of.activation_bits, f"input of layer {name!r}"
-            ),
-        )
-        for name, of in complete.items()
-    }
+    target = find_target(recipe.target)
+    return {name: _complete(name, entry, recipe.bits, target) for name, entry in settings.items()}
 
 
-def for_target(target: str | None, spec: str | dict[str, Any], bits: int, place: str) -> str | dict[str, Any]:
-    """The quantizer ``spec`` of the activations of a ``place`` with what the ``target`` of a recipe asks for.
+def residual_quantizer(recipe: Recipe, place: str) -> str | dict[str, Any]:
+    """The quantizer of ``recipe.residual_bits`` bits of what a ``place`` brings to a join.
 
     Raises:
         UsageError: when it is not possible with the target.
     """
-    found = find_target(target)
-    if found is None:
+    target = find_target(recipe.target)
+    default = "lsq" if target is None or target.quantizer is None else target.quantizer
+    spec = default if recipe.residual_quantizer is None else recipe.residual_quantizer
+    return _constrained(target, spec, recipe.residual_bits or FLOAT_BITS, place)
+
+
+def folds_batch_norm(recipe: Recipe) -> bool:
+    """Whether batch norms are folded into the layers before them before these are quantised.
+
+    Raises:
+        UsageError: when the recipe refuses what its target asks for.
+    """
+    target = find_target(recipe.target)
+    if target is None or not target.folds_batch_norm:
+        return bool(recipe.fold_batch_norm)
+    if recipe.fold_batch_norm is False:
+        raise UsageError(
+            f"quantization.fold_batch_norm=False is not possible with target={target.name!r}: batch norm gives each "
+            "channel a scale of its own; leave it out"
+        )
+    return True
+
+
+def _constrained(target: Target | None, spec: str | dict[str, Any], bits: int, place: str) -> str | dict[str, Any]:
+    if target is None:
         return spec
     kind, arguments = find_quantizer(spec)
     name = spec if isinstance(spec, str) else spec["name"]
-    return {"name": name, **found.constrained(kind, arguments, bits, place)}
+    return {"name": name, **target.constrained(kind, arguments, bits, place)}
 
 
 def _check_free(recipe: Recipe) -> None:
     """Refuse what the grid of a file decides by itself."""
-    for setting, default in (("weight_quantizer", None), ("group_size", None), ("per_channel", True)):
-        if getattr(recipe, setting) != default:
+    for setting, other in (("weight_quantizer", None), ("group_size", None), ("per_channel", True)):
+        if getattr(recipe, setting) not in (None, other):
             raise UsageError(
                 f"quantization.{setting}={getattr(recipe, setting)!r} is not possible with bits={recipe.bits!r}, "
                 "which decides it: leave it out, or write bits like w4a32"
             )
 
 
-def _complete(name: str, entry: dict[str, Any], bits: str) -> LayerSettings:
-    """Choose the quantizers that nobody chose, by the number of bits."""
+def _complete(name: str, entry: dict[str, Any], bits: str, target: Target | None) -> LayerSettings:
+    """Choose the quantizers that nobody chose, by the target and the number of bits, and hold all to the target."""
     if entry["weight_quantizer"] is None and bits in BLOCK_FORMATS:
         known = {own: name for name, own in BLOCK_FORMATS.items()} | {FLOAT_BITS: "lsq"}
         if entry["weight_bits"] not in known:
@@ -323,13 +346,21 @@ def _complete(name: str, entry: dict[str, Any], bits: str) -> LayerSettings:
                 f"file's grids have {', '.join(map(str, sorted(known)))} bits"
             )
         entry["weight_quantizer"] = known[entry["weight_bits"]]
+    for_all_bits = None if target is None else target.quantizer
     if entry["weight_quantizer"] is None:
         by_bits = {1: "irnet", 2: "twn"} if bits == TERNARY else {1: "irnet"}
-        entry["weight_quantizer"] = by_bits.get(entry["weight_bits"], "lsq")
+        entry["weight_quantizer"] = for_all_bits or by_bits.get(entry["weight_bits"], "lsq")
     if entry["activation_quantizer"] is None:
-        entry["activation_quantizer"] = "react" if entry["activation_bits"] == 1 else "lsq"
+        entry["activation_quantizer"] = for_all_bits or ("react" if entry["activation_bits"] == 1 else "lsq")
+    if entry["per_channel"] is None:
+        entry["per_channel"] = target is None or target.per_channel
     if entry["per_level"] not in (None, True, False):
         raise UsageError(f"per_level={entry['per_level']!r} of layer {name!r} is not possible: true, false or null")
-    find_quantizer(entry["weight_quantizer"])
+    weights, _ = find_quantizer(entry["weight_quantizer"])
     find_quantizer(entry["activation_quantizer"])
+    if target is not None:
+        target.check_weights(weights, (entry["weight_bits"], entry["activation_bits"]), entry, f"layer {name!r}")
+        entry["activation_quantizer"] = _constrained(
+            target, entry["activation_quantizer"], entry["activation_bits"], f"input of layer {name!r}"
+        )
     return LayerSettings(**entry)

@@ -12,7 +12,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.granularity import check_tokens
 from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import Quantizer
-from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits, for_target
+from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits, residual_quantizer
 from lqkd.quantization.survey import Survey
 
 _NAMES = ("output_quantizer", "argument_quantizer")
@@ -53,8 +53,7 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
             wanted += [port for port, bits in zip(ports, join.bits, strict=True) if bits is None]
     for port in dict.fromkeys(wanted):
         try:
-            spec = for_target(recipe.target, recipe.residual_quantizer, recipe.residual_bits, f"{port}")
-            quantizer = build_quantizer(spec, recipe.residual_bits, batched=True)
+            quantizer = build_quantizer(residual_quantizer(recipe, f"{port}"), recipe.residual_bits, batched=True)
             check_tokens(quantizer, None, "value outside of layers")
         except UsageError as error:
             raise UsageError(f"residual_quantizer for the {port}: {error}") from None

@@ -217,6 +217,20 @@ def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Pa
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["ncnn", "power_of_two"])
+def test_a_run_that_is_trained_for_a_target_becomes_its_file(tmp_path: Path, target: str) -> None:
+    if target == "ncnn":
+        pytest.importorskip("ncnn")
+    setting = "--model.init_args.quantization"
+    run = fit(tmp_path, f"{setting}.target", target, f"{setting}.residual_bits", "8")
+    for _ in range(2):
+        assert main(["export", str(run), "--format", target, "--overwrite"]) == 0
+    output = run / {"ncnn": "student.ncnn", "power_of_two": "student.power_of_two.onnx"}[target]
+    assert output.exists()
+    assert output.with_name(f"{output.name}.md").exists()
+
+
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> CIFAR10:
     return part_of_cifar10(tmp_path_factory.mktemp("cifar10"), batch_size=64)

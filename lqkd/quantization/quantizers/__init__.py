@@ -9,7 +9,7 @@ from lqkd.quantization.quantizers.blocks import Q4_0, Q8_0, TQ2_0
 from lqkd.quantization.quantizers.dorefa import DoReFa
 from lqkd.quantization.quantizers.dynamic import Dynamic
 from lqkd.quantization.quantizers.levelwise import LevelwiseStep
-from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS
+from lqkd.quantization.quantizers.lsq import LSQ, LSQEWGS, LSQPowerOfTwo
 from lqkd.quantization.quantizers.lsq_plus import LSQPlus
 from lqkd.quantization.quantizers.n2uq import N2UQ
 from lqkd.quantization.quantizers.pact import PACT
@@ -26,6 +26,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "lsq": LSQ,
     "lsq_ewgs": LSQEWGS,
     "lsq_plus": LSQPlus,
+    "lsq_power_of_two": LSQPowerOfTwo,
     "minmax": MinMax,
     "mse": Mse,
     "n2uq": N2UQ,
@@ -58,6 +59,7 @@ __all__ = [
     "Dynamic",
     "IRNet",
     "LSQPlus",
+    "LSQPowerOfTwo",
     "LevelwiseStep",
     "MinMax",
     "Mse",

@@ -1,4 +1,4 @@
-"""LSQ and EWGS: a uniform grid whose step size is learned."""
+"""LSQ, EWGS and powers of two: a uniform grid whose step size is learned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.kernels import element_wise_scaled_quantize, learned_step_quantize
+from lqkd.quantization.kernels import element_wise_scaled_quantize, learned_step_quantize, uniform_codes
 from lqkd.quantization.quantizers.base import mean_over_ranks
 from lqkd.quantization.quantizers.uniform import UniformQuantizer, mse_step
 
@@ -31,7 +31,7 @@ class LSQ(UniformQuantizer):
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         initial: how the step is fitted to the first batch: ``mse`` or ``mean``.
         bound_gradient: whether the step's gradient is multiplied by at most ``1 / Q_P**2``.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: when ``initial`` is neither, ``bits`` is out of range, or 1 for signed data, whose positive side
@@ -57,9 +57,16 @@ class LSQ(UniformQuantizer):
         group_size: int | None = None,
         initial: str = "mse",
         bound_gradient: bool = True,
+        narrow_range: bool = False,
     ) -> None:
         super().__init__(
-            bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched, group_size=group_size
+            bits,
+            signed=signed,
+            channels=channels,
+            channel_axis=channel_axis,
+            batched=batched,
+            group_size=group_size,
+            narrow_range=narrow_range,
         )
         if initial not in ("mse", "mean"):
             raise UsageError(f"initial={initial!r} of quantizer {type(self).__name__} is not possible: use mse or mean")
@@ -105,7 +112,7 @@ class LSQEWGS(LSQ):
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         initial, bound_gradient: see :class:`LSQ`.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: as :class:`LSQ`.
@@ -125,3 +132,59 @@ class LSQEWGS(LSQ):
             constants=(self._gradient_scale(x), *self.code_range(), self.delta),
             channel_axis=self.channel_axis,
         )
+
+
+class LSQPowerOfTwo(LSQ):
+    """LSQ whose step is a power of two, so that an integer kernel goes from grid to grid by a shift of bits.
+
+    ``s = 2**round(log2 |scale|)``, and the rounding passes the gradient straight through in the logarithm: ``d s / d
+    log2|scale| = s ln 2``, which gives the gradient of TQT (Jain et al., "Trained Quantization Thresholds for Accurate
+    and Efficient Fixed-Point Inference of Deep Neural Networks", arXiv 1903.08066, section 3.2), ``d x_hat / d
+    log2|scale| = s ln 2 * (round(x/s) - x/s, or the code where x clips)``. The paper learns the logarithm of the
+    range's end, with Adam; here the parameter is ``scale``, as of :class:`LSQ`, with its factor of the gradient, so
+    that one optimizer serves both. It starts at the power of two with the less squared error of the two around the
+    step of :class:`LSQ`. The paper rounds up; the two differ by where ``scale`` begins.
+
+    Args:
+        bits: 1 to 8 for unsigned, 2 to 8 for signed data.
+        initial, bound_gradient: see :class:`LSQ`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
+
+    Raises:
+        UsageError: as :class:`LSQ`.
+
+    Examples:
+        >>> quantizer = LSQPowerOfTwo(4, signed=True)
+        >>> quantizer.initialize(torch.tensor([0.1, -0.8, 0.7]))
+        >>> quantizer.step(), quantizer.codes(torch.tensor([0.1, -0.8, 0.7]))
+        (tensor(0.1250, grad_fn=<DivBackward0>), tensor([ 1, -6,  6], dtype=torch.int32))
+    """
+
+    def step(self) -> Tensor:
+        magnitude = super().step()
+        # Exact: the quotient of a number and its mantissa is a power of two, which every device rounds to itself.
+        mantissa = torch.frexp(magnitude.detach()).mantissa  # 0.5 <= m < 1
+        return magnitude / torch.where(mantissa < math.sqrt(0.5), 2 * mantissa, mantissa)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return learned_step_quantize(
+            x, self.step(), constants=(self._gradient_scale(x), *self.code_range()), channel_axis=self.channel_axis
+        )
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return self._nearest(rows, super()._initial_step(rows))
+
+    def _fit_mse(self, x: Tensor) -> bool:
+        return self._take(lambda rows: self._nearest(rows, mse_step(rows, *self.code_range())), self._per_channel(x))
+
+    def _nearest(self, rows: Tensor, step: Tensor) -> Tensor:
+        """Of the powers of two around ``step``, (channels,), that with the less squared error."""
+        below = step / (2 * torch.frexp(step).mantissa)
+        errors = []
+        for tried in (below, 2 * below):
+            on_grid = uniform_codes(rows, tried.unsqueeze(1), *self.code_range()) * tried.unsqueeze(1)
+            errors.append(mean_over_ranks((on_grid - rows).square().mean(1)))
+        return torch.where(errors[0] <= errors[1], below, 2 * below)
+
+    def _refit(self, previous_bits: int) -> None:
+        self.scale.mul_(2.0 ** (previous_bits - self.bits))

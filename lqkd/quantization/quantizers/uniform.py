@@ -27,6 +27,7 @@ class UniformQuantizer(Quantizer):
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        narrow_range: whether signed codes leave the lowest out, as in -127 to 127.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
@@ -49,9 +50,11 @@ class UniformQuantizer(Quantizer):
         channel_axis: int = 0,
         batched: bool = False,
         group_size: int | None = None,
+        narrow_range: bool = False,
     ) -> None:
         super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
         self.group_size = group_size
+        self.narrow_range = narrow_range
 
     @classmethod
     def check_bits(cls, bits: int, signed: bool | None) -> int:
@@ -60,6 +63,10 @@ class UniformQuantizer(Quantizer):
                 f"bits=1 is not possible for signed {cls.__name__}, whose grid would be {{-1, 0}}: use 2 to 8 bits"
             )
         return bits
+
+    def code_range(self) -> tuple[int, int]:
+        low, high = super().code_range()
+        return (-high, high) if self.narrow_range and self.signed else (low, high)
 
     def step(self) -> Tensor:
         """The positive step size s in the shape of ``scale``, float32, differentiable."""
@@ -135,9 +142,16 @@ class _Calibrated(UniformQuantizer):
         channel_axis: int = 0,
         batched: bool = False,
         group_size: int | None = None,
+        narrow_range: bool = False,
     ) -> None:
         super().__init__(
-            bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched, group_size=group_size
+            bits,
+            signed=signed,
+            channels=channels,
+            channel_axis=channel_axis,
+            batched=batched,
+            group_size=group_size,
+            narrow_range=narrow_range,
         )
         self.register_buffer("scale", torch.ones(() if channels is None else (channels,)))
 
@@ -153,7 +167,7 @@ class MinMax(_Calibrated):
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.
@@ -175,7 +189,7 @@ class Mse(_Calibrated):
 
     Args:
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
-        signed, channels, channel_axis, batched, group_size: see :class:`Quantizer`.
+        signed, channels, channel_axis, batched, group_size, narrow_range: see :class:`UniformQuantizer`.
 
     Raises:
         UsageError: when ``bits`` is out of range, or 1 for signed data, whose positive side would be empty.

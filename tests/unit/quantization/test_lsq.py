@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lqkd.errors import UsageError
 from lqkd.quantization import LSQ
+from lqkd.quantization.quantizers import LSQPowerOfTwo
 
 GRIDS = [(bits, signed) for bits in range(1, 9) for signed in (False, True) if not (bits == 1 and signed)]
 
@@ -206,3 +207,25 @@ def test_uninitialised_training_keeps_the_step_in_the_graph() -> None:
     x = torch.zeros(4, requires_grad=True)
     quantizer(x).sum().backward()
     assert quantizer.scale.grad is not None
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, False), (4, True), (8, True)])
+def test_a_power_of_two_starts_as_the_one_with_the_least_squared_error(bits: int, signed: bool) -> None:
+    rows = torch.randn(4, 300, generator=torch.Generator().manual_seed(bits)) * torch.tensor([[0.03], [0.4], [1], [9]])
+    rows = rows if signed else rows.abs()
+    quantizer = LSQPowerOfTwo(bits, signed=signed, channels=4)
+    quantizer.initialize(rows)
+    qn, qp = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    for row, step in zip(rows.double(), quantizer.step().tolist(), strict=True):
+        errors = {
+            2.0**k: float(((row / 2.0**k).clamp(qn, qp).round() * 2.0**k - row).square().sum()) for k in range(-14, 6)
+        }
+        assert step == min(errors, key=errors.__getitem__)
+
+
+def test_a_power_of_two_keeps_its_range_when_bits_change() -> None:
+    quantizer = LSQPowerOfTwo(8, signed=True)
+    quantizer.initialize(torch.randn(300, generator=torch.Generator().manual_seed(0)))
+    step = quantizer.step().item()
+    quantizer.set_bits(4)
+    assert quantizer.step().item() == 16 * step

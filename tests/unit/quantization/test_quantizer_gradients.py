@@ -68,6 +68,27 @@ def test_ewgs(bits: int, signed: bool) -> None:
     close(quantizer.scale.grad.item(), sum(slopes) * factor(qp))
 
 
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, False), (8, True)])
+@pytest.mark.parametrize(("scale", "exponent"), [(0.354, -1), (0.353, -2), (-0.25, -2), (0.177, -2)])
+def test_lsq_power_of_two(bits: int, signed: bool, scale: float, exponent: int) -> None:
+    qn, qp = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    x, g = numbers(bits, 0.2 * 2 ** (bits - 1)), numbers(100 + bits)
+    quantizer = ready("lsq_power_of_two", bits, signed=signed)
+    quantizer.scale.data.fill_(scale)
+    values, gradients = run(quantizer, x, g)
+    s = 2.0**exponent
+    expected, slopes = [], []
+    for v, up, value in zip(x, g, values, strict=True):
+        r = v / s
+        assert value == round(min(max(r, -qn), qp)) * s
+        inside = -qn < r < qp
+        expected.append(up if inside else 0.0)
+        slopes.append(up * (round(r) - r if inside else (-qn if r <= -qn else qp)))
+    close(gradients, expected)
+    of_logarithm = s * math.log(2) * sum(slopes) * factor(qp)  # TQT, section 3.2, with LSQ's factor
+    close(quantizer.scale.grad.item() * scale * math.log(2), of_logarithm)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("offset", [0.0, -0.3, -0.9])
 def test_lsq_plus(bits: int, offset: float) -> None:
