@@ -181,7 +181,7 @@ def check(
 def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
     run = type(whole)(exported.model, optimised=True, tensors=list(exported.grids.values()))
     found, theirs = run(inputs), whole(inputs)
-    reference = Compared(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    reference = Compared(deployed.network, exported.codes(found))
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
     parity.output_steps = output_steps(ours, theirs, deployed, reference)
     reproduced = whole.reproduced and platform.machine() in REPRODUCED
@@ -215,7 +215,7 @@ def _compare(
 ) -> tuple[list[LayerDifference], dict[str, float]]:
     run = runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
     found = run(inputs)
-    forced = Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    forced = Forced(deployed.network, exported.codes(found))
     ours = heads(forced.run(*deployed.in_order(inputs)), OUTPUT)
     return forced.rows, differences(ours, {name: torch.from_numpy(found[name]) for name in ours})
 

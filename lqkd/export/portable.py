@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from lqkd.export.aligned import aligned
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
 from lqkd.export.grids import ActivationGrid, SignGrid
@@ -92,7 +95,10 @@ class QuantizeDequantize(Emitter):
 def build(deployed: Deployed) -> Exported:
     """The model in the portable format: opset 21, int8 weight codes, uint8 activations, int32 biases.
 
+    Channels are filled up with zeros to the numbers that kernels are made for.
+
     Raises:
         UsageError: when an operator has no counterpart.
     """
-    return QuantizeDequantize(deployed).build()
+    wide, channels = aligned(deployed)
+    return replace(QuantizeDequantize(wide).build(), channels=channels)
