@@ -18,6 +18,7 @@ from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
 from lqkd.export.differences import Compared, Forced, LayerDifference
 from lqkd.export.emitter import Exported
+from lqkd.export.gates import SIX, SIXFOLD
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, is_qonnx
@@ -354,7 +355,7 @@ def scales_identical(model: onnx.ModelProto, deployed: Deployed) -> bool:
         grid = deployed.network.get_submodule(str(node.target))
         if not isinstance(grid, ActivationGrid):
             continue
-        tensor = held.get(f"{node.target}.scale")
-        if tensor is not None and numpy_helper.to_array(tensor).tobytes() != grid.scale.numpy().tobytes():
-            return False
+        for name, scale in ((f"{node.target}.scale", grid.scale), (f"{node.target}.{SIXFOLD}", grid.scale * SIX)):
+            if name in held and numpy_helper.to_array(held[name]).tobytes() != scale.numpy().tobytes():
+                return False
     return True

@@ -20,6 +20,7 @@ from lqkd.export.explicit import (
     traced,
     unquantised,
 )
+from lqkd.export.gates import GateGrid, is_self_gated, take_gate_apart
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
@@ -35,13 +36,16 @@ TWICE = ("add", "mul")
 """Kinds that are cheap enough to be computed once for each of two grids."""
 
 
-def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None) -> tuple[GridPlacement, Folding]:
+def place_grids(
+    student: nn.Module, example: Inputs, signed: bool | None = None, gates: bool = False
+) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
     Args:
         student: a quantised network in eval mode, which is changed.
         example: what it is called with, on the same device.
         signed: whether grids that are missing have negative values; None decides from data.
+        gates: whether hard swish and SiLU between two grids become products with a gate on a third.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -64,7 +68,7 @@ def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None)
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(explicit(student, example, expected), example, signed)
+    builder = GridPlacement(explicit(student, example, expected), example, signed, gates)
     builder.place()
     return builder, folding
 
@@ -72,9 +76,12 @@ def place_grids(student: nn.Module, example: Inputs, signed: bool | None = None)
 class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
-    def __init__(self, network: fx.GraphModule, example: Inputs, signed: bool | None = None) -> None:
+    def __init__(
+        self, network: fx.GraphModule, example: Inputs, signed: bool | None = None, gates: bool = False
+    ) -> None:
         self.network = network
         self.signed = signed
+        self.gates = gates
         self.graph = network.graph
         self.example = example
         self.fresh: dict[str, str] = {}
@@ -84,7 +91,7 @@ class GridPlacement:
         self._hoist()
         for node in list(self.graph.nodes):
             if node.op != "output" and self._is_integer(node):
-                self._settle(node)
+                self._settle(self._apart(node) if self.gates else node)
         self._hoist()
         recompile(self.network)
         propagate_shapes(self.network, self.example)
@@ -142,7 +149,7 @@ class GridPlacement:
     def _on_grid(self, node: fx.Node) -> bool:
         kind = self._kind(node)
         if kind == "grid":
-            return isinstance(self._module(node), Quantizer)
+            return isinstance(self._module(node), Quantizer | GateGrid)
         if kind in MOVES:
             found = self._operation(node)
             assert found is not None
@@ -159,6 +166,14 @@ class GridPlacement:
             if not isinstance(module, QuantizedLayer) or module.weight_quantizer is None:
                 return False
         return all(self._on_grid(x) for x in found.inputs)
+
+    def _apart(self, node: fx.Node) -> fx.Node:
+        """``node``, or the product that it becomes where it is a self-gated activation in front of a grid."""
+        found = self._operation(node)
+        returned = any(user.op == "output" or self._feeds_float(user) for user in node.users)
+        if found is None or returned or not is_self_gated(found):
+            return node
+        return take_gate_apart(node, found, self.network)
 
     def _settle(self, node: fx.Node) -> None:
         """Give the result of ``node`` one grid, or two where it is cheap enough to be computed twice."""

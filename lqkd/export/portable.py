@@ -11,8 +11,11 @@ from torch import Tensor, fx
 from lqkd.export.aligned import aligned
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
+from lqkd.export.gates import SIX, SIXFOLD, THREE, is_gate
 from lqkd.export.grids import ActivationGrid, SignGrid
 from lqkd.export.integer import IntegerLayer
+from lqkd.export.nodes import Operation
+from lqkd.export.operations import operation
 from lqkd.quantization.codes import CODES
 
 
@@ -20,6 +23,10 @@ class QuantizeDequantize(Emitter):
     """Activations as QuantizeLinear, integer Clip and DequantizeLinear; weights as constants with DequantizeLinear."""
 
     integer = plain = True
+
+    def __init__(self, deployed: Deployed) -> None:
+        super().__init__(deployed)
+        self.sixfold: set[fx.Node] = set()
 
     def dequantize(self, codes: str, grid: ActivationGrid, label: str) -> str:
         return self.add("DequantizeLinear", [codes, *self._parameters(grid, label)], f"{label}.float")
@@ -29,16 +36,20 @@ class QuantizeDequantize(Emitter):
         if isinstance(grid, SignGrid):
             self.codes[node] = (self._sign(self.floating(source), grid, label), grid)
             return
-        clamps = []
+        clamps: list[tuple[float | None, float | None]] = []
         while source in self.deferred:
             source, least, most = self.deferred[source]
             clamps.append((least, most))
+        parameters = self._parameters(grid, label)
+        if source in self.sixfold:
+            clamps.append((0.0, 1.0))
+            parameters[0] = self.constant(grid.scale * SIX, f"{label}.{SIXFOLD}", np.float32)
         low, high = grid.limits(clamps)
         flat = source in self.pooled
         x = self.pooled[source] if flat else self.floating(source)
         if source in self.codes:
             x = self._requantized(x, label)
-        codes = self.add("QuantizeLinear", [x, *self._parameters(grid, label)], f"{label}.codes")
+        codes = self.add("QuantizeLinear", [x, *parameters], f"{label}.codes")
         if (low, high) != (0, CODES - 1):
             limits = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((low, "min"), (high, "max"))]
             codes = self.add("Clip", [codes, *limits], f"{label}.clipped")
@@ -48,11 +59,15 @@ class QuantizeDequantize(Emitter):
 
     def _requantized(self, x: str, label: str) -> str:
         """Add an integer zero: the runtime then goes from grid to grid in one integer kernel, an addition."""
-        zero = self.constant(0, f"{label}.nothing_codes", np.uint8)
-        one = self.constant(1.0, f"{label}.nothing_scale", np.float32)
-        point = self.constant(0, f"{label}.nothing_zero", np.uint8)
-        nothing = self.add("DequantizeLinear", [zero, one, point], f"{label}.nothing")
-        return self.add("Add", [x, nothing], f"{label}.requantized")
+        return self.add("Add", [x, self._number(0, 1.0, f"{label}.nothing")], f"{label}.requantized")
+
+    def _number(self, code: int, scale: float, label: str) -> str:
+        """A number as a code with a scale."""
+        codes, step = (
+            self.constant(code, f"{label}_codes", np.uint8),
+            self.constant(scale, f"{label}_scale", np.float32),
+        )
+        return self.add("DequantizeLinear", [codes, step, self.constant(0, f"{label}_zero", np.uint8)], label)
 
     def _sign(self, x: str, grid: SignGrid, label: str) -> str:
         shifted = self.add("Add", [x, self.constant(grid.shift, f"{label}.shift")], f"{label}.shifted")
@@ -92,6 +107,20 @@ class QuantizeDequantize(Emitter):
         return self.add("DequantizeLinear", operands, f"{label}.bias", axis=0)
 
 
+class Portable(QuantizeDequantize):
+    """For ONNX Runtime, which computes sums on integers and a hard sigmoid in floating point."""
+
+    def _write_activation(self, node: fx.Node, found: Operation) -> None:
+        (source,) = found.inputs
+        gate = found.settings["name"] == "HardSigmoid" and is_gate(node, lambda user: operation(user, self.network))
+        if not gate or source not in self.codes:
+            super()._write_activation(node, found)
+            return
+        label = self.label(node)
+        self.floats[node] = self.add("Add", [self.floating(source), self._number(1, THREE, f"{label}.three")], label)
+        self.sixfold.add(node)
+
+
 def build(deployed: Deployed) -> Exported:
     """The model in the portable format: opset 21, int8 weight codes, uint8 activations, int32 biases.
 
@@ -101,4 +130,4 @@ def build(deployed: Deployed) -> Exported:
         UsageError: when an operator has no counterpart.
     """
     wide, channels = aligned(deployed)
-    return replace(QuantizeDequantize(wide).build(), channels=channels)
+    return replace(Portable(wide).build(), channels=channels)

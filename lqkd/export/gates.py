@@ -1,0 +1,87 @@
+"""Hard swish and SiLU as integer kernels compute them: a value times its gate, which is on a grid, too.
+
+ONNX Runtime has a table for sigmoids of codes, and integer sums and products. It has no kernel for hard swish or SiLU:
+in floating point between two grids they take more than twice as long.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
+from lqkd.export.nodes import Operation
+from lqkd.quantization.codes import CODES
+
+THREE, SIX = 3.0, 6.0
+"""Hard sigmoid is ``clamp(x + 3, 0, 6) / 6``."""
+SIXFOLD = "sixfold_scale"
+"""What a file calls the step of ``x + 3`` behind the name of the grid."""
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"HardSwish": F.hardsigmoid, "SiLU": torch.sigmoid}
+"""What a value is multiplied by."""
+_STEP = 1 / (CODES - 1)
+_TRIED, _FINER = 64, 1e-4
+_LEAST = 1e-3
+"""So far, in steps, every number of a table shall be from the middle between two levels."""
+
+
+class GateGrid(ActivationGrid):
+    """The grid of a gate: numbers from 0 to 1 on 256 levels."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tensor(_STEP), 0, 0, CODES - 1, bits=8)
+
+    def settle(self, source: ActivationGrid, gate: Callable[[Tensor], Tensor]) -> None:
+        """Make the step a little finer, so that no code hangs on the last bits of what computes the gate.
+
+        Args:
+            source: what the gate is computed of.
+            gate: how.
+        """
+        values = gate(source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+        steps = [torch.tensor(_STEP * (1 - _FINER * turn)) for turn in range(_TRIED)]
+        far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
+        self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
+
+
+def _to_the_middle(values: Tensor, step: Tensor) -> float:
+    codes = values.double() / step.double()
+    return float((codes - codes.floor() - 0.5).abs().min())
+
+
+def is_self_gated(found: Operation | None) -> bool:
+    """Whether an operation is a value times a gate that hangs on nothing but the value."""
+    return found is not None and found.kind == "activation" and found.settings["name"] in _GATES
+
+
+def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
+    """Whether one grid of whole numbers, and nothing else, reads the value of ``node``; ``of`` tells operations."""
+    readers = [found for user in node.users if (found := of(user)) is not None]
+    grids = [found.settings["module"] for found in readers if found.kind == "grid"]
+    return len(readers) == 1 and len(grids) == 1 and not isinstance(grids[0], SignGrid | LookupGrid)
+
+
+def take_gate_apart(node: fx.Node, found: Operation, network: fx.GraphModule) -> fx.Node:
+    """Exchange a self-gated activation for a gate, its grid and the product, in place; the product is returned.
+
+    Args:
+        node: the activation.
+        found: its operation.
+        network: whose graph is changed.
+    """
+    (x,) = found.inputs
+    target = f"grids.gates.{node.name}"
+    network.add_submodule(target, GateGrid())
+    with network.graph.inserting_before(node):
+        gate = network.graph.call_function(_GATES[found.settings["name"]], (x,))
+        grid = network.graph.call_module(target, (gate,))
+        product = network.graph.call_function(operator.mul, (x, grid))
+    for new in (gate, grid, product):
+        new.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    network.graph.erase_node(node)
+    return product
