@@ -74,6 +74,46 @@ def measure(
         rounds: how many; ``None`` for as many as take three seconds, from 10 to 200.
         progress: called before each round with the number of rounds that are done and that of all.
     """
+    times = alternate(models, inputs, threads=threads, rounds=rounds, progress=progress)
+    first = next(iter(times.values()))
+    return Latency(
+        milliseconds={name: statistics.median(values) for name, values in times.items()},
+        ratios={
+            name: statistics.median(own / base for own, base in zip(values, first, strict=True))
+            for name, values in times.items()
+        },
+        peak_bytes={
+            name: peak
+            for name, model in models.items()
+            if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, inputs, threads)) is not None
+        },
+        rounds=len(first),
+        threads=threads,
+        batch=len(inputs),
+        machine=machine(),
+        versions={name: metadata.version(name) for name in ("onnxruntime", "torch")},
+    )
+
+
+def alternate(
+    models: Mapping[str, onnx.ModelProto | nn.Module],
+    inputs: Inputs,
+    *,
+    threads: int = 1,
+    rounds: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[float]]:
+    """The milliseconds of each round by name; arguments as of :func:`measure`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lqkd.export.latency import alternate
+        >>> from lqkd.models.calls import Inputs
+        >>> times = alternate({"one": nn.Identity(), "other": nn.ReLU()}, Inputs.of(torch.randn(1, 3)), rounds=10)
+        >>> {name: len(of_each_round) for name, of_each_round in times.items()}
+        {'one': 10, 'other': 10}
+    """
     with _torch_threads(threads):
         runs = {name: _run(model, inputs, threads) for name, model in models.items()}
         once = sum(_seconds(run) for _ in range(WARM_UP) for run in runs.values()) / WARM_UP
@@ -85,25 +125,8 @@ def measure(
                 progress(turn, rounds)
             start = turn % len(names)
             for name in names[start:] + names[:start]:
-                times[name].append(_seconds(runs[name]))
-    first = times[names[0]]
-    return Latency(
-        milliseconds={name: 1000 * statistics.median(values) for name, values in times.items()},
-        ratios={
-            name: statistics.median(own / base for own, base in zip(values, first, strict=True))
-            for name, values in times.items()
-        },
-        peak_bytes={
-            name: peak
-            for name, model in models.items()
-            if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, inputs, threads)) is not None
-        },
-        rounds=rounds,
-        threads=threads,
-        batch=len(inputs),
-        machine=machine(),
-        versions={name: metadata.version(name) for name in ("onnxruntime", "torch")},
-    )
+                times[name].append(1000 * _seconds(runs[name]))
+    return times
 
 
 @contextmanager
@@ -186,7 +209,7 @@ def peak_memory(model: onnx.ModelProto, inputs: Inputs, threads: int = 1) -> int
 def slowest_nodes(
     model: onnx.ModelProto, inputs: Inputs, threads: int = 1, runs: int = 20
 ) -> list[tuple[str, str, float]]:
-    """Name, operator and milliseconds a run of each node of the optimised graph, by ONNX Runtime's profiler.
+    """Name, operator and median milliseconds of each node of the optimised graph, by ONNX Runtime's profiler.
 
     The slowest comes first.
     """
@@ -196,8 +219,8 @@ def slowest_nodes(
         for _ in range(runs):
             runner.run(None, arrays)
         events = json.loads(Path(runner.end_profiling()).read_text(encoding="utf-8"))
-    totals: dict[tuple[str, str], float] = defaultdict(float)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            totals[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]] += event["dur"] / 1000 / runs
-    return sorted(((*key, value) for key, value in totals.items()), key=lambda row: -row[2])
+            times[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"] / 1000)
+    return sorted(((*key, statistics.median(values)) for key, values in times.items()), key=lambda row: -row[2])
