@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -87,8 +87,8 @@ def deploy(
         calibration: training inputs likewise, as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
         target: what the arithmetic of the file's runtime asks of these.
-        gates: whether hard swish and SiLU between two grids become products with a gate, on 256 levels, which
-            ONNX Runtime computes on integers.
+        gates: whether sigmoids and hard sigmoids without a grid of training get one of 256 levels, and hard swish and
+            SiLU become products with such a gate, which ONNX Runtime computes on integers.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
@@ -262,9 +262,9 @@ def _settle_gates(network: fx.GraphModule) -> None:
         grid = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(grid, GateGrid):
             (gate,) = node.all_input_nodes
-            source = grid_of(gate.all_input_nodes[0], network)
-            if isinstance(source, ActivationGrid):
-                grid.settle(source, cast(Callable[[Tensor], Tensor], gate.target))
+            source, found = grid_of(gate.all_input_nodes[0], network), operation(gate, network)
+            if isinstance(source, ActivationGrid) and found is not None:
+                grid.settle(source, found.settings["name"])
 
 
 def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | None:

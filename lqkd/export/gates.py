@@ -1,4 +1,4 @@
-"""Hard swish and SiLU as integer kernels compute them: a value times its gate, which is on a grid, too.
+"""Gates on grids; hard swish and SiLU as integer kernels compute them, a value times its gate.
 
 ONNX Runtime has a table for sigmoids of codes, and integer sums and products. It has no kernel for hard swish or SiLU:
 in floating point between two grids they take more than twice as long.
@@ -15,14 +15,16 @@ from torch import Tensor, fx
 
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.nodes import Operation
+from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import CODES
 
 THREE, SIX = 3.0, 6.0
 """Hard sigmoid is ``clamp(x + 3, 0, 6) / 6``."""
 SIXFOLD = "sixfold_scale"
 """What a file calls the step of ``x + 3`` behind the name of the grid."""
-_GATES: dict[str, Callable[[Tensor], Tensor]] = {"HardSwish": F.hardsigmoid, "SiLU": torch.sigmoid}
-"""What a value is multiplied by."""
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"HardSigmoid": F.hardsigmoid, "Sigmoid": torch.sigmoid}
+_SELF_GATED = {"HardSwish": "HardSigmoid", "SiLU": "Sigmoid"}
+"""What a value is multiplied by, that hangs on nothing but the value."""
 _STEP = 1 / (CODES - 1)
 _TRIED, _FINER = 64, 1e-4
 _LEAST = 1e-3
@@ -35,14 +37,14 @@ class GateGrid(ActivationGrid):
     def __init__(self) -> None:
         super().__init__(torch.tensor(_STEP), 0, 0, CODES - 1, bits=8)
 
-    def settle(self, source: ActivationGrid, gate: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, source: ActivationGrid, gate: str) -> None:
         """Make the step a little finer, so that no code hangs on the last bits of what computes the gate.
 
         Args:
             source: what the gate is computed of.
-            gate: how.
+            gate: ``HardSigmoid`` or ``Sigmoid``.
         """
-        values = gate(source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+        values = _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
         steps = [torch.tensor(_STEP * (1 - _FINER * turn)) for turn in range(_TRIED)]
         far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
         self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
@@ -53,11 +55,6 @@ def _to_the_middle(values: Tensor, step: Tensor) -> float:
     return float((codes - codes.floor() - 0.5).abs().min())
 
 
-def is_self_gated(found: Operation | None) -> bool:
-    """Whether an operation is a value times a gate that hangs on nothing but the value."""
-    return found is not None and found.kind == "activation" and found.settings["name"] in _GATES
-
-
 def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
     """Whether one grid of whole numbers, and nothing else, reads the value of ``node``; ``of`` tells operations."""
     readers = [found for user in node.users if (found := of(user)) is not None]
@@ -65,23 +62,51 @@ def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
     return len(readers) == 1 and len(grids) == 1 and not isinstance(grids[0], SignGrid | LookupGrid)
 
 
+def is_settled(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
+    """Whether a :class:`GateGrid` reads ``node``, whose codes are the same whoever computes the gate."""
+    readers = [found for user in node.users if (found := of(user)) is not None]
+    return all(isinstance(found.settings.get("module"), GateGrid) for found in readers)
+
+
 def take_gate_apart(node: fx.Node, found: Operation, network: fx.GraphModule) -> fx.Node:
-    """Exchange a self-gated activation for a gate, its grid and the product, in place; the product is returned.
+    """Put the gate of an operation on a grid, in place.
 
     Args:
-        node: the activation.
+        node: an activation. A value times its gate becomes a gate and a product; what is a gate gets a grid unless
+            training left it one; all others stay.
         found: its operation.
         network: whose graph is changed.
+
+    Returns:
+        What has the value of ``node`` now, or the gate itself.
     """
+    name = found.settings.get("name")
+    if found.kind != "activation":
+        return node
+    if name in _GATES and not any(isinstance(_called(user, network), Quantizer) for user in node.users):
+        grid = _grid_behind(node, node.name, network)
+        node.replace_all_uses_with(grid, delete_user_cb=lambda user: user is not grid)
+    if name not in _SELF_GATED:
+        return node
     (x,) = found.inputs
-    target = f"grids.gates.{node.name}"
-    network.add_submodule(target, GateGrid())
     with network.graph.inserting_before(node):
-        gate = network.graph.call_function(_GATES[found.settings["name"]], (x,))
-        grid = network.graph.call_module(target, (gate,))
-        product = network.graph.call_function(operator.mul, (x, grid))
-    for new in (gate, grid, product):
+        gate = network.graph.call_function(_GATES[_SELF_GATED[name]], (x,))
+        product = network.graph.call_function(operator.mul, (x, _grid_behind(gate, node.name, network)))
+    for new in (gate, *gate.users, product):
         new.meta.update(node.meta)
     node.replace_all_uses_with(product)
     network.graph.erase_node(node)
     return product
+
+
+def _called(node: fx.Node, network: fx.GraphModule) -> object:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _grid_behind(gate: fx.Node, name: str, network: fx.GraphModule) -> fx.Node:
+    target = f"grids.gates.{name}"
+    network.add_submodule(target, GateGrid())
+    with network.graph.inserting_after(gate):
+        grid = network.graph.call_module(target, (gate,))
+    grid.meta.update({key: value for key, value in gate.meta.items() if key != "nn_module_stack"})
+    return grid

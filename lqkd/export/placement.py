@@ -20,7 +20,7 @@ from lqkd.export.explicit import (
     traced,
     unquantised,
 )
-from lqkd.export.gates import GateGrid, is_self_gated, take_gate_apart
+from lqkd.export.gates import GateGrid, take_gate_apart
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
@@ -45,7 +45,7 @@ def place_grids(
         student: a quantised network in eval mode, which is changed.
         example: what it is called with, on the same device.
         signed: whether grids that are missing have negative values; None decides from data.
-        gates: whether hard swish and SiLU between two grids become products with a gate on a third.
+        gates: whether gates without a grid get one of 256 levels, and hard swish and SiLU become products with one.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -168,12 +168,10 @@ class GridPlacement:
         return all(self._on_grid(x) for x in found.inputs)
 
     def _apart(self, node: fx.Node) -> fx.Node:
-        """``node``, or the product that it becomes where it is a self-gated activation in front of a grid."""
+        """What ``node`` becomes where its gate needs a grid, or is one; itself elsewhere."""
         found = self._operation(node)
         returned = any(user.op == "output" or self._feeds_float(user) for user in node.users)
-        if found is None or returned or not is_self_gated(found):
-            return node
-        return take_gate_apart(node, found, self.network)
+        return node if found is None or returned else take_gate_apart(node, found, self.network)
 
     def _settle(self, node: fx.Node) -> None:
         """Give the result of ``node`` one grid, or two where it is cheap enough to be computed twice."""

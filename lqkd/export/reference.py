@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from lqkd.export.gates import SIX, THREE, is_gate
+from lqkd.export.gates import SIX, THREE, is_gate, is_settled
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear
 from lqkd.export.nodes import Operation
@@ -248,6 +248,8 @@ class Reference(fx.Interpreter):
     def _activation(self, node: fx.Node, found: Operation, x: Any) -> Tensor | Unrounded | None:
         """Hard sigmoid and hard swish as ONNX defines them, with a sixth in float32."""
         name = found.settings["name"]
+        if name == "Sigmoid" and is_settled(node, self._operation):
+            return cast(Tensor, _real(x).sigmoid())
         if name not in ("HardSigmoid", "HardSwish"):
             return None
         if name == "HardSigmoid" and self.gates and isinstance(x, Codes) and is_gate(node, self._operation):
