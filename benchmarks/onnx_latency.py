@@ -1,12 +1,13 @@
 """Latency of exported networks on integer kernels against float32 and ONNX Runtime's own static quantisation.
 
-    python -m benchmarks.onnx_latency --csv FILE [--threads N] [--rounds N] [--bits w8a8] [--only NETWORK ...]
+    python -m benchmarks.onnx_latency --csv FILE [--threads N] [--rounds N] [--bits w8a8] [--busy] [--only NETWORK ...]
 
 torchvision's networks at 224 px, batch 1, with random weights and batch norm statistics of random images; grids of both
 kinds of quantisation are fitted to the same images, and none of it changes the time. The float network is that of the
 file, batch norms folded. Of ONNX Runtime's quantisation (QDQ, int8 weights by channel) the fastest of its usual
 settings counts, found in a few rounds before. Then the three run in one process and in alternation; what counts is the
-median over the rounds of one's time over another's in the same round. Other work on the machine is felt by all.
+median over the rounds of one's time over another's in the same round. Other work on the machine is felt by all;
+``--busy`` counts the processor's time of this process in place of the clock's.
 
 Rows are written as soon as a network is done; networks that the file has are not measured again. Beside it, in a file
 that ends in ``.operators.csv``, stands how long each kind of operator took by ONNX Runtime's profiler.
@@ -18,7 +19,9 @@ import argparse
 import csv
 import statistics
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--bits", default="w8a8", help="of the network; first and last layer keep 8")
     parser.add_argument("--threads", type=int, default=1, help="of each contestant")
     parser.add_argument("--rounds", type=int, default=100, help="runs of each contestant that are timed")
+    parser.add_argument("--busy", action="store_true", help="count the time of the processor, not of the clock")
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=NETWORKS, help="networks; default: all")
     options = parser.parse_args()
     operators = options.csv.with_suffix(".operators.csv")
@@ -61,23 +65,28 @@ def main() -> None:
     for name in options.only:
         if any(row["network"] == name for row in rows):
             continue
-        models, setting, images = contestants(name, options.bits, options.threads)
+        clock = time.process_time if options.busy else time.perf_counter
+        models, setting, images = contestants(name, options.bits, options.threads, clock)
         one = Inputs.of(images[:1])
-        times = alternate(models, one, threads=options.threads, rounds=options.rounds)
+        times = alternate(models, one, threads=options.threads, rounds=options.rounds, clock=clock)
         for contestant, model in models.items():
             told = {FLOAT: "float32", STATIC: f"w8a8 ({setting})", PORTABLE: options.bits}[contestant]
             peak = peak_memory(model, one, options.threads)
             row = {"network": name, "bits": told, "pixels": SIZE, "batch": 1, "threads": options.threads}
             row |= _summary(contestant, times) | {"peak_memory_mb": "" if peak is None else round(peak / 1e6, 1)}
-            row |= {"machine": machine()} | {of: metadata.version(of) for of in ("onnxruntime", "torch")}
+            row |= {"clock": "processor" if options.busy else "wall", "machine": machine()} | {
+                of: metadata.version(of) for of in ("onnxruntime", "torch")
+            }
             rows.append(row)
             kinds += _by_kind(name, contestant, model, one, options.threads)
-            print(", ".join(f"{key} {row[key]}" for key in list(row)[5:-3]), f"({name}, {told})", flush=True)
+            print(", ".join(f"{key} {row[key]}" for key in list(row)[5:-4]), f"({name}, {told})", flush=True)
         write_rows(options.csv, rows)
         write_rows(operators, kinds)
 
 
-def contestants(name: str, bits: str, threads: int) -> tuple[dict[str, onnx.ModelProto], str, Tensor]:
+def contestants(
+    name: str, bits: str, threads: int, clock: Callable[[], float]
+) -> tuple[dict[str, onnx.ModelProto], str, Tensor]:
     """The models by name, which setting of ONNX Runtime's quantisation is one of them, and images."""
     torch.manual_seed(0)
     images = torch.randn(IMAGES, 3, SIZE, SIZE)
@@ -85,14 +94,13 @@ def contestants(name: str, bits: str, threads: int) -> tuple[dict[str, onnx.Mode
     reestimate_batchnorm(network, [images])
     student, _ = quantize_model(network, Recipe(bits=bits, residual_bits=8))
     initialize_quantizers(student.eval(), images)
-    plain = floating.build(deploy(student, images[:2], [images])).model
     deployed = deploy(student, images[:2], [images], gates=True)
-    exported = portable.build(deployed)
+    plain, exported = floating.build(deployed).model, portable.build(deployed)
     parity = check(exported, deployed, images[:2])
     if parity.problem is not None:
         raise SystemExit(f"{name}: {parity.problem}")
     static = {setting: _static(plain, images, given) for setting, given in SETTINGS.items()}
-    times = alternate(static, Inputs.of(images[:1]), threads=threads, rounds=CHOSEN_IN)
+    times = alternate(static, Inputs.of(images[:1]), threads=threads, rounds=CHOSEN_IN, clock=clock)
     chosen = min(times, key=lambda setting: statistics.median(times[setting]))
     return {FLOAT: plain, STATIC: static[chosen], PORTABLE: exported.model}, chosen, images
 
