@@ -7,7 +7,7 @@ measured on: how its accuracy differs from that of the student as it was trained
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ def deploy(
     if builder.fresh:
         _calibrate(network, builder.fresh, batches, progress)
     _make_integer(network)
-    _settle_gates(network)
+    _settle_gates(network, builder.fresh)
     propagate_shapes(network, inputs)
     return Deployed(network, *names, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
 
@@ -257,14 +257,18 @@ def _make_integer(network: fx.GraphModule) -> None:
     recompile(network)
 
 
-def _settle_gates(network: fx.GraphModule) -> None:
+def _settle_gates(network: fx.GraphModule, fresh: Container[str]) -> None:
     for node in network.graph.nodes:
         grid = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(grid, GateGrid):
             (gate,) = node.all_input_nodes
-            source, found = grid_of(gate.all_input_nodes[0], network), operation(gate, network)
-            if isinstance(source, ActivationGrid) and found is not None:
-                grid.settle(source, found.settings["name"])
+            (x,) = gate.all_input_nodes
+            source, found = grid_of(x, network), operation(gate, network)
+            if not isinstance(source, ActivationGrid) or found is None:
+                continue
+            name, own = found.settings["name"], str(x.target) in fresh and x.users.keys() <= {gate, *node.users}
+            if not (name == "HardSigmoid" and own and grid.share(source)):
+                grid.settle(source, name)
 
 
 def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | None:

@@ -26,16 +26,42 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {"HardSigmoid": F.hardsigmoid, "
 _SELF_GATED = {"HardSwish": "HardSigmoid", "SiLU": "Sigmoid"}
 """What a value is multiplied by, that hangs on nothing but the value."""
 _STEP = 1 / (CODES - 1)
+_LEAST_STEPS = 8
+"""So many steps three must have for a gate to share the codes of its value."""
 _TRIED, _FINER = 64, 1e-4
 _LEAST = 1e-3
 """So far, in steps, every number of a table shall be from the middle between two levels."""
 
 
 class GateGrid(ActivationGrid):
-    """The grid of a gate: numbers from 0 to 1 on 256 levels."""
+    """The grid of a gate: numbers from 0 to 1 on 256 levels.
+
+    Attributes:
+        shared: whether its codes are those of the value, cut off, as a hard sigmoid may have them.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.tensor(_STEP), 0, 0, CODES - 1, bits=8)
+        self.shared = False
+
+    def share(self, source: ActivationGrid) -> bool:
+        """Let a hard sigmoid have the codes of its value, so that it is exact; tell whether that is possible.
+
+        Three are a whole number of steps then: the step of the value is moved by less than a fifteenth, mostly by less
+        than a hundredth.
+
+        Args:
+            source: of the value, which is changed.
+        """
+        three = round(THREE / float(source.scale))
+        if not _LEAST_STEPS <= three <= source.zero_point:
+            return False
+        source.scale = torch.tensor(THREE / three)
+        self.scale = source.scale / SIX
+        self.zero_point = source.zero_point - three
+        self.low, self.high = max(source.low, self.zero_point), min(source.high, source.zero_point + three)
+        self.shared = True
+        return True
 
     def settle(self, source: ActivationGrid, gate: str) -> None:
         """Make the step a little finer, so that no code hangs on the last bits of what computes the gate.

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from lqkd.export.aligned import aligned
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Emitter, Exported
-from lqkd.export.gates import SIX, SIXFOLD, THREE, is_gate
+from lqkd.export.gates import SIX, SIXFOLD, THREE, GateGrid, is_gate
 from lqkd.export.grids import ActivationGrid, SignGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.nodes import Operation
@@ -51,11 +51,14 @@ class QuantizeDequantize(Emitter):
             x = self._requantized(x, label)
         codes = self.add("QuantizeLinear", [x, *parameters], f"{label}.codes")
         if (low, high) != (0, CODES - 1):
-            limits = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((low, "min"), (high, "max"))]
-            codes = self.add("Clip", [codes, *limits], f"{label}.clipped")
+            codes = self._cut_off(codes, low, high, label)
         if flat:
             codes = self.add("Flatten", [codes], f"{label}.flat", axis=1)
         self.codes[node] = (codes, grid)
+
+    def _cut_off(self, codes: str, low: int, high: int, label: str) -> str:
+        limits = [self.constant(v, f"{label}.{n}", np.uint8) for v, n in ((low, "min"), (high, "max"))]
+        return self.add("Clip", [codes, *limits], f"{label}.clipped")
 
     def _requantized(self, x: str, label: str) -> str:
         """Add an integer zero: the runtime then goes from grid to grid in one integer kernel, an addition."""
@@ -110,6 +113,10 @@ class QuantizeDequantize(Emitter):
 class Portable(QuantizeDequantize):
     """For ONNX Runtime, which computes sums on integers and a hard sigmoid in floating point."""
 
+    def __init__(self, deployed: Deployed) -> None:
+        super().__init__(deployed)
+        self.shared: dict[fx.Node, str] = {}
+
     def _write_activation(self, node: fx.Node, found: Operation) -> None:
         (source,) = found.inputs
         gate = found.settings["name"] == "HardSigmoid" and is_gate(node, lambda user: operation(user, self.network))
@@ -117,8 +124,18 @@ class Portable(QuantizeDequantize):
             super()._write_activation(node, found)
             return
         label = self.label(node)
+        grid = next(self.network.get_submodule(str(user.target)) for user in node.users if self._is_grid(user))
+        if isinstance(grid, GateGrid) and grid.shared:
+            self.shared[node] = self.codes[source][0]
+            return
         self.floats[node] = self.add("Add", [self.floating(source), self._number(1, THREE, f"{label}.three")], label)
         self.sixfold.add(node)
+
+    def grid(self, node: fx.Node, source: fx.Node, grid: ActivationGrid) -> None:
+        if source not in self.shared:
+            super().grid(node, source, grid)
+            return
+        self.codes[node] = (self._cut_off(self.shared[source], grid.low, grid.high, self.label(node)), grid)
 
 
 def build(deployed: Deployed) -> Exported:

@@ -68,7 +68,8 @@ def test_gates_and_their_products_run_on_integers_and_compute_what_pytorch_does(
     assert found.floats == ()
     assert found.integer["QLinearSigmoid"] == 1
     assert found.integer["QLinearMul"] == 3
-    assert found.integer["QLinearAdd"] >= 2  # the hard sigmoids
+    assert found.integer["QLinearAdd"] == 1  # the hard sigmoid of squeeze and excitation
+    assert any(node.op_type == "Clip" for node in exported.model.graph.node)  # that of the hard swish
     parity = check(exported, deployed, images(8), [images(32)])
     assert parity.problem is None
     assert parity.exact  # the sigmoid's table, too
@@ -101,6 +102,25 @@ def test_a_product_is_the_activation_but_for_half_a_step_of_its_gate(
     expected = activation(x.double())
     apart = (x.double() * grid(GATES[gate](x)).double() - expected).abs()
     assert (apart <= x.double().abs() / 509).all()
+
+
+@pytest.mark.parametrize("scale", [0.024, 0.05, 0.3])
+def test_a_hard_swish_whose_gate_has_the_codes_of_its_value_is_exact(scale: float) -> None:
+    source, grid = ActivationGrid(torch.tensor(scale), 128, 0, 255, bits=8), GateGrid()
+    assert grid.share(source)
+    assert abs(float(source.scale) / scale - 1) < 1 / 15
+    x = source.scale * (torch.arange(256) - source.zero_point)
+    codes = grid.codes(F.hardsigmoid(x))
+    assert torch.equal(codes, torch.arange(256.0).clamp(grid.low, grid.high))
+    expected = F.hardswish(x.double())
+    assert ((x * grid(F.hardsigmoid(x))).double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("scale", "zero_point"), [(0.02, 128), (0.05, 40), (1.0, 128)])
+def test_a_value_that_does_not_reach_from_minus_three_on_keeps_its_step(scale: float, zero_point: int) -> None:
+    source = ActivationGrid(torch.tensor(scale), zero_point, 0, 255, bits=8)
+    assert not GateGrid().share(source)
+    assert source.scale == torch.tensor(scale)
 
 
 @pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
