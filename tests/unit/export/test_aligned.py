@@ -13,6 +13,7 @@ from lqkd.export import Deployed, deploy, portable
 from lqkd.export.contents import altered_integers
 from lqkd.export.emitter import Exported
 from lqkd.export.parity import check
+from lqkd.export.runtimes import kernels
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import images, quantised
 
@@ -61,6 +62,7 @@ def test_what_is_around_a_depthwise_convolution_has_a_multiple_of_sixteen_channe
 
 
 def test_more_channels_give_the_same_numbers(deployed: Deployed, exported: Exported) -> None:
+    assert kernels(exported.model).float_products == ()
     parity = check(exported, deployed, images(8), [images(32)])
     assert parity.problem is None
     assert parity.exact
