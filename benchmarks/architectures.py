@@ -120,7 +120,7 @@ def exported(network: nn.Module, pixels: int) -> dict[str, Any]:
     reestimate_batchnorm(network, [images[:2]])
     student, _ = quantize_model(network, Recipe(bits="w8a8"))
     initialize_quantizers(student, images[:2])
-    deployed = deploy(student.eval(), images[:2], [images[:2]])
+    deployed = deploy(student.eval(), images[:2], [images[:2]], gates=True)
     check_expressible(deployed, "portable")
     made = portable.build(deployed)
     parity = check(made, deployed, images[2:])

@@ -58,7 +58,7 @@ def compare(name: str, bits: str, count: int) -> dict[str, Any]:
     reestimate_batchnorm(network, [calibration])
     network, _ = quantize_model(network, Recipe(bits=bits, residual_bits=8))
     initialize_quantizers(network, calibration)
-    deployed = deploy(network.eval(), calibration, [calibration])
+    deployed = deploy(network.eval(), calibration, [calibration], gates=True)
     exported, images = portable.build(deployed), torch.randn(count, 3, 224, 224)
     parity = check(exported, deployed, images)
     theirs = torch.from_numpy(Runner(exported.model, optimised=True)(images.numpy())["logits"])

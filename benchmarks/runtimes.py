@@ -49,6 +49,8 @@ RUNTIMES = (
         (
             ("onnx_parity_cifar10_cpu_ort1.32.0.csv", {"integer_biases": "yes"}),
             ("onnx_latency_resnet18_cpu_ort1.32.0.csv", {"contestant": "portable"}),
+            ("onnx_latency_xeon_cpu_ort1.32.0.csv", {"contestant": "portable"}),
+            ("onnx_latency_xeon_again_cpu_ort1.32.0.csv", {"contestant": "portable"}),
         ),
     ),
     Runtime(

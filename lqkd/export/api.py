@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import litert, metadata, ncnn
 from lqkd.export.deploy import Deployed, deploy, deployable_copy
-from lqkd.export.formats import BUILDERS, RUNNERS, check_expressible
+from lqkd.export.formats import BUILDERS, PORTABLE, RUNNERS, check_expressible
 from lqkd.export.litert_file import described
 from lqkd.export.litert_proof import check_litert
 from lqkd.export.ncnn_proof import check_ncnn
@@ -197,7 +197,7 @@ def _deployed(
         )
     if not quantizers(model):
         raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
-    deployed = deploy(model, example, calibration, target=TARGETS.get(format))
+    deployed = deploy(model, example, calibration, target=TARGETS.get(format), gates=format == PORTABLE)
     check_expressible(deployed, format)
     return deployed
 

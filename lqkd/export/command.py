@@ -20,7 +20,7 @@ from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import check_expressible, check_format, file_name
+from lqkd.export.formats import PORTABLE, check_expressible, check_format, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.litert import LITERT
@@ -109,7 +109,8 @@ def export(
         calibration, inputs = _inputs(reader)
         stage("making weights integer and calibrating")
         with Progress("fitting grids") as bar:
-            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update, TARGETS.get(format))
+            gates = format == PORTABLE
+            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update, TARGETS.get(format), gates)
         check_expressible(deployed, format)
         about = _about(reader, inputs) | {"checkpoint": checkpoint}
         split, test = _test(reader)

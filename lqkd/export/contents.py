@@ -42,7 +42,11 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
 
 
 def _same(tensor: onnx.TensorProto, value: Tensor) -> bool:
-    held, wanted = numpy_helper.to_array(tensor), value.contiguous().numpy()
-    if held.ndim == 0:  # one number for all channels
-        held = np.full(wanted.shape, held)
-    return held.tobytes() == wanted.tobytes()
+    """Whether a tensor of the file is ``value``, and zero in channels that the network does not have."""
+    array = numpy_helper.to_array(tensor)
+    if array.ndim == 0:  # one number for all channels
+        array = np.full(value.shape, array)
+    own = array[tuple(slice(size) for size in value.shape)]
+    same = own.shape == tuple(value.shape) and own.tobytes() == value.contiguous().numpy().tobytes()
+    more = array.dtype != np.float32 and np.count_nonzero(array) != np.count_nonzero(own)
+    return same and not more

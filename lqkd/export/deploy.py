@@ -7,7 +7,7 @@ measured on: how its accuracy differs from that of the student as it was trained
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.explicit import check_takes, parameters, propagate_shapes, recompile
+from lqkd.export.gates import GateGrid
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
 from lqkd.export.operations import MOVES, operation
@@ -69,6 +70,7 @@ def deploy(
     calibration: Iterable[Any] = (),
     progress: Callable[[int, int], None] | None = None,
     target: Target | None = None,
+    gates: bool = False,
 ) -> Deployed:
     """Build the deployed form of a quantised network; the network itself is left alone.
 
@@ -85,6 +87,8 @@ def deploy(
         calibration: training inputs likewise, as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
         target: what the arithmetic of the file's runtime asks of these.
+        gates: whether sigmoids and hard sigmoids without a grid of training get one of 256 levels, and hard swish and
+            SiLU become products with such a gate, which ONNX Runtime computes on integers.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
@@ -104,12 +108,13 @@ def deploy(
                 "or call initialize_quantizers"
             )
     _check_ungrouped(student)
-    builder, folding = place_grids(student, inputs, missing_grid if target is None else target.missing_grid)
+    builder, folding = place_grids(student, inputs, missing_grid if target is None else target.missing_grid, gates)
     network = builder.network
     names = _names(network, inputs)
     if builder.fresh:
         _calibrate(network, builder.fresh, batches, progress)
     _make_integer(network)
+    _settle_gates(network, builder.fresh)
     propagate_shapes(network, inputs)
     return Deployed(network, *names, list(builder.fresh.values()), builder.rerouted, len(folding.folded), folding.kept)
 
@@ -250,6 +255,20 @@ def _make_integer(network: fx.GraphModule) -> None:
             _exchange(network, str(node.target), done[id(module)])
     network.delete_all_unused_submodules()
     recompile(network)
+
+
+def _settle_gates(network: fx.GraphModule, fresh: Container[str]) -> None:
+    for node in network.graph.nodes:
+        grid = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(grid, GateGrid):
+            (gate,) = node.all_input_nodes
+            (x,) = gate.all_input_nodes
+            source, found = grid_of(x, network), operation(gate, network)
+            if not isinstance(source, ActivationGrid) or found is None:
+                continue
+            name, own = found.settings["name"], str(x.target) in fresh and x.users.keys() <= {gate, *node.users}
+            if not (name == "HardSigmoid" and own and grid.share(source)):
+                grid.settle(source, name)
 
 
 def grid_of(node: fx.Node, network: nn.Module) -> ActivationGrid | LookupGrid | None:

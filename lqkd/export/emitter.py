@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -38,12 +39,18 @@ class Exported:
             where the format has no codes.
         integer: whether it is made for integer kernels, whose arithmetic :class:`lqkd.export.reference.Reference` has.
         plain: whether weights are held as 8-bit codes one by one.
+        channels: how many channels of a grid are the network's, where the file has more of them, all zero.
     """
 
     model: onnx.ModelProto
     grids: dict[str, str]
     integer: bool
     plain: bool = False
+    channels: dict[str, int] = field(default_factory=dict)
+
+    def codes(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The values of the network's grids by node, of the tensors that a run returned by name."""
+        return {node: found[name][:, : self.channels.get(node)] for node, name in self.grids.items()}
 
 
 class Emitter(IslandWriters):

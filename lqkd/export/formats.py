@@ -21,9 +21,9 @@ from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.pack_quantized import COMPRESSED
 from lqkd.export.runtimes import Runner
 
-TORCH = "torch"
+PORTABLE, TORCH = "portable", "torch"
 BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
-    "portable": portable.build,
+    PORTABLE: portable.build,
     "packed4": packed.build4,
     "packed2": packed.build2,
     "qonnx": qonnx.build,
@@ -42,7 +42,7 @@ _SUFFIXES = {LITERT: SUFFIX, NCNN: f".{NCNN}", TORCH: ".pt2", GGUF: ".gguf", COM
 
 def file_name(format: str) -> str:
     """What a file of a format is called in the run folder."""
-    stem = "student" if format in ("portable", *_SUFFIXES) else f"student.{format}"
+    stem = "student" if format in (PORTABLE, *_SUFFIXES) else f"student.{format}"
     return f"{stem}{_SUFFIXES.get(format, '.onnx')}"
 
 

@@ -74,21 +74,10 @@ def measure(
         rounds: how many; ``None`` for as many as take three seconds, from 10 to 200.
         progress: called before each round with the number of rounds that are done and that of all.
     """
-    with _torch_threads(threads):
-        runs = {name: _run(model, inputs, threads) for name, model in models.items()}
-        once = sum(_seconds(run) for _ in range(WARM_UP) for run in runs.values()) / WARM_UP
-        rounds = rounds or int(min(max(SECONDS / max(once, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        names = list(runs)
-        for turn in range(rounds):
-            if progress is not None:
-                progress(turn, rounds)
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                times[name].append(_seconds(runs[name]))
-    first = times[names[0]]
+    times = alternate(models, inputs, threads=threads, rounds=rounds, progress=progress)
+    first = next(iter(times.values()))
     return Latency(
-        milliseconds={name: 1000 * statistics.median(values) for name, values in times.items()},
+        milliseconds={name: statistics.median(values) for name, values in times.items()},
         ratios={
             name: statistics.median(own / base for own, base in zip(values, first, strict=True))
             for name, values in times.items()
@@ -98,12 +87,51 @@ def measure(
             for name, model in models.items()
             if isinstance(model, onnx.ModelProto) and (peak := peak_memory(model, inputs, threads)) is not None
         },
-        rounds=rounds,
+        rounds=len(first),
         threads=threads,
         batch=len(inputs),
         machine=machine(),
         versions={name: metadata.version(name) for name in ("onnxruntime", "torch")},
     )
+
+
+def alternate(
+    models: Mapping[str, onnx.ModelProto | nn.Module],
+    inputs: Inputs,
+    *,
+    threads: int = 1,
+    rounds: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """The milliseconds of each round by name; arguments as of :func:`measure`.
+
+    Args:
+        clock: seconds. :func:`time.process_time` leaves out what other processes take of a busy processor; its
+            caches and frequency they share all the same.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lqkd.export.latency import alternate
+        >>> from lqkd.models.calls import Inputs
+        >>> times = alternate({"one": nn.Identity(), "other": nn.ReLU()}, Inputs.of(torch.randn(1, 3)), rounds=10)
+        >>> {name: len(of_each_round) for name, of_each_round in times.items()}
+        {'one': 10, 'other': 10}
+    """
+    with _torch_threads(threads):
+        runs = {name: _run(model, inputs, threads) for name, model in models.items()}
+        once = sum(_seconds(run, time.perf_counter) for _ in range(WARM_UP) for run in runs.values()) / WARM_UP
+        rounds = rounds or int(min(max(SECONDS / max(once, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        names = list(runs)
+        for turn in range(rounds):
+            if progress is not None:
+                progress(turn, rounds)
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                times[name].append(1000 * _seconds(runs[name], clock))
+    return times
 
 
 @contextmanager
@@ -129,10 +157,10 @@ def _run(model: onnx.ModelProto | nn.Module, inputs: Inputs, threads: int) -> Ca
     return run
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
     run()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def machine() -> str:
@@ -186,7 +214,7 @@ def peak_memory(model: onnx.ModelProto, inputs: Inputs, threads: int = 1) -> int
 def slowest_nodes(
     model: onnx.ModelProto, inputs: Inputs, threads: int = 1, runs: int = 20
 ) -> list[tuple[str, str, float]]:
-    """Name, operator and milliseconds a run of each node of the optimised graph, by ONNX Runtime's profiler.
+    """Name, operator and least milliseconds of each node of the optimised graph, by ONNX Runtime's profiler.
 
     The slowest comes first.
     """
@@ -196,8 +224,8 @@ def slowest_nodes(
         for _ in range(runs):
             runner.run(None, arrays)
         events = json.loads(Path(runner.end_profiling()).read_text(encoding="utf-8"))
-    totals: dict[tuple[str, str], float] = defaultdict(float)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            totals[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]] += event["dur"] / 1000 / runs
-    return sorted(((*key, value) for key, value in totals.items()), key=lambda row: -row[2])
+            times[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"] / 1000)
+    return sorted(((*key, min(values)) for key, values in times.items()), key=lambda row: -row[2])

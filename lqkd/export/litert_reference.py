@@ -45,7 +45,7 @@ class XNNPack(Compared):
         torch.Size([16, 3])
     """
 
-    reshapes = False
+    gates = reshapes = False
 
     def quantised(self, x: Tensor, grid: ActivationGrid) -> Tensor:
         return (x * grid.scale.reciprocal()).round_().add_(grid.zero_point)

@@ -20,9 +20,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export import portable
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
+from lqkd.export.portable import QuantizeDequantize
 from lqkd.export.runtimes import Kernels, Runner, feeds
 from lqkd.models.calls import Inputs
 
@@ -57,7 +57,7 @@ def build(deployed: Deployed) -> Exported:
         UsageError: when an operator has no counterpart, or openvino is not installed.
     """
     require()
-    exported = portable.build(deployed)
+    exported = QuantizeDequantize(deployed).build()
     return Exported(with_explicit_rounding(exported.model), exported.grids, exported.integer, exported.plain)
 
 

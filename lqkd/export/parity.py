@@ -18,6 +18,7 @@ from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
 from lqkd.export.differences import Compared, Forced, LayerDifference
 from lqkd.export.emitter import Exported
+from lqkd.export.gates import SIX, SIXFOLD
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner, is_qonnx
@@ -181,7 +182,7 @@ def check(
 def _compare_end_to_end(parity: Parity, exported: Exported, deployed: Deployed, inputs: Inputs, whole: Runner) -> None:
     run = type(whole)(exported.model, optimised=True, tensors=list(exported.grids.values()))
     found, theirs = run(inputs), whole(inputs)
-    reference = Compared(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    reference = Compared(deployed.network, exported.codes(found))
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
     parity.output_steps = output_steps(ours, theirs, deployed, reference)
     reproduced = whole.reproduced and platform.machine() in REPRODUCED
@@ -215,7 +216,7 @@ def _compare(
 ) -> tuple[list[LayerDifference], dict[str, float]]:
     run = runner(exported.model, optimised=optimised, tensors=list(exported.grids.values()))
     found = run(inputs)
-    forced = Forced(deployed.network, {name: found[tensor] for name, tensor in exported.grids.items()})
+    forced = Forced(deployed.network, exported.codes(found))
     ours = heads(forced.run(*deployed.in_order(inputs)), OUTPUT)
     return forced.rows, differences(ours, {name: torch.from_numpy(found[name]) for name in ours})
 
@@ -354,7 +355,7 @@ def scales_identical(model: onnx.ModelProto, deployed: Deployed) -> bool:
         grid = deployed.network.get_submodule(str(node.target))
         if not isinstance(grid, ActivationGrid):
             continue
-        tensor = held.get(f"{node.target}.scale")
-        if tensor is not None and numpy_helper.to_array(tensor).tobytes() != grid.scale.numpy().tobytes():
-            return False
+        for name, scale in ((f"{node.target}.scale", grid.scale), (f"{node.target}.{SIXFOLD}", grid.scale * SIX)):
+            if name in held and numpy_helper.to_array(held[name]).tobytes() != scale.numpy().tobytes():
+                return False
     return True

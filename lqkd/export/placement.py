@@ -21,6 +21,7 @@ from lqkd.export.explicit import (
     traced,
     unquantised,
 )
+from lqkd.export.gates import GateGrid, take_gate_apart
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
@@ -42,7 +43,7 @@ def missing_grid() -> Quantizer:
 
 
 def place_grids(
-    student: nn.Module, example: Inputs, missing: Callable[[], Quantizer] = missing_grid
+    student: nn.Module, example: Inputs, missing: Callable[[], Quantizer] = missing_grid, gates: bool = False
 ) -> tuple[GridPlacement, Folding]:
     """The graph of a network with all grids that its kernels need, and what became of its batch norms, in place.
 
@@ -50,6 +51,7 @@ def place_grids(
         student: a quantised network in eval mode, which is changed.
         example: what it is called with, on the same device.
         missing: makes the quantizer of a grid that is missing.
+        gates: whether gates without a grid get one of 256 levels, and hard swish and SiLU become products with one.
 
     Raises:
         UsageError: when the network does not take the example, cannot be traced, or something in it cannot be exported.
@@ -72,7 +74,7 @@ def place_grids(
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(explicit(student, example, expected), example, missing)
+    builder = GridPlacement(explicit(student, example, expected), example, missing, gates)
     builder.place()
     return builder, folding
 
@@ -81,10 +83,15 @@ class GridPlacement:
     """Places grids in the graph of a network whose quantizers are nodes."""
 
     def __init__(
-        self, network: fx.GraphModule, example: Inputs, missing: Callable[[], Quantizer] = missing_grid
+        self,
+        network: fx.GraphModule,
+        example: Inputs,
+        missing: Callable[[], Quantizer] = missing_grid,
+        gates: bool = False,
     ) -> None:
         self.network = network
         self.missing = missing
+        self.gates = gates
         self.graph = network.graph
         self.example = example
         self.fresh: dict[str, str] = {}
@@ -94,7 +101,7 @@ class GridPlacement:
         self._hoist()
         for node in list(self.graph.nodes):
             if node.op != "output" and self._is_integer(node):
-                self._settle(node)
+                self._settle(self._apart(node) if self.gates else node)
         self._hoist()
         recompile(self.network)
         propagate_shapes(self.network, self.example)
@@ -152,7 +159,7 @@ class GridPlacement:
     def _on_grid(self, node: fx.Node) -> bool:
         kind = self._kind(node)
         if kind == "grid":
-            return isinstance(self._module(node), Quantizer)
+            return isinstance(self._module(node), Quantizer | GateGrid)
         if kind in MOVES:
             found = self._operation(node)
             assert found is not None
@@ -169,6 +176,12 @@ class GridPlacement:
             if not isinstance(module, QuantizedLayer) or module.weight_quantizer is None:
                 return False
         return all(self._on_grid(x) for x in found.inputs)
+
+    def _apart(self, node: fx.Node) -> fx.Node:
+        """What ``node`` becomes where its gate needs a grid, or is one; itself elsewhere."""
+        found = self._operation(node)
+        returned = any(user.op == "output" or self._feeds_float(user) for user in node.users)
+        return node if found is None or returned else take_gate_apart(node, found, self.network)
 
     def _settle(self, node: fx.Node) -> None:
         """Give the result of ``node`` one grid, or two where it is cheap enough to be computed twice."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from lqkd.export.gates import SIX, THREE, is_gate, is_settled
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear
 from lqkd.export.nodes import Operation
@@ -126,6 +127,8 @@ class Reference(fx.Interpreter):
     def _rounds(self, node: fx.Node) -> bool:
         return not isinstance(self.submodules[str(node.target)], LookupGrid | SignGrid)
 
+    gates = True
+    """Whether a hard sigmoid between two grids is a sum of integers."""
     reshapes = True
     """Whether the result of a linear layer on three axes is reshaped, in floating point, before its grid."""
 
@@ -242,11 +245,16 @@ class Reference(fx.Interpreter):
     def _part(self, node: fx.Node, found: Operation, x: Any) -> Any:
         return x[found.settings["index"]]
 
-    def _activation(self, node: fx.Node, found: Operation, x: Any) -> Tensor | None:
+    def _activation(self, node: fx.Node, found: Operation, x: Any) -> Tensor | Unrounded | None:
         """Hard sigmoid and hard swish as ONNX defines them, with a sixth in float32."""
         name = found.settings["name"]
+        if name == "Sigmoid" and is_settled(node, self._operation):
+            return cast(Tensor, _real(x).sigmoid())
         if name not in ("HardSigmoid", "HardSwish"):
             return None
+        if name == "HardSigmoid" and self.gates and isinstance(x, Codes) and is_gate(node, self._operation):
+            codes = x
+            return Unrounded(codes.values.shape, lambda grid: hard_gate(codes, grid), ((0.0, 1.0),))
         x = _real(x)
         gate = (x * torch.tensor(1 / 6) + 0.5).clamp(0, 1)
         return cast(Tensor, gate if name == "HardSigmoid" else x * gate)
@@ -285,6 +293,13 @@ def multiplied(a: Codes, b: Codes, grid: ActivationGrid) -> Tensor:
     """Codes of ``a * b`` likewise."""
     factor = a.grid.scale * b.grid.scale / grid.scale
     return (a.values * b.values).mul_(factor).add_(grid.zero_point).round_()
+
+
+def hard_gate(x: Codes, grid: ActivationGrid) -> Tensor:
+    """Codes of the hard sigmoid of ``x`` likewise: of ``x + 3`` on a grid of six times the step."""
+    three = ActivationGrid(torch.tensor(THREE), 0, 0, 1, bits=8)
+    sixfold = ActivationGrid(grid.scale * SIX, grid.zero_point, grid.low, grid.high, grid.bits)
+    return added(x, Codes(torch.ones(()), three), sixfold)
 
 
 def added(a: Codes, b: Codes | None, grid: ActivationGrid) -> Tensor:

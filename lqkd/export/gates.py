@@ -1,0 +1,138 @@
+"""Gates on grids; hard swish and SiLU as integer kernels compute them, a value times its gate.
+
+ONNX Runtime has a table for sigmoids of codes, and integer sums and products. It has no kernel for hard swish or SiLU:
+in floating point between two grids they take more than twice as long.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
+from lqkd.export.nodes import Operation
+from lqkd.quantization import Quantizer
+from lqkd.quantization.codes import CODES
+
+THREE, SIX = 3.0, 6.0
+"""Hard sigmoid is ``clamp(x + 3, 0, 6) / 6``."""
+SIXFOLD = "sixfold_scale"
+"""What a file calls the step of ``x + 3`` behind the name of the grid."""
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"HardSigmoid": F.hardsigmoid, "Sigmoid": torch.sigmoid}
+_SELF_GATED = {"HardSwish": "HardSigmoid", "SiLU": "Sigmoid"}
+"""What a value is multiplied by, that hangs on nothing but the value."""
+_STEP = 1 / (CODES - 1)
+_LEAST_STEPS = 8
+"""So many steps three must have for a gate to share the codes of its value."""
+_TRIED, _FINER = 64, 1e-4
+_LEAST = 1e-3
+"""So far, in steps, every number of a table shall be from the middle between two levels."""
+
+
+class GateGrid(ActivationGrid):
+    """The grid of a gate: numbers from 0 to 1 on 256 levels.
+
+    Attributes:
+        shared: whether its codes are those of the value, cut off, as a hard sigmoid may have them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.tensor(_STEP), 0, 0, CODES - 1, bits=8)
+        self.shared = False
+
+    def share(self, source: ActivationGrid) -> bool:
+        """Let a hard sigmoid have the codes of its value, so that it is exact; tell whether that is possible.
+
+        Three are a whole number of steps then: the step of the value is moved by less than a fifteenth, mostly by less
+        than a hundredth.
+
+        Args:
+            source: of the value, which is changed.
+        """
+        three = round(THREE / float(source.scale))
+        if not _LEAST_STEPS <= three <= source.zero_point:
+            return False
+        source.scale = torch.tensor(THREE / three)
+        self.scale = source.scale / SIX
+        self.zero_point = source.zero_point - three
+        self.low, self.high = max(source.low, self.zero_point), min(source.high, source.zero_point + three)
+        self.shared = True
+        return True
+
+    def settle(self, source: ActivationGrid, gate: str) -> None:
+        """Make the step a little finer, so that no code hangs on the last bits of what computes the gate.
+
+        Args:
+            source: what the gate is computed of.
+            gate: ``HardSigmoid`` or ``Sigmoid``.
+        """
+        values = _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+        steps = [torch.tensor(_STEP * (1 - _FINER * turn)) for turn in range(_TRIED)]
+        far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
+        self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
+
+
+def _to_the_middle(values: Tensor, step: Tensor) -> float:
+    codes = values.double() / step.double()
+    return float((codes - codes.floor() - 0.5).abs().min())
+
+
+def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
+    """Whether one grid of whole numbers, and nothing else, reads the value of ``node``; ``of`` tells operations."""
+    readers = [found for user in node.users if (found := of(user)) is not None]
+    grids = [found.settings["module"] for found in readers if found.kind == "grid"]
+    return len(readers) == 1 and len(grids) == 1 and not isinstance(grids[0], SignGrid | LookupGrid)
+
+
+def is_settled(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
+    """Whether a :class:`GateGrid` reads ``node``, whose codes are the same whoever computes the gate."""
+    readers = [found for user in node.users if (found := of(user)) is not None]
+    return all(isinstance(found.settings.get("module"), GateGrid) for found in readers)
+
+
+def take_gate_apart(node: fx.Node, found: Operation, network: fx.GraphModule) -> fx.Node:
+    """Put the gate of an operation on a grid, in place.
+
+    Args:
+        node: an activation. A value times its gate becomes a gate and a product; what is a gate gets a grid unless
+            training left it one; all others stay.
+        found: its operation.
+        network: whose graph is changed.
+
+    Returns:
+        What has the value of ``node`` now, or the gate itself.
+    """
+    name = found.settings.get("name")
+    if found.kind != "activation":
+        return node
+    if name in _GATES and not any(isinstance(_called(user, network), Quantizer) for user in node.users):
+        grid = _grid_behind(node, node.name, network)
+        node.replace_all_uses_with(grid, delete_user_cb=lambda user: user is not grid)
+    if name not in _SELF_GATED:
+        return node
+    (x,) = found.inputs
+    with network.graph.inserting_before(node):
+        gate = network.graph.call_function(_GATES[_SELF_GATED[name]], (x,))
+        product = network.graph.call_function(operator.mul, (x, _grid_behind(gate, node.name, network)))
+    for new in (gate, *gate.users, product):
+        new.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    network.graph.erase_node(node)
+    return product
+
+
+def _called(node: fx.Node, network: fx.GraphModule) -> object:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _grid_behind(gate: fx.Node, name: str, network: fx.GraphModule) -> fx.Node:
+    target = f"grids.gates.{name}"
+    network.add_submodule(target, GateGrid())
+    with network.graph.inserting_after(gate):
+        grid = network.graph.call_module(target, (gate,))
+    grid.meta.update({key: value for key, value in gate.meta.items() if key != "nn_module_stack"})
+    return grid
