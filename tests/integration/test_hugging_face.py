@@ -71,13 +71,23 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
     assert written[0].startswith("the quick")
     assert len(written[0]) > 12
     assert written[0] == written[1] == written[2]
-    table = ["--pretrained", str(text / "model"), "--windows", "4", "--gptq", "2", "--csv", str(text / "table.csv")]
-    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *table])
+    files = text / "files"
+    wanted = ["--pretrained", str(text / "model"), "--windows", "4", "--gptq", "2", "--out", str(files)]
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--formats", "gguf"])
+    benchmarks.smollm2.main()
+    begun = (files / "table.csv").read_text().splitlines()
+    written = (files / "student.gguf").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted])
     benchmarks.smollm2.main()  # which ends otherwise where a file has another perplexity
-    with open(text / "table.csv", newline="") as stream:
-        same = {row["network"]: row["first token as trained"] for row in csv.DictReader(stream)}
+    lines = (files / "table.csv").read_text().splitlines()
+    assert lines[: len(begun)] == begun
+    assert (files / "student.gguf").stat().st_mtime_ns == written
+    same = {row["network"]: row["first token as trained"] for row in csv.DictReader(lines)}
     assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
     assert len(same) == 11
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--windows", "3"])
+    with pytest.raises(SystemExit, match="of another run or of other windows"):
+        benchmarks.smollm2.main()
 
 
 @pytest.mark.parametrize(
