@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -19,12 +20,14 @@ class Top1Agreement(nn.Module):
     """The share of rows for which student and teacher put the same class first, of each teacher.
 
     Stanton et al., "Does Knowledge Distillation Really Work?" (arXiv 2106.05945), section 3. Rows without a label are
-    left out. What a teacher puts first is asked once for every batch of inputs, and kept as a number a row.
+    left out. What a teacher puts first is asked once for every batch, and kept as a number a row.
 
     Args:
         task: what the networks are trained for; nothing is measured of one that does not ask for it.
         teachers: by name.
     """
+
+    _task: Task
 
     def __init__(self, task: Task, teachers: Mapping[str, nn.Module]) -> None:
         named = teachers if task.top1_agreement else {}
@@ -55,7 +58,7 @@ class Top1Agreement(nn.Module):
         """
         rows = self._task.rows(outputs, batch)
         known = torch.ones(len(rows.logits)) if rows.labels is None else (rows.labels >= 0).float()
-        seen = _key(of_teachers)
+        seen = _key(batch)
         for (name, teacher), metric in zip(self._teachers.items(), self.logged_as().values(), strict=True):
             if (name, seen) not in self._first:
                 answers = of_teachers.call(teacher)
@@ -68,10 +71,13 @@ def _first(rows: Rows) -> Tensor:
     return rows.logits.argmax(dim=1).to(torch.int32)
 
 
-def _key(inputs: Inputs) -> str:
-    """Hash of all tensors."""
+def _key(batch: Any) -> str:
+    """Hash of all tensors of a batch: labels too say which tokens are rows."""
     told = hashlib.sha256()
-    for tensor in inputs.tensors():
+
+    def add(tensor: Tensor) -> None:
         told.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    apply_to_collection(batch, Tensor, add)
     return told.hexdigest()
