@@ -1,4 +1,4 @@
-"""The student as GPTQ alone makes it, for as long as it is measured, or as a training begins with it."""
+"""The student as GPTQ alone makes it, for as long as it is measured."""
 
 from __future__ import annotations
 
@@ -13,30 +13,17 @@ from torch import Tensor, nn
 
 from lqkd.data.reading import apart
 from lqkd.errors import UsageError
-from lqkd.losses.settings import check
 from lqkd.modules.distilling import Distilling
 from lqkd.modules.stages import in_stage
 from lqkd.quantization import gptq
 from lqkd.quantization.layers import QuantizedLayer
 
 
-def check_gptq(batches: int, start: bool) -> None:
-    """Refuse settings that are not possible.
-
-    Raises:
-        UsageError: then.
-    """
-    check("it must be at least 0", lambda n: n >= 0, gptq_batches=batches)
-    if start and not batches:
-        raise UsageError("gptq_start=True is not possible with gptq_batches=0: give training batches for GPTQ")
-
-
 @contextmanager
 def calibrated(module: Distilling) -> Iterator[None]:
     """Inside the block the student has the codes of GPTQ, calibrated on ``module.gptq_batches`` training batches.
 
-    It is then what it was, to the last bit, but with ``module.gptq_start``, which keeps them. Processes calibrate
-    together, each on its own batches.
+    It is then what it was, to the last bit. Processes calibrate together, each on its own batches.
 
     A line says how many layers have such codes, and how many batches an epoch has where that is fewer.
 
@@ -44,8 +31,7 @@ def calibrated(module: Distilling) -> Iterator[None]:
         UsageError: when there is nothing that GPTQ can calibrate.
     """
     trainer, student = module.trainer, module.student
-    tensors = {} if module.gptq_start else student.state_dict()
-    state = {name: tensor.clone() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    state = {name: tensor.clone() for name, tensor in student.state_dict().items() if isinstance(tensor, Tensor)}
     try:
         with (
             apart(trainer.train_dataloader) as loader,

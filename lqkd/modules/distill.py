@@ -19,9 +19,9 @@ from lqkd.balances.equalized_at import AtWeights
 from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
+from lqkd.losses.settings import check
 from lqkd.modules.agreement import Top1Agreement
 from lqkd.modules.base import TaskModule
-from lqkd.modules.calibrated import calibrated, check_gptq
 from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
@@ -126,8 +126,6 @@ class DistillModule(TaskModule):
         gptq_batches: training batches on which GPTQ calibrates the quantised student before the first step, as a
             reference that a training should beat (:func:`lqkd.quantization.gptq`): the student runs over them once for
             each of its linear layers, and the test split is measured once more; it is then what it was. 0 for none.
-        gptq_start: whether the training begins with what GPTQ has made of the student, whose weights are then levels of
-            their grids, in place of rounding alone.
         gradient_checkpointing: whether blocks of the student compute their activations again in the backward pass, in
             place of keeping them, for the same numbers (:func:`lqkd.models.recompute_activations`).
 
@@ -164,13 +162,12 @@ class DistillModule(TaskModule):
         distillation: dict[str, Term] | None = None,
         compile: Compile = False,
         gptq_batches: int = 0,
-        gptq_start: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(task_of(task, label_smoothing), compile)
         save_plain_hyperparameters(self)
-        check_gptq(gptq_batches, gptq_start)
-        self.gptq_batches, self.gptq_start = gptq_batches, gptq_start
+        check("it must be at least 0", lambda n: n >= 0, gptq_batches=gptq_batches)
+        self.gptq_batches = gptq_batches
         if student is None:
             raise UsageError("there is no student: give the network to quantise and train")
         short = {"distillation_loss": distillation_loss, "taps": taps or None, "regularizer": regularizer}
@@ -431,9 +428,6 @@ class DistillModule(TaskModule):
         self.held_out_task = kept_task(self)
         self.references = measure(self, self.references, of_teacher.values)
         of_teacher.save()
-        if self.gptq_start and not self._resumed and self.references["student_gptq"] is None:  # nothing was measured
-            with calibrated(self):
-                pass
         self._report_references()
         self._compile()
 

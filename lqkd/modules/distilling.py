@@ -28,7 +28,6 @@ class Distilling(Protocol):
     own: str | None
     own_joined: dict[str, str]
     gptq_batches: int
-    gptq_start: bool
 
     @property
     def accumulate_grad_batches(self) -> int: ...

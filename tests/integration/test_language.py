@@ -280,28 +280,6 @@ def test_what_gptq_reaches_is_measured_and_leaves_no_trace(
         trainer(limit_test_batches=1).fit(refused, datamodule=text())
 
 
-@pytest.mark.parametrize("measured", [1, 0])
-def test_a_training_may_begin_with_the_codes_of_gptq(measured: int, trainer: Callable[..., Trainer]) -> None:
-    def begun(gptq_start: bool) -> DistillModule:
-        module = student(
-            gptq_batches=2,
-            gptq_start=gptq_start,
-            quantization=Recipe("w2a32", weight_quantizer="seq", group_size=8),
-            student_optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
-        )
-        trainer(max_steps=1, limit_test_batches=measured, limit_val_batches=2 * measured).fit(module, datamodule=text())
-        return module
-
-    rounded, calibrated = begun(False), begun(True)
-    layers = [(module.student.blocks[0].expand, module.student.token) for module in (rounded, calibrated)]
-    (rounded_linear, one), (linear, other) = layers
-    assert torch.equal(linear.weight, linear.quantized_weight())
-    assert not torch.equal(rounded_linear.quantized_weight(), linear.quantized_weight())
-    assert torch.equal(one.weight, other.weight)  # which no GPTQ has
-    with pytest.raises(UsageError, match="gptq_start=True is not possible with gptq_batches=0"):
-        student(gptq_start=True)
-
-
 def test_a_table_of_runs_that_are_not_there_says_what_writes_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
