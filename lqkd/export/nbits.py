@@ -49,7 +49,9 @@ def to_nbits(model: nn.Module, path: str | Path, *, about: Mapping[str, Any] | N
 
     Args:
         model: a :class:`~lqkd.models.GPT`, or a Llama of :func:`~lqkd.models.causal_lm`, with the grids of ``q4_0``,
-            ``q8_0`` or ``tq2_0``, or of ``lsq`` in groups of 16 to 256, and activations in float; it is left alone.
+            ``q8_0`` or ``tq2_0``, or of ``lsq`` in groups of 16 to 256, or of ``seq`` likewise up to 4 bits, and
+            activations in float; it is left alone. The levels of ``seq`` lie around a zero that is no code, which
+            ONNX Runtime reads from 1.27 on.
         path: of the file, complete or not there; an existing one is replaced.
         about: what the file shall also say about itself, JSON values.
 
@@ -161,11 +163,12 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, np.ndarray]]:
 def _decoded(tensors: Mapping[str, np.ndarray], name: str, layer: nn.Module) -> np.ndarray | None:
     """A parameter out of a file, float32: codes times steps, or numbers, which linear layers have the other way."""
     place = name.removesuffix(".weight")
-    codes, scales, values = (tensors.get(key) for key in (f"{place}.codes", f"{place}.scales", name))
+    codes, scales, zero = (tensors.get(f"{place}.{kind}") for kind in ("codes", "scales", "zero"))
+    values = tensors.get(name)
     if codes is not None and scales is not None:
         size = cast(int, cast(Quantizer, layer.weight_quantizer).group_size)
         bits = 8 * codes.shape[-1] // size
-        numbers = unpack(codes, bits).astype(np.float32) - np.float32(2 ** (bits - 1))
+        numbers = unpack(codes, bits).astype(np.float32) - (np.float32(2 ** (bits - 1)) if zero is None else zero)
         return (numbers * scales[..., None]).reshape(len(codes), -1)
     transposed = values is not None and values.ndim == 2 and isinstance(layer, nn.Linear)
     return np.ascontiguousarray(values.T) if values is not None and transposed else values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import check_finite, check_fitted
 from lqkd.quantization.layers import QuantizedLayer
-from lqkd.quantization.quantizers.lsq import LSQ
+from lqkd.quantization.quantizers import LSQ, SEQ
 
 RUNTIME_DOMAIN = "com.microsoft"
 OPSET = 21
@@ -24,13 +24,28 @@ GROUPS = (16, 32, 64, 128, 256)
 """Of what sizes its groups are."""
 
 
+class Packed(NamedTuple):
+    """A weight on a grid within a graph: names of initializers, and sizes."""
+
+    codes: str
+    """(N, groups, size * bits / 8) uint8."""
+    scales: str
+    """(N, groups) float32."""
+    zero: str | None
+    """(1,) float32: where zero is between two codes; None where it is the code in the middle."""
+    blocks: tuple[int, int]
+    """N and groups."""
+    bits: int
+    size: int
+
+
 class Graph:
     """Nodes and initializers; a call adds a node and gives the name of its result."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
-        self._packed: dict[int, tuple[str, str, int, int]] = {}
+        self._packed: dict[int, Packed] = {}
 
     def __call__(self, operation: str, *inputs: str, results: int = 1, **attributes: Any) -> Any:
         names = [f"{operation.lower()}_{len(self.nodes)}" + (f"_{place}" if place else "") for place in range(results)]
@@ -64,17 +79,19 @@ class Graph:
             held = self.hold(f"{name}.weight", _finite(weight, name).t().numpy())
             product = self("MatMul", x, held)
         else:
-            codes, scales, bits, size = self._codes(layer, name)
+            packed = self._codes(layer, name)
             product = self(
                 "MatMulNBits",
                 x,
-                codes,
-                scales,
+                packed.codes,
+                packed.scales,
+                # One number in the file, and (N, groups) of them once ONNX Runtime has folded constants.
+                *([] if packed.zero is None else [self("Expand", packed.zero, self.axes(*packed.blocks))]),
                 domain=RUNTIME_DOMAIN,
                 K=weight.shape[1],
                 N=weight.shape[0],
-                bits=bits,
-                block_size=size,
+                bits=packed.bits,
+                block_size=packed.size,
                 accuracy_level=1,  # sums in float32, as in training
             )
         bias = cast("Tensor | None", layer.bias)
@@ -86,7 +103,7 @@ class Graph:
         weight = cast(Tensor, layer.weight)
         if getattr(layer, "weight_quantizer", None) is None:
             return self("Gather", self.hold(f"{name}.weight", _finite(weight, name).numpy()), tokens)
-        codes, scales, bits, size = self._codes(layer, name)
+        codes, scales, zero, _, bits, size = self._codes(layer, name)
         rows = self("Gather", codes, tokens)  # (B, T, groups, bytes)
         if bits < 8:
             mask = self.hold(f"mask_{bits}", np.array(2**bits - 1, np.uint8))
@@ -96,18 +113,26 @@ class Graph:
             parts = [self("BitwiseAnd", self("BitShift", rows, by, direction="RIGHT"), mask) for by in shifts]
             rows = self("Concat", *(self("Unsqueeze", part, self.axes(-1)) for part in parts), axis=-1)
             rows = self.reshape(rows, 0, 0, weight.shape[1] // size, size)
-        numbers = self("Sub", self("Cast", rows, to=TensorProto.FLOAT), self.number(2.0 ** (bits - 1)))
+        numbers = self("Sub", self("Cast", rows, to=TensorProto.FLOAT), zero or self.number(2.0 ** (bits - 1)))
         steps = self("Unsqueeze", self("Gather", scales, tokens), self.axes(-1))  # (B, T, groups, 1)
         return self.reshape(self("Mul", numbers, steps), 0, 0, weight.shape[1])
 
-    def _codes(self, layer: nn.Module, name: str) -> tuple[str, str, int, int]:
-        """Names of packed codes and scales, bits and size of a group; one for all layers that share a weight."""
+    def _codes(self, layer: nn.Module, name: str) -> Packed:
+        """A weight as it is held, once for all layers that share it."""
         weight = cast(Tensor, layer.weight)
         if id(weight) not in self._packed:
             quantizer = check_grid(layer, name)
             codes, scales, bits = codes_and_scales(quantizer, weight, name)
-            held = self.hold(f"{name}.codes", pack(codes, bits)), self.hold(f"{name}.scales", scales)
-            self._packed[id(weight)] = (*held, bits, cast(int, quantizer.group_size))
+            shift = quantizer.shift if isinstance(quantizer, SEQ) else 0.0
+            zero = np.array([2 ** (bits - 1) - shift], np.float32)
+            self._packed[id(weight)] = Packed(
+                self.hold(f"{name}.codes", pack(codes, bits)),
+                self.hold(f"{name}.scales", scales),
+                self.hold(f"{name}.zero", zero) if shift else None,
+                scales.shape,
+                bits,
+                cast(int, quantizer.group_size),
+            )
         return self._packed[id(weight)]
 
 
@@ -123,11 +148,13 @@ def check_grid(layer: nn.Module, name: str) -> Quantizer:
     """
     quantized = cast(QuantizedLayer, layer)
     quantizer = quantized.weight_quantizer
-    if not isinstance(quantizer, LSQ) or quantizer.group_size not in GROUPS or quantizer.bits not in range(2, 9):
+    widths = range(2, 9) if isinstance(quantizer, LSQ) else range(2, 5) if isinstance(quantizer, SEQ) else ()
+    if quantizer is None or quantizer.group_size not in GROUPS or quantizer.bits not in widths:
         kind = f"{type(quantizer).__name__}" + ("" if getattr(quantizer, "group_size", None) else " without groups")
         raise UsageError(
             f"the weight of {name} is on the grid of {kind}, which MatMulNBits does not have: train with "
-            f"quantization.bits=q4_0, q8_0 or tq2_0, or with lsq and a group_size of {', '.join(map(str, GROUPS))}"
+            "quantization.bits=q4_0, q8_0 or tq2_0, or with lsq, or seq up to 4 bits, and a group_size of "
+            f"{', '.join(map(str, GROUPS))}"
         )
     if quantized.input_quantizer is not None:
         raise UsageError(f"the input of {name} is on a grid, which a file of --format nbits does not have: {IN_FLOAT}")
@@ -145,11 +172,11 @@ def codes_and_scales(quantizer: Quantizer, weight: Tensor, name: str) -> tuple[n
     """
     check_fitted(quantizer, name)
     check_finite(weight, name, "weight")
-    check_finite(cast(LSQ, quantizer).scale, name, "scale")
+    check_finite(cast("LSQ | SEQ", quantizer).scale, name, "scale")
     bits = next(width for width in WIDTHS if width >= quantizer.bits)
     size = cast(int, quantizer.group_size)
     codes = quantizer.codes(weight).reshape(len(weight), -1, size).numpy() + 2 ** (bits - 1)
-    return codes.astype(np.uint8), cast(LSQ, quantizer).step().reshape(len(weight), -1).numpy(), bits
+    return codes.astype(np.uint8), cast("LSQ | SEQ", quantizer).step().reshape(len(weight), -1).numpy(), bits
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -305,12 +305,14 @@ class TaskModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, self.test_metrics)
 
-    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Any, metrics: MetricCollection) -> Any:
+        """The task's outputs of the network that is evaluated, once they are counted."""
         inputs = self.inputs(batch)
         outputs = self._answer(inputs)
         self.task.check_batch(outputs, batch)
         self.task.update(metrics, outputs, batch)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(inputs))
+        return outputs
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """What the task predicts: class probabilities (B, C), say."""

@@ -20,6 +20,7 @@ from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
 from lqkd.losses import DistillationLoss
 from lqkd.losses.settings import check
+from lqkd.modules.agreement import Top1Agreement
 from lqkd.modules.base import TaskModule
 from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
@@ -217,6 +218,7 @@ class DistillModule(TaskModule):
         self.held_out_task: dict[str, HeldOutTask] = {}  # likewise, of terms whose player looks ahead to them
         self._followers: list[Any] = []
         self._signs = SignCheck()
+        self.top1_agreement = Top1Agreement(self.task, self._judged())
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
 
     def _lay_out(self) -> None:
@@ -249,7 +251,8 @@ class DistillModule(TaskModule):
     def metric_names(self) -> set[str]:
         names = {f"train/{name}" for name in (*self.balance.names, *self.penalties, *self.distillation.learned())}
         logged = (*self.balance.names, *self.balance.learned())
-        return super().metric_names() | names | {f"balance/{name}" for name in logged}
+        names |= {f"balance/{name}" for name in logged} | {*self.top1_agreement.logged_as()}
+        return super().metric_names() | names
 
     def trained(self) -> nn.Module:
         return self.student
@@ -273,11 +276,15 @@ class DistillModule(TaskModule):
     @property
     def judged(self) -> dict[str, FrozenTeacher | TeacherEnsemble]:
         """What must be better than chance, by what messages call it: every teacher, or an ensemble as one."""
+        named = self._judged()
+        return named if self.teacher is not None else {teacher_label(name, named): one for name, one in named.items()}
+
+    def _judged(self) -> dict[str, FrozenTeacher | TeacherEnsemble]:
+        """The same by their names."""
         if self.teacher is not None:
             return {"teacher": self.teacher}
         added = self.own_joined.values() if self.own_added else ()  # it need not be good, and is measured by itself
-        named = {name: one for name, one in self.named_teachers.items() if name not in added}
-        return {teacher_label(name, named): one for name, one in named.items()}
+        return {name: one for name, one in self.named_teachers.items() if name not in added}
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         for name, teacher in self.named_teachers.items():
@@ -621,8 +628,17 @@ class DistillModule(TaskModule):
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
+        self.top1_agreement.reset()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._signs.begin_validation(self.product())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        outputs = self._evaluate(batch, self.val_metrics)
+        agreement = self.top1_agreement.logged_as()
+        if agreement and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            inputs = self.inputs(batch)
+            self.top1_agreement.update(outputs, batch, self.passes.teacher_inputs(batch, inputs))
+            self.log_dict(agreement, on_step=False, on_epoch=True, batch_size=len(inputs))
 
     def on_validation_end(self) -> None:
         self._signs.end_validation(self)

@@ -60,6 +60,8 @@ class Task(nn.Module, ABC):
     """The axis of :meth:`outputs` (B, ...) that has a logit for each class; of a text it is the last."""
     confidences: ClassVar[bool] = False
     """Whether :meth:`predictions` are the confidence (B, C) of each class."""
+    top1_agreement: ClassVar[bool] = False
+    """Whether the validations of a training tell for how many rows student and teacher put the same class first."""
     answer: ClassVar[str] = "answer"
     """What :meth:`agreement` compares, in a word or two."""
 

@@ -45,8 +45,9 @@ class CausalLM(Task):
     every batch; packed texts without padding need neither.
 
     Logs ``loss`` (cross-entropy in nats a token), ``perplexity`` (its exponential), ``acc`` (the share of tokens that
-    are put first), and ``bits_per_byte``, which networks with other tokenizers can be compared by. The best checkpoint
-    is that of the least ``val/loss``, whatever the losses of the distillation.
+    are put first), and ``bits_per_byte``, which networks with other tokenizers can be compared by. A distillation logs
+    ``val/top1_agreement`` too, the share of tokens for which student and teacher put the same one first. The best
+    checkpoint is that of the least ``val/loss``, whatever the losses of the distillation.
 
     Args:
         vocabulary: logits beyond this number are left out, as those that pad a vocabulary to a round number; null for
@@ -73,6 +74,7 @@ class CausalLM(Task):
     one_row_a_sample = False
     predicts_classes = True
     class_axis = -1
+    top1_agreement = True
     answer = "next token"
 
     def __init__(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmarks.smollm2
+import benchmarks.whole_text
 import lqkd
 from lqkd import DistillModule, FrozenTeacher, Recipe
 from lqkd.cli import main
@@ -70,13 +71,23 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
     assert written[0].startswith("the quick")
     assert len(written[0]) > 12
     assert written[0] == written[1] == written[2]
-    table = ["--pretrained", str(text / "model"), "--windows", "4", "--gptq", "2", "--csv", str(text / "table.csv")]
-    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *table])
+    files = text / "files"
+    wanted = ["--pretrained", str(text / "model"), "--windows", "4", "--gptq", "2", "--out", str(files)]
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--formats", "gguf"])
+    benchmarks.smollm2.main()
+    begun = (files / "table.csv").read_text().splitlines()
+    written = (files / "student.gguf").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted])
     benchmarks.smollm2.main()  # which ends otherwise where a file has another perplexity
-    with open(text / "table.csv", newline="") as stream:
-        same = {row["network"]: row["first token as trained"] for row in csv.DictReader(stream)}
+    lines = (files / "table.csv").read_text().splitlines()
+    assert lines[: len(begun)] == begun
+    assert (files / "student.gguf").stat().st_mtime_ns == written
+    same = {row["network"]: row["first token as trained"] for row in csv.DictReader(lines)}
     assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
     assert len(same) == 11
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--windows", "3"])
+    with pytest.raises(SystemExit, match="of another run or of other windows"):
+        benchmarks.smollm2.main()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,28 @@ def test_perplexity_is_that_of_transformers(text: Path) -> None:
             losses += [network(row[None], labels=row[None]).loss.double() for row in seen.tokens]
     expected = float(torch.stack(losses).mean().exp())
     assert float(metrics.compute()["perplexity"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_whole_text_is_measured_by_both_and_gone_on_with(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(by: str, *more: str) -> str:
+        given = ["--by", by, "--out", str(text / "out"), "--context", "128", "--pretrained", str(text / "model"), *more]
+        monkeypatch.setattr("sys.argv", ["whole_text", str(text / "text.txt"), *given])
+        benchmarks.whole_text.main()
+        return capsys.readouterr().out
+
+    assert "nothing is compared" in evaluate("lqkd", "--windows", "4")
+    begun = (text / "out" / "lqkd_128.csv").read_text()
+    assert "8 of 8 windows" in evaluate("lqkd", "--windows", "8")
+    assert (text / "out" / "lqkd_128.csv").read_text().startswith(begun)
+    assert evaluate("transformers", "--windows", "8").endswith("the first three digits are the same\n")
+    table = text / "out" / "lqkd_128.csv"
+    rows = table.read_text().splitlines()
+    first, windows, nats, tokens = rows[1].split(",")
+    table.write_text("\n".join([rows[0], f"{first},{windows},{float(nats) * 1.1},{tokens}", *rows[2:]]) + "\n")
+    with pytest.raises(SystemExit, match="they differ in the first three digits"):
+        evaluate("transformers", "--windows", "8")
 
 
 def test_what_is_inside_of_a_llama_is_distilled_with_heads_that_share_keys(tmp_path: Path) -> None:

@@ -91,6 +91,33 @@ def test_a_cache_of_the_first_words_of_a_token_trains_as_the_teacher_itself(
         trainer().fit(student(teacher_cache=TeacherCache(str(tmp_path), top_k=256)), datamodule=text())
 
 
+def test_validations_tell_how_often_the_teachers_word_comes_first_and_ask_it_once(
+    trainer: Callable[..., Trainer],
+) -> None:
+    module = DistillModule(
+        FrozenTeacher(gpt(), precision="fp32"),
+        gpt(),
+        task=CausalLM(),
+        student_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4),
+        quantization=Recipe("w4a32"),
+    )
+    asked, known = [], []
+    module.teacher.network.register_forward_hook(lambda *_: asked.append(module.trainer.validating))
+    running = trainer(max_epochs=3)
+    running.fit(module, datamodule=text())
+    assert sum(asked) == 2  # batches, of three validations
+    batches = [batch.tokens.long() for batch, _ in zip(running.datamodule.val_dataloader(), range(2), strict=False)]
+    with torch.no_grad():
+        for tokens in batches:
+            ours, theirs = module.product()(tokens)[:, :-1], module.teacher(tokens)[:, :-1]
+            known.append((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    expected = float(sum(known)) / len(known)
+    assert 0 < expected < 1
+    assert float(running.callback_metrics["val/top1_agreement"]) == pytest.approx(expected, abs=1e-6)
+    assert "val/top1_agreement" in module.metric_names()
+    assert not any("agreement" in key for key in module.state_dict())
+
+
 def inside(block: str = "blocks.0") -> dict[str, Term]:
     """Terms of a teacher and a student of other widths, of hidden states and of attention."""
     return {

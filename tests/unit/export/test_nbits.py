@@ -53,6 +53,7 @@ def logits(network: nn.Module, tokens: Tensor) -> Tensor:
 
 
 LOW = Recipe("w2a32", group_size=32, first_layer_bits=None, rules=[Rule("*head", weight_bits=8, activation_bits=32)])
+HALVES = Recipe("w2a32", group_size=32, weight_quantizer="seq", first_layer_bits=None, last_layer_bits=None)
 SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
 UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj", weight_bits=32)])
 
@@ -62,10 +63,11 @@ UNEVEN = Recipe("q4_0", rules=[Rule("*head", weight_bits=32), Rule("*down_proj",
     [
         ("gpt", Recipe("q4_0"), {}),
         ("gpt", LOW, {"gelu": "tanh"}),
+        ("gpt", HALVES, {"gelu": "tanh"}),
         ("llama", Recipe("q4_0"), SCALED),
         ("llama", UNEVEN, {"tie_word_embeddings": False, "attention_bias": True}),
     ],
-    ids=["gpt", "two bits", "llama", "partly in float"],
+    ids=["gpt", "two bits", "half steps", "llama", "partly in float"],
 )
 def test_onnx_runtime_says_what_the_student_says(
     kind: str, recipe: Recipe, settings: dict[str, object], tmp_path: Path
@@ -86,17 +88,24 @@ def test_a_head_that_is_the_embedding_is_held_once_in_codes_of_eight_bits(tmp_pa
     assert product.op_type == "MatMulNBits"
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.scales", "model.norm.weight"])
-def test_a_number_that_is_one_percent_off_fails_the_proof(name: str, tmp_path: Path) -> None:
-    student = a_llama(tmp_path / "llama", Recipe("q4_0"))
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("model.layers.1.mlp.up_proj.scales", Recipe("q4_0")),
+        ("model.layers.1.mlp.up_proj.zero", HALVES),
+        ("model.norm.weight", Recipe("q4_0")),
+    ],
+)
+def test_a_number_that_is_one_percent_off_fails_the_proof(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    student = a_llama(tmp_path / "llama", recipe)
     to_nbits(student, tmp_path / "student.onnx")
     held = onnx.load(tmp_path / "student.onnx")
     tensor = next(tensor for tensor in held.graph.initializer if tensor.name == name)
     values = numpy_helper.to_array(tensor).copy()
-    values.flat[3] *= 1.01
+    values.flat[values.size // 2] *= 1.01
     tensor.CopyFrom(numpy_helper.from_array(values, name))
     onnx.save(held, tmp_path / "student.onnx")
-    with pytest.raises(ParityError, match=f"tensor {name.removesuffix('scales')}.* decodes to other numbers"):
+    with pytest.raises(ParityError, match=f"tensor {name.rpartition('.')[0]}.* decodes to other numbers"):
         check_nbits(tmp_path / "student.onnx", student)
 
 
