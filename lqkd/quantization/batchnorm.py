@@ -198,9 +198,6 @@ def has_fresh_statistics(model: nn.Module) -> bool:
         mean is not None
         and variance is not None
         and not mean.any()
-        and bool((variance == 1).all())
-        and variance is not None
-        and not mean.any()
         and torch.equal(variance, torch.ones_like(variance))
         for mean, variance in known
     )

@@ -70,7 +70,7 @@ def test_a_student_that_was_not_trained_for_it_is_refused_with_the_setting() -> 
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [
-        ({"target": "tpu"}, "quantization.target='tpu' is unknown: use tensorrt, power_of_two, or null"),
+        ({"target": "tpu"}, "quantization.target='tpu' is unknown: use tensorrt, power_of_two, ncnn, or null"),
         ({"bits": "w4a4"}, "4 bits of the input of layer 'conv1' are not possible with target='tensorrt'"),
         ({"activation_quantizer": "lsq_plus"}, "quantizer LSQPlus of the input of layer .* zero is the middle"),
         ({"activation_quantizer": "pact"}, "quantizer PACT of the input of layer"),
