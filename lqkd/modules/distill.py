@@ -210,16 +210,20 @@ class DistillModule(TaskModule):
         self.teacher_cache = teacher_cache
         self.references: dict[str, float | None] = dict.fromkeys(REFERENCES)
         self.penalties: dict[str, Callable[[], Tensor]] = {}
-        self.trust: dict[str, dict[str, Any]] = {}
-        self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # of the same terms, for pictures
-        self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
-        self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
-        self.held_out_features: dict[str, HeldOutFeatures] = {}  # likewise, of terms of features
-        self.held_out_task: dict[str, HeldOutTask] = {}  # likewise, of terms whose player looks ahead to them
+        self._hold_nothing()
         self._followers: list[Any] = []
         self._signs = SignCheck()
         self.top1_agreement = Top1Agreement(self.task, self._judged())
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
+
+    def _hold_nothing(self) -> None:
+        """What is kept of held-out rows, by the name of the term."""
+        self.trust: dict[str, dict[str, Any]] = {}
+        self.reliability: dict[str, dict[str, dict[str, list[float]]]] = {}  # for pictures
+        self.held_out: dict[str, HeldOutRows] = {}  # in a training, of the terms whose regularizer learns from them
+        self.known_of_held_out: dict[str, Known] = {}  # before a training, of a checkpoint, and after it
+        self.held_out_features: dict[str, HeldOutFeatures] = {}  # likewise, of terms of features
+        self.held_out_task: dict[str, HeldOutTask] = {}  # likewise, of terms whose player looks ahead to them
 
     def _lay_out(self) -> None:
         """Weights decide: the first convolution turns images of any format into theirs."""
