@@ -56,7 +56,7 @@ class DigitCrops(ImageDataModule):
 
 
 def _drawn(material: Material, digits: Tensor, count: int, part: int) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, H, W) uint8 and labels (count,) int64, each of ``digits`` as often as the others."""
+    """Images (count, 3, H, W) uint8 and labels (count,) int64, one of ``digits`` after the other, again and again."""
     numbers = torch.arange(count)
     draws = torch.stack([uniform(_SEED, part, numbers, STREAM_SCENE, draw) for draw in range(_DRAWS)], dim=1)
     shown = digits[numbers % len(digits)]

@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lqkd.data.split import stratified_split
-from lqkd.utils.counter_rng import STREAM_TEST
+from lqkd.data.digits import split_digits
 
-TEST_DIGITS = 359  # a fifth of 1,797
-_SEED = 0  # never the run's: every run has the same test digits
 _INK = 0.3
 """How opaque a pixel is from which on it belongs to a digit."""
 
@@ -40,7 +37,7 @@ def load_material() -> Material:
 
     digits = load_digits()
     labels = torch.from_numpy(digits.target).to(torch.int64)
-    test, train = stratified_split(torch.arange(len(labels)), labels, TEST_DIGITS, seed=_SEED, stream=STREAM_TEST)
+    test, train = split_digits(labels)
     return Material(
         ink=torch.from_numpy(digits.images).float() / 16,
         labels=labels,

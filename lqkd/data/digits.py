@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lqkd.data.base import ImageDataModule, ImageSet
 from lqkd.data.split import stratified_split
@@ -12,6 +13,11 @@ from lqkd.utils.counter_rng import STREAM_TEST
 
 _TEST_IMAGES = 359  # a fifth of 1,797
 _TEST_SEED = 0  # never the run's: every run is tested on the same images
+
+
+def split_digits(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sorted positions of the digits that are tested with and of the others, the same in every run."""
+    return stratified_split(torch.arange(len(labels)), labels, _TEST_IMAGES, seed=_TEST_SEED, stream=STREAM_TEST)
 
 
 class Digits(ImageDataModule):
@@ -42,8 +48,6 @@ class Digits(ImageDataModule):
         digits = load_digits()
         images = torch.from_numpy(digits.images)[:, None].mul(255 / 16).round().to(torch.uint8)  # (1797, 1, 8, 8)
         labels = torch.from_numpy(digits.target).to(torch.int64)
-        test, train = stratified_split(
-            torch.arange(len(labels)), labels, _TEST_IMAGES, seed=_TEST_SEED, stream=STREAM_TEST
-        )
+        test, train = split_digits(labels)
         names = tuple(str(name) for name in digits.target_names)
         return ImageSet(images[train], labels[train], images[test], labels[test], names)

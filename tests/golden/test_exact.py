@@ -40,7 +40,7 @@ def test_every_regularizer_balance_and_loss_on_features_is_in_a_recorded_run() -
         for name in package.__all__:
             offered = getattr(package, name)
             if isinstance(offered, type) and issubclass(offered, kinds) and offered not in kinds:
-                # the quickstart's balance; a loss for several labels; what needs rows that no run here holds out; what
+                # the balance of a study; a loss for several labels; what needs rows that no run here holds out; what
                 # is younger than the records
                 others = ("FixedBalance", "BinaryKL", "HeldOutInterpolation", "ExplainedVariance", "MetaWeightNet")
                 others += ("CurriculumTemperature", "ForwardKL", "ReverseKL", "JensenShannon", "CAKLD", "PKD")

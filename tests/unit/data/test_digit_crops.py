@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lqkd.data import DigitCrops, Digits
+from lqkd.data.digit_drawing import load_material
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,8 @@ def test_every_run_draws_the_same_images(crops: DigitCrops) -> None:
 
 
 def test_no_digit_that_is_tested_with_is_one_of_training(crops: DigitCrops) -> None:
+    material = load_material()
+    assert not set(material.train.tolist()) & set(material.test.tolist())
     images, digits = crops.load(), Digits().load()
     assert torch.equal(images.test_labels.bincount(), 5 * digits.test_labels.bincount())
     assert torch.equal(images.test_labels[:359], digits.test_labels)
