@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import benchmarks.language_bits
 import lqkd
-from lqkd import DistillModule, FrozenTeacher, Recipe
+from lqkd import DistillModule, FrozenTeacher, Recipe, load_student
 from lqkd.cli import main
 from lqkd.data import PythonTopics
 from lqkd.errors import UsageError
@@ -30,6 +31,7 @@ from lqkd.runs.checkpoint_io import AtomicCheckpointIO
 from lqkd.tasks import CausalLM
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import parameters_of
+from tests.forked import Forks, send
 from tests.integration.test_exact_resume import StopAt
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "language" / "quickstart.yaml")
@@ -178,6 +180,23 @@ def test_a_resumed_training_ends_with_the_same_bits(trainer: Callable[..., Train
     saving["callbacks"] = [BestAndLast(tmp_path, every_n_steps=1)]
     trainer(**saving).fit(resumed, datamodule=text(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_the_numbers_of_one_that_was_not(lqkd: Forks, tmp_path: Path) -> None:
+    command = ["fit", "--config", CONFIG, "--trainer.max_epochs", "2", "--data.init_args.limit_train", "64"]
+    command += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--run.root", str(tmp_path)]
+    whole, killed = (tmp_path / "language_quickstart" / version for version in ("whole", "killed"))
+    assert lqkd.run(*command, "--run.version", whole.name) == 0, lqkd.log.read_text()
+    last = killed / "checkpoints" / "last.ckpt"
+    status = lqkd.run(
+        *command, "--run.version", killed.name, meanwhile=lambda pid: send(pid, signal.SIGKILL, last.exists)
+    )
+    assert status == -signal.SIGKILL, lqkd.log.read_text()
+    assert not (killed / "student.safetensors").exists()
+    assert lqkd.run("resume", str(killed)) == 0, lqkd.log.read_text()
+    trained, resumed = (load_student(of).state_dict() for of in (whole, killed))
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
 
 
 @pytest.mark.slow
