@@ -99,7 +99,7 @@ def test_help_of_every_other_verb_explains_each_of_its_arguments(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     text = shown(capsys, verb, "--help")
-    options = [line for line in text.splitlines() if line.startswith("  --")]
+    options = [re.sub(r"\n +", " ", entry) for entry in re.findall(r"^  --.*(?:\n {10,}.*)*", text, flags=re.MULTILINE)]
     assert [line for line in options if not re.search(r"  +\S.*\((default: .+|must be given)\)$", line)] == []
     assert text.startswith(f"usage: python -m lqkd {verb}")
     arguments = re.findall(r"^  (\S.*(?:\n {10,}.*)*)", text.partition("\n\n")[2], flags=re.MULTILINE)

@@ -14,6 +14,9 @@ from lqkd.errors import UsageError
 from lqkd.losses import AttentionRelations, CosineDistance
 from lqkd.utils import pieces
 
+WHOLE = 2**22
+"""Elements of a piece that takes all that there is here."""
+
 
 def features(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -52,7 +55,7 @@ def reference(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("relations", [("qq", "kk", "vv"), ("qk", "vv")])
-@pytest.mark.parametrize("elements", [1, 50, 2**22])  # of a piece: a row, some rows, several texts
+@pytest.mark.parametrize("elements", [1, 50, WHOLE])  # of a piece: a row, some rows, several texts
 def test_relations_are_those_of_the_papers(
     causal: bool, relations: tuple[str, ...], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +66,14 @@ def test_relations_are_those_of_the_papers(
     loss = AttentionRelations(relation_heads=4, relations=relations, causal=causal)
     found = loss(teacher, student, places=places)
     assert found.tolist() == pytest.approx(reference(teacher, student, 4, relations, causal, places), rel=1e-9)
-    assert torch.autograd.gradcheck(lambda *s: loss(teacher, s, places=places), student)
+    if elements == WHOLE:
+        assert torch.autograd.gradcheck(lambda *s: loss(teacher, s, places=places), student)
+        return
+    of_text = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    in_pieces = torch.autograd.grad(found @ of_text, student)
+    monkeypatch.setattr(pieces, "_ELEMENTS", WHOLE)
+    whole = torch.autograd.grad(loss(teacher, student, places=places) @ of_text, student)  # which is checked above
+    torch.testing.assert_close(in_pieces, whole, rtol=1e-12, atol=1e-15)
 
 
 def test_one_tap_of_all_three_is_cut_into_them() -> None:

@@ -15,7 +15,7 @@ from lqkd.models import CifarResNet
 from lqkd.quantization import LSQ, QUANTIZERS, Recipe, initialize_quantizers, quantize_model, quantizers
 from lqkd.quantization.quantizers import Quantizer
 
-LEARNED = ["apot", "lsq", "lsq_ewgs", "lsq_plus", "n2uq", "pact", "react", "seq", "tq2_0", "ttq"]
+LEARNED = ["apot", "lsq", "lsq_ewgs", "lsq_plus", "lsq_power_of_two", "n2uq", "pact", "react", "seq", "tq2_0", "ttq"]
 OF_WEIGHTS = ("seq", "tq2_0", "ttq")
 
 
