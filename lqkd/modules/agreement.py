@@ -14,13 +14,16 @@ from torchmetrics import MeanMetric
 from lqkd.tasks import Asked, Inputs, Rows, Task
 
 TOP1_AGREEMENT = "val/top1_agreement"
+MOST = 1 << 24
+"""Rows of which a training keeps what teachers put first: 64 MiB."""
 
 
 class Top1Agreement(nn.Module):
     """The share of rows for which student and teacher put the same class first, of each teacher.
 
     Stanton et al., "Does Knowledge Distillation Really Work?" (arXiv 2106.05945), section 3. Rows without a label are
-    left out. What a teacher puts first is asked once for every batch, and kept as a number a row.
+    left out. What a teacher puts first is asked once in a training for every batch, and kept on the CPU as a number a
+    row, of the first :data:`MOST` rows: of more, or where batches are others each time, it is asked again.
 
     Args:
         task: what the networks are trained for; nothing is measured of one that does not ask for it.
@@ -47,6 +50,10 @@ class Top1Agreement(nn.Module):
         for metric in self.logged_as().values():
             metric.reset()
 
+    def forget(self) -> None:
+        """Forget what teachers have answered: before a training, in which they may be others."""
+        self._first.clear()
+
     @torch.no_grad()
     def update(self, outputs: Any, batch: Any, of_teachers: Inputs) -> None:
         """Count a batch.
@@ -60,11 +67,15 @@ class Top1Agreement(nn.Module):
         known = torch.ones(len(rows.logits)) if rows.labels is None else (rows.labels >= 0).float()
         seen = _key(batch)
         for (name, teacher), metric in zip(self._teachers.items(), self.logged_as().values(), strict=True):
-            if (name, seen) not in self._first:
+            first = self._first.get((name, seen))
+            if first is None:
                 answers = of_teachers.call(teacher)
                 of_teacher = self._task.rows(self._task.outputs(answers, Asked(name, len(of_teachers))), batch)
-                self._first[name, seen] = _first(of_teacher)
-            metric.update((_first(rows) == self._first[name, seen]).float(), known.to(rows.logits.device))
+                first = _first(of_teacher).cpu()
+                if sum(map(len, self._first.values())) + len(first) <= MOST:
+                    self._first[name, seen] = first
+            same = _first(rows) == first.to(rows.logits.device)
+            metric.update(same.float(), known.to(rows.logits.device))
 
 
 def _first(rows: Rows) -> Tensor:

@@ -185,6 +185,8 @@ class DistillModule(TaskModule):
         self.distillation = Distillation(terms, named=distillation is not None)
         self.distillation.serve(self.task, terms)
         self.__dict__["teacher"] = teacher  # past nn.Module's registration
+        if isinstance(teacher, TeacherEnsemble):
+            teacher.class_axis = self.task.class_axis
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization
         self._without_statistics = folds_batch_norm(self.quantization) and has_fresh_statistics(student)
@@ -415,6 +417,7 @@ class DistillModule(TaskModule):
                 "seen data: give student_weights of a trained student"
             )
         self.passes.release()  # after a training that has failed
+        self.top1_agreement.forget()
         self._followers = [
             module
             for module in (*quantizers(self.student).values(), *self.distillation.modules(), self.balance)

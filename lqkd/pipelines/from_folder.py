@@ -148,13 +148,15 @@ def _take_away(folder: Path, wanted: str | None) -> None:
     from lqkd.export.formats import file_name
     from lqkd.export.report import report_path
 
-    if wanted is not None:
-        file = folder / file_name(wanted)
-        made = file.is_file() and report_path(file).is_file() and file not in outdated_exports(folder)
-        if not made:
-            export(folder, format=wanted, overwrite=True)
-    report(folder)
-    print_outcome(folder)
+    try:
+        if wanted is not None:
+            file = folder / file_name(wanted)
+            made = file.is_file() and report_path(file).is_file() and file not in outdated_exports(folder)
+            if not made:
+                export(folder, format=wanted, overwrite=True)
+        report(folder)
+    finally:  # the training has not told it, and is done whatever comes of its file
+        print_outcome(folder)
 
 
 @contextmanager

@@ -37,17 +37,18 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def outdated(file: Path, said: dict[str, Any]) -> str | None:
-    """One sentence when the run in whose folder ``file`` lies has another best checkpoint than ``file`` came from.
+def outdated(file: Path, said: dict[str, Any], run: Path | None = None) -> str | None:
+    """One sentence when the run that ``file`` is of has another best checkpoint than ``file`` came from.
 
     Args:
         file: an exported file.
         said: what it, or the report beside it, says of itself: ``checkpoint``, a fingerprint.
+        run: the folder of the run; None for that in which ``file`` lies.
 
     Returns:
         ``None`` when they are the same, or when either is not known, as of a file outside of a run folder.
     """
-    checkpoint, recorded = file.parent / CHECKPOINTS / BEST, said.get("checkpoint")
+    checkpoint, recorded = (file.parent if run is None else run) / CHECKPOINTS / BEST, said.get("checkpoint")
     if not recorded or not checkpoint.is_file() or fingerprint(checkpoint) == recorded:
         return None
     return (

@@ -21,6 +21,9 @@ class TeacherEnsemble(nn.Module):
     Called, it gives the logarithm of their mean prediction, which is what its accuracy is measured by. What the student
     is compared with is decided by :attr:`combination`.
 
+    Attributes:
+        class_axis: the axis of their outputs that has a logit for each class: the task says it, of a text the last.
+
     Args:
         teachers: at least two.
         combination: how they speak: see :mod:`lqkd.losses.ensembles`; ``mean``, ``learned``, ``confidence``,
@@ -51,6 +54,7 @@ class TeacherEnsemble(nn.Module):
         self.combination = combination
         self.minimum_accuracy = minimum_accuracy
         self.own = own
+        self.class_axis = 1
 
     def members(self) -> list[FrozenTeacher]:
         """The teachers."""
@@ -77,8 +81,8 @@ class TeacherEnsemble(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **keywords: Any) -> Tensor:
-        """Logarithm of the mean prediction, (B, C), or (B, C, ...) where networks return such."""
+        """Logarithm of the mean prediction, (B, C), or (B, C, ...) or (B, ..., C) where networks return such."""
         asked = Asked("teacher", len(Inputs(args, keywords)))
         answers = [main_tensor(answer, asked) for answer in self.answers(*args, **keywords)]
-        predictions = torch.stack([logits.float().softmax(dim=1) for logits in answers])
+        predictions = torch.stack([logits.float().softmax(dim=self.class_axis) for logits in answers])
         return predictions.mean(0).clamp_min(1e-30).log()

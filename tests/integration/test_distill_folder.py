@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from lqkd import UsageError
 from lqkd.cli import main
+from lqkd.errors import ParityError
 from lqkd.models import SmallFCOS
 from lqkd.pipelines.asked import Asked
 from lqkd.pipelines.found import Texts
@@ -112,6 +113,21 @@ def test_what_a_training_came_to_is_told_once_with_its_file(made: Path) -> None:
     told = (made.parent / "printed.txt").read_text()
     assert told.count("quantised only (PTQ)") == 1
     assert "next, a file to take away" not in told
+
+
+def test_what_a_training_came_to_is_told_where_its_export_fails(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: Any, **settings: Any) -> None:
+        raise ParityError("the file fails the comparison")
+
+    shutil.copytree(made, tmp_path / "made")
+    (tmp_path / "made" / "student" / "student.onnx").unlink()
+    monkeypatch.setattr("lqkd.export.command.export", fail)
+    assert main([*COMMAND, "6", "--out", str(tmp_path / "made")]) == 1
+    told = capsys.readouterr()
+    assert told.out.count("quantised only (PTQ)") == 1
+    assert "the file fails the comparison" in told.err
 
 
 def test_what_was_chosen_is_a_configuration_that_fit_takes(made: Path) -> None:

@@ -85,8 +85,23 @@ def test_a_folder_and_a_text_become_a_file_that_holds_the_student(
     same = {row["network"]: row["first token as trained"] for row in csv.DictReader(lines)}
     assert [same[f"of the file, {name}"] for name in FILES] == ["100.000%"] * 3
     assert len(same) == 11
+    (files / "student.nbits.onnx").unlink()
+    (files / "first_tokens.npy").unlink()
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--formats", "nbits", "--gptq", "0"])
+    benchmarks.smollm2.main()
+    assert (files / "student.nbits.onnx").is_file()
+    assert sorted((files / "table.csv").read_text().splitlines()) == sorted(lines)  # those of other options stay
     monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted, "--windows", "3"])
-    with pytest.raises(SystemExit, match="of another run or of other windows"):
+    with pytest.raises(SystemExit, match="of another student or network, or of other windows"):
+        benchmarks.smollm2.main()
+    monkeypatch.setattr("sys.argv", ["smollm2", str(run), *wanted])
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    torch.save(torch.load(checkpoint, weights_only=True) | {"epoch": 7}, checkpoint)  # trained again at its place
+    with pytest.raises(SystemExit, match=r"student.gguf' is of an earlier student: .* or delete it"):
+        benchmarks.smollm2.main()
+    for file in FILES.values():
+        (files / file).rename(files / f"earlier_{file}")
+    with pytest.raises(SystemExit, match="of another student or network, or of other windows"):
         benchmarks.smollm2.main()
 
 
@@ -141,14 +156,23 @@ def test_a_whole_text_is_measured_by_both_and_gone_on_with(
     assert "nothing is compared" in evaluate("lqkd", "--windows", "4")
     begun = (text / "out" / "lqkd_128.csv").read_text()
     assert "8 of 8 windows" in evaluate("lqkd", "--windows", "8")
-    assert (text / "out" / "lqkd_128.csv").read_text().startswith(begun)
-    assert evaluate("transformers", "--windows", "8").endswith("the first three digits are the same\n")
     table = text / "out" / "lqkd_128.csv"
-    rows = table.read_text().splitlines()
-    first, windows, nats, tokens = rows[1].split(",")
-    table.write_text("\n".join([rows[0], f"{first},{windows},{float(nats) * 1.1},{tokens}", *rows[2:]]) + "\n")
-    with pytest.raises(SystemExit, match="they differ in the first three digits"):
+    written = table.read_text()
+    assert written.startswith(begun)
+    assert evaluate("transformers", "--windows", "8").endswith("they are no more than 0.1% apart\n")
+    assert "4 windows: perplexity" in evaluate("lqkd", "--windows", "4")  # the first of those that there are
+    assert table.read_text() == written
+    for mistake, message in ((("--windows", "3"), "give --windows 2 or 4"), (("--context", "10000000"), "fewer than")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate("lqkd", *mistake)
+    rows = written.splitlines()
+    first, windows, nats, rest = rows[1].split(",", 3)
+    table.write_text("\n".join([rows[0], f"{first},{windows},{float(nats) * 1.1},{rest}", *rows[2:]]) + "\n")
+    with pytest.raises(SystemExit, match=r"they are more than 0.1% apart"):
         evaluate("transformers", "--windows", "8")
+    llama(text / "model", vocab_size=300, max_position_embeddings=256, initializer_range=0.2)  # with the same tokenizer
+    with pytest.raises(SystemExit, match=r"lqkd_128.csv is of another network or of other windows"):
+        evaluate("lqkd", "--windows", "8")
 
 
 def test_what_is_inside_of_a_llama_is_distilled_with_heads_that_share_keys(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lqkd.regularizers import SampleWeight
 from lqkd.runs import BestAndLast
 from lqkd.runs.checkpoint_io import AtomicCheckpointIO
 from lqkd.tasks import CausalLM
+from lqkd.teachers import TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from tests.conftest import parameters_of
 from tests.forked import Forks, send
@@ -118,6 +119,17 @@ def test_validations_tell_how_often_the_teachers_word_comes_first_and_ask_it_onc
     assert float(running.callback_metrics["val/top1_agreement"]) == pytest.approx(expected, abs=1e-6)
     assert "val/top1_agreement" in module.metric_names()
     assert not any("agreement" in key for key in module.state_dict())
+    again = len(asked)
+    trainer(max_epochs=1).fit(module, datamodule=text())  # the teacher may be another one by now
+    assert sum(asked[again:]) == 2
+
+
+def test_an_ensemble_of_twins_is_the_teacher_itself_on_texts_too() -> None:
+    tokens, outputs = torch.arange(48).view(3, 16), []
+    for teacher in (FrozenTeacher(gpt()), TeacherEnsemble([FrozenTeacher(gpt()), FrozenTeacher(gpt())])):
+        DistillModule(teacher, gpt(8), task=CausalLM(), distillation_loss=HintonKL())
+        outputs.append(teacher(tokens).log_softmax(dim=-1))
+    torch.testing.assert_close(*outputs)
 
 
 def inside(block: str = "blocks.0") -> dict[str, Term]:

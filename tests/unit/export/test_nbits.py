@@ -143,6 +143,15 @@ def test_other_grids_are_refused(recipe: Recipe, message: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_runtime_that_is_too_old_for_a_zero_between_codes_is_told_what_has_it(tmp_path: Path) -> None:
+    to_nbits(gpt(HALVES), tmp_path / "student.onnx")
+    held = onnx.load(tmp_path / "student.onnx")
+    held.opset_import[0].version = 99
+    onnx.save(held, tmp_path / "student.onnx")
+    with pytest.raises(UsageError, match=r"does not take the file .*: it needs 1\.27 or newer$"):
+        Runtime(tmp_path / "student.onnx")
+
+
 def test_a_look_ahead_knows_whose_weights_have_groups() -> None:
     assert of_nbits(gpt(Recipe("w4a32", group_size=32)))
     assert not of_nbits(gpt(Recipe("w4a32")))
