@@ -79,7 +79,7 @@ RUNTIMES = (
     Runtime(
         "ncnn",
         "`ncnn`",
-        "weights 1 to 8, activations 1 to 8, in 8",
+        "weights 1 to 8, activations 2 to 8, in 8",
         "1.0.20261020, on x86",
         "batches; convolutions with groups are in floating point; its ARM and Vulkan kernels were not tried",
     ),

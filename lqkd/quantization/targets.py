@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import PACT, LSQPlus, LSQPowerOfTwo, Mse, Quantizer, UniformQuantizer
+from lqkd.quantization.quantizers import PACT, DoReFa, LSQPlus, LSQPowerOfTwo, Mse, Quantizer, UniformQuantizer
 
 FLOAT = 32
 RESIDUAL_BITS = 8
@@ -149,11 +149,22 @@ class _PowerOfTwo(Target):
 
 
 class _Ncnn(Target):
-    """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code."""
+    """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code.
+
+    Fewer bits are any multiples of a step: families without a zero, or with uneven levels, have none.
+    """
 
     runtime = "ncnn"
 
     def constrained(self, kind: type[Quantizer], arguments: dict[str, Any], bits: int, place: str) -> dict[str, Any]:
+        if bits == FLOAT:
+            return arguments
+        if not issubclass(kind, UniformQuantizer | DoReFa):
+            raise self._impossible(
+                f"quantizer {kind.__name__} of {bits} bit for the {place} is",
+                "its layers read multiples of one step, as lsq, lsq_plus, lsq_ewgs, minmax, mse, pact and dorefa have "
+                "them; choose one of these, which take 1 bit where no value is negative, or more bits",
+            )
         if bits != RESIDUAL_BITS:
             return arguments
         if not arguments.get("narrow_range", True):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export import deploy, to_ncnn
+from lqkd.export import deploy, qonnx, to_ncnn
 from lqkd.export.deploy import Deployed
 from lqkd.export.ncnn import build, check_replaceable, kernels
 from lqkd.export.ncnn_file import Layer, number, read, written
@@ -141,6 +141,46 @@ def test_a_student_that_was_not_trained_for_it_is_refused_with_the_setting() -> 
 def test_settings_that_it_does_not_have_are_refused_before_training(recipe: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         quantised(**{"bits": "w8a8", "target": "ncnn", **recipe})
+
+
+@pytest.mark.parametrize(("bits", "own"), [("w1a1", None), ("w4a4", "apot"), ("w4a4", "n2uq")])
+def test_activations_without_a_zero_or_even_levels_are_refused_before_training(bits: str, own: str | None) -> None:
+    told = rf"of {bits[-1]} bit for the input of layer 'conv1' is not possible with target='ncnn': .* choose one"
+    with pytest.raises(UsageError, match=told):
+        quantised(bits=bits, target="ncnn", rules=[Rule("conv?", activation_quantizer=own)])
+
+
+class Twice(nn.Module):
+    """A head for two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2)
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(x))
+        return {"fine": self.head(x), "coarse": self.head(F.relu(self.down(x)))}
+
+
+@pytest.mark.parametrize("per_level", [None, True, False])
+def test_a_layer_that_is_called_twice_is_written_and_checked_twice(per_level: bool | None) -> None:
+    network = quantised(Twice(), bits="w8a8", target="ncnn", per_level=per_level)
+    deployed = deploy(network, images(2), [images(8)], target=TARGET)
+    files = build(deployed)
+    assert check_ncnn(files, deployed, images(8)).problem is None
+    names = [layer.name for layer in read(files.param, files.content)]
+    heads = [name for name in names if name.startswith("head")]
+    assert (len(names), len(heads)) == (len(set(names)), 2)
+    for name in heads:
+        told = check_ncnn(altered(files, name, "weight", 1), deployed, images(8)).problem
+        assert told == f"{name} in the file differs from the student's"
+
+
+def test_qonnx_says_that_the_lowest_code_is_not_used(deployed: Deployed) -> None:
+    nodes = [node for node in qonnx.build(deployed).model.graph.node if node.output[0].startswith("grids.stem.")]
+    told = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "narrow"]
+    assert told == [1]
 
 
 class Turned(nn.Module):
