@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from lqkd.errors import UsageError
 from lqkd.quantization.quantizers import PACT, DoReFa, LSQPlus, LSQPowerOfTwo, Mse, Quantizer, UniformQuantizer
 
@@ -148,6 +150,17 @@ class _PowerOfTwo(Target):
         return LSQPowerOfTwo(RESIDUAL_BITS, batched=True)
 
 
+class _Apart(Mse):
+    """A ten-thousandth finer, so that no level of another grid is the middle between two of its own.
+
+    Largest levels are fitted to largest levels: their quotients are small fractions. And ncnn multiplies by the
+    reciprocal of a step, where the network divides: which of the two levels is nearer would be left to the last bit.
+    """
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return super()._initial_step(rows) * (1 - 1e-4)
+
+
 class _Ncnn(Target):
     """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code.
 
@@ -177,7 +190,7 @@ class _Ncnn(Target):
         """Its weights are those of all files."""
 
     def missing_grid(self) -> Quantizer:
-        return Mse(RESIDUAL_BITS, signed=True, narrow_range=True, batched=True)
+        return _Apart(RESIDUAL_BITS, signed=True, narrow_range=True, batched=True)
 
 
 TARGETS: dict[str, Target] = {"tensorrt": _TensorRT(), "power_of_two": _PowerOfTwo(), "ncnn": _Ncnn()}

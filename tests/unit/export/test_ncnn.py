@@ -23,6 +23,7 @@ from lqkd.export.ncnn_writer import Written
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Rule, quantizers
 from lqkd.quantization.targets import TARGETS
+from lqkd.runs.student import student_file
 from tests.unit.export.networks import images, quantised
 
 pytest.importorskip("ncnn")
@@ -84,6 +85,37 @@ class Every(nn.Module):
 def test_what_lies_between_layers_is_computed() -> None:
     network = quantised(Every(), bits="w4a4", target="ncnn", residual_bits=8)
     to_ncnn(network, images(8), calibration=[images(32)], test=[images(32, seed=2)])
+
+
+class Gated(nn.Module):
+    """Blocks of MobileNetV3 and EfficientNet: activations in float32, and gates of a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 1) for _ in range(7))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, act in enumerate((F.hardswish, F.silu, torch.tanh, F.leaky_relu)):
+            x = act(4 * self.layers[index](x))
+            gate = torch.sigmoid if index % 2 else F.hardsigmoid
+            x = x * gate(self.layers[4 + index](F.adaptive_avg_pool2d(x, 1)))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_activations_are_computed_in_float32(bits: str) -> None:
+    deployed = deploy(quantised(Gated(), bits=bits, target="ncnn"), images(2), [images(32)], target=TARGET)
+    parity = check_ncnn(build(deployed), deployed, images(64, seed=3), [images(32, seed=2)])
+    assert parity.problem is None
+    assert max(row.fraction for row in parity.unoptimised) < 2e-4
+
+
+def test_no_level_of_another_grid_is_the_middle_between_two_of_a_grid_that_is_fitted_for_the_file() -> None:
+    values = 0.013 * torch.arange(-84, 85)  # of which every 84th part of 127 is one, else
+    grid: Any = TARGET.missing_grid()
+    grid.initialize(values)
+    places = values.double() / grid.step().double()
+    assert float((places - places.floor() - 0.5).abs().min()) > 1e-5
 
 
 def test_a_layer_may_stay_in_floating_point() -> None:
@@ -244,6 +276,9 @@ def test_the_folder_is_whole_and_replaces_only_its_own(student: nn.Module, tmp_p
     told = json.loads((folder / "student.json").read_text(encoding="utf-8"))
     assert told["format"] == "ncnn"
     assert told["runtime"].startswith("ncnn ")
+    for path in (folder, folder / "student.bin"):
+        with pytest.raises(UsageError, match="is not a student for PyTorch alone: ncnn runs it"):
+            student_file(path)
     (folder / "mine.txt").touch()
     with pytest.raises(UsageError, match=r"has 'mine.txt', which --format ncnn has not written"):
         check_replaceable(folder)
