@@ -1,9 +1,9 @@
 """Writing a deployed network as ncnn layers, from its own codes and scales.
 
 ncnn's int8 layers quantise their input by rounding half away from zero and clamp it to -127 to 127. So each grid is
-written in float32 layers that do what was trained: division by the step (ncnn multiplies by its
-reciprocal, a unit in the last place apart), rounding half to even, and limits; the int8 layer behind it reads whole numbers with a scale of 1, which change nothing,
-and turns its sums to real numbers.
+written in float32 layers that do what was trained: division by the step (ncnn multiplies by its reciprocal, which is a
+unit in the last place apart), rounding half to even, and limits; the int8 layer behind it reads whole numbers with a
+scale of 1, which change nothing, and turns its sums to real numbers.
 What lies between layers and grids (additions, pooling, activations) runs in float32 on real numbers.
 
 On x86 ncnn (1.0.20261020, ``convolutiondepthwise_x86.cpp``) takes an approximate reciprocal of 12 bits of the scales of
