@@ -80,10 +80,10 @@ class Distilled:
 
         Args:
             path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats,
-                ``student.tflite``, ``student.gguf``, or the folders ``student.ncnn`` and
+                ``student.tflite``, ``student.pt2``, ``student.gguf``, or the folders ``student.ncnn`` and
                 ``student.compressed-tensors``.
             format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt``, ``power_of_two``,
-                ``litert``, ``ncnn``, ``gguf``, ``nbits`` or ``compressed-tensors``: see ``docs/export.md``.
+                ``litert``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or ``compressed-tensors``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -98,8 +98,9 @@ class Distilled:
 
         require()
         from lqkd.export import to_litert, to_ncnn, to_onnx
+        from lqkd.export.api import write_program
         from lqkd.export.command import told_of_data
-        from lqkd.export.formats import BUILDERS, check_format, file_name
+        from lqkd.export.formats import FOLDERS, FORMATS, TORCH, check_folder_name, check_format, file_name
         from lqkd.export.gguf_command import tokenizer_of, write_gguf
         from lqkd.export.gguf_file import GGUF
         from lqkd.export.litert import LITERT
@@ -109,12 +110,13 @@ class Distilled:
         from lqkd.export.pack_quantized import COMPRESSED
         from lqkd.export.pack_quantized_command import write_compressed_tensors
 
-        known = (*BUILDERS, LITERT, NCNN, GGUF, NBITS, COMPRESSED)
-        if format not in known:
-            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(known)}")
+        if format not in FORMATS:
+            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(FORMATS)}")
         check_format(format)
         target = self.folder / file_name(format) if path is None else Path(path)
-        if target.is_dir() and format not in (COMPRESSED, NCNN):
+        if format in FOLDERS:
+            check_folder_name(target, format)
+        elif target.is_dir():
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
         if target.exists() and not overwrite:
             raise UsageError(f"{str(target)!r} exists: give overwrite=True, or another path")
@@ -134,7 +136,7 @@ class Distilled:
                 write = write_gguf if format == GGUF else write_compressed_tensors
                 write(*given, tokenizer_of(self._data, self.network))
             return target
-        others: dict[str, Callable[..., Any]] = {LITERT: to_litert, NCNN: to_ncnn}
+        others: dict[str, Callable[..., Any]] = {LITERT: to_litert, NCNN: to_ncnn, TORCH: write_program}
         others.get(format, partial(to_onnx, format=format))(
             self.network,
             example,
