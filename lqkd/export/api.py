@@ -10,14 +10,15 @@ import onnx
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export import litert, metadata, ncnn
+from lqkd.export import litert, metadata, ncnn, torch_program
 from lqkd.export.deploy import Deployed, deploy, deployable_copy
-from lqkd.export.formats import BUILDERS, PORTABLE, RUNNERS, check_expressible
+from lqkd.export.formats import BUILDERS, PORTABLE, RUNNERS, TORCH, check_expressible, check_folder_name
 from lqkd.export.litert_file import described
 from lqkd.export.litert_proof import check_litert
 from lqkd.export.ncnn_proof import check_ncnn
 from lqkd.export.ncnn_writer import NCNN, Written
 from lqkd.export.parity import Parity, check
+from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
@@ -172,6 +173,7 @@ def to_ncnn(
     """
     ncnn.require()
     if path is not None:
+        check_folder_name(Path(path), NCNN)
         ncnn.check_replaceable(Path(path))
     deployed = _deployed(model, example, NCNN, calibration, about)
     written = ncnn.build(deployed)
@@ -184,6 +186,35 @@ def to_ncnn(
             told = metadata.describe(NCNN, deployed, parity, about or {})
             ncnn.save(written, temporary, ncnn.in_file(told))
     return written
+
+
+def write_program(
+    model: nn.Module,
+    example: Any,
+    path: str | Path,
+    *,
+    calibration: Iterable[Any] = (),
+    test: Iterable[Any] | None = None,
+    about: dict[str, Any] | None = None,
+    task: Task | None = None,
+) -> None:
+    """Export a quantised network to a program of :mod:`torch.export`, and prove that it computes the same.
+
+    Args:
+        model, example, path, calibration, test, about, task: as of :func:`to_onnx`.
+
+    Raises:
+        UsageError: when the network cannot be exported; the message says why.
+        ParityError: when the program computes something else; nothing is written then.
+    """
+    deployed = _deployed(model, example, TORCH, calibration, about)
+    program = torch_program.build(deployed, example)
+    student = None if test is None else deployable_copy(model)
+    parity = check_program(program, deployed, example, test or (), student, task)
+    _check_judged(test, parity)
+    _judge(parity)
+    with atomic_path(path) as temporary:
+        save_program(program, temporary, metadata.describe(TORCH, deployed, parity, about or {}))
 
 
 def _deployed(

@@ -20,7 +20,7 @@ from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import PORTABLE, check_expressible, check_format, file_name
+from lqkd.export.formats import FOLDERS, PORTABLE, check_expressible, check_folder_name, check_format, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.litert import LITERT
@@ -166,7 +166,8 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
         raise UsageError(f"{str(run)!r} is not a run folder: export takes the folder of a finished training")
     suffix = Path(file_name(format)).suffix
     output = run / file_name(format) if given is None else Path(given)
-    if format in (COMPRESSED, NCNN):
+    if format in FOLDERS:
+        check_folder_name(output, format)
         (check_replaceable if format == COMPRESSED else check_ncnn_folder)(output)
     elif output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")

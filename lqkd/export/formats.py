@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,8 @@ RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
 FORMATS = (*BUILDERS, LITERT, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
+FOLDERS = (NCNN, COMPRESSED)
+"""Those that are folders."""
 _SUFFIXES = {LITERT: SUFFIX, NCNN: f".{NCNN}", TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
 """Of files that are not ONNX."""
 
@@ -44,6 +47,19 @@ def file_name(format: str) -> str:
     """What a file of a format is called in the run folder."""
     stem = "student" if format in (PORTABLE, *_SUFFIXES) else f"student.{format}"
     return f"{stem}{_SUFFIXES.get(format, '.onnx')}"
+
+
+def check_folder_name(path: Path, format: str) -> None:
+    """Refuse a folder of a format with the ending of another format's file.
+
+    Raises:
+        UsageError: then.
+    """
+    if path.suffix in {Path(file_name(other)).suffix for other in FORMATS if other not in FOLDERS}:
+        raise UsageError(
+            f"{str(path)!r} has the ending of a file, and the format {format} writes a folder: use "
+            f"{path.stem}{_SUFFIXES[format]}"
+        )
 
 
 def check_format(name: str) -> None:

@@ -1,8 +1,9 @@
 """Writing a deployed network as ncnn layers, from its own codes and scales.
 
 ncnn's int8 layers quantise their input by rounding half away from zero and clamp it to -127 to 127. So each grid is
-written in float32 layers that do exactly what was trained: division by the step, rounding half to even, and limits; the
-int8 layer behind it reads whole numbers with a scale of 1, which change nothing, and turns its sums to real numbers.
+written in float32 layers that do what was trained: division by the step (ncnn multiplies by its reciprocal, which is a
+unit in the last place apart), rounding half to even, and limits; the int8 layer behind it reads whole numbers with a
+scale of 1, which change nothing, and turns its sums to real numbers.
 What lies between layers and grids (additions, pooling, activations) runs in float32 on real numbers.
 
 On x86 ncnn (1.0.20261020, ``convolutiondepthwise_x86.cpp``) takes an approximate reciprocal of 12 bits of the scales of
@@ -11,6 +12,7 @@ int8 convolutions with groups, so these are written in float32, on whole numbers
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,6 +35,8 @@ LARGEST = 127
 """Of the magnitude of a code that an int8 layer reads."""
 _ADD, _MULTIPLY, _DIVIDE, _ROUND = "0", "2", "3", "18"
 """Of ncnn's BinaryOp and UnaryOp."""
+_ACTIVATIONS = {"Sigmoid": "Sigmoid", "SiLU": "Swish", "Tanh": "TanH", "LeakyRelu": "ReLU"}
+"""ncnn's names of those that it computes, in float32."""
 _IMAGE = 4
 _PLAIN = (2, _IMAGE)
 """Axes of tensors, with that of the batch, which ncnn has not."""
@@ -68,6 +72,7 @@ class Writer:
         self.deferred: dict[fx.Node, tuple[fx.Node, float | None, float | None]] = {}
         self.grids: dict[str, str] = {}
         self.origins: dict[str, tuple[Any, ActivationGrid | None]] = {}
+        self.calls: Counter[str] = Counter()
 
     def build(self) -> Written:
         """The files.
@@ -95,6 +100,12 @@ class Writer:
 
     def _refuse(self, node: fx.Node, what: str) -> NoReturn:
         raise UsageError(f"--format {NCNN} cannot express {what} in {place(node)}: replace it in the network")
+
+    def _label(self, node: fx.Node) -> str:
+        """The name of the module that ``node`` calls, with the number of the call behind the first one."""
+        name = str(node.target)
+        self.calls[name] += 1
+        return name if self.calls[name] == 1 else f"{name}_call{self.calls[name] - 1}"
 
     def _append(
         self, kind: str, name: str, inputs: list[str], parameters: dict[str, str], blob: str = "", **arrays: Any
@@ -165,7 +176,7 @@ class Writer:
             source, least, most = self.deferred[source]
             clamps.append((least, most))
         low, high = grid.limits(clamps)
-        label = str(node.target)
+        label = self._label(node)
         self.origins[f"{label}.steps"] = (grid, None)
         steps = self._scalar(_DIVIDE, f"{label}.steps", self.real(source), float(grid.scale))
         whole = self._append("UnaryOp", f"{label}.whole", [steps], {"0": _ROUND})
@@ -175,7 +186,7 @@ class Writer:
     # ---- layers
 
     def _layer(self, node: fx.Node, found: Operation) -> None:
-        layer, source, name = found.settings["module"], found.inputs[0], str(node.target)
+        layer, source, name = found.settings["module"], found.inputs[0], self._label(node)
         grid = self.codes[source][1] if source in self.codes else None
         if isinstance(layer, IntegerLayer) and grid is not None:
             reach = max(abs(grid.low - grid.zero_point), abs(grid.high - grid.zero_point))
@@ -229,6 +240,19 @@ class Writer:
 
     def _mul(self, node: fx.Node, found: Operation) -> None:
         self._add_or_multiply(node, found, _MULTIPLY)
+
+    def _activation(self, node: fx.Node, found: Operation) -> None:
+        name, x = found.settings["name"], self.real(found.inputs[0])
+        if name in ("HardSigmoid", "HardSwish"):  # in the operations that PyTorch has, to the last bit
+            blob = self._limited(f"{node.name}.limits", self._scalar(_ADD, f"{node.name}.three", x, 3.0), 0.0, 6.0)
+            if name == "HardSwish":
+                blob = self._append("BinaryOp", f"{node.name}.product", [x, blob], {"0": _MULTIPLY})
+            self.reals[node] = self._scalar(_DIVIDE, node.name, blob, 6.0)
+            return
+        if name not in _ACTIVATIONS:
+            self._refuse(node, name)
+        slope = {"0": number(found.settings["alpha"])} if "alpha" in found.settings else {}
+        self.reals[node] = self._append(_ACTIVATIONS[name], node.name, [x], slope)
 
     def _cat(self, node: fx.Node, found: Operation) -> None:
         if found.settings["axis"] % len(shape_of(node)) != 1:

@@ -38,14 +38,17 @@ class Qonnx(Emitter):
             return
         signed = grid.low > 0 and grid.zero_point > 0
         zero = 0 if signed else grid.zero_point
-        self.floats[node] = self._quant(x, grid.scale, zero, grid.bits, signed, label)
+        narrow = signed and grid.zero_point - grid.low == grid.high - grid.zero_point
+        self.floats[node] = self._quant(x, grid.scale, zero, grid.bits, signed, label, narrow)
 
-    def _quant(self, x: str, scale: Tensor, zero: float, bits: int, signed: bool, label: str) -> str:
+    def _quant(
+        self, x: str, scale: Tensor, zero: float, bits: int, signed: bool, label: str, narrow: bool = False
+    ) -> str:
         operands = [
             self.constant(value, f"{label}.{name}", np.float32)
             for value, name in ((scale, "scale"), (zero, "zero_point"), (bits, "bits"))
         ]
-        attributes = {"signed": int(signed), "narrow": 0, "rounding_mode": "ROUND"}
+        attributes = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self.add("Quant", [x, *operands], label, DOMAIN, **attributes)
 
     def weight(self, layer: IntegerLayer, label: str) -> str:

@@ -23,7 +23,8 @@ _AVERAGED = "n_averaged"
 """What :class:`torch.optim.swa_utils.AveragedModel` counts, beside the network that it wraps."""
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "ema", "state_dict_ema", "model_ema")
 """Names under which programs keep the state dict in what they save, those that are taken first before the others."""
-_EXPORTED = (".onnx", ".tflite", ".pt2", ".gguf")
+_EXPORTED = (".onnx", ".tflite", ".pt2", ".gguf", ".ncnn", ".param", ".compressed-tensors")
+"""Endings of exported files, and of folders of such."""
 _INDEX = ".index.json"
 """How the file ends that says which of several files holds a tensor."""
 
@@ -61,14 +62,14 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], list[str]]:
     path = _path(source)
     if "$" in str(path):
         raise UsageError(f"weights={source!r} name an environment variable that is not set: set it, or give a path")
-    if not path.is_file():
-        wrong = "are a folder" if path.is_dir() else "do not exist"
-        raise UsageError(f"weights={source!r} {wrong}: give a .safetensors or .pt file, or {BUILTIN}NAME")
-    if path.suffix in _EXPORTED:
+    if path.exists() and _is_exported(path):
         raise UsageError(
             f"weights={source!r} are an exported network, whose weights are integers: give the .safetensors or .pt "
             "file of a network in floating point"
         )
+    if not path.is_file():
+        wrong = "are a folder" if path.is_dir() else "do not exist"
+        raise UsageError(f"weights={source!r} {wrong}: give a .safetensors or .pt file, or {BUILTIN}NAME")
     try:
         held = _shards(path) if path.name.endswith(_INDEX) else _file(path)
     except Exception as error:  # the libraries raise many types for a damaged file
@@ -85,6 +86,11 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], list[str]]:
 
 def _path(source: str) -> Path:
     return Path(os.path.expandvars(source)).expanduser()
+
+
+def _is_exported(path: Path) -> bool:
+    beside = path.suffix == ".bin" and path.with_suffix(".param").exists()  # ncnn's; others' are of PyTorch
+    return path.suffix in _EXPORTED or beside
 
 
 def _file(path: Path) -> Any:

@@ -49,7 +49,7 @@ from lqkd.modules.terms import Tap, Term, named_teachers, named_terms, teacher_l
 from lqkd.modules.trainer_checks import check_trainer_settings
 from lqkd.modules.trust import check_held_out, fit_trust, leave_memorised, matrices, report_held_out, tables
 from lqkd.quantization import Recipe, initialize_quantizers, operation_shares, quantize_model, quantizers
-from lqkd.quantization.batchnorm import has_fresh_statistics
+from lqkd.quantization.batchnorm import folded_into, has_fresh_statistics
 from lqkd.quantization.modes import evaluating
 from lqkd.quantization.recipe import folds_batch_norm
 from lqkd.regularizers import LearnableTable, Regularizer
@@ -189,7 +189,10 @@ class DistillModule(TaskModule):
             teacher.class_axis = self.task.class_axis
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization
-        self._without_statistics = folds_batch_norm(self.quantization) and has_fresh_statistics(student)
+        folds = folds_batch_norm(self.quantization)
+        self._without_statistics = folds and has_fresh_statistics(student)
+        tapped = {tap.student for _, term in self.distillation.terms() for tap in term.taps}
+        self._folded_taps = folded_into(student, tapped) if folds else {}
         self.student, self.coverage = quantize_model(student, self.quantization)
         recompute(gradient_checkpointing, self.student, self.compilation, terms)
         self._channels_last = channels_last  # None until it is measured
@@ -415,6 +418,11 @@ class DistillModule(TaskModule):
             raise UsageError(
                 "quantization folds the student's batch norms into its layers before training, and they have never "
                 "seen data: give student_weights of a trained student"
+            )
+        for layer, norm in self._folded_taps.items():
+            rank_zero_warn(
+                f"the tap on the student's {layer!r} is behind batch norm, since quantization folds {norm!r} into it "
+                "before training: let the teacher's tap be behind its batch norm, too"
             )
         self.passes.release()  # after a training that has failed
         self.top1_agreement.forget()

@@ -12,6 +12,7 @@ from lqkd.data.reading import apart
 from lqkd.modules.references import warn
 from lqkd.quantization.calibrate import without_compiler
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.quantizers import LSQPowerOfTwo
 from lqkd.quantization.signs import NegativeWatch
 
 _BATCHES = 8
@@ -64,10 +65,12 @@ class SignCheck:
         name, lowest = min(found.items(), key=lambda item: item[1])
         layer, _, kind = name.rpartition(".")
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        of_shifts = isinstance(module.product().get_submodule(name), LSQPowerOfTwo)
+        family = "lsq_power_of_two" if of_shifts else "lsq"
         setting = (
-            f"add a rule with match={layer!r} and activation_quantizer={{name: lsq, signed: true}}"
+            f"add a rule with match={layer!r} and activation_quantizer={{name: {family}, signed: true}}"
             if kind == "input_quantizer"
-            else "set quantization.residual_quantizer={name: lsq, signed: true}"
+            else f"set quantization.residual_quantizer={{name: {family}, signed: true}}"
         )
         warn(
             module,

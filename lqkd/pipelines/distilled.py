@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -73,16 +73,17 @@ class Distilled:
         overwrite: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the student as ONNX or GGUF, once it is proven that the file computes the same.
+        """Write the student as a file, or a folder of files, once it is proven that the file computes the same.
 
         The file and PyTorch are compared layer by layer, and by their answers on the test split, or the validation
         split where there is no other. Of several processes the first one writes; the others do not wait for it.
 
         Args:
             path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats,
-                ``student.tflite``, ``student.gguf``, or the folder ``student.compressed-tensors``.
-            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``litert``, ``gguf``, ``nbits`` or
-                ``compressed-tensors``: see ``docs/export.md``.
+                ``student.tflite``, ``student.pt2``, ``student.gguf``, or the folders ``student.ncnn`` and
+                ``student.compressed-tensors``.
+            format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt``, ``power_of_two``,
+                ``litert``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or ``compressed-tensors``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -96,22 +97,26 @@ class Distilled:
         from lqkd.export import require
 
         require()
-        from lqkd.export import to_litert, to_onnx
+        from lqkd.export import to_litert, to_ncnn, to_onnx
+        from lqkd.export.api import write_program
         from lqkd.export.command import told_of_data
-        from lqkd.export.formats import BUILDERS, file_name
+        from lqkd.export.formats import FOLDERS, FORMATS, TORCH, check_folder_name, check_format, file_name
         from lqkd.export.gguf_command import tokenizer_of, write_gguf
         from lqkd.export.gguf_file import GGUF
         from lqkd.export.litert import LITERT
         from lqkd.export.nbits import NBITS
         from lqkd.export.nbits_command import write_nbits
+        from lqkd.export.ncnn_writer import NCNN
         from lqkd.export.pack_quantized import COMPRESSED
         from lqkd.export.pack_quantized_command import write_compressed_tensors
 
-        known = (*BUILDERS, LITERT, GGUF, NBITS, COMPRESSED)
-        if format not in known:
-            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(known)}")
+        if format not in FORMATS:
+            raise UsageError(f"format={format!r} is not possible here: use one of {', '.join(FORMATS)}")
+        check_format(format)
         target = self.folder / file_name(format) if path is None else Path(path)
-        if target.is_dir() and format != COMPRESSED:
+        if format in FOLDERS:
+            check_folder_name(target, format)
+        elif target.is_dir():
             raise UsageError(f"{str(target)!r} is a folder: give a file name")
         if target.exists() and not overwrite:
             raise UsageError(f"{str(target)!r} exists: give overwrite=True, or another path")
@@ -131,8 +136,8 @@ class Distilled:
                 write = write_gguf if format == GGUF else write_compressed_tensors
                 write(*given, tokenizer_of(self._data, self.network))
             return target
-        to_file = to_litert if format == LITERT else partial(to_onnx, format=format)
-        to_file(
+        others: dict[str, Callable[..., Any]] = {LITERT: to_litert, NCNN: to_ncnn, TORCH: write_program}
+        others.get(format, partial(to_onnx, format=format))(
             self.network,
             example,
             target,

@@ -185,6 +185,21 @@ def fold_all(model: nn.Module) -> None:
     fold_batchnorm(model)
 
 
+def folded_into(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Of ``layers``, those that :func:`fold_all` would fold a batch norm into, with its name.
+
+    Raises:
+        UsageError: when the graph of the network cannot be traced.
+
+    Examples:
+        >>> folded_into(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), ["0", "2"])
+        {'0': '1'}
+    """
+    if not layers or not any(is_batch_norm(module) for module in model.modules()):
+        return {}
+    return {layer: norm for norm, layer in foldable(model).folded.items() if layer in layers}
+
+
 def has_fresh_statistics(model: nn.Module) -> bool:
     """Whether a batch norm of ``model`` has the mean 0 and variance 1 of one that has never seen data.
 

@@ -17,7 +17,7 @@ from lqkd.quantization.cost import size
 from lqkd.quantization.granularity import check_tokens, granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
-from lqkd.quantization.quantizers import LSQ, LevelwiseStep, Quantizer
+from lqkd.quantization.quantizers import LSQ, LevelwiseStep, LSQPowerOfTwo, Quantizer
 from lqkd.quantization.quantizers.levelwise import begin_pass
 from lqkd.quantization.recipe import (
     FLOAT_BITS,
@@ -460,7 +460,8 @@ def _input_quantizer(settings: LayerSettings, calls: int) -> Quantizer:
     if kind is not LSQ:
         raise UsageError(
             f"per_level={str(settings.per_level).lower()} is not possible with activation_quantizer="
-            f"{settings.activation_quantizer!r}, and a pass calls it {calls} times: use lsq, or leave per_level null"
+            f"{settings.activation_quantizer!r}, and a pass calls it {calls} times: leave per_level null"
+            + ("" if issubclass(kind, LSQPowerOfTwo) else ", or use lsq")
         )
     return LevelwiseStep(settings.activation_bits, calls=calls, shared=not settings.per_level, **arguments)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from lqkd.errors import UsageError
-from lqkd.quantization.quantizers import PACT, LSQPlus, LSQPowerOfTwo, Mse, Quantizer, UniformQuantizer
+from lqkd.quantization.quantizers import PACT, DoReFa, LSQPlus, LSQPowerOfTwo, Mse, Quantizer, UniformQuantizer
 
 FLOAT = 32
 RESIDUAL_BITS = 8
@@ -148,12 +150,34 @@ class _PowerOfTwo(Target):
         return LSQPowerOfTwo(RESIDUAL_BITS, batched=True)
 
 
+class _Apart(Mse):
+    """A ten-thousandth finer, so that no level of another grid is the middle between two of its own.
+
+    Largest levels are fitted to largest levels: their quotients are small fractions. And ncnn multiplies by the
+    reciprocal of a step, where the network divides: which of the two levels is nearer would be left to the last bit.
+    """
+
+    def _initial_step(self, rows: Tensor) -> Tensor:
+        return super()._initial_step(rows) * (1 - 1e-4)
+
+
 class _Ncnn(Target):
-    """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code."""
+    """Activations are whole numbers from -127 to 127, so that 8 bits are signed and without the lowest code.
+
+    Fewer bits are any multiples of a step: families without a zero, or with uneven levels, have none.
+    """
 
     runtime = "ncnn"
 
     def constrained(self, kind: type[Quantizer], arguments: dict[str, Any], bits: int, place: str) -> dict[str, Any]:
+        if bits == FLOAT:
+            return arguments
+        if not issubclass(kind, UniformQuantizer | DoReFa):
+            raise self._impossible(
+                f"quantizer {kind.__name__} of {bits} bit for the {place} is",
+                "its layers read multiples of one step, as lsq, lsq_plus, lsq_ewgs, minmax, mse, pact and dorefa have "
+                "them; choose one of these, which take 1 bit where no value is negative, or more bits",
+            )
         if bits != RESIDUAL_BITS:
             return arguments
         if not arguments.get("narrow_range", True):
@@ -166,7 +190,7 @@ class _Ncnn(Target):
         """Its weights are those of all files."""
 
     def missing_grid(self) -> Quantizer:
-        return Mse(RESIDUAL_BITS, signed=True, narrow_range=True, batched=True)
+        return _Apart(RESIDUAL_BITS, signed=True, narrow_range=True, batched=True)
 
 
 TARGETS: dict[str, Target] = {"tensorrt": _TensorRT(), "power_of_two": _PowerOfTwo(), "ncnn": _Ncnn()}

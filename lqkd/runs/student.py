@@ -20,11 +20,16 @@ from lqkd.utils.schema import NETWORK_FILE, check
 
 _FILES = {"student.safetensors": "student", "network.safetensors": "network"}
 """What a run leaves, and the key of the network in its metadata."""
+_NCNN = "ncnn runs it: load_param and load_model of an ncnn.Net take student.param and student.bin"
 _OTHERS = {
     ".onnx": "ONNX Runtime runs it, as python -m lqkd predict {} IMAGE does",
     ".gguf": "llama.cpp runs it, and lqkd.export.from_gguf reads it",
     ".tflite": "LiteRT's interpreter runs it",
     ".pt2": "torch.export.load loads it, and python -m lqkd predict {} IMAGE asks it",
+    ".ncnn": _NCNN,
+    ".param": _NCNN,
+    ".bin": _NCNN,
+    ".compressed-tensors": "transformers loads it, and lqkd.export.from_compressed_tensors reads it",
     ".ckpt": "give the folder of its run, whose student.safetensors has the best weights",
 }
 """What takes other files that lqkd writes, by their ending."""
@@ -106,11 +111,9 @@ def student_file(path: str | Path) -> Path:
         UsageError: when there is none.
     """
     path = Path(path)
-    if path.is_file():
-        if path.suffix in _OTHERS:
-            raise UsageError(f"{str(path)!r} is not a student for PyTorch alone: {_OTHERS[path.suffix].format(path)}")
-        return path
-    found = next((path / name for name in _FILES if (path / name).is_file()), None)
+    found = path if path.is_file() else next((path / name for name in _FILES if (path / name).is_file()), None)
+    if path.suffix in _OTHERS and (found == path or (found is None and path.is_dir())):
+        raise UsageError(f"{str(path)!r} is not a student for PyTorch alone: {_OTHERS[path.suffix].format(path)}")
     if found is None:
         from lqkd.runs.folder import CONFIG, resume_command, run_within
 

@@ -137,6 +137,21 @@ def test_a_file_is_proven_to_answer_like_the_student(made: lqkd.Distilled, tmp_p
     assert made.export(file, overwrite=True) == file
 
 
+def test_a_program_is_written_by_the_same_door(made: lqkd.Distilled) -> None:
+    network = torch.export.load(made.export(format="torch")).module()
+    images, _ = rows(64, 3)
+    with torch.no_grad():
+        assert (network(images).argmax(1) == made.network(images).argmax(1)).float().mean() > 0.98
+
+
+def test_a_folder_for_ncnn_is_written_where_its_layers_read_the_grids(made: lqkd.Distilled, tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    with pytest.raises(UsageError, match="train the student with quantization"):
+        made.export(tmp_path / "student.ncnn", format="ncnn")
+    with pytest.raises(UsageError, match="the format ncnn writes a folder: use mine"):
+        made.export(tmp_path / "mine.onnx", format="ncnn")
+
+
 def test_what_a_file_says_by_itself_is_not_said_otherwise(made: lqkd.Distilled, tmp_path: Path) -> None:
     for about, message in (({"bits": "w2a2"}, "the file says version, format, bits"), ({"x": object()}, "JSON")):
         with pytest.raises(UsageError, match=message):

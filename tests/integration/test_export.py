@@ -164,6 +164,8 @@ def test_mistakes_are_told_in_one_line(run: Path, tmp_path: Path, capsys: pytest
     assert "does not exist: give the folder of a finished training" in refused(capsys, str(tmp_path / "nothing"))
     assert "--format int8 is unknown: use one of portable" in refused(capsys, str(run), "--format", "int8")
     assert "use .onnx" in refused(capsys, str(run), "--output", str(tmp_path / "student.bin"))
+    folder = refused(capsys, str(run), "--format", "compressed-tensors", "--output", str(tmp_path / "student.onnx"))
+    assert "writes a folder: use student.compressed-tensors" in folder
     (tmp_path / "file").touch()
     unwritable = str(tmp_path / "file" / "student.onnx")
     assert "cannot be written" in refused(capsys, str(run), "--output", unwritable)

@@ -37,11 +37,14 @@ SENTENCE = (
 )
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "lsq_ewgs", "minmax", "mse", "pact", "dorefa", "apot", "n2uq"])
+@pytest.mark.parametrize(
+    "quantizer", ["lsq", "lsq_ewgs", "minmax", "mse", "pact", "dorefa", "apot", "n2uq", "lsq_power_of_two"]
+)
 def test_negative_values_after_a_first_batch_without_any_are_told_once(
     make_trainer: MakeTrainer, quantizer: str
 ) -> None:
-    assert told(make_trainer, quantizer, loader(), loader()) == [SENTENCE]
+    sentence = SENTENCE.replace("name: lsq", f"name: {quantizer}") if quantizer == "lsq_power_of_two" else SENTENCE
+    assert told(make_trainer, quantizer, loader(), loader()) == [sentence]
 
 
 def test_without_a_validation_training_batches_tell(make_trainer: MakeTrainer) -> None:

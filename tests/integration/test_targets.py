@@ -12,7 +12,9 @@ from lightning.pytorch import Trainer
 from lqkd.callbacks import IntegerBiases
 from lqkd.errors import UsageError
 from lqkd.export import to_onnx
+from lqkd.losses import Hints
 from lqkd.models import CifarResNet
+from lqkd.modules import Tap
 from lqkd.quantization import Recipe, quantizers
 from tests.conftest import digits, distiller, network
 
@@ -39,6 +41,13 @@ def test_what_was_trained_is_what_the_file_computes(make_trainer: Callable[..., 
     assert all(torch.frexp(quantizer.step()).mantissa == 0.5 for quantizer in after)
     images = torch.randn(64, 1, 8, 8)
     to_onnx(module.student, images[:8], format="power_of_two", calibration=[images], test=[images])
+
+
+def test_a_tap_that_comes_to_be_behind_batch_norm_is_told(make_trainer: Callable[..., Trainer]) -> None:
+    taps = [Tap("conv1", "conv1"), Tap("layer1", "layer1")]
+    module = distiller(student=seen(), quantization=RECIPE, distillation_loss=Hints(), taps=taps, regularizer=None)
+    with pytest.warns(UserWarning, match="tap on the student's 'conv1' is behind batch norm, .* folds 'bn1' into it"):
+        make_trainer().fit(module, datamodule=digits(1))
 
 
 def test_batch_norms_that_have_seen_nothing_are_not_folded_unseen(

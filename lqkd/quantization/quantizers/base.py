@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.quantization.kernel import compute_dtype, is_exporting
 
+_NARROW = 4
+"""What a narrow range adds to ``signed``, -1 to 1, in the state."""
+
 
 def integer_range(bits: int, signed: bool | None) -> tuple[int, int]:
     """Smallest and largest code of a uniform grid: two's complement when signed, from zero when not."""
@@ -68,8 +71,11 @@ class Quantizer(nn.Module, ABC):
     """The only group size that there is in the family's format; None where a recipe may choose."""
     initialized: Tensor
     """0-dim bool buffer: whether the parameters have been fitted to data."""
+    narrow_range: bool = False
+    """Whether signed codes leave the lowest out, in a family that can."""
     format: Tensor
-    """(2,) int64 buffer: ``bits`` and ``signed`` (-1 while undecided), so that a checkpoint restores both."""
+    """(2,) int64 buffer, so that a checkpoint restores them: ``bits``, and ``signed`` (-1 while undecided) plus 4 where
+    the range is narrow."""
 
     def __init__(
         self,
@@ -213,12 +219,15 @@ class Quantizer(nn.Module, ABC):
         return sum(4 * tensor.numel() for tensor in tensors if tensor is not None and tensor.is_floating_point())
 
     def _format(self) -> Tensor:
-        return torch.tensor([self.bits, -1 if self.signed is None else int(self.signed)])
+        signed = -1 if self.signed is None else int(self.signed)
+        return torch.tensor([self.bits, signed + _NARROW * self.narrow_range])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "format" in state_dict:
             bits, signed = (int(value) for value in state_dict[prefix + "format"])
+            self.narrow_range = signed > 1
+            signed -= _NARROW * self.narrow_range
             self.bits, self.signed = bits, None if signed < 0 else bool(signed)
             self._ready = bool(state_dict[prefix + "initialized"])
 

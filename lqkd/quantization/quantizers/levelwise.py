@@ -48,7 +48,7 @@ class LevelwiseStep(LSQ):
         bits: 1 to 8 for unsigned, 2 to 8 for signed data.
         calls: of a pass, at least 2.
         shared: whether one step serves all calls.
-        signed, initial, bound_gradient: see :class:`LSQ`.
+        signed, initial, bound_gradient, narrow_range: see :class:`LSQ`.
 
     Raises:
         UsageError: as :class:`LSQ`, or when ``calls`` is less than 2.
@@ -75,10 +75,18 @@ class LevelwiseStep(LSQ):
         signed: bool | None = None,
         initial: str = "mse",
         bound_gradient: bool = True,
+        narrow_range: bool = False,
     ) -> None:
         if calls < 2:
             raise UsageError(f"calls={calls} of LevelwiseStep is not possible: a layer that is called once needs LSQ")
-        super().__init__(bits, signed=signed, batched=True, initial=initial, bound_gradient=bound_gradient)
+        super().__init__(
+            bits,
+            signed=signed,
+            batched=True,
+            initial=initial,
+            bound_gradient=bound_gradient,
+            narrow_range=narrow_range,
+        )
         self.calls, self.shared = calls, shared
         if not shared:
             self.scale = nn.Parameter(torch.ones(calls))
@@ -103,7 +111,12 @@ class LevelwiseStep(LSQ):
     def at(self, call: int) -> LSQ:
         """The quantizer of one call by itself, with its step."""
         alone = LSQ(
-            self.bits, signed=self.signed, batched=True, initial=self.initial, bound_gradient=self.bound_gradient
+            self.bits,
+            signed=self.signed,
+            batched=True,
+            initial=self.initial,
+            bound_gradient=self.bound_gradient,
+            narrow_range=self.narrow_range,
         ).train(self.training)
         alone.scale = nn.Parameter(self._scale_of(call).detach().clone())
         alone._ready = self._ready

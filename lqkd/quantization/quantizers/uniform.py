@@ -55,6 +55,7 @@ class UniformQuantizer(Quantizer):
         super().__init__(bits, signed=signed, channels=channels, channel_axis=channel_axis, batched=batched)
         self.group_size = group_size
         self.narrow_range = narrow_range
+        self.format.copy_(self._format())
 
     @classmethod
     def check_bits(cls, bits: int, signed: bool | None) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.errors import UsageError
-from lqkd.export import deploy, to_ncnn
+from lqkd.export import deploy, qonnx, to_ncnn
 from lqkd.export.deploy import Deployed
 from lqkd.export.ncnn import build, check_replaceable, kernels
 from lqkd.export.ncnn_file import Layer, number, read, written
@@ -23,6 +23,7 @@ from lqkd.export.ncnn_writer import Written
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Rule, quantizers
 from lqkd.quantization.targets import TARGETS
+from lqkd.runs.student import student_file
 from tests.unit.export.networks import images, quantised
 
 pytest.importorskip("ncnn")
@@ -86,6 +87,37 @@ def test_what_lies_between_layers_is_computed() -> None:
     to_ncnn(network, images(8), calibration=[images(32)], test=[images(32, seed=2)])
 
 
+class Gated(nn.Module):
+    """Blocks of MobileNetV3 and EfficientNet: activations in float32, and gates of a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 1) for _ in range(7))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, act in enumerate((F.hardswish, F.silu, torch.tanh, F.leaky_relu)):
+            x = act(4 * self.layers[index](x))
+            gate = torch.sigmoid if index % 2 else F.hardsigmoid
+            x = x * gate(self.layers[4 + index](F.adaptive_avg_pool2d(x, 1)))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_activations_are_computed_in_float32(bits: str) -> None:
+    deployed = deploy(quantised(Gated(), bits=bits, target="ncnn"), images(2), [images(32)], target=TARGET)
+    parity = check_ncnn(build(deployed), deployed, images(64, seed=3), [images(32, seed=2)])
+    assert parity.problem is None
+    assert max(row.fraction for row in parity.unoptimised) < 2e-4
+
+
+def test_no_level_of_another_grid_is_the_middle_between_two_of_a_grid_that_is_fitted_for_the_file() -> None:
+    values = 0.013 * torch.arange(-84, 85)  # of which every 84th part of 127 is one, else
+    grid: Any = TARGET.missing_grid()
+    grid.initialize(values)
+    places = values.double() / grid.step().double()
+    assert float((places - places.floor() - 0.5).abs().min()) > 1e-5
+
+
 def test_a_layer_may_stay_in_floating_point() -> None:
     rules = [Rule("linear", weight_bits=32, activation_bits=32), Rule("conv1", activation_bits=32)]
     network = quantised(bits="w4a4", target="ncnn", rules=rules)
@@ -141,6 +173,46 @@ def test_a_student_that_was_not_trained_for_it_is_refused_with_the_setting() -> 
 def test_settings_that_it_does_not_have_are_refused_before_training(recipe: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         quantised(**{"bits": "w8a8", "target": "ncnn", **recipe})
+
+
+@pytest.mark.parametrize(("bits", "own"), [("w1a1", None), ("w4a4", "apot"), ("w4a4", "n2uq")])
+def test_activations_without_a_zero_or_even_levels_are_refused_before_training(bits: str, own: str | None) -> None:
+    told = rf"of {bits[-1]} bit for the input of layer 'conv1' is not possible with target='ncnn': .* choose one"
+    with pytest.raises(UsageError, match=told):
+        quantised(bits=bits, target="ncnn", rules=[Rule("conv?", activation_quantizer=own)])
+
+
+class Twice(nn.Module):
+    """A head for two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2)
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(x))
+        return {"fine": self.head(x), "coarse": self.head(F.relu(self.down(x)))}
+
+
+@pytest.mark.parametrize("per_level", [None, True, False])
+def test_a_layer_that_is_called_twice_is_written_and_checked_twice(per_level: bool | None) -> None:
+    network = quantised(Twice(), bits="w8a8", target="ncnn", per_level=per_level)
+    deployed = deploy(network, images(2), [images(8)], target=TARGET)
+    files = build(deployed)
+    assert check_ncnn(files, deployed, images(8)).problem is None
+    names = [layer.name for layer in read(files.param, files.content)]
+    heads = [name for name in names if name.startswith("head")]
+    assert (len(names), len(heads)) == (len(set(names)), 2)
+    for name in heads:
+        told = check_ncnn(altered(files, name, "weight", 1), deployed, images(8)).problem
+        assert told == f"{name} in the file differs from the student's"
+
+
+def test_qonnx_says_that_the_lowest_code_is_not_used(deployed: Deployed) -> None:
+    nodes = [node for node in qonnx.build(deployed).model.graph.node if node.output[0].startswith("grids.stem.")]
+    told = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "narrow"]
+    assert told == [1]
 
 
 class Turned(nn.Module):
@@ -204,6 +276,9 @@ def test_the_folder_is_whole_and_replaces_only_its_own(student: nn.Module, tmp_p
     told = json.loads((folder / "student.json").read_text(encoding="utf-8"))
     assert told["format"] == "ncnn"
     assert told["runtime"].startswith("ncnn ")
+    for path in (folder, folder / "student.bin"):
+        with pytest.raises(UsageError, match="is not a student for PyTorch alone: ncnn runs it"):
+            student_file(path)
     (folder / "mine.txt").touch()
     with pytest.raises(UsageError, match=r"has 'mine.txt', which --format ncnn has not written"):
         check_replaceable(folder)

@@ -142,7 +142,11 @@ def test_the_index_of_several_files_names_them_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_and_an_exported_file_are_refused_by_what_is_wanted(tmp_path: Path) -> None:
-    (tmp_path / "s.onnx").touch()
-    for source, said in ((tmp_path, "are a folder: give"), (tmp_path / "s.onnx", "are an exported network")):
+    (tmp_path / "s.ncnn").mkdir()
+    for name in ("s.onnx", "s.ncnn/s.param", "s.ncnn/s.bin"):
+        (tmp_path / name).touch()
+    exported = ("s.onnx", "s.ncnn", "s.ncnn/s.param", "s.ncnn/s.bin")
+    cases = {".": "are a folder: give", **dict.fromkeys(exported, "are an exported network")}
+    for source, said in cases.items():
         with pytest.raises(UsageError, match=said):
-            load_weights(network(), str(source))
+            load_weights(network(), str(tmp_path / source))

@@ -132,6 +132,14 @@ def test_a_recipe_chooses_a_step_for_each_level_or_one_for_all() -> None:
         quantize_model(Shared(), Recipe("w4a4", per_level=True, activation_quantizer="pact"))
 
 
+def test_the_lowest_code_stays_unused_in_every_call_and_with_the_state() -> None:
+    model, plain = (quantize_model(Shared(), Recipe("w8a8", per_level=True, target=t))[0] for t in ("ncnn", None))
+    initialize_quantizers(model, *(-level for level in LEVELS))
+    plain.load_state_dict(model.state_dict())
+    for quantizer in (model.head.input_quantizer, plain.head.input_quantizer):
+        assert quantizer.code_range() == quantizer.at(1).code_range() == (-127, 127)
+
+
 def test_steps_by_level_of_a_network_without_levels_are_refused() -> None:
     with pytest.raises(UsageError, match="per_level=true has no effect: a pass calls each layer once"):
         quantize_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), Recipe("w4a4", per_level=True))
