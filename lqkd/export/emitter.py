@@ -50,7 +50,10 @@ class Exported:
 
     def codes(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The values of the network's grids by node, of the tensors that a run returned by name."""
-        return {node: found[name][:, : self.channels.get(node)] for node, name in self.grids.items()}
+        return {
+            node: found[name][:, : self.channels[node]] if node in self.channels else found[name]
+            for node, name in self.grids.items()
+        }
 
 
 class Emitter(IslandWriters):

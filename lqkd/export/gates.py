@@ -29,6 +29,8 @@ _STEP = 1 / (CODES - 1)
 _LEAST_STEPS = 8
 """So many steps three must have for a gate to share the codes of its value."""
 _TRIED, _FINER = 64, 1e-4
+_ROUNDING = 2e-4
+"""So far, in steps, the middle between two levels of a trained grid is from what float32 makes of a sum."""
 _LEAST = 1e-3
 """So far, in steps, every number of a table shall be from the middle between two levels."""
 
@@ -70,7 +72,7 @@ class GateGrid(ActivationGrid):
             source: what the gate is computed of.
             gate: ``HardSigmoid`` or ``Sigmoid``.
         """
-        values = _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+        values = _of_each_code(source, gate)
         steps = [torch.tensor(_STEP * (1 - _FINER * turn)) for turn in range(_TRIED)]
         far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
         self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
@@ -81,11 +83,24 @@ def _to_the_middle(values: Tensor, step: Tensor) -> float:
     return float((codes - codes.floor() - 0.5).abs().min())
 
 
-def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
-    """Whether one grid of whole numbers, and nothing else, reads the value of ``node``; ``of`` tells operations."""
+def _of_each_code(source: ActivationGrid, gate: str) -> Tensor:
+    return _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+
+
+def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None], source: ActivationGrid) -> bool:
+    """Whether a hard sigmoid can be a sum of integers: one grid reads it, and has the same codes as in floating point.
+
+    Args:
+        node: the hard sigmoid.
+        of: tells operations.
+        source: the grid of its value.
+    """
     readers = [found for user in node.users if (found := of(user)) is not None]
     grids = [found.settings["module"] for found in readers if found.kind == "grid"]
-    return len(readers) == 1 and len(grids) == 1 and not isinstance(grids[0], SignGrid | LookupGrid)
+    if len(readers) != 1 or len(grids) != 1 or isinstance(grids[0], SignGrid | LookupGrid):
+        return False
+    values = _of_each_code(source, "HardSigmoid").to(grids[0].scale)
+    return isinstance(grids[0], GateGrid) or _to_the_middle(values, grids[0].scale) >= _ROUNDING
 
 
 def is_settled(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:

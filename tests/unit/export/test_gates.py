@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lqkd.export import Deployed, check, deploy, portable, to_onnx
 from lqkd.export.emitter import Exported
 from lqkd.export.gates import GateGrid
 from lqkd.export.grids import ActivationGrid
+from lqkd.export.portable import QuantizeDequantize
 from lqkd.export.runtimes import kernels
 from tests.unit.export.networks import alter, images, quantised
 
@@ -57,6 +59,15 @@ def deployed(student: nn.Module) -> Deployed:
 
 
 @pytest.fixture(scope="module")
+def halved() -> Deployed:
+    """A hard sigmoid on a trained grid on which 0.5, that of zero, is 7.5 steps."""
+    network: Any = nn.Sequential(*(nn.Conv2d(3, 8, 3), nn.Hardsigmoid(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)))
+    network = quantised(network, bits="w4a4", residual_bits=8)
+    network[2].input_quantizer.scale.data.fill_(1 / 15)
+    return deploy(network, images(2), [images(32)])
+
+
+@pytest.fixture(scope="module")
 def exported(deployed: Deployed) -> Exported:
     return portable.build(deployed)
 
@@ -85,6 +96,15 @@ def test_another_step_in_front_of_a_hard_sigmoid_fails_the_proof(deployed: Deplo
     name = next(t.name for t in exported.model.graph.initializer if t.name.endswith(".sixfold_scale"))
     alter(exported.model, name, 1e-7)
     assert check(exported, deployed, images(2)).problem == "a scale in the file differs from the student's"
+
+
+@pytest.mark.parametrize("build", [portable.build, lambda deployed: QuantizeDequantize(deployed).build()])
+def test_a_hard_sigmoid_half_way_between_two_levels_of_training_passes(
+    build: Callable[[Deployed], Exported], halved: Deployed
+) -> None:
+    parity = check(build(halved), halved, images(8))
+    assert parity.problem is None
+    assert parity.output_steps == 0
 
 
 def test_what_is_returned_is_computed_in_floating_point() -> None:
