@@ -154,6 +154,8 @@ def check(
     parity = Parity(scales_identical=scales_identical(exported.model, deployed))
     if not parity.scales_identical:
         parity.problem = "a scale in the file differs from the student's"
+    elif (broken := exported.broken_rule(exported.model)) is not None:
+        parity.problem = broken
     inputs = as_float32(example, "an example")
     parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, runner, optimised=False)
     judge_layers(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
