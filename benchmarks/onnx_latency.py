@@ -10,8 +10,8 @@ median over the rounds of one's time over another's in the same round. Other wor
 ``--busy`` counts the processor's time of this process in place of the clock's.
 
 Rows are written as soon as a network is done; networks that the file has with the same settings are not
-measured again. Beside it, in a file that ends in ``.operators.csv``, stands how long each kind of operator took by ONNX Runtime's profiler,
-at least: the sum over its nodes of the fastest of 60 runs.
+measured again. Beside it, in a file that ends in ``.operators.csv``, stands how long each kind of operator took by ONNX
+Runtime's profiler, at least: the sum over its nodes of the fastest of 60 runs.
 """
 
 from __future__ import annotations
