@@ -9,9 +9,9 @@ settings counts, found in a few rounds before. Then the three run in one process
 median over the rounds of one's time over another's in the same round. Other work on the machine is felt by all;
 ``--busy`` counts the processor's time of this process in place of the clock's.
 
-Rows are written as soon as a network is done; networks that the file has are not measured again. Beside it, in a file
-that ends in ``.operators.csv``, stands how long each kind of operator took by ONNX Runtime's profiler,
-at least: the sum over its nodes of the fastest of 60 runs.
+Rows are written as soon as a network is done; networks that the file has with the same settings are not
+measured again. Beside it, in a file that ends in ``.operators.csv``, stands how long each kind of operator took by ONNX
+Runtime's profiler, at least: the sum over its nodes of the fastest of 60 runs.
 """
 
 from __future__ import annotations
@@ -50,21 +50,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Of ONNX Runtime's quantisation: its default for x86 and for others, and layers alone."""
 CHOSEN_IN, SIZE, IMAGES = 10, 224, 8
+FEWEST = 2
+"""Rounds of which quartiles can be told."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True, help="file for the result; networks that it has are kept")
+    parser.add_argument(
+        "--csv", type=Path, required=True, help="file for the result; networks that it has with these settings are kept"
+    )
     parser.add_argument("--bits", default="w8a8", help="of the network; first and last layer keep 8")
     parser.add_argument("--threads", type=int, default=1, help="of each contestant")
     parser.add_argument("--rounds", type=int, default=100, help="runs of each contestant that are timed")
     parser.add_argument("--busy", action="store_true", help="count the time of the processor, not of the clock")
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=NETWORKS, help="networks; default: all")
     options = parser.parse_args()
+    if options.rounds < FEWEST:
+        parser.error(f"--rounds {options.rounds} is too few for quartiles: give {FEWEST} or more")
     operators = options.csv.with_suffix(".operators.csv")
     rows, kinds = _read(options.csv), _read(operators)
     for name in options.only:
-        if any(row["network"] == name for row in rows):
+        settings = {"network": name, "pixels": SIZE, "batch": 1, "threads": options.threads, "rounds": options.rounds}
+        settings |= {"clock": "processor" if options.busy else "wall"}
+        if has(rows, settings | {"contestant": PORTABLE, "bits": options.bits}):
             continue
         clock = time.process_time if options.busy else time.perf_counter
         models, setting, images = contestants(name, options.bits, options.threads, clock)
@@ -73,16 +81,22 @@ def main() -> None:
         for contestant, model in models.items():
             told = {FLOAT: "float32", STATIC: f"w8a8 ({setting})", PORTABLE: options.bits}[contestant]
             peak = peak_memory(model, one, options.threads)
-            row = {"network": name, "bits": told, "pixels": SIZE, "batch": 1, "threads": options.threads}
+            row = {"network": name, "bits": told} | {key: settings[key] for key in ("pixels", "batch", "threads")}
             row |= _summary(contestant, times) | {"peak_memory_mb": "" if peak is None else round(peak / 1e6, 1)}
-            row |= {"clock": "processor" if options.busy else "wall", "machine": machine()} | {
-                of: metadata.version(of) for of in ("onnxruntime", "torch")
-            }
+            row |= {"clock": settings["clock"], "machine": machine()}
+            row |= {of: metadata.version(of) for of in ("onnxruntime", "torch")}
             rows.append(row)
-            kinds += _by_kind(name, contestant, model, one, options.threads)
+            same = {key: row[key] for key in ("network", "bits", "threads", "contestant")}
+            if not has(kinds, same):
+                kinds += [same | kind for kind in _by_kind(model, one, options.threads)]
             print(", ".join(f"{key} {row[key]}" for key in list(row)[5:-4]), f"({name}, {told})", flush=True)
         write_rows(options.csv, rows)
         write_rows(operators, kinds)
+
+
+def has(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> bool:
+    """Whether a row of a file, or one that will be, has all values of ``wanted``."""
+    return any(all(str(row[key]) == str(value) for key, value in wanted.items()) for row in rows)
 
 
 def contestants(
@@ -136,22 +150,13 @@ def _summary(contestant: str, times: dict[str, list[float]]) -> dict[str, Any]:
     return row
 
 
-def _by_kind(name: str, contestant: str, model: onnx.ModelProto, one: Inputs, threads: int) -> list[dict[str, Any]]:
+def _by_kind(model: onnx.ModelProto, one: Inputs, threads: int) -> list[dict[str, Any]]:
     count: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for _, kind, milliseconds in slowest_nodes(model, one, threads, runs=60):
         count[kind] += 1
         total[kind] += milliseconds  # type: ignore[assignment]
-    return [
-        {
-            "network": name,
-            "contestant": contestant,
-            "operator": kind,
-            "nodes": count[kind],
-            "milliseconds": round(ms, 3),
-        }
-        for kind, ms in total.most_common()
-    ]
+    return [{"operator": kind, "nodes": count[kind], "milliseconds": round(ms, 3)} for kind, ms in total.most_common()]
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

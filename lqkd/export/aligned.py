@@ -61,9 +61,11 @@ def _is_depthwise(layer: IntegerConv) -> bool:
     return layer.groups == len(layer.codes) > 1 and layer.levels is None
 
 
-def _is_dense(layer: Any) -> bool:
-    plain = isinstance(layer, IntegerConv) and layer.groups == 1
-    return (plain or isinstance(layer, IntegerLinear)) and layer.levels is None
+def _is_dense(node: fx.Node, layer: Any) -> bool:
+    """Whether each channel of what ``layer`` writes is a sum over all of what it reads, on axis 1 of both."""
+    if isinstance(layer, IntegerLinear):
+        return layer.levels is None and len(shape_of(node)) == len("BC")
+    return isinstance(layer, IntegerConv) and layer.groups == 1 and layer.levels is None
 
 
 def _reads_colours(node: fx.Node, layer: IntegerConv, network: fx.GraphModule) -> bool:
@@ -71,7 +73,7 @@ def _reads_colours(node: fx.Node, layer: IntegerConv, network: fx.GraphModule) -
     found = operation(source, network)
     images = layer.codes.ndim == len("OIHW") and layer.codes.shape[1] == COLOURS and layer.codes[0, 0].numel() > 1
     once = Counter(other.target for other in network.graph.nodes)[node.target] == 1
-    return images and _is_dense(layer) and once and found is not None and found.kind == "grid"
+    return images and _is_dense(node, layer) and once and found is not None and found.kind == "grid"
 
 
 def _add_colour(node: fx.Node, layer: IntegerConv, network: fx.GraphModule) -> None:
@@ -110,13 +112,13 @@ def _values(start: fx.Node, network: fx.GraphModule) -> set[fx.Node] | None:
     while waiting:
         node = waiting.pop()
         layer = _layer(node, network)
-        if _is_dense(layer):
+        if _is_dense(node, layer):
             sources = []
         elif _takes_more(node, network):
             sources = list(node.all_input_nodes)
         else:
             return None
-        readers = [user for user in node.users if not _is_dense(_layer(user, network))]
+        readers = [user for user in node.users if not _is_dense(user, _layer(user, network))]
         for other in {*sources, *readers} - found:
             found.add(other)
             waiting.append(other)
@@ -131,7 +133,9 @@ def _takes_more(node: fx.Node, network: fx.GraphModule) -> bool:
     found = None if node.op in ("output", "placeholder", "get_attr") else operation(node, network)
     if found is None or found.kind not in _BY_CHANNEL:
         return False
-    return all(shape_of(x)[1:2] == shape_of(node)[1:2] for x in found.inputs)
+    pool = found.kind == "globalpool"  # which may leave axes out behind the channels
+    ranks = {len(shape_of(x)) for x in (node, *found.inputs)}
+    return (pool or len(ranks) == 1) and all(shape_of(x)[1:2] == shape_of(node)[1:2] for x in found.inputs)
 
 
 def _widen(node: fx.Node, channels: int) -> None:

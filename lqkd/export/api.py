@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import litert, metadata, ncnn, torch_program
-from lqkd.export.deploy import Deployed, deploy, deployable_copy
-from lqkd.export.formats import BUILDERS, PORTABLE, RUNNERS, TORCH, check_expressible, check_folder_name
+from lqkd.export.deploy import Deployed, deployable_copy
+from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_folder_name, deployed_for
 from lqkd.export.litert_file import described
 from lqkd.export.litert_proof import check_litert
 from lqkd.export.ncnn_proof import check_ncnn
@@ -22,7 +22,6 @@ from lqkd.export.program import check_program, save_program
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
 from lqkd.quantization import quantizers
-from lqkd.quantization.targets import TARGETS
 from lqkd.tasks import Task
 from lqkd.utils.files import atomic_folder, atomic_path
 
@@ -228,9 +227,7 @@ def _deployed(
         )
     if not quantizers(model):
         raise UsageError("the network is in floating point: quantise it with lqkd.quantize_model and train it first")
-    deployed = deploy(model, example, calibration, target=TARGETS.get(format), gates=format == PORTABLE)
-    check_expressible(deployed, format)
-    return deployed
+    return deployed_for(format, model, example, calibration)
 
 
 def _check_judged(test: Iterable[Any] | None, parity: Parity) -> None:

@@ -19,8 +19,8 @@ from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
-from lqkd.export.deploy import as_float32, deploy
-from lqkd.export.formats import FOLDERS, PORTABLE, check_expressible, check_folder_name, check_format, file_name
+from lqkd.export.deploy import as_float32
+from lqkd.export.formats import FOLDERS, check_folder_name, check_format, deployed_for, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
 from lqkd.export.litert import LITERT
@@ -40,7 +40,6 @@ from lqkd.modules import DistillModule
 from lqkd.modules.references import as_stop, batches_of
 from lqkd.quantization import quantizers, size
 from lqkd.quantization.residual import other_places
-from lqkd.quantization.targets import TARGETS
 from lqkd.runs.provenance import fingerprint, outdated_exports
 from lqkd.runs.reader import RunReader, read_run, take_batches
 from lqkd.utils.files import atomic_folder, atomic_path
@@ -109,9 +108,7 @@ def export(
         calibration, inputs = _inputs(reader)
         stage("making weights integer and calibrating")
         with Progress("fitting grids") as bar:
-            gates = format == PORTABLE
-            deployed = deploy(student.cpu().eval(), inputs, calibration, bar.update, TARGETS.get(format), gates)
-        check_expressible(deployed, format)
+            deployed = deployed_for(format, student.cpu().eval(), inputs, calibration, bar.update)
         about = _about(reader, inputs) | {"checkpoint": checkpoint}
         split, test = _test(reader)
         task = reader.model.task.cpu()

@@ -46,6 +46,8 @@ def _same(tensor: onnx.TensorProto, value: Tensor) -> bool:
     array = numpy_helper.to_array(tensor)
     if array.ndim == 0:  # one number for all channels
         array = np.full(value.shape, array)
+    if array.ndim != value.ndim:
+        return False
     own = array[tuple(slice(size) for size in value.shape)]
     same = own.shape == tuple(value.shape) and own.tobytes() == value.contiguous().numpy().tobytes()
     more = array.dtype != np.float32 and np.count_nonzero(array) != np.count_nonzero(own)

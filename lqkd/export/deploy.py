@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export.explicit import check_takes, parameters, propagate_shapes, recompile
-from lqkd.export.gates import GateGrid
+from lqkd.export.gates import GateGrid, GateRange
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
 from lqkd.export.operations import MOVES, operation
@@ -87,8 +87,9 @@ def deploy(
         calibration: training inputs likewise, as the student sees them; needed where grids are missing.
         progress: called with the number of missing grids that are fitted and that of all.
         target: what the arithmetic of the file's runtime asks of these.
-        gates: whether sigmoids and hard sigmoids without a grid of training get one of 256 levels, and hard swish and
-            SiLU become products with such a gate, which ONNX Runtime computes on integers.
+        gates: whether sigmoids and hard sigmoids without a grid of training get one of 256 levels, up to the largest in
+            ``calibration``, and hard swish and SiLU become products with such a gate, which ONNX Runtime computes on
+            integers.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
@@ -111,7 +112,8 @@ def deploy(
     builder, folding = place_grids(student, inputs, missing_grid if target is None else target.missing_grid, gates)
     network = builder.network
     names = _names(network, inputs)
-    if builder.fresh:
+    ranges = any(isinstance(module, GateRange) for module in network.modules())
+    if builder.fresh or (ranges and batches):
         _calibrate(network, builder.fresh, batches, progress)
     _make_integer(network)
     _settle_gates(network, builder.fresh)
@@ -242,7 +244,9 @@ def _make_integer(network: fx.GraphModule) -> None:
             continue
         module = network.get_submodule(str(node.target))
         where = str(node.meta.get("lqkd_place", node.target))
-        if isinstance(module, Quantizer):
+        if isinstance(module, GateRange):
+            _exchange(network, str(node.target), module.grid())
+        elif isinstance(module, Quantizer):
             if id(module) not in done:
                 done[id(module)] = activation_grid(module, where)
             _exchange(network, str(node.target), done[id(module)])

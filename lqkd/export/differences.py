@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from lqkd.errors import ParityError
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.reference import Codes, Reference
 
@@ -45,6 +46,7 @@ class Forced(fx.Interpreter):
             return ours
         grid: Any = self.fetch_attr(str(n.target))
         values = torch.from_numpy(np.array(self.theirs[n.name]))
+        check_shape(f"the codes of {n.target}", ours, values)
         if not values.is_floating_point():
             values = _centred(values, grid) * grid.scale
         self.rows.append(_difference(n, (ours - values) / grid.scale))
@@ -73,8 +75,19 @@ class Compared(Reference):
         if n.name not in self.theirs or not isinstance(ours, Codes):
             return ours
         values = _centred(torch.from_numpy(np.array(self.theirs[n.name])), ours.grid)
+        check_shape(f"the codes of {n.target}", ours.values, values)
         self.rows.append(_difference(n, ours.values - values))
         return replace(ours, values=values) if self.forced else ours
+
+
+def check_shape(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Refuse numbers of a file in another shape than PyTorch's, with which they could not be compared one by one.
+
+    Raises:
+        ParityError: then; ``what`` is what the message calls them.
+    """
+    if ours.shape != theirs.shape:
+        raise ParityError(f"{what} have the shape {(*theirs.shape,)} in the file and {(*ours.shape,)} in PyTorch")
 
 
 def _centred(codes: Tensor, grid: ActivationGrid) -> Tensor:

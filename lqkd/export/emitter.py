@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -40,6 +40,7 @@ class Exported:
         integer: whether it is made for integer kernels, whose arithmetic :class:`lqkd.export.reference.Reference` has.
         plain: whether weights are held as 8-bit codes one by one.
         channels: how many channels of a grid are the network's, where the file has more of them, all zero.
+        broken_rule: of a format that promises more than the right numbers: the first rule that a model breaks.
     """
 
     model: onnx.ModelProto
@@ -47,10 +48,14 @@ class Exported:
     integer: bool
     plain: bool = False
     channels: dict[str, int] = field(default_factory=dict)
+    broken_rule: Callable[[onnx.ModelProto], str | None] = field(default=lambda model: None)
 
     def codes(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The values of the network's grids by node, of the tensors that a run returned by name."""
-        return {node: found[name][:, : self.channels.get(node)] for node, name in self.grids.items()}
+        return {
+            node: found[name][:, : self.channels[node]] if node in self.channels else found[name]
+            for node, name in self.grids.items()
+        }
 
 
 class Emitter(IslandWriters):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lqkd.errors import UsageError
 from lqkd.export import openvino, packed, portable, power_of_two, qonnx, tensorrt
-from lqkd.export.deploy import Deployed
+from lqkd.export.deploy import Deployed, deploy
 from lqkd.export.emitter import Exported
 from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
@@ -21,6 +22,7 @@ from lqkd.export.ncnn import require as require_ncnn
 from lqkd.export.ncnn_writer import NCNN
 from lqkd.export.pack_quantized import COMPRESSED
 from lqkd.export.runtimes import Runner
+from lqkd.quantization.targets import TARGETS
 
 PORTABLE, TORCH = "portable", "torch"
 BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
@@ -76,6 +78,23 @@ def check_format(name: str) -> None:
         require_litert()
     if name == NCNN:
         require_ncnn()
+
+
+def deployed_for(
+    name: str,
+    student: torch.nn.Module,
+    example: Any,
+    calibration: Iterable[Any] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Deployed:
+    """A network as it is deployed in a format; arguments behind the first as of :func:`lqkd.export.deploy.deploy`.
+
+    Raises:
+        UsageError: likewise, and when the format cannot express the network.
+    """
+    deployed = deploy(student, example, calibration, progress, TARGETS.get(name), gates=name == PORTABLE)
+    check_expressible(deployed, name)
+    return deployed
 
 
 def check_expressible(deployed: Deployed, name: str) -> None:

@@ -17,6 +17,7 @@ from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.nodes import Operation
 from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import CODES
+from lqkd.quantization.quantizers import MinMax
 
 THREE, SIX = 3.0, 6.0
 """Hard sigmoid is ``clamp(x + 3, 0, 6) / 6``."""
@@ -28,20 +29,36 @@ _SELF_GATED = {"HardSwish": "HardSigmoid", "SiLU": "Sigmoid"}
 _STEP = 1 / (CODES - 1)
 _LEAST_STEPS = 8
 """So many steps three must have for a gate to share the codes of its value."""
-_TRIED, _FINER = 64, 1e-4
+_TRIED, _COARSER = 64, 1e-4
+_ROUNDING = 2e-4
+"""So far, in steps, the middle between two levels of a trained grid is from what float32 makes of a sum."""
 _LEAST = 1e-3
 """So far, in steps, every number of a table shall be from the middle between two levels."""
 
 
+class GateRange(MinMax):
+    """What becomes a :class:`GateGrid` when it has seen how large its gate gets."""
+
+    def __init__(self) -> None:
+        super().__init__(bits=8, signed=False, batched=True)
+
+    def grid(self) -> GateGrid:
+        """Levels up to the largest gate, at most to 1, and to 1 where it has seen none."""
+        return GateGrid(min(float(self.step()), _STEP) if self.is_ready else _STEP)
+
+
 class GateGrid(ActivationGrid):
-    """The grid of a gate: numbers from 0 to 1 on 256 levels.
+    """The grid of a gate: numbers from 0 to 1, or to the largest that there are, on 256 levels.
+
+    Args:
+        step: between two levels.
 
     Attributes:
         shared: whether its codes are those of the value, cut off, as a hard sigmoid may have them.
     """
 
-    def __init__(self) -> None:
-        super().__init__(torch.tensor(_STEP), 0, 0, CODES - 1, bits=8)
+    def __init__(self, step: float = _STEP) -> None:
+        super().__init__(torch.tensor(step), 0, 0, CODES - 1, bits=8)
         self.shared = False
 
     def share(self, source: ActivationGrid) -> bool:
@@ -64,28 +81,43 @@ class GateGrid(ActivationGrid):
         return True
 
     def settle(self, source: ActivationGrid, gate: str) -> None:
-        """Make the step a little finer, so that no code hangs on the last bits of what computes the gate.
+        """Make the step a little coarser, so that no code hangs on the last bits of what computes the gate.
 
         Args:
             source: what the gate is computed of.
             gate: ``HardSigmoid`` or ``Sigmoid``.
         """
-        values = _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
-        steps = [torch.tensor(_STEP * (1 - _FINER * turn)) for turn in range(_TRIED)]
+        values = _of_each_code(source, gate)
+        steps = [self.scale * (1 + _COARSER * turn) for turn in range(_TRIED)]
         far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
         self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
 
 
 def _to_the_middle(values: Tensor, step: Tensor) -> float:
+    """How far, in steps, those of ``values`` that are not cut off are from the middle between two levels, at least."""
     codes = values.double() / step.double()
-    return float((codes - codes.floor() - 0.5).abs().min())
+    within = codes[codes < CODES]
+    return float((within - within.floor() - 0.5).abs().min()) if len(within) else 0.5
 
 
-def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
-    """Whether one grid of whole numbers, and nothing else, reads the value of ``node``; ``of`` tells operations."""
+def _of_each_code(source: ActivationGrid, gate: str) -> Tensor:
+    return _GATES[gate](source.scale * (torch.arange(source.low, source.high + 1) - source.zero_point))
+
+
+def is_gate(node: fx.Node, of: Callable[[fx.Node], Operation | None], source: ActivationGrid) -> bool:
+    """Whether a hard sigmoid can be a sum of integers: one grid reads it, and has the same codes as in floating point.
+
+    Args:
+        node: the hard sigmoid.
+        of: tells operations.
+        source: the grid of its value.
+    """
     readers = [found for user in node.users if (found := of(user)) is not None]
     grids = [found.settings["module"] for found in readers if found.kind == "grid"]
-    return len(readers) == 1 and len(grids) == 1 and not isinstance(grids[0], SignGrid | LookupGrid)
+    if len(readers) != 1 or len(grids) != 1 or isinstance(grids[0], SignGrid | LookupGrid):
+        return False
+    values = _of_each_code(source, "HardSigmoid").to(grids[0].scale)
+    return isinstance(grids[0], GateGrid) or _to_the_middle(values, grids[0].scale) >= _ROUNDING
 
 
 def is_settled(node: fx.Node, of: Callable[[fx.Node], Operation | None]) -> bool:
@@ -131,7 +163,7 @@ def _called(node: fx.Node, network: fx.GraphModule) -> object:
 
 def _grid_behind(gate: fx.Node, name: str, network: fx.GraphModule) -> fx.Node:
     target = f"grids.gates.{name}"
-    network.add_submodule(target, GateGrid())
+    network.add_submodule(target, GateRange().eval())
     with network.graph.inserting_after(gate):
         grid = network.graph.call_module(target, (gate,))
     grid.meta.update({key: value for key, value in gate.meta.items() if key != "nn_module_stack"})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lqkd.export.contents import altered_integers
 from lqkd.export.deploy import OUTPUT, Deployed, as_float32
-from lqkd.export.differences import Compared, Forced, LayerDifference
+from lqkd.export.differences import Compared, Forced, LayerDifference, check_shape
 from lqkd.export.emitter import Exported
 from lqkd.export.gates import SIX, SIXFOLD
 from lqkd.export.grids import ActivationGrid
@@ -147,10 +147,15 @@ def check(
         student: as it was trained, to say what the deployment costs.
         task: which says how far whole networks agree; None for the classification of images.
         runner: what the file is run in, and how far that may be off.
+
+    Raises:
+        ParityError: when the file gives numbers in other shapes.
     """
     parity = Parity(scales_identical=scales_identical(exported.model, deployed))
     if not parity.scales_identical:
         parity.problem = "a scale in the file differs from the student's"
+    elif (broken := exported.broken_rule(exported.model)) is not None:
+        parity.problem = broken
     inputs = as_float32(example, "an example")
     parity.unoptimised, parity.outputs = _compare(exported, deployed, inputs, runner, optimised=False)
     judge_layers(parity, parity.unoptimised, "without optimisation", UNOPTIMISED_FRACTION)
@@ -225,6 +230,7 @@ def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dic
     """The largest difference of each output, in units of its largest number in ``ours``."""
     apart = {}
     for name, values in ours.items():
+        check_shape(name, values, theirs[name])
         largest = max(float(values.abs().max()), torch.finfo(torch.float32).tiny)
         difference = float((values - theirs[name]).abs().max()) / largest
         apart[name] = difference if math.isfinite(difference) else math.inf

@@ -21,7 +21,7 @@ from lqkd.export.explicit import (
     traced,
     unquantised,
 )
-from lqkd.export.gates import GateGrid, take_gate_apart
+from lqkd.export.gates import take_gate_apart
 from lqkd.export.islands import KIND as ISLAND
 from lqkd.export.nodes import Operation, place
 from lqkd.export.operations import CLAMPS, KEEPS_GRID, MOVES, operation
@@ -159,7 +159,7 @@ class GridPlacement:
     def _on_grid(self, node: fx.Node) -> bool:
         kind = self._kind(node)
         if kind == "grid":
-            return isinstance(self._module(node), Quantizer | GateGrid)
+            return isinstance(self._module(node), Quantizer)
         if kind in MOVES:
             found = self._operation(node)
             assert found is not None

@@ -118,8 +118,8 @@ class Portable(QuantizeDequantize):
 
     def _write_activation(self, node: fx.Node, found: Operation) -> None:
         (source,) = found.inputs
-        gate = found.settings["name"] == "HardSigmoid" and is_gate(node, lambda user: operation(user, self.network))
-        if not gate or source not in self.codes:
+        on_grid = found.settings["name"] == "HardSigmoid" and source in self.codes
+        if not on_grid or not is_gate(node, lambda user: operation(user, self.network), self.codes[source][1]):
             super()._write_activation(node, found)
             return
         label = self.label(node)

@@ -128,7 +128,7 @@ class Reference(fx.Interpreter):
         return not isinstance(self.submodules[str(node.target)], LookupGrid | SignGrid)
 
     gates = True
-    """Whether a hard sigmoid between two grids is a sum of integers."""
+    """Whether a hard sigmoid between two grids is a sum of integers; its codes are the same where it is none."""
     reshapes = True
     """Whether the result of a linear layer on three axes is reshaped, in floating point, before its grid."""
 
@@ -252,7 +252,7 @@ class Reference(fx.Interpreter):
             return cast(Tensor, _real(x).sigmoid())
         if name not in ("HardSigmoid", "HardSwish"):
             return None
-        if name == "HardSigmoid" and self.gates and isinstance(x, Codes) and is_gate(node, self._operation):
+        if name == "HardSigmoid" and self.gates and isinstance(x, Codes) and is_gate(node, self._operation, x.grid):
             codes = x
             return Unrounded(codes.values.shape, lambda grid: hard_gate(codes, grid), ((0.0, 1.0),))
         x = _real(x)

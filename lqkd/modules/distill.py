@@ -189,11 +189,7 @@ class DistillModule(TaskModule):
             teacher.class_axis = self.task.class_axis
         self.quantization = self.task.recipe(quantization, student)
         self.completed = self.quantization is not quantization
-        folds = folds_batch_norm(self.quantization)
-        self._without_statistics = folds and has_fresh_statistics(student)
-        tapped = {tap.student for _, term in self.distillation.terms() for tap in term.taps}
-        self._folded_taps = folded_into(student, tapped) if folds else {}
-        self.student, self.coverage = quantize_model(student, self.quantization)
+        self._quantize(student)
         recompute(gradient_checkpointing, self.student, self.compilation, terms)
         self._channels_last = channels_last  # None until it is measured
         self._lay_out()
@@ -220,6 +216,14 @@ class DistillModule(TaskModule):
         self._signs = SignCheck()
         self.top1_agreement = Top1Agreement(self.task, self._judged())
         self._logged: dict[str, Tensor] = {}  # metrics of the last batch
+
+    def _quantize(self, student: nn.Module) -> None:
+        """And remember what becomes of batch norms that are folded before."""
+        folds = folds_batch_norm(self.quantization)
+        self._without_statistics = folds and has_fresh_statistics(student)
+        tapped = {tap.student for _, term in self.distillation.terms() for tap in term.taps}
+        self._folded_taps = folded_into(student, tapped) if folds else {}
+        self.student, self.coverage = quantize_model(student, self.quantization)
 
     def _hold_nothing(self) -> None:
         """What is kept of held-out rows, by the name of the term."""

@@ -79,8 +79,33 @@ def test_a_weight_of_a_channel_that_the_network_does_not_have_fails_the_proof(
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "depthwise.weight_codes")
     codes = numpy_helper.to_array(tensor).copy()
     codes[-1, 0, 0, 0] = 1
-    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
-    assert altered_integers(model, deployed) == "depthwise.weight_codes"
+    for wrong in (codes, codes.flatten()):
+        tensor.CopyFrom(numpy_helper.from_array(wrong, tensor.name))
+        assert altered_integers(model, deployed) == "depthwise.weight_codes"
+
+
+class OverPlaces(nn.Module):
+    """A linear layer over the places of a depthwise convolution's channels, behind it or before."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv1d(4, 24, 1), nn.Conv1d(24, 24, 3, padding=1, groups=24)
+        self.places, self.last, self.behind = nn.Linear(12, 12), nn.Conv1d(24, 5, 1), behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.places(self.depthwise(x)) if self.behind else self.depthwise(self.places(x)))
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_linear_layer_over_places_keeps_the_channels_of_what_is_around_it(behind: bool) -> None:
+    x = torch.randn(8, 4, 12, generator=torch.Generator().manual_seed(0))
+    network, _ = quantize_model(OverPlaces(behind), Recipe(bits="w8a8"))
+    initialize_quantizers(network, x)
+    deployed = deploy(network.eval(), x, [x])
+    exported = portable.build(deployed)
+    assert shapes(exported.model)["depthwise"] == (24, 1, 3)
+    assert check(exported, deployed, x).problem is None
 
 
 def test_channels_that_are_returned_stay_as_many_as_they_are() -> None:

@@ -75,6 +75,40 @@ def test_a_difference_in_any_result_is_told_with_its_name(pair: nn.Module, name:
     assert f"{name} differ by" in str(check(exported, deployed, given(8)).problem)
 
 
+def test_a_result_in_another_shape_fails_and_is_named(pair: nn.Module) -> None:
+    deployed = deploy(pair, given(8), [given(64)])
+    exported = BUILDERS["portable"](deployed)
+    nodes = exported.model.graph.node
+    next(node for node in nodes if "logits" in node.output).output[0] = "inner"
+    nodes.append(onnx.helper.make_node("Concat", ["inner", "inner"], ["logits"], "wrong", axis=1))
+    with pytest.raises(ParityError, match=r"logits have the shape \(8, 6\) in the file and \(8, 3\) in PyTorch"):
+        check(exported, deployed, given(8))
+
+
+class OneAxis(nn.Module):
+    """Products and sums of one number a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.relu(self.first(x)))
+        return x[:, 0] * x[:, 1] + x[:, 2]
+
+
+def test_numbers_without_any_axis_but_the_batch_pass() -> None:
+    network, _ = quantize_model(OneAxis(), Recipe(bits="w8a8", residual_bits=8))
+    x = given(64).args[0]
+    initialize_quantizers(network, x)
+    deployed = deploy(network.eval(), x, [x])
+    exported = BUILDERS["portable"](deployed)
+    assert any(
+        node.meta["tensor_meta"].shape == (64,) for node in deployed.network.graph.nodes if node.name in exported.grids
+    )
+    assert check(exported, deployed, x).problem is None
+
+
 def test_a_program_is_called_as_the_network_is(pair: nn.Module, tmp_path: object) -> None:
     deployed = deploy(pair, given(8), [given(64)])
     program = torch_program.build(deployed, given(8))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import onnx_latency
+from benchmarks.runtimes import RESULTS
 from lqkd.export import Deployed, deploy, floating, portable
 from lqkd.export.latency import measure, peak_memory, slowest_nodes
 from lqkd.export.runtimes import kernels, session
@@ -99,3 +103,27 @@ def test_the_profile_names_the_nodes_of_the_optimised_graph(model: onnx.ModelPro
     assert {kind for _, kind, _ in nodes} >= {"QLinearConv", "QLinearAdd"}
     times = [milliseconds for _, _, milliseconds in nodes]
     assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize(("setting", "measured"), [("2", False), ("1", True)])
+def test_a_network_that_was_measured_with_other_settings_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, measured: bool
+) -> None:
+    def reached(*arguments: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(onnx_latency, "contestants", reached)
+    for name in ("onnx_latency_xeon_cpu_ort1.32.0.csv", "onnx_latency_xeon_operators_cpu_ort1.32.0.csv"):
+        kept = "a.operators.csv" if "operators" in name else "a.csv"
+        (tmp_path / kept).write_bytes((RESULTS / name).read_bytes())
+    given = ["--csv", str(tmp_path / "a.csv"), "--rounds", "200", "--busy", "--threads", setting]
+    monkeypatch.setattr(sys, "argv", ["onnx_latency", *given])
+    with nullcontext() if measured else pytest.raises(InterruptedError):
+        onnx_latency.main()
+
+
+def test_a_single_round_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["onnx_latency", "--csv", "a.csv", "--rounds", "1"])
+    with pytest.raises(SystemExit):
+        onnx_latency.main()
+    assert "--rounds 1 is too few for quartiles: give 2 or more" in capsys.readouterr().err

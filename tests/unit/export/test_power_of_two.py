@@ -84,6 +84,7 @@ def test_grids_that_training_left_out_are_powers_of_two_as_well() -> None:
 NAMES = dict.fromkeys(("weight_quantizer", "activation_quantizer", "residual_quantizer"), "lsq_power_of_two")
 BY_HAND = NAMES | {"bits": "w8a8", "residual_bits": 8, "fold_batch_norm": True, "per_channel": False}
 """What the target asks for, without it."""
+FLOAT = Rule("2", weight_bits=32, activation_bits=32)
 SIGNS = Rule("conv1", activation_bits=1, activation_quantizer="react")
 
 
@@ -116,6 +117,35 @@ def test_a_student_that_was_not_trained_for_it_is_refused_with_the_setting(
     student = quantised(network(), **(recipe if "bits" in recipe else BY_HAND | recipe))
     with pytest.raises(UsageError, match=f"cannot express {told}.*; train the student with .*target=power_of_two"):
         to_onnx(student, images(8), format="power_of_two", calibration=[images(32)])
+
+
+class Times(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.3
+
+
+@pytest.mark.parametrize(
+    ("between", "recipe", "told"),
+    [
+        (nn.Hardswish(), {}, "HardSwish in .*in floating point: build the network with ReLU"),
+        (nn.Sigmoid(), {}, "Sigmoid in .*in floating point: build the network with ReLU"),
+        (nn.Softmax(1), {}, "Softmax in .*in floating point: build the network without it"),
+        (Times(), {}, "the number 0.3 in .*in floating point: take one of at most 8 bits"),
+        (
+            nn.ReLU(),
+            {"rules": [FLOAT]},
+            "the layer 2, which is computed in floating point: give its weight",
+        ),
+        (nn.ReLU(), {"first_layer_bits": 32}, "the layer 0, which is computed in floating point: give its weight"),
+    ],
+)
+def test_what_a_file_would_have_in_floating_point_is_refused_with_what_helps(
+    between: nn.Module, recipe: dict[str, Any], told: str
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), between, nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 4, 1))
+    student = quantised(network, bits="w8a8", residual_bits=8, target="power_of_two", **recipe)
+    with pytest.raises(UsageError, match=f"--format power_of_two cannot express {told}"):
+        power_of_two.build(deploy(student, images(2), [images(32)], target=TARGET))
 
 
 def test_a_student_with_the_same_settings_by_hand_is_taken() -> None:
@@ -187,6 +217,13 @@ def test_a_file_with_one_other_number_fails(deployed: Deployed, name: str, moved
     exported = power_of_two.build(deployed)
     alter(exported.model, name, moved)
     assert check(exported, deployed, images(32)).problem is not None
+
+
+def test_a_file_that_breaks_the_rule_fails_by_it(deployed: Deployed) -> None:
+    exported = power_of_two.build(deployed)
+    node = next(node for node in exported.model.graph.node if node.op_type == "QuantizeLinear")
+    alter(exported.model, node.input[2], 1)
+    assert check(exported, deployed, images(2)).problem == f"the zero point of {node.name} is not 0"
 
 
 @pytest.mark.parametrize(
