@@ -70,7 +70,7 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
     Examples:
         >>> bits = {"weight_bits": "2", "activation_bits": "2", "packed_bytes": 10, "float_bytes": 100}
         >>> in_a_sentence(bits | {"test": 0.96, "student_float": 0.98})
-        'W2 A2: accuracy 96.00%, 2.00 points worse than in float (98.00%), at a size 10 times smaller.'
+        'W2 A2: accuracy 96.00%, 2.00 points worse than in float (98.00%), packed weights 10 times smaller.'
         >>> measured = {"metric": "val/loss", "mode": "min", "test": 1.2, "student_start": 1.1}
         >>> in_a_sentence(measured)
         'float: loss 1.2; quantised only: 1.1. Training has not paid: quantised only is as good or better.'
@@ -87,7 +87,7 @@ def in_a_sentence(summary: Mapping[str, Any]) -> str:
         told += f", {_against(metric, mode, value, reference)} in float ({shown(metric, reference, 2)})"
     whole, packed = summary.get("float_bytes"), summary.get("packed_bytes")
     if whole and packed and whole != packed:
-        told += f", at a size {whole / packed:.3g} times smaller"
+        told += f", packed weights {whole / packed:.3g} times smaller"
     untrained = {name: found for key, name in _UNTRAINED.items() if (found := summary.get(key)) is not None}
     told += "".join(f"; {name}: {shown(metric, found, 2)}" for name, found in untrained.items())
     reached = [name for name, found in untrained.items() if not _better(mode, value, found)]

@@ -56,7 +56,7 @@ def test_a_damaged_report_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({}, "W4 A4: accuracy 95.00%, 1.00 points worse than in float (96.00%), at a size 8 times smaller"),
+        ({}, "W4 A4: accuracy 95.00%, 1.00 points worse than in float (96.00%), packed weights 8 times smaller"),
         ({"test": 0.98}, "2.00 points better than in float"),
         ({"test": 0.96}, "as good as in float"),
         ({"metric": "val/mae", "mode": "min", "test": 0.98}, "mae 0.98, 0.02 worse than in float (0.96)"),
