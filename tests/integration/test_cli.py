@@ -111,7 +111,9 @@ def test_the_run_ends_with_a_table_and_the_path_of_the_folder(tmp_path: Path, ca
     printed = capsys.readouterr().out
     for text in ("teacher", "student in float", "quantised only (PTQ)", "trained, W2 A2", "kB", "98.61%"):
         assert text in printed
-    assert re.search(r"W2 A2: accuracy [\d.]+%, [\d.]+ points worse than in float \(98\.61%\), packed weights 10", printed)
+    assert re.search(
+        r"W2 A2: accuracy [\d.]+%, [\d.]+ points worse than in float \(98\.61%\), packed weights 10", printed
+    )
     assert f"run folder: {folder}\nnext, a file to take away: python -m lqkd export {folder}\n" in printed
 
 
