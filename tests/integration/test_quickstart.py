@@ -29,6 +29,7 @@ def test_the_student_is_ahead_of_labels_alone_and_both_of_what_is_not_trained(tm
     assert summary["teacher"] >= 0.91
     assert summary["warnings"] == []
     labels = run(tmp_path / "labels", "--model.balance.task", "1.0", "--model.balance.distill", "0.0")
+    assert summary["test"] >= summary["student_float"] - 0.1
     assert summary["test"] > labels["test"]  # by 1.3 to 3.6 points in five seeds (results/README.md)
     assert labels["test"] >= labels["student_start"] + 0.15
 
