@@ -124,10 +124,15 @@ class PanelFashionMNIST(FashionMNIST):
         if self.labelled is None:
             return
         rows = torch.arange(TRAINING)
-        known, self._unknown = stratified_split(rows, labels[rows], self.labelled, seed=0, stream=STREAM_LIMIT)
+        known = _labelled(labels, self.labelled)
+        self._unknown = rows[~torch.isin(rows, known)]
         size, seed = round(self.trust_fraction * len(known)), self.run_seed
         self.trust_indices, _ = stratified_split(known, labels[known], size, seed=seed, stream=STREAM_HELD_OUT)
         self.train_indices = rows[~torch.isin(rows, self.trust_indices)]
+
+    def labelled_rows(self, count: int) -> Tensor:
+        """(count,) rows that keep their label with ``labelled=count``, after ``setup``."""
+        return _labelled(self._loaded().train_labels, count)
 
     def setup(self, stage: str | None = None) -> None:
         before = self._images
@@ -153,3 +158,8 @@ class PanelFashionMNIST(FashionMNIST):
         loaded = self._loaded()
         assert isinstance(loaded.train_images, Tensor)
         return normalize(loaded.train_images[rows], self.mean, self.std), loaded.train_labels[rows]
+
+
+def _labelled(labels: Tensor, count: int) -> Tensor:
+    rows = torch.arange(TRAINING)
+    return stratified_split(rows, labels[rows], count, seed=0, stream=STREAM_LIMIT)[0]

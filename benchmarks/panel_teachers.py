@@ -1,4 +1,4 @@
-"""Makes the networks of configs/studies/panel.yaml: the student in float, and teachers good and bad.
+"""Makes the networks of configs/studies/panel.yaml and panel_few_labels.yaml: students in float, teachers.
 
     python -m benchmarks.panel_teachers studies/panel_teachers data/fashion_mnist
 
@@ -26,6 +26,8 @@ ORDER = [1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
 """Which class the renamed teacher calls by the name of class 0, 1, ..."""
 HALF = [0, 1, 2, 3, 4]
 """Classes of the first specialist, and those that the half-right teacher knows."""
+FEW = 1_000
+"""Rows with a label in panel_few_labels.yaml."""
 HALF_ORDER = [0, 1, 2, 3, 4, 6, 7, 8, 9, 5]
 
 
@@ -85,6 +87,7 @@ def networks(data: PanelFashionMNIST) -> dict[str, Callable[[dict[str, PanelNetw
     first = torch.isin(labels, torch.tensor(HALF))
     return {
         "own": lambda made: trained(data, NARROW),
+        "own_of_few": lambda made: trained(data, NARROW, rows=data.labelled_rows(FEW), epochs=40),
         "good": lambda made: trained(data),
         "weak": lambda made: trained(data, rows=ROWS[:250], epochs=40),
         "first_half": lambda made: trained(data, rows=ROWS[first]),
@@ -113,7 +116,7 @@ def main(folder: Path, root: str) -> None:
     for name, make in networks(data).items():
         path = folder / f"{name}.safetensors"
         if path.is_file():
-            made[name] = PanelNetwork(NARROW if name == "own" else WIDE).eval()
+            made[name] = PanelNetwork(NARROW if name.startswith("own") else WIDE).eval()
             load_weights(made[name], str(path))
         else:
             made[name] = make(made)

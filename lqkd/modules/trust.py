@@ -22,6 +22,8 @@ from lqkd.losses.trust import (
     left_out_sentence,
     memorised,
     memorised_sentence,
+    seldom_wrong,
+    seldom_wrong_sentence,
 )
 from lqkd.losses.trust.reliability import BINS
 from lqkd.modules.held_out import HeldOutRows, Known, Learning, chosen_of, interpolated, part_of, rows_that_fit
@@ -272,6 +274,11 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
     found: dict[str, Any] | str = {}
     if asked is not None:
         by_heart = {
+            name: seldom_wrong_sentence(_label(module, name), asked.answers(name))
+            for name in asked.logits
+            if seldom_wrong(asked.answers(name))
+        }
+        by_heart |= {
             name: memorised_sentence(_label(module, name), *both) for name, both in _by_heart(asked, unseen).items()
         }
         try:

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -349,11 +349,14 @@ def test_a_float_network_that_knows_held_out_rows_by_heart_does_not_take_over_fr
         with torch.no_grad():
             student[1].weight.copy_(torch.eye(10))
         torch.save(student.state_dict(), tmp_path / "student.pt")
+        large = trained_teacher()
+        with torch.no_grad():
+            cast(CifarResNet, large.network).linear.bias[0] += 4.5  # errs on more than one of a hundred rows
         return DistillModule(
             student=student,
             student_weights=str(tmp_path / "student.pt"),
             quantization=Recipe(bits="w8a8", first_layer_bits=None, last_layer_bits=None),
-            teachers={"large": trained_teacher()},
+            teachers={"large": large},
             distillation={"logits": Term(HintonKL(), "large", "trust", own=own)},
             teacher_cache=TeacherCache(str(tmp_path / "cache"), dtype="float32"),
         )
@@ -380,7 +383,22 @@ def test_a_teacher_that_knows_its_rows_by_heart_keeps_its_temperature_and_is_tol
     make_trainer(max_steps=1).fit(module, datamodule=held_out())
     assert any("teacher large knows its training rows by heart" in warning for warning in module.warnings)
     assert module.trust["logits"]["memorised"]
-    assert "rows known by heart, so that temperatures are kept" in module.trust["logits"]["sentence"]
+    assert "these rows do not say how sure teachers may be" in module.trust["logits"]["sentence"]
+
+
+def test_teachers_that_hardly_err_on_held_out_and_validation_rows_keep_their_temperature_and_are_told(
+    make_trainer: MakeTrainer,
+) -> None:
+    data = held_out(eval_batch_size=300)
+    data.setup("fit")
+    unseen = (data.preprocess(batch, train=False, epoch=0) for batch in data.val_dataloader())
+    every = [*data.trust_batches(torch.device("cpu")), *unseen]
+    images, labels = (torch.cat([getattr(batch, what) for batch in every]) for what in ("images", "labels"))
+    public = FrozenTeacher(Remembering(images, labels), minimum_accuracy=0.0, precision="fp32")
+    module = trusting("calibrated", large=public)
+    make_trainer(max_steps=1).fit(module, datamodule=data)
+    assert "teacher large is right on 100.0% of held-out rows" in module.warnings[0]
+    assert module.trust["logits"]["memorised"]
 
 
 def test_an_ensemble_of_the_short_form_can_be_trusted(make_trainer: MakeTrainer) -> None:

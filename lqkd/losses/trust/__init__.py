@@ -6,7 +6,14 @@ from lqkd.losses.trust.believed import Believed
 from lqkd.losses.trust.fitted import FittedInterpolation
 from lqkd.losses.trust.interpolation import Interpolation
 from lqkd.losses.trust.map import TrustMap
-from lqkd.losses.trust.memorised import Answers, left_out_sentence, memorised, memorised_sentence
+from lqkd.losses.trust.memorised import (
+    Answers,
+    left_out_sentence,
+    memorised,
+    memorised_sentence,
+    seldom_wrong,
+    seldom_wrong_sentence,
+)
 from lqkd.losses.trust.reliability import Reliability
 from lqkd.losses.trust.report import TrustReport
 
@@ -21,4 +28,6 @@ __all__ = [
     "left_out_sentence",
     "memorised",
     "memorised_sentence",
+    "seldom_wrong",
+    "seldom_wrong_sentence",
 ]

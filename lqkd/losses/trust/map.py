@@ -154,7 +154,7 @@ class TrustMap(nn.Module):
                 16,384 classes.
             folds: of the cross-validation, >= 2; stratified by class.
             seed: of the folds.
-            memorised: that teachers were trained on these rows and know them by heart. How sure they are of these says
+            memorised: that teachers know these rows by heart, or hardly err on them. How sure they are of these says
                 nothing of others: their spread is kept, but for what is above that of ``own``, and factors a class are
                 not fitted.
             groups: (N,) int64, the sample that each row is of where one has several, such as the pixels of an image:

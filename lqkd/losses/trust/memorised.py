@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 _PART = 0.5
 _STANDARD_ERRORS = 2.0
+_SELDOM = 0.01
 
 
 class Answers(NamedTuple):
@@ -37,6 +38,28 @@ def memorised(held_out: Answers, unseen: Answers) -> bool:
     (known, of_known), (new, of_new) = (_wrong(answers) for answers in (held_out, unseen))
     difference = _PART * new - known
     return difference > _STANDARD_ERRORS * (_PART**2 * of_new + of_known) ** 0.5
+
+
+def seldom_wrong(held_out: Answers) -> bool:
+    """Whether a teacher errs on fewer than one of a hundred held-out rows.
+
+    How sure it may be is not learned from so few errors. And where it was trained on the rows of validation as well, as
+    public networks were, nothing else tells that it knows both by heart.
+
+    Examples:
+        >>> seldom_wrong(Answers(1598, 1600)), seldom_wrong(Answers(1400, 1600))
+        (True, False)
+    """
+    return held_out.rows - held_out.right < _SELDOM * held_out.rows
+
+
+def seldom_wrong_sentence(name: str, held_out: Answers) -> str:
+    """What is told of such a teacher."""
+    return (
+        f"{name} is right on {held_out.accuracy:.1%} of held-out rows, which cannot say how sure it may be: its "
+        "temperature is kept. If it was trained on them, and on those of validation, they say nothing of other rows: "
+        "combination mean takes teachers as they are"
+    )
 
 
 def memorised_sentence(name: str, held_out: Answers, unseen: Answers) -> str:

@@ -54,7 +54,7 @@ class TrustReport:
     worth: float = 0.0
     """``of_mean - cross_entropy``."""
     memorised: bool = False
-    """Whether the teachers know these rows by heart, so that their temperature was kept."""
+    """Whether teachers know these rows by heart, or hardly err on them, so that their temperature was kept."""
     points: float = 0.0
     """How many more of 100 such rows are answered rightly than by their mean prediction."""
     wrong_labels: list[float] | None = None
@@ -94,7 +94,7 @@ class TrustReport:
             more = len(spoiled) - MOST_NAMED
             parts.append(f"labels are wrong in class {named}{f' and {more} more' if more > 0 else ''}")
         if self.memorised:
-            parts.append("rows known by heart, so that temperatures are kept")
+            parts.append("these rows do not say how sure teachers may be, so that temperatures are kept")
         parts.append(
             f"worth {self.worth:.3f} nats and {self.points:+.1f} points on {self.rows} held-out rows ({self.form})"
         )
