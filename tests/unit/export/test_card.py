@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lqkd.export import deploy, metadata
-from lqkd.export.card import Summary, print_card, write_card
+from lqkd.export.card import Summary, print_card, rows, write_card
 from lqkd.export.parity import Parity
 from tests.unit.export.networks import images, quantised
 
@@ -32,3 +32,12 @@ def test_names_from_data_are_text_on_the_card_and_on_the_terminal(
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert r"[red]\x1b[2J<x>.onnx" in shown
+
+
+@pytest.mark.parametrize(("differing", "told"), [(0, False), (10, False), (11, True)])
+def test_what_keeps_the_answers_of_training_is_told_where_many_changed(differing: int, told: bool) -> None:
+    deployed = deploy(quantised(), images(), [images()])
+    parity = Parity(samples=1000, answer="first class", trained_differing=float(differing))
+    described = metadata.describe("portable", deployed, parity, {}) | {"calibrated": ["conv1.input"]}
+    shown = dict(rows(Summary(Path("student.onnx"), 1, 1, 1, None), described, parity))["same first class as trained"]
+    assert ("residual_bits and IntegerBiases in training keep it" in shown) == told
