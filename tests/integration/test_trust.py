@@ -243,7 +243,7 @@ def test_a_teacher_that_is_too_sure_says_what_is_believed_of_it_in_logits_of_the
     module = trusting(weights=STUDENT, own=own, sure=sure)
     make_trainer(max_steps=1).fit(module, datamodule=held_out())
     stretch = float(module.distillation["logits"].combination.map.stretch)
-    assert stretch == 1.0 if own is None else 2.0 < stretch <= 4.0
+    assert 0.3 < stretch <= 1.0 if own is None else 2.0 < stretch <= 4.0
 
 
 def test_the_float_network_is_one_for_all_terms_and_a_teacher_that_is_it_already_serves() -> None:
