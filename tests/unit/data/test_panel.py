@@ -53,6 +53,9 @@ def test_with_few_labels_the_held_out_rows_are_some_of_these(root: Path) -> None
     assert [int((data.images(rows)[1] >= 0).sum()) for rows in (data.train_indices, data.trust_indices)] == [800, 200]
     assert len(data.trust_indices) == 200
     assert not torch.isin(data.train_indices, data.trust_indices).any()
+    known = made(root).labelled_rows(1000)  # what their float network is trained on
+    assert (data.images(known)[1] >= 0).all()
+    assert torch.isin(data.trust_indices, known).all()
 
 
 def test_half_of_the_channels_are_noise_that_the_image_decides_and_the_logits_are_as_they_were() -> None:
