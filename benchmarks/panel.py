@@ -131,7 +131,7 @@ class PanelFashionMNIST(FashionMNIST):
         self.train_indices = rows[~torch.isin(rows, self.trust_indices)]
 
     def labelled_rows(self, count: int) -> Tensor:
-        """(count,) rows that keep their label with ``labelled=count``, after ``setup`` of a set whose rows all have theirs."""
+        """(count,) rows that keep their label with ``labelled=count``; after ``setup`` without it."""
         return _labelled(self._loaded().train_labels, count)
 
     def setup(self, stage: str | None = None) -> None:
