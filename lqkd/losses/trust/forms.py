@@ -8,24 +8,28 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 GIVEN = "as given"
 """The form without parameters: the mean of the teachers' predictions."""
 FORMS: dict[str, tuple[str, ...]] = {
     "temperature": ("scale",),
+    "order": ("order", "scale"),
     "bias": ("scale", "bias"),
     "diagonal": ("scale", "bias", "diagonal"),
     "linear": ("scale", "bias", "diagonal", "linear"),
     "wrong labels": ("scale", "wrong"),
+    "order, wrong labels": ("order", "scale", "wrong"),
     "linear, wrong labels": ("scale", "bias", "diagonal", "linear", "wrong"),
     "gate": ("scale", "gate"),
 }
-"""By name, what is fitted: a factor a teacher, which is its temperature and its share in one, a bias a class, a factor
-a teacher and class, and what every class says about every other; and which part of a class has labels of others, so
-that the map is not unsure where labels are. The last, of several teachers, is a mixture of their predictions with
-shares that depend on the sample: of two specialists the one that is lost has little to say there."""
-BY_CLASS = ("bias", "diagonal", "linear", "wrong")
+"""By name, what is fitted: a factor a teacher, which is its temperature and its share in one, which of a teacher's classes
+is which, a bias a class, a factor a teacher and class, and what every class says about every other; and which part of a
+class has labels of others, so that the map is not unsure where labels are. The last, of several teachers, is a mixture
+of their predictions with shares that depend on the sample: of two specialists the one that is lost has little to say
+there."""
+BY_CLASS = ("order", "bias", "diagonal", "linear", "wrong")
 """What is fitted for each class by itself."""
 FULL_CLASSES = 128
 """Above so many classes the linear form looks at the ``RANK`` directions in which teachers differ most."""
@@ -78,7 +82,7 @@ class Problem:
         )
 
     def start(self, form: str) -> Parts:
-        """No change to the mean of the teachers' log-probabilities."""
+        """No change to the mean of the teachers' log-probabilities, but for the order of classes in these rows."""
         teachers, _, classes = self.seen.shape
         shapes = {
             "scale": (teachers,),
@@ -88,17 +92,42 @@ class Problem:
             "gate": (teachers, self.told.shape[1]),
             "wrong": (classes,),
         }
-        return {name: self.seen.new_zeros(shapes[name]) for name in FORMS[form]}
+        zeros = {name: self.seen.new_zeros(shapes[name]) for name in FORMS[form] if name != "order"}
+        return ({"order": self.order()} if "order" in FORMS[form] else {}) | zeros
+
+    def order(self) -> Tensor:
+        """(K, C) int64, which of a teacher's classes is class 0, 1, ...: the assignment with the most of its predictions.
+
+        A class keeps its own unless others have more by the standard error of its count, as of a class that a teacher
+        has never seen.
+        """
+        classes = self.seen.shape[2]
+        often = torch.bincount(self.labels, minlength=classes)
+        found = []
+        for seen in self.seen:
+            called = torch.zeros(classes, classes, dtype=seen.dtype, device=seen.device)
+            called.index_add_(0, self.labels, (self.unit * seen).softmax(-1))
+            called += torch.diag_embed(often.to(seen).sqrt())
+            found.append(torch.from_numpy(linear_sum_assignment(called.cpu().numpy(), maximize=True)[1]))
+        return torch.stack(found).to(self.labels.device)
+
+    def renames(self) -> bool:
+        """Whether the order of any teacher's classes is another than its own."""
+        order = self.order()
+        return bool((order != torch.arange(order.shape[1], device=order.device)).any())
 
     def logits(self, parts: Parts) -> Tensor:
         """(N, C) of the map, whose ``parts`` are differences from the start."""
+        seen = self.seen
         if "gate" in parts:
             factors = self.unit + parts["scale"].view(-1, 1, 1)
-            return mixture(factors * self.seen, self.told @ parts["gate"].mT)
+            return mixture(factors * seen, self.told @ parts["gate"].mT)
+        if "order" in parts:
+            seen = seen.gather(2, parts["order"].unsqueeze(1).expand_as(seen))
         factors = self.unit / len(self.seen) + parts["scale"].view(-1, 1, 1)
         if "diagonal" in parts:
             factors = factors + parts["diagonal"].unsqueeze(1)
-        logits = (factors * self.seen).sum(0)
+        logits = (factors * seen).sum(0)
         if "linear" in parts:
             logits = logits + (self.reduced @ parts["linear"].mT).sum(0)
         return logits + parts["bias"] if "bias" in parts else logits
@@ -109,7 +138,7 @@ class Problem:
         return spoiled(logits.log_softmax(-1), wrong(parts["wrong"])) if "wrong" in parts else logits
 
     def minimise(self, parts: Parts, strength: float, accuracy: float = 1e-9) -> Parts:
-        """What minimises ``sum CE + strength / 2 * |parts|^2`` from ``parts`` on.
+        """What minimises ``sum CE + strength / 2 * |parts|^2`` from ``parts`` on; an order stays as it is.
 
         It is convex but for the gate and wrong labels.
 
@@ -118,6 +147,8 @@ class Problem:
             strength: > 0: the number of rows that a prior of unit variance is worth.
             accuracy: the largest gradient, of the mean over the rows, that is left.
         """
+        order = {name: value for name, value in parts.items() if name == "order"}
+        parts = {name: value for name, value in parts.items() if name != "order"}
         flat = torch.cat([value.flatten() for value in parts.values()]).requires_grad_()
         price = strength / (2 * len(self.labels))
         optimizer = torch.optim.LBFGS(
@@ -135,7 +166,7 @@ class Problem:
 
         def objective() -> Tensor:
             values = named(flat)
-            loss = F.cross_entropy(self.of_labels(values), self.labels)
+            loss = F.cross_entropy(self.of_labels(order | values), self.labels)
             (gradient,) = torch.autograd.grad(loss, flat)
             with torch.no_grad():  # the penalty's gradient is written out: its nodes would take a fifth of a small step
                 flat.grad = gradient + 2 * price * flat
@@ -143,7 +174,7 @@ class Problem:
 
         with torch.enable_grad():
             optimizer.step(objective)  # type: ignore[arg-type]
-        return {name: value.clone() for name, value in named(flat.detach()).items()}
+        return order | {name: value.clone() for name, value in named(flat.detach()).items()}
 
 
 def centred_logits(teachers: Tensor) -> Tensor:

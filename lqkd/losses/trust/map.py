@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lqkd.errors import UsageError
 from lqkd.losses.trust import forms
-from lqkd.losses.trust.forms import BY_CLASS, FORMS, GIVEN, MOST_CLASSES, Parts, Problem
+from lqkd.losses.trust.forms import BY_CLASS, FORMS, FULL_CLASSES, GIVEN, MOST_CLASSES, Parts, Problem
 from lqkd.losses.trust.report import TrustReport, report
 from lqkd.utils.counter_rng import STREAM_TRUST, random_bits
 
@@ -22,8 +22,8 @@ STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1)
 """Of the pull towards the start that cross-validation chooses from, in rows."""
 _BY_SURENESS = ("diagonal", "gate")
 """What is not fitted to rows that teachers know by heart."""
-_WRONG_LABELS = ("wrong labels", "linear, wrong labels")
-"""By which the second, which takes long, is tried only where the first is better than a temperature."""
+_WRONG_LABELS = "wrong labels"
+"""Only where this form is better than a temperature are other forms with wrong labels tried, which take long."""
 FEWEST_ROWS = 20
 """Held-out rows with a label that a fit needs."""
 
@@ -56,7 +56,7 @@ class TrustMap(nn.Module):
         >>> trusted = TrustMap(1, 3)
         >>> report = trusted.fit(swapped[None], labels)
         >>> report.form, report.read_as
-        ('linear', [{0: 1, 1: 0}])
+        ('order', [{0: 1, 1: 0}])
         >>> trusted(torch.tensor([[[4.0, 0.0, 0.0]]])).argmax().item()
         1
     """
@@ -249,6 +249,8 @@ class TrustMap(nn.Module):
             unknown = int(counts.min()) < 2 or len(counts) > MOST_CLASSES
             if (by_class and unknown) or (memorised and form in _BY_SURENESS):
                 continue
+            if "order" in parts and len(counts) > FULL_CLASSES:
+                continue
             if ("gate" in parts and len(self.scale) == 1) or ("wrong" in parts and (memorised or not own)):
                 continue
             found[form] = parts
@@ -267,6 +269,9 @@ class TrustMap(nn.Module):
                 kept.zero_()
             if name in parts:
                 kept.add_(parts[name] / (1.0 if name == "bias" else problem.unit))
+        if "order" in parts:
+            self.linear.copy_(self.scale.view(-1, 1, 1) * F.one_hot(parts["order"], len(self.bias)))
+            self.scale.zero_()
         self.gated.fill_("gate" in parts)
         self.gate.zero_()
         if "gate" in parts:
@@ -291,14 +296,18 @@ def _cross_validated(
     """
     candidates = {(GIVEN, 0.0): _judged(forms.mean_prediction(teachers), problem.labels)}
     for form in tried:
-        if form == _WRONG_LABELS[1] and not forms.is_better(
-            *(_best_of(candidates, one)[0] for one in (_WRONG_LABELS[0], "temperature"))
+        if "order" in FORMS[form] and not problem.renames():
+            continue  # it is the form without
+        if (
+            "wrong" in FORMS[form]
+            and form != _WRONG_LABELS
+            and not forms.is_better(*(_best_of(candidates, one)[0] for one in (_WRONG_LABELS, "temperature")))
         ):
             continue
         of_form = {strength: torch.empty_like(candidates[GIVEN, 0.0]) for strength in STRENGTHS}
         for fold in folds.unique():
             inside, outside = problem.rows(folds != fold), problem.rows(folds == fold)
-            fitted: Parts = problem.start(form)
+            fitted: Parts = inside.start(form)
             for strength in STRENGTHS:  # from the start on, each from the one before
                 fitted = inside.minimise(fitted, strength, accuracy=1e-6)
                 judged = _judged(outside.of_labels(fitted), outside.labels, outside.logits(fitted))
