@@ -24,11 +24,11 @@ FORMS: dict[str, tuple[str, ...]] = {
     "linear, wrong labels": ("scale", "bias", "diagonal", "linear", "wrong"),
     "gate": ("scale", "gate"),
 }
-"""By name, what is fitted: a factor a teacher, which is its temperature and its share in one, which of a teacher's classes
-is which, a bias a class, a factor a teacher and class, and what every class says about every other; and which part of a
-class has labels of others, so that the map is not unsure where labels are. The last, of several teachers, is a mixture
-of their predictions with shares that depend on the sample: of two specialists the one that is lost has little to say
-there."""
+"""By name, what is fitted: a factor a teacher, which is its temperature and its share in one, which of a teacher's
+classes is which, a bias a class, a factor a teacher and class, and what every class says about every other; and which
+part of a class has labels of others, so that the map is not unsure where labels are. The last, of several teachers, is
+a mixture of their predictions with shares that depend on the sample: of two specialists the one that is lost has little
+to say there."""
 BY_CLASS = ("order", "bias", "diagonal", "linear", "wrong")
 """What is fitted for each class by itself."""
 FULL_CLASSES = 128
@@ -96,7 +96,7 @@ class Problem:
         return ({"order": self.order()} if "order" in FORMS[form] else {}) | zeros
 
     def order(self) -> Tensor:
-        """(K, C) int64, which of a teacher's classes is class 0, 1, ...: the assignment with the most of its predictions.
+        """(K, C) int64, which of a teacher's classes is class 0, 1, ...: the assignment of most of its predictions.
 
         A class keeps its own unless others have more by the standard error of its count, as of a class that a teacher
         has never seen.
