@@ -20,6 +20,7 @@ from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
 from lqkd.export.island_writers import IslandWriters
+from lqkd.export.large_files import check_model
 from lqkd.export.nodes import Operation, shape_of
 from lqkd.export.operations import KEEPS_GRID, operation, unsupported
 from lqkd.models.outputs import heads
@@ -105,7 +106,7 @@ class Emitter(IslandWriters):
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
         if not self.domains:
-            onnx.checker.check_model(model, full_check=True)
+            check_model(model)
         return Exported(model, self._grids(), self.integer, self.plain)
 
     def _grids(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import metadata
 from lqkd.export.deploy import INPUT
+from lqkd.export.large_files import check_model
 from lqkd.export.runtimes import Runner
 
 FRAMES = "frames"
@@ -77,7 +78,7 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
     nodes = [*prepared, *framed.graph.node]
     del framed.graph.node[:]
     framed.graph.node.extend(nodes)
-    onnx.checker.check_model(framed)
+    check_model(framed)
     described = metadata.read(model)
     if described:
         metadata.write(framed, described | {"inputs": {FRAMES: shape[1:]}})
