@@ -191,7 +191,7 @@ class GridPlacement:
         users = [user for user in end.users if user.op != "output" and self._operation(user) is not None]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
-        if any(self._feeds_float(user) for user in others):
+        if any(self._feeds_float(user) for user in others) or self._is_split_for_products(node, users):
             return
         if others:
             grids.append(self._insert(end, others))
@@ -206,6 +206,26 @@ class GridPlacement:
         """Whether ``node`` is a layer whose input training left in floating point, or what reaches one unchanged."""
         kind = self._kind(node)
         return kind == "layer" or (kind in KEEPS_GRID and any(self._feeds_float(user) for user in node.users))
+
+    def _is_split_for_products(self, node: fx.Node, users: list[fx.Node]) -> bool:
+        """Whether ``node`` is a linear layer of which several grids of attention's operands read a part each.
+
+        A kernel writes its sums as real numbers then, and no further grid rounds them before those.
+        """
+        found = self._operation(node)
+        linear = found is not None and isinstance(found.settings.get("module"), nn.Linear)
+        return linear and all(self._kind(user) in MOVES and self._reaches_products(user) for user in users)
+
+    def _reaches_products(self, node: fx.Node) -> bool:
+        if self._kind(node) == "grid":
+            return all(self._is_multiplied(user) for user in node.users)
+        return self._kind(node) in MOVES and all(self._reaches_products(user) for user in node.users)
+
+    def _is_multiplied(self, node: fx.Node) -> bool:
+        found = self._operation(node)
+        if found is None or found.kind in MOVES:
+            return found is not None and all(self._is_multiplied(user) for user in node.users)
+        return found.kind == ISLAND and found.settings["name"] == "MatMul"
 
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"
