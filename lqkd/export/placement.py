@@ -143,11 +143,16 @@ class GridPlacement:
         """Let the readers of a result that keeps its grid read it from an 8-bit grid that one of them has."""
         if self._kind(node) not in KEEPS_GRID or self._kind(node) == "relu" or len(node.users) < 2:
             return
-        if self._on_grid(node):  # an integer kernel wrote it, before it was moved
-            return
+        if self._on_grid(node) or self._is_split_for_products(self._moved_from(node), [node]):
+            return  # an integer kernel wrote it, before it was moved, or none has to
         grids = [user for user in node.users if self._kind(user) == "grid"]
         if len(grids) == len(node.users) and any(self._bits(grid) == RESIDUAL_BITS for grid in grids):
             self._read_from(next(grid for grid in grids if self._bits(grid) == RESIDUAL_BITS), node)
+
+    def _moved_from(self, node: fx.Node) -> fx.Node:
+        while self._kind(node) in MOVES:
+            node = node.all_input_nodes[0]
+        return node
 
     def _is_uniform(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), UniformQuantizer | LSQPlus)

@@ -94,10 +94,11 @@ def behind_product(deployed: Deployed, grid: str) -> bool:
     return "matmul" in str(node.args[0])
 
 
-@pytest.mark.parametrize("name", ["PyTorch's attention", "timm's", "causal"])
-def test_no_grid_is_fitted_between_the_projection_and_the_operands(name: str) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_grid_but_its_own_is_between_the_projection_and_an_operand(name: str) -> None:
     deployed = deploy(student(name), images(4), [images(32)])
-    assert not [place for place in deployed.calibrated if "qkv" in place or "in_proj" in place]
+    found = (*deployed.calibrated, *deployed.rerouted)
+    assert not [place for place in found if any(part in place for part in ("qkv", "in_proj", "products"))]
 
 
 @pytest.mark.parametrize("operand", ["query", "key", "value", "weights"])

@@ -105,8 +105,10 @@ def test_a_coarse_straight_through_gradient_is_that_of_attention_on_the_levels()
         torch.testing.assert_close(x.grad, level.grad)
 
 
-def timm_attention() -> nn.Module:
-    return cast(nn.Module, pytest.importorskip("timm").layers.Attention(16, num_heads=2))
+def timm_attention(fused: bool = True) -> nn.Module:
+    attention = pytest.importorskip("timm").layers.Attention(16, num_heads=2)
+    attention.fused_attn = fused
+    return cast(nn.Module, attention)
 
 
 def bert() -> nn.Module:
@@ -141,6 +143,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] =
     "torchvision's ViT": (lambda: VisionTransformer(8, 4, 2, 2, 16, 16, num_classes=3), images, 2),
     "torchvision's Swin": (lambda: SwinTransformer([2, 2], 8, [1, 1], [2, 2], [2, 2], num_classes=3), images, 2),
     "timm's": (timm_attention, tokens, 1),
+    "timm's, written out": (lambda: timm_attention(fused=False), tokens, 1),
     "transformers'": (bert, images, 1),
     "lqkd's GPT": (lambda: GPT(32, 8, 16, 2, 2), lambda: torch.arange(24).view(3, 8), 2),
     "anybody's": (Own, tokens, 1),
