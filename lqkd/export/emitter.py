@@ -102,9 +102,10 @@ class Emitter(IslandWriters):
         self._name_outputs({name: self.floating(node) for name, node in results.items()})
         taken = [_described(name, node) for node, name in self.inputs.items()]
         returned = [_described(name, node) for name, node in results.items()]
-        body = helper.make_graph(self.nodes, "lqkd", taken, returned, list(self.initializers.values()))
+        body = helper.make_graph(self.nodes, "lqkd", taken, returned)
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
+        model.graph.initializer.extend(self.initializers.values())  # not with the body, which may be too large to copy
         if not self.domains:
             check_model(model)
         return Exported(model, self._grids(), self.integer, self.plain)

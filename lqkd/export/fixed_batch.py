@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import metadata
-from lqkd.export.large_files import check_model
+from lqkd.export.large_files import check_model, copy_of
 from lqkd.export.runtimes import Runner, is_qonnx
 
 
@@ -47,8 +47,7 @@ def of_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         [4, 6]
     """
     check_batch(batch)
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copy_of(model)
     for entry in (*fixed.graph.input, *fixed.graph.output):
         entry.type.tensor_type.shape.dim[0].dim_value = batch
     if not is_qonnx(fixed):

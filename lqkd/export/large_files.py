@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -16,11 +17,21 @@ LIMIT = onnx.checker.MAXIMUM_PROTOBUF
 """Bytes of the largest file: protobuf counts them in 31 bits."""
 _SMALL = 1024
 """Bytes of a constant that stays in the file, such as a shape, which runtimes want to see before they read others."""
+_AROUND, _REST = 8, 2**16
+"""Bytes around each part of a model, and at most of all that is small: names, inputs and outputs."""
 
 
 def is_large(model: onnx.ModelProto) -> bool:
     """Whether the model does not go into one file."""
-    return model.ByteSize() >= LIMIT
+    parts = (*model.graph.initializer, *model.graph.node, *model.metadata_props)  # of the whole protobuf cannot tell
+    return sum(part.ByteSize() + _AROUND for part in parts) + _REST >= LIMIT
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy, constant by constant: protobuf copies by way of bytes, of which it takes no more than a file has."""
+    copied = onnx.ModelProto()
+    _take(copied, model)
+    return copied
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -87,9 +98,20 @@ def check_model(model: onnx.ModelProto) -> None:
 
 
 def _save_both(model: onnx.ModelProto, path: Path, name: str) -> None:
-    copied = onnx.ModelProto()  # which saving leaves without its numbers
-    copied.CopyFrom(model)
+    copied = copy_of(model)  # which saving leaves without its numbers
     onnx.save(copied, path, save_as_external_data=True, location=name, size_threshold=_SMALL)
+
+
+def _take(target: Any, source: Any) -> None:
+    for field, value in source.ListFields():
+        if field.name == "graph":
+            _take(target.graph, value)
+        elif hasattr(value, "extend"):  # repeated
+            getattr(target, field.name).extend(value)
+        elif hasattr(value, "CopyFrom"):  # a message
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
 
 
 def _second_files(target: Path) -> set[Path]:

@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
-from lqkd.export.large_files import check_model, readable
+from lqkd.export.large_files import check_model, copy_of, readable
 from lqkd.export.portable import QuantizeDequantize
 from lqkd.export.runtimes import Kernels, Runner, feeds
 from lqkd.models.calls import Inputs
@@ -78,8 +78,7 @@ def with_explicit_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in node.input
         if (quantized := _quantized_product(name, producers)) is not None
     }
-    written = onnx.ModelProto()
-    written.CopyFrom(model)
+    written = copy_of(model)
     del written.graph.node[:]
     for node in model.graph.node:
         if node.output[0] not in summands:

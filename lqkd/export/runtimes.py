@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from lqkd.errors import UsageError, first_line
-from lqkd.export.large_files import is_large, readable
+from lqkd.export.large_files import copy_of, is_large, readable
 from lqkd.export.qonnx import DOMAIN
 from lqkd.models.calls import Inputs
 
@@ -128,8 +128,7 @@ class Runner:
 
     def watched(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of ``model`` that returns the further tensors, too."""
-        watched = onnx.ModelProto()
-        watched.CopyFrom(model)
+        watched = copy_of(model)
         for name in self._names[len(self.outputs) :]:
             watched.graph.output.append(helper.make_empty_tensor_value_info(name))
         return watched

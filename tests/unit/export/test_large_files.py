@@ -56,6 +56,15 @@ def test_a_replaced_model_takes_its_second_file_with_it_and_none_of_another(
     assert len([*tmp_path.iterdir()]) == 3
 
 
+def test_a_copy_is_the_same_and_its_own(student: nn.Module) -> None:
+    model = to_onnx(student, images(4), calibration=[images(32)])
+    copied = large_files.copy_of(model)
+    assert copied == model
+    assert copied.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+    del copied.graph.initializer[:]
+    assert len(model.graph.initializer) > 5
+
+
 def interrupted(model: onnx.ModelProto, path: Path) -> None:
     with large_files.atomic_model(path) as temporary:
         large_files.save(model, temporary)
