@@ -37,8 +37,7 @@ class Rule:
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128.
         per_level: see :class:`Recipe`.
-        attention_bits: likewise, of the attentions whose name or class matches; 32 leaves their products in floating
-            point.
+        attention_bits: 2 to 8 for the products of the attentions whose name or class matches, or 32 for floating point.
 
     Examples:
         >>> from torch import nn
