@@ -27,9 +27,11 @@ for path in sys.argv[2:]:
         image = image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.uint8).reshape(height, width, -1)
     planes = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
-    name = session.get_inputs()[0].name  # a file that was exported with --frames prepares pixels itself
-    given = pixels[None] if name == "frames" else ((planes - mean) / std)[None]
-    logits = session.run(None, {name: given})[0][0].astype(np.float64)
+    taken = session.get_inputs()[0]  # a file that was exported with --frames prepares pixels itself
+    given = pixels[None] if taken.name == "frames" else ((planes - mean) / std)[None]
+    if isinstance(taken.shape[0], int):  # and one with --batch takes so many images
+        given = np.repeat(given, taken.shape[0], axis=0)
+    logits = session.run(None, {taken.name: given})[0][0].astype(np.float64)
     if not np.isfinite(logits).all():
         sys.exit(f"{sys.argv[1]} answers with logits that are not finite: its training diverged, or it is damaged")
     odds = np.exp(logits - logits.max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -10,10 +11,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.modules import DistillModule
 from lqkd.quantization import QuantizedLayer, Quantizer
+from lqkd.quantization.products import OPERANDS, AttentionProducts
 from lqkd.quantization.recipe import FLOAT_BITS, parse_bits
 
 
@@ -44,7 +47,8 @@ class BitWidthScheduler(Callback):
     Args:
         stages: the stages in order.
         match: names of the layers that follow the schedule, as a glob; null for all whose bits the recipe's ``bits``
-            decides, which leaves out the first and last layer and layers with rules of their own.
+            decides, which leaves out the first and last layer and layers with rules of their own. The products of an
+            attention, ``NAME.products``, follow in their activation bits.
         refit: how a quantizer gets its grid at a switch. ``clip`` keeps the range that it clips to (as PACT and APoT do
             by learning the range). ``mse`` searches the range with the least squared error on the weights and, for
             activations, on the next batch. ``data`` fits it to the same as at the start, by its family's own rule.
@@ -116,6 +120,7 @@ class BitWidthScheduler(Callback):
         """Name of each layer that follows the schedule, with the bits that the recipe gives it."""
         own = parse_bits(module.quantization.bits)
         layers = {x.name: (x.weight_bits, x.activation_bits) for x in module.coverage.layers if not x.is_float}
+        layers |= {f"{x.where}.products".lstrip("."): (own[0], x.bits) for x in module.coverage.products}
         chosen = {
             name: bits
             for name, bits in layers.items()
@@ -186,9 +191,7 @@ class BitWidthScheduler(Callback):
         changed = []
         for name, target in self._target.items():
             bits = target if self.finished else parse_bits(self.stages[self.current].bits)
-            layer = layers[name]
-            assert isinstance(layer, QuantizedLayer)
-            for quantizer, wanted in zip((layer.weight_quantizer, layer.input_quantizer), bits, strict=True):
+            for quantizer, wanted in _with_bits(layers[name], bits):
                 if quantizer is None or quantizer.bits == wanted:
                     continue
                 quantizer.set_bits(wanted)
@@ -196,6 +199,14 @@ class BitWidthScheduler(Callback):
                     quantizer.forget(mse=self.refit == "mse")
                 changed.append(quantizer)
         return changed
+
+
+def _with_bits(part: nn.Module, bits: tuple[int, int]) -> Iterable[tuple[Quantizer | None, int]]:
+    """The quantizers of a layer or of attention's products, each with its own of weight and activation bits."""
+    if isinstance(part, AttentionProducts):
+        return [(getattr(part, name), bits[1]) for name in OPERANDS]
+    assert isinstance(part, QuantizedLayer)
+    return zip((part.weight_quantizer, part.input_quantizer), bits, strict=True)
 
 
 def _check(stage: Stage) -> None:

@@ -66,6 +66,8 @@ class Export:
     """also time it against float32 ONNX and PyTorch on this CPU, for some seconds"""
     frames: bool = argument(False)
     """take a camera's frames, bytes (B, H, W, C), and prepare them inside the file"""
+    batch: int | None = argument(None, metavar="N", shown="any number")
+    """samples that an ONNX file takes at a time"""
     allow_code: bool = argument(False)
     """run the classes that the folder of somebody else names"""
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import litert, metadata, ncnn, torch_program
 from lqkd.export.deploy import Deployed, deployable_copy
+from lqkd.export.fixed_batch import check_batch, of_batch
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_folder_name, deployed_for
+from lqkd.export.large_files import atomic_model, save
 from lqkd.export.litert_file import described
 from lqkd.export.litert_proof import check_litert
 from lqkd.export.ncnn_proof import check_ncnn
@@ -36,6 +38,7 @@ def to_onnx(
     test: Iterable[Any] | None = None,
     about: dict[str, Any] | None = None,
     task: Task | None = None,
+    batch: int | None = None,
 ) -> onnx.ModelProto:
     """Export a quantised network to ONNX, and prove that the model computes the same.
 
@@ -45,6 +48,7 @@ def to_onnx(
         example: real inputs, B of at least 2, as the network sees them, for the comparison: a tensor (B, C, H, W),
             say, a tuple of several, or a dict of keyword arguments.
         path: where to write the model, complete or not at all; ``None`` writes nothing. An existing file is replaced.
+            Above 2 GB its numbers are in a second file beside it, ``NAME.xxxxxxxx.onnx.data``.
         format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt`` or ``power_of_two``.
         calibration: training inputs likewise, for grids that training left out, such as of residual additions.
         test: batches of the task as a DataLoader gives them, such as images, or (images, labels): on them PyTorch and
@@ -54,6 +58,7 @@ def to_onnx(
         about: what the file shall also say about itself, JSON values; with ``class_names`` and ``preprocessing``
             (``channels``, ``size``, ``mean``, ``std``, ``resize_size``) it can be asked about image files.
         task: what the network was trained for; None for the classification of images.
+        batch: samples that the file takes at a time; None for any number, on which it is compared in any case.
 
     Returns:
         The model, of float32. The input of a network that takes one tensor is called ``images``, that of another as
@@ -66,6 +71,8 @@ def to_onnx(
     """
     if format not in BUILDERS:
         raise UsageError(f"format={format!r} is not an ONNX format: use one of {', '.join(BUILDERS)}")
+    if batch is not None:
+        check_batch(batch)
     deployed = _deployed(model, example, format, calibration, about)
     exported = BUILDERS[format](deployed)
     student = None if test is None else deployable_copy(model)
@@ -73,10 +80,11 @@ def to_onnx(
     _check_judged(test, parity)
     metadata.write(exported.model, metadata.describe(format, deployed, parity, about or {}))
     _judge(parity)
+    model_of_file = exported.model if batch is None else of_batch(exported.model, batch)
     if path is not None:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(exported.model.SerializeToString())
-    return exported.model
+        with atomic_model(path) as temporary:
+            save(model_of_file, temporary)
+    return model_of_file
 
 
 def to_litert(

@@ -49,6 +49,7 @@ class _Apart(nn.Module):
         self.out_proj = attention.out_proj
         self.heads, self.width = attention.num_heads, attention.head_dim
         self.batch_first = attention.batch_first
+        self.products = attention.products
         self.eval()
 
     def forward(
@@ -70,12 +71,16 @@ class _Apart(nn.Module):
         parts = self.in_proj(x).chunk(3, dim=-1)
         q, k, v = self._by_head(parts[0]), self._by_head(parts[1]), self._by_head(parts[2])
         weights = None
-        if need_weights:
+        if self.products is not None:
+            attended, made = self.products(q, k, v)
+            weights = made if need_weights else None
+        elif need_weights:
             weights = ((q * self.width**-0.5) @ k.transpose(-2, -1)).softmax(-1)
             attended = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         return (output if self.batch_first else output.transpose(0, 1)), weights
 

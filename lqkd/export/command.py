@@ -20,9 +20,10 @@ from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32
-from lqkd.export.formats import FOLDERS, check_folder_name, check_format, deployed_for, file_name
+from lqkd.export.formats import BUILDERS, FOLDERS, check_folder_name, check_format, deployed_for, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
+from lqkd.export.large_files import all_files, atomic_model
 from lqkd.export.litert import LITERT
 from lqkd.export.made import build
 from lqkd.export.nbits import NBITS
@@ -72,6 +73,7 @@ def export(
     overwrite: bool = False,
     latency: bool = False,
     frames: bool = False,
+    batch: int | None = None,
     allow_code: bool = False,
 ) -> Path:
     """Export the student of a run from its best checkpoint, verify the file and write a model card beside it.
@@ -84,6 +86,7 @@ def export(
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
         frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
+        batch: samples that it takes at a time; None for any number, where the format can.
         allow_code: whether classes of a folder that somebody else made may be run.
 
     Returns:
@@ -98,6 +101,8 @@ def export(
         raise UsageError(f"--latency is not possible with --format {format}: {_UNTIMED[format]}")
     if frames and format not in _FRAMED:
         raise UsageError(f"--frames is not possible with --format {format}: use one of {', '.join(_FRAMED)}")
+    if batch is not None:
+        _check_batch(batch, format, latency)
     wanted = _output(Path(run), format, output, overwrite)
     if format in (GGUF, NBITS, COMPRESSED):
         return _export_language_model(Path(run), wanted, format, allow_code)
@@ -117,10 +122,13 @@ def export(
         stage("comparing it with PyTorch")
         parity = made.check(deployed, inputs, test, student, task)
     parity.split = split
+    if batch is not None:
+        parity.batches = (batch,)
+        about |= {"batch": batch}
     described = made.describe(metadata.describe(format, deployed, parity, about))
     target = wanted if parity.problem is None else rejected(wanted)
-    with (atomic_folder if made.is_folder else atomic_path)(target) as temporary:
-        made.write(temporary, described, frames)
+    with (atomic_folder if made.is_folder else atomic_model)(target) as temporary:
+        made.write(temporary, described, frames, batch)
     weights = size(student)
     summary = Summary(target, _bytes(target), weights.packed_bytes, weights.float_bytes, made.kernels())
     print_card(summary, described, parity)
@@ -134,6 +142,17 @@ def export(
     report.tell(report.describe(student, one, summary, described, timed), target)
     _warn_of_outdated(Path(run))
     return target
+
+
+def _check_batch(batch: int, format: str, latency: bool) -> None:
+    if format in (LITERT, NCNN):
+        raise UsageError(f"--batch is not possible with --format {format}: its files take one sample at a time anyway")
+    if format not in BUILDERS:
+        raise UsageError(f"--batch is not possible with --format {format}: use one of {', '.join(BUILDERS)}")
+    if batch < 1:
+        raise UsageError(f"--batch {batch} is not possible: it is a number of samples, 1 or more")
+    if latency and batch > 1:
+        raise UsageError(f"--latency is not possible with --batch {batch}: it times one sample at a time")
 
 
 def _export_language_model(run: Path, target: Path, format: str, allow_code: bool) -> Path:
@@ -187,7 +206,7 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else all_files(path)))
 
 
 def read_student(run: str | Path, allow_code: bool = False) -> tuple[RunReader, nn.Module, str]:

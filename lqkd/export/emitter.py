@@ -20,6 +20,7 @@ from lqkd.export.deploy import OUTPUT, Deployed
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
 from lqkd.export.island_writers import IslandWriters
+from lqkd.export.large_files import check_model
 from lqkd.export.nodes import Operation, shape_of
 from lqkd.export.operations import KEEPS_GRID, operation, unsupported
 from lqkd.models.outputs import heads
@@ -101,11 +102,12 @@ class Emitter(IslandWriters):
         self._name_outputs({name: self.floating(node) for name, node in results.items()})
         taken = [_described(name, node) for node, name in self.inputs.items()]
         returned = [_described(name, node) for name, node in results.items()]
-        body = helper.make_graph(self.nodes, "lqkd", taken, returned, list(self.initializers.values()))
+        body = helper.make_graph(self.nodes, "lqkd", taken, returned)
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in self.domains)]
         model = helper.make_model(body, opset_imports=imports, producer_name="lqkd", ir_version=self.ir_version)
+        model.graph.initializer.extend(self.initializers.values())  # not with the body, which may be too large to copy
         if not self.domains:
-            onnx.checker.check_model(model, full_check=True)
+            check_model(model)
         return Exported(model, self._grids(), self.integer, self.plain)
 
     def _grids(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lqkd.errors import ParityError, UsageError
 from lqkd.export import metadata
 from lqkd.export.deploy import INPUT
+from lqkd.export.large_files import check_model, copy_of
 from lqkd.export.runtimes import Runner
 
 FRAMES = "frames"
@@ -41,8 +42,10 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
         >>> from lqkd.export import to_onnx
         >>> from lqkd.quantization import initialize_quantizers
         >>> network, _ = quantize_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()), Recipe())
-        >>> initialize_quantizers(network, torch.randn(4, 3, 8, 8))
-        >>> model = takes_frames(to_onnx(network, torch.randn(2, 3, 8, 8)), {"mean": [0.5] * 3, "std": [0.2] * 3})
+        >>> images = torch.randn(4, 3, 8, 8)
+        >>> initialize_quantizers(network, images)
+        >>> model = to_onnx(network, images, calibration=[images])
+        >>> model = takes_frames(model, {"mean": [0.5] * 3, "std": [0.2] * 3})
         >>> [size.dim_value or size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim]
         ['batch', 8, 8, 3]
     """
@@ -56,8 +59,7 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
             f"mean and std by channel: here it takes {[entry.name for entry in model.graph.input]}, with {statistics}"
         )
     _, channels, height, width = sizes
-    framed = onnx.ModelProto()
-    framed.CopyFrom(model)
+    framed = copy_of(model)
     del framed.graph.input[:]
     shape = [entries[0].type.tensor_type.shape.dim[0].dim_param, height, width, channels]
     framed.graph.input.append(helper.make_tensor_value_info(FRAMES, TensorProto.UINT8, shape))
@@ -77,7 +79,7 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
     nodes = [*prepared, *framed.graph.node]
     del framed.graph.node[:]
     framed.graph.node.extend(nodes)
-    onnx.checker.check_model(framed)
+    check_model(framed)
     described = metadata.read(model)
     if described:
         metadata.write(framed, described | {"inputs": {FRAMES: shape[1:]}})

@@ -47,6 +47,7 @@ def hub_folder(
     overwrite: bool = False,
     latency: bool = False,
     frames: bool = False,
+    batch: int | None = None,
     allow_code: bool = False,
 ) -> Path:
     """Write ``README.md``, ``config.json``, ``model.safetensors`` and ``model.onnx`` into a folder.
@@ -61,6 +62,7 @@ def hub_folder(
         overwrite: whether to replace files that exist.
         latency: whether to time the file against float32 ONNX and PyTorch on this CPU.
         frames: whether the file takes a camera's frames, as for :func:`lqkd.export.command.export`.
+        batch: samples that it takes at a time, likewise.
         allow_code: whether classes of a run that somebody else made may be run.
 
     Returns:
@@ -81,7 +83,7 @@ def hub_folder(
     weights = student_file(run)
     load_student(weights, allow_code)  # which says so, if that is not possible
     same = {"overwrite": overwrite, "latency": latency, "frames": frames, "allow_code": allow_code}
-    file = export(run, format=format, output=folder / FILE, **same)
+    file = export(run, format=format, output=folder / FILE, batch=batch, **same)
     with atomic_path(folder / HUB_WEIGHTS) as temporary:
         shutil.copyfile(weights, temporary)
     write_json(folder / HUB_CONFIG, describe_student(weights))

@@ -22,6 +22,7 @@ import onnx
 import torch
 from torch import nn
 
+from lqkd.export.large_files import save
 from lqkd.export.runtimes import NO_FUSION, feeds, has_two_bits, session
 from lqkd.models.calls import Inputs
 
@@ -201,7 +202,7 @@ def peak_memory(model: onnx.ModelProto, inputs: Inputs, threads: int = 1) -> int
         return None
     with tempfile.TemporaryDirectory() as folder:
         file, arrays = Path(folder) / "model.onnx", Path(folder) / "inputs.npz"
-        file.write_bytes(model.SerializeToString())
+        save(model, file)
         np.savez(arrays, **feeds(model, inputs))  # type: ignore[arg-type]
         options = NO_FUSION if has_two_bits(model) else ()
         command = [sys.executable, "-c", _MEMORY, str(file), str(arrays), str(threads), *options]

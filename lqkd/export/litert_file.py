@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from lqkd.errors import UsageError
+
 METADATA = "lqkd.json"
 """The name, within the file, of what it says about itself."""
 _IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
+_LARGEST = 2**31
+"""Bytes of a file, whose offsets are signed numbers of 32 bits."""
 _LARGEST_OLD_CODE = 127
 """Operators beyond it have their code in a second field alone."""
 
@@ -156,9 +160,19 @@ def unpacked(content: bytes) -> Any:
 
 
 def packed(model: Any) -> bytes:
-    """The file of a ``ModelT``."""
+    """The file of a ``ModelT``.
+
+    Raises:
+        UsageError: when it would be too large.
+    """
     import flatbuffers
 
+    size = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
+    if size >= _LARGEST:
+        raise UsageError(
+            f"--format litert is not possible: a TFLite file has less than 2 GB, and this network {size:,} bytes of "
+            "numbers: --format portable puts them into a second file"
+        )
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), _IDENTIFIER)
     return bytes(builder.Output())

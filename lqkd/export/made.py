@@ -11,8 +11,10 @@ from torch import nn
 
 from lqkd.export import litert, litert_file, metadata, ncnn, openvino, torch_program
 from lqkd.export.deploy import Deployed
+from lqkd.export.fixed_batch import of_batch
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH
 from lqkd.export.frames import takes_frames
+from lqkd.export.large_files import save
 from lqkd.export.litert import LITERT
 from lqkd.export.litert_proof import check_litert
 from lqkd.export.ncnn_proof import check_ncnn
@@ -44,8 +46,8 @@ class Made(ABC):
         return told
 
     @abstractmethod
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
-        """Write it with what it says about itself; with ``frames`` it takes a camera's, where its format can.
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
+        """Write it with what it says about itself; where its format can, for ``frames`` and for one ``batch``.
 
         A folder is there and empty.
         """
@@ -67,10 +69,12 @@ class _Onnx(Made):
     def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
         return check(self.exported, deployed, inputs, test, student, task, RUNNERS.get(self.format, Runner))
 
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
         metadata.write(self.exported.model, described)
         model = self.exported.model
-        path.write_bytes((takes_frames(model, described["preprocessing"]) if frames else model).SerializeToString())
+        if frames:
+            model = takes_frames(model, described["preprocessing"])
+        save(model if batch is None else of_batch(model, batch), path)
 
     def kernels(self) -> Kernels | None:
         if is_qonnx(self.exported.model) or self.format == TENSORRT:  # which ONNX Runtime only stands in for
@@ -88,7 +92,7 @@ class _Program(Made):
     def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
         return check_program(self.program, deployed, inputs, test, student, task)
 
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
         save_program(self.program, path, described)
 
     def runs(self) -> Any:
@@ -105,7 +109,7 @@ class _LiteRT(Made):
     def describe(self, told: dict[str, Any]) -> dict[str, Any]:
         return litert.in_file(told)
 
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
         path.write_bytes(litert_file.described(self.written.content, described))
 
     def kernels(self) -> Kernels:
@@ -127,7 +131,7 @@ class _Ncnn(Made):
     def describe(self, told: dict[str, Any]) -> dict[str, Any]:
         return ncnn.in_file(told)
 
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
         ncnn.save(self.written, path, described)
 
     def kernels(self) -> Kernels:

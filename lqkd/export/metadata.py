@@ -90,7 +90,7 @@ def describe(format_name: str, deployed: Deployed, parity: Parity, about: dict[s
     }
 
 
-_OWN = ("version", "format", "bits", "scheme", "inputs", "outputs", "calibrated", "rerouted", "parity")
+_OWN = ("version", "format", "bits", "scheme", "inputs", "outputs", "calibrated", "rerouted", "parity", "batch")
 """What :func:`describe` tells by itself."""
 
 

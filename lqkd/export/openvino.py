@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
+from lqkd.export.large_files import check_model, copy_of, readable
 from lqkd.export.portable import QuantizeDequantize
 from lqkd.export.runtimes import Kernels, Runner, feeds
 from lqkd.models.calls import Inputs
@@ -77,8 +78,7 @@ def with_explicit_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in node.input
         if (quantized := _quantized_product(name, producers)) is not None
     }
-    written = onnx.ModelProto()
-    written.CopyFrom(model)
+    written = copy_of(model)
     del written.graph.node[:]
     for node in model.graph.node:
         if node.output[0] not in summands:
@@ -94,7 +94,7 @@ def with_explicit_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
                 helper.make_node("QuantizeLinear", [whole, one, zero_point], list(node.output), node.name),
             ]
         )
-    onnx.checker.check_model(written, full_check=True)
+    check_model(written)
     return written
 
 
@@ -142,8 +142,10 @@ def compile_model(model: onnx.ModelProto | str | Path, threads: int | None = Non
     settings: dict[str, Any] = dict(SETTINGS) | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
     core = openvino.Core()
     try:
-        read = core.read_model(model if isinstance(model, str | Path) else model.SerializeToString())
-        return core.compile_model(read, "CPU", settings)
+        if isinstance(model, str | Path):
+            return core.compile_model(core.read_model(model), "CPU", settings)
+        with readable(model) as given:
+            return core.compile_model(core.read_model(given), "CPU", settings)
     except RuntimeError as error:
         raise UsageError(f"openvino {openvino.__version__} does not take the file ({first_line(error)})") from error
 

@@ -143,11 +143,16 @@ class GridPlacement:
         """Let the readers of a result that keeps its grid read it from an 8-bit grid that one of them has."""
         if self._kind(node) not in KEEPS_GRID or self._kind(node) == "relu" or len(node.users) < 2:
             return
-        if self._on_grid(node):  # an integer kernel wrote it, before it was moved
-            return
+        if self._on_grid(node) or self._is_split_for_products(self._moved_from(node), [node]):
+            return  # an integer kernel wrote it, before it was moved, or none has to
         grids = [user for user in node.users if self._kind(user) == "grid"]
         if len(grids) == len(node.users) and any(self._bits(grid) == RESIDUAL_BITS for grid in grids):
             self._read_from(next(grid for grid in grids if self._bits(grid) == RESIDUAL_BITS), node)
+
+    def _moved_from(self, node: fx.Node) -> fx.Node:
+        while self._kind(node) in MOVES:
+            node = node.all_input_nodes[0]
+        return node
 
     def _is_uniform(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), UniformQuantizer | LSQPlus)
@@ -191,7 +196,7 @@ class GridPlacement:
         users = [user for user in end.users if user.op != "output" and self._operation(user) is not None]
         others = [user for user in users if self._kind(user) != "grid"]
         grids = [user for user in users if self._kind(user) == "grid"]
-        if any(self._feeds_float(user) for user in others):
+        if any(self._feeds_float(user) for user in others) or self._is_split_for_products(node, users):
             return
         if others:
             grids.append(self._insert(end, others))
@@ -206,6 +211,26 @@ class GridPlacement:
         """Whether ``node`` is a layer whose input training left in floating point, or what reaches one unchanged."""
         kind = self._kind(node)
         return kind == "layer" or (kind in KEEPS_GRID and any(self._feeds_float(user) for user in node.users))
+
+    def _is_split_for_products(self, node: fx.Node, users: list[fx.Node]) -> bool:
+        """Whether ``node`` is a linear layer of which several grids of attention's operands read a part each.
+
+        A kernel writes its sums as real numbers then, and no further grid rounds them before those.
+        """
+        found = self._operation(node)
+        linear = found is not None and isinstance(found.settings.get("module"), nn.Linear)
+        return linear and all(self._kind(user) in MOVES and self._reaches_products(user) for user in users)
+
+    def _reaches_products(self, node: fx.Node) -> bool:
+        if self._kind(node) == "grid":
+            return all(self._is_multiplied(user) for user in node.users)
+        return self._kind(node) in MOVES and all(self._reaches_products(user) for user in node.users)
+
+    def _is_multiplied(self, node: fx.Node) -> bool:
+        found = self._operation(node)
+        if found is None or found.kind in MOVES:
+            return found is not None and all(self._is_multiplied(user) for user in node.users)
+        return found.kind == ISLAND and found.settings["name"] == "MatMul"
 
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"

@@ -260,6 +260,7 @@ def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
     require()
     from lqkd.export import metadata
     from lqkd.export.deploy import OUTPUT
+    from lqkd.export.fixed_batch import in_batches
     from lqkd.export.frames import FRAMES
     from lqkd.export.runtimes import Runner
     from lqkd.models.outputs import returned_by
@@ -281,6 +282,7 @@ def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise UsageError(f"{str(file)!r} is damaged: {tensor.name!r} is not finite")
     runner = Runner(model, optimised=True)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 for any number
     frames = model.graph.input[0].name == FRAMES
     if frames:  # the file prepares pixels itself, from what they are before mean and std
         held = described.get("preprocessing") or {}
@@ -289,7 +291,7 @@ def _onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
 
     def network(images: Tensor) -> Any:
         given = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous() if frames else images
-        found = runner(given.numpy())
+        found = in_batches(runner, given.numpy(), batch) if batch else runner(given.numpy())
         return returned_by({name: torch.from_numpy(found[name]) for name in runner.outputs}, OUTPUT)
 
     return network, described

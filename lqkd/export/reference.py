@@ -199,6 +199,17 @@ class Reference(fx.Interpreter):
         a, b = operands
         return Unrounded(_joint_shape(operands), lambda grid: self.multiplied(a, b, grid))
 
+    def _island(self, node: fx.Node, found: Operation, *operands: Any) -> Unrounded | Tensor | None:
+        """A product of two values on grids, as of attention; all other islands are in floating point."""
+        if found.settings["name"] != "MatMul" or not all(isinstance(x, Codes) for x in operands):
+            return None
+        a, b = operands
+        sums, scale = (a.values.double() @ b.values.double()).float(), a.grid.scale * b.grid.scale
+        if self._is_rounded(node):
+            return Unrounded(sums.shape, lambda grid: rounded(sums, scale / grid.scale, grid))
+        self.step = scale
+        return sums * scale
+
     def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
         return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
 

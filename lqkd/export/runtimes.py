@@ -13,11 +13,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from lqkd.errors import UsageError, first_line
+from lqkd.export.large_files import copy_of, is_large, readable
 from lqkd.export.qonnx import DOMAIN
 from lqkd.models.calls import Inputs
 
 NO_FUSION = ("session.disable_quant_qdq", "1")
 """What ONNX Runtime must be told of files with 2-bit weights: it has no such kernels and fails at fusing them."""
+_NUMBERS_BESIDE = "session.optimized_model_external_initializers_file_name"
 _CPU = ["CPUExecutionProvider"]
 
 
@@ -47,11 +49,14 @@ def session(
         options.add_session_config_entry(*NO_FUSION)
     if save is not None:
         options.optimized_model_filepath = str(save)
+        if is_large(model):
+            options.add_session_config_entry(_NUMBERS_BESIDE, f"{save.name}.data")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_CPU)
+        with readable(model) as given:
+            return onnxruntime.InferenceSession(given, options, providers=_CPU)
     except Exception as error:  # the runtime raises many types
         raise UsageError(
             f"onnxruntime {onnxruntime.__version__} does not take the file ({first_line(error)}): {_helps(model)}"
@@ -123,14 +128,16 @@ class Runner:
 
     def watched(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of ``model`` that returns the further tensors, too."""
-        watched = onnx.ModelProto()
-        watched.CopyFrom(model)
+        watched = copy_of(model)
         for name in self._names[len(self.outputs) :]:
             watched.graph.output.append(helper.make_empty_tensor_value_info(name))
         return watched
 
     def __call__(self, given: Inputs | np.ndarray) -> dict[str, np.ndarray]:
-        arrays = feeds(self._model, given)
+        return self.on(feeds(self._model, given))
+
+    def on(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What it returns for ``arrays``, by the names of its inputs."""
         if self._qonnx:
             return _execute_qonnx(self._model, arrays, self._names)
         import onnxruntime
@@ -173,7 +180,8 @@ _MOVES = (
     "Resize",
 )
 _KERNELS = ("Conv", "MatMul", "Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
-_INTEGER = ("QGemm", *(f"QLinear{kind}" for kind in _KERNELS))
+_TO_FLOAT = "MatMulIntegerToFloat"
+_INTEGER = ("QGemm", _TO_FLOAT, *(f"QLinear{kind}" for kind in _KERNELS))
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ def kernels(model: onnx.ModelProto) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         session(model, optimised=True, save=path)
-        graph = onnx.load(path).graph
+        graph = onnx.load(path, load_external_data=False).graph
     types = _types(graph)
     integer: dict[str, int] = {}
     floats = []
@@ -228,7 +236,9 @@ def _types(graph: onnx.GraphProto) -> dict[str, int]:
     for node in graph.node:
         if node.op_type in _MOVES:
             types[node.output[0]] = types.get(node.input[0], TensorProto.FLOAT)
-        elif node.op_type == "QuantizeLinear" or (node.op_type in _INTEGER and node.output[0] not in returned):
+        elif node.op_type == "QuantizeLinear" or (
+            node.op_type in _INTEGER and node.op_type != _TO_FLOAT and node.output[0] not in returned
+        ):
             types[node.output[0]] = TensorProto.UINT8
         else:
             types.setdefault(node.output[0], TensorProto.FLOAT)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.models.calls import Inputs
 from lqkd.quantization.graph import Tracer, keep_constants
+from lqkd.quantization.products import AttentionProducts
 
 _LOOKED_INTO = ("_patch_merging_pad",)
 """Functions of torchvision that a trace stops at, although it can follow them where sizes are known."""
@@ -111,6 +112,9 @@ class _SizedTracer(Tracer):
         self.looked_into: list[fx.Node] = []
         self._first: _Sized | None = None
         self._batch: Any = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, AttentionProducts) and super().is_leaf_module(m, module_qualified_name)
 
     def _leaves_of(self, root: nn.Module) -> dict[int, nn.Module]:
         return {}  # all modules run

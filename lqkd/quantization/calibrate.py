@@ -15,9 +15,10 @@ from lqkd.errors import UsageError
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.modes import evaluating
+from lqkd.quantization.products import AttentionProducts
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.quantizers.statistic import StatisticQuantizer
-from lqkd.quantization.residual import join_quantizers
+from lqkd.quantization.residual import quantizers_between
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -86,6 +87,12 @@ def initialize_quantizers(
     bypassed = list(dict.fromkeys(name.rpartition(".")[0] for name, q in fresh.items() if id(q) not in reached))
     if bypassed:
         more = f" (and {len(bypassed) - 1} more)" if len(bypassed) > 1 else ""
+        if isinstance(model.get_submodule(bypassed[0]), AttentionProducts):
+            name = bypassed[0].rpartition(".")[0]
+            raise UsageError(
+                f"attention {name!r}{more} has attention_bits but does not call scaled_dot_product_attention, so that "
+                f"its products would train in floating point: add a rule with match={name!r} and attention_bits=32"
+            )
         raise UsageError(
             f"layer {bypassed[0]!r}{more} is quantised but never called, so that it would train in floating point (its "
             "weight is read by another module, or it is not used): add a rule with "
@@ -126,7 +133,7 @@ def _fit_without_values(model: nn.Module) -> None:
             bound = math.sqrt((channels or len(layer.weight)) / layer.weight.numel())  # 1 / sqrt(fan in)
             drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0))
             quantizer.initialize(drawn.to(layer.weight.device))
-    if all(cast(Quantizer, owner._modules[name]).is_ready for owner, name in join_quantizers(model)):
+    if all(cast(Quantizer, owner._modules[name]).is_ready for owner, name in quantizers_between(model)):
         return
     for join in survey(model).joins:
         operands = [cast(Quantizer, model.get_submodule(name)) for name in join.quantizers if name is not None]
@@ -194,7 +201,7 @@ def float_mode(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     kept = [(layer, layer.weight_quantizer, layer.input_quantizer) for layer in layers]
-    joins = [(owner, name, owner._modules[name]) for owner, name in join_quantizers(model)]
+    joins = [(owner, name, owner._modules[name]) for owner, name in quantizers_between(model)]
     for layer in layers:
         layer.weight_quantizer = layer.input_quantizer = None
     for owner, name, _ in joins:

@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from lqkd.errors import UsageError
+from lqkd.quantization.attention import QuantizedProducts, products_of, quantize_attentions, quantized_products
 from lqkd.quantization.batchnorm import fold_all
 from lqkd.quantization.computed import computed
 from lqkd.quantization.cost import size
@@ -23,6 +24,7 @@ from lqkd.quantization.recipe import (
     FLOAT_BITS,
     LayerSettings,
     Recipe,
+    asks_for_attention,
     build_quantizer,
     find_quantizer,
     folds_batch_norm,
@@ -83,6 +85,7 @@ class CoverageReport:
         layers: every layer that has parameters, in the order of the network; a module under several names once.
         operations: what is computed in floating point between the layers: additions, concatenations, products.
         joins: the additions and concatenations whose operands are quantised.
+        products: the attentions whose products are quantised.
         untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
@@ -97,6 +100,7 @@ class CoverageReport:
     layers: tuple[LayerCoverage, ...]
     operations: tuple[Operation, ...] = ()
     joins: tuple[Join, ...] = ()
+    products: tuple[QuantizedProducts, ...] = ()
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
     parameters: int = 0
@@ -110,6 +114,9 @@ class CoverageReport:
         line = (
             f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
         )
+        if self.products:
+            own = ", ".join(f"{bits} bits" for bits in dict.fromkeys(products.bits for products in self.products))
+            line += f"; products of {len(self.products)} attentions with {own}"
         return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
 
     def with_operations(self, shares: Mapping[str, float]) -> CoverageReport:
@@ -143,7 +150,7 @@ class CoverageReport:
             rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
         lines = [text_table(rows, left=6)]
         lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
-        lines += [f"quantised: {join}" for join in self.joins]
+        lines += [f"quantised: {join}" for join in (*self.joins, *self.products)]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
             lines.append(
@@ -161,9 +168,10 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
     registers its layers. Of what is computed outside of layers, the operands of additions and concatenations are
     quantised where the recipe gives ``residual_bits``, and so are results that are read on several grids (see
-    :func:`~lqkd.quantization.residual.quantize_joins`); the report lists the rest. Where the recipe folds batch norms,
-    by itself or for its target, those are gone before, and their layers have a new weight and a bias: a float
-    checkpoint is loaded before.
+    :func:`~lqkd.quantization.residual.quantize_joins`), and where it gives ``attention_bits`` what attention
+    multiplies (see :func:`~lqkd.quantization.attention.quantize_attentions`); the report lists the rest. Where the
+    recipe folds batch norms, by itself or for its target, those are gone before, and their layers have a new weight and
+    a bias: a float checkpoint is loaded before.
 
     Args:
         model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
@@ -223,11 +231,12 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     replacements = {
         id(module): _quantized_layer(name, module, settings[name], weight_quantizers, found.calls.get(name, 1))
         for name, module in floats.items()
-        if not settings[name].is_float or _attention_needs(name, module, settings)
+        if not settings[name].is_float or _attention_needs(name, module, settings, recipe)
     }
     for parent in [*model.modules(), *replacements.values()]:
         _replace_children(parent, replacements)
     model = replacements.get(id(model), model)
+    quantize_attentions(model, recipe)
     levelled = any(isinstance(module, LevelwiseStep) for module in model.modules())
     if levelled and begin_pass not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(begin_pass)
@@ -296,7 +305,14 @@ def _coverage(model: nn.Module, found: Survey) -> CoverageReport:
     if all(row.is_float for row in rows):  # a network that is to stay as it is
         rows = [replace(row, passed_over=False) for row in rows]
     joins = tuple(join for join in found.joins if join.is_quantised)
-    return CoverageReport(tuple(rows), found.operations, joins, found.untraceable, parameters=size(model).parameters)
+    return CoverageReport(
+        tuple(rows),
+        found.operations,
+        joins,
+        quantized_products(model),
+        found.untraceable,
+        parameters=size(model).parameters,
+    )
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -380,10 +396,11 @@ def _axis(layer: nn.Module) -> int:
     return kind.weight_axis(layer)
 
 
-def _attention_needs(name: str, layer: nn.Module, settings: dict[str, LayerSettings]) -> bool:
-    """Whether ``layer`` is attention in float whose output projection, which it must call, is quantised."""
+def _attention_needs(name: str, layer: nn.Module, settings: dict[str, LayerSettings], recipe: Recipe) -> bool:
+    """Whether ``layer`` is attention in float that must call its output projection, or its products, as quantised."""
     projection = settings.get(f"{name}.out_proj".lstrip("."))
-    return isinstance(layer, nn.MultiheadAttention) and projection is not None and not projection.is_float
+    called = (projection is not None and not projection.is_float) or asks_for_attention(recipe)
+    return isinstance(layer, nn.MultiheadAttention) and called
 
 
 def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverage:
@@ -396,7 +413,7 @@ def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverag
             if q is not None
         ]
         notes = notes or [_CHOSEN]
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and products_of(module) is None:
             notes.append("attention products in floating point")
         bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
         return LayerCoverage(name, layer_kind(module), bits[0], bits[1], parameters, ", ".join(notes))

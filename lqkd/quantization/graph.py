@@ -20,6 +20,7 @@ from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer
 from lqkd.quantization.moves import moves
 from lqkd.quantization.norms import is_batch_norm
 from lqkd.quantization.ports import Calls, Port, is_inside, where
+from lqkd.quantization.products import AttentionProducts
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.residual import hook_up
 from lqkd.quantization.shared_activations import shared_activations
@@ -53,7 +54,7 @@ _PAIRS = ("add", "mul")
 
 
 class Tracer(fx.Tracer):
-    """Looks into everything but layers, batch norms and quantizers, and keeps who passed which tensor."""
+    """Looks into everything but layers, products on grids, batch norms and quantizers, and keeps who passed what."""
 
     def __init__(self, given: Collection[str] | None = None) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Tracer(fx.Tracer):
         self.given = given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, QuantizedLayer | Quantizer) or is_batch_norm(m)
+        leaf = isinstance(m, QuantizedLayer | AttentionProducts | Quantizer) or is_batch_norm(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -180,7 +181,9 @@ def survey(model: nn.Module) -> Survey:
             if owner and isinstance(model.get_submodule(owner), (QuantizedLayer, *QUANTIZED_LAYERS)):
                 read.setdefault(owner, where(node))
         kind = _kind(node)
-        if kind is not None and node not in numbers and (kind not in _PAIRS or _combines(node, numbers)):
+        if kind is None or node in numbers or (kind in _PAIRS and not _combines(node, numbers)):
+            continue
+        if kind != "matmul" or any(_quantizer(x, model) is None for x in node.all_input_nodes):
             listed[node] = kind
     joins, forked = _joins(listed, graph, model, tracer.calls)
     for node, kind in listed.items():

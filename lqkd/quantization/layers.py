@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lqkd.quantization.convolution import convolve, not_keeping
+from lqkd.quantization.products import AttentionProducts
 from lqkd.quantization.quantizers import Quantizer
 
 
@@ -242,9 +243,9 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` whose projections are quantised; arguments and results are the same.
 
     The quantizers here are those of the input projections (``in_proj_weight``, one grid per output channel); query,
-    key and value share one input grid. ``out_proj`` is a layer of its own. The two products of the attention itself
-    stay in floating point, and so does everything between them. PyTorch's fused inference path, which would read
-    the float weights, is never taken.
+    key and value share one input grid. ``out_proj`` is a layer of its own. What the attention itself multiplies is on
+    grids where there are ``products``, and in floating point elsewhere. PyTorch's fused inference path, which would
+    read the float weights, is never taken.
 
     Examples:
         >>> from lqkd.quantization import Recipe, quantize_model
@@ -253,6 +254,16 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         >>> type(layer).__name__, layer(x, x, x)[0].shape
         ('QuantMultiheadAttention', torch.Size([2, 5, 16]))
     """
+
+    products: AttentionProducts | None
+
+    @classmethod
+    def from_float(
+        cls, layer: nn.Module, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
+    ) -> QuantizedLayer:
+        quantized = super().from_float(layer, weight_quantizer, input_quantizer)
+        quantized.register_module("products", None)
+        return quantized
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -283,14 +294,18 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         mask = self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
+        if self.products is not None:
+            attended, made = self.products(q, k, v, mask, dropout)
+            weights = made if need_weights else None
+        elif need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, L, S)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
             attended = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if not batched:
             return output.squeeze(0), weights

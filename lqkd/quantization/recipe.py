@@ -37,6 +37,7 @@ class Rule:
         per_channel: one weight grid per output channel (true) or one for the whole tensor (false).
         group_size: one weight grid for so many neighbours on the input axis, such as 32, 64 or 128.
         per_level: see :class:`Recipe`.
+        attention_bits: 2 to 8 for the products of the attentions whose name or class matches, or 32 for floating point.
 
     Examples:
         >>> from torch import nn
@@ -56,6 +57,7 @@ class Rule:
     per_channel: bool | None = None
     group_size: int | None = None
     per_level: bool | None = None
+    attention_bits: int | None = None
 
 
 @dataclass
@@ -86,6 +88,9 @@ class Recipe:
             results that several layers or additions read; null leaves those in floating point and lists the additions.
         residual_quantizer: quantizer of these; signed or not is decided from their data. Null is ``lsq``, or what the
             target asks for.
+        attention_bits: bits of what attention multiplies, queries, keys, values and the softmax, each on a grid of its
+            own by ``lsq`` or what the target asks for, so that a file multiplies whole numbers there, too; null leaves
+            both products in floating point.
         target: a runtime whose arithmetic asks something of all grids, which are then trained under it: ``tensorrt``,
             whose activations are signed 8-bit codes with zero in the middle; ``power_of_two``, fixed-point hardware:
             every scale is a power of two and of a whole tensor, zero points are zero, and batch norms are folded;
@@ -116,6 +121,7 @@ class Recipe:
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
     residual_quantizer: str | dict[str, Any] | None = None
+    attention_bits: int | None = None
     target: str | None = None
     fold_batch_norm: bool | None = None
     rules: list[Rule] = field(default_factory=list)
@@ -275,11 +281,10 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
                     weight_bits=bits, activation_bits=activation_bits if in_blocks else bits
                 )
     for rule in recipe.rules:
-        matched = [n for n, class_name in layers.items() if fnmatchcase(n, rule.match) or class_name == rule.match]
-        if not matched:
-            known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            raise UsageError(f"quantization rule match={rule.match!r} matches no layer: the layers are {known}")
-        changes = {key: value for key, value in vars(rule).items() if key != "match" and value is not None}
+        changes = {key: value for key, value in vars(rule).items() if key in base and value is not None}
+        if rule.attention_bits is not None and not changes:
+            continue  # resolve_attentions
+        matched = _matched(rule, layers, "layer")
         for key in ("weight_bits", "activation_bits"):
             if key in changes:
                 check_bits(changes[key], f"quantization rule {rule.match!r}: {key}", changes[key])
@@ -287,6 +292,62 @@ def resolve(recipe: Recipe, layers: dict[str, str]) -> dict[str, LayerSettings]:
             settings[name].update(changes)
     target = find_target(recipe.target)
     return {name: _complete(name, entry, recipe.bits, target) for name, entry in settings.items()}
+
+
+def resolve_attentions(recipe: Recipe, attentions: dict[str, str]) -> dict[str, int]:
+    """The bits of the products of every attention, 32 for floating point.
+
+    Args:
+        recipe: what the user asked for.
+        attentions: name to class name of every attention whose products can be quantised.
+
+    Raises:
+        UsageError: when there are bits and no attention, a rule matches none, or a number of bits is not possible.
+    """
+    bits = dict.fromkeys(attentions, FLOAT_BITS)
+    if recipe.attention_bits is not None:
+        check_bits(recipe.attention_bits, "quantization.attention_bits", recipe.attention_bits)
+        if not attentions:
+            raise UsageError(
+                f"quantization.attention_bits={recipe.attention_bits} has no effect: no part of the network calls "
+                "scaled_dot_product_attention in its forward, nor is one an nn.MultiheadAttention; leave it null"
+            )
+        bits = dict.fromkeys(attentions, recipe.attention_bits)
+    for rule in recipe.rules:
+        if rule.attention_bits is not None:
+            check_bits(rule.attention_bits, f"quantization rule {rule.match!r}: attention_bits", rule.attention_bits)
+            bits.update(dict.fromkeys(_matched(rule, attentions, "attention"), rule.attention_bits))
+    return bits
+
+
+def asks_for_attention(recipe: Recipe) -> bool:
+    """Whether a recipe says something about the products of attention."""
+    return recipe.attention_bits is not None or any(rule.attention_bits is not None for rule in recipe.rules)
+
+
+def _matched(rule: Rule, parts: dict[str, str], what: str) -> list[str]:
+    """The names of those of ``parts``, name to class name, that a rule is for."""
+    matched = [name for name, kind in parts.items() if fnmatchcase(name, rule.match) or kind == rule.match]
+    if not matched:
+        known = ", ".join([*parts][:6]) + (", ..." if len(parts) > 6 else "")
+        raise UsageError(f"quantization rule match={rule.match!r} matches no {what}: the {what}s are {known or 'none'}")
+    return matched
+
+
+def attention_quantizer(recipe: Recipe, operand: str, bits: int, signed: bool) -> Quantizer:
+    """The quantizer of one operand of attention's products.
+
+    Raises:
+        UsageError: when it is not possible, also with the target.
+    """
+    target = find_target(recipe.target)
+    default = "lsq" if target is None or target.quantizer is None else target.quantizer
+    spec = _constrained(target, default, bits, operand)
+    decided = isinstance(spec, dict) and "signed" in spec  # by the target
+    try:
+        return build_quantizer(spec, bits, batched=True, **({} if decided else {"signed": signed}))
+    except UsageError as error:
+        raise UsageError(f"attention_bits={bits} of the {operand}: {error}") from None
 
 
 def residual_quantizer(recipe: Recipe, place: str) -> str | dict[str, Any]:

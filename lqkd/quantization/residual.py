@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lqkd.errors import UsageError
 from lqkd.quantization.granularity import check_tokens
 from lqkd.quantization.ports import Port
+from lqkd.quantization.products import OPERANDS
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import Recipe, build_quantizer, check_bits, residual_quantizer
 from lqkd.quantization.survey import Survey
@@ -69,12 +70,13 @@ def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
         _attach(target, Port("", output=True), quantizer)
 
 
-def join_quantizers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Owner and attribute of every quantizer that belongs to a module's output or argument and not to a layer."""
+def quantizers_between(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Owner and attribute of every quantizer that belongs to no layer: of what meets in joins and of what attention
+    multiplies."""
     return [
         (module, name)
         for module in model.modules()
-        for name in _NAMES
+        for name in (*_NAMES, *OPERANDS)
         if isinstance(module._modules.get(name), Quantizer)
     ]
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from lqkd.quantization.products import AttentionProducts
+
 MASKED = -100.0
 """What is added to the score of two positions that are neighbours only since the map was shifted around."""
 
@@ -27,6 +29,7 @@ def call_window_layers(model: nn.Module) -> None:
         own = _OWN.get(type(module))
         if own is not None:
             module.__class__ = own
+            module.register_module("products", None)
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,6 +114,9 @@ class _Layers:
     dropout: float
     training: bool
     get_relative_position_bias: Callable[[], Tensor]
+    products: AttentionProducts | None
+    calls_layers = True
+    """What tells these classes from others to whoever does not import torchvision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """A map of the same shape, (B, H, W, C)."""
@@ -119,15 +125,21 @@ class _Layers:
         query, key, value = parts[0], parts[1], parts[2]  # (B * windows, heads, positions, width)
         scores = self.scores(query, key) + self.get_relative_position_bias()
         weights = _unmasked(scores, x, self.window_size, self.shift_size).softmax(-1)
-        attended = F.dropout(weights, self.attention_dropout, self.training) @ value
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.products is None:
+            attended = F.dropout(weights, dropout) @ value
+        else:
+            attended, _ = self.products.weighed(weights, value, dropout)
         attended = F.dropout(self.proj(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
         joined: Tensor = _joined(attended, x, self.window_size, self.shift_size)
         return joined
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scaled products."""
-        width = self.qkv.in_features // self.num_heads
-        return (query * width**-0.5) @ key.transpose(-2, -1)
+        scale = (self.qkv.in_features // self.num_heads) ** -0.5
+        if self.products is None:
+            return (query * scale) @ key.transpose(-2, -1)
+        return self.products.scores(query, key) * scale
 
 
 class WindowAttention(_Layers, ShiftedWindowAttention):  # type: ignore[misc]
@@ -147,7 +159,9 @@ class WindowAttentionV2(_Layers, ShiftedWindowAttentionV2):  # type: ignore[misc
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Cosines over a learned temperature, at least 0.01."""
         temperature = torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
-        return (F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)) * temperature
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        product = query @ key.transpose(-2, -1) if self.products is None else self.products.scores(query, key)
+        return product * temperature
 
 
 _OWN: dict[type[nn.Module], type[nn.Module]] = {

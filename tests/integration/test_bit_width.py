@@ -10,6 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torchvision.models import VisionTransformer
 
 from lqkd.callbacks import BitWidthScheduler, Stage
 from lqkd.errors import UsageError
@@ -210,6 +212,24 @@ def test_two_schedules_of_different_layers_run_side_by_side(make_trainer: MakeTr
     second = BitWidthScheduler([Stage("w4a4", until_epoch=2)], match="layer2.*")
     _, seen = fit(make_trainer, first, second, look=look)
     assert seen[::3] == [(8, 4), (2, 4), (2, 2)]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, [8, 2]), (4, [4, 4])])
+def test_products_of_attention_follow_where_the_recipe_gives_them_the_activations_bits(
+    make_trainer: MakeTrainer, bits: int, expected: list[int]
+) -> None:
+    student = VisionTransformer(8, 4, 1, 2, 16, 16, num_classes=10)
+    student.conv_proj = nn.Conv2d(1, 16, 4, stride=4)
+    name = "encoder.layers.encoder_layer_0.self_attention.products.weights_quantizer"
+    _, seen = fit(
+        make_trainer,
+        BitWidthScheduler([Stage("w8a8", until_epoch=1)]),
+        epochs=2,
+        look=lambda trainer, module: bits_of(module, name),
+        student=student,
+        quantization=Recipe("w2a2", attention_bits=bits),
+    )
+    assert seen[::3] == expected
 
 
 def test_a_training_that_ends_before_the_last_stage_says_so(make_trainer: MakeTrainer) -> None:

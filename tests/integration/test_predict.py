@@ -345,6 +345,35 @@ def test_a_file_that_takes_frames_says_the_same_of_images(
     assert example(sys.executable, tmp_path, images) == expected
 
 
+def test_a_file_for_two_images_at_a_time_says_the_same_of_any_number(
+    run: Path, images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "student.onnx"
+    assert main(["export", str(run), "--batch", "2", "--output", str(file)]) == 0
+    assert "(2, " in (tmp_path / "student.onnx.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["predict", str(run / "student.onnx"), *images]) == 0
+    expected = capsys.readouterr().out.splitlines()
+    assert main(["predict", str(file), *images]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    assert example(sys.executable, tmp_path, images) == expected
+
+
+@pytest.mark.parametrize(
+    ("format_name", "message"),
+    [
+        ("litert", "its files take one sample at a time anyway"),
+        ("torch", "use one of portable, "),
+        ("gguf", "use one of"),
+    ],
+)
+def test_a_batch_of_a_format_that_has_none_or_always_one_is_refused(
+    run: Path, format_name: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["export", str(run), "--batch", "1", "--format", format_name]) == 2
+    assert f"--batch is not possible with --format {format_name}: {message}" in capsys.readouterr().err
+
+
 def test_frames_of_a_format_without_images_are_refused(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["export", str(run), "--frames", "--format", "torch"]) == 2
     assert "--frames is not possible with --format torch" in capsys.readouterr().err

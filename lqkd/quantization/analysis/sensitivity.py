@@ -25,7 +25,7 @@ from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve
-from lqkd.quantization.residual import join_quantizers
+from lqkd.quantization.residual import quantizers_between
 from lqkd.utils.tables import text_table
 
 BITS = ("w8a8", "w4a4", "w2a2")
@@ -177,7 +177,7 @@ def measure_sensitivity(
     if len(set(wanted)) < len(wanted):
         raise UsageError(f"bits={list(bits)!r} name the same bits twice: name each once")
     network, _ = quantize_model(copy_of(model), recipe)
-    for owner, name in join_quantizers(network):  # additions stay in float: layers are what is ranked
+    for owner, name in quantizers_between(network):  # layers are what is ranked
         owner._modules[name] = None
     network.eval()
     judge = Classifier() if judge is None else judge
