@@ -160,14 +160,15 @@ def to_executorch(
     Example:
         >>> import torch
         >>> from executorch.runtime import Runtime
+        >>> from torch import nn
         >>> from lqkd import Recipe, quantize_model
         >>> from lqkd.export import to_executorch
-        >>> from lqkd.models import CifarResNet
         >>> from lqkd.quantization import initialize_quantizers
-        >>> student, _ = quantize_model(CifarResNet(8, width=8), Recipe(bits="w4a4", residual_bits=8))
-        >>> images = torch.randn(16, 3, 32, 32)
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+        >>> student, _ = quantize_model(network, Recipe(bits="w4a4"))
+        >>> images = torch.randn(16, 3, 8, 8)
         >>> initialize_quantizers(student, images)
-        >>> file = to_executorch(student.eval(), images, calibration=[images])
+        >>> file = to_executorch(student.eval(), images)
         >>> program = Runtime.get().load_program(file)
         >>> program.load_method("forward").execute([images[:1]])[0].shape
         torch.Size([1, 10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.export import deploy, executorch
 from lqkd.export.deploy import Deployed
 from lqkd.export.executorch import Written
+from lqkd.export.executorch_writer import Writer
 from lqkd.export.reference import Reference
 from lqkd.quantization import Recipe, initialize_quantizers, quantize_model
 from tests.unit.export.networks import images, quantised
@@ -71,6 +73,32 @@ def _altered(written: Written, number: bytes) -> Written:
     """The file with another first bit of ``number``."""
     assert written.content.count(number) > 0
     return replace(written, content=written.content.replace(number, bytes([number[0] ^ 1]) + number[1:]))
+
+
+class Residual(nn.Module):
+    """A linear layer beside nothing, and linear layers around both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x.flatten(1)))
+        return self.last(F.relu(self.second(x) + x))
+
+
+def test_an_operator_that_does_something_else_fails_at_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Writer._copied
+
+    def subtracted(self: Writer, node: fx.Node) -> fx.Node:
+        copy = call(self, node)
+        copy.target = operator.sub if copy.target is operator.add else copy.target
+        return copy
+
+    monkeypatch.setattr(Writer, "_copied", subtracted)
+    deployed = deploy(quantised(Residual(), bits="w4a4", residual_bits=8), images(2), [images(32)])
+    parity = check_executorch(executorch.build(deployed), deployed, images(8))
+    assert "the first difference arises at grids.last.input_quantizer (in ExecuTorch)" in str(parity.problem)
 
 
 class Mobile(nn.Module):
