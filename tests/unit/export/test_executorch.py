@@ -122,6 +122,30 @@ class Mobile(nn.Module):
         return self.head(F.relu(self.inner(self.norm(x))))
 
 
+class Sequence(nn.Module):
+    """A convolution over one axis, attention and a mean over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Conv1d(3, 8, 3), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.inner, self.outer, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.embed(x.flatten(2))).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.outer(F.gelu(self.inner(x)))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.slow
+def test_sequences_and_attention_between_layers_pass() -> None:
+    deployed = deploy(quantised(Sequence(), bits="w8a8", residual_bits=8), images(2), [images(32)])
+    written = executorch.build(deployed)
+    parity = check_executorch(written, deployed, images(32), [images(64, seed=5)])
+    assert (parity.problem, parity.differing) == (None, 0)
+    assert executorch.kernels(written.content).integer == {"Conv2d": 1, "FullyConnected": 4, "Add": 3}
+
+
 @pytest.mark.slow
 def test_a_mobile_network_passes_and_what_is_not_delegated_is_named() -> None:
     torch.manual_seed(0)
