@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -51,7 +53,9 @@ def compare(student: nn.Module, x: Tensor, test: Tensor, labels: Tensor) -> list
     batches = list(zip(test.split(50), labels.split(50), strict=True))
     parity = check_litert(written, deployed, test[:32], batches, student)
     own = _classes(LiteRTRunner(written, deployed, delegated=False), test)
-    times = _times({"file": written.content, "float": plain}, test)
+    image = np.ascontiguousarray(test[:1].permute(CHANNELS_LAST).numpy())
+    runs = {name: Interpreted(content) for name, content in {"file": written.content, "float": plain}.items()}
+    times = medians({name: partial(run, [image]) for name, run in runs.items()})
     pytorch = Reference(deployed.network)(test).argmax(1)
     return [
         {
@@ -109,14 +113,13 @@ def _classes(run: LiteRTRunner, test: Tensor) -> Tensor:
     return torch.from_numpy(run(Inputs.of(test))["logits"]).argmax(1)
 
 
-def _times(files: dict[str, bytes], test: Tensor) -> dict[str, float]:
-    image = np.ascontiguousarray(test[:1].permute(CHANNELS_LAST).numpy())
-    runs = {name: Interpreted(content) for name, content in files.items()}
+def medians(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """The median of the milliseconds that each of ``runs`` takes, in alternation."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             started = time.perf_counter()
-            run([image])
+            run()
             times[name].append(time.perf_counter() - started)
     return {name: 1000 * statistics.median(found) for name, found in times.items()}
 

@@ -17,7 +17,7 @@ import copy
 import gzip
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def measure(
     rows_of: Callable[[nn.Module, Tensor, Tensor, Tensor], list[dict[str, Any]]],
     epochs: Mapping[str, int],
     trained_on: int,
+    networks: Iterable[str] = NETWORKS,
 ) -> None:
     """Ask the command line for folders, and write what is found of every student at W8A8 and W4A4.
 
@@ -62,15 +63,18 @@ def measure(
         rows_of: what is found of a student, training images, test images and their labels.
         epochs: of W4A4 with simulated quantization, by data.
         trained_on: images at most.
+        networks: which of them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True, help="file for the results")
     parser.add_argument("--cifar10", required=True, help="folder with CIFAR-10")
-    parser.add_argument("--fashion", type=Path, required=True, help="folder with Fashion-MNIST's four .gz files")
+    chosen = {name: NETWORKS[name] for name in networks}
+    if "Fashion-MNIST" in chosen.values():
+        parser.add_argument("--fashion", type=Path, required=True, help="folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--keep", type=Path, required=True, help="folder for trained networks")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name, data in NETWORKS.items():
+    for name, data in chosen.items():
         x, y, test, labels = _cifar10(options.cifar10) if data == "CIFAR-10" else _fashion(options.fashion)
         x, y = x[:trained_on], y[:trained_on]
         torch.manual_seed(0)

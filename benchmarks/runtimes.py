@@ -77,6 +77,14 @@ RUNTIMES = (
         (("litert_files_cpu_litert2.3.0.csv", {}),),
     ),
     Runtime(
+        "ExecuTorch",
+        "`executorch`",
+        "weights 1 to 8, activations 2 to 8, in 8",
+        "1.5.1",
+        "batches; the last layer has float32 weights; other delegates than XNNPACK and phones were not tried",
+        (("executorch_files_cpu_executorch1.5.1.csv", {}),),
+    ),
+    Runtime(
         "ncnn",
         "`ncnn`",
         "weights 1 to 8, activations 2 to 8, in 8",

@@ -10,8 +10,10 @@ import onnx
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export import litert, metadata, ncnn, torch_program
+from lqkd.export import executorch, executorch_file, litert, metadata, ncnn, torch_program
 from lqkd.export.deploy import Deployed, deployable_copy
+from lqkd.export.executorch_proof import check_executorch
+from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.fixed_batch import check_batch, of_batch
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH, check_folder_name, deployed_for
 from lqkd.export.large_files import atomic_model, save
@@ -134,6 +136,60 @@ def to_litert(
     _judge(parity)
     told = litert.in_file(metadata.describe(litert.LITERT, deployed, parity, about or {}))
     content = described(written.content, told)
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return content
+
+
+def to_executorch(
+    model: nn.Module,
+    example: Any,
+    path: str | Path | None = None,
+    *,
+    calibration: Iterable[Any] = (),
+    test: Iterable[Any] | None = None,
+    about: dict[str, Any] | None = None,
+    task: Task | None = None,
+) -> bytes:
+    """Export a quantised network to a program of ExecuTorch, and prove in its runtime that it computes the same.
+
+    Args:
+        model, example, path, calibration, test, about, task: as of :func:`to_onnx`.
+
+    Returns:
+        The file, for one sample at a time: float32, inputs and outputs by position, in the order of those of
+        :func:`to_onnx`.
+
+    Raises:
+        UsageError: when the network cannot be exported in this format, or executorch is not installed.
+        ParityError: when the file computes something else; nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from executorch.runtime import Runtime
+        >>> from torch import nn
+        >>> from lqkd import Recipe, quantize_model
+        >>> from lqkd.export import to_executorch
+        >>> from lqkd.quantization import initialize_quantizers
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+        >>> student, _ = quantize_model(network, Recipe(bits="w4a4"))
+        >>> images = torch.randn(16, 3, 8, 8)
+        >>> initialize_quantizers(student, images)
+        >>> file = to_executorch(student.eval(), images)
+        >>> program = Runtime.get().load_program(file)
+        >>> program.load_method("forward").execute([images[:1]])[0].shape
+        torch.Size([1, 10])
+    """
+    executorch.require()
+    deployed = _deployed(model, example, EXECUTORCH, calibration, about)
+    written = executorch.build(deployed)
+    student = None if test is None else deployable_copy(model)
+    parity = check_executorch(written, deployed, example, test or (), student, task)
+    _check_judged(test, parity)
+    _judge(parity)
+    told = executorch.in_file(metadata.describe(EXECUTORCH, deployed, parity, about or {}))
+    content = executorch_file.described(written.content, told)
     if path is not None:
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)

@@ -30,7 +30,8 @@ class Summary:
         file_bytes: its size.
         packed_bytes: of the weights if every one took its bits.
         float_bytes: of the float network.
-        kernels: what ONNX Runtime, OpenVINO or LiteRT makes of it, ``None`` where it is run by something else.
+        kernels: what ONNX Runtime, OpenVINO, LiteRT or ExecuTorch makes of it, ``None`` where it is run by something
+            else.
     """
 
     path: Path

@@ -20,6 +20,7 @@ from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
 from lqkd.export.deploy import as_float32
+from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.formats import BUILDERS, FOLDERS, check_folder_name, check_format, deployed_for, file_name
 from lqkd.export.gguf_command import tokenizer_of, write_gguf
 from lqkd.export.gguf_file import GGUF, require
@@ -53,6 +54,7 @@ _UNTIMED = {
     OPENVINO: "OpenVINO's own benchmark_app times such a file",
     TENSORRT: "TensorRT's own trtexec times such a file",
     LITERT: "LiteRT's own benchmark_model times such a file, on the device that it is for",
+    EXECUTORCH: "ExecuTorch's own executor_runner times such a file, on the device that it is for",
     NCNN: "ncnn's own benchncnn times such files, on the device that they are for",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",

@@ -12,6 +12,9 @@ from lqkd.errors import UsageError
 from lqkd.export import openvino, packed, portable, power_of_two, qonnx, tensorrt
 from lqkd.export.deploy import Deployed, deploy
 from lqkd.export.emitter import Exported
+from lqkd.export.executorch import SUFFIX as PTE
+from lqkd.export.executorch import require as require_executorch
+from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.gguf_file import GGUF
 from lqkd.export.grids import LookupGrid
 from lqkd.export.integer import IntegerLayer
@@ -37,11 +40,18 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
-FORMATS = (*BUILDERS, LITERT, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
+FORMATS = (*BUILDERS, LITERT, EXECUTORCH, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
 FOLDERS = (NCNN, COMPRESSED)
 """Those that are folders."""
-_SUFFIXES = {LITERT: SUFFIX, NCNN: f".{NCNN}", TORCH: ".pt2", GGUF: ".gguf", COMPRESSED: f".{COMPRESSED}"}
+_SUFFIXES = {
+    LITERT: SUFFIX,
+    EXECUTORCH: PTE,
+    NCNN: f".{NCNN}",
+    TORCH: ".pt2",
+    GGUF: ".gguf",
+    COMPRESSED: f".{COMPRESSED}",
+}
 """Of files that are not ONNX."""
 
 
@@ -76,6 +86,8 @@ def check_format(name: str) -> None:
         openvino.require()
     if name == LITERT:
         require_litert()
+    if name == EXECUTORCH:
+        require_executorch()
     if name == NCNN:
         require_ncnn()
 

@@ -20,7 +20,7 @@ from lqkd.export.differences import Compared
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.nodes import Operation
-from lqkd.export.reference import Codes
+from lqkd.export.reference import Codes, Unrounded
 
 _XNNPACK_BITS = 20
 _LEFT_SHIFT = 20
@@ -59,8 +59,9 @@ class XNNPack(Compared):
             sums = sums + x.values.long() * round(math.ldexp(float(ratio), shift))
         return (sums >> shift).float() + grid.zero_point
 
-    def _globalpool(self, node: fx.Node, found: Operation, x: Any) -> None:
+    def _globalpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
         """The file has it in floating point."""
+        return None
 
     def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> None:
         """Likewise."""

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lqkd.export import litert, litert_file, metadata, ncnn, openvino, torch_program
+from lqkd.export import executorch, executorch_file, litert, litert_file, metadata, ncnn, openvino, torch_program
 from lqkd.export.deploy import Deployed
+from lqkd.export.executorch_proof import check_executorch
+from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.fixed_batch import of_batch
 from lqkd.export.formats import BUILDERS, RUNNERS, TORCH
 from lqkd.export.frames import takes_frames
@@ -119,6 +121,26 @@ class _LiteRT(Made):
         raise AssertionError("refused before")
 
 
+class _ExecuTorch(Made):
+    def __init__(self, deployed: Deployed) -> None:
+        self.written = executorch.build(deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_executorch(self.written, deployed, inputs, test, student, task)
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        return executorch.in_file(told)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+        path.write_bytes(executorch_file.described(self.written.content, described))
+
+    def kernels(self) -> Kernels:
+        return executorch.kernels(self.written.content)
+
+    def runs(self) -> Any:
+        raise AssertionError("refused before")
+
+
 class _Ncnn(Made):
     is_folder = True
 
@@ -141,7 +163,11 @@ class _Ncnn(Made):
         raise AssertionError("refused before")
 
 
-_OTHERS: dict[str, type[_LiteRT] | type[_Ncnn]] = {LITERT: _LiteRT, NCNN: _Ncnn}
+_OTHERS: dict[str, type[_LiteRT] | type[_ExecuTorch] | type[_Ncnn]] = {
+    LITERT: _LiteRT,
+    EXECUTORCH: _ExecuTorch,
+    NCNN: _Ncnn,
+}
 
 
 def build(format: str, deployed: Deployed, inputs: Inputs) -> Made:

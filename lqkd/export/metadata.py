@@ -12,6 +12,8 @@ import onnx
 
 from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import OUTPUT, Deployed, grid_of
+from lqkd.export.executorch import LOADER_NOTE as EXECUTORCH_NOTE
+from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.grids import ActivationGrid, LookupGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert import LITERT
@@ -35,6 +37,7 @@ LOADER_NOTES = {
     "packed2": PACKED2_NOTE,
     OPENVINO: OPENVINO_NOTE,
     LITERT: LITERT_NOTE,
+    EXECUTORCH: EXECUTORCH_NOTE,
     TENSORRT: TENSORRT_NOTE,
     POWER_OF_TWO: POWER_OF_TWO_NOTE,
     NCNN: NCNN_NOTE,

@@ -109,7 +109,7 @@ class Reference(fx.Interpreter):
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda x: read(self.env[x]))
         return getattr(self, node.op)(node.target, *arguments)
 
-    def _is_rounded(self, node: fx.Node, readers: int = 1) -> bool:
+    def is_rounded(self, node: fx.Node, readers: int = 1) -> bool:
         """Whether grids, and no more than ``readers``, are all that reads ``node``, directly or behind clamps."""
         users = self._readers(node)
         while len(users) == 1 and self._kind(users[0]) in CLAMPS:
@@ -172,7 +172,7 @@ class Reference(fx.Interpreter):
             return None
         scale = x.grid.scale * (layer.scale / layer.multiplier)
         linear = isinstance(layer, IntegerLinear)
-        has_grid = self._is_rounded(node) and not (linear and self.reshapes and x.values.ndim > 2)
+        has_grid = self.is_rounded(node) and not (linear and self.reshapes and x.values.ndim > 2)
         if not (linear or has_grid):
             return None
         sums = layer.sums(x.values, x.largest)
@@ -211,10 +211,10 @@ class Reference(fx.Interpreter):
         return sums * scale
 
     def _is_pair(self, node: fx.Node, operands: tuple[Any, ...]) -> bool:
-        return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self._is_rounded(node, 2)
+        return len(operands) == 2 and all(isinstance(x, Codes) for x in operands) and self.is_rounded(node, 2)
 
     def _globalpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
-        if not isinstance(x, Codes) or not self._is_rounded(node):
+        if not isinstance(x, Codes) or not self.is_rounded(node):
             return None
         axes = tuple(range(2, x.values.ndim))
         count = x.values[0, 0].numel()
@@ -222,7 +222,7 @@ class Reference(fx.Interpreter):
         return Unrounded(sums.shape, lambda grid: rounded(sums, mean_factor(x.grid, grid, count), grid))
 
     def _avgpool(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
-        if not isinstance(x, Codes) or not self._is_rounded(node):
+        if not isinstance(x, Codes) or not self.is_rounded(node):
             return None
         means = self._called(node, _real)
         return Unrounded(means.shape, lambda grid: averaged(means, grid))
@@ -233,7 +233,7 @@ class Reference(fx.Interpreter):
         return replace(x, clamps=((0.0, None), *x.clamps)) if isinstance(x, Unrounded) else None
 
     def _clamp(self, node: fx.Node, found: Operation, x: Any) -> Unrounded | None:
-        if isinstance(x, Codes) and self._is_rounded(node):
+        if isinstance(x, Codes) and self.is_rounded(node):
             codes = x
             x = Unrounded(codes.values.shape, lambda grid: self.added(codes, None, grid))
         limits = (found.settings["low"], found.settings["high"])

@@ -80,10 +80,11 @@ class Distilled:
 
         Args:
             path: the file; None for ``student.onnx`` in the run's folder, ``student.FORMAT.onnx`` of other formats,
-                ``student.tflite``, ``student.pt2``, ``student.gguf``, or the folders ``student.ncnn`` and
-                ``student.compressed-tensors``.
+                ``student.tflite``, ``student.pte``, ``student.pt2``, ``student.gguf``, or the folders ``student.ncnn``
+                and ``student.compressed-tensors``.
             format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt``, ``power_of_two``,
-                ``litert``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or ``compressed-tensors``: see ``docs/export.md``.
+                ``litert``, ``executorch``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or ``compressed-tensors``: see
+                ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -97,9 +98,10 @@ class Distilled:
         from lqkd.export import require
 
         require()
-        from lqkd.export import to_litert, to_ncnn, to_onnx
+        from lqkd.export import to_executorch, to_litert, to_ncnn, to_onnx
         from lqkd.export.api import write_program
         from lqkd.export.command import told_of_data
+        from lqkd.export.executorch_writer import EXECUTORCH
         from lqkd.export.formats import FOLDERS, FORMATS, TORCH, check_folder_name, check_format, file_name
         from lqkd.export.gguf_command import tokenizer_of, write_gguf
         from lqkd.export.gguf_file import GGUF
@@ -136,7 +138,12 @@ class Distilled:
                 write = write_gguf if format == GGUF else write_compressed_tensors
                 write(*given, tokenizer_of(self._data, self.network))
             return target
-        others: dict[str, Callable[..., Any]] = {LITERT: to_litert, NCNN: to_ncnn, TORCH: write_program}
+        others: dict[str, Callable[..., Any]] = {
+            LITERT: to_litert,
+            EXECUTORCH: to_executorch,
+            NCNN: to_ncnn,
+            TORCH: write_program,
+        }
         others.get(format, partial(to_onnx, format=format))(
             self.network,
             example,

@@ -25,6 +25,7 @@ _OTHERS = {
     ".onnx": "ONNX Runtime runs it, as python -m lqkd predict {} IMAGE does",
     ".gguf": "llama.cpp runs it, and lqkd.export.from_gguf reads it",
     ".tflite": "LiteRT's interpreter runs it",
+    ".pte": "ExecuTorch's runtime runs it",
     ".pt2": "torch.export.load loads it, and python -m lqkd predict {} IMAGE asks it",
     ".ncnn": _NCNN,
     ".param": _NCNN,
