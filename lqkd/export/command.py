@@ -147,7 +147,7 @@ def export(
 
 
 def _check_batch(batch: int, format: str, latency: bool) -> None:
-    if format in (LITERT, NCNN):
+    if format in (LITERT, EXECUTORCH, NCNN):
         raise UsageError(f"--batch is not possible with --format {format}: its files take one sample at a time anyway")
     if format not in BUILDERS:
         raise UsageError(f"--batch is not possible with --format {format}: use one of {', '.join(BUILDERS)}")

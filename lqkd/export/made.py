@@ -131,7 +131,7 @@ class _ExecuTorch(Made):
     def describe(self, told: dict[str, Any]) -> dict[str, Any]:
         return executorch.in_file(told)
 
-    def write(self, path: Path, described: dict[str, Any], frames: bool) -> None:
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
         path.write_bytes(executorch_file.described(self.written.content, described))
 
     def kernels(self) -> Kernels:
