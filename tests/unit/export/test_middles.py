@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lqkd.export import Deployed, deploy
@@ -15,6 +16,20 @@ from lqkd.export.middles import to_the_middle
 from lqkd.export.reference import Reference
 from lqkd.models.calls import Inputs
 from tests.unit.export.networks import images, quantised
+
+
+class Excited(nn.Module):
+    """A product with a hard sigmoid that reaches 1, so that its grid has 255 steps there and 0.5 is half way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.excite, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        nn.init.normal_(self.excite.weight, std=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(x * F.hardsigmoid(self.excite(x.mean((2, 3), keepdim=True))))
+
 
 FITTED, READER = "grids.calibrated.relu", "grids.conv1.input_quantizer"
 
@@ -79,3 +94,21 @@ def test_litert_rounds_halves_up_and_has_the_student_s_codes_where_there_are_non
     x = images(64, seed=5)
     assert share_of_equal_logits(deploy(tied, images(2), [images(32)]), x) < 0.6
     assert share_of_equal_logits(deployed_for("litert", tied, images(2), [images(32)]), x) > 0.95
+
+
+def share_of_other_gates(deployed: Deployed) -> float:
+    """Of the codes of a gate in OpenVINO, on the file's own input of it."""
+    pytest.importorskip("openvino")
+    from lqkd.export import check, openvino
+
+    parity = check(openvino.build(deployed), deployed, images(32), runner=openvino.OpenVINORunner)
+    return next(row.fraction for row in parity.optimised if row.name == "grids.calibrated.hardsigmoid")
+
+
+def test_a_gate_of_one_half_is_not_half_way_between_two_levels_in_openvino() -> None:
+    network = quantised(Excited(), bits="w8a8", residual_bits=8)
+    network.excite.bias.data.zero_()
+    network.excite.weight.data[::2] = 0  # gates of one half
+    tied, apart = deploy(network, images(2), [images(32)]), deployed_for("openvino", network, images(2), [images(32)])
+    assert share_of_other_gates(tied) > 0.1
+    assert share_of_other_gates(apart) == 0
