@@ -100,7 +100,8 @@ def _readings(network: fx.GraphModule) -> Iterator[_Reading]:
         reader = _quantizer(node, network)
         if reader is None or isinstance(reader, ReAct):
             continue
-        (source,), path = node.all_input_nodes, []
+        path: list[fx.Node] = []
+        (source,) = node.all_input_nodes
         while _quantizer(source, network) is None and len(source.all_input_nodes) == 1:
             kind = getattr(operation(source, network), "kind", "")
             if kind not in (*_OF_EACH_NUMBER, *MOVES):
