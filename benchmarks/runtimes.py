@@ -66,7 +66,10 @@ RUNTIMES = (
         "1 to 8, in 8",
         "2023.3.0 (no older one was tried), 2024.6.0, 2025.3.0, 2026.4.1",
         "other plugins than that of x86 were not tried",
-        (("openvino_files_cpu_openvino2026.4.1.csv", {"file": "openvino"}),),
+        (
+            ("openvino_files_cpu_openvino2026.4.1.csv", {"file": "openvino", "network": "resnet20"}),
+            ("trained_files_cpu_openvino2026.4.1.csv", {}),
+        ),
     ),
     Runtime(
         "LiteRT",
@@ -74,7 +77,10 @@ RUNTIMES = (
         "weights 1 to 8, activations 2 to 8, in 8",
         "1.4.0 (1.0.1 does not take the file), 2.0.3, 2.3.0",
         "layers in floating point beside the last, and batches; phones' delegates were not tried",
-        (("litert_files_cpu_litert2.3.0.csv", {}),),
+        (
+            ("litert_files_cpu_litert2.3.0.csv", {"network": "resnet20"}),
+            ("trained_files_cpu_litert2.3.0.csv", {}),
+        ),
     ),
     Runtime(
         "ExecuTorch",

@@ -19,6 +19,7 @@ from lqkd.export.explicit import check_takes, parameters, propagate_shapes, reco
 from lqkd.export.gates import GateGrid, GateRange
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
+from lqkd.export.middles import keep_off_middles
 from lqkd.export.operations import MOVES, operation
 from lqkd.export.placement import missing_grid, place_grids
 from lqkd.models.calls import Inputs
@@ -71,6 +72,7 @@ def deploy(
     progress: Callable[[int, int], None] | None = None,
     target: Target | None = None,
     gates: bool = False,
+    off_middles: bool = False,
 ) -> Deployed:
     """Build the deployed form of a quantised network; the network itself is left alone.
 
@@ -90,6 +92,8 @@ def deploy(
         gates: whether sigmoids and hard sigmoids without a grid of training get one of 256 levels, up to the largest in
             ``calibration``, and hard swish and SiLU become products with such a gate, which ONNX Runtime computes on
             integers.
+        off_middles: whether grids that are fitted are made up to 0.6 % coarser, so that no code of one grid is in the
+            middle between two levels of another that reads it, where other runtimes than ONNX Runtime round otherwise.
 
     Raises:
         UsageError: when the network cannot be traced, something in it cannot be exported, such as a grid per group of
@@ -115,6 +119,8 @@ def deploy(
     ranges = any(isinstance(module, GateRange) for module in network.modules())
     if builder.fresh or (ranges and batches):
         _calibrate(network, builder.fresh, batches, progress)
+    if off_middles:
+        keep_off_middles(network, builder.fresh)
     _make_integer(network)
     _settle_gates(network, builder.fresh)
     propagate_shapes(network, inputs)

@@ -104,7 +104,9 @@ def deployed_for(
     Raises:
         UsageError: likewise, and when the format cannot express the network.
     """
-    deployed = deploy(student, example, calibration, progress, TARGETS.get(name), gates=name == PORTABLE)
+    elsewhere = name in (openvino.OPENVINO, LITERT)
+    target = TARGETS.get(name)
+    deployed = deploy(student, example, calibration, progress, target, gates=name == PORTABLE, off_middles=elsewhere)
     check_expressible(deployed, name)
     return deployed
 

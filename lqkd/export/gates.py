@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
+from lqkd.export.middles import coarser, to_the_middle
 from lqkd.export.nodes import Operation
 from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import CODES
@@ -29,11 +30,8 @@ _SELF_GATED = {"HardSwish": "HardSigmoid", "SiLU": "Sigmoid"}
 _STEP = 1 / (CODES - 1)
 _LEAST_STEPS = 8
 """So many steps three must have for a gate to share the codes of its value."""
-_TRIED, _COARSER = 64, 1e-4
 _ROUNDING = 2e-4
 """So far, in steps, the middle between two levels of a trained grid is from what float32 makes of a sum."""
-_LEAST = 1e-3
-"""So far, in steps, every number of a table shall be from the middle between two levels."""
 
 
 class GateRange(MinMax):
@@ -88,16 +86,11 @@ class GateGrid(ActivationGrid):
             gate: ``HardSigmoid`` or ``Sigmoid``.
         """
         values = _of_each_code(source, gate)
-        steps = [self.scale * (1 + _COARSER * turn) for turn in range(_TRIED)]
-        far = (step for step in steps if _to_the_middle(values, step) >= _LEAST)
-        self.scale = next(far, max(steps, key=lambda step: _to_the_middle(values, step)))
+        self.scale = coarser(self.scale, lambda step: _to_the_middle(values, step))
 
 
 def _to_the_middle(values: Tensor, step: Tensor) -> float:
-    """How far, in steps, those of ``values`` that are not cut off are from the middle between two levels, at least."""
-    codes = values.double() / step.double()
-    within = codes[codes < CODES]
-    return float((within - within.floor() - 0.5).abs().min()) if len(within) else 0.5
+    return to_the_middle(values.double() / step.double(), 0, CODES - 1)
 
 
 def _of_each_code(source: ActivationGrid, gate: str) -> Tensor:

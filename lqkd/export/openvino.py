@@ -3,7 +3,10 @@
 OpenVINO fuses a convolution, the Quantize behind it, an addition and the Quantize of the sum into one kernel, and the
 first of the two Quantizes does not round then. So the operands of residual additions are on no grid: MobileNetV2 at
 W4A4 gets another class on one image in fifteen, without a warning. Here the rounding of such an operand is an operator
-of its own, which the kernel keeps, and the Quantize behind it has whole numbers to quantise.
+of its own, which the kernel keeps, and the Quantize behind it has whole numbers to quantise. It is so in front of a
+hard swish, too, which OpenVINO fuses likewise: single codes at the edge of two levels became others there.
+
+Signed grids have int8 codes: OpenVINO adds a zero point before it rounds, in float32, which is coarse beside 128.
 
 Where a processor has bfloat16, OpenVINO computes in it what is not in integers, unless told otherwise.
 """
@@ -22,10 +25,12 @@ from onnx import helper, numpy_helper
 from lqkd.errors import UsageError, first_line
 from lqkd.export.deploy import Deployed
 from lqkd.export.emitter import Exported
+from lqkd.export.grids import ActivationGrid
 from lqkd.export.large_files import check_model, copy_of, readable
 from lqkd.export.portable import QuantizeDequantize
 from lqkd.export.runtimes import Kernels, Runner, feeds
 from lqkd.models.calls import Inputs
+from lqkd.quantization.codes import MIDDLE
 
 OPENVINO = "openvino"
 """The format's name, and the package's."""
@@ -37,6 +42,8 @@ LOADER_NOTE = (
 )
 """What a user of such a file must know."""
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_READERS = ("Add", "HardSwish")
+"""Operators with which OpenVINO fuses a product in front of them and its rounding."""
 _UNNAMED = ("Const", "Input", "Output", "Reorder", "Reshape")
 """Layers of OpenVINO's graph that compute nothing."""
 
@@ -51,37 +58,44 @@ def require() -> None:
         raise UsageError("--format openvino needs openvino, to verify the file: pip install 'lqkd[openvino]'")
 
 
+class SignedCodes(QuantizeDequantize):
+    """Signed grids have int8 codes, whose zero is 0."""
+
+    def code_of_zero(self, grid: ActivationGrid) -> Any:
+        return np.int8(0) if grid.zero_point == MIDDLE else super().code_of_zero(grid)
+
+
 def build(deployed: Deployed) -> Exported:
-    """The model in the portable format, with explicit rounding of what residual additions read.
+    """The model in the portable format, with signed codes, and explicit rounding where OpenVINO would leave it out.
 
     Raises:
         UsageError: when an operator has no counterpart, or openvino is not installed.
     """
     require()
-    exported = QuantizeDequantize(deployed).build()
+    exported = SignedCodes(deployed).build()
     return Exported(with_explicit_rounding(exported.model), exported.grids, exported.integer, exported.plain)
 
 
 def with_explicit_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which ``Quantize(x, s)`` of a product that an addition reads is ``Quantize(Round(x / s), 1)``.
+    """A copy in which ``Quantize(x, s)`` is ``Quantize(Round(x / s), 1)``, of products that such an operator reads.
 
-    Both round half to even, so every code stays what it was.
+    These are additions and hard swish. Both forms round half to even, so every code stays what it was.
 
     Args:
         model: in the portable format.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
-    summands = {
+    explicit = {
         quantized.output[0]
         for node in model.graph.node
-        if node.op_type == "Add"
+        if node.op_type in _READERS
         for name in node.input
         if (quantized := _quantized_product(name, producers)) is not None
     }
     written = copy_of(model)
     del written.graph.node[:]
     for node in model.graph.node:
-        if node.output[0] not in summands:
+        if node.output[0] not in explicit:
             written.graph.node.append(node)
             continue
         x, scale, zero_point = node.input

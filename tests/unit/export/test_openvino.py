@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from torch import nn
 
 from lqkd.errors import UsageError
 from lqkd.export import check, deploy, openvino, portable
@@ -39,6 +41,29 @@ def test_an_operand_of_an_addition_keeps_its_rounding_which_openvino_drops_in_th
     x = images(256, seed=5)
     assert share_of_equal_logits(portable.build(deployed).model, deployed, x) < 0.5
     assert share_of_equal_logits(openvino.build(deployed).model, deployed, x) > 0.99
+
+
+@pytest.fixture(scope="module")
+def swished() -> onnx.ModelProto:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 3))
+    return openvino.build(deploy(quantised(layers, bits="w8a8"), images(2), [images(32)])).model
+
+
+def test_what_a_hard_swish_reads_is_rounded_by_an_operator_of_its_own(swished: onnx.ModelProto) -> None:
+    producers = {node.output[0]: node for node in swished.graph.node}
+    node = next(node for node in swished.graph.node if node.op_type == "HardSwish")
+    before = []
+    while node.input[0] in producers:
+        node = producers[node.input[0]]
+        before.append(node.op_type)
+    assert before[:5] == ["DequantizeLinear", "QuantizeLinear", "Round", "Div", "Conv"]
+
+
+def test_signed_codes_have_a_zero_of_zero(swished: onnx.ModelProto) -> None:
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in swished.graph.initializer}
+    zeros = {name: array for name, array in held.items() if name.startswith("grids.") and name.endswith("zero_point")}
+    assert [array.dtype for name, array in zeros.items() if "calibrated" in name] == [np.int8]
+    assert not any(array.any() for array in zeros.values() if array.dtype == np.int8)
 
 
 def test_an_untouched_file_passes_and_says_on_how_many_images_it_agrees(deployed: Deployed) -> None:

@@ -1,0 +1,114 @@
+"""Grids that the export fits are kept off steps at which runtimes round in their own ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lqkd.export import Deployed, deploy
+from lqkd.export.formats import deployed_for
+from lqkd.export.grids import ActivationGrid
+from lqkd.export.middles import to_the_middle
+from lqkd.export.reference import Reference
+from lqkd.models.calls import Inputs
+from tests.unit.export.networks import images, quantised
+
+
+class Excited(nn.Module):
+    """A product with a hard sigmoid that reaches 1, so that its grid has 255 steps there and 0.5 is half way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.excite, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        nn.init.normal_(self.excite.weight, std=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(x * F.hardsigmoid(self.excite(x.mean((2, 3), keepdim=True))))
+
+
+FITTED, READER = "grids.calibrated.relu", "grids.conv1.input_quantizer"
+
+
+@pytest.fixture(scope="module")
+def tied() -> nn.Module:
+    """A student whose first block reads every second level of a grid that is fitted half way between its own."""
+    network: Any = quantised(bits="w4a4")
+    step = deploy(network, images(2), [images(32)]).network.get_submodule(FITTED).scale
+    network.conv1.input_quantizer.scale.data.copy_(2 * step)
+    return network
+
+
+def grids(deployed: Deployed) -> list[ActivationGrid]:
+    return [deployed.network.get_submodule(name) for name in (FITTED, READER)]  # type: ignore[misc]
+
+
+def apart(deployed: Deployed) -> float:
+    source, reader = grids(deployed)
+    codes = torch.arange(source.high + 1) * source.scale.double() / reader.scale.double()
+    return to_the_middle(codes, reader.low, reader.high)
+
+
+def test_no_code_of_a_fitted_grid_is_half_way_between_two_levels_of_its_reader(tied: nn.Module) -> None:
+    assert apart(deploy(tied, images(2), [images(32)])) == 0
+    assert apart(deploy(tied, images(2), [images(32)], off_middles=True)) >= 1e-3
+
+
+def test_a_fitted_grid_gets_less_than_a_hundredth_coarser_and_a_trained_one_stays(tied: nn.Module) -> None:
+    (fitted, trained), (moved, same) = (
+        grids(deploy(tied, images(2), [images(32)], off_middles=off)) for off in (False, True)
+    )
+    assert 1 < float(moved.scale / fitted.scale) < 1.01
+    assert torch.equal(trained.scale, same.scale)
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.Sigmoid()])
+def test_codes_behind_a_function_of_each_are_off_the_middles_too(activation: nn.Module) -> None:
+    network: Any = quantised(nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 4, 3)), bits="w8a8")
+    deployed = deploy(network, images(2), [images(32)], off_middles=True)
+    names = ("grids.calibrated._0", "grids.2.input_quantizer")
+    source, reader = (deployed.network.get_submodule(name) for name in names)
+    assert isinstance(source, ActivationGrid)
+    assert isinstance(reader, ActivationGrid)
+    numbers = (torch.arange(source.low, source.high + 1) - source.zero_point) * source.scale
+    codes = activation(numbers).double() / reader.scale.double() + reader.zero_point
+    assert to_the_middle(codes, reader.low, reader.high) >= 1e-3
+
+
+def share_of_equal_logits(deployed: Deployed, x: Tensor) -> float:
+    """Of images whose logits in LiteRT are those of integer kernels, but for float32's rounding."""
+    pytest.importorskip("ai_edge_litert")
+    from lqkd.export import litert
+    from lqkd.export.litert_proof import LiteRTRunner
+
+    ours = Reference(deployed.network)(x)
+    theirs = torch.from_numpy(LiteRTRunner(litert.build(deployed), deployed)(Inputs.of(x))["logits"])
+    return float(((ours - theirs).abs().amax(1) < 1e-5 * ours.abs().max()).double().mean())
+
+
+def test_litert_rounds_halves_up_and_has_the_student_s_codes_where_there_are_none(tied: nn.Module) -> None:
+    x = images(64, seed=5)
+    assert share_of_equal_logits(deploy(tied, images(2), [images(32)]), x) < 0.6
+    assert share_of_equal_logits(deployed_for("litert", tied, images(2), [images(32)]), x) > 0.95
+
+
+def share_of_other_gates(deployed: Deployed) -> float:
+    """Of the codes of a gate in OpenVINO, on the file's own input of it."""
+    pytest.importorskip("openvino")
+    from lqkd.export import check, openvino
+
+    parity = check(openvino.build(deployed), deployed, images(32), runner=openvino.OpenVINORunner)
+    return next(row.fraction for row in parity.optimised if row.name == "grids.calibrated.hardsigmoid")
+
+
+def test_a_gate_of_one_half_is_not_half_way_between_two_levels_in_openvino() -> None:
+    network = quantised(Excited(), bits="w8a8", residual_bits=8)
+    network.excite.bias.data.zero_()
+    network.excite.weight.data[::2] = 0  # gates of one half
+    tied, apart = deploy(network, images(2), [images(32)]), deployed_for("openvino", network, images(2), [images(32)])
+    assert share_of_other_gates(tied) > 0.1
+    assert share_of_other_gates(apart) == 0
