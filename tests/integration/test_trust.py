@@ -235,15 +235,21 @@ def test_the_float_network_of_the_student_is_believed_beside_a_weak_teacher(
 def test_a_teacher_that_is_too_sure_says_what_is_believed_of_it_in_logits_of_the_students_size(
     make_trainer: MakeTrainer, own: bool | None
 ) -> None:
-    """Without such a network the temperature of the loss is the bound."""
+    """Without such a network it keeps that of the teacher."""
     sure = trained_teacher(ORDER)
     with torch.no_grad():
         for parameter in sure.network.linear.parameters():
             parameter.mul_(10)
     module = trusting(weights=STUDENT, own=own, sure=sure)
     make_trainer(max_steps=1).fit(module, datamodule=held_out())
-    stretch = float(module.distillation["logits"].combination.map.stretch)
-    assert 0.3 < stretch <= 1.0 if own is None else 2.0 < stretch <= 4.0
+    data = held_out()
+    data.setup("fit")
+    (images, _, *_), *_ = data.trust_batches(torch.device("cpu"))
+    with torch.no_grad():
+        said = torch.stack([teacher(images) for teacher in module.named_teachers.values()])
+        believed = module.distillation["logits"].combination.map(said)
+    size = (believed.std(1).mean() / said.std(2).mean(1)).tolist()  # of its logits, over that of each
+    assert size == pytest.approx([0.1, 1.0] if own is None else [1.0], rel=0.2)
 
 
 def test_the_float_network_is_one_for_all_terms_and_a_teacher_that_is_it_already_serves() -> None:
