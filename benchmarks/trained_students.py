@@ -1,7 +1,7 @@
 """Students whose files are judged: ResNet-20 on CIFAR-10, MobileNets on Fashion-MNIST, trained at W8A8 and W4A4.
 
 ResNet-20 has its published weights; MobileNetV2, of half the width, and MobileNetV3 small of timm are trained in
-floating point for 300 steps of 128 images. Then :func:`lqkd.distill` trains each for 60 steps of 64 images by AdamW,
+floating point for 1,200 steps of 128 images. Then :func:`lqkd.distill` trains each for 240 steps of 64 images by AdamW,
 from the labels and its own float network, with 8 bits for additions and with integer biases. All has the same seed and
 takes a few minutes on one core. Networks are kept in a folder, from which the next run reads them.
 """
@@ -27,8 +27,8 @@ from lqkd.models import CifarResNet, build_model, load_weights
 
 NETWORKS = {"resnet20": "CIFAR-10", "mobilenetv2_050": "Fashion-MNIST", "mobilenetv3_small_100": "Fashion-MNIST"}
 """And their data."""
-FLOAT_BATCH, FLOAT_STEPS, EPOCHS, RATE = 128, 150, 2, 3e-3
-BATCH, STEPS, STUDENT_RATE, CALIBRATION, IMAGES = 64, 60, 3e-4, 8, 1000
+FLOAT_BATCH, FLOAT_STEPS, EPOCHS, RATE = 128, 150, 8, 3e-3
+BATCH, STEPS, STUDENT_RATE, CALIBRATION, IMAGES = 64, 240, 3e-4, 8, 1000
 
 
 @dataclass(frozen=True)
