@@ -363,6 +363,7 @@ def test_a_file_for_two_images_at_a_time_says_the_same_of_any_number(
     ("format_name", "message"),
     [
         ("litert", "its files take one sample at a time anyway"),
+        ("executorch", "its files take one sample at a time anyway"),
         ("torch", "use one of portable, "),
         ("gguf", "use one of"),
     ],
