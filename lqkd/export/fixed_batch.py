@@ -32,7 +32,7 @@ def of_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         batch: at least 1.
 
     Raises:
-        UsageError: when ``batch`` is not possible.
+        UsageError: when ``batch`` is not possible, or the model is for one number already.
         ParityError: when a result differs in a single bit.
 
     Examples:
@@ -47,6 +47,11 @@ def of_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         [4, 6]
     """
     check_batch(batch)
+    own = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    if own:
+        raise UsageError(
+            f"batch={batch} is not possible: the model takes {own} samples at a time; give one for any number"
+        )
     fixed = copy_of(model)
     for entry in (*fixed.graph.input, *fixed.graph.output):
         entry.type.tensor_type.shape.dim[0].dim_value = batch

@@ -33,7 +33,8 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
         and resizing stay outside.
 
     Raises:
-        UsageError: when the network takes something else than images, or does not say how they are prepared.
+        UsageError: when the network takes something else than images, or does not say how they are prepared, or the
+            model is for one number of samples.
         ParityError: when a result differs in a single bit.
 
     Examples:
@@ -58,7 +59,12 @@ def takes_frames(model: onnx.ModelProto, preprocessing: Mapping[str, Any] | None
             "a file takes frames where its network takes images (B, C, H, W) and the data say how they are prepared, "
             f"mean and std by channel: here it takes {[entry.name for entry in model.graph.input]}, with {statistics}"
         )
-    _, channels, height, width = sizes
+    batch, channels, height, width = sizes
+    if batch:
+        raise UsageError(
+            f"a file for {batch} samples at a time takes frames where these come first: "
+            f"of_batch(takes_frames(model, preprocessing), {batch}) of a model for any number"
+        )
     framed = copy_of(model)
     del framed.graph.input[:]
     shape = [entries[0].type.tensor_type.shape.dim[0].dim_param, height, width, channels]

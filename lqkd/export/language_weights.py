@@ -9,6 +9,7 @@ from torch import nn
 from lqkd.errors import UsageError
 from lqkd.quantization import Quantizer, quantizers
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.products import AttentionProducts
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer, Quantizer]]:
@@ -40,5 +41,11 @@ def check_weights_alone(model: nn.Module, told: str) -> None:
     """
     held = {quantizer for _, _, quantizer in quantized_weights(model)}
     for name, quantizer in quantizers(model).items():
+        owner = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), AttentionProducts):
+            raise UsageError(
+                f"attention {owner.rpartition('.')[0]!r} multiplies on grids, which no file of a language model has: "
+                "train with quantization.attention_bits=null, or 32 in a rule"
+            )
         if quantizer not in held:
             raise UsageError(f"{name} puts activations on a grid, which {told}")

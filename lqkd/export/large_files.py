@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,8 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 def atomic_model(target: str | Path) -> Iterator[Path]:
     """As :func:`lqkd.utils.files.atomic_path` for what :func:`save` writes: with what belongs to it, or not at all.
 
-    Afterwards the second file of a model that was replaced is gone.
+    Afterwards the second file of a model that was replaced is gone, unless another file of the folder names it, such as
+    that model under a new name.
     """
     target = Path(target)
     before = _second_files(target)
@@ -69,12 +71,12 @@ def atomic_model(target: str | Path) -> Iterator[Path]:
     except BaseException:
         _remove(_second_files(target) - before)
         raise
-    _remove(before)
+    _remove({path for path in before if not any(_names(file, path) for file in target.parent.iterdir())})
 
 
 def all_files(path: Path) -> list[Path]:
     """A model's file, and the second one that it has."""
-    return [path, *sorted(_second_files(path))]
+    return [path, *sorted(second for second in _second_files(path) if _names(path, second))]
 
 
 @contextmanager
@@ -117,6 +119,14 @@ def _take(target: Any, source: Any) -> None:
 def _second_files(target: Path) -> set[Path]:
     own = re.compile(rf"{re.escape(target.stem)}\.[0-9a-f]{{8}}{re.escape(target.suffix)}\.data")
     return {path for path in target.parent.glob("*.data") if own.fullmatch(path.name)}
+
+
+def _names(file: Path, second: Path) -> bool:
+    """Whether ``file`` is a model whose numbers are in ``second``."""
+    if file.suffix == ".data" or not file.is_file() or file.stat().st_size == 0:
+        return False
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(second.name.encode()) >= 0
 
 
 def _remove(paths: set[Path]) -> None:

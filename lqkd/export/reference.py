@@ -205,7 +205,7 @@ class Reference(fx.Interpreter):
             return None
         a, b = operands
         sums, scale = (a.values.double() @ b.values.double()).float(), a.grid.scale * b.grid.scale
-        if self._is_rounded(node):
+        if self.is_rounded(node):
             return Unrounded(sums.shape, lambda grid: rounded(sums, scale / grid.scale, grid))
         self.step = scale
         return sums * scale

@@ -310,7 +310,8 @@ def resolve_attentions(recipe: Recipe, attentions: dict[str, str]) -> dict[str, 
         if not attentions:
             raise UsageError(
                 f"quantization.attention_bits={recipe.attention_bits} has no effect: no part of the network calls "
-                "scaled_dot_product_attention in its forward, nor is one an nn.MultiheadAttention; leave it null"
+                "scaled_dot_product_attention in its forward, nor is one an nn.MultiheadAttention that can be "
+                "quantised; leave it null"
             )
         bits = dict.fromkeys(attentions, recipe.attention_bits)
     for rule in recipe.rules:

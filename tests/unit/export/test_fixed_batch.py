@@ -53,6 +53,14 @@ def test_reshapes_of_windows_and_frames_have_it_too(model: ModelProto) -> None:
     assert sizes(framed) == [[2, 8, 8, 3], [2, 5]]
 
 
+def test_a_file_for_one_number_is_refused_where_one_for_any_is_needed(model: ModelProto) -> None:
+    fixed = of_batch(model, 4)
+    with pytest.raises(UsageError, match="batch=2 is not possible: the model takes 4 samples at a time"):
+        of_batch(fixed, 2)
+    with pytest.raises(UsageError, match=r"frames where these come first: of_batch\(takes_frames"):
+        takes_frames(fixed, {"mean": [0.4] * 3, "std": [0.2] * 3})
+
+
 def test_any_number_of_samples_goes_through_a_file_for_three(model: ModelProto) -> None:
     run, x = Runner(of_batch(model, 3), optimised=True), images(7).numpy()
     expected = Runner(model, optimised=True)(x)["logits"]

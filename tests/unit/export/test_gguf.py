@@ -210,6 +210,10 @@ def test_a_failed_training_is_refused(
             Recipe("q4_0", rules=[Rule("head", activation_bits=8)]),
             "head.input_quantizer puts activations on a grid, which a GGUF file does not have",
         ),
+        (
+            Recipe("q4_0", attention_bits=8),
+            "attention 'blocks.0.attention' multiplies on grids, which no file of a language model has",
+        ),
     ],
 )
 def test_grids_without_a_type_are_refused(recipe: Recipe, message: str, tmp_path: Path) -> None:

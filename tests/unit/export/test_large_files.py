@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,22 @@ def test_a_replaced_model_takes_its_second_file_with_it_and_none_of_another(
     written(student, path)
     assert large_files.all_files(path) == [path]
     assert len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("keep", [Path.rename, shutil.copy])
+def test_a_model_that_was_kept_under_a_new_name_keeps_its_numbers(
+    keep: Callable[[Path, Path], object], student: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large_files, "LIMIT", 10_000)
+    path, old = tmp_path / "student.onnx", tmp_path / "old.onnx"
+    written(student, path)
+    keep(path, old)
+    written(student, path)
+    assert len(large_files.all_files(path)) == 2
+    assert len([*tmp_path.iterdir()]) == 4
+    assert len(onnx.load(old).graph.initializer) > 5
+    written(student, path)
+    assert len([*tmp_path.iterdir()]) == 4
 
 
 def test_a_copy_is_the_same_and_its_own(student: nn.Module) -> None:

@@ -256,6 +256,11 @@ MISTAKES: dict[str, tuple[Callable[[], nn.Module], Recipe, str]] = {
         Recipe(attention_bits=8),
         "attention_bits=8 has no effect: no part of the network calls scaled_dot_product_attention",
     ),
+    "keys of another width": (
+        lambda: nn.ModuleList([nn.Linear(4, 2), nn.MultiheadAttention(4, 2, kdim=2)]),
+        Recipe(attention_bits=8),
+        "nor is one an nn.MultiheadAttention that can be quantised",
+    ),
     "a rule for a layer": (
         Own,
         Recipe(rules=[Rule("qkv", attention_bits=8)]),
