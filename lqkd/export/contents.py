@@ -13,7 +13,7 @@ from lqkd.export.integer import IntegerLayer
 
 
 def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
-    """The first layer whose weight codes or bias the file has otherwise; None where it has all as they are.
+    """The first layer of whose weight or bias the file has other codes, scales or zero points; None where it has none.
 
     Few images may never tell: the codes behind a layer are rounded.
 
@@ -38,6 +38,8 @@ def altered_integers(model: onnx.ModelProto, deployed: Deployed) -> str | None:
             for kind, name, value in zip(("codes", "scale"), names or ("", ""), wanted, strict=False):
                 if value is not None and (name not in held or not _same(held[name], value)):
                     return f"{place}.{node}_{kind}"
+            if any(np.any(numpy_helper.to_array(held[name])) for name in names[2:] if name in held):
+                return f"{place}.{node}_zero_point"
     return None
 
 

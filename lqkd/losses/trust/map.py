@@ -370,5 +370,5 @@ def _frequency(labels: Tensor, groups: Tensor | None, classes: int) -> Tensor:
 
 
 def _spread(logits: Tensor) -> float:
-    """Standard deviation of logits over the classes, as the root of the mean variance of the rows."""
-    return float(logits.var(-1, correction=0).mean().sqrt())
+    """Standard deviation of logits over the classes, as the root of the mean variance of the rows; -inf is -1000."""
+    return float(logits.clamp_min(-1000.0).var(-1, correction=0).mean().sqrt())

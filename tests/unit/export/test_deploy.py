@@ -20,7 +20,7 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.runtimes import kernels
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model
-from tests.unit.export.networks import Small, images, quantised
+from tests.unit.export.networks import Small, alter, images, quantised
 from tests.unit.quantization.test_shared_activations import Fire
 
 
@@ -368,3 +368,11 @@ def test_a_layer_whose_numbers_cannot_be_found_fails() -> None:
     assert altered_integers(exported.model, deployed) is None
     next(node for node in exported.model.graph.node if node.name == "head.weight").name = "another"
     assert altered_integers(exported.model, deployed) == "head.weight_codes"
+
+
+def test_a_bias_or_weight_with_another_zero_is_found() -> None:
+    deployed = deploy(quantised(bits="w4a4"), images(4), [images(32)])
+    for part in ("weight", "bias"):
+        exported = BUILDERS["portable"](deployed)
+        alter(exported.model, f"conv1.{part}_zero_point", 1)
+        assert altered_integers(exported.model, deployed) == f"conv1.{part}_zero_point"

@@ -409,6 +409,15 @@ def test_rows_are_known_by_heart_when_few_are_wrong_beside_new_ones() -> None:
         assert found == ((right, rows_, new_right, new) in by_heart), (right, rows_, new_right, new)
 
 
+def test_a_teacher_that_excludes_classes_has_a_spread_where_its_temperature_is_kept() -> None:
+    logits, labels = rows(200, sharp=6.0)
+    teacher = logits[:, ORDER][None]
+    teacher[0, labels == 0, 9] = -torch.inf
+    trusted = TrustMap(1, 10)
+    assert trusted.fit(teacher, labels, memorised=True, own=0).form != "as given"
+    assert trusted(teacher).isfinite().all()
+
+
 def test_of_rows_known_by_heart_order_is_learned_and_the_temperature_kept() -> None:
     """A fitted temperature would make labels of a teacher that is right on all of them."""
     logits, _ = rows(600, sharp=6.0)
