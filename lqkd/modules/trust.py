@@ -276,7 +276,7 @@ def _learned(module: Trusting, trusted: Mapping[str, TrustedTeachers]) -> dict[s
         by_heart = {
             name: seldom_wrong_sentence(_label(module, name), asked.answers(name))
             for name in asked.logits
-            if seldom_wrong(asked.answers(name))
+            if asked.samples is None and seldom_wrong(asked.answers(name))  # of pixels most are background
         }
         by_heart |= {
             name: memorised_sentence(_label(module, name), *both) for name, both in _by_heart(asked, unseen).items()
