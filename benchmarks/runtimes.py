@@ -93,7 +93,7 @@ RUNTIMES = (
     Runtime(
         "Core ML",
         "`coreml`",
-        "weights 1 to 8, activations 2 to 8, in 8",
+        "weights 1 to 8, in 4 or 8, activations 2 to 8, in 8",
         "none: written by coremltools 9.0, read back and evaluated in PyTorch",
         "batches; whatever a run in Core ML would show",
     ),

@@ -62,7 +62,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def build(deployed: Deployed) -> Written:
-    """The network as an ML Program: int8 weights, grids of int8 or uint8, one sample at a time.
+    """The network as an ML Program: weights of int4 or int8, grids of int8 or uint8, one sample at a time.
 
     Raises:
         UsageError: when an operator has no counterpart, or coremltools is not installed.

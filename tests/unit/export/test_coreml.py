@@ -158,9 +158,7 @@ def test_an_operator_that_cannot_be_verified_is_refused_with_its_name() -> None:
     scaled = nn.Upsample(scale_factor=2, mode="bilinear")
     network = nn.Sequential(scaled, nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(1568, 5))
     deployed = deploy(quantised(network, bits="w8a8"), images(2), [images(32)])
-    with pytest.raises(
-        UsageError, match="cannot verify operator upsample_bilinear of Core ML: use portable"
-    ):
+    with pytest.raises(UsageError, match="cannot verify operator upsample_bilinear of Core ML: use portable"):
         check_coreml(coreml.build(deployed), deployed, images(2))
 
 
