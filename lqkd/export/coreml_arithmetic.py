@@ -73,7 +73,7 @@ class ProgramRunner(Runner):
         return values
 
     def _constant(self, variable: Any) -> Any:
-        """A tensor of a constant with axes; a list of a short one of whole numbers, as settings are."""
+        """The tensor of constant numbers; truths and words as they are."""
         if id(variable) not in self._constants:
             held = variable.val
             is_tensor = isinstance(held, np.ndarray | np.generic) and held.dtype.kind in "fiu"
