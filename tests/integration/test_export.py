@@ -206,7 +206,9 @@ def test_a_run_in_floating_point_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["packed4", "packed2", "qonnx", "openvino", "litert", "executorch", "coreml", "torch"])
+@pytest.mark.parametrize(
+    "format_name", ["packed4", "packed2", "qonnx", "openvino", "litert", "executorch", "coreml", "torch"]
+)
 def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Path, format_name: str) -> None:
     if format_name in ("qonnx", "openvino", "litert", "executorch", "coreml"):
         pytest.importorskip({"litert": "ai_edge_litert", "coreml": "coremltools"}.get(format_name, format_name))
