@@ -47,7 +47,7 @@ class ProgramRunner(Runner):
             raise UsageError(f"--format coreml cannot verify operator {unknown} of Core ML: use portable")
         quantized = [op.outputs[0].name for op in self._operations if op.op_type == "quantize"]
         returned = [value.name for value in self._function.outputs]
-        self._names = dict(zip(self.outputs, returned, strict=True)) | dict(zip(grids, quantized, strict=False))
+        self._returned = dict(zip(self.outputs, returned, strict=True)) | dict(zip(grids, quantized, strict=False))
         self._constants: dict[int, Any] = {}
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class ProgramRunner(Runner):
         assert isinstance(given, Inputs)
         tensors = self._deployed.in_order(given)
         parts = [self._run([tensor[i : i + 1] for tensor in tensors]) for i in range(len(given))]
-        return {name: torch.cat([part[value] for part in parts]).numpy() for name, value in self._names.items()}
+        return {name: torch.cat([part[value] for part in parts]).numpy() for name, value in self._returned.items()}
 
     def _run(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         values: dict[str, Any] = dict(zip(self._function.inputs, tensors, strict=True))
