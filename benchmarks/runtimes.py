@@ -91,6 +91,13 @@ RUNTIMES = (
         (("executorch_files_cpu_executorch1.5.1.csv", {}),),
     ),
     Runtime(
+        "Core ML",
+        "`coreml`",
+        "weights 1 to 8, in 4 or 8, activations 2 to 8, in 8",
+        "none: written by coremltools 9.0, read back and evaluated in PyTorch",
+        "batches; whatever a run in Core ML would show",
+    ),
+    Runtime(
         "ncnn",
         "`ncnn`",
         "weights 1 to 8, activations 2 to 8, in 8",

@@ -55,8 +55,8 @@ class Export:
     run: str
     """run folder"""
     format: str = argument("portable", metavar="F")
-    """openvino litert executorch ncnn tensorrt power_of_two packed4 packed2 qonnx torch gguf nbits
-    compressed-tensors"""
+    """openvino litert executorch coreml ncnn tensorrt power_of_two packed4 packed2 qonnx torch gguf
+    nbits compressed-tensors"""
     output: str | None = argument(None, metavar="FILE", shown="student.onnx in the run folder")
     """file to write"""
     hub: str | None = argument(None, metavar="FOLDER", shown="none")

@@ -18,7 +18,7 @@ MISSING = next((name for name in ("onnx", "onnxruntime") if find_spec(name) is N
 """A package that exporting needs and that is not installed; None when all are."""
 
 if MISSING is None:
-    from lqkd.export.api import to_executorch, to_litert, to_ncnn, to_onnx
+    from lqkd.export.api import to_coreml, to_executorch, to_litert, to_ncnn, to_onnx
     from lqkd.export.formats import FORMATS
     from lqkd.export.nbits import to_nbits
     from lqkd.export.parity import Parity, check
@@ -33,6 +33,7 @@ __all__ = [
     "from_compressed_tensors",
     "from_gguf",
     "to_compressed_tensors",
+    "to_coreml",
     "to_executorch",
     "to_gguf",
     "to_litert",

@@ -10,7 +10,9 @@ import onnx
 from torch import Tensor, nn
 
 from lqkd.errors import ParityError, UsageError
-from lqkd.export import executorch, executorch_file, litert, metadata, ncnn, torch_program
+from lqkd.export import coreml, coreml_file, executorch, executorch_file, litert, metadata, ncnn, torch_program
+from lqkd.export.coreml_proof import check_coreml
+from lqkd.export.coreml_writer import COREML
 from lqkd.export.deploy import Deployed, deployable_copy
 from lqkd.export.executorch_proof import check_executorch
 from lqkd.export.executorch_writer import EXECUTORCH
@@ -194,6 +196,64 @@ def to_executorch(
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return content
+
+
+def to_coreml(
+    model: nn.Module,
+    example: Any,
+    path: str | Path | None = None,
+    *,
+    calibration: Iterable[Any] = (),
+    test: Iterable[Any] | None = None,
+    about: dict[str, Any] | None = None,
+    task: Task | None = None,
+) -> dict[str, bytes]:
+    """Export a quantised network to an ML Program, and prove that it has the student's numbers and operators.
+
+    Core ML runs on Apple's systems alone: what is read back from the files is compared and evaluated in PyTorch.
+
+    Args:
+        model, example, calibration, test, about, task: as of :func:`to_onnx`.
+        path: a folder ``NAME.mlpackage``, complete or not at all; ``None`` writes nothing. One that this format has
+            written is replaced.
+
+    Returns:
+        The files by their paths in the folder, for one sample at a time: float32, inputs and outputs called as those of
+        :func:`to_onnx`.
+
+    Raises:
+        UsageError: when the network cannot be exported in this format, the folder has something else in it, or
+            coremltools is not installed.
+        ParityError: when the files compute something else; nothing is written then.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lqkd import Recipe, quantize_model
+        >>> from lqkd.export import to_coreml
+        >>> from lqkd.quantization import initialize_quantizers
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 10))
+        >>> student, _ = quantize_model(network, Recipe(bits="w4a4"))
+        >>> images = torch.randn(16, 3, 8, 8)
+        >>> initialize_quantizers(student, images)
+        >>> sorted(to_coreml(student.eval(), images))[:2]
+        ['Data/com.apple.CoreML/model.mlmodel', 'Data/com.apple.CoreML/weights/weight.bin']
+    """
+    coreml.require()
+    if path is not None:
+        coreml.check_replaceable(Path(path))
+    deployed = _deployed(model, example, COREML, calibration, about)
+    written = coreml.build(deployed)
+    student = None if test is None else deployable_copy(model)
+    parity = check_coreml(written, deployed, example, test or (), student, task)
+    _check_judged(test, parity)
+    _judge(parity)
+    told = coreml.in_file(metadata.describe(COREML, deployed, parity, about or {}))
+    files = coreml_file.described(written.files, told)
+    if path is not None:
+        with atomic_folder(path) as temporary:
+            coreml.save(files, temporary)
+    return files
 
 
 def to_ncnn(

@@ -19,6 +19,8 @@ from lqkd.data.text import tokenizer_said
 from lqkd.errors import ParityError, UsageError, first_line
 from lqkd.export import metadata, report
 from lqkd.export.card import Summary, card_path, print_card, rejected, write_card
+from lqkd.export.coreml import check_replaceable as check_coreml_folder
+from lqkd.export.coreml_writer import COREML
 from lqkd.export.deploy import as_float32
 from lqkd.export.executorch_writer import EXECUTORCH
 from lqkd.export.formats import BUILDERS, FOLDERS, check_folder_name, check_format, deployed_for, file_name
@@ -55,6 +57,7 @@ _UNTIMED = {
     TENSORRT: "TensorRT's own trtexec times such a file",
     LITERT: "LiteRT's own benchmark_model times such a file, on the device that it is for",
     EXECUTORCH: "ExecuTorch's own executor_runner times such a file, on the device that it is for",
+    COREML: "Xcode's own performance report times such files, on the device that they are for",
     NCNN: "ncnn's own benchncnn times such files, on the device that they are for",
     GGUF: "llama.cpp's own llama-bench times such a file",
     COMPRESSED: "its time depends on the length of a text",
@@ -63,6 +66,8 @@ _UNTIMED = {
 """Formats that are not timed, and why."""
 _FRAMED = ("portable", "packed4", "packed2")
 """Formats that may take a camera's frames."""
+_CHECKS = {COREML: check_coreml_folder, NCNN: check_ncnn_folder, COMPRESSED: check_replaceable}
+"""What is asked of a folder before it is replaced."""
 COMPARED = 32
 """Samples for the comparison layer by layer."""
 
@@ -83,8 +88,8 @@ def export(
     Args:
         run: folder of a finished training.
         format: one of :data:`lqkd.export.FORMATS`.
-        output: file, or folder of ``compressed-tensors`` and ``ncnn``, to write; None for ``student.onnx`` or its like
-            in the run folder.
+        output: file, or folder of ``compressed-tensors``, ``coreml`` and ``ncnn``, to write; None for ``student.onnx``
+            or its like in the run folder.
         overwrite: whether to replace a file that exists.
         latency: whether to time it against float32 ONNX and PyTorch on this CPU.
         frames: whether it takes a camera's frames, bytes (B, H, W, C), and prepares them itself.
@@ -147,7 +152,7 @@ def export(
 
 
 def _check_batch(batch: int, format: str, latency: bool) -> None:
-    if format in (LITERT, EXECUTORCH, NCNN):
+    if format in (LITERT, EXECUTORCH, COREML, NCNN):
         raise UsageError(f"--batch is not possible with --format {format}: its files take one sample at a time anyway")
     if format not in BUILDERS:
         raise UsageError(f"--batch is not possible with --format {format}: use one of {', '.join(BUILDERS)}")
@@ -186,7 +191,7 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
     output = run / file_name(format) if given is None else Path(given)
     if format in FOLDERS:
         check_folder_name(output, format)
-        (check_replaceable if format == COMPRESSED else check_ncnn_folder)(output)
+        _CHECKS[format](output)
     elif output.is_dir():
         raise UsageError(f"--output {str(output)!r} is a folder: give a file name")
     elif output.suffix != suffix:
@@ -208,7 +213,8 @@ def _output(run: Path, format: str, given: str | Path | None, overwrite: bool) -
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else all_files(path)))
+    files = path.rglob("*") if path.is_dir() else all_files(path)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def read_student(run: str | Path, allow_code: bool = False) -> tuple[RunReader, nn.Module, str]:

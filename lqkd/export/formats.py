@@ -10,6 +10,9 @@ import torch
 
 from lqkd.errors import UsageError
 from lqkd.export import openvino, packed, portable, power_of_two, qonnx, tensorrt
+from lqkd.export.coreml import SUFFIX as MLPACKAGE
+from lqkd.export.coreml import require as require_coreml
+from lqkd.export.coreml_writer import COREML
 from lqkd.export.deploy import Deployed, deploy
 from lqkd.export.emitter import Exported
 from lqkd.export.executorch import SUFFIX as PTE
@@ -40,13 +43,14 @@ BUILDERS: dict[str, Callable[[Deployed], Exported]] = {
 """The formats that are ONNX files."""
 RUNNERS: dict[str, type[Runner]] = {openvino.OPENVINO: openvino.OpenVINORunner}
 """What they are verified in where it is not ONNX Runtime, or the ``qonnx`` package."""
-FORMATS = (*BUILDERS, LITERT, EXECUTORCH, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
+FORMATS = (*BUILDERS, LITERT, EXECUTORCH, COREML, NCNN, TORCH, GGUF, NBITS, COMPRESSED)
 """All formats."""
-FOLDERS = (NCNN, COMPRESSED)
+FOLDERS = (COREML, NCNN, COMPRESSED)
 """Those that are folders."""
 _SUFFIXES = {
     LITERT: SUFFIX,
     EXECUTORCH: PTE,
+    COREML: MLPACKAGE,
     NCNN: f".{NCNN}",
     TORCH: ".pt2",
     GGUF: ".gguf",
@@ -88,6 +92,8 @@ def check_format(name: str) -> None:
         require_litert()
     if name == EXECUTORCH:
         require_executorch()
+    if name == COREML:
+        require_coreml()
     if name == NCNN:
         require_ncnn()
 
@@ -104,7 +110,7 @@ def deployed_for(
     Raises:
         UsageError: likewise, and when the format cannot express the network.
     """
-    elsewhere = name in (openvino.OPENVINO, LITERT)
+    elsewhere = name in (openvino.OPENVINO, LITERT, COREML)
     target = TARGETS.get(name)
     deployed = deploy(student, example, calibration, progress, target, gates=name == PORTABLE, off_middles=elsewhere)
     check_expressible(deployed, name)

@@ -9,7 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from lqkd.export import executorch, executorch_file, litert, litert_file, metadata, ncnn, openvino, torch_program
+from lqkd.export import (
+    coreml,
+    coreml_file,
+    executorch,
+    executorch_file,
+    litert,
+    litert_file,
+    metadata,
+    ncnn,
+    openvino,
+    torch_program,
+)
+from lqkd.export.coreml_proof import check_coreml
+from lqkd.export.coreml_writer import COREML
 from lqkd.export.deploy import Deployed
 from lqkd.export.executorch_proof import check_executorch
 from lqkd.export.executorch_writer import EXECUTORCH
@@ -141,6 +154,25 @@ class _ExecuTorch(Made):
         raise AssertionError("refused before")
 
 
+class _CoreML(Made):
+    is_folder = True
+
+    def __init__(self, deployed: Deployed) -> None:
+        self.written = coreml.build(deployed)
+
+    def check(self, deployed: Deployed, inputs: Inputs, test: Iterator[Any], student: nn.Module, task: Task) -> Parity:
+        return check_coreml(self.written, deployed, inputs, test, student, task)
+
+    def describe(self, told: dict[str, Any]) -> dict[str, Any]:
+        return coreml.in_file(told)
+
+    def write(self, path: Path, described: dict[str, Any], frames: bool, batch: int | None) -> None:
+        coreml.save(coreml_file.described(self.written.files, described), path)
+
+    def runs(self) -> Any:
+        raise AssertionError("refused before")
+
+
 class _Ncnn(Made):
     is_folder = True
 
@@ -163,9 +195,10 @@ class _Ncnn(Made):
         raise AssertionError("refused before")
 
 
-_OTHERS: dict[str, type[_LiteRT] | type[_ExecuTorch] | type[_Ncnn]] = {
+_OTHERS: dict[str, type[_LiteRT] | type[_ExecuTorch] | type[_CoreML] | type[_Ncnn]] = {
     LITERT: _LiteRT,
     EXECUTORCH: _ExecuTorch,
+    COREML: _CoreML,
     NCNN: _Ncnn,
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 import onnx
 
 from lqkd.errors import UsageError, first_line
+from lqkd.export.coreml import LOADER_NOTE as COREML_NOTE
+from lqkd.export.coreml_writer import COREML
 from lqkd.export.deploy import OUTPUT, Deployed, grid_of
 from lqkd.export.executorch import LOADER_NOTE as EXECUTORCH_NOTE
 from lqkd.export.executorch_writer import EXECUTORCH
@@ -38,6 +40,7 @@ LOADER_NOTES = {
     OPENVINO: OPENVINO_NOTE,
     LITERT: LITERT_NOTE,
     EXECUTORCH: EXECUTORCH_NOTE,
+    COREML: COREML_NOTE,
     TENSORRT: TENSORRT_NOTE,
     POWER_OF_TWO: POWER_OF_TWO_NOTE,
     NCNN: NCNN_NOTE,
@@ -45,6 +48,7 @@ LOADER_NOTES = {
 """By format, what a user of a file must know."""
 _SCHEMES = {
     POWER_OF_TWO: "weights and activations per tensor, symmetric, static, scales powers of two; biases int32",
+    COREML: "weights per channel, symmetric; activations per tensor, static; biases float32",
     NCNN: "weights per channel, symmetric; activations per tensor, static; biases float32",
 }
 """By format, where it is not that of the others."""

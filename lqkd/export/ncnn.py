@@ -12,6 +12,7 @@ from lqkd.errors import UsageError
 from lqkd.export.deploy import Deployed
 from lqkd.export.ncnn_file import PRODUCTS, read
 from lqkd.export.ncnn_writer import NCNN, Writer, Written
+from lqkd.export.own_folder import check_own
 from lqkd.export.runtimes import Kernels
 
 PARAM, WEIGHTS, ABOUT = "student.param", "student.bin", "student.json"
@@ -39,11 +40,7 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         UsageError: then.
     """
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in there if name not in (PARAM, WEIGHTS, ABOUT)]
-    if foreign or (folder.exists() and not folder.is_dir()):
-        what = f"has {foreign[0]!r}" if foreign else "is a file"
-        raise UsageError(f"{str(folder)!r} {what}, which --format {NCNN} has not written: choose another folder")
+    check_own(folder, (PARAM, WEIGHTS, ABOUT), NCNN)
 
 
 def build(deployed: Deployed) -> Written:

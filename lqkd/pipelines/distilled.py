@@ -83,8 +83,8 @@ class Distilled:
                 ``student.tflite``, ``student.pte``, ``student.pt2``, ``student.gguf``, or the folders ``student.ncnn``
                 and ``student.compressed-tensors``.
             format: ``portable``, ``packed4``, ``packed2``, ``qonnx``, ``openvino``, ``tensorrt``, ``power_of_two``,
-                ``litert``, ``executorch``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or ``compressed-tensors``: see
-                ``docs/export.md``.
+                ``litert``, ``executorch``, ``coreml``, ``ncnn``, ``torch``, ``gguf``, ``nbits`` or
+                ``compressed-tensors``: see ``docs/export.md``.
             overwrite: whether a file that is there is replaced.
             about: what the file shall also say about itself, JSON values, such as ``{"class_names": [...]}``.
 
@@ -98,9 +98,10 @@ class Distilled:
         from lqkd.export import require
 
         require()
-        from lqkd.export import to_executorch, to_litert, to_ncnn, to_onnx
+        from lqkd.export import to_coreml, to_executorch, to_litert, to_ncnn, to_onnx
         from lqkd.export.api import write_program
         from lqkd.export.command import told_of_data
+        from lqkd.export.coreml_writer import COREML
         from lqkd.export.executorch_writer import EXECUTORCH
         from lqkd.export.formats import FOLDERS, FORMATS, TORCH, check_folder_name, check_format, file_name
         from lqkd.export.gguf_command import tokenizer_of, write_gguf
@@ -141,6 +142,7 @@ class Distilled:
         others: dict[str, Callable[..., Any]] = {
             LITERT: to_litert,
             EXECUTORCH: to_executorch,
+            COREML: to_coreml,
             NCNN: to_ncnn,
             TORCH: write_program,
         }

@@ -27,6 +27,7 @@ _OTHERS = {
     ".tflite": "LiteRT's interpreter runs it",
     ".pte": "ExecuTorch's runtime runs it",
     ".pt2": "torch.export.load loads it, and python -m lqkd predict {} IMAGE asks it",
+    ".mlpackage": "Core ML runs it, on Apple's systems",
     ".ncnn": _NCNN,
     ".param": _NCNN,
     ".bin": _NCNN,

@@ -206,11 +206,14 @@ def test_a_run_in_floating_point_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["packed4", "packed2", "qonnx", "openvino", "litert", "executorch", "torch"])
+@pytest.mark.parametrize(
+    "format_name", ["packed4", "packed2", "qonnx", "openvino", "litert", "executorch", "coreml", "torch"]
+)
 def test_every_other_format_passes_from_the_command_line(run: Path, tmp_path: Path, format_name: str) -> None:
-    if format_name in ("qonnx", "openvino", "litert", "executorch"):
-        pytest.importorskip("ai_edge_litert" if format_name == "litert" else format_name)
-    output = tmp_path / {"torch": "x.pt2", "litert": "x.tflite", "executorch": "x.pte"}.get(format_name, "x.onnx")
+    if format_name in ("qonnx", "openvino", "litert", "executorch", "coreml"):
+        pytest.importorskip({"litert": "ai_edge_litert", "coreml": "coremltools"}.get(format_name, format_name))
+    names = {"torch": "x.pt2", "litert": "x.tflite", "executorch": "x.pte", "coreml": "x.mlpackage"}
+    output = tmp_path / names.get(format_name, "x.onnx")
     assert main(["export", str(run), "--format", format_name, "--output", str(output)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         output.name,
