@@ -60,6 +60,10 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represe
 """So that a default that is an Enum, as Lightning's Timer has one, can be kept in a configuration."""
 
 
+_UNWRITABLE = "Unable to serialize instance"
+"""What jsonargparse writes in the place of a value that it cannot write."""
+
+
 class OneLineParser(LightningArgumentParser):
     """Prints ``lqkd: error: ...`` in one line and exits with status 2, where jsonargparse prints what it tried.
 
@@ -71,6 +75,16 @@ class OneLineParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The settings as text, without defaults of classes that no file can hold, such as a function with arguments.
+
+        A class has them without being told; a run whose file named them could not be read again.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_UNWRITABLE)
+            text: str = super().dump(*args, **kwargs)
+        return yaml.safe_dump(_writable(yaml.safe_load(text)), sort_keys=False) if _UNWRITABLE in text else text
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         # The parser of a class within a class gets one setting, already read, as "--SETTING=VALUE": null has become the
@@ -231,3 +245,12 @@ def _default(action: argparse.Action) -> str:
         value = value["class_path"]
     shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
     return f" (default: {shown})"
+
+
+def _writable(settings: Any) -> Any:
+    if isinstance(settings, list):
+        return [_writable(one) for one in settings]
+    if not isinstance(settings, dict):
+        return settings
+    unwritable = {key for key, one in settings.items() if isinstance(one, str) and one.startswith(_UNWRITABLE)}
+    return {key: _writable(one) for key, one in settings.items() if key not in unwritable}
