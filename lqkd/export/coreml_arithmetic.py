@@ -174,6 +174,7 @@ _OPERATORS: dict[str, Callable[[Any], Any]] = {
     "mul": lambda i: i.x * i.y,
     "real_div": lambda i: i.x / i.y,
     "relu": lambda i: i.x.relu(),
+    "thresholded_relu": lambda i: torch.where(i.x >= float(i.alpha), i.x, 0.0),
     "relu6": lambda i: F.relu6(i.x),
     "clip": lambda i: torch.clamp(i.x, float(i.alpha), float(i.beta)),
     "sigmoid": lambda i: i.x.sigmoid(),

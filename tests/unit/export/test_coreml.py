@@ -117,7 +117,7 @@ class Curved(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer, function in zip(self.layers, (torch.tanh, F.leaky_relu, F.elu, F.hardswish), strict=True):
             x = function(layer(x))
-        x = F.interpolate(F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 4), scale_factor=2.0, mode="nearest").flatten(2)
+        x = F.interpolate(F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 4, 4), scale_factor=2.0, mode="nearest").flatten(2)
         weights = (x.transpose(1, 2) @ x).softmax(2)
         return self.head((self.inner(x) @ weights)[:, :, ::2].flatten(1))
 
