@@ -82,7 +82,7 @@ class OneLineParser(LightningArgumentParser):
         A class has them without being told; a run whose file named them could not be read again.
         """
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_UNWRITABLE)
+            warnings.filterwarnings("ignore", message=rf"\s*{_UNWRITABLE}")
             text: str = super().dump(*args, **kwargs)
         return yaml.safe_dump(_writable(yaml.safe_load(text)), sort_keys=False) if _UNWRITABLE in text else text
 

@@ -10,7 +10,7 @@ from torch import nn
 from lqkd.runs.parser import OneLineParser
 
 
-@pytest.mark.filterwarnings("error:Unable to serialize")
+@pytest.mark.filterwarnings(r"error:\s*Unable to serialize")
 def test_a_default_that_no_file_can_hold_is_left_out_and_the_file_is_read_again(tmp_path: Path) -> None:
     parser = OneLineParser()
     parser.add_subclass_arguments(nn.Module, "network")
