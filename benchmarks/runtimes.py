@@ -51,6 +51,7 @@ RUNTIMES = (
             ("onnx_latency_resnet18_cpu_ort1.32.0.csv", {"contestant": "portable"}),
             ("onnx_latency_xeon_cpu_ort1.32.0.csv", {"contestant": "portable"}),
             ("onnx_latency_xeon_again_cpu_ort1.32.0.csv", {"contestant": "portable"}),
+            ("onnx_latency_epyc_cpu_ort1.32.0.csv", {"contestant": "portable"}),
         ),
     ),
     Runtime(
@@ -88,7 +89,10 @@ RUNTIMES = (
         "weights 1 to 8, activations 2 to 8, in 8",
         "1.5.1",
         "batches; the last layer has float32 weights; other delegates than XNNPACK and phones were not tried",
-        (("executorch_files_cpu_executorch1.5.1.csv", {}),),
+        (
+            ("executorch_files_cpu_executorch1.5.1.csv", {}),
+            ("trained_files_cpu_executorch1.5.1.csv", {}),
+        ),
     ),
     Runtime(
         "Core ML",
@@ -104,6 +108,7 @@ RUNTIMES = (
         "1.0.20261020, on x86",
         "batches; convolutions with groups, additions and activations are in floating point, some operators are "
         "refused; its ARM and Vulkan kernels were not tried",
+        (("trained_files_cpu_ncnn1.0.20261020.csv", {}),),
     ),
     Runtime(
         "TensorRT",
@@ -186,7 +191,7 @@ def _share(row: dict[str, str]) -> float | None:
 def _time(row: dict[str, str]) -> float | None:
     if "ratio_to_float32" in row:
         return float(row["ratio_to_float32"])
-    if "milliseconds_float32" in row:
+    if row.get("milliseconds_float32"):
         return float(row["milliseconds"]) / float(row["milliseconds_float32"])
     return None
 
