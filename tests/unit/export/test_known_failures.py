@@ -90,10 +90,10 @@ def test_a_runtime_that_is_too_old_for_the_file_is_told_in_one_sentence() -> Non
 
 
 def test_another_target_is_refused_with_the_formats_there_are() -> None:
-    with pytest.raises(UsageError, match="--format coreml is unknown: use one of portable, packed4"):
-        check_format("coreml")
-    with pytest.raises(UsageError, match="format='coreml' is not an ONNX format: use one of portable"):
-        to_onnx(quantised(bits="w4a4"), images(8), format="coreml")
+    with pytest.raises(UsageError, match="--format tensorflow is unknown: use one of portable, packed4"):
+        check_format("tensorflow")
+    with pytest.raises(UsageError, match="format='tensorflow' is not an ONNX format: use one of portable"):
+        to_onnx(quantised(bits="w4a4"), images(8), format="tensorflow")
 
 
 def test_a_wrong_bias_scale_does_not_pass() -> None:
