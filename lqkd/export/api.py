@@ -114,7 +114,7 @@ def to_litert(
         UsageError: when the network cannot be exported in this format, or ai-edge-litert is not installed.
         ParityError: when the file computes something else; nothing is written then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ai_edge_litert.interpreter import Interpreter
         >>> from lqkd import Recipe, quantize_model
@@ -167,7 +167,7 @@ def to_executorch(
         UsageError: when the network cannot be exported in this format, or executorch is not installed.
         ParityError: when the file computes something else; nothing is written then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from executorch.runtime import Runtime
         >>> from torch import nn
@@ -226,7 +226,7 @@ def to_coreml(
             coremltools is not installed.
         ParityError: when the files compute something else; nothing is written then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lqkd import Recipe, quantize_model
@@ -281,7 +281,7 @@ def to_ncnn(
             not installed.
         ParityError: when the files compute something else; nothing is written then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lqkd import Recipe, quantize_model
         >>> from lqkd.export import to_ncnn
