@@ -22,9 +22,16 @@ from lqkd.export.differences import Forced
 from lqkd.export.grids import ActivationGrid
 from lqkd.export.integer import IntegerLayer
 from lqkd.export.litert_values import real_bias_of
-from lqkd.export.parity import UNOPTIMISED_FRACTION, Parity, agree, differences, judge_layers, judge_outputs
-from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads, returned_by
+from lqkd.export.parity import (
+    UNOPTIMISED_FRACTION,
+    Parity,
+    agree_whole,
+    compared_numbers,
+    differences,
+    judge_layers,
+    judge_outputs,
+)
+from lqkd.models.outputs import heads
 from lqkd.tasks import Task
 
 
@@ -40,10 +47,8 @@ def check_coreml(
 
     ``optimised`` of what is returned is empty: how Core ML optimises it is not known.
     """
-    altered = altered_number(written)
-    parity = Parity(scales_identical=altered is None, batches=(1,))
-    if altered is not None:
-        parity.problem = f"{altered} in the file differs from the student's"
+    parity = compared_numbers(altered_number(written))
+    if parity.problem is not None:
         return parity
     inputs = as_float32(example, "an example")
     run = ProgramRunner(written.files, deployed, list(written.program.grids))
@@ -56,14 +61,7 @@ def check_coreml(
     judge_layers(parity, parity.unoptimised, "in the written arithmetic", UNOPTIMISED_FRACTION)
     judge_outputs(parity, ", after layers that agree")
     whole = ProgramRunner(written.files, deployed)
-
-    def in_pytorch(given: Inputs) -> Any:
-        return deployed.network(*deployed.in_order(given))
-
-    def in_file(given: Inputs) -> Any:
-        return returned_by({name: torch.from_numpy(array) for name, array in whole(given).items()}, OUTPUT)
-
-    agree(parity, in_file, in_pytorch, test, student, task, ProgramRunner)
+    agree_whole(parity, whole, deployed.network, deployed, test, student, task)
     return parity
 
 

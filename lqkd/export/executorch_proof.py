@@ -22,11 +22,19 @@ from lqkd.export.executorch_file import lowered, read
 from lqkd.export.executorch_reference import Delegated
 from lqkd.export.executorch_writer import on_grid
 from lqkd.export.litert_values import BYTE
-from lqkd.export.parity import Parity, agree, differences, judge_layers, judge_outputs, output_steps
+from lqkd.export.parity import (
+    Parity,
+    agree_whole,
+    compared_numbers,
+    differences,
+    judge_layers,
+    judge_outputs,
+    output_steps,
+)
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads, returned_by
+from lqkd.models.outputs import heads
 from lqkd.tasks import Task
 
 FRACTION = 1e-3
@@ -83,10 +91,8 @@ def check_executorch(
 
     ``optimised`` of what is returned is empty: the runtime has one way to run it.
     """
-    altered = altered_number(written)
-    parity = Parity(scales_identical=altered is None, batches=(1,))
-    if altered is not None:
-        parity.problem = f"{altered} in the file differs from the student's"
+    parity = compared_numbers(altered_number(written))
+    if parity.problem is not None:
         return parity
     inputs = as_float32(example, "an example")
     whole = ExecuTorchRunner(written.content, deployed)
@@ -106,15 +112,7 @@ def check_executorch(
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
     parity.end_to_end = reference.rows
     parity.output_steps = output_steps(ours, theirs, deployed, reference)
-    pytorch = Reference(deployed.network)
-
-    def in_pytorch(given: Inputs) -> Any:
-        return pytorch(*deployed.in_order(given))
-
-    def in_file(given: Inputs) -> Any:
-        return returned_by({name: torch.from_numpy(array) for name, array in whole(given).items()}, OUTPUT)
-
-    agree(parity, in_file, in_pytorch, test, student, task, ExecuTorchRunner)
+    agree_whole(parity, whole, Reference(deployed.network), deployed, test, student, task)
     return parity
 
 

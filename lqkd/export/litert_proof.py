@@ -21,11 +21,20 @@ from lqkd.export.litert_file import unpacked
 from lqkd.export.litert_reference import OwnKernels, XNNPack
 from lqkd.export.litert_runner import Interpreted
 from lqkd.export.litert_values import CHANNELS_LAST, Origin, Written, bias_of, real_bias_of, weight_of
-from lqkd.export.parity import REPRODUCED, Parity, agree, differences, judge_layers, judge_outputs, output_steps
+from lqkd.export.parity import (
+    REPRODUCED,
+    Parity,
+    agree_whole,
+    compared_numbers,
+    differences,
+    judge_layers,
+    judge_outputs,
+    output_steps,
+)
 from lqkd.export.reference import Reference
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads, returned_by
+from lqkd.models.outputs import heads
 from lqkd.tasks import Task
 
 FRACTION = 1e-3
@@ -85,10 +94,8 @@ def check_litert(
 
     ``unoptimised`` of what is returned is of the interpreter's own kernels, ``optimised`` of XNNPACK.
     """
-    altered = altered_number(written)
-    parity = Parity(scales_identical=altered is None, batches=(1,))
-    if altered is not None:
-        parity.problem = f"{altered} in the file differs from the student's"
+    parity = compared_numbers(altered_number(written))
+    if parity.problem is not None:
         return parity
     inputs = as_float32(example, "an example")
     whole = LiteRTRunner(written, deployed)
@@ -103,15 +110,7 @@ def check_litert(
     ours = heads(reference(*deployed.in_order(inputs)), OUTPUT)
     parity.end_to_end = reference.rows
     parity.output_steps = output_steps(ours, whole(inputs), deployed, reference)
-    pytorch = Reference(deployed.network)
-
-    def in_pytorch(given: Inputs) -> Any:
-        return pytorch(*deployed.in_order(given))
-
-    def in_file(given: Inputs) -> Any:
-        return returned_by({name: torch.from_numpy(array) for name, array in whole(given).items()}, OUTPUT)
-
-    agree(parity, in_file, in_pytorch, test, student, task, LiteRTRunner)
+    agree_whole(parity, whole, Reference(deployed.network), deployed, test, student, task)
     return parity
 
 

@@ -18,10 +18,18 @@ from lqkd.export.grids import ActivationGrid
 from lqkd.export.ncnn import PARAM, WEIGHTS, require
 from lqkd.export.ncnn_file import Layer, read
 from lqkd.export.ncnn_writer import Written, numbers
-from lqkd.export.parity import UNOPTIMISED_FRACTION, Parity, agree, differences, judge_layers, judge_outputs
+from lqkd.export.parity import (
+    UNOPTIMISED_FRACTION,
+    Parity,
+    agree_whole,
+    compared_numbers,
+    differences,
+    judge_layers,
+    judge_outputs,
+)
 from lqkd.export.runtimes import Runner
 from lqkd.models.calls import Inputs
-from lqkd.models.outputs import heads, returned_by
+from lqkd.models.outputs import heads
 from lqkd.tasks import Task
 
 _HALVES = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_packed", "use_bf16_storage")
@@ -90,10 +98,8 @@ def check_ncnn(
 
     ``optimised`` of what is returned is empty: ncnn has one way to run them.
     """
-    altered = altered_number(written)
-    parity = Parity(scales_identical=altered is None, batches=(1,))
-    if altered is not None:
-        parity.problem = f"{altered} in the file differs from the student's"
+    parity = compared_numbers(altered_number(written))
+    if parity.problem is not None:
         return parity
     inputs = as_float32(example, "an example")
     found = NcnnRunner(written, deployed, watched=True)(inputs)
@@ -106,14 +112,7 @@ def check_ncnn(
     judge_layers(parity, parity.unoptimised, "in ncnn", UNOPTIMISED_FRACTION)
     judge_outputs(parity, ", after layers that agree")
     whole = NcnnRunner(written, deployed)
-
-    def in_pytorch(given: Inputs) -> Any:
-        return deployed.network(*deployed.in_order(given))
-
-    def in_file(given: Inputs) -> Any:
-        return returned_by({name: torch.from_numpy(array) for name, array in whole(given).items()}, OUTPUT)
-
-    agree(parity, in_file, in_pytorch, test, student, task, NcnnRunner)
+    agree_whole(parity, whole, deployed.network, deployed, test, student, task)
     return parity
 
 

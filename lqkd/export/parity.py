@@ -169,15 +169,7 @@ def check(
     if exported.integer:
         _compare_end_to_end(parity, exported, deployed, inputs, whole)
     pytorch = Reference(deployed.network) if exported.integer else deployed.network
-
-    def in_pytorch(given: Inputs) -> Any:
-        return pytorch(*deployed.in_order(given))
-
-    def in_file(given: Inputs) -> Any:
-        found = whole(given)
-        return returned_by({name: torch.from_numpy(found[name]) for name in whole.outputs}, OUTPUT)
-
-    agree(parity, in_file, in_pytorch, test, student, task, runner)
+    agree_whole(parity, whole, pytorch, deployed, test, student, task)
     altered = altered_integers(exported.model, deployed) if exported.plain else None
     if altered is not None and parity.problem is None:
         parity.problem = f"{altered} in the file differs from the student's"
@@ -281,6 +273,45 @@ def _check_batches(parity: Parity, run: Runner, inputs: Inputs) -> None:
 
 
 @torch.no_grad()
+def compared_numbers(altered: str | None) -> Parity:
+    """The beginning of a proof of a file for one sample at a time, and its end where a number was altered.
+
+    Args:
+        altered: whose it is; None where all numbers in the file are the student's.
+    """
+    problem = None if altered is None else f"{altered} in the file differs from the student's"
+    return Parity(scales_identical=altered is None, batches=(1,), problem=problem)
+
+
+def agree_whole(
+    parity: Parity,
+    whole: Runner,
+    pytorch: Callable[..., Any],
+    deployed: Deployed,
+    test: Iterable[Any],
+    student: torch.nn.Module | None,
+    task: Task | None = None,
+) -> None:
+    """:func:`agree` of a whole file.
+
+    Args:
+        parity: to which it is added.
+        whole: runs the file.
+        pytorch: the deployed network, or its arithmetic.
+        deployed: it.
+        test, student, task: as of :func:`agree`.
+    """
+
+    def in_pytorch(given: Inputs) -> Any:
+        return pytorch(*deployed.in_order(given))
+
+    def in_file(given: Inputs) -> Any:
+        found = whole(given)
+        return returned_by({name: torch.from_numpy(found[name]) for name in whole.outputs}, OUTPUT)
+
+    agree(parity, in_file, in_pytorch, test, student, task, type(whole))
+
+
 def agree(
     parity: Parity,
     in_file: Callable[[Inputs], Any],
