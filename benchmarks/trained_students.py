@@ -61,7 +61,7 @@ def students(roots: dict[str, str], kept: Path, names: list[str], target: str | 
     """
     for name in names:
         root = roots[NETWORKS[name]]
-        network = _kept(kept / f"{name}_float.pt", lambda: _float(name, root))  # noqa: B023
+        network = _kept(kept / f"{name}_{EPOCHS * FLOAT_STEPS}_steps.pt", lambda: _float(name, root))  # noqa: B023
         data = _data(name, root, BATCH * STEPS)
         data.setup()
         given = islice(data.train_dataloader(), CALIBRATION)
@@ -73,7 +73,7 @@ def students(roots: dict[str, str], kept: Path, names: list[str], target: str | 
             for what in ("images", "labels")
         )
         for bits in ("w8a8", "w4a4"):
-            place = kept / "_".join([name, bits, *([target] if target else [])])
+            place = kept / "_".join([name, bits, *([target] if target else []), f"{STEPS}_steps"])
             student = _kept(place.with_suffix(".pt"), lambda: _student(name, network, bits, target, root, place))  # noqa: B023
             yield Trained(name, bits, student, batches, images, labels)
 

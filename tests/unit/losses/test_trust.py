@@ -344,10 +344,14 @@ def test_where_labels_of_some_classes_are_wrong_it_is_found_of_which_and_nobody_
     assert as_if_right.fit(teachers, spoiled).wrong_labels is None  # nobody says that it is not the teachers
     fresh, its_labels = rows(2000, seed=1, sharp=6.0)
     new = torch.stack([fresh[:, ORDER], fresh + 2 * noise(2000, seed=7)])
-    assert cross_entropy(trusted, new, its_labels) < min(0.5, cross_entropy(as_if_right, new, its_labels) - 0.35)
-    doubted, wrong = trusted.doubted(teachers, spoiled), spoiled != labels
-    assert doubted[wrong].double().mean() > 0.9
-    assert (doubted != wrong).double().mean() < 0.04
+    assert cross_entropy(trusted, new, its_labels) < 0.5  # that knows the order; with a full map it is 0.6 and 1.0
+    assert cross_entropy(as_if_right, new, its_labels) > 0.8
+    further, their_labels = rows(1000, seed=1, sharp=6.0)
+    more, changed = torch.stack([further[:, ORDER], further + 2 * noise(1000)]), spoiled_labels(their_labels, rates)
+    doubted = torch.cat([trusted.doubted(teachers, spoiled), trusted.doubted(more, changed)])
+    wrong = torch.cat([spoiled != labels, changed != their_labels])
+    assert doubted[wrong].double().mean() > 0.8
+    assert doubted[~wrong].double().mean() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["random", "renamed"])
