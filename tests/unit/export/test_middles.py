@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lqkd.export import Deployed, deploy
 from lqkd.export.formats import deployed_for
 from lqkd.export.grids import ActivationGrid
-from lqkd.export.middles import to_the_middle
+from lqkd.export.middles import _Reading, to_the_middle
 from lqkd.export.reference import Reference
 from lqkd.models.calls import Inputs
+from lqkd.quantization import LSQ
 from tests.unit.export.networks import images, quantised
 
 
@@ -69,14 +70,32 @@ def test_a_fitted_grid_gets_less_than_a_hundredth_coarser_and_a_trained_one_stay
 @pytest.mark.parametrize("activation", [nn.Hardswish(), nn.Sigmoid()])
 def test_codes_behind_a_function_of_each_are_off_the_middles_too(activation: nn.Module) -> None:
     network: Any = quantised(nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 4, 3)), bits="w8a8")
-    deployed = deploy(network, images(2), [images(32)], off_middles=True)
-    names = ("grids.calibrated._0", "grids.2.input_quantizer")
-    source, reader = (deployed.network.get_submodule(name) for name in names)
-    assert isinstance(source, ActivationGrid)
-    assert isinstance(reader, ActivationGrid)
-    numbers = (torch.arange(source.low, source.high + 1) - source.zero_point) * source.scale
-    codes = activation(numbers).double() / reader.scale.double() + reader.zero_point
-    assert to_the_middle(codes, reader.low, reader.high) >= 1e-3
+
+    def made(off_middles: bool) -> tuple[Tensor, float]:
+        """What the codes that are read mean, and how far they are from the middle between two of the reader's."""
+        deployed = deploy(network, images(2), [images(32)], off_middles=off_middles)
+        names = ("grids.calibrated._0", "grids.2.input_quantizer")
+        source, reader = (deployed.network.get_submodule(name) for name in names)
+        assert isinstance(source, ActivationGrid)
+        assert isinstance(reader, ActivationGrid)
+        numbers = activation((torch.arange(source.low, source.high + 1) - source.zero_point) * source.scale)
+        codes = numbers.double() / reader.scale.double() + reader.zero_point
+        return numbers, to_the_middle(codes, reader.low, reader.high)
+
+    numbers, _ = made(off_middles=False)
+    network[2].input_quantizer.scale.data.copy_(numbers[200] / 50.5)  # of the code 200 it is half way
+    assert made(off_middles=False)[1] < 1e-4
+    assert made(off_middles=True)[1] >= 1e-3
+
+
+def test_numbers_on_both_sides_of_zero_are_read() -> None:
+    source, reader = LSQ(8, signed=True), LSQ(8, signed=True)
+    for quantizer in (source, reader):
+        quantizer(torch.randn(16))
+    source.scale.data.fill_(0.5)
+    reader.scale.data.fill_(1.0)
+    one = _Reading(source, reader, lambda x: torch.where(x == -1.5, x, torch.zeros_like(x)))
+    assert one.to_the_middle() == 0
 
 
 def share_of_equal_logits(deployed: Deployed, x: Tensor) -> float:
