@@ -454,8 +454,13 @@ def write_squares(folder: Path, count: int = 64) -> None:
     [([2, 0, 1], {"red": "blue", "green": "red", "blue": "green"}), ([0, 1, 2], {})],
 )
 def test_pixels_of_one_image_are_left_out_together_and_tell_what_classes_are_called(
-    make_trainer: MakeTrainer, tmp_path: Path, order: list[int], read_as: dict[str, str]
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    order: list[int],
+    read_as: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("lqkd.losses.trust.memorised._SELDOM", 0.1)  # of the pixels of an identity 4 % are wrong
     write_squares(tmp_path / "pairs")
     data = SegmentationFolder(
         root=str(tmp_path / "pairs"),
