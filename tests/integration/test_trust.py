@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -460,7 +461,9 @@ def test_pixels_of_one_image_are_left_out_together_and_tell_what_classes_are_cal
     read_as: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lqkd.losses.trust.memorised._SELDOM", 0.1)  # of the pixels of an identity 4 % are wrong
+    monkeypatch.setattr(
+        import_module("lqkd.losses.trust.memorised"), "_SELDOM", 0.1
+    )  # of the pixels of an identity 4 % are wrong
     write_squares(tmp_path / "pairs")
     data = SegmentationFolder(
         root=str(tmp_path / "pairs"),
