@@ -1,7 +1,8 @@
 """Steps at which no code is in the middle between two levels of the grid that reads it.
 
 There each runtime rounds in its own way: half up, half to even, or as the last bit of a product of scales has it, and
-every value with that code becomes another one in the file. A grid that the export fits can be a little coarser instead.
+every value with that code becomes another one in the file. A grid that the export fits can be a little coarser instead,
+and so can, by a hair, one of training that reads sums of two grids.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from torch import Tensor, fx
 
 from lqkd.export.operations import MOVES, operation
 from lqkd.quantization import Quantizer
-from lqkd.quantization.codes import activation_codes
-from lqkd.quantization.quantizers import ReAct
+from lqkd.quantization.codes import ActivationCodes, activation_codes
+from lqkd.quantization.quantizers import ReAct, UniformQuantizer
 
-_TRIED, _COARSER = 64, 1e-4
+_TRIED, _COARSER, _BY_A_HAIR = 64, 1e-4, 2.5e-7
 _LEAST = 1e-3
 """So far, in steps, every code shall be from the middle between two levels."""
+_ROUNDING = 2.0**-24
+"""So far, as a part of what is added or multiplied, a result shall be from a middle: what rounding to float32 costs."""
 _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
+_OF_PAIRS = ("add", "mul")
 
 
 def to_the_middle(codes: Tensor, low: int, high: int) -> float:
@@ -32,22 +36,32 @@ def to_the_middle(codes: Tensor, low: int, high: int) -> float:
         codes: real numbers.
         low, high: beyond a step of which they are cut off.
     """
-    within = codes[(codes > low - 1) & (codes < high + 1)]
-    return float((within - within.floor() - 0.5).abs().min()) if len(within) else 0.5
+    within = _within(codes, low, high)
+    return float(_distances(codes[within]).min()) if within.any() else 0.5
 
 
-def coarser(step: Tensor, apart: Callable[[Tensor], float]) -> Tensor:
+def _within(codes: Tensor, low: int, high: int) -> Tensor:
+    return (codes > low - 1) & (codes < high + 1)
+
+
+def _distances(codes: Tensor) -> Tensor:
+    return (codes - codes.floor() - 0.5).abs()
+
+
+def coarser(step: Tensor, apart: Callable[[Tensor], float], rate: float = _COARSER, least: float = _LEAST) -> Tensor:
     """The least step from ``step`` on that is far enough from all middles, or the farthest that was tried.
 
     Args:
         step: 0-dim.
         apart: how far a step is, in steps.
+        rate: by which part of the step the next one is larger.
+        least: how far is enough.
     """
-    steps = [step * (1 + _COARSER * turn) for turn in range(_TRIED)]
+    steps = [step * (1 + rate * turn) for turn in range(_TRIED)]
     distances = []
     for tried in steps:
         distances.append(apart(tried))
-        if distances[-1] >= _LEAST:
+        if distances[-1] >= least:
             return tried
     return steps[distances.index(max(distances))]
 
@@ -65,53 +79,129 @@ class _Reading:
     reader: Any
     between: Callable[[Tensor], Tensor]
 
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        return (self.source,)
+
     def to_the_middle(self) -> float:
         source, reader = (activation_codes(one, "") for one in (self.source, self.reader))
         if source is None or reader is None:
             return 0.5
-        numbers = (torch.arange(source.low, source.high + 1) - source.zero_point) * source.scale
-        codes = self.between(numbers).double() / reader.scale.double() + reader.zero_point
+        codes = self.between(_numbers(source)).double() / reader.scale.double() + reader.zero_point
         return to_the_middle(codes, reader.low, reader.high)
+
+    def clearance(self) -> float:
+        """How far the codes are from all middles, as a part of what is far enough."""
+        return self.to_the_middle() / _LEAST
+
+
+@dataclass(frozen=True)
+class _ReadingOfPairs:
+    """A grid that reads sums or products of the numbers of two grids.
+
+    Attributes:
+        sources, reader: two quantizers and one.
+        before: what is computed of the numbers of each source.
+        combined: their sum or product.
+        between: what is computed of it.
+    """
+
+    sources: tuple[Any, Any]
+    reader: Any
+    before: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    combined: Callable[[Tensor, Tensor], Tensor]
+    between: Callable[[Tensor], Tensor]
+
+    def clearance(self) -> float:
+        """How far every pair is from all middles, as a part of what rounding may cost it."""
+        reader, *sources = (activation_codes(one, "") for one in (self.reader, *self.sources))
+        if reader is None or None in sources:
+            return 1.0
+        ours, theirs = (
+            compute(_numbers(source)).double() for compute, source in zip(self.before, sources, strict=True)
+        )
+        pairs = self.combined(ours[:, None], theirs[None]).flatten()
+        size = self.combined(ours.abs()[:, None], theirs.abs()[None]).flatten() / reader.scale.double()
+        codes = self.between(pairs) / reader.scale.double() + reader.zero_point
+        within = _within(codes, reader.low, reader.high)
+        if not within.any():
+            return 1.0
+        return float((_distances(codes[within]) / (_ROUNDING * size[within].clamp(min=1))).min())
+
+
+def _numbers(grid: ActivationCodes) -> Tensor:
+    return (torch.arange(grid.low, grid.high + 1) - grid.zero_point) * grid.scale
 
 
 @torch.no_grad()
 def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str]) -> None:
-    """Make grids that were fitted at export a little coarser, so that no code read from grid to grid is in a middle.
+    """Make grids a little coarser, so that no code that is read from grid to grid is in a middle, in place.
+
+    A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a sum or product
+    of two codes that it reads is so close to a middle that the last bit of float32 decides: it gets coarser by
+    less than two parts of 100,000 then, mostly by one of a million.
 
     Args:
         network: with quantizers, whose shapes are known.
-        fitted: the names of those that may be changed, by at most 0.6 %, in the order of the network.
+        fitted: the names of those that may be changed by more, in the order of the network.
     """
     readings = list(_readings(network))
-    for target in fitted:
-        quantizer: Any = network.get_submodule(target)
-        own = [one for one in readings if quantizer in (one.source, one.reader)]
-
-        def apart(step: Tensor, quantizer: Any = quantizer, own: list[_Reading] = own) -> float:
-            quantizer.scale.copy_(step)
-            return min(one.to_the_middle() for one in own)
-
-        if own:
-            quantizer.scale.copy_(coarser(quantizer.scale.clone(), apart))
+    ours: set[Any] = {network.get_submodule(target) for target in fitted}
+    for quantizer in dict.fromkeys(_quantizer(node, network) for node in network.graph.nodes):
+        if quantizer in ours:
+            own = [one for one in readings if quantizer in (one.reader, *one.sources)]
+        else:
+            own = [one for one in readings if one.reader is quantizer and isinstance(one, _ReadingOfPairs)]
+        if own and _has_this_step(quantizer):
+            _move(quantizer, own, _COARSER if quantizer in ours else _BY_A_HAIR)
 
 
-def _readings(network: fx.GraphModule) -> Iterator[_Reading]:
+def _has_this_step(quantizer: Any) -> bool:
+    """Whether its ``scale`` is its step, and not a number of which a power of two is made, say."""
+    scale = getattr(quantizer, "scale", None)
+    return isinstance(quantizer, UniformQuantizer) and isinstance(scale, Tensor) and torch.equal(scale, quantizer.step())
+
+
+def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], rate: float) -> None:
+    def clearance(step: Tensor) -> float:
+        quantizer.scale.copy_(step)
+        return min(one.clearance() for one in own)
+
+    quantizer.scale.copy_(coarser(quantizer.scale.clone(), clearance, rate, 1.0))
+
+
+def _readings(network: fx.GraphModule) -> Iterator[_Reading | _ReadingOfPairs]:
     for node in network.graph.nodes:
         reader = _quantizer(node, network)
         if reader is None or isinstance(reader, ReAct):
             continue
-        path: list[fx.Node] = []
-        (source,) = node.all_input_nodes
-        while _quantizer(source, network) is None and len(source.all_input_nodes) == 1:
-            kind = getattr(operation(source, network), "kind", "")
-            if kind not in (*_OF_EACH_NUMBER, *MOVES):
-                break
-            if kind in _OF_EACH_NUMBER:
-                path.insert(0, source)
-            (source,) = source.all_input_nodes
-        found = _quantizer(source, network)
+        (behind,) = node.all_input_nodes
+        end, between = _above(behind, network)
+        found = _quantizer(end, network)
         if found is not None:
-            yield _Reading(found, reader, _composed(path, network))
+            yield _Reading(found, reader, between)
+            continue
+        kind = getattr(operation(end, network), "kind", "")
+        if kind not in _OF_PAIRS or len(end.all_input_nodes) != 2:
+            continue
+        (one, before_one), (other, before_other) = (_above(above, network) for above in end.all_input_nodes)
+        sources = _quantizer(one, network), _quantizer(other, network)
+        if sources[0] is not None and sources[1] is not None:
+            combined = torch.add if kind == "add" else torch.mul
+            yield _ReadingOfPairs((sources[0], sources[1]), reader, (before_one, before_other), combined, between)
+
+
+def _above(node: fx.Node, network: fx.GraphModule) -> tuple[fx.Node, Callable[[Tensor], Tensor]]:
+    """What ``node`` computes each of its numbers of, and how; moves count for nothing."""
+    path: list[fx.Node] = []
+    while _quantizer(node, network) is None and len(node.all_input_nodes) == 1:
+        kind = getattr(operation(node, network), "kind", "")
+        if kind not in (*_OF_EACH_NUMBER, *MOVES):
+            break
+        if kind in _OF_EACH_NUMBER:
+            path.insert(0, node)
+        (node,) = node.all_input_nodes
+    return node, _composed(path, network)
 
 
 def _quantizer(node: fx.Node, network: fx.GraphModule) -> Quantizer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -86,6 +87,59 @@ def test_codes_behind_a_function_of_each_are_off_the_middles_too(activation: nn.
     network[2].input_quantizer.scale.data.copy_(numbers[200] / 50.5)  # of the code 200 it is half way
     assert made(off_middles=False)[1] < 1e-4
     assert made(off_middles=True)[1] >= 1e-3
+
+
+class Added(nn.Module):
+    """The sum of two convolutions, each of which is on a grid, read by a third one."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.combine(self.one(x), self.other(x))))
+
+
+def pairs_to_the_middle(deployed: Deployed, combine: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """How far the nearest result of two codes is from a middle, as a part of the size of what is combined."""
+    names = ("one.output_quantizer", "other.output_quantizer", "last.input_quantizer")
+    ours, theirs, reader = (grid_of(deployed, name) for name in names)
+    one, other = (
+        (torch.arange(grid.low, grid.high + 1) - grid.zero_point) * grid.scale.double() for grid in (ours, theirs)
+    )
+    size = combine(one[:, None].abs(), other[None].abs()) / reader.scale
+    codes = F.relu(combine(one[:, None], other[None])) / reader.scale.double()
+    inside = codes < reader.high + 1
+    return float(((codes - codes.floor() - 0.5).abs() / size.clamp(min=1))[inside].min())
+
+
+def grid_of(deployed: Deployed, name: str) -> ActivationGrid:
+    return next(m for n, m in deployed.network.named_modules() if n.endswith(name) and isinstance(m, ActivationGrid))
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+def test_a_sum_of_two_trained_grids_is_moved_off_a_middle_by_a_hair(bits: str) -> None:
+    network: Any = quantised(Added(torch.add), bits=bits, residual_bits=8)
+    for layer in (network.one, network.other):
+        layer.output_quantizer.scale.data.fill_(1 / 8)
+    network.last.input_quantizer.scale.data.fill_(3.0)  # a sum of 12 codes is half of it
+    tied, apart = (deploy(network, images(2), [images(32)], off_middles=off) for off in (False, True))
+    assert pairs_to_the_middle(tied, torch.add) == 0
+    assert pairs_to_the_middle(apart, torch.add) >= 2.0**-25
+    before, after = (grid_of(deployed, "last.input_quantizer").scale for deployed in (tied, apart))
+    assert 0 < float(after / before) - 1 < 2e-5
+
+
+def test_trained_grids_without_a_tie_stay_to_the_last_bit() -> None:
+    network: Any = quantised(Added(torch.add), bits="w4a4", residual_bits=8)
+    for layer in (network.one, network.other):
+        layer.output_quantizer.scale.data.fill_(0.1)
+    network.last.input_quantizer.scale.data.fill_(0.33)
+    tied, apart = (deploy(network, images(2), [images(32)], off_middles=off) for off in (False, True))
+    for name, module in tied.network.named_modules():
+        if isinstance(module, ActivationGrid):
+            assert torch.equal(module.scale, grid_of(apart, name).scale)
 
 
 def test_numbers_on_both_sides_of_zero_are_read() -> None:
