@@ -90,6 +90,13 @@ def draw(in_float: float, series: Accuracies, dark: bool) -> Figure:
     return figure
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, the same to the byte each time."""
+    with mpl.rc_context({"svg.hashsalt": "lqkd"}), atomic_path(path) as temporary:
+        FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
+    print(path)
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
@@ -102,10 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     in_float, series = read(options.results)
     for dark in (False, True):
-        name = f"accuracy_by_bits{'_dark' if dark else ''}.svg"
-        with mpl.rc_context({"svg.hashsalt": "lqkd"}), atomic_path(options.out / name) as temporary:
-            FigureCanvasSVG(draw(in_float, series, dark)).print_svg(temporary, metadata={"Date": None})
-        print(options.out / name)
+        save(draw(in_float, series, dark), options.out / f"accuracy_by_bits{'_dark' if dark else ''}.svg")
 
 
 if __name__ == "__main__":
