@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lqkd.export.operations import MOVES, operation
+from lqkd.export.operations import operation
 from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import activation_codes
+from lqkd.quantization.placement import MOVES
 from lqkd.quantization.quantizers import ReAct
 
 _TRIED, _COARSER = 64, 1e-4
