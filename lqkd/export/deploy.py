@@ -227,7 +227,8 @@ def _calibrate(
     if not calibration:
         raise UsageError(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
-            "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
+            "no calibration data to fit one: give training images, or train with quantization.residual_bits=8 and "
+            "function_bits=8"
         )
     check_takes(network, calibration[0].part(slice(1)), "calibration data")
     inputs = Inputs.joined(calibration)

@@ -121,8 +121,9 @@ class GridPlacement(Placement):
         """What ``node`` becomes where its gate needs a grid, or is one; itself elsewhere."""
         found = self._operation(node)
         returned = any(user.op == "output" or self._feeds_float(user) for user in node.users)
-        kept = not self.gates or found is None or returned
-        return node if kept else take_gate_apart(node, found, self.network)
+        if not self.gates or found is None or returned:
+            return node
+        return take_gate_apart(node, found, self.network)
 
     def _insert(self, end: fx.Node, users: list[fx.Node]) -> fx.Node:
         where = f"{end.target}" if end.op == "call_module" else f"{end.name} in {place(end)}"

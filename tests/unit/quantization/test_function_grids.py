@@ -93,9 +93,11 @@ def test_the_export_has_no_grid_to_fit(name: str) -> None:
 
 def test_the_gates_of_a_portable_file_are_not_of_training_but_the_grids_of_their_values_are() -> None:
     student = quantised(mobile(), **BOTH)
-    trained = [student.get_submodule(name).scale for name in between(student)]
+    trained: list[Any] = [
+        quantizer.scale for name, quantizer in quantizers(student).items() if name in between(student)
+    ]
     deployed = deployed_for("portable", student, images(2), [images(32)])
-    held = [grid.scale for grid in deployed.network.modules() if isinstance(grid, ActivationGrid)]
+    held: list[Any] = [grid.scale for grid in deployed.network.modules() if isinstance(grid, ActivationGrid)]
     assert all(any(torch.equal(step, other) for other in held) for step in trained)
     assert sum(isinstance(grid, GateGrid) for grid in deployed.network.modules()) == 5  # those of the hard swishes
     assert deployed.calibrated == []
@@ -158,13 +160,13 @@ def test_a_clamp_is_in_front_of_its_grid_also_inside_of_timm_s_batch_norm() -> N
 
 def test_the_argument_of_the_activation_of_timm_s_batch_norm_is_on_a_grid() -> None:
     norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
-    student = quantised(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 1)), **BOTH)
+    student: Any = quantised(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 1)), **BOTH)
     assert between(student) == {"1.act.argument_quantizer"}
     seen: list[Tensor] = []
     student[1].act.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     student(images(4))
     assert torch.isin(seen[0], student[1].act.argument_quantizer.levels()).all()
-    after = projected(student)
+    after: Any = projected(student)
     assert not torch.equal(after[1].bias, norm.bias)
     assert deployed_for("openvino", after, images(2)).calibrated == []
 
@@ -192,12 +194,11 @@ def test_a_result_of_which_parts_are_read_is_on_one_grid() -> None:
 def test_what_an_addition_and_a_function_read_has_the_larger_number_of_bits(
     joins: int, functions: int, both: int
 ) -> None:
-    model, _ = quantize_model(mobile(), Recipe("w4a4", residual_bits=joins, function_bits=functions))
-    bits = {name: model.get_submodule(name).bits for name in between(model)}
+    recipe = Recipe("w4a4", residual_bits=joins, function_bits=functions)
+    bits = {name: q.bits for name, q in quantizers(quantize_model(mobile(), recipe)[0]).items()}
     assert bits["3.norm3.output_quantizer"] == joins
     assert bits["3.norm1.output_quantizer"] == functions
-    model, _ = quantize_model(Summed(), Recipe("w4a4", residual_bits=joins, function_bits=functions))
-    assert model.conv.output_quantizer.bits == both
+    assert quantizers(quantize_model(Summed(), recipe)[0])["conv.output_quantizer"].bits == both
 
 
 class Summed(nn.Module):
