@@ -105,9 +105,9 @@ class _Search(Placement):
         self.new: dict[fx.Node, Quantizer] = {}
         self.copy = copy_of(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
         self.activated = [name for name, module in model.named_modules() if is_activated(module)]
-        self.folded = fold_batchnorm(self.copy).folded
+        folded = fold_batchnorm(self.copy).folded  # no result is looked at in front of a batch norm that is
         take_activations_apart(self.copy)
-        self.activations = {f"{n}.1" if n in self.folded else f"{n}.1.1": f"{n}.act" for n in self.activated}
+        self.activations = {f"{n}.1" if n in folded else f"{n}.1.1": f"{n}.act" for n in self.activated}
         tracer = Tracer()
         super().__init__(tracer.trace(self.copy))
         self.calls = tracer.calls
@@ -198,8 +198,6 @@ class _Search(Placement):
         name = port.module
         if name in self.activations:
             return None if port.output else Port(self.activations[name], output=False)
-        if name in (self.folded.values() if port.output else self.folded):  # between a layer and its batch norm
-            return None
         if any(name.startswith(f"{norm}.") for norm in self.activated):  # modules that the network has not
             return None
         return port if takes_child(self.model.get_submodule(name)) else None

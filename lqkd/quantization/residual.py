@@ -112,8 +112,8 @@ def other_places(own: Collection[str], saved: Collection[str]) -> str | None:
         return None
     difference = f"it has none at {here[0]!r}" if here else f"it has one at {there[0]!r}"
     return (
-        f"it quantises results at other places than this version of lqkd ({difference}): take the version that trained "
-        "it, or train again"
+        f"it quantises results at other places than this version of lqkd ({difference}): take the version, and the "
+        "quantization.function_bits, that trained it, or train again"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -18,6 +18,7 @@ from lqkd.export.deploy import deployable_copy
 from lqkd.export.formats import deployed_for
 from lqkd.export.gates import GateGrid
 from lqkd.export.grids import ActivationGrid
+from lqkd.export.integer import IntegerLayer
 from lqkd.export.placement import GridPlacement, place_grids
 from lqkd.models import build_model
 from lqkd.models.calls import Inputs
@@ -166,9 +167,22 @@ def test_the_argument_of_the_activation_of_timm_s_batch_norm_is_on_a_grid() -> N
     student[1].act.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     student(images(4))
     assert torch.isin(seen[0], student[1].act.argument_quantizer.levels()).all()
-    after: Any = projected(student)
-    assert not torch.equal(after[1].bias, norm.bias)
-    assert deployed_for("openvino", after, images(2)).calibrated == []
+    assert deployed_for("openvino", student, images(2)).calibrated == []
+
+
+def test_a_bias_leads_to_no_sums_half_way_between_levels_of_what_the_activation_reads() -> None:
+    few: dict[str, Any] = {"bits": "w4a4", "residual_bits": 4, "function_bits": 4, "first_layer_bits": None}
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    network = quantised(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 1)), **few)
+    student: Any = projected(network)
+    layer = cast(IntegerLayer, deployed_for("openvino", student, images(2)).network.get_submodule("0"))
+    assert layer.bias_codes is not None
+    assert layer.bias_scale is not None
+    sums = int(layer.bias_codes[0]) + layer.multiplier * torch.arange(-5000, 5000)
+    frequent = int(sums[sums > 50][0])
+    student[1].act.argument_quantizer.scale.data.copy_(layer.bias_scale[0] * frequent / 2.5)
+    moved = (cast(Any, projected(student))[1].bias - student[1].bias)[0] / layer.bias_scale[0]
+    assert 0.9 < float(moved.detach().abs()) < 8.1
 
 
 class Parts(nn.Module):
