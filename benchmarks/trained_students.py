@@ -2,8 +2,8 @@
 
 ResNet-20 has its published weights; MobileNetV2, of half the width, and MobileNetV3 small of timm are trained in
 floating point for 1,200 steps of 128 images. Then :func:`lqkd.distill` trains each for 240 steps of 64 images by AdamW,
-from the labels and its own float network, with 8 bits for additions and with integer biases. All has the same seed and
-takes a few minutes on one core. Networks are kept in a folder, from which the next run reads them.
+from the labels and its own float network, with 8 bits for additions and functions (which ncnn has in floating point) and
+with integer biases. All has the same seed and takes a few minutes on one core. Networks are kept in a folder, from which the next run reads them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def students(roots: dict[str, str], kept: Path, names: list[str], target: str | 
             for what in ("images", "labels")
         )
         for bits in ("w8a8", "w4a4"):
-            place = kept / "_".join([name, bits, *([target] if target else []), f"{STEPS}_steps"])
+            place = kept / "_".join([name, bits, target or "functions", f"{STEPS}_steps"])
             student = _kept(place.with_suffix(".pt"), lambda: _student(name, network, bits, target, root, place))  # noqa: B023
             yield Trained(name, bits, student, batches, images, labels)
 
@@ -125,7 +125,7 @@ def _student(name: str, network: nn.Module, bits: str, target: str | None, root:
     return lqkd.distill(
         network,
         train=_data(name, root, BATCH * STEPS),
-        bits=lqkd.Recipe(bits=bits, residual_bits=8, target=target),
+        bits=lqkd.Recipe(bits=bits, residual_bits=8, function_bits=None if target else 8, target=target),
         folder=folder,
         epochs=1,
         trainer={"callbacks": [IntegerBiases()], "max_steps": STEPS, "limit_val_batches": 4},

@@ -99,7 +99,7 @@ def _measured(described: dict[str, Any], parity: Parity) -> list[tuple[str, str]
         of = f"of {parity.samples} samples"
         told = f"{parity.agreement_with_trained:.2%} {of}"
         if parity.agreement_with_trained < _SAME and described["calibrated"]:
-            told += "; residual_bits and IntegerBiases in training keep it"
+            told += "; residual_bits, function_bits and IntegerBiases in training keep it"
         result.append((f"same {parity.answer} as trained", told))
         result.append((f"same {parity.answer}", f"{parity.agreement:.3%} {of}"))
     return result

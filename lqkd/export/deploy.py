@@ -20,7 +20,7 @@ from lqkd.export.gates import GateGrid, GateRange
 from lqkd.export.grids import ActivationGrid, LookupGrid, activation_grid
 from lqkd.export.integer import integer_layer
 from lqkd.export.middles import keep_off_middles
-from lqkd.export.operations import MOVES, operation
+from lqkd.export.operations import operation
 from lqkd.export.placement import missing_grid, place_grids
 from lqkd.models.calls import Inputs
 from lqkd.models.outputs import heads
@@ -28,6 +28,7 @@ from lqkd.quantization import Quantizer, initialize_quantizers, quantizers
 from lqkd.quantization.codes import check_ungrouped
 from lqkd.quantization.computed import copy_of
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.placement import MOVES
 from lqkd.quantization.quantizers.base import alone
 from lqkd.quantization.targets import Target
 from lqkd.quantization.wrappers import unwrapped
@@ -226,7 +227,8 @@ def _calibrate(
     if not calibration:
         raise UsageError(
             f"{len(fresh)} results have no grid from training ({next(iter(fresh.values()))} is the first) and there is "
-            "no calibration data to fit one: give training images, or train with quantization.residual_bits=8"
+            "no calibration data to fit one: give training images, or train with quantization.residual_bits=8 and "
+            "function_bits=8"
         )
     check_takes(network, calibration[0].part(slice(1)), "calibration data")
     inputs = Inputs.joined(calibration)

@@ -22,8 +22,9 @@ from lqkd.export.integer import IntegerLayer, IntegerLinear, symmetric_padding
 from lqkd.export.island_writers import IslandWriters
 from lqkd.export.large_files import check_model
 from lqkd.export.nodes import Operation, shape_of
-from lqkd.export.operations import KEEPS_GRID, operation, unsupported
+from lqkd.export.operations import operation, unsupported
 from lqkd.models.outputs import heads
+from lqkd.quantization.placement import KEEPS_GRID
 
 BATCH = "batch"
 _LARGE = 512

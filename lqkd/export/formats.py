@@ -110,7 +110,7 @@ def deployed_for(
     Raises:
         UsageError: likewise, and when the format cannot express the network.
     """
-    elsewhere = name in (openvino.OPENVINO, LITERT, EXECUTORCH, NCNN, COREML)
+    elsewhere = name in (openvino.OPENVINO, LITERT, EXECUTORCH, COREML)
     target = TARGETS.get(name)
     deployed = deploy(student, example, calibration, progress, target, gates=name == PORTABLE, off_middles=elsewhere)
     check_expressible(deployed, name)

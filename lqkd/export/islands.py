@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lqkd.export.nodes import Operation, argument, first, is_tensor, shape_of
+from lqkd.quantization.placement import ISLAND
 
-KIND = "island"
+KIND = ISLAND
 """The kind of all of them; ``settings["name"]`` tells them apart."""
 
 _UNARY: dict[Any, str] = {

@@ -21,7 +21,7 @@ from lqkd.export.nodes import Operation, shape_of
 
 
 class MoveWriter(TensorWriter):
-    """The part of a writer for :data:`lqkd.export.operations.MOVES`."""
+    """The part of a writer for :data:`lqkd.quantization.placement.MOVES`."""
 
     def _moved(self, node: fx.Node, found: Operation) -> Codes | Pending:
         value = self.values[found.inputs[0]]

@@ -38,8 +38,9 @@ from lqkd.export.litert_values import (
     weight_of,
 )
 from lqkd.export.nodes import Operation, shape_of
-from lqkd.export.operations import MOVES, operation
+from lqkd.export.operations import operation
 from lqkd.models.outputs import heads
+from lqkd.quantization.placement import MOVES
 
 
 class Writer(MoveWriter):

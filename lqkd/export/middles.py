@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lqkd.export.operations import MOVES, operation
+from lqkd.export.operations import operation
 from lqkd.quantization import Quantizer
 from lqkd.quantization.codes import ActivationCodes, activation_codes
+from lqkd.quantization.placement import MOVES
 from lqkd.quantization.quantizers import ReAct, UniformQuantizer
 
 _TRIED, _COARSER, _BY_A_HAIR = 64, 1e-4, 2.5e-7

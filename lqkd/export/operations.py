@@ -17,53 +17,13 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.islands import island_of_function, island_of_module
 from lqkd.export.nodes import Operation, argument, first, is_tensor, place, shape_of
 from lqkd.quantization import Quantizer
+from lqkd.quantization.kinds import ACTIVATIONS, PAIRS
 from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.moves import IDENTITIES, RELUS, RESHAPE_METHODS, RESHAPES, SWAPS, TRANSPOSITIONS, is_identity
 from lqkd.quantization.norms import is_frozen_norm
 
-KEEPS_GRID = ("maxpool", "reshape", "transpose", "slice", "pad", "relu", "nearest", "identity")
-"""Kinds whose result is on the grid of their input: they move, compare or drop values, or put zeros beside them."""
-MOVES = (*KEEPS_GRID, "part", "chunks", "unbound")
-"""Kinds whose result, or each of whose results, is on the grid of their input."""
-CLAMPS = ("relu", "clamp")
-"""Kinds that a grid behind them can do as limits on its codes."""
-
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """The layers that files have, quantised or not; a float one must be of this very class."""
-_ACTIVATIONS: dict[Any, str] = {
-    nn.Hardswish: "HardSwish",
-    F.hardswish: "HardSwish",
-    nn.Hardsigmoid: "HardSigmoid",
-    F.hardsigmoid: "HardSigmoid",
-    nn.Sigmoid: "Sigmoid",
-    torch.sigmoid: "Sigmoid",
-    F.sigmoid: "Sigmoid",
-    "sigmoid": "Sigmoid",
-    "sigmoid_": "Sigmoid",
-    nn.SiLU: "SiLU",
-    F.silu: "SiLU",
-    nn.Tanh: "Tanh",
-    torch.tanh: "Tanh",
-    "tanh": "Tanh",
-    nn.LeakyReLU: "LeakyRelu",
-    F.leaky_relu: "LeakyRelu",
-    nn.ELU: "Elu",
-    F.elu: "Elu",
-    nn.GELU: "Gelu",
-    F.gelu: "Gelu",
-}
-_PAIRS: dict[Any, str] = {
-    operator.add: "add",
-    operator.iadd: "add",
-    torch.add: "add",
-    "add": "add",
-    "add_": "add",
-    operator.mul: "mul",
-    operator.imul: "mul",
-    torch.mul: "mul",
-    "mul": "mul",
-    "mul_": "mul",
-}
 _MAX_POOL = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
 _AVERAGE_POOL = {
     "kernel_size": None,
@@ -143,8 +103,8 @@ def _of_module(module: nn.Module, node: fx.Node) -> Operation | None:
         kind = "relu"
     elif isinstance(module, nn.Hardtanh):
         kind, settings = "clamp", {"low": module.min_val, "high": module.max_val}
-    elif type(module) in _ACTIVATIONS:
-        kind, settings = "activation", _activation(_ACTIVATIONS[type(module)], module.__dict__.get)
+    elif type(module) in ACTIVATIONS:
+        kind, settings = "activation", _activation(ACTIVATIONS[type(module)], module.__dict__.get)
     elif isinstance(module, nn.MaxPool2d):
         kind, settings = "maxpool", _pool(module.__dict__.__getitem__)
     elif isinstance(module, nn.AvgPool2d):
@@ -171,8 +131,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
     target: Any = node.target
-    if target in _PAIRS:
-        return _pair(node, _PAIRS[target])
+    if target in PAIRS:
+        return _pair(node, PAIRS[target])
     if target in (torch.cat, torch.concat):
         tensors = argument(node, 0, "tensors", ())
         if isinstance(tensors, fx.Node):  # all results of a chunk, say, as they are
@@ -189,11 +149,11 @@ def _of_function(node: fx.Node) -> Operation | None:  # noqa: PLR0911, PLR0912
         low = argument(node, 1, "min_val" if hard else "min", -1.0 if hard else None)
         high = argument(node, 2, "max_val" if hard else "max", 1.0 if hard else None)
         return Operation("clamp", first(node), {"low": low, "high": high})
-    if target in _ACTIVATIONS:
+    if target in ACTIVATIONS:
         return Operation(
             "activation",
             first(node),
-            _activation(_ACTIVATIONS[target], lambda name, default=None: argument(node, 1, name, default)),
+            _activation(ACTIVATIONS[target], lambda name, default=None: argument(node, 1, name, default)),
         )
     if target in (F.max_pool2d, F.avg_pool2d):
         settings = _MAX_POOL if target is F.max_pool2d else _AVERAGE_POOL

@@ -18,7 +18,8 @@ from lqkd.export.gates import SIX, THREE, is_gate, is_settled
 from lqkd.export.grids import ActivationGrid, LookupGrid, SignGrid
 from lqkd.export.integer import IntegerLayer, IntegerLinear
 from lqkd.export.nodes import Operation
-from lqkd.export.operations import CLAMPS, MOVES, operation
+from lqkd.export.operations import operation
+from lqkd.quantization.placement import CLAMPS, MOVES
 
 _EXACT = ("input", "output", "constant", "add", "mul", "clamp", "cat", *MOVES)
 """Kinds that round alike everywhere when they compute in floating point."""

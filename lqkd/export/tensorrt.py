@@ -29,7 +29,7 @@ LOADER_NOTE = "build it with strong typing: trtexec --onnx=FILE --stronglyTyped"
 """What a user of such a file must know."""
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 _MOVES = ("Reshape", "Flatten", "Transpose", "Squeeze", "Slice", "Pad", "Resize", "MaxPool")
-"""What :data:`lqkd.export.operations.KEEPS_GRID` becomes in a file, but for a ReLU."""
+"""What :data:`lqkd.quantization.placement.KEEPS_GRID` becomes in a file, but for a ReLU."""
 
 
 def check(deployed: Deployed) -> None:

@@ -261,13 +261,15 @@ def _obstacle(norm: _BatchNorm, layer: nn.Module | None, nodes: list[fx.Node]) -
     if not isinstance(layer, QuantizedLayer) and (changed or type(layer) not in QUANTIZED_LAYERS):
         return f"follows a {type(layer).__name__}, {changed or 'whose forward may differ'}"
     plain = is_frozen_norm(norm) or type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    if not plain and not _is_activated(norm):
+    if not plain and not is_activated(norm):
         return f"a {type(norm).__name__}, whose forward may differ"
     return None
 
 
-def _is_activated(norm: nn.Module) -> bool:
+def is_activated(norm: nn.Module | None) -> bool:
     """Whether ``norm`` is timm's batch norm with dropout and activation behind it."""
+    if norm is None or not is_batch_norm(norm):
+        return False
     return type(norm).__module__.startswith("timm.") and {"drop", "act"} <= norm._modules.keys()
 
 
@@ -278,7 +280,7 @@ def take_activations_apart(model: nn.Module) -> None:
         model: changed in place; what it computes stays the same.
     """
     for name, norm in list(model.named_modules()):
-        if not isinstance(norm, _BatchNorm) or not _is_activated(norm):
+        if not isinstance(norm, _BatchNorm) or not is_activated(norm):
             continue
         plain = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine, device="meta").train(norm.training)
         plain._parameters, plain._buffers = dict(norm._parameters), dict(norm._buffers)
@@ -289,7 +291,7 @@ def take_activations_apart(model: nn.Module) -> None:
 
 
 def _remainder(norm: nn.Module) -> nn.Module:
-    if not _is_activated(norm):
+    if not is_activated(norm):
         return nn.Identity()
     return nn.Sequential(*(norm.get_submodule(key) for key in ("drop", "act"))).train(norm.training)
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lqkd.errors import UsageError
 from lqkd.quantization.accumulator import layer_integers
-from lqkd.quantization.batchnorm import folded_parameters
+from lqkd.quantization.batchnorm import folded_parameters, is_activated
 from lqkd.quantization.codes import activation_codes, is_exactly_uniform, weight_codes
 from lqkd.quantization.graph import trace
 from lqkd.quantization.layers import QuantizedLayer
@@ -138,7 +138,8 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
 
     def behind(node: fx.Node) -> list[Quantizer]:
         module: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        own = getattr(module, "output_quantizer", None)
+        own = _argument_quantizer(getattr(module, "act", None)) if is_activated(module) else None
+        own = getattr(module, "output_quantizer", None) if own is None else own
         if own is not None:
             return [own]
         return [quantizer for user in node.users for quantizer in reading(user)]
@@ -147,6 +148,9 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
         module: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Quantizer):
             return [module]
+        own = _argument_quantizer(module)
+        if own is not None:
+            return [own]
         if isinstance(module, QuantizedLayer):
             return [] if module.input_quantizer is None else [module.input_quantizer]
         passes = is_batch_norm(module) or clamps(node, model) or moves(node, model)
@@ -162,3 +166,7 @@ def _readers(model: nn.Module) -> dict[str, list[Quantizer]]:
         for name, quantizers in found.items()
         if isinstance(model.get_submodule(name), QuantizedLayer)
     }
+
+
+def _argument_quantizer(module: Any) -> Quantizer | None:
+    return None if module is None else module._modules.get("argument_quantizer")

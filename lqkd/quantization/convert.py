@@ -15,9 +15,11 @@ from lqkd.quantization.attention import QuantizedProducts, products_of, quantize
 from lqkd.quantization.batchnorm import fold_all
 from lqkd.quantization.computed import computed
 from lqkd.quantization.cost import size
+from lqkd.quantization.function_grids import FunctionGrids, check_functions, quantize_functions
 from lqkd.quantization.granularity import check_tokens, granularity, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
+from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizers import LSQ, LevelwiseStep, LSQPowerOfTwo, Quantizer
 from lqkd.quantization.quantizers.levelwise import begin_pass
 from lqkd.quantization.recipe import (
@@ -90,6 +92,8 @@ class CoverageReport:
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
         parameters: of the whole network, each once.
+        functions: the values between layers that functions read or write and that have got a grid of their own by
+            ``function_bits``, with the bits of each.
 
     Examples:
         >>> report = coverage(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
@@ -104,6 +108,7 @@ class CoverageReport:
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
     parameters: int = 0
+    functions: Mapping[Port, int] = field(default_factory=dict, compare=False)
 
     def summary(self) -> str:
         """One line: how many layers are quantised, with how many bits, and how many are not."""
@@ -117,6 +122,9 @@ class CoverageReport:
         if self.products:
             own = ", ".join(f"{bits} bits" for bits in dict.fromkeys(products.bits for products in self.products))
             line += f"; products of {len(self.products)} attentions with {own}"
+        if self.functions:
+            own = ", ".join(f"{bits} bits" for bits in dict.fromkeys(self.functions.values()))
+            line += f"; {len(self.functions)} values between layers with {own}"
         return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
 
     def with_operations(self, shares: Mapping[str, float]) -> CoverageReport:
@@ -151,6 +159,7 @@ class CoverageReport:
         lines = [text_table(rows, left=6)]
         lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
         lines += [f"quantised: {join}" for join in (*self.joins, *self.products)]
+        lines += [f"quantised: {port} with {bits} bits" for port, bits in self.functions.items()]
         lines += [f"not quantised: {operation}" for operation in self.operations]
         if self.untraceable is not None:
             lines.append(
@@ -168,10 +177,11 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     they are, so calling twice changes nothing. "First" and "last" layer follow the order in which the network
     registers its layers. Of what is computed outside of layers, the operands of additions and concatenations are
     quantised where the recipe gives ``residual_bits``, and so are results that are read on several grids (see
-    :func:`~lqkd.quantization.residual.quantize_joins`), and where it gives ``attention_bits`` what attention
-    multiplies (see :func:`~lqkd.quantization.attention.quantize_attentions`); the report lists the rest. Where the
-    recipe folds batch norms, by itself or for its target, those are gone before, and their layers have a new weight and
-    a bias: a float checkpoint is loaded before.
+    :func:`~lqkd.quantization.residual.quantize_joins`), where it gives ``function_bits`` what functions read and write
+    (see :func:`~lqkd.quantization.function_grids.quantize_functions`), and where it gives ``attention_bits`` what
+    attention multiplies (see :func:`~lqkd.quantization.attention.quantize_attentions`); the report lists the rest.
+    Where the recipe folds batch norms, by itself or for its target, those are gone before, and their layers have a new
+    weight and a bias: a float checkpoint is loaded before.
 
     Args:
         model: any network; quantised layers take the place of its convolutions, transposed convolutions, Linear,
@@ -211,6 +221,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     if folds_batch_norm(recipe):
         fold_all(model)
     found = survey(model)
+    check_functions(recipe, found)
     layers = _quantizable(model, found)
     settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})
     if all(entry.is_float for entry in settings.values()) and parse_bits(recipe.bits) != (FLOAT_BITS, FLOAT_BITS):
@@ -240,11 +251,30 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     levelled = any(isinstance(module, LevelwiseStep) for module in model.modules())
     if levelled and begin_pass not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(begin_pass)
+    functions = _quantize_between(model, recipe)
     found = survey(model)
-    quantize_joins(model, found, recipe)
-    if recipe.residual_bits is not None:
-        found = survey(model)
-    return model, replace(_coverage(model, found), already_quantised=len(layers) - len(floats))
+    listed = {(operation.kind, operation.where) for operation in found.operations}
+    left = [operation for operation in functions.left if (operation.kind, operation.where) not in listed]
+    return model, replace(
+        _coverage(model, replace(found, operations=(*found.operations, *left))),
+        functions=functions.bits,
+        already_quantised=len(layers) - len(floats),
+    )
+
+
+def _quantize_between(model: nn.Module, recipe: Recipe) -> FunctionGrids:
+    """Quantise what functions read and write, and what meets in joins.
+
+    A join whose operands have got grids is computed on integers, so that functions behind it may find more.
+    """
+    bits: dict[Port, int] = {}
+    while recipe.residual_bits is not None:
+        functions = quantize_functions(model, recipe)
+        quantize_joins(model, survey(model), recipe)
+        bits.update(functions.bits)
+        if not functions.bits:
+            return replace(functions, bits=bits)
+    return FunctionGrids({}, ())
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -169,7 +169,7 @@ def survey(model: nn.Module) -> Survey:
         graph = tracer.trace(model)
     except Exception as error:  # networks with data-dependent control flow fail in many ways
         return Survey(_listed(operations), untraceable=f"{type(error).__name__}: {obstacle(error)}")
-    numbers = _numbers(graph)
+    numbers = sizes(graph)
     calls: Counter[str] = Counter()
     read: dict[str, str] = {}
     listed: dict[fx.Node, str] = {}
@@ -180,14 +180,15 @@ def survey(model: nn.Module) -> Survey:
             owner = node.target.rpartition(".")[0]
             if owner and isinstance(model.get_submodule(owner), (QuantizedLayer, *QUANTIZED_LAYERS)):
                 read.setdefault(owner, where(node))
-        kind = _kind(node)
+        kind = kind_of_operation(node)
         if kind is None or node in numbers or (kind in _PAIRS and not _combines(node, numbers)):
             continue
-        if kind != "matmul" or any(_quantizer(x, model) is None for x in node.all_input_nodes):
+        if kind != "matmul" or not _is_on_grids(node, model):
             listed[node] = kind
     joins, forked = _joins(listed, graph, model, tracer.calls)
     for node, kind in listed.items():
-        if node not in joins or not joins[node].is_quantised:
+        quantised = joins[node].is_quantised if node in joins else kind == "mul" and _is_on_grids(node, model)
+        if not quantised:
             operations[kind, where(node)] += 1
     bypassed = {name: reader for name, reader in read.items() if name not in calls}
     return Survey(_listed(operations), tuple(joins.values()), forked, dict(calls), bypassed)
@@ -247,11 +248,16 @@ def _quantizer(node: fx.Node, model: nn.Module) -> str | None:
     return _quantizer(node.all_input_nodes[0], model) if moves(node, model) else None
 
 
+def _is_on_grids(node: fx.Node, model: nn.Module) -> bool:
+    return all(_quantizer(x, model) is not None for x in node.all_input_nodes)
+
+
 def _listed(operations: Counter[tuple[str, str]]) -> tuple[Operation, ...]:
     return tuple(Operation(kind, place, count) for (kind, place), count in operations.items())
 
 
-def _kind(node: fx.Node) -> str | None:
+def kind_of_operation(node: fx.Node) -> str | None:
+    """What a :class:`~lqkd.quantization.survey.Operation` is called; ``None`` for all that combines no tensors."""
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
@@ -262,7 +268,7 @@ def _combines(node: fx.Node, numbers: set[fx.Node]) -> bool:
     return sum(isinstance(x, fx.Node) and x not in numbers for x in (*node.args, *node.kwargs.values())) > 1
 
 
-def _numbers(graph: fx.Graph) -> set[fx.Node]:
+def sizes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that hold sizes, not tensors: shapes and what is computed from them."""
     numbers: set[fx.Node] = set()
     for node in graph.nodes:

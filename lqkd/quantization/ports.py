@@ -38,14 +38,18 @@ class Calls:
 
     def ports(self, node: fx.Node, model: nn.Module) -> list[Port]:
         """Every place where a hook reaches the tensor of ``node``: where it is returned, then where it is taken."""
+        return [port for port in self.passed(node) if takes_child(model.get_submodule(port.module))]
+
+    def passed(self, node: fx.Node) -> list[Port]:
+        """The same with modules of every class."""
         found = [Port(name, output=True) for name in self.outputs.get(node, ())]
         found += [Port(name, output=False) for name in self.inputs.get(node, ())]
-        # A further child of nn.Sequential would be called as one of its steps.
-        return [
-            port
-            for port in found
-            if self.counts[port.module] == 1 and not isinstance(model.get_submodule(port.module), nn.Sequential)
-        ]
+        return [port for port in found if self.counts[port.module] == 1]
+
+
+def takes_child(module: nn.Module) -> bool:
+    """Whether ``module`` may have a quantizer as a child: a container calls each of its children as a step or layer."""
+    return not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def where(node: fx.Node) -> str:

@@ -86,7 +86,10 @@ class Recipe:
         last_layer_bits: weight and activation bits of the last layer, likewise.
         residual_bits: bits of what meets in additions and concatenations, as residual connections have them, and of
             results that several layers or additions read; null leaves those in floating point and lists the additions.
-        residual_quantizer: quantizer of these; signed or not is decided from their data. Null is ``lsq``, or what the
+        function_bits: bits of what functions between layers read and write, as hard swish, SiLU and GELU, the products
+            of squeeze and excitation and means do, which a file has on grids in any case; with ``residual_bits``. Null
+            leaves those in floating point, and the export fits their grids.
+        residual_quantizer: quantizer of both; signed or not is decided from their data. Null is ``lsq``, or what the
             target asks for.
         attention_bits: bits of what attention multiplies, queries, keys, values and the softmax, each on a grid of its
             own by ``lsq`` or what the target asks for, so that a file multiplies whole numbers there, too; null leaves
@@ -120,6 +123,7 @@ class Recipe:
     first_layer_bits: int | None = 8
     last_layer_bits: int | None = 8
     residual_bits: int | None = None
+    function_bits: int | None = None
     residual_quantizer: str | dict[str, Any] | None = None
     attention_bits: int | None = None
     target: str | None = None
@@ -351,8 +355,8 @@ def attention_quantizer(recipe: Recipe, operand: str, bits: int, signed: bool) -
         raise UsageError(f"attention_bits={bits} of the {operand}: {error}") from None
 
 
-def residual_quantizer(recipe: Recipe, place: str) -> str | dict[str, Any]:
-    """The quantizer of ``recipe.residual_bits`` bits of what a ``place`` brings to a join.
+def residual_quantizer(recipe: Recipe, place: str, bits: int) -> str | dict[str, Any]:
+    """The quantizer of ``bits`` bits of what a ``place`` brings to a join or a function.
 
     Raises:
         UsageError: when it is not possible with the target.
@@ -360,7 +364,7 @@ def residual_quantizer(recipe: Recipe, place: str) -> str | dict[str, Any]:
     target = find_target(recipe.target)
     default = "lsq" if target is None or target.quantizer is None else target.quantizer
     spec = default if recipe.residual_quantizer is None else recipe.residual_quantizer
-    return _constrained(target, spec, recipe.residual_bits or FLOAT_BITS, place)
+    return _constrained(target, spec, bits, place)
 
 
 def folds_batch_norm(recipe: Recipe) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,15 +52,29 @@ def quantize_joins(model: nn.Module, found: Survey, recipe: Recipe) -> None:
         ports = [port for port in join.ports if port is not None]
         if len(ports) == len(join.ports):
             wanted += [port for port, bits in zip(ports, join.bits, strict=True) if bits is None]
-    for port in dict.fromkeys(wanted):
-        try:
-            quantizer = build_quantizer(residual_quantizer(recipe, f"{port}"), recipe.residual_bits, batched=True)
-            check_tokens(quantizer, None, "value outside of layers")
-        except UsageError as error:
-            raise UsageError(f"residual_quantizer for the {port}: {error}") from None
+    attach(model, {port: quantizer_at(port, recipe, recipe.residual_bits) for port in wanted})
+
+
+def quantizer_at(port: Port, recipe: Recipe, bits: int) -> Quantizer:
+    """A quantizer for what passes ``port``, as the recipe says.
+
+    Raises:
+        UsageError: when it is not possible.
+    """
+    try:
+        quantizer = build_quantizer(residual_quantizer(recipe, f"{port}", bits), bits, batched=True)
+        check_tokens(quantizer, None, "value outside of layers")
+    except UsageError as error:
+        raise UsageError(f"residual_quantizer for the {port}: {error}") from None
+    return quantizer
+
+
+def attach(model: nn.Module, placed: Mapping[Port, Quantizer]) -> None:
+    """Let ``model`` apply quantizers at ports, in place; a port that has one keeps it."""
+    for port, quantizer in placed.items():
         _attach(model.get_submodule(port.module), port, quantizer.to(_device(model)))
-    if wanted:
-        _watch(model, dict.fromkeys(port.module for port in wanted))
+    if placed:
+        _watch(model, dict.fromkeys(port.module for port in placed))
 
 
 def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
@@ -71,8 +85,8 @@ def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
 
 
 def quantizers_between(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Owner and attribute of every quantizer that belongs to no layer: of what meets in joins and of what attention
-    multiplies."""
+    """Owner and attribute of every quantizer that belongs to no layer: of what meets in joins, of what functions read
+    and write, and of what attention multiplies."""
     return [
         (module, name)
         for module in model.modules()
@@ -98,8 +112,8 @@ def other_places(own: Collection[str], saved: Collection[str]) -> str | None:
         return None
     difference = f"it has none at {here[0]!r}" if here else f"it has one at {there[0]!r}"
     return (
-        f"it quantises results at other places than this version of lqkd ({difference}): take the version that trained "
-        "it, or train again"
+        f"it quantises results at other places than this version of lqkd ({difference}): take the version, and the "
+        "quantization.function_bits, that trained it, or train again"
     )
 
 

@@ -40,4 +40,4 @@ def test_what_keeps_the_answers_of_training_is_told_where_many_changed(differing
     parity = Parity(samples=1000, answer="first class", trained_differing=float(differing))
     described = metadata.describe("portable", deployed, parity, {}) | {"calibrated": ["conv1.input"]}
     shown = dict(rows(Summary(Path("student.onnx"), 1, 1, 1, None), described, parity))["same first class as trained"]
-    assert ("residual_bits and IntegerBiases in training keep it" in shown) == told
+    assert ("residual_bits, function_bits and IntegerBiases in training keep it" in shown) == told
