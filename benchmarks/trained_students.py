@@ -2,8 +2,9 @@
 
 ResNet-20 has its published weights; MobileNetV2, of half the width, and MobileNetV3 small of timm are trained in
 floating point for 1,200 steps of 128 images. Then :func:`lqkd.distill` trains each for 240 steps of 64 images by AdamW,
-from the labels and its own float network, with 8 bits for additions and functions (which ncnn has in floating point) and
-with integer biases. All has the same seed and takes a few minutes on one core. Networks are kept in a folder, from which the next run reads them.
+from the labels and its own float network, with 8 bits for additions and functions (for ncnn, which has these in
+floating point, for additions alone) and with integer biases. All has the same seed and takes a few minutes on one core.
+Networks are kept in a folder, from which the next run reads them.
 """
 
 from __future__ import annotations

@@ -159,8 +159,7 @@ def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str]) -> None:
 
 def _has_this_step(quantizer: Any) -> bool:
     """Whether its ``scale`` is its step, and not a number of which a power of two is made, say."""
-    scale = getattr(quantizer, "scale", None)
-    return isinstance(quantizer, UniformQuantizer) and isinstance(scale, Tensor) and torch.equal(scale, quantizer.step())
+    return isinstance(quantizer, UniformQuantizer) and torch.equal(quantizer.scale, quantizer.step())
 
 
 def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], rate: float) -> None:
