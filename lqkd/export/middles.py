@@ -25,6 +25,8 @@ _LEAST = 1e-3
 """So far, in steps, every code shall be from the middle between two levels."""
 _ROUNDING = 2.0**-24
 """So far, as a part of what is added or multiplied, a result shall be from a middle: what rounding to float32 costs."""
+_OF_A_FUNCTION = 1e-4
+"""So far, in steps, it shall be where a grid of training reads it, or a function of it that has other last bits."""
 _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
 _OF_PAIRS = ("add", "mul")
@@ -91,9 +93,9 @@ class _Reading:
         codes = self.between(_numbers(source)).double() / reader.scale.double() + reader.zero_point
         return to_the_middle(codes, reader.low, reader.high)
 
-    def clearance(self) -> float:
+    def clearance(self, by_a_hair: bool) -> float:
         """How far the codes are from all middles, as a part of what is far enough."""
-        return self.to_the_middle() / _LEAST
+        return self.to_the_middle() / (_OF_A_FUNCTION if by_a_hair else _LEAST)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _ReadingOfPairs:
     combined: Callable[[Tensor, Tensor], Tensor]
     between: Callable[[Tensor], Tensor]
 
-    def clearance(self) -> float:
+    def clearance(self, by_a_hair: bool) -> float:
         """How far every pair is from all middles, as a part of what rounding may cost it."""
         reader, *sources = (activation_codes(one, "") for one in (self.reader, *self.sources))
         if reader is None or None in sources:
@@ -138,8 +140,8 @@ def _numbers(grid: ActivationCodes) -> Tensor:
 def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str]) -> None:
     """Make grids a little coarser, so that no code that is read from grid to grid is in a middle, in place.
 
-    A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a sum or product
-    of two codes that it reads is so close to a middle that the last bit of float32 decides: it gets coarser by
+    A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a code that it
+    reads, or a sum or product of two, is so close to a middle that the last bits of float32 decide: it gets coarser by
     less than two parts of 100,000 then, mostly by one of a million.
 
     Args:
@@ -149,12 +151,10 @@ def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str]) -> None:
     readings = list(_readings(network))
     ours: set[Any] = {network.get_submodule(target) for target in fitted}
     for quantizer in dict.fromkeys(_quantizer(node, network) for node in network.graph.nodes):
-        if quantizer in ours:
-            own = [one for one in readings if quantizer in (one.reader, *one.sources)]
-        else:
-            own = [one for one in readings if one.reader is quantizer and isinstance(one, _ReadingOfPairs)]
+        is_fitted = quantizer in ours
+        own = [one for one in readings if one.reader is quantizer or (is_fitted and quantizer in one.sources)]
         if own and _has_this_step(quantizer):
-            _move(quantizer, own, _COARSER if quantizer in ours else _BY_A_HAIR)
+            _move(quantizer, own, by_a_hair=not is_fitted)
 
 
 def _has_this_step(quantizer: Any) -> bool:
@@ -162,11 +162,12 @@ def _has_this_step(quantizer: Any) -> bool:
     return isinstance(quantizer, UniformQuantizer) and torch.equal(quantizer.scale, quantizer.step())
 
 
-def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], rate: float) -> None:
+def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], by_a_hair: bool) -> None:
     def clearance(step: Tensor) -> float:
         quantizer.scale.copy_(step)
-        return min(one.clearance() for one in own)
+        return min(one.clearance(by_a_hair) for one in own)
 
+    rate = _BY_A_HAIR if by_a_hair else _COARSER
     quantizer.scale.copy_(coarser(quantizer.scale.clone(), clearance, rate, 1.0))
 
 

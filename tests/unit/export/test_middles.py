@@ -142,6 +142,18 @@ def test_trained_grids_without_a_tie_stay_to_the_last_bit() -> None:
             assert torch.equal(module.scale, grid_of(apart, name).scale)
 
 
+def test_a_trained_grid_that_reads_a_gate_of_one_half_in_a_middle_is_moved_off_it_by_a_hair() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardsigmoid(), nn.Conv2d(8, 4, 3))
+    network: Any = quantised(layers, bits="w8a8", residual_bits=8, function_bits=8)
+    network[2].input_quantizer.scale.data.fill_(1 / 255)
+    tied, apart = (deploy(network, images(2), [images(32)], off_middles=off) for off in (False, True))
+    assert tied.calibrated == []
+    before, after = (grid_of(deployed, "2.input_quantizer").scale for deployed in (tied, apart))
+    half = 0.5 / torch.stack([before, after]).double()
+    assert (half - half.floor() - 0.5).abs().tolist() == pytest.approx([0, 1e-4], abs=9e-5)
+    assert 0 < float(after / before) - 1 < 2e-5
+
+
 def test_numbers_on_both_sides_of_zero_are_read() -> None:
     source, reader = LSQ(8, signed=True), LSQ(8, signed=True)
     for quantizer in (source, reader):
