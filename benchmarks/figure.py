@@ -11,8 +11,10 @@ import argparse
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -81,13 +83,19 @@ def draw(in_float: float, series: Accuracies, dark: bool) -> Figure:
     lost, won = in_float - mean(series[PTQ][2]), mean(series["hints"][2]) - mean(series[PTQ][2])
     title = f"Two bits cost a ResNet-20 {lost:.0f} points untrained; 194 steps of distillation bring {won:.0f} back"
     axes.set_title(title, color=ink, fontsize=12, loc="left", pad=12)
-    axes.tick_params(colors=ink, labelsize=11)
-    axes.grid(axis="y", color=ink, alpha=0.12)
+    axes.tick_params(labelsize=11)
+    style(axes, ink, "y")
+    return figure
+
+
+def style(axes: Axes, ink: str, across: Literal["x", "y"]) -> None:
+    """Ticks, grid and the two spines that are left, in the colour of the text; lines of the grid cross one axis."""
+    axes.tick_params(colors=ink)
+    axes.grid(axis=across, color=ink, alpha=0.12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(ink)
-    return figure
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.figure import COLORS, INK, PAPER, save
+from benchmarks.figure import COLORS, INK, PAPER, save, style
 from lqkd.studies.statistics import Difference, paired_difference
 
 RUNS = "panel_fashion_mnist_w2a2_five_seeds_runs_cpu_torch2.14.1.csv"
@@ -92,12 +92,8 @@ def draw(runs: Runs, dark: bool) -> Figure:
     axes.set_xlim(LEFT - 0.1, None)
     axes.set_xlabel("points of top-1 on Fashion-MNIST's test images over the task alone", color=ink, fontsize=11)
     figure.legend(loc="outside upper left", frameon=False, labelcolor=ink, fontsize=10)
-    axes.tick_params(colors=ink, labelsize=10)
-    axes.grid(axis="x", color=ink, alpha=0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(ink)
+    axes.tick_params(labelsize=10)
+    style(axes, ink, "x")
     return figure
 
 

@@ -117,12 +117,10 @@ class _ReadingOfPairs:
 
     def clearance(self, by_a_hair: bool) -> float:
         """How far every pair is from all middles, as a part of what rounding may cost it."""
-        reader, *sources = (activation_codes(one, "") for one in (self.reader, *self.sources))
-        if reader is None or None in sources:
+        one, other, reader = (activation_codes(grid, "") for grid in (*self.sources, self.reader))
+        if one is None or other is None or reader is None:
             return 1.0
-        ours, theirs = (
-            compute(_numbers(source)).double() for compute, source in zip(self.before, sources, strict=True)
-        )
+        ours, theirs = self.before[0](_numbers(one)).double(), self.before[1](_numbers(other)).double()
         pairs = self.combined(ours[:, None], theirs[None]).flatten()
         size = self.combined(ours.abs()[:, None], theirs.abs()[None]).flatten() / reader.scale.double()
         codes = self.between(pairs) / reader.scale.double() + reader.zero_point
