@@ -83,7 +83,7 @@ def draw(runs: Runs, dark: bool) -> Figure:
                 axes.plot([LEFT], [height], "<", color=color, ms=6)
                 axes.text(LEFT + 0.08, height, f"{found.mean:.0f}", color=color, fontsize=9, va="center")
                 continue
-            if found.low is not None:
+            if found.low is not None and found.high is not None:
                 axes.plot([found.low, found.high], [height, height], color=color, lw=1.6)
             axes.plot([found.mean], [height], "o", color=color, ms=5, mec=paper, mew=0.6, zorder=3)
         axes.plot([], [], "o", color=color, ms=5, label=label)
