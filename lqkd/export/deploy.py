@@ -121,7 +121,9 @@ def deploy(
     if builder.fresh or (ranges and batches):
         _calibrate(network, builder.fresh, batches, progress)
     if off_middles:
-        keep_off_middles(network, builder.fresh)
+        examples = [one.by_name(parameters(network)) for one in (inputs, *batches)]
+        given = {name: torch.cat([one[name].flatten() for one in examples]) for name in examples[0]}
+        keep_off_middles(network, builder.fresh, given)
     _make_integer(network)
     _settle_gates(network, builder.fresh)
     propagate_shapes(network, inputs)

@@ -7,9 +7,9 @@ and so can, by a hair, one of training that reads sums of two grids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +30,8 @@ _OF_A_FUNCTION = 1e-4
 _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
 _OF_PAIRS = ("add", "mul")
+_VALUES = 4096
+"""So many different numbers there may be among inputs for each of them to count."""
 
 
 def to_the_middle(codes: Tensor, low: int, high: int) -> float:
@@ -130,23 +132,53 @@ class _ReadingOfPairs:
         return float((_distances(codes[within]) / (_ROUNDING * size[within].clamp(min=1))).min())
 
 
+@dataclass(frozen=True)
+class _ReadingOfInputs:
+    """A grid that reads what the network is given, of which many numbers are the same: pixels have 256.
+
+    Attributes:
+        values: each once.
+        reader: a quantizer.
+    """
+
+    values: Tensor
+    reader: Any
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        return ()
+
+    def clearance(self, by_a_hair: bool) -> float:
+        """How far the values are from all middles, as a part of what is far enough."""
+        reader = activation_codes(self.reader, "")
+        if reader is None:
+            return 1.0
+        codes = self.values.double() / reader.scale.double() + reader.zero_point
+        return to_the_middle(codes, reader.low, reader.high) / _OF_A_FUNCTION
+
+
+_AnyReading: TypeAlias = _Reading | _ReadingOfPairs | _ReadingOfInputs
+
+
 def _numbers(grid: ActivationCodes) -> Tensor:
     return (torch.arange(grid.low, grid.high + 1) - grid.zero_point) * grid.scale
 
 
 @torch.no_grad()
-def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str]) -> None:
+def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapping[str, Tensor]) -> None:
     """Make grids a little coarser, so that no code that is read from grid to grid is in a middle, in place.
 
     A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a code that it
-    reads, or a sum or product of two, is so close to a middle that the last bits of float32 decide: it gets coarser by
-    less than two parts of 100,000 then, mostly by one of a million.
+    reads, a sum or product of two, or a pixel is so close to a middle that the last bits of float32 decide: it gets
+    coarser by less than two parts of 100,000 then, mostly by one of a million.
 
     Args:
         network: with quantizers, whose shapes are known.
         fitted: the names of those that may be changed by more, in the order of the network.
+        given: examples of what the network is called with, by the names of its arguments.
     """
-    readings = list(_readings(network))
+    values = {name: examples.unique() for name, examples in given.items()}
+    readings = list(_readings(network, {name: some for name, some in values.items() if len(some) <= _VALUES}))
     ours: set[Any] = {network.get_submodule(target) for target in fitted}
     for quantizer in dict.fromkeys(_quantizer(node, network) for node in network.graph.nodes):
         is_fitted = quantizer in ours
@@ -160,7 +192,7 @@ def _has_this_step(quantizer: Any) -> bool:
     return isinstance(quantizer, UniformQuantizer) and torch.equal(quantizer.scale, quantizer.step())
 
 
-def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], by_a_hair: bool) -> None:
+def _move(quantizer: Any, own: list[_AnyReading], by_a_hair: bool) -> None:
     def clearance(step: Tensor) -> float:
         quantizer.scale.copy_(step)
         return min(one.clearance(by_a_hair) for one in own)
@@ -169,7 +201,7 @@ def _move(quantizer: Any, own: list[_Reading | _ReadingOfPairs], by_a_hair: bool
     quantizer.scale.copy_(coarser(quantizer.scale.clone(), clearance, rate, 1.0))
 
 
-def _readings(network: fx.GraphModule) -> Iterator[_Reading | _ReadingOfPairs]:
+def _readings(network: fx.GraphModule, values: Mapping[str, Tensor]) -> Iterator[_AnyReading]:
     for node in network.graph.nodes:
         reader = _quantizer(node, network)
         if reader is None or isinstance(reader, ReAct):
@@ -180,6 +212,8 @@ def _readings(network: fx.GraphModule) -> Iterator[_Reading | _ReadingOfPairs]:
         if found is not None:
             yield _Reading(found, reader, between)
             continue
+        if end.op == "placeholder" and str(end.target) in values:
+            yield _ReadingOfInputs(between(values[str(end.target)]), reader)
         kind = getattr(operation(end, network), "kind", "")
         if kind not in _OF_PAIRS or len(end.all_input_nodes) != 2:
             continue

@@ -154,6 +154,18 @@ def test_a_trained_grid_that_reads_a_gate_of_one_half_in_a_middle_is_moved_off_i
     assert 0 < float(after / before) - 1 < 2e-5
 
 
+def test_a_pixel_that_is_in_a_middle_of_the_first_grid_is_moved_off_it_by_a_hair() -> None:
+    network: Any = quantised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), bits="w8a8")
+    network[0].input_quantizer.scale.data.fill_(1 / 16)
+    pixels = torch.linspace(-2, 2, 256).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    pixels[0, 0, 0, 0] = 100.5 / 16
+    tied, apart = (deploy(network, pixels, [pixels], off_middles=off) for off in (False, True))
+    before, after = (grid_of(deployed, "0.input_quantizer").scale for deployed in (tied, apart))
+    codes = pixels[0, 0, 0, 0].double() / torch.stack([before, after]).double()
+    assert (codes - codes.floor() - 0.5).abs().tolist() == pytest.approx([0, 1e-3], abs=9e-4)
+    assert 0 < float(after / before) - 1 < 2e-5
+
+
 def test_numbers_on_both_sides_of_zero_are_read() -> None:
     source, reader = LSQ(8, signed=True), LSQ(8, signed=True)
     for quantizer in (source, reader):
