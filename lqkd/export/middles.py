@@ -7,6 +7,7 @@ and so can, by a hair, one of training that reads sums of two grids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -53,16 +54,15 @@ def _distances(codes: Tensor) -> Tensor:
     return (codes - codes.floor() - 0.5).abs()
 
 
-def coarser(step: Tensor, apart: Callable[[Tensor], float], rate: float = _COARSER, least: float = _LEAST) -> Tensor:
+def coarser(step: Tensor, apart: Callable[[Tensor], float], least: float = _LEAST) -> Tensor:
     """The least step from ``step`` on that is far enough from all middles, or the farthest that was tried.
 
     Args:
         step: 0-dim.
         apart: how far a step is, in steps.
-        rate: by which part of the step the next one is larger.
         least: how far is enough.
     """
-    steps = [step * (1 + rate * turn) for turn in range(_TRIED)]
+    steps = [step * (1 + _COARSER * turn) for turn in range(_TRIED)]
     distances = []
     for tried in steps:
         distances.append(apart(tried))
@@ -95,6 +95,11 @@ class _Reading:
         codes = self.between(_numbers(source)).double() / reader.scale.double() + reader.zero_point
         return to_the_middle(codes, reader.low, reader.high)
 
+    def codes(self) -> Tensor:
+        """As training rounds them, real numbers."""
+        grid = activation_codes(self.source, "")
+        return torch.empty(0) if grid is None else _rounded(self.between(_numbers(grid)), self.reader)
+
     def clearance(self, by_a_hair: bool) -> float:
         """How far the codes are from all middles, as a part of what is far enough."""
         return self.to_the_middle() / (_OF_A_FUNCTION if by_a_hair else _LEAST)
@@ -116,6 +121,14 @@ class _ReadingOfPairs:
     before: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     combined: Callable[[Tensor, Tensor], Tensor]
     between: Callable[[Tensor], Tensor]
+
+    def codes(self) -> Tensor:
+        """As training rounds them, real numbers."""
+        one, other = (activation_codes(grid, "") for grid in self.sources)
+        if one is None or other is None:
+            return torch.empty(0)
+        ours, theirs = self.before[0](_numbers(one)), self.before[1](_numbers(other))
+        return _rounded(self.between(self.combined(ours[:, None], theirs[None]).flatten()), self.reader)
 
     def clearance(self, by_a_hair: bool) -> float:
         """How far every pair is from all middles, as a part of what rounding may cost it."""
@@ -148,6 +161,10 @@ class _ReadingOfInputs:
     def sources(self) -> tuple[Any, ...]:
         return ()
 
+    def codes(self) -> Tensor:
+        """As training rounds them, real numbers."""
+        return _rounded(self.values, self.reader)
+
     def clearance(self, by_a_hair: bool) -> float:
         """How far the values are from all middles, as a part of what is far enough."""
         reader = activation_codes(self.reader, "")
@@ -160,6 +177,13 @@ class _ReadingOfInputs:
 _AnyReading: TypeAlias = _Reading | _ReadingOfPairs | _ReadingOfInputs
 
 
+def _rounded(values: Tensor, reader: Any) -> Tensor:
+    grid = activation_codes(reader, "")
+    if grid is None:
+        return torch.empty(0)
+    return torch.clamp(torch.round(values / grid.scale) + grid.zero_point, grid.low, grid.high)
+
+
 def _numbers(grid: ActivationCodes) -> Tensor:
     return (torch.arange(grid.low, grid.high + 1) - grid.zero_point) * grid.scale
 
@@ -169,8 +193,8 @@ def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapp
     """Make grids a little coarser, so that no code that is read from grid to grid is in a middle, in place.
 
     A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a code that it
-    reads, a sum or product of two, or a pixel is so close to a middle that the last bits of float32 decide: it gets
-    coarser by less than two parts of 100,000 then, mostly by one of a million.
+    reads, a sum or product of two, or a pixel is so close to a middle that the last bits of float32 decide: its step
+    changes by less than two parts of 100,000 then, mostly by one of a million, and to the side that training rounds to.
 
     Args:
         network: with quantizers, whose shapes are known.
@@ -184,7 +208,7 @@ def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapp
         is_fitted = quantizer in ours
         own = [one for one in readings if one.reader is quantizer or (is_fitted and quantizer in one.sources)]
         if own and _has_this_step(quantizer):
-            _move(quantizer, own, by_a_hair=not is_fitted)
+            (_make_coarser if is_fitted else _move_by_a_hair)(quantizer, own)
 
 
 def _has_this_step(quantizer: Any) -> bool:
@@ -192,13 +216,31 @@ def _has_this_step(quantizer: Any) -> bool:
     return isinstance(quantizer, UniformQuantizer) and torch.equal(quantizer.scale, quantizer.step())
 
 
-def _move(quantizer: Any, own: list[_AnyReading], by_a_hair: bool) -> None:
+def _make_coarser(quantizer: Any, own: list[_AnyReading]) -> None:
     def clearance(step: Tensor) -> float:
         quantizer.scale.copy_(step)
-        return min(one.clearance(by_a_hair) for one in own)
+        return min(one.clearance(by_a_hair=False) for one in own)
 
-    rate = _BY_A_HAIR if by_a_hair else _COARSER
-    quantizer.scale.copy_(coarser(quantizer.scale.clone(), clearance, rate, 1.0))
+    quantizer.scale.copy_(coarser(quantizer.scale.clone(), clearance, 1.0))
+
+
+def _move_by_a_hair(quantizer: Any, own: list[_AnyReading]) -> None:
+    """To the nearest step that is far enough from all middles and rounds all codes as training does, if there is one.
+
+    Otherwise to that which rounds the fewest codes in another way, and to none if no step is far enough.
+    """
+    step, codes = quantizer.scale.clone(), [one.codes() for one in own]
+    least, found = math.inf, step
+    for turn in sorted(range(1 - _TRIED, _TRIED), key=abs):
+        quantizer.scale.copy_(step * (1 + _BY_A_HAIR * turn))
+        if min(one.clearance(by_a_hair=True) for one in own) < 1:
+            continue
+        others = sum(int((one.codes() != was).sum()) for one, was in zip(own, codes, strict=True))
+        if others < least:
+            least, found = others, quantizer.scale.clone()
+        if others == 0:
+            break
+    quantizer.scale.copy_(found)
 
 
 def _readings(network: fx.GraphModule, values: Mapping[str, Tensor]) -> Iterator[_AnyReading]:
