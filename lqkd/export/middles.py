@@ -7,7 +7,7 @@ and so can, by a hair, one of training that reads sums of two grids.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,8 +26,8 @@ _LEAST = 1e-3
 """So far, in steps, every code shall be from the middle between two levels."""
 _ROUNDING = 2.0**-24
 """So far, as a part of what is added or multiplied, a result shall be from a middle: what rounding to float32 costs."""
-_OF_A_FUNCTION = 1e-4
-"""So far, in steps, it shall be where a grid of training reads it, or a function of it that has other last bits."""
+_OF_A_FUNCTION = 4e-7
+"""So far, as a part of itself, it shall be where a grid of training reads it, or a function of it."""
 _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
 _OF_PAIRS = ("add", "mul")
@@ -102,7 +102,10 @@ class _Reading:
 
     def clearance(self, by_a_hair: bool) -> float:
         """How far the codes are from all middles, as a part of what is far enough."""
-        return self.to_the_middle() / (_OF_A_FUNCTION if by_a_hair else _LEAST)
+        source = activation_codes(self.source, "")
+        if source is None or not by_a_hair:
+            return self.to_the_middle() / _LEAST
+        return _clearance(self.between(_numbers(source)), self.reader)
 
 
 @dataclass(frozen=True)
@@ -167,14 +170,21 @@ class _ReadingOfInputs:
 
     def clearance(self, by_a_hair: bool) -> float:
         """How far the values are from all middles, as a part of what is far enough."""
-        reader = activation_codes(self.reader, "")
-        if reader is None:
-            return 1.0
-        codes = self.values.double() / reader.scale.double() + reader.zero_point
-        return to_the_middle(codes, reader.low, reader.high) / _OF_A_FUNCTION
+        return _clearance(self.values, self.reader)
 
 
 _AnyReading: TypeAlias = _Reading | _ReadingOfPairs | _ReadingOfInputs
+
+
+def _clearance(values: Tensor, reader: Any) -> float:
+    grid = activation_codes(reader, "")
+    if grid is None:
+        return 1.0
+    codes = values.double() / grid.scale.double()
+    within = _within(codes + grid.zero_point, grid.low, grid.high)
+    return (
+        float((_distances(codes) / (_OF_A_FUNCTION * codes.abs().clamp(min=1)))[within].min()) if within.any() else 1.0
+    )
 
 
 def _rounded(values: Tensor, reader: Any) -> Tensor:
@@ -225,22 +235,22 @@ def _make_coarser(quantizer: Any, own: list[_AnyReading]) -> None:
 
 
 def _move_by_a_hair(quantizer: Any, own: list[_AnyReading]) -> None:
-    """To the nearest step that is far enough from all middles and rounds all codes as training does, if there is one.
+    """To the nearest step that is far enough from all middles, if there is one.
 
-    Otherwise to that which rounds the fewest codes in another way, and to none if no step is far enough.
+    Of two that are as near it is the one that rounds more codes as training does.
     """
     step, codes = quantizer.scale.clone(), [one.codes() for one in own]
-    least, found = math.inf, step
-    for turn in sorted(range(1 - _TRIED, _TRIED), key=abs):
-        quantizer.scale.copy_(step * (1 + _BY_A_HAIR * turn))
-        if min(one.clearance(by_a_hair=True) for one in own) < 1:
-            continue
-        others = sum(int((one.codes() != was).sum()) for one, was in zip(own, codes, strict=True))
-        if others < least:
-            least, found = others, quantizer.scale.clone()
-        if others == 0:
-            break
-    quantizer.scale.copy_(found)
+    for turn in range(_TRIED):
+        tried: list[tuple[int, Tensor]] = []
+        for sign in (1, -1):
+            quantizer.scale.copy_(step * (1 + sign * _BY_A_HAIR * turn))
+            if min(one.clearance(by_a_hair=True) for one in own) >= 1:
+                others = sum(int((one.codes() != was).sum()) for one, was in zip(own, codes, strict=True))
+                tried.append((others, quantizer.scale.clone()))
+        if tried:
+            quantizer.scale.copy_(min(tried, key=operator.itemgetter(0))[1])
+            return
+    quantizer.scale.copy_(step)
 
 
 def _readings(network: fx.GraphModule, values: Mapping[str, Tensor]) -> Iterator[_AnyReading]:
