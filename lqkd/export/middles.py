@@ -2,7 +2,7 @@
 
 There each runtime rounds in its own way: half up, half to even, or as the last bit of a product of scales has it, and
 every value with that code becomes another one in the file. A grid that the export fits can be a little coarser instead,
-and so can, by a hair, one of training that reads sums of two grids.
+and one of training can be moved by a hair.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from lqkd.quantization.quantizers import ReAct, UniformQuantizer
 _TRIED, _COARSER, _BY_A_HAIR = 64, 1e-4, 2.5e-7
 _LEAST = 1e-3
 """So far, in steps, every code shall be from the middle between two levels."""
-_ROUNDING = 2.0**-24
-"""So far, as a part of what is added or multiplied, a result shall be from a middle: what rounding to float32 costs."""
 _OF_A_FUNCTION = 4e-7
 """So far, as a part of itself, it shall be where a grid of training reads it, or a function of it."""
 _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
-_OF_PAIRS = ("add", "mul")
+_ROUNDING = 2.0**-24
+"""What rounding to float32 costs, as a part of a number; the zero point is added before a code is rounded."""
+_OF_PAIRS = {"add": (torch.add, 1), "mul": (torch.mul, 4)}
+"""Operations, and for how many such roundings a result shall be from a middle where a grid of training reads it.
+
+A product is times a factor that is made of three steps. Of a sum few are lost, and a grid that is moved costs more.
+"""
 _VALUES = 4096
 """So many different numbers there may be among inputs for each of them to count."""
 
@@ -116,6 +120,7 @@ class _ReadingOfPairs:
         sources, reader: two quantizers and one.
         before: what is computed of the numbers of each source.
         combined: their sum or product.
+        roundings: for how many each is to be from a middle.
         between: what is computed of it.
     """
 
@@ -123,6 +128,7 @@ class _ReadingOfPairs:
     reader: Any
     before: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     combined: Callable[[Tensor, Tensor], Tensor]
+    roundings: int
     between: Callable[[Tensor], Tensor]
 
     def codes(self) -> Tensor:
@@ -145,7 +151,8 @@ class _ReadingOfPairs:
         within = _within(codes, reader.low, reader.high)
         if not within.any():
             return 1.0
-        return float((_distances(codes[within]) / (_ROUNDING * size[within].clamp(min=1))).min())
+        needed = _ROUNDING * (self.roundings * size[within] + max(reader.zero_point, 1))
+        return float((_distances(codes[within]) / needed).min())
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,10 @@ def _clearance(values: Tensor, reader: Any) -> float:
         return 1.0
     codes = values.double() / grid.scale.double()
     within = _within(codes + grid.zero_point, grid.low, grid.high)
-    return (
-        float((_distances(codes) / (_OF_A_FUNCTION * codes.abs().clamp(min=1)))[within].min()) if within.any() else 1.0
-    )
+    if not within.any():
+        return 1.0
+    needed = _OF_A_FUNCTION * codes[within].abs() + _ROUNDING * max(grid.zero_point, 1)
+    return float((_distances(codes[within]) / needed).min())
 
 
 def _rounded(values: Tensor, reader: Any) -> Tensor:
@@ -199,7 +207,7 @@ def _numbers(grid: ActivationCodes) -> Tensor:
 
 
 @torch.no_grad()
-def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapping[str, Tensor]) -> None:
+def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapping[str, Iterable[Tensor]]) -> None:
     """Make grids a little coarser, so that no code that is read from grid to grid is in a middle, in place.
 
     A grid that was fitted at export gets up to 0.6 % coarser. One of training stays as it is, unless a code that it
@@ -209,16 +217,26 @@ def keep_off_middles(network: fx.GraphModule, fitted: Iterable[str], given: Mapp
     Args:
         network: with quantizers, whose shapes are known.
         fitted: the names of those that may be changed by more, in the order of the network.
-        given: examples of what the network is called with, by the names of its arguments.
+        given: batches of what the network is called with, by the names of its arguments.
     """
-    values = {name: examples.unique() for name, examples in given.items()}
-    readings = list(_readings(network, {name: some for name, some in values.items() if len(some) <= _VALUES}))
+    values = {name: found for name, examples in given.items() if (found := _different(examples)) is not None}
+    readings = list(_readings(network, values))
     ours: set[Any] = {network.get_submodule(target) for target in fitted}
     for quantizer in dict.fromkeys(_quantizer(node, network) for node in network.graph.nodes):
         is_fitted = quantizer in ours
         own = [one for one in readings if one.reader is quantizer or (is_fitted and quantizer in one.sources)]
         if own and _has_this_step(quantizer):
             (_make_coarser if is_fitted else _move_by_a_hair)(quantizer, own)
+
+
+def _different(examples: Iterable[Tensor]) -> Tensor | None:
+    """The numbers that examples are of, each once; None where there are too many for any to be frequent."""
+    found = torch.empty(0)
+    for one in examples:
+        found = torch.cat([found, one.float().unique()]).unique()
+        if len(found) > _VALUES:
+            return None
+    return found
 
 
 def _has_this_step(quantizer: Any) -> bool:
@@ -272,8 +290,8 @@ def _readings(network: fx.GraphModule, values: Mapping[str, Tensor]) -> Iterator
         (one, before_one), (other, before_other) = (_above(above, network) for above in end.all_input_nodes)
         sources = _quantizer(one, network), _quantizer(other, network)
         if sources[0] is not None and sources[1] is not None:
-            combined = torch.add if kind == "add" else torch.mul
-            yield _ReadingOfPairs((sources[0], sources[1]), reader, (before_one, before_other), combined, between)
+            before = before_one, before_other
+            yield _ReadingOfPairs((sources[0], sources[1]), reader, before, *_OF_PAIRS[kind], between)
 
 
 def _above(node: fx.Node, network: fx.GraphModule) -> tuple[fx.Node, Callable[[Tensor], Tensor]]:

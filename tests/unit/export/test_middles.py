@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lqkd.export import Deployed, deploy
 from lqkd.export.formats import deployed_for
 from lqkd.export.grids import ActivationGrid
-from lqkd.export.middles import _Reading, to_the_middle
+from lqkd.export.middles import _OF_PAIRS, _Reading, _ReadingOfPairs, to_the_middle
 from lqkd.export.reference import Reference
 from lqkd.models.calls import Inputs
 from lqkd.quantization import LSQ
@@ -149,8 +149,8 @@ def test_a_trained_grid_that_reads_a_gate_of_one_half_in_a_middle_is_moved_off_i
     tied, apart = (deploy(network, images(2), [images(32)], off_middles=off) for off in (False, True))
     assert tied.calibrated == []
     before, after = (grid_of(deployed, "2.input_quantizer").scale for deployed in (tied, apart))
-    half = 0.5 / torch.stack([before, after]).double()
-    assert (half - half.floor() - 0.5).abs().tolist() == pytest.approx([0, 1e-3], abs=9.8e-4)
+    tie, off = (float(abs(0.5 / scale.double() - 127.5)) for scale in (before, after))
+    assert tie < 1e-5 < off
     assert 0 < abs(float(after / before) - 1) < 2e-5
 
 
@@ -162,10 +162,22 @@ def test_a_pixel_in_a_middle_of_the_first_grid_is_moved_off_it_by_a_hair_to_the_
     pixels[0, 0, 0, 0] = code / 16
     tied, apart = (deploy(network, pixels, [pixels], off_middles=off) for off in (False, True))
     before, after = (grid_of(deployed, "0.input_quantizer").scale for deployed in (tied, apart))
-    codes = pixels[0, 0, 0, 0].double() / torch.stack([before, after]).double()
-    assert codes[1].round() == codes[0].round()
-    assert (codes - codes.floor() - 0.5).abs().tolist() == pytest.approx([0, 1e-3], abs=9.8e-4)
+    tie, off = (float(pixels[0, 0, 0, 0].double() / scale.double()) for scale in (before, after))
+    assert tie == code
+    assert abs(off - code) > 4e-7 * code
+    assert round(off) == round(tie)
     assert 0 < abs(float(after / before) - 1) < 2e-5
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_zero_point_that_is_added_before_rounding_takes_last_bits_of_a_product(signed: bool) -> None:
+    """XNNPACK and ONNX Runtime round 0.500004 + 128, which is 128.5 in float32."""
+    one, other, reader = (LSQ(8, signed=signed) for _ in range(3))
+    for quantizer, step in ((one, 1.0), (other, (1 + 8e-6) / 116), (reader, 1.0)):
+        quantizer(torch.randn(16) if signed else torch.rand(16))
+        quantizer.scale.data.fill_(step)
+    pairs = _ReadingOfPairs((one, other), reader, (torch.clone, torch.clone), *_OF_PAIRS["mul"], torch.clone)
+    assert (pairs.clearance(by_a_hair=True) < 1) == signed
 
 
 def test_numbers_on_both_sides_of_zero_are_read() -> None:
