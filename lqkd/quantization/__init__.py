@@ -7,8 +7,9 @@ from lqkd.quantization.analysis.mixed_precision import MixedPrecision, allocate,
 from lqkd.quantization.analysis.sensitivity import Candidate, SensitivityReport, measure_sensitivity
 from lqkd.quantization.batchnorm import Folding, fold_batchnorm, reestimate_batchnorm
 from lqkd.quantization.calibrate import float_mode, initialize_quantizers, quantizers
-from lqkd.quantization.convert import CoverageReport, LayerCoverage, coverage, quantize_model
+from lqkd.quantization.convert import quantize_model
 from lqkd.quantization.cost import LayerCost, Size, bit_operations, layer_costs, operation_shares, size
+from lqkd.quantization.covered import CoverageReport, LayerCoverage, coverage
 from lqkd.quantization.gptq import gptq, gptq_weight
 from lqkd.quantization.layers import (
     QuantConv1d,

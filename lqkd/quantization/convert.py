@@ -1,25 +1,22 @@
-"""Turning a float network into a quantised one, and telling what was and was not quantised."""
+"""Turning a float network into a quantised one."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import cast
+from dataclasses import replace
 
 from torch import nn
 
 from lqkd.errors import UsageError
-from lqkd.quantization.attention import QuantizedProducts, products_of, quantize_attentions, quantized_products
+from lqkd.quantization.attention import quantize_attentions
 from lqkd.quantization.batchnorm import fold_all
-from lqkd.quantization.computed import computed
-from lqkd.quantization.cost import size
+from lqkd.quantization.covered import CoverageReport, covered
 from lqkd.quantization.function_grids import FunctionGrids, check_functions, quantize_functions
-from lqkd.quantization.granularity import check_tokens, granularity, grids
+from lqkd.quantization.granularity import check_tokens, grids
 from lqkd.quantization.graph import survey
-from lqkd.quantization.layers import QUANTIZED_LAYERS, QuantizedLayer, quantized_subclass
+from lqkd.quantization.layers import QuantizedLayer
 from lqkd.quantization.ports import Port
+from lqkd.quantization.quantizable import layer_kind, quantizable, quantized_class
 from lqkd.quantization.quantizers import LSQ, LevelwiseStep, LSQPowerOfTwo, Quantizer
 from lqkd.quantization.quantizers.levelwise import begin_pass
 from lqkd.quantization.recipe import (
@@ -34,138 +31,8 @@ from lqkd.quantization.recipe import (
     resolve,
 )
 from lqkd.quantization.residual import quantize_joins
-from lqkd.quantization.survey import Join, Operation, Survey
-from lqkd.quantization.trial import refusal
+from lqkd.quantization.survey import Survey
 from lqkd.quantization.wrappers import wrapper
-from lqkd.utils.tables import text_table
-
-_NAMED = 3
-"""So many layers of a kind are named where all of them stay in floating point."""
-_CHOSEN = "floating point: the recipe says so"
-
-
-@dataclass(frozen=True)
-class LayerCoverage:
-    """One row of a :class:`CoverageReport`: what happened to a layer with parameters, and why.
-
-    Attributes:
-        name: of the layer in its network.
-        kind: its class.
-        weight_bits, activation_bits: 32 for floating point.
-        parameters: their number.
-        note: what quantises it, or why nothing does.
-        passed_over: whether it has weights (parameters over two axes or more) that the recipe did not leave in floating
-            point and that are there nevertheless.
-        operations: its share of the multiply-accumulates of a forward pass; ``None`` where they were not counted.
-
-    Examples:
-        >>> row = coverage(nn.Sequential(nn.Linear(4, 8))).layers[0]
-        >>> row.name, row.kind, row.weight_bits, row.parameters, row.is_float
-        ('0', 'Linear', 32, 40, True)
-    """
-
-    name: str
-    kind: str
-    weight_bits: int
-    activation_bits: int
-    parameters: int
-    note: str
-    passed_over: bool = False
-    operations: float | None = field(default=None, compare=False)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether nothing of the layer is quantised."""
-        return self.weight_bits == self.activation_bits == FLOAT_BITS
-
-
-@dataclass(frozen=True)
-class CoverageReport:
-    """What :func:`quantize_model` did to a network.
-
-    Attributes:
-        layers: every layer that has parameters, in the order of the network; a module under several names once.
-        operations: what is computed in floating point between the layers: additions, concatenations, products.
-        joins: the additions and concatenations whose operands are quantised.
-        products: the attentions whose products are quantised.
-        untraceable: why the operations are not known, but for those in PyTorch's transformer layers; ``None`` when
-            all are.
-        already_quantised: how many layers were quantised before :func:`quantize_model` was called.
-        parameters: of the whole network, each once.
-        functions: the values between layers that functions read or write and that have got a grid of their own by
-            ``function_bits``, with the bits of each.
-
-    Examples:
-        >>> report = coverage(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
-        >>> report.parameters, [layer.kind for layer in report.layers]
-        (56, ['Linear', 'LayerNorm'])
-    """
-
-    layers: tuple[LayerCoverage, ...]
-    operations: tuple[Operation, ...] = ()
-    joins: tuple[Join, ...] = ()
-    products: tuple[QuantizedProducts, ...] = ()
-    untraceable: str | None = None
-    already_quantised: int = field(default=0, compare=False)
-    parameters: int = 0
-    functions: Mapping[Port, int] = field(default_factory=dict, compare=False)
-
-    def summary(self) -> str:
-        """One line: how many layers are quantised, with how many bits, and how many are not."""
-        quantised = [x for x in self.layers if not x.is_float]
-        counts = Counter(f"W{x.weight_bits}A{x.activation_bits}" for x in quantised)
-        bits = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        ends = f" (first: {quantised[0].name}, last: {quantised[-1].name})" if quantised else ""
-        line = (
-            f"{len(quantised)} layers quantised{ends}: {bits or 'none'}; {len(self.layers) - len(quantised)} in float"
-        )
-        if self.products:
-            own = ", ".join(f"{bits} bits" for bits in dict.fromkeys(products.bits for products in self.products))
-            line += f"; products of {len(self.products)} attentions with {own}"
-        if self.functions:
-            own = ", ".join(f"{bits} bits" for bits in dict.fromkeys(self.functions.values()))
-            line += f"; {len(self.functions)} values between layers with {own}"
-        return line + (f"; {self.already_quantised} were quantised already" if self.already_quantised else "")
-
-    def with_operations(self, shares: Mapping[str, float]) -> CoverageReport:
-        """The same with each layer's share of the operations, as :func:`lqkd.quantization.operation_shares` counts."""
-        layers = tuple(replace(layer, operations=shares.get(layer.name)) for layer in self.layers)
-        return replace(self, layers=layers)
-
-    def passed_over(self) -> list[str]:
-        """A sentence on the layers of each kind that stay in floating point although the recipe has bits for them."""
-        groups: dict[tuple[str, str], list[LayerCoverage]] = defaultdict(list)
-        for layer in self.layers:
-            if layer.passed_over:
-                groups[layer.kind, layer.note].append(layer)
-        return [self._sentence(*group, layers) for group, layers in groups.items()]
-
-    def _sentence(self, kind: str, note: str, layers: list[LayerCoverage]) -> str:
-        names = ", ".join(layer.name or "the network" for layer in layers[:_NAMED])
-        names += f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
-        parameters = sum(layer.parameters for layer in layers) / max(self.parameters, 1)
-        counted = [layer.operations for layer in layers if layer.operations is not None]
-        if not counted:
-            return f"{kind} {names} with {parameters:.1%} of the parameters in {note}"
-        return (
-            f"{kind} {names} with {parameters:.1%} of the parameters and {sum(counted):.1%} of the operations in {note}"
-        )
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "kind", "W", "A", "parameters", "note")]
-        for layer in self.layers:
-            bits = ["float" if b == FLOAT_BITS else str(b) for b in (layer.weight_bits, layer.activation_bits)]
-            rows.append((layer.name, layer.kind, *bits, f"{layer.parameters:,}", layer.note))
-        lines = [text_table(rows, left=6)]
-        lines += [f"not quantised: {sentence}" for sentence in self.passed_over()]
-        lines += [f"quantised: {join}" for join in (*self.joins, *self.products)]
-        lines += [f"quantised: {port} with {bits} bits" for port, bits in self.functions.items()]
-        lines += [f"not quantised: {operation}" for operation in self.operations]
-        if self.untraceable is not None:
-            lines.append(
-                f"other functional operations are not known: the graph could not be traced ({self.untraceable})"
-            )
-        return "\n".join(lines)
 
 
 def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, CoverageReport]:
@@ -222,7 +89,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
         fold_all(model)
     found = survey(model)
     check_functions(recipe, found)
-    layers = _quantizable(model, found)
+    layers = quantizable(model, found)
     settings = resolve(recipe, {name: layer_kind(module) for name, module in layers.items()})
     if all(entry.is_float for entry in settings.values()) and parse_bits(recipe.bits) != (FLOAT_BITS, FLOAT_BITS):
         raise UsageError(
@@ -256,7 +123,7 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     listed = {(operation.kind, operation.where) for operation in found.operations}
     left = [operation for operation in functions.left if (operation.kind, operation.where) not in listed]
     return model, replace(
-        _coverage(model, replace(found, operations=(*found.operations, *left))),
+        covered(model, replace(found, operations=(*found.operations, *left))),
         functions=functions.bits,
         already_quantised=len(layers) - len(floats),
     )
@@ -271,124 +138,14 @@ def _quantize_between(model: nn.Module, recipe: Recipe) -> FunctionGrids:
     while recipe.residual_bits is not None:
         functions = quantize_functions(model, recipe)
         quantize_joins(model, survey(model), recipe)
-        bits.update(functions.bits)
-        if not functions.bits:
+        if functions.bits.keys() <= bits.keys():
             return replace(functions, bits=bits)
+        bits.update(functions.bits)
     return FunctionGrids({}, ())
-
-
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of ``model`` that a recipe decides on, quantised already or not, by its first name.
-
-    Raises:
-        UsageError: when there is none.
-    """
-    return _quantizable(model, survey(model))
-
-
-def _quantizable(model: nn.Module, found: Survey) -> dict[str, nn.Module]:
-    refusals = _refusals(model, found)
-    layers: dict[str, nn.Module] = {
-        name: cast(nn.Module, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and name not in refusals
-    }
-    if not layers:
-        reasons = f" ({next(iter(refusals))}: {next(iter(refusals.values()))})" if refusals else ""
-        raise UsageError(
-            f"{type(model).__name__} has nothing to quantise{reasons}: it needs at least one layer of type "
-            + ", ".join(dict.fromkeys(kind.__name__.removeprefix("Quant") for kind in QUANTIZED_LAYERS.values()))
-        )
-    return layers
-
-
-def coverage(model: nn.Module) -> CoverageReport:
-    """Report the bits of every layer of ``model`` that owns parameters, and what is computed between them.
-
-    Args:
-        model: any network, quantised or not.
-
-    Examples:
-        >>> print(coverage(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))))
-        layer  kind    W      A      parameters  note
-        0      Linear  float  float  40          floating point: the recipe says so
-        2      Linear  float  float  18          floating point: the recipe says so
-    """
-    return _coverage(model, survey(model))
-
-
-def _coverage(model: nn.Module, found: Survey) -> CoverageReport:
-    names = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[id(module)].append(name)
-    refusals = _refusals(model, found)
-    rows = []
-    for name, module in model.named_modules():
-        if not module._parameters or isinstance(module, Quantizer):
-            continue
-        # What a parametrised layer computes its weight from is in modules of their own.
-        row = _describe(name, module, refusals.get(name.partition(".parametrizations.")[0]))
-        more = [f"also {', '.join(names[id(module)][1:])}"] if len(names[id(module)]) > 1 else []
-        if found.calls.get(name, 1) > 1:
-            more.append(f"called {found.calls[name]} times")
-        rows.append(replace(row, note="; ".join([row.note, *more])))
-    if all(row.is_float for row in rows):  # a network that is to stay as it is
-        rows = [replace(row, passed_over=False) for row in rows]
-    joins = tuple(join for join in found.joins if join.is_quantised)
-    return CoverageReport(
-        tuple(rows),
-        found.operations,
-        joins,
-        quantized_products(model),
-        found.untraceable,
-        parameters=size(model).parameters,
-    )
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
     return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight  # type: ignore[return-value]
-
-
-def _class(layer: nn.Module) -> type[QuantizedLayer]:
-    """The quantised class of a float layer that is not refused."""
-    known = QUANTIZED_LAYERS.get(type(layer))
-    return quantized_subclass(cast(Hashable, type(layer))) if known is None else known
-
-
-def layer_kind(layer: nn.Module) -> str:
-    """The class name of a layer, the same before and after it is quantised."""
-    known = QUANTIZED_LAYERS.get(type(layer), type(layer))
-    return known.__name__.removeprefix("Quant")
-
-
-def _refusals(model: nn.Module, found: Survey) -> dict[str, str]:
-    """Names of the layers that would be quantised but cannot be, and why."""
-    refused: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, tuple(QUANTIZED_LAYERS)) or isinstance(module, QuantizedLayer):
-            continue
-        reason = _reason(name, cast(nn.Module, module), found)
-        if reason is not None:
-            refused.setdefault(name, reason)
-            if isinstance(module, nn.MultiheadAttention):
-                refused[f"{name}.out_proj".lstrip(".")] = "part of attention that is not quantised"
-    return refused
-
-
-def _reason(name: str, layer: nn.Module, found: Survey) -> str | None:
-    """Why a layer of a known class, or of a subclass of one, cannot be quantised."""
-    changed = computed(layer)
-    if changed is not None:
-        return changed
-    if type(layer) not in QUANTIZED_LAYERS:
-        return refusal(layer)
-    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
-        return "an embedding with max_norm or sparse gradients changes its table in place"
-    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
-        return "attention whose key or value has another width than its query"
-    if name in found.bypassed:
-        return f"its weight is read by {found.bypassed[name] or 'the network'}, which does not call the layer"
-    return None
 
 
 def _check_tied(layers: dict[str, nn.Module], settings: dict[str, LayerSettings]) -> None:
@@ -422,7 +179,7 @@ def _check_levels(settings: dict[str, LayerSettings], found: Survey) -> None:
 
 
 def _axis(layer: nn.Module) -> int:
-    kind = type(layer) if isinstance(layer, QuantizedLayer) else _class(layer)
+    kind = type(layer) if isinstance(layer, QuantizedLayer) else quantized_class(layer)
     return kind.weight_axis(layer)
 
 
@@ -433,39 +190,10 @@ def _attention_needs(name: str, layer: nn.Module, settings: dict[str, LayerSetti
     return isinstance(layer, nn.MultiheadAttention) and called
 
 
-def _describe(name: str, module: nn.Module, refused: str | None) -> LayerCoverage:
-    parameters = sum(p.numel() for p in module._parameters.values() if p is not None)
-    if isinstance(module, QuantizedLayer):
-        weight, activation = module.weight_quantizer, module.input_quantizer
-        notes = [
-            f"{what} {type(q).__name__} {granularity(q)}"
-            for what, q in (("weight", weight), ("input", activation))
-            if q is not None
-        ]
-        notes = notes or [_CHOSEN]
-        if isinstance(module, nn.MultiheadAttention) and products_of(module) is None:
-            notes.append("attention products in floating point")
-        bits = [FLOAT_BITS if q is None else q.bits for q in (weight, activation)]
-        return LayerCoverage(name, layer_kind(module), bits[0], bits[1], parameters, ", ".join(notes))
-    if refused is not None:
-        note = f"floating point: {refused}"
-    elif isinstance(module, tuple(QUANTIZED_LAYERS)):
-        note = _CHOSEN
-    else:
-        note = "floating point: no quantised layer of this kind"
-    passed_over = note != _CHOSEN and any(_is_weight(p) for p in module._parameters.values() if p is not None)
-    return LayerCoverage(name, layer_kind(module), FLOAT_BITS, FLOAT_BITS, parameters, note, passed_over)
-
-
-def _is_weight(parameter: nn.Parameter) -> bool:
-    """Whether it extends over two axes or more; a layer scale of shape (C, 1, 1) does not."""
-    return parameter.is_floating_point() and sum(side > 1 for side in parameter.shape) > 1
-
-
 def _quantized_layer(
     name: str, layer: nn.Module, settings: LayerSettings, weight_quantizers: dict[int, Quantizer], calls: int
 ) -> nn.Module:
-    return _class(layer).from_float(layer, *layer_quantizers(name, layer, settings, weight_quantizers, calls))
+    return quantized_class(layer).from_float(layer, *layer_quantizers(name, layer, settings, weight_quantizers, calls))
 
 
 def layer_quantizers(
@@ -483,7 +211,7 @@ def layer_quantizers(
     Raises:
         UsageError: when a quantizer has no grid of so many bits, or none for several calls.
     """
-    kind = type(layer) if isinstance(layer, QuantizedLayer) else _class(layer)
+    kind = type(layer) if isinstance(layer, QuantizedLayer) else quantized_class(layer)
     weight = _weight(layer)
     input_quantizer = None
     try:

@@ -15,8 +15,8 @@ from lqkd.errors import UsageError
 from lqkd.models.outputs import Asked
 from lqkd.models.torchvision_detector import whole_detector
 from lqkd.quantization import LSQ, Recipe, Rule
-from lqkd.quantization.convert import layer_kind, quantizable_layers
 from lqkd.quantization.graph import survey
+from lqkd.quantization.quantizable import layer_kind, quantizable_layers
 from lqkd.quantization.recipe import exactly, find_quantizer, resolve
 from lqkd.regularizers.base import RowGroups
 from lqkd.tasks.average_precision import box_metrics, logged_as, mean_average_precision

@@ -19,10 +19,11 @@ from lqkd.quantization.analysis.judging import Classifier, Judge
 from lqkd.quantization.batchnorm import reestimate_batchnorm
 from lqkd.quantization.calibrate import initialize_quantizers
 from lqkd.quantization.computed import copy_of
-from lqkd.quantization.convert import layer_kind, layer_quantizers, quantizable_layers, quantize_model
+from lqkd.quantization.convert import layer_quantizers, quantize_model
 from lqkd.quantization.cost import bit_operations, size
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
+from lqkd.quantization.quantizable import layer_kind, quantizable_layers
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS, LayerSettings, Recipe, Rule, exactly, parse_bits, resolve
 from lqkd.quantization.residual import quantizers_between
