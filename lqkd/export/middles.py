@@ -30,7 +30,7 @@ _OF_EACH_NUMBER = ("activation", "relu", "clamp")
 """Kinds that compute each number of one other."""
 _ROUNDING = 2.0**-24
 """What rounding to float32 costs, as a part of a number; the zero point is added before a code is rounded."""
-_OF_PAIRS = {"add": (torch.add, 1), "mul": (torch.mul, 4)}
+_OF_PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {"add": (torch.add, 1), "mul": (torch.mul, 4)}
 """Operations, and for how many such roundings a result shall be from a middle where a grid of training reads it.
 
 A product is times a factor that is made of three steps. Of a sum few are lost, and a grid that is moved costs more.
