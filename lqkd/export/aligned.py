@@ -92,7 +92,8 @@ def _align(start: fx.Node, network: fx.GraphModule, channels: dict[str, int]) ->
     values = _values(start, network) if 0 < more <= (MOST - 1) * count else None
     if values is None:
         return
-    readers = {user for node in values for user in node.users} - values
+    # One that reads such values may write some, too, into an addition of both.
+    readers = {user for node in values for user in node.users if _is_dense(user, _layer(user, network))}
     calls = Counter(node.target for node in network.graph.nodes)
     if any(calls[node.target] > 1 for node in values | readers if isinstance(_layer(node, network), IntegerLayer)):
         return

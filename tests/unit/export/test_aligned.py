@@ -84,6 +84,29 @@ def test_a_weight_of_a_channel_that_the_network_does_not_have_fails_the_proof(
         assert altered_integers(model, deployed) == "depthwise.weight_codes"
 
 
+class Residual(nn.Module):
+    """As a block of EfficientNet-B3: what is projected has the channels of what is read, and is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.project = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 1)
+        self.depthwise, self.linear = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.project(F.relu(self.depthwise(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_layer_between_values_of_the_same_channels_reads_and_writes_more_of_them() -> None:
+    deployed = deploy(quantised(Residual(), bits="w8a8", residual_bits=8), images(2), [images(32)])
+    exported = portable.build(deployed)
+    assert shapes(exported.model)["project"] == (32, 32, 1, 1)
+    parity = check(exported, deployed, images(8), [images(32)])
+    assert parity.problem is None
+    assert parity.exact
+
+
 class OverPlaces(nn.Module):
     """A linear layer over the places of a depthwise convolution's channels, behind it or before."""
 
