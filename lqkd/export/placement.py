@@ -19,7 +19,6 @@ from lqkd.export.explicit import (
     propagate_shapes,
     recompile,
     traced,
-    unquantised,
 )
 from lqkd.export.gates import take_gate_apart
 from lqkd.export.nodes import Operation, place
@@ -27,7 +26,7 @@ from lqkd.export.operations import operation
 from lqkd.models.calls import Inputs
 from lqkd.quantization import Quantizer, fold_batchnorm
 from lqkd.quantization.batchnorm import Folding, take_activations_apart
-from lqkd.quantization.computed import computed
+from lqkd.quantization.computed import computed, copy_of
 from lqkd.quantization.placement import ISLAND, Placement
 from lqkd.quantization.quantizers import Mse
 from lqkd.quantization.targets import RESIDUAL_BITS
@@ -61,7 +60,8 @@ def place_grids(
                 "module behind it with lqkd.export.to_onnx, and look rows up in its quantized_weight() before"
             )
     check_takes(student, example, "an example")
-    expected = unquantised(student, example)
+    tensors = {id(tensor): tensor for tensor in (*student.parameters(), *student.buffers())}
+    before = copy_of(student, tensors)
     take_attention_apart(student)
     check_traced(student, example)
     apart = separated(student, partial(traced, example=example))
@@ -70,7 +70,7 @@ def place_grids(
     student = apart
     folding = fold_batchnorm(student, graph=traced(student, example))
     take_activations_apart(student)
-    builder = GridPlacement(explicit(student, example, expected), example, missing, gates)
+    builder = GridPlacement(explicit(student, example, before), example, missing, gates)
     builder.place()
     return builder, folding
 

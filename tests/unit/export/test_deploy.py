@@ -353,6 +353,14 @@ def test_a_graph_that_computes_something_else_than_the_student_is_refused(monkey
         deploy(student, x, [x])
 
 
+def test_a_graph_that_float32_cannot_tell_from_its_student_is_compared_in_float64() -> None:
+    """As of a ResNet-152 with random weights; here the bias is lost in what the batch norm takes off again."""
+    student = quantised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5)))
+    nn.init.constant_(student[0].bias, 2.0**16)
+    nn.init.constant_(student[1].running_mean, 2.0**16)
+    deploy(student, images(4), [images(32)])
+
+
 def test_layers_of_the_same_numbers_have_their_own_in_the_file() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     network[4].load_state_dict(network[2].state_dict())
