@@ -124,7 +124,6 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     left = [operation for operation in functions.left if (operation.kind, operation.where) not in listed]
     return model, replace(
         covered(model, replace(found, operations=(*found.operations, *left))),
-        functions=functions.bits,
         already_quantised=len(layers) - len(floats),
     )
 

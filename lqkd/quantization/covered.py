@@ -17,6 +17,7 @@ from lqkd.quantization.ports import Port
 from lqkd.quantization.quantizable import layer_kind, refusals_of
 from lqkd.quantization.quantizers import Quantizer
 from lqkd.quantization.recipe import FLOAT_BITS
+from lqkd.quantization.residual import attached
 from lqkd.quantization.survey import Join, Operation, Survey
 from lqkd.utils.tables import text_table
 
@@ -73,8 +74,8 @@ class CoverageReport:
             all are.
         already_quantised: how many layers were quantised before :func:`quantize_model` was called.
         parameters: of the whole network, each once.
-        functions: the values between layers that functions read or write and that have got a grid of their own by
-            ``function_bits``, with the bits of each.
+        functions: the values between layers that are on a grid of their own and that none of ``joins`` reads, with the
+            bits of each: what functions read and write, by ``function_bits``, and what is read on several grids.
 
     Examples:
         >>> report = coverage(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)))
@@ -89,7 +90,7 @@ class CoverageReport:
     untraceable: str | None = None
     already_quantised: int = field(default=0, compare=False)
     parameters: int = 0
-    functions: Mapping[Port, int] = field(default_factory=dict, compare=False)
+    functions: Mapping[Port, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line: how many layers are quantised, with how many bits, and how many are not."""
@@ -182,6 +183,7 @@ def covered(model: nn.Module, found: Survey) -> CoverageReport:
     if all(row.is_float for row in rows):  # a network that is to stay as it is
         rows = [replace(row, passed_over=False) for row in rows]
     joins = tuple(join for join in found.joins if join.is_quantised)
+    met = {id(model.get_submodule(name)) for join in joins for name in join.quantizers if name is not None}
     return CoverageReport(
         tuple(rows),
         found.operations,
@@ -189,6 +191,7 @@ def covered(model: nn.Module, found: Survey) -> CoverageReport:
         quantized_products(model),
         found.untraceable,
         parameters=size(model).parameters,
+        functions={port: own.bits for port, own in attached(model).items() if id(own) not in met},
     )
 
 

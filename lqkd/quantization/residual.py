@@ -77,6 +77,16 @@ def attach(model: nn.Module, placed: Mapping[Port, Quantizer]) -> None:
         _watch(model, dict.fromkeys(port.module for port in placed))
 
 
+def attached(model: nn.Module) -> dict[Port, Quantizer]:
+    """The quantizers that :func:`attach` has put at modules of ``model``."""
+    return {
+        Port(name, output=attribute == _NAMES[0]): quantizer
+        for name, module in model.named_modules()
+        for attribute in _NAMES
+        if isinstance(quantizer := module._modules.get(attribute), Quantizer)
+    }
+
+
 def move_output_quantizer(source: nn.Module, target: nn.Module) -> None:
     """Let ``target``, which takes the place of ``source``, quantise its output as ``source`` did, if it did."""
     quantizer = getattr(source, "output_quantizer", None)

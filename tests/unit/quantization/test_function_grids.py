@@ -22,7 +22,7 @@ from lqkd.export.integer import IntegerLayer
 from lqkd.export.placement import GridPlacement, place_grids
 from lqkd.models import build_model
 from lqkd.models.calls import Inputs
-from lqkd.quantization import Recipe, quantize_model, quantizers
+from lqkd.quantization import Recipe, coverage, quantize_model, quantizers
 from lqkd.quantization.residual import quantizers_between
 from tests.unit.export.networks import images, quantised
 from tests.unit.quantization.test_biases import projected
@@ -122,8 +122,15 @@ def test_one_grid_is_before_all_that_read_a_value_and_in_front_of_none_that_a_la
         for place in ("norm1", "norm2", "act2", "norm3", "excite.expand", "excite.gate")
     }
     assert between(model) == {*(f"{place}.output_quantizer" for place in (1, 2, 3, 4)), *of_blocks}
-    assert {f"{port.module}.output_quantizer" for port in report.functions} == between(model)
+    met = {name for join in report.joins for name in join.quantizers}
+    assert {f"{port.module}.output_quantizer" for port in report.functions} == between(model) - met
+    assert len(met & between(model)) == 4
     assert not report.operations
+
+
+def test_what_is_on_a_grid_is_told_of_a_network_without_its_recipe() -> None:
+    model, report = quantize_model(mobile(), Recipe(**BOTH))
+    assert coverage(model) == report
 
 
 class Functional(nn.Module):
@@ -267,7 +274,7 @@ def test_every_one_of_them_learns() -> None:
 
 def test_the_start_of_a_training_tells_how_many_there_are() -> None:
     _, report = quantize_model(mobile(), Recipe(**BOTH))
-    assert "; 16 values between layers with 8 bits" in report.summary()
+    assert "; 12 values between layers with 8 bits" in report.summary()
     assert "quantised: output of 3.excite.gate with 8 bits" in str(report)
 
 
