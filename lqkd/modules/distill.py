@@ -42,6 +42,7 @@ from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
 from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
 from lqkd.modules.step_length import GradientLength, gradient_norms, measured_together
+from lqkd.modules.step_report import gradients_at_outputs, step_numbers, step_report
 from lqkd.modules.tasks import check_teacher, task_of
 from lqkd.modules.teacher_outputs import prepare_teacher
 from lqkd.modules.term import Shapes
@@ -560,7 +561,7 @@ class DistillModule(TaskModule):
         report = self._report(losses, batch, batch_idx)
         self.optimization.take(losses, batch, batch_idx)
         self.compilation.end_step(time.perf_counter() - started)
-        self._logged = self._numbers(losses)
+        self._logged = step_numbers(losses, self.distillation, self.balance)
         show(self.trainer, self._logged)
         return report
 
@@ -585,61 +586,20 @@ class DistillModule(TaskModule):
             loss = loss + further
         return Losses(loss, losses, divergences, outputs, balance, penalties)
 
-    def _numbers(self, losses: Losses) -> dict[str, Tensor]:
-        """What is logged of a batch, detached."""
-        numbers = {"train/loss": losses.loss}
-        told = losses.by_name | losses.penalties | self.distillation.learned()
-        numbers |= {f"train/{name}": value for name, value in told.items()}
-        numbers |= {f"balance/{name}": value for name, value in (losses.balance | self.balance.learned()).items()}
-        return {name: value.detach().clone() for name, value in numbers.items()}  # some are parameters
-
     def _student_parameters(self) -> list[nn.Parameter]:
         """Those that are trained, for what measures gradients in them."""
         return measured_together(self.student, (p for p in self.student.parameters() if p.requires_grad))
 
     def _report(self, losses: Losses, batch: Any, batch_idx: int) -> dict[str, Any]:
         """What a step gives to callbacks; that of named terms is under ``terms``, by name."""
-        reports, labels = {}, losses.outputs.rows.labels
-        positions = self.task.positions(batch) if self.watch_gradients else None
-        student = losses.outputs.rows.logits.detach()
-        for name, term in self.distillation.terms():
-            divergences, sees_rows = losses.divergences[name], term.sees_rows(self.task)
-            reports[name] = {
-                "divergence": _alone([each.divergence.detach() for each in divergences.maps]),
-                "weights": _alone([each.weights.detach() for each in divergences.maps if each.weights is not None]),
-                "teacher": divergences.teachers[0] if sees_rows else None,
-                "student": student if sees_rows else None,
-                "labels": labels if sees_rows else None,
-                "positions": positions if sees_rows else None,
-                "independent": True if sees_rows and self.task.independent_logits else None,
-            }
-            reports[name] = {key: value for key, value in reports[name].items() if value is not None}
-        report: dict[str, Any] = {"terms": reports} if self.distillation.named else dict(*reports.values())
-        report |= {"loss": losses.loss.detach(), "balance": losses.balance}
+        report = step_report(losses, self.distillation, self.task, batch, positions=self.watch_gradients)
         if self.watch_gradients:
-            report["gradients"] = self._gradients(losses)
+            report["gradients"] = gradients_at_outputs(losses, self.distillation)
             if batch_idx % _STEP_LENGTH_EVERY == 0:  # which takes a backward pass for each loss
                 report["gradient_norms"] = gradient_norms(
                     losses.by_name | losses.penalties, losses.balance, self._student_parameters()
                 )
         return report
-
-    def _gradients(self, losses: Losses) -> dict[str, Tensor]:
-        """Gradients at the student's outputs of the task and of every term with and without modulation.
-
-        Distillation by features does not pass the outputs and has none; nor has a task whose outputs are no tensor.
-        """
-        if not isinstance(losses.outputs.student.output, Tensor):
-            return {}
-        wanted = dict(losses.by_name)
-        for name, term in self.distillation.terms():
-            if term.interpolation is None:  # which moves the target, and leaves no weights to take away
-                wanted[plain(name)] = term.reduce(losses.divergences[name].maps, weighted=False)
-        found = {
-            name: torch.autograd.grad(loss, losses.outputs.student.output, retain_graph=True, allow_unused=True)[0]
-            for name, loss in wanted.items()
-        }
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_due(self.trainer):  # after the callbacks, one of which may stop the training here
@@ -727,13 +687,3 @@ class DistillModule(TaskModule):
         shapes = checkpoint.get("distillation_shapes")
         if shapes is not None:  # in earlier versions of one term without a name
             self.distillation.connect(shapes if isinstance(shapes, dict) else {DISTILL: shapes})
-
-
-def plain(name: str) -> str:
-    """What a term's loss without the regularizer's weights is called beside it."""
-    return "plain" if name == DISTILL else f"{name} (plain)"
-
-
-def _alone(tensors: list[Tensor]) -> list[Tensor] | Tensor | None:
-    """The tensors, the only one, or None for none."""
-    return (tensors[0] if len(tensors) == 1 else tensors) if tensors else None
