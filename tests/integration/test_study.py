@@ -17,6 +17,8 @@ from lqkd.cli.arguments import of
 from lqkd.models import CifarResNet
 from lqkd.quantization import Recipe, Rule, initialize_quantizers, quantize_model, quantizers
 from lqkd.runs.folder import lock
+from lqkd.studies.overrides import merge, nested
+from lqkd.studies.settings import read_settings
 from lqkd.studies.variants import Variants
 from tests.forked import Forks, send
 
@@ -244,6 +246,23 @@ def test_every_variant_of_a_shipped_study_is_a_configuration(
             variants.write(name, overrides)
     assert f"--config configs/studies/{path.name}" in path.read_text()
     assert os.environ.get("PL_GLOBAL_SEED") == "0"  # the process that starts runs sets no seed
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_variants_of_a_shipped_study_that_are_called_after_labels_distil_nothing(path: Path) -> None:
+    """A variant is merged with what all share, of which a term or its weight may stay."""
+    study, base = read_settings(path)
+    for name, overrides in study.runs.items():
+        variant = name.split("/")[-1]
+        if variant in ("task_only", "labels") or (
+            variant.endswith("_labels") and not variant.endswith("without_labels")
+        ):
+            settings = merge(base, nested(overrides))["model"]["init_args"]
+            balance, terms = settings["balance"], settings.get("distillation") or ["distill"]
+            weights = {"distill": 1.0, "terms": None} | balance["init_args"]
+            of_terms = dict.fromkeys(terms, weights["distill"]) | (weights["terms"] or {})
+            assert balance["class_path"].endswith("FixedBalance")
+            assert not any(of_terms.values()), (name, of_terms)
 
 
 QUANTIZERS = yaml.safe_load((CONFIGS / "studies" / "quantizers.yaml").read_text())["variants"]
