@@ -11,7 +11,7 @@ from lqkd.errors import UsageError
 from lqkd.quantization.attention import quantize_attentions
 from lqkd.quantization.batchnorm import fold_all
 from lqkd.quantization.covered import CoverageReport, covered
-from lqkd.quantization.function_grids import FunctionGrids, check_functions, quantize_functions
+from lqkd.quantization.function_grids import check_functions, quantize_functions
 from lqkd.quantization.granularity import check_tokens, grids
 from lqkd.quantization.graph import survey
 from lqkd.quantization.layers import QuantizedLayer
@@ -31,7 +31,7 @@ from lqkd.quantization.recipe import (
     resolve,
 )
 from lqkd.quantization.residual import quantize_joins
-from lqkd.quantization.survey import Survey
+from lqkd.quantization.survey import Operation, Survey
 from lqkd.quantization.wrappers import wrapper
 
 
@@ -121,26 +121,26 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Coverag
     functions = _quantize_between(model, recipe)
     found = survey(model)
     listed = {(operation.kind, operation.where) for operation in found.operations}
-    left = [operation for operation in functions.left if (operation.kind, operation.where) not in listed]
+    left = [operation for operation in functions if (operation.kind, operation.where) not in listed]
     return model, replace(
         covered(model, replace(found, operations=(*found.operations, *left))),
         already_quantised=len(layers) - len(floats),
     )
 
 
-def _quantize_between(model: nn.Module, recipe: Recipe) -> FunctionGrids:
-    """Quantise what functions read and write, and what meets in joins.
+def _quantize_between(model: nn.Module, recipe: Recipe) -> tuple[Operation, ...]:
+    """Quantise what functions read and write, and what meets in joins; returns the functions that are left.
 
     A join whose operands have got grids is computed on integers, so that functions behind it may find more.
     """
-    bits: dict[Port, int] = {}
+    reached: set[Port] = set()
     while recipe.residual_bits is not None:
         functions = quantize_functions(model, recipe)
         quantize_joins(model, survey(model), recipe)
-        if functions.bits.keys() <= bits.keys():
-            return replace(functions, bits=bits)
-        bits.update(functions.bits)
-    return FunctionGrids({}, ())
+        if functions.bits.keys() <= reached:
+            return functions.left
+        reached |= functions.bits.keys()
+    return ()
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
