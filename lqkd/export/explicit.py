@@ -136,7 +136,7 @@ def explicit(student: nn.Module, example: Inputs, before: nn.Module) -> fx.Graph
     Args:
         student: taken apart and folded as a file has it.
         example: what it is called with.
-        before: the student before, with tensors of its own or the same.
+        before: the student before, with tensors of its own.
 
     Raises:
         UsageError: when the graph returns something else.
