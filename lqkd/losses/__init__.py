@@ -23,6 +23,7 @@ from lqkd.losses.relations import AttentionRelations
 from lqkd.losses.review import ReviewKD
 from lqkd.losses.similarity import SimilarityPreserving
 from lqkd.losses.standardized import Standardized
+from lqkd.losses.stitched import StitchedKL
 from lqkd.losses.token_rows import CAKLD, ForwardKL, JensenShannon, ReverseKL
 from lqkd.losses.vid import VID
 
@@ -56,4 +57,5 @@ __all__ = [
     "SimilarityPreserving",
     "SoftCrossEntropy",
     "Standardized",
+    "StitchedKL",
 ]

@@ -44,7 +44,7 @@ def test_every_regularizer_balance_and_loss_on_features_is_in_a_recorded_run() -
                 # is younger than the records
                 others = ("FixedBalance", "BinaryKL", "HeldOutInterpolation", "ExplainedVariance", "MetaWeightNet")
                 others += ("CurriculumTemperature", "ForwardKL", "ReverseKL", "JensenShannon", "CAKLD", "PKD")
-                others += ("AttentionRelations", "CosineDistance")
+                others += ("AttentionRelations", "CosineDistance", "StitchedKL")
                 others += ("CrossKD", "ForegroundWeighted")  # which ask the head of a detector
                 assert f"{package.__name__}.{name}" in text or name in others, name
     for name, combination in COMBINATIONS.items():

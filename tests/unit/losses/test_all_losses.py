@@ -41,6 +41,7 @@ from lqkd.losses import (
     SimilarityPreserving,
     SoftCrossEntropy,
     Standardized,
+    StitchedKL,
 )
 
 
@@ -74,6 +75,7 @@ MAKERS: dict[str, Callable[[], DistillationLoss]] = {
     "CWD": CWD,
     "PKD": PKD,
     "CrossKD": CrossKD,
+    "StitchedKL": StitchedKL,
     "ForegroundWeighted": lambda: ForegroundWeighted(Hints()),
     "QuantizedFeatures": QuantizedFeatures,
     "ReviewKD": ReviewKD,
@@ -107,12 +109,16 @@ class Student(nn.Module):
         self.tap.output_quantizer = Rounding()
 
 
-class Detector(nn.Module):
-    """A teacher whose head doubles its features."""
+class Teacher(nn.Module):
+    """A teacher, detector or not, whose head doubles its features."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.tap = nn.Identity()
         self.twice = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.twice * self.tap(x)
 
     def class_logits_from(self, tap: str) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda features: self.twice * features
@@ -150,7 +156,7 @@ def connected(name: str, **shape: Any) -> tuple[DistillationLoss, Any, Any]:
     teacher, student = inputs(loss, **shape)
     if loss.compares != "logits":
         loss.bind(Student(), "tap")
-        loss.bind_teacher(Detector(), "tap")
+        loss.bind_teacher(Teacher(), "tap")
         loss.connect([t.shape for t in tensors(teacher)], [s.shape for s in tensors(student)])
     return loss, teacher, student
 
@@ -225,6 +231,7 @@ def test_the_losses_with_layers_have_parameters_and_no_other_has() -> None:
         "PKD",
         "CrossKD",
         "ForegroundWeighted",
+        "StitchedKL",
         "ReviewKD",
         "ContrastiveRepresentation",
     }
