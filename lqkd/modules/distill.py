@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lqkd.balances import Balance, FixedBalance
-from lqkd.balances.base import DISTILL, TASK
+from lqkd.balances.base import TASK
 from lqkd.balances.equalized_at import AtWeights
 from lqkd.data.reading import first_batch
 from lqkd.errors import UsageError
@@ -22,10 +22,11 @@ from lqkd.losses import DistillationLoss
 from lqkd.losses.settings import check
 from lqkd.modules.agreement import Top1Agreement
 from lqkd.modules.base import TaskModule
+from lqkd.modules.checkpointed import bring_back, kept
 from lqkd.modules.compilation import Compile
 from lqkd.modules.distillation import Distillation
 from lqkd.modules.held_out import HeldOutRows, Known, numbers
-from lqkd.modules.held_out_features import HeldOutFeatures, asked_of, kept_features, restore_asked
+from lqkd.modules.held_out_features import HeldOutFeatures, kept_features
 from lqkd.modules.held_out_task import HeldOutTask, kept_task
 from lqkd.modules.hyperparameters import save_plain_hyperparameters
 from lqkd.modules.losses import Losses
@@ -34,13 +35,13 @@ from lqkd.modules.metrics import is_due, send, show
 from lqkd.modules.optimization import SharedBackward
 from lqkd.modules.optimizer_checks import check_optimizer
 from lqkd.modules.optimizers import learning_rate_factors, optimizer_of, regularizer_groups, student_groups
-from lqkd.modules.own import join_own, leave_own
+from lqkd.modules.own import join_own
 from lqkd.modules.passes import Passes
 from lqkd.modules.recomputing import recompute
 from lqkd.modules.references import REFERENCES, in_a_line, logged, measure, warn
 from lqkd.modules.schedules import Constant, Cosine, Schedule
 from lqkd.modules.sign_check import SignCheck
-from lqkd.modules.state import check_quantizers, check_state, quantizer_names, start_from
+from lqkd.modules.state import check_state, start_from
 from lqkd.modules.step_length import GradientLength, gradient_norms, measured_together
 from lqkd.modules.step_report import gradients_at_outputs, step_numbers, step_report
 from lqkd.modules.tasks import check_teacher, task_of
@@ -59,7 +60,7 @@ from lqkd.tasks.trial import leaves_one, try_training
 from lqkd.teachers import FrozenTeacher, TeacherEnsemble
 from lqkd.teachers.cache import TeacherCache
 from lqkd.utils.progress import Progress
-from lqkd.utils.renames import current_keys, current_terms
+from lqkd.utils.renames import current_terms
 
 _STEP_LENGTH_EVERY = 100
 """Batches of an epoch from one to the next in which, if they are watched, gradients are measured in parameters."""
@@ -654,36 +655,12 @@ class DistillModule(TaskModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["references"] = self.references
         checkpoint["channels_last"] = self._channels_last
-        checkpoint["trust"] = self.trust
-        if self.trust:
-            checkpoint["reliability"] = self.reliability
-        known = self.known_of_held_out | {name: rows.known for name, rows in self.held_out.items()}
-        if known:
-            checkpoint["held_out"] = {name: vars(of_term) for name, of_term in known.items()}
-        asked = asked_of(self.distillation)
-        if asked:
-            checkpoint["held_out_features"] = asked
-        checkpoint["distillation_shapes"] = self.distillation.shapes
-        checkpoint["quantizers"] = quantizer_names(self.student)
-        # A switch of bits that no batch has followed yet.
-        checkpoint["fit_by_mse"] = [name for name, q in quantizers(self.student).items() if q.wants_mse]
+        checkpoint |= kept(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        check_quantizers(self.student, checkpoint.get("quantizers", {}))
-        self.references = current_keys(checkpoint.get("references", self.references))
         if self._channels_last is None:
             self._channels_last = checkpoint.get("channels_last")
             self._lay_out()
-        self.trust = checkpoint.get("trust", {})
-        self.reliability = checkpoint.get("reliability", {})
-        self.known_of_held_out = {name: Known(**of) for name, of in checkpoint.get("held_out", {}).items()}
-        restore_asked(self.distillation, checkpoint.get("held_out_features", {}))
-        leave_own(self, self.trust)
-        for name, quantizer in quantizers(self.student).items():
-            quantizer.wants_mse = name in checkpoint.get("fit_by_mse", ())
-        shapes = checkpoint.get("distillation_shapes")
-        if shapes is not None:  # in earlier versions of one term without a name
-            self.distillation.connect(shapes if isinstance(shapes, dict) else {DISTILL: shapes})
+        bring_back(self, checkpoint)
