@@ -48,10 +48,12 @@ class StitchedKL(DistillationLoss):
 
     compares = "features"
     kind: MapKind = "samples"
+    compares_predictions = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.kl = HintonKL(temperature)
+        self.temperature = self.kl.temperature
         self.hints = Hints()
         self.__dict__["_rest"] = None
 
@@ -66,10 +68,10 @@ class StitchedKL(DistillationLoss):
         rest: Rest | None = self.__dict__["_rest"]
         if rest is None:
             raise UsageError("StitchedKL has no teacher yet: call bind_teacher with the teacher's network first")
-        matched = self.hints.pair(teacher, student)
+        _, matched = self.hints.pair(teacher, student)
         with torch.no_grad():
-            known = rest(teacher)
-        stitched = rest(matched[1])
+            known = rest(teacher.to(matched.dtype))  # which a cache may have kept in fewer bits
+        stitched = rest(matched)
         return (known.movedim(1, -1), stitched.movedim(1, -1)) if known.ndim == 4 else (known, stitched)
 
     def forward(self, teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:

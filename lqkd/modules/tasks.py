@@ -57,9 +57,10 @@ def check_term(task: Task, term: Term) -> None:
     if loss.needs_labels and not task.predicts_classes:
         raise UsageError(f"distillation_loss {type(loss).__name__} needs labels, which task {name} has not")
     if loss.compares_predictions and not (task.predicts_classes or task.softmax_rows):
+        of_logits = "LogitResidual, or BinaryKL where each logit is a class that is there or not"
         raise UsageError(
             f"distillation_loss {type(loss).__name__} compares the softmax of logits, which is no prediction of task "
-            f"{name}: take LogitResidual, or BinaryKL where each logit is a class that is there or not"
+            f"{name}: take {of_logits if loss.compares == 'logits' else 'Hints'}"
         )
     if regularizer is None or task.one_row_a_sample:
         return

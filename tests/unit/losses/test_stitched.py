@@ -85,6 +85,14 @@ def test_the_students_features_get_a_gradient_and_the_loss_keeps_no_weight_of_th
     assert not loss.state_dict()
 
 
+def test_features_that_a_cache_kept_in_sixteen_bits_are_what_the_rest_takes() -> None:
+    teacher, loss = network().float(), StitchedKL()
+    loss.bind_teacher(teacher, "layer2")
+    mine = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    others = torch.randn(6, 8, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(loss(others.half(), mine), loss(others.half().float(), mine))
+
+
 class Shifted(nn.Module):
     """One that reads a buffer of its own, which ``to`` replaces."""
 

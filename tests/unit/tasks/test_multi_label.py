@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lqkd.errors import UsageError
-from lqkd.losses import BinaryKL, DistillationLoss, HintonKL, LogitResidual, Standardized
+from lqkd.losses import BinaryKL, DistillationLoss, HintonKL, LogitResidual, Standardized, StitchedKL
 from lqkd.models.outputs import Asked
-from lqkd.modules import ClassifierModule, Constant, DistillModule
+from lqkd.modules import ClassifierModule, Constant, DistillModule, Tap
 from lqkd.quantization import Recipe
 from lqkd.regularizers import ElementwiseMLP, SampleWeight
 from lqkd.tasks import Classification, Detection, MultiLabel, Segmentation, Task
@@ -129,11 +129,15 @@ def test_a_student_of_several_labels_distils_class_by_class(make_trainer: Callab
     assert module.references["teacher"] > 0.95  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("loss", [HintonKL(), Standardized(HintonKL())], ids=lambda loss: type(loss).__name__)
-def test_a_loss_on_the_softmax_is_refused_for_several_labels(loss: DistillationLoss) -> None:
+@pytest.mark.parametrize(
+    ("loss", "taps"),
+    [(HintonKL(), None), (Standardized(HintonKL()), None), (StitchedKL(), [Tap("0", "0")])],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_loss_on_the_softmax_is_refused_for_several_labels(loss: DistillationLoss, taps: list[Tap] | None) -> None:
     told = f"{type(loss).__name__} compares the softmax of logits, which is no prediction of task MultiLabel"
     with pytest.raises(UsageError, match=told):
-        DistillModule(FrozenTeacher(network(8)), network(8), distillation_loss=loss, task=MultiLabel(3))
+        DistillModule(FrozenTeacher(network(8)), network(8), distillation_loss=loss, taps=taps, task=MultiLabel(3))
 
 
 def test_predictions_are_the_probability_of_each_class() -> None:
