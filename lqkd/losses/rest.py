@@ -53,11 +53,12 @@ class Rest:
 
     def __call__(self, features: Tensor) -> Tensor:
         """The main output of the network whose module gives ``features``, (B, ...) on the network's device."""
-        return main_tensor(self._rest.run(features), Asked("teacher", len(features)))
+        own = features.clone()  # which a network may work on in place, as ReLU(inplace=True) does
+        return main_tensor(self._rest.run(own), Asked("teacher", len(features)))
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything but batch norms, the modules of torch, and one module."""
+    """Looks into everything but the modules of torch and one module."""
 
     def __init__(self, tap: str) -> None:
         super().__init__()

@@ -85,6 +85,16 @@ def test_the_students_features_get_a_gradient_and_the_loss_keeps_no_weight_of_th
     assert not loss.state_dict()
 
 
+def test_a_rest_that_works_in_place_leaves_the_features_as_they_are() -> None:
+    teacher, loss = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).eval(), StitchedKL()
+    loss.bind_teacher(teacher, "0")
+    of_teacher, mine = torch.randn(2, 8), torch.randn(2, 8)
+    before = of_teacher.clone(), mine.clone()
+    loss(of_teacher, mine)
+    assert torch.equal(of_teacher, before[0])
+    assert torch.equal(mine, before[1])
+
+
 def test_features_that_a_cache_kept_in_sixteen_bits_are_what_the_rest_takes() -> None:
     teacher, loss = network().float(), StitchedKL()
     loss.bind_teacher(teacher, "layer2")
