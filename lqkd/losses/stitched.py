@@ -28,7 +28,8 @@ class StitchedKL(DistillationLoss):
 
     Everything must flow through the tap: the teacher's network is traced with ``torch.fx``, and what goes around the
     tap is refused. Its answer is its main output, logits (B, C), or (B, C, H, W) and (B, T, C) of which every position
-    counts alike. g is that of :class:`Hints`. The map holds one number a sample, (B,).
+    counts alike. g is that of :class:`Hints`. The map holds one number a sample, (B,). Each tap costs two forward
+    passes and a backward pass of the rest.
 
     Args:
         temperature: tau > 0.
